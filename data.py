@@ -1,0 +1,356 @@
+"""Token shards in, batches out: the half of data preparation that training reads.
+
+A prepared dataset is a folder (made by `python data.py configs/datasets/NAME.json`):
+
+    data/processed/NAME/  train_00000.bin    token ids, uint16 (uint32 above 65,535 ids): BOS text EOS BOS ...
+                          train_00000.jsonl  the same cleaned documents, {"text": ...} one a line
+                          val_00000.bin      ... and val_00000.jsonl
+                          tokenizer.model    what the ids belong to: the folder is all that training needs
+                          manifest.json      sizes and sha256 of the shards; written last: "complete"
+                          stats.json, DATA_CARD.md
+
+`TokenStream` maps the shards of one split as one array of N tokens and cuts it into blocks of T inputs and T
+labels, the labels one token ahead. A batch is a pure function of (seed, step, micro-step, rank): there is no
+position to save, and nothing to lose when a run is killed. No torch here: arrays are numpy.
+"""
+
+import hashlib
+import json
+import math
+import re
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from configurator import UserError
+
+FORMAT = 1  # of the manifest; a reader refuses any other
+IGNORE = -100  # the label of a position that is not supervised
+VERIFY_BYTES = 64 << 20  # shards up to this size in all are hashed when opened (0.2 s), larger ones if asked
+MIXTURE_PERIOD = 1024  # rows after which the proportions of a mixture are exact
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+
+# --- The manifest -------------------------------------------------------------------------------------------
+
+
+def file_sha256(path):
+    """The hex sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_count(value):
+    return type(value) is int and value >= 0
+
+
+def _is_hash(value):
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
+
+
+def _is_file_name(value):
+    """A plain name inside the folder: no slash, no leading dot, hence no way out of it."""
+    return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", value) is not None
+
+
+SHARD_FIELDS = {
+    "bin": _is_file_name,
+    "text": _is_file_name,
+    "tokens": lambda value: _is_count(value) and value > 0,
+    "documents": _is_count,
+    "bytes": _is_count,
+    "bin_sha256": _is_hash,
+    "text_sha256": _is_hash,
+}
+MANIFEST_FIELDS = {
+    "vocab_size": lambda value: _is_count(value) and 0 < value <= 2**32,
+    "tokenizer_sha256": _is_hash,
+    "dtype": lambda value: isinstance(value, str) and value in DTYPES,
+    "pad_id": _is_count,
+    "bos_id": _is_count,
+    "eos_id": _is_count,
+    "config": lambda value: isinstance(value, dict),
+    "splits": lambda value: isinstance(value, dict) and all(isinstance(v, list) for v in value.values()),
+}
+
+
+def _check_fields(thing, fields, where):
+    if not isinstance(thing, dict):
+        raise UserError(f"{where}: expected an object, got {type(thing).__name__}")
+    for name, good in fields.items():
+        if name not in thing:
+            raise UserError(f"{where}: '{name}' is missing; prepare the dataset again")
+        if not good(thing[name]):
+            what = "illegal file name" if fields[name] is _is_file_name else f"illegal '{name}'"
+            raise UserError(f"{where}: {what} {thing[name]!r:.80}; prepare the dataset again")
+
+
+def read_manifest(folder):
+    """Read and check FOLDER/manifest.json; whatever is wrong with it is a UserError, so the rest may trust
+    it.
+    """
+    path = Path(folder) / "manifest.json"
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: no prepared dataset (no manifest.json); make one with python data.py CONFIG"
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); prepare the dataset again") from None
+    if isinstance(manifest, dict) and manifest.get("format") != FORMAT:
+        raise UserError(f"{path}: format {manifest.get('format')!r:.80}, this program reads {FORMAT}")
+    _check_fields(manifest, MANIFEST_FIELDS, path)
+    for split, shards in manifest["splits"].items():
+        for number, shard in enumerate(shards):
+            _check_fields(shard, SHARD_FIELDS, f"{path}: {split} shard {number}")
+    return manifest
+
+
+# --- Shards as one array ------------------------------------------------------------------------------------
+
+
+class Shards:
+    """The shards of one split of one dataset folder, memory-mapped and read as one array of `tokens` ids.
+
+    Opening checks the manifest, the tokenizer's hash and the size of every shard; the shards' own hashes too
+    when they are small, or always with verify=True. An id outside the vocabulary is caught at the latest
+    where it is read.
+    """
+
+    def __init__(self, folder, split, verify=None):
+        self.folder = Path(folder)
+        self.manifest = read_manifest(folder)
+        entries = self.manifest["splits"].get(split)
+        if not entries:
+            raise UserError(
+                f"{folder}: holds no {split} documents; prepare it again with another train_ratio"
+            )
+        self.tokenizer_sha256 = self.manifest["tokenizer_sha256"]
+        self._check_tokenizer()
+        self.dtype = DTYPES[self.manifest["dtype"]]
+        self.vocab_size = self.manifest["vocab_size"]
+        self.tokens = sum(entry["tokens"] for entry in entries)
+        self.documents = sum(entry["documents"] for entry in entries)
+        self.bytes = sum(entry["bytes"] for entry in entries)  # of the text, as UTF-8
+        if verify is None:
+            verify = self.tokens * self.dtype.itemsize <= VERIFY_BYTES
+        self.names = [entry["bin"] for entry in entries]
+        self.arrays = [self._open(entry, verify) for entry in entries]
+        self.ends = np.cumsum([entry["tokens"] for entry in entries])
+
+    def _check_tokenizer(self):
+        path = self.folder / "tokenizer.model"
+        if not path.is_file():
+            raise UserError(f"{path}: not found; prepare the dataset again")
+        if (found := file_sha256(path)) != self.tokenizer_sha256:
+            raise UserError(
+                f"{path}: sha256 is {found}, the dataset was encoded with {self.tokenizer_sha256}"
+            )
+
+    def _open(self, entry, verify):
+        path = self.folder / entry["bin"]
+        if not path.is_file():
+            raise UserError(f"shard {path}: not found; prepare the dataset again")
+        expected, found = entry["tokens"] * self.dtype.itemsize, path.stat().st_size
+        if found != expected:
+            raise UserError(
+                f"shard {path}: {found} bytes, the manifest says {expected}; prepare the dataset again"
+            )
+        if verify and (digest := file_sha256(path)) != entry["bin_sha256"]:
+            raise UserError(f"shard {path}: sha256 mismatch (expected {entry['bin_sha256']}, got {digest})")
+        array = np.memmap(path, dtype=self.dtype, mode="r")
+        if verify:
+            self._check_ids(entry["bin"], array)
+        return array
+
+    def _check_ids(self, name, ids):
+        if (worst := int(ids.max())) >= self.vocab_size:
+            where = f"shard {self.folder / name}: token id {worst}"
+            raise UserError(
+                f"{where} is outside the vocabulary of {self.vocab_size}; prepare the dataset again"
+            )
+
+    def read(self, start, stop):
+        """Token ids start..stop of the whole split as one array, across shard borders."""
+        parts = []
+        while start < stop:
+            shard = int(np.searchsorted(self.ends, start, side="right"))
+            array = self.arrays[shard]
+            offset = start - (int(self.ends[shard]) - len(array))
+            part = array[offset : offset + stop - start]
+            self._check_ids(self.names[shard], part)
+            parts.append(part)
+            start += len(part)
+        return np.concatenate(parts)
+
+    def histogram(self, start=0):
+        """How often each id occurs from token `start` on: (vocab_size,) int64. Reads 4 M tokens at a time."""
+        counts = np.zeros(self.vocab_size, np.int64)
+        for begin in range(start, self.tokens, 1 << 22):
+            chunk = self.read(begin, min(begin + (1 << 22), self.tokens))
+            counts += np.bincount(chunk, minlength=self.vocab_size)
+        return counts
+
+
+def _open_all(paths, split, verify=None):
+    """Open several dataset folders (one path or a list), which must share one tokenizer."""
+    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    if not paths:
+        raise UserError("no dataset folder given")
+    sources = [Shards(path, split, verify) for path in paths]
+    first = sources[0]
+    for other in sources[1:]:
+        if other.tokenizer_sha256 != first.tokenizer_sha256:
+            raise UserError(
+                f"datasets of different tokenizers cannot be mixed: {first.folder} has sha256 {first.tokenizer_sha256}, "
+                f"{other.folder} has {other.tokenizer_sha256}"
+            )
+    return sources
+
+
+# --- The stream ---------------------------------------------------------------------------------------------
+
+
+class TokenStream:
+    """Endless shuffled batches of one split of one or several prepared datasets, addressed by number.
+
+    Block i of a dataset holds the inputs [i*T, i*T + T) and, as labels, the tokens one further; the last
+    block is padded (labels -100), so one pass supervises every token but the first exactly once. Each pass
+    visits the blocks in another permutation, a function of (seed, pass) alone.
+
+    Several paths without `weights` count as one long dataset; with `weights` each batch row comes from one of
+    them in exactly these proportions over any aligned MIXTURE_PERIOD rows, and each is passed over at its own
+    pace.
+
+    document_mask=True adds "documents" (B, T) int32, a number per row that grows at each BOS, and "positions"
+    (B, T) int64, which restart at 0 there; the label BOS (what follows a finished document, which the model
+    may not see across the border) is then unsupervised. Without it the stream is one text and BOS is a target
+    like any other.
+
+    A split of fewer than T + 1 training tokens, or datasets of different tokenizers, raise UserError.
+    """
+
+    def __init__(
+        self,
+        paths,
+        split,
+        sequence_length,
+        batch_size,
+        seed=0,
+        world_size=1,
+        weights=None,
+        document_mask=False,
+        verify=None,
+    ):
+        self.sources = _open_all(paths, split, verify)
+        self.sequence_length, self.batch_size, self.world_size = sequence_length, batch_size, world_size
+        self.seed, self.document_mask = seed, document_mask
+        for source in self.sources:
+            if split == "train" and source.tokens <= sequence_length:
+                raise UserError(
+                    f"{source.folder}: only {source.tokens} tokens, need at least {sequence_length + 1} for "
+                    f"sequence_length {sequence_length}"
+                )
+        first = self.sources[0]
+        self.vocab_size = first.vocab_size
+        self.pad_id, self.bos_id = first.manifest["pad_id"], first.manifest["bos_id"]
+        self.tokenizer = first.folder / "tokenizer.model"
+        self.tokenizer_sha256 = first.tokenizer_sha256
+        self.tokens = sum(source.tokens for source in self.sources)
+        self.bytes = sum(source.bytes for source in self.sources)  # UTF-8 bytes of the text behind the tokens
+        # One target less than tokens, in steps of T: 8 tokens at T 4 are two blocks, the second with 3
+        # labels.
+        sizes = [-(-(source.tokens - 1) // sequence_length) for source in self.sources]
+        self.block_ends = np.cumsum(sizes)
+        self.blocks = int(self.block_ends[-1])
+        # A lane is a range of blocks shuffled together: one for everything, or one per weighted dataset.
+        if weights is None:
+            self.lanes, self.table = [(0, self.blocks)], np.zeros(1, np.int64)
+        else:
+            self.lanes = [(int(end) - size, size) for end, size in zip(self.block_ends, sizes, strict=True)]
+            self.table = _mixture_table(weights, [source.folder for source in self.sources], seed)
+        self.shares = np.bincount(self.table, minlength=len(self.lanes))  # rows of each lane per period
+        # earlier[i]: how many rows of the same lane precede row i within a period.
+        self.earlier = np.array([np.sum(self.table[:i] == lane) for i, lane in enumerate(self.table)])
+        self._order = lru_cache(maxsize=2 * len(self.lanes))(self._permutation)  # this pass and the next
+
+    def batch(self, step, micro=0, rank=0, accumulation=1):
+        """The micro-batch of one rank: global rows ((step * accumulation + micro) * world_size + rank) *
+        batch_size and on, so rank count and accumulation do not change which rows make up a step of the same
+        global batch.
+        """
+        first = ((step * accumulation + micro) * self.world_size + rank) * self.batch_size
+        return self._gather([self._block_of(row) for row in range(first, first + self.batch_size)])
+
+    def rows(self, start, stop):
+        """Blocks start..stop in their order on disk, each once: what validation scores."""
+        return self._gather(range(start, min(stop, self.blocks)))
+
+    def _permutation(self, lane, epoch):
+        # RandomState is frozen by NumPy's policy: the same seed gives the same order under every later
+        # release.
+        words = [self.seed & 0xFFFFFFFF, self.seed >> 32 & 0xFFFFFFFF, lane, epoch]
+        return np.random.RandomState(words).permutation(self.lanes[lane][1])
+
+    def _block_of(self, row):
+        """The block that row number `row` of the endless stream shows."""
+        period, slot = divmod(row, len(self.table))
+        lane = int(self.table[slot])
+        first, size = self.lanes[lane]
+        epoch, place = divmod(period * int(self.shares[lane]) + int(self.earlier[slot]), size)
+        return first + int(self._order(lane, epoch)[place])
+
+    def _gather(self, blocks):
+        T = self.sequence_length
+        ids = np.full((len(blocks), T), self.pad_id, np.int64)
+        labels = np.full((len(blocks), T), IGNORE, np.int64)
+        for row, block in enumerate(blocks):
+            number = int(np.searchsorted(self.block_ends, block, side="right"))
+            source, before = self.sources[number], int(self.block_ends[number - 1]) if number else 0
+            start = (block - before) * T
+            tokens = source.read(start, min(start + T + 1, source.tokens))
+            ids[row, : len(tokens)] = tokens[:T]
+            labels[row, : len(tokens) - 1] = tokens[1:]
+        batch = {"ids": ids, "labels": labels}
+        if self.document_mask:
+            opens, place = ids == self.bos_id, np.arange(T)
+            batch["documents"] = np.cumsum(opens, axis=1, dtype=np.int32)
+            batch["positions"] = place - np.maximum.accumulate(np.where(opens, place, 0), axis=1)
+            labels[labels == self.bos_id] = IGNORE
+        batch["count"] = int(np.count_nonzero(labels != IGNORE))
+        return batch
+
+
+def _mixture_table(weights, names, seed):
+    """Which dataset each of MIXTURE_PERIOD rows takes: counts by largest remainder, in a seeded order."""
+    if len(weights) != len(names):
+        raise UserError(f"{len(weights)} weights for {len(names)} datasets; give one weight for each")
+    for weight, name in zip(weights, names, strict=True):
+        if not (math.isfinite(weight) and weight > 0):
+            raise UserError(f"{name}: weight {weight} must be a finite number > 0")
+    exact = np.asarray(weights, float) / np.sum(weights) * MIXTURE_PERIOD
+    counts = exact.astype(np.int64)
+    missing = MIXTURE_PERIOD - int(counts.sum())
+    counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
+    if not counts.all():
+        raise UserError(
+            f"{names[int(counts.argmin())]}: its weight is below 1/{MIXTURE_PERIOD} of the mixture"
+        )
+    table = np.repeat(np.arange(len(names)), counts)
+    return np.random.RandomState(seed & 0xFFFFFFFF).permutation(table)
+
+
+def unigram_bits_per_byte(paths):
+    """What a model that knows only token frequencies scores on the val split: the baseline a real model must
+    beat.
+
+    Add-one frequencies over all train tokens; every val token but the first of each dataset is a target, BOS
+    and EOS included, as in `TokenStream.rows` without document_mask. Nats of all targets / (UTF-8 bytes of
+    the val text * ln 2).
+    """
+    train, val = _open_all(paths, "train"), _open_all(paths, "val")
+    counts = 1 + sum(source.histogram() for source in train)
+    targets = sum(source.histogram(start=1) for source in val)
+    nats = -np.sum(targets * np.log(counts / counts.sum()))
+    return float(nats / (sum(source.bytes for source in val) * math.log(2)))
