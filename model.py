@@ -1,0 +1,698 @@
+"""The LLaMA by hand: RMSNorm, rotary positions, SwiGLU, grouped-query attention, no bias - and its folder on disk.
+
+    python model.py configs/tiny.json            architecture report: exact counts, FLOPs, memory by part
+
+Letters: B batch, T positions, S keys at hand, C width, H query heads, K key/value heads, D head width, V vocabulary.
+Submodules carry the names of Hugging Face's LlamaForCausalLM, so `state_dict()` *is* the file: a saved folder needs no
+converter. Nothing here knows text, ranks or training; the losses are here because training and evaluation share them.
+"""
+
+import importlib.util
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import safetensors.torch
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from configurator import Fraction, PositiveFloat, Range, UserError, run
+
+IGNORE = -100  # label of a position that is not supervised
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture. Field names are the keys of the presets; `to_hf` and `from_hf` give config.json's."""
+
+    model_name: str = "custom"  # a name for people; nothing depends on it
+    n_layer: Annotated[int, Range(1, 512)] = 6  # transformer blocks
+    d_model: Annotated[int, Range(2, 65536)] = 256  # width C of the residual stream
+    n_head: Annotated[int, Range(1, 1024)] = 4  # query heads H; the head width is d_model / n_head
+    num_key_value_heads: Annotated[int, Range(1, 1024)] | None = None  # K; fewer than n_head is GQA, none = n_head
+    d_ff: Annotated[int, Range(1, 1 << 20)] = 1024  # inner width of the SwiGLU
+    vocab_size: Annotated[int, Range(8, 1 << 20)] = 32768  # V, the tokenizer's size
+    sequence_length: Annotated[int, Range(1, 1 << 20)] = 1024  # longest context, in tokens
+    dropout: Fraction = 0.0  # on embeddings, and the default of the two below
+    attention_dropout: Fraction | None = None  # on attention probabilities; none = dropout
+    hidden_dropout: Fraction | None = None  # on what each block adds to the residual stream; none = dropout
+    rope_theta: PositiveFloat = 10000.0  # base of the rotary frequencies
+    rope_scaling: dict | None = None  # {"rope_type": "linear", "factor": 2.0}, or "llama3" with its four numbers
+    layer_norm_epsilon: PositiveFloat = 1e-5  # inside RMSNorm's square root
+    initializer_range: PositiveFloat = 0.02  # standard deviation of the initial weights
+    tie_word_embeddings: bool = True  # one table for reading tokens and for predicting them
+    bos_token_id: Annotated[int, Range(0)] = 1  # opens every document
+    eos_token_id: Annotated[int, Range(0)] = 2  # closes every document
+    pad_token_id: Annotated[int, Range(0)] = 0  # fills short rows; never supervised
+
+    def __post_init__(self):
+        if self.d_model % self.n_head:
+            raise ValueError(f"d_model {self.d_model} is not divisible by n_head {self.n_head}")
+        if self.n_head % self.kv_heads:
+            raise ValueError(f"n_head {self.n_head} is not divisible by num_key_value_heads {self.kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head width d_model / n_head = {self.head_dim} is odd; rotary positions need pairs")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(self, name) >= self.vocab_size:
+                raise ValueError(f"{name} {getattr(self, name)} is outside the vocabulary of {self.vocab_size}")
+        check_rope_scaling(self.rope_scaling)
+
+    @property
+    def kv_heads(self):
+        return self.num_key_value_heads or self.n_head
+
+    @property
+    def head_dim(self):
+        return self.d_model // self.n_head
+
+    @property
+    def p_attention(self):
+        return self.dropout if self.attention_dropout is None else self.attention_dropout
+
+    @property
+    def p_hidden(self):
+        return self.dropout if self.hidden_dropout is None else self.hidden_dropout
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Rotary positions
+
+
+ROPE_SCALING_KEYS = {
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+}
+
+
+def check_rope_scaling(scaling):
+    """Raises ValueError unless `scaling` is None or names a known rule with exactly its numbers."""
+    if scaling is None:
+        return
+    kind = scaling.get("rope_type")
+    if kind not in ROPE_SCALING_KEYS:
+        raise ValueError(f"rope_scaling: rope_type must be one of linear, llama3; got {json.dumps(kind)}")
+    given = set(scaling) - {"rope_type"}
+    if given != ROPE_SCALING_KEYS[kind]:
+        raise ValueError(f"rope_scaling {kind} takes {sorted(ROPE_SCALING_KEYS[kind])}, got {sorted(given)}")
+    for key in given:
+        if isinstance(scaling[key], bool) or not isinstance(scaling[key], (int, float)) or scaling[key] <= 0:
+            raise ValueError(f"rope_scaling: {key} must be a number > 0, got {json.dumps(scaling[key])}")
+
+
+def rope_tables(cfg):
+    """Returns cos and sin, each (sequence_length, D/2) float32, for the rotate-half pairing (Su et al. 2021)."""
+    frequency = cfg.rope_theta ** (-torch.arange(0, cfg.head_dim, 2, dtype=torch.float64) / cfg.head_dim)
+    scaling = cfg.rope_scaling or {"rope_type": "none"}
+    if scaling["rope_type"] == "linear":  # Chen et al. 2023: positions squeezed by the factor
+        frequency = frequency / scaling["factor"]
+    elif scaling["rope_type"] == "llama3":  # slow frequencies are squeezed, fast ones kept, a ramp between
+        turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = keep * frequency + (1 - keep) * frequency / scaling["factor"]
+    angles = torch.arange(cfg.sequence_length, dtype=torch.float64)[:, None] * frequency
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x, cos, sin):
+    """Turns each pair (x[i], x[i + D/2]) by its position's angle. x (B, heads, T, D); cos, sin (.., 1, T, D/2)."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def choose_attention(device, length, flash_wanted=True):
+    """Returns (backend, reason): `flash` where the flash-attn package works, `math` where it measured faster, `sdpa`."""
+    device = torch.device(device)
+    if device.type == "cpu" and length <= 512:  # torch's CPU flash kernel loses to two plain matmuls on short rows
+        return "math", "explicit matmuls are the fastest on a CPU up to 512 positions"
+    if device.type != "cuda":
+        return "sdpa", "flash-attn needs CUDA"
+    if not flash_wanted:
+        return "sdpa", "flash_attn is off"
+    if importlib.util.find_spec("flash_attn") is None:
+        return "sdpa", "flash-attn is not installed (make install-flash)"
+    if torch.cuda.get_device_capability(device)[0] < 8:
+        return "sdpa", "flash-attn needs compute capability 8.0"
+    return "flash", "flash-attn is installed"
+
+
+def attend(q, k, v, mask=None, causal=True, dropout=0.0, backend="sdpa"):
+    """Softmax attention, the one place that knows three kernels.
+
+    q (B, H, T, D); k, v (B, K, S, D); mask (B or 1, 1, T, S) bool, True = may look, instead of `causal`.
+    Returns (B, H, T, D). flash-attn takes 16-bit inputs without a mask; what it can't take goes to SDPA.
+    """
+    if backend == "flash" and mask is None and q.dtype in (torch.float16, torch.bfloat16):
+        from flash_attn import flash_attn_func
+
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return flash_attn_func(q, k, v, dropout_p=dropout, causal=causal).transpose(1, 2)
+    if backend != "math":
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None, enable_gqa=grouped
+        )
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, T, S)
+    if mask is None and causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    weights = F.dropout(scores.float().softmax(dim=-1), dropout).to(v.dtype)
+    return weights @ v
+
+
+class KVCache:
+    """Keys and values of B rows, preallocated for `capacity` positions; passed to forward, never kept in the module.
+
+    While every row holds equally many positions (`start`), keys are appended and read as plain slices. A cache with
+    `start = None` is ragged: row b writes at `lengths[b]`, and reads the first `window` positions under a mask - fixed
+    shapes, as continuous batching and CUDA graphs want them.
+    """
+
+    def __init__(self, cfg, batch, capacity, device="cpu", dtype=torch.float32):
+        shape = (cfg.n_layer, batch, cfg.kv_heads, capacity, cfg.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
+        self.start = 0
+        self.window = self.capacity = capacity
+
+    def positions(self, count):
+        """Returns the positions (B, count) that the next `count` tokens of each row will take."""
+        return self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
+
+    def append(self, layer, k, v, positions):
+        """Stores k, v (B, K, T, D) of one layer and returns all keys and values that its queries may look at."""
+        k_all, v_all = self.k[layer], self.v[layer]
+        if self.start is not None:
+            end = self.start + k.shape[2]
+            k_all[:, :, self.start : end], v_all[:, :, self.start : end] = k, v
+            return k_all[:, :, :end], v_all[:, :, :end]
+        rows = torch.arange(len(k), device=k.device)[:, None]
+        k_all[rows, :, positions], v_all[rows, :, positions] = k.transpose(1, 2), v.transpose(1, 2)
+        return k_all[:, :, : self.window], v_all[:, :, : self.window]
+
+    def mask(self, positions):
+        """Returns the mask (B, 1, T, S) for queries at `positions`, or None where plain causality is right."""
+        count = positions.shape[1]
+        if self.start is not None and (self.start == 0 or count == 1):
+            return None
+        keys = self.window if self.start is None else self.start + count
+        return (torch.arange(keys, device=positions.device) <= positions[:, :, None])[:, None]
+
+    def advance(self, count):
+        self.lengths += count
+        self.start = None if self.start is None else self.start + count
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The network
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight (Zhang & Sennrich 2019), computed in float32 whatever comes in."""
+
+    def __init__(self, width, epsilon):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.epsilon = epsilon
+
+    def forward(self, x):
+        h = x.float()
+        h = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + self.epsilon)
+        return (h * self.weight).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg, layer):
+        super().__init__()
+        self.layer, self.head_dim, self.dropout, self.backend = layer, cfg.head_dim, cfg.p_attention, "sdpa"
+        self.q_proj = nn.Linear(cfg.d_model, cfg.n_head * cfg.head_dim, bias=False)
+        self.k_proj = nn.Linear(cfg.d_model, cfg.kv_heads * cfg.head_dim, bias=False)
+        self.v_proj = nn.Linear(cfg.d_model, cfg.kv_heads * cfg.head_dim, bias=False)
+        self.o_proj = nn.Linear(cfg.n_head * cfg.head_dim, cfg.d_model, bias=False)
+
+    def forward(self, x, rope, mask, positions, cache):
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, D)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        causal = True
+        if cache is not None:
+            causal = cache.start == 0  # later queries stand at the end of the keys: all visible, or a mask says
+            k, v = cache.append(self.layer, k.to(cache.k.dtype), v.to(cache.v.dtype), positions)
+        y = attend(q, k.to(q.dtype), v.to(q.dtype), mask, causal, self.dropout * self.training, self.backend)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.gate_proj = nn.Linear(cfg.d_model, cfg.d_ff, bias=False)
+        self.up_proj = nn.Linear(cfg.d_model, cfg.d_ff, bias=False)
+        self.down_proj = nn.Linear(cfg.d_ff, cfg.d_model, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg, layer):
+        super().__init__()
+        self.input_layernorm = RMSNorm(cfg.d_model, cfg.layer_norm_epsilon)
+        self.self_attn = Attention(cfg, layer)
+        self.post_attention_layernorm = RMSNorm(cfg.d_model, cfg.layer_norm_epsilon)
+        self.mlp = MLP(cfg)
+        self.dropout = nn.Dropout(cfg.p_hidden)
+
+    def forward(self, x, rope, mask, positions, cache):
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, mask, positions, cache))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+class Decoder(nn.Module):
+    """Everything below the head: ids (B, T) -> hidden states (B, T, C)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.dropout = nn.Dropout(cfg.dropout)
+        self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layer))
+        self.norm = RMSNorm(cfg.d_model, cfg.layer_norm_epsilon)
+        self.gradient_checkpointing = False  # recompute each block in the backward: less memory, one more forward
+        cos, sin = rope_tables(cfg)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, ids, positions=None, documents=None, cache=None):
+        if positions is None and cache is not None:
+            positions = cache.positions(ids.shape[1])
+        if positions is None:
+            cos, sin = self.cos[None, : ids.shape[1]], self.sin[None, : ids.shape[1]]
+        else:
+            cos, sin = self.cos[positions], self.sin[positions]
+        rope = (cos[:, None], sin[:, None])  # (B or 1, 1, T, D/2)
+        mask = cache.mask(positions) if cache is not None else document_mask(documents)
+        x = self.dropout(self.embed_tokens(ids))
+        if torch.is_autocast_enabled(x.device.type):  # the residual stream is what memory traffic is made of
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        for block in self.layers:
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, rope, mask, positions, cache, use_reentrant=False)
+            else:
+                x = block(x, rope, mask, positions, cache)
+        if cache is not None:
+            cache.advance(ids.shape[1])
+        return self.norm(x)
+
+
+def document_mask(documents):
+    """Returns (B, 1, T, T) bool: a token sees itself and earlier tokens of its own document; None for None."""
+    if documents is None:
+        return None
+    same = documents[:, :, None] == documents[:, None, :]
+    return same.tril()[:, None]
+
+
+class Llama(nn.Module):
+    """The language model. `forward` gives logits; `model` alone gives hidden states for the losses below.
+
+    forward(ids (B, T), positions (B, T) or None = 0..T-1, documents (B, T) or None, cache or None) -> (B, T, V).
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.model = Decoder(cfg)
+        self.lm_head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        self.apply(self._init)
+        for name, p in self.named_parameters():  # 2 n_layer branches add up: keep the sum's variance at one branch's
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                nn.init.normal_(p, std=cfg.initializer_range / math.sqrt(2 * cfg.n_layer))
+        if cfg.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def _init(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.cfg.initializer_range)
+
+    def forward(self, ids, positions=None, documents=None, cache=None):
+        return self.lm_head(self.model(ids, positions, documents, cache))
+
+    def use_attention(self, backend):
+        """Sets the attention backend of every block: `sdpa`, `math` or `flash` (see choose_attention)."""
+        for block in self.model.layers:
+            block.self_attn.backend = backend
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Losses: sums over supervised positions, never means; whoever calls divides by the count that is right for them
+
+
+def next_token_loss(model, batch):
+    """Returns (summed cross-entropy in nats, {}) of batch["labels"] (B, T), already shifted, -100 = unsupervised."""
+    hidden = model.model(batch["ids"], batch.get("positions"), batch.get("documents"))
+    return linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, batch["labels"].flatten()), {}
+
+
+def linear_cross_entropy(x, weight, labels):
+    """Returns the sum over labels != -100 of -log softmax(x @ weight.T)[label], without the (N, V) logits in memory.
+
+    x (N, C), weight (V, C), labels (N,). Logits are made a few rows at a time and turned, in their own buffer, into
+    their gradient, so the backward pass has nothing left to do but scale (the idea of Liger kernel's fused linear
+    cross-entropy, 2024). Exact up to the order of sums.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _LinearCrossEntropy.apply(x, weight, labels)
+    return token_nats(x, weight, labels).sum()
+
+
+@torch.no_grad()
+def token_nats(x, weight, labels):
+    """Returns -log p of each label, (N,) float32 nats, 0 where the label is -100. Shapes as linear_cross_entropy."""
+    weight = weight.to(x.dtype)
+    return torch.cat([nats(rows @ weight.T, to) for rows, to in _row_groups(x, labels, len(weight))])
+
+
+def _row_groups(x, labels, vocab_size):
+    """Splits the rows so that a group's logits are 2^25 numbers (CPU: cache and page faults) or 2^27 (launches)."""
+    rows = max(1, (1 << (25 if x.device.type == "cpu" else 27)) // vocab_size)
+    return zip(x.split(rows), labels.split(rows), strict=True)
+
+
+def nats(logits, labels):
+    """Returns -log softmax(logits)[label] per row in float32, 0 where the label is -100. logits (N, V), labels (N,)."""
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none")
+
+
+def nats_and_gradient(logits, labels):
+    """As `nats`, and overwrites `logits` with the gradient of the sum: softmax - onehot, 0 in unsupervised rows."""
+    supervised = labels != IGNORE
+    target = labels.clamp(min=0)
+    top = logits.float()
+    log_total = torch.logsumexp(top, dim=-1)
+    loss = torch.where(supervised, log_total - top.gather(1, target[:, None])[:, 0], 0.0)
+    hit = torch.arange(logits.shape[1], device=logits.device) == target[:, None]
+    gradient = torch.where(supervised[:, None], torch.exp(top - log_total[:, None]) - hit.float(), 0.0)
+    logits.copy_(gradient)
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    kernel = staticmethod(nats_and_gradient)  # train.py puts the compiled one here where it compiles
+
+    @staticmethod
+    def forward(ctx, x, weight, labels):
+        low = weight.to(x.dtype)
+        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        dx = torch.empty_like(x)
+        dweight = torch.zeros_like(weight) if weight.requires_grad else None
+        groups = _row_groups(x, labels, len(weight))
+        buffer, start = None, 0
+        for rows, to in groups:
+            if buffer is None or len(buffer) != len(rows):  # one buffer for all groups: a fresh one costs page faults
+                buffer = torch.empty(len(rows), len(weight), dtype=x.dtype, device=x.device)
+            torch.mm(rows, low.T, out=buffer)
+            total += _LinearCrossEntropy.kernel(buffer, to).sum()
+            torch.mm(buffer, low, out=dx[start : start + len(rows)])
+            if dweight is not None and dweight.dtype == x.dtype:
+                dweight.addmm_(buffer.T, rows)
+            elif dweight is not None:
+                dweight += buffer.T @ rows
+            start += len(rows)
+        ctx.save_for_backward(dx, dweight)
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream):
+        dx, dweight = ctx.saved_tensors
+        return dx * upstream, None if dweight is None else dweight * upstream, None
+
+
+def compile_model(model):
+    """Compiles the decoder and the loss kernel in place; no wrapper, so no prefix on any name."""
+    model.model.compile()
+    _LinearCrossEntropy.kernel = staticmethod(torch.compile(nats_and_gradient))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The folder on disk: a Hugging Face Llama folder
+
+
+def to_hf(cfg, dtype="float32"):
+    """Returns config.json's dict. Both `rope_theta` and `rope_parameters`: transformers 4 reads one, 5 the other."""
+    rope = {"rope_theta": cfg.rope_theta, "rope_type": "default"} | (cfg.rope_scaling or {})
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "model_name": cfg.model_name,
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.d_model,
+        "intermediate_size": cfg.d_ff,
+        "num_hidden_layers": cfg.n_layer,
+        "num_attention_heads": cfg.n_head,
+        "num_key_value_heads": cfg.kv_heads,
+        "head_dim": cfg.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": cfg.sequence_length,
+        "rms_norm_eps": cfg.layer_norm_epsilon,
+        "rope_theta": cfg.rope_theta,
+        "rope_scaling": cfg.rope_scaling,
+        "rope_parameters": rope,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": cfg.p_attention,
+        "hidden_dropout": cfg.p_hidden,
+        "dropout": cfg.dropout,
+        "initializer_range": cfg.initializer_range,
+        "tie_word_embeddings": cfg.tie_word_embeddings,
+        "bos_token_id": cfg.bos_token_id,
+        "eos_token_id": cfg.eos_token_id,
+        "pad_token_id": cfg.pad_token_id,
+        "use_cache": True,
+        "torch_dtype": dtype,
+        "dtype": dtype,
+    }
+
+
+def from_hf(hf, where="config.json"):
+    """Returns the ModelConfig of a Llama's config.json dict; UserError on what this model does not compute."""
+    refused = {
+        "model_type": hf.get("model_type") != "llama",
+        "hidden_act": hf.get("hidden_act", "silu") != "silu",
+        "attention_bias": bool(hf.get("attention_bias")),
+        "mlp_bias": bool(hf.get("mlp_bias")),
+    }
+    for key, bad in refused.items():
+        if bad:
+            raise UserError(f"{where}: {key} is {json.dumps(hf.get(key))}; only a Llama with silu and no bias loads")
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
+    if "type" in scaling:  # the older spelling
+        scaling["rope_type"] = scaling.pop("type")
+    eos = hf.get("eos_token_id", 2)
+    try:
+        cfg = ModelConfig(
+            model_name=hf.get("model_name") or "imported",
+            n_layer=hf["num_hidden_layers"],
+            d_model=hf["hidden_size"],
+            n_head=hf["num_attention_heads"],
+            num_key_value_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
+            d_ff=hf["intermediate_size"],
+            vocab_size=hf["vocab_size"],
+            sequence_length=hf.get("max_position_embeddings", 2048),
+            dropout=hf.get("dropout", 0.0),
+            attention_dropout=hf.get("attention_dropout", 0.0),
+            hidden_dropout=hf.get("hidden_dropout", 0.0),
+            rope_theta=rope.get("rope_theta") or hf.get("rope_theta", 10000.0),
+            rope_scaling=scaling if scaling.get("rope_type", "default") != "default" else None,
+            layer_norm_epsilon=hf.get("rms_norm_eps", 1e-6),
+            initializer_range=hf.get("initializer_range", 0.02),
+            tie_word_embeddings=hf.get("tie_word_embeddings", False),
+            bos_token_id=hf.get("bos_token_id", 1),
+            eos_token_id=eos[0] if isinstance(eos, list) else eos,
+            pad_token_id=hf.get("pad_token_id") or 0,
+        )
+    except KeyError as missing:
+        raise UserError(f"{where}: no {missing}; expected the config.json of a Llama") from None
+    except (TypeError, ValueError) as problem:
+        raise UserError(f"{where}: {problem}") from None
+    if hf.get("head_dim") not in (None, cfg.head_dim):
+        raise UserError(f"{where}: head_dim {hf['head_dim']} is not hidden_size / heads = {cfg.head_dim}")
+    return cfg
+
+
+def save_model(model, folder, stop_ids=None):
+    """Writes config.json, generation_config.json and model.safetensors into `folder`, which must exist.
+
+    `stop_ids`: ids that end an answer, for generation_config.json; the EOS id when None. A tied head is not stored.
+    """
+    folder, cfg = Path(folder), model.cfg
+    tensors = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
+    if cfg.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    stops = sorted(stop_ids or [cfg.eos_token_id])
+    generation = {"bos_token_id": cfg.bos_token_id, "eos_token_id": stops, "pad_token_id": cfg.pad_token_id}
+    (folder / "config.json").write_text(json.dumps(to_hf(cfg, dtype), indent=2) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def load_model(folder, device="cpu", dtype=torch.float32):
+    """Returns the Llama of a model folder in evaluation mode, parameters in `dtype` on `device`; UserError if it can't.
+
+    The rotary tables stay float32 in every dtype: positions lose their meaning in bfloat16.
+    """
+    folder = Path(folder)
+    cfg = read_config(folder)
+    model = Llama(cfg)
+    load_weights(model, folder / "model.safetensors")
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    return model.to(device).eval()
+
+
+def read_config(folder):
+    """Returns the ModelConfig of a model folder; UserError where there is none."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: not a model folder (no config.json)")
+    try:
+        hf = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise UserError(f"{path}: not JSON ({problem})") from None
+    if not isinstance(hf, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return from_hf(hf, str(path))
+
+
+def load_weights(model, path):
+    """Copies a safetensors file into `model`, after every name, shape and value has been checked. UserError if not."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: not found; expected the model's weights there")
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as problem:
+        raise UserError(f"{path}: not readable as safetensors ({problem})") from None
+    own = model.state_dict()
+    if model.cfg.tie_word_embeddings:
+        own.pop("lm_head.weight")
+        tensors.pop("lm_head.weight", None)
+    wrong = sorted(own.keys() ^ tensors.keys())
+    if wrong:
+        side = "missing" if wrong[0] in own else "unexpected"
+        raise UserError(f"{path}: {len(wrong)} missing or unexpected tensors: {', '.join(wrong[:5])} ({side}) ...")
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            have, want = ("x".join(map(str, t.shape)) for t in (tensor, own[name]))
+            raise UserError(f"{path}: {name} is {have}, the model wants {want}")
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise UserError(f"{path}: {len(broken)} tensors hold NaN or infinity: {', '.join(broken[:5])}")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The architecture report
+
+
+def count_parameters(cfg):
+    """Returns {"embedding", "head", "layers", "norm", "total", "non_embedding"} exactly, without building the model."""
+    attention = 2 * cfg.d_model**2 + 2 * cfg.d_model * cfg.kv_heads * cfg.head_dim
+    layer = attention + 3 * cfg.d_model * cfg.d_ff + 2 * cfg.d_model
+    table = cfg.vocab_size * cfg.d_model
+    parts = {
+        "embedding": table,
+        "head": 0 if cfg.tie_word_embeddings else table,
+        "layers": cfg.n_layer * layer,
+        "norm": cfg.d_model,
+    }
+    total = sum(parts.values())
+    return parts | {"total": total, "non_embedding": parts["layers"] + parts["norm"]}
+
+
+def flops_per_token(cfg):
+    """Returns training FLOPs per token, 6 N + 12 L C T: matrices and head, attention counted in full (PaLM, 2022)."""
+    matrices = count_parameters(cfg)["layers"] - cfg.n_layer * 2 * cfg.d_model + cfg.vocab_size * cfg.d_model
+    return 6 * matrices + 12 * cfg.n_layer * cfg.d_model * cfg.sequence_length
+
+
+def memory_parts(cfg, batch_size):
+    """Returns bytes by part of a 16-bit training step on batch_size full rows, and of one row's KV cache.
+
+    Activations per token and layer: two norm inputs and outputs, q, k, v, attention output, gate, up, product; a
+    kernel-fusing compiler saves those and little else, eager torch about 1.6 times as much.
+    """
+    total, tokens = count_parameters(cfg)["total"], batch_size * cfg.sequence_length
+    per_token = 6 * cfg.d_model + 2 * cfg.kv_heads * cfg.head_dim + 3 * cfg.d_ff
+    return {
+        "weights (fp32)": 4 * total,
+        "gradients (fp32)": 4 * total,
+        "Adam moments (fp32)": 8 * total,
+        f"activations ({batch_size} x {cfg.sequence_length}, 16 bit)": 2 * cfg.n_layer * per_token * tokens,
+        "logits, a group of rows at a time": 2 * min(tokens * cfg.vocab_size, 1 << 27),
+        "KV cache of one full row (16 bit)": 4 * cfg.n_layer * cfg.kv_heads * cfg.head_dim * cfg.sequence_length,
+    }
+
+
+def odd_shapes(cfg):
+    """Returns sentences about shapes that are legal but slow or unusual."""
+    advice = []
+    if cfg.vocab_size % 64:
+        advice.append(f"vocab_size {cfg.vocab_size} is not a multiple of 64: the head's matmul will be slower")
+    if cfg.d_model % 64 or cfg.d_ff % 64:
+        advice.append(f"d_model {cfg.d_model} and d_ff {cfg.d_ff} should be multiples of 64 for fast matmuls")
+    if cfg.head_dim not in (32, 64, 96, 128):
+        advice.append(f"head width {cfg.head_dim} is unusual; attention kernels like 64 or 128")
+    if not 2 <= cfg.d_ff / cfg.d_model <= 6:
+        advice.append(f"d_ff / d_model = {cfg.d_ff / cfg.d_model:.2f} is outside the usual 2 to 6")
+    return advice
+
+
+def report(cfg, batch_size=8):
+    """Returns the architecture report as lines of text."""
+    counts, flops = count_parameters(cfg), flops_per_token(cfg)
+    heads = f"{cfg.n_head} heads of {cfg.head_dim}, {cfg.kv_heads} for keys and values"
+    yield f"{cfg.model_name}: {cfg.n_layer} layers x {cfg.d_model}, {heads}, d_ff {cfg.d_ff}"
+    yield f"  vocabulary {cfg.vocab_size}, context {cfg.sequence_length}"
+    yield ""
+    yield f"  parameters      {counts['total']:>15,} total"
+    yield f"                  {counts['non_embedding']:>15,} without embeddings"
+    yield f"    embedding     {counts['embedding']:>15,} ({'tied to' if cfg.tie_word_embeddings else 'beside'} the head)"
+    yield f"    head          {counts['head']:>15,}"
+    yield f"    layers        {counts['layers']:>15,} = {cfg.n_layer} x {counts['layers'] // cfg.n_layer:,}"
+    yield f"  training FLOPs  {flops:>15,} per token (6N + 12LCT, head counted, attention in full)"
+    yield ""
+    yield "  memory of a training step, computed from the shapes (not measured)"
+    for part, size in memory_parts(cfg, batch_size).items():
+        yield f"    {part:<40} {size / 1e6:>10,.1f} MB"
+    yield ""
+    yield "  a LLaMA by construction: RMSNorm before each branch, rotary positions, SwiGLU, causal, no bias,"
+    yield f"    {'grouped-query' if cfg.kv_heads < cfg.n_head else 'multi-head'} attention"
+    for sentence in odd_shapes(cfg):
+        yield f"  warning: {sentence}"
+
+
+def main(cfg):
+    print("\n".join(report(cfg)))
+    if cfg.foreign_keys:
+        print(f"\n  not about the architecture, left to train.py: {', '.join(cfg.foreign_keys)}")
+
+
+if __name__ == "__main__":
+    run(main, ModelConfig, __doc__, foreign_keys=True)

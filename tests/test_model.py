@@ -1,0 +1,411 @@
+"""model.py against oracles: transformers' Llama, torch's cross-entropy, explicit softmax, hand counts."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+
+from configurator import UserError, configure
+from model import (
+    KVCache,
+    Llama,
+    ModelConfig,
+    attend,
+    count_parameters,
+    flops_per_token,
+    from_hf,
+    load_model,
+    memory_parts,
+    next_token_loss,
+    rotate,
+    rope_tables,
+    save_model,
+    to_hf,
+    token_nats,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ModelConfig(
+    n_layer=2, d_model=64, n_head=4, num_key_value_heads=2, d_ff=96, vocab_size=199, sequence_length=32
+)
+VARIANTS = {
+    "tied-gqa": SMALL,
+    "untied": replace(SMALL, tie_word_embeddings=False, num_key_value_heads=None),
+    "rope-linear": replace(SMALL, rope_scaling={"rope_type": "linear", "factor": 2.0}, rope_theta=5e5),
+    "rope-llama3": replace(
+        SMALL,
+        rope_scaling={
+            "rope_type": "llama3",
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ),
+}
+
+
+def build(cfg, seed=0):
+    torch.manual_seed(seed)
+    model = Llama(cfg).eval()
+    for name, p in model.named_parameters():  # far from the calm of initialization, so that mistakes show
+        if p.ndim == 2:
+            torch.nn.init.normal_(p, std=0.15)
+        elif "norm" in name:
+            torch.nn.init.uniform_(p, 0.5, 1.5)
+    return model
+
+
+def some_ids(cfg, *shape, seed=1):
+    return torch.randint(cfg.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- the published counts
+
+
+@pytest.mark.parametrize(
+    ("preset", "non_embedding", "total"),
+    [
+        ("tiny", 6_294_784, 14_683_392),
+        ("small", 50_344_448, 67_121_664),
+        ("base", 226_530_048, 251_695_872),
+        ("advanced_example", 98_325_120, 140_268_160),
+    ],
+)
+def test_preset_counts_are_the_published_ones(preset, non_embedding, total):
+    cfg = configure(ModelConfig, [str(ROOT / f"configs/{preset}.json")], foreign_keys=True)
+    counts = count_parameters(cfg)
+    assert (counts["non_embedding"], counts["total"]) == (non_embedding, total)
+
+
+@pytest.mark.parametrize("cfg", VARIANTS.values(), ids=VARIANTS)
+def test_counts_equal_the_built_model(cfg):
+    model = Llama(cfg)
+    assert count_parameters(cfg)["total"] == sum(p.numel() for p in model.parameters())
+
+
+def test_flops_of_tiny_equal_the_hand_computed_sum():
+    cfg = ModelConfig()  # tiny's shape: blocks 6*16*L*d^2, head 6*V*d, attention 12*L*d*T
+    assert flops_per_token(cfg) == 37_748_736 + 50_331_648 + 18_874_368
+
+
+def test_kv_cache_bytes_in_the_report_are_those_of_a_real_cache():
+    cache = KVCache(SMALL, 1, SMALL.sequence_length, dtype=torch.bfloat16)
+    assert memory_parts(SMALL, 1)["KV cache of one full row (16 bit)"] == 2 * cache.k.numel() * 2
+
+
+# ---- against transformers
+
+
+@pytest.mark.parametrize("cfg", VARIANTS.values(), ids=VARIANTS)
+def test_saved_folder_gives_the_same_logits_in_transformers(cfg, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model, ids = build(cfg), some_ids(cfg, 3, 32)
+    save_model(model, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert type(theirs).__name__ == "LlamaForCausalLM"
+    with torch.no_grad():
+        assert torch.allclose(model(ids), theirs(ids).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_folder_saved_by_transformers_loads_with_the_same_logits(tied, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    hf = transformers.LlamaConfig(
+        vocab_size=99, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=3, max_position_embeddings=64, tie_word_embeddings=tied, rms_norm_eps=1e-5,
+    )  # fmt: skip
+    theirs = transformers.LlamaForCausalLM(hf).eval()
+    theirs.save_pretrained(tmp_path)
+    ours, ids = load_model(tmp_path), some_ids(SMALL, 2, 20) % 99
+    with torch.no_grad():
+        assert torch.allclose(ours(ids), theirs(ids).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("cfg", VARIANTS.values(), ids=VARIANTS)
+def test_folder_round_trip_is_exact(cfg, tmp_path):
+    model = build(replace(cfg, model_name="mine", dropout=0.1, attention_dropout=0.2))
+    save_model(model, tmp_path)
+    again = load_model(tmp_path)
+    assert to_hf(again.cfg) == to_hf(model.cfg)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_every_key_of_the_advanced_preset_reaches_the_model():
+    cfg = configure(ModelConfig, [str(ROOT / "configs/advanced_example.json")], foreign_keys=True)
+    model = Llama(replace(cfg, n_layer=1, d_ff=64, vocab_size=512))
+    block = model.model.layers[0]
+    assert block.self_attn.k_proj.weight.shape == (5 * 64, 640)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert (block.dropout.p, block.self_attn.dropout, model.model.dropout.p) == (0.1, 0.0, 0.1)
+    assert block.input_layernorm.epsilon == 1e-5
+    assert len(model.model.cos) == 1536
+
+
+# ---- attention, positions, masks
+
+
+def explicit_attention(q, k, v, mask):
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = (q.double() @ k.double().transpose(-1, -2)) / q.shape[-1] ** 0.5
+    return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v.double()).float()
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "math"])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
+def test_every_backend_is_softmax_attention(backend, heads):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, 9, 8, generator=g) for h in (heads[0], heads[1], heads[1]))
+    causal = torch.ones(9, 9, dtype=torch.bool).tril()
+    assert torch.allclose(attend(q, k, v, backend=backend), explicit_attention(q, k, v, causal), atol=1e-5)
+    mask = (torch.rand(2, 1, 9, 9, generator=g) < 0.5) | torch.eye(9, dtype=torch.bool)
+    assert torch.allclose(attend(q, k, v, mask, backend=backend), explicit_attention(q, k, v, mask), atol=1e-5)
+
+
+def test_a_later_token_changes_no_earlier_output():
+    model, ids = build(SMALL), some_ids(SMALL, 1, 20)
+    other = ids.clone()
+    other[0, 11] = (other[0, 11] + 1) % SMALL.vocab_size
+    with torch.no_grad():
+        before, after = model(ids), model(other)
+    assert torch.equal(before[:, :11], after[:, :11])
+    assert not torch.equal(before[:, 11:], after[:, 11:])
+
+
+def test_rotary_scores_depend_on_distance_only():
+    cos, sin = rope_tables(replace(SMALL, sequence_length=64))
+    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
+
+    def score(i, j):
+        return (rotate(q, cos[i], sin[i]) * rotate(k, cos[j], sin[j])).sum()
+
+    assert torch.allclose(score(5, 2), score(40, 37), atol=1e-5)
+    assert not torch.allclose(score(5, 2), score(5, 3), atol=1e-3)
+
+
+@pytest.mark.parametrize("cfg", VARIANTS.values(), ids=VARIANTS)
+def test_cached_forward_in_pieces_equals_the_whole(cfg):
+    model, ids = build(cfg), some_ids(cfg, 2, 24)
+    cache = KVCache(cfg, 2, 32)
+    with torch.no_grad():
+        pieces = [model(part, cache=cache) for part in ids.split([5, 1, 9, 1, 8], dim=1)]
+        assert torch.allclose(torch.cat(pieces, 1), model(ids), atol=2e-5)
+
+
+def test_ragged_cache_rows_equal_rows_alone():
+    model, ids = build(SMALL), some_ids(SMALL, 3, 12)
+    lengths = [3, 7, 5]
+    cache = KVCache(SMALL, 3, 16)
+    with torch.no_grad():
+        for row, n in enumerate(lengths):  # prefill each row alone, then put it into the shared cache
+            own = KVCache(SMALL, 1, 16)
+            model(ids[row : row + 1, :n], cache=own)
+            cache.k[:, row], cache.v[:, row], cache.lengths[row] = own.k[:, 0], own.v[:, 0], n
+        cache.start = None
+        step = torch.stack([ids[row, n : n + 1] for row, n in enumerate(lengths)])
+        together = model(step, cache=cache)
+        for row, n in enumerate(lengths):
+            assert torch.allclose(together[row, -1], model(ids[row : row + 1, : n + 1])[0, -1], atol=2e-5)
+
+
+def test_documents_in_one_row_do_not_see_each_other():
+    model, ids = build(SMALL), some_ids(SMALL, 1, 12)
+    documents = torch.tensor([[0] * 5 + [1] * 7])
+    positions = torch.tensor([[*range(5), *range(7)]])
+    with torch.no_grad():
+        packed = model(ids, positions, documents)
+        assert torch.allclose(packed[:, :5], model(ids[:, :5]), atol=1e-5)
+        assert torch.allclose(packed[:, 5:], model(ids[:, 5:]), atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["dropout", "attention_dropout", "hidden_dropout"])
+@pytest.mark.parametrize("backend", ["sdpa", "math"])
+def test_each_dropout_acts_in_training_and_only_there(where, backend):
+    none = {"dropout": 0.0, "attention_dropout": 0.0, "hidden_dropout": 0.0}
+    model, ids = build(replace(SMALL, **none | {where: 0.5})), some_ids(SMALL, 2, 16)
+    model.use_attention(backend)
+    with torch.no_grad():
+        quiet = model.eval()(ids)
+        assert torch.equal(quiet, model(ids))
+        assert not torch.allclose(quiet, model.train()(ids), atol=1e-3)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    ids, labels = some_ids(SMALL, 2, 16), some_ids(SMALL, 2, 16, seed=2)
+    gradients = []
+    for wanted in (False, True):
+        model = build(replace(SMALL, dropout=0.1)).train()
+        model.model.gradient_checkpointing = wanted
+        torch.manual_seed(5)  # the same dropout, which the recomputation must draw again
+        next_token_loss(model, {"ids": ids, "labels": labels})[0].backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+# ---- losses
+
+
+@pytest.mark.parametrize("rows_per_group", [1, 7, 1000])
+@pytest.mark.parametrize("tied", [True, False])
+def test_loss_and_gradients_equal_torch_cross_entropy(rows_per_group, tied, monkeypatch):
+    cfg = replace(SMALL, tie_word_embeddings=tied)
+    ids, labels = some_ids(cfg, 3, 11), some_ids(cfg, 3, 11, seed=2)
+    labels[0, :4] = labels[2, 10] = -100
+    monkeypatch.setattr("model._row_groups", lambda x, y, v: zip(x.split(rows_per_group), y.split(rows_per_group)))
+    model = build(cfg)
+    expected = F.cross_entropy(model(ids).flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+    expected.backward()
+    want = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    loss, _ = next_token_loss(model, {"ids": ids, "labels": labels})
+    (loss / 7).backward()
+    assert torch.allclose(loss, expected, rtol=1e-6)
+    for name, p in model.named_parameters():
+        assert torch.allclose(p.grad * 7, want[name], atol=2e-4, rtol=1e-4), name
+    with torch.no_grad():
+        assert torch.allclose(next_token_loss(model, {"ids": ids, "labels": labels})[0], expected, rtol=1e-6)
+
+
+def test_uniform_model_has_the_vocabulary_as_perplexity():
+    model, labels = build(SMALL), some_ids(SMALL, 50)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    nats = token_nats(torch.randn(50, 64), model.lm_head.weight, labels).double().mean()
+    assert nats.exp().item() == pytest.approx(SMALL.vocab_size, rel=1e-6)
+
+
+def test_all_labels_ignored_is_zero_loss_and_zero_gradient():
+    model, ids = build(SMALL), some_ids(SMALL, 1, 8)
+    loss, _ = next_token_loss(model, {"ids": ids, "labels": torch.full_like(ids, -100)})
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or p.grad.count_nonzero() == 0 for p in model.parameters())
+
+
+def test_bf16_autocast_stays_near_fp32():
+    model, ids, labels = build(SMALL), some_ids(SMALL, 2, 16), some_ids(SMALL, 2, 16, seed=3)
+    exact = next_token_loss(model, {"ids": ids, "labels": labels})[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = next_token_loss(model, {"ids": ids, "labels": labels})[0]
+    assert rough.dtype == torch.float32
+    assert rough.item() == pytest.approx(exact.item(), rel=0.03)
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"d_model": 250}, "d_model 250 is not divisible by n_head 4"),
+        ({"num_key_value_heads": 3}, "n_head 4 is not divisible by num_key_value_heads 3"),
+        ({"d_model": 12}, "head width d_model / n_head = 3 is odd"),
+        ({"eos_token_id": 199}, "eos_token_id 199 is outside the vocabulary of 199"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, 'must be one of linear, llama3; got "yarn"'),
+        ({"rope_scaling": {"rope_type": "linear"}}, "takes ['factor'], got []"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor must be a number > 0"),
+    ],
+)
+def test_impossible_shapes_are_refused_by_name(change, words):
+    with pytest.raises(ValueError) as refusal:
+        replace(SMALL, **change)
+    assert words in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "gpt2"}, 'model_type is "gpt2"'),
+        ({"hidden_act": "gelu"}, 'hidden_act is "gelu"'),
+        ({"attention_bias": True}, "attention_bias is true"),
+        ({"head_dim": 32}, "head_dim 32"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, '"yarn"'),
+        ({"hidden_size": None}, "hidden_size"),
+    ],
+)
+def test_foreign_configurations_are_refused_by_name(change, words):
+    hf = to_hf(SMALL) | change
+    hf = {k: v for k, v in hf.items() if v is not None}
+    with pytest.raises(UserError) as refusal:
+        from_hf(hf)
+    assert words in str(refusal.value)
+
+
+def damaged(folder, change):
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    change(tensors)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop("model.norm.weight"), "model.norm.weight (missing)"),
+        (lambda t: t.update(extra=torch.zeros(1)), "extra (unexpected)"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(3)}), "model.norm.weight is 3, the model wants 64"),
+        (lambda t: t["model.norm.weight"].fill_(float("nan")), "1 tensors hold NaN"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_by_name(change, words, tmp_path):
+    save_model(build(SMALL), tmp_path)
+    damaged(tmp_path, change)
+    with pytest.raises(UserError) as refusal:
+        load_model(tmp_path)
+    assert words in str(refusal.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x00" * 100])
+def test_garbage_instead_of_weights_is_one_line(content, tmp_path):
+    save_model(build(SMALL), tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError) as refusal:
+        load_model(tmp_path)
+    assert "not readable as safetensors" in str(refusal.value)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(UserError, match="not a model folder"):
+        load_model(tmp_path)
+
+
+def test_rotary_tables_stay_exact_in_bf16(tmp_path):
+    save_model(build(SMALL), tmp_path)
+    model = load_model(tmp_path, dtype=torch.bfloat16)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert model.model.cos.dtype == torch.float32
+
+
+# ---- the command
+
+
+def report(*args):
+    return subprocess.run(
+        [sys.executable, "model.py", *args], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_report_prints_exact_counts():
+    done = report("configs/tiny.json")
+    assert done.returncode == 0, done.stderr
+    assert "14,683,392" in done.stdout
+    assert "6,294,784" in done.stdout
+
+
+def test_every_model_preset_reports():
+    for path in sorted((ROOT / "configs").glob("*.json")):
+        if "n_layer" in json.loads(path.read_text()):
+            cfg = configure(ModelConfig, [str(path)], foreign_keys=True)
+            assert count_parameters(cfg)["total"] > 0
+
+
+def test_impossible_preset_exits_2_with_one_line():
+    done = report("configs/tiny.json", "--n_head=3")
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: d_model 256 is not divisible by n_head 3"
+    assert done.stdout == ""

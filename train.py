@@ -1,0 +1,935 @@
+"""One training loop, `fit`, and its first user: pretraining.
+
+    python train.py configs/tiny.json --data_path=data/processed/docstrings --output_dir=checkpoints/pretrain/tiny
+    torchrun --nproc_per_node=2 train.py configs/tiny.json --batch_size=8
+    python train.py configs/tiny.json --resume_from_checkpoint=auto
+
+Read from the top: the configuration, the world (ranks, device, precision), optimizer and schedule, checkpoints, the
+log, `fit`, pretraining. Data parallelism is done by hand - weights broadcast once, gradients summed each step - so
+there is no wrapper around the model; losses are sums, divided by the count of supervised tokens of the whole step, so
+that neither accumulation nor the number of ranks changes the result.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from configurator import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    UserError,
+    narrow,
+    run,
+    save_config,
+)
+from data import TokenStream, unigram_bits_per_byte
+from model import (
+    KVCache,
+    Llama,
+    ModelConfig,
+    choose_attention,
+    compile_model,
+    flops_per_token,
+    load_weights,
+    next_token_loss,
+    save_model,
+)
+from tokenizer import Tokenizer
+
+FORMAT = 1  # of a checkpoint; a newer one is refused, not guessed at
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """What every training shares. Nothing changes it after `configure`."""
+
+    output_dir: str = "checkpoints/run"  # checkpoints, metrics.jsonl and final/ go here
+    resume_from_checkpoint: str | None = None  # auto = the newest sound one in output_dir, or a checkpoint folder
+    allow_config_change: bool = False  # resume although the configuration differs from the checkpoint's
+    allow_world_size_change: bool = False  # resume on another number of ranks, at the same global batch
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto = cuda, else mps, else cpu
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of matmuls; weights and optimizer stay fp32
+    compile: bool | None = None  # torch.compile; none = on CUDA only, where it pays for its start-up soonest
+    flash_attn: bool = True  # use the flash-attn package where it is installed and supported
+    gradient_checkpointing: bool = False  # recompute blocks in the backward: less memory, about a quarter slower
+    deterministic: bool = True  # refuse kernels whose result changes from run to run
+    seed: int = 42  # initial weights, data order and dropout
+
+    batch_size: PositiveInt = 8  # rows per micro-batch and rank
+    gradient_accumulation_steps: PositiveInt = 1  # micro-batches per step and rank
+    max_steps: PositiveInt | None = None  # optimizer steps; none = as num_train_epochs or max_minutes say
+    num_train_epochs: PositiveFloat | None = None  # passes over the data; 1 when nothing else ends the run
+    max_minutes: PositiveFloat | None = None  # time box: the schedule follows the clock and ends with it
+
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon on the blocks' matrices, AdamW on the rest
+    learning_rate: PositiveFloat = 3e-4  # at the top of the schedule
+    min_lr: NonNegativeFloat | None = None  # at its end; none = a tenth of learning_rate
+    warmup_steps: NonNegativeInt = 100  # linear rise to the top (a tenth of a time box at most)
+    weight_decay: NonNegativeFloat = 0.1  # on matrices only, not on embeddings and norms
+    beta1: Fraction = 0.9  # AdamW's memory of the gradient
+    beta2: Fraction = 0.95  # AdamW's memory of its square
+    max_grad_norm: PositiveFloat = 1.0  # gradients longer than this are scaled down to it
+    max_bad_steps: PositiveInt = 10  # stop after so many steps in a row with a gradient that is not finite
+
+    logging_steps: PositiveInt = 10  # steps between log lines
+    eval_steps: PositiveInt = 500  # steps between validations
+    save_steps: PositiveInt = 500  # steps between checkpoints
+    keep_last: PositiveInt = 3  # checkpoints kept; older ones are deleted
+
+    def __post_init__(self):
+        if self.max_steps and self.warmup_steps > self.max_steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} is more than max_steps {self.max_steps}")
+        if self.min_lr is not None and self.min_lr > self.learning_rate:
+            raise ValueError(f"min_lr {self.min_lr} is more than learning_rate {self.learning_rate}")
+
+    @property
+    def floor(self):
+        return self.learning_rate / 10 if self.min_lr is None else self.min_lr
+
+
+# Keys that may differ between a checkpoint and the run that resumes it: they do not change what is computed.
+FREE_ON_RESUME = {
+    *("output_dir", "resume_from_checkpoint", "allow_config_change", "allow_world_size_change", "device", "compile"),
+    *("flash_attn", "deterministic", "max_bad_steps", "logging_steps", "eval_steps", "save_steps", "keep_last"),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The world: ranks, device, precision, random numbers
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is among its equals, and the two sums that data parallelism is made of."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def sum(self, *numbers):
+        """Returns the sums of `numbers` over all ranks, as float64 - exact for counts. Waits for every rank."""
+        if self.size == 1:
+            return numbers
+        totals = torch.tensor(numbers, dtype=torch.float64)  # on the CPU: no wait for the GPU
+        dist.all_reduce(totals)
+        return totals.tolist()
+
+    def sum_gradients(self, parameters, bucket=1 << 23):
+        """Replaces every gradient by its sum over ranks, in flat buckets of about `bucket` numbers."""
+        if self.size == 1:
+            return
+        group, length = [], 0
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            group.append(p.grad)
+            length += p.grad.numel()
+            if length >= bucket:
+                self._sum_flat(group)
+                group, length = [], 0
+        if group:
+            self._sum_flat(group)
+
+    def _sum_flat(self, tensors):
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            t.copy_(total.view_as(t))
+
+    def broadcast(self, tensors):
+        """Overwrites `tensors` with rank 0's."""
+        for t in tensors if self.size > 1 else ():
+            dist.broadcast(t.detach(), 0)
+
+    def barrier(self):
+        self.sum(0)
+
+    def say(self, text):
+        if self.rank == 0:
+            print(text, flush=True)
+
+
+@contextlib.contextmanager
+def open_world(cfg):
+    """Yields the World that torchrun's environment describes, or a world of one; tidies up on the way out."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = choose_device(cfg.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if device.type == "cpu":
+        tune_cpu(size)
+    if size > 1:  # numbers that steer the run travel through gloo, gradients through nccl where there is CUDA
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first CUDA matmul
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield World(rank, size, device)
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
+
+
+def choose_device(wanted):
+    """Returns the torch.device for `auto`, `cpu`, `cuda` or `mps`; UserError where it does not exist."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        wanted = next(name for name, found in there.items() if found)
+    if not there[wanted]:
+        raise UserError(f"device={wanted}: this machine has no {wanted.upper()} device; use --device=cpu")
+    return torch.device(wanted)
+
+
+def cpu_flags():
+    """Returns what the processor can do, as {"avx512_bf16": True, ...}; empty where torch can't tell."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
+def tune_cpu(ranks=1):
+    """Settings that measurably help on a CPU; none of them changes a result.
+
+    Threads follow the affinity mask. glibc is told to keep big blocks instead of returning them to the kernel at
+    every free: page faults on fresh tensors cost as much as the matmuls that fill them.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(max(1, cores // ranks))
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc only
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def choose_dtype(wanted, device):
+    """Returns (dtype of matmuls, reason)."""
+    if wanted == "fp16" and device.type != "cuda":
+        raise UserError("dtype=fp16 needs CUDA; use --dtype=bf16 or --dtype=fp32")
+    if wanted != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[wanted], "as asked"
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device)[0] >= 8:
+            return torch.bfloat16, "the GPU multiplies bf16 natively"
+        return torch.float16, "the GPU has fp16 units but no bf16"
+    flags = cpu_flags()
+    if flags.get("avx512_bf16") or flags.get("amx_bf16"):
+        return torch.bfloat16, "the CPU multiplies bf16 natively"
+    return torch.float32, f"no 16-bit units on this {device.type}"
+
+
+def seed_everything(seed):
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)  # all devices
+
+
+def rng_state(device):
+    """Returns the state of every global generator as builtins and tensors (all that weights_only=True reads)."""
+    kind, keys, *rest = np.random.get_state()
+    state = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest], "torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state, device):
+    random.setstate(state["python"])
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Optimizer and schedule
+
+
+def make_optimizers(cfg, model, device):
+    """Returns the optimizers of cfg.optimizer over the trainable parameters; decay on matrices, not on embeddings."""
+    matrices, rest = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            embedding = "embed_tokens" in name or (name == "lm_head.weight" and model.cfg.tie_word_embeddings)
+            (matrices if p.ndim == 2 and not embedding else rest).append((name, p))
+    head = [p for name, p in matrices if name == "lm_head.weight"]
+    blocks = [p for name, p in matrices if name != "lm_head.weight"]
+    decayed = {"params": head if cfg.optimizer == "muon" else head + blocks, "weight_decay": cfg.weight_decay}
+    groups = [decayed, {"params": [p for _, p in rest], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(
+        [g for g in groups if g["params"]],
+        lr=cfg.learning_rate,
+        betas=(cfg.beta1, cfg.beta2),
+        fused=device.type in ("cuda", "cpu", "mps"),
+    )
+    if cfg.optimizer == "adamw":
+        return [adamw]
+    if not hasattr(torch.optim, "Muon"):
+        raise UserError(f"optimizer=muon needs torch 2.9 or later, this is {torch.__version__}")
+    # match_rms_adamw scales each update to AdamW's usual length, so one learning rate serves both (Liu et al. 2025)
+    muon = torch.optim.Muon(
+        blocks, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    return [muon, adamw]
+
+
+def lr_at(cfg, step, progress):
+    """Returns the learning rate of `step` (from 0) when `progress` (0..1) of the run is behind: warmup, then cosine.
+
+    In a time box the warmup is over at a tenth of it, however slow the machine.
+    """
+    warm = (step + 1) / cfg.warmup_steps if cfg.warmup_steps else 1.0
+    if cfg.max_minutes:
+        warm = max(warm, progress / 0.1)
+    if warm < 1:
+        return cfg.learning_rate * warm
+    return cfg.floor + (cfg.learning_rate - cfg.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def total_steps(cfg, rows, world_size):
+    """Returns the number of optimizer steps, or None when only the clock ends the run."""
+    if cfg.max_steps:
+        return cfg.max_steps
+    if cfg.max_minutes and not cfg.num_train_epochs:
+        return None
+    rows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * world_size
+    return max(1, math.ceil((cfg.num_train_epochs or 1) * rows / rows_per_step))
+
+
+class Clock:
+    """Seconds of training, those before a resume included, and the share of the run that is behind."""
+
+    def __init__(self, cfg, total, before=0.0):
+        self.total, self.limit = total, cfg.max_minutes and 60 * cfg.max_minutes
+        self.began = time.monotonic() - before
+
+    @property
+    def seconds(self):
+        return time.monotonic() - self.began
+
+    def progress(self, step, seconds):
+        """Returns 0..1, by steps or by time, whichever is further; 1 ends the run."""
+        by_step = step / self.total if self.total else 0.0
+        by_time = seconds / self.limit if self.limit else 0.0
+        return max(by_step, by_time)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Checkpoints: written beside, hashed, renamed into place; verified before anything is read
+
+
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def fsync(path):
+    """Forces a file or folder to the disk, where the system can."""
+    with contextlib.suppress(OSError):  # Windows opens no folders
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def seal(folder):
+    """Writes manifest.json, last of all: name, size and sha256 of every file in `folder`."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    entries = {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
+    for p in files:
+        fsync(p)
+    (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1) + "\n")
+    fsync(folder / "manifest.json")
+
+
+def problem_with(folder):
+    """Returns None if `folder` is a sound checkpoint, else what is wrong with it, in one line."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        version, files = manifest["format"], manifest["files"]
+        wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except FileNotFoundError:
+        return "no manifest.json: it was never finished"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "manifest.json is not readable"
+    if version != FORMAT:
+        return f"format {version}, this program reads {FORMAT}"
+    if not wanted.keys() >= {"model.safetensors", "train_state/state.pt", "train_state/rng_00000.pt", "run.json"}:
+        return "manifest.json does not list a whole checkpoint"
+    for name, (size, digest) in wanted.items():
+        path = folder / name
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            return f"illegal file name {name!r} in manifest.json"
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, expected {size}"
+        found = sha256(path)
+        if found != digest:
+            return f"{name}: checksum mismatch (expected {digest[:8]}.., got {found[:8]}..)"
+    return None
+
+
+def checkpoints(output_dir):
+    """Returns the step_* folders of `output_dir`, newest first - by number: step_10000 comes before step_2000."""
+    found = [p for p in Path(output_dir).glob("step_*") if p.name[5:].isdigit() and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
+
+
+def find_checkpoint(cfg, say):
+    """Returns the folder to resume from, or None for a fresh start; UserError rather than a silent restart."""
+    wanted, there = cfg.resume_from_checkpoint, checkpoints(cfg.output_dir)
+    if wanted is None:
+        if there or (Path(cfg.output_dir) / "final").exists():
+            raise UserError(
+                f"{cfg.output_dir} already holds a run; continue it with --resume_from_checkpoint=auto, "
+                "or choose another --output_dir"
+            )
+        return None
+    if wanted != "auto":
+        problem = problem_with(Path(wanted))
+        if problem:
+            raise UserError(f"{wanted}: not a sound checkpoint: {problem}")
+        return Path(wanted)
+    bad = []
+    for folder in there:
+        problem = problem_with(folder)
+        if problem is None:
+            for line in bad:
+                say(f"warning: {line}; going back to {folder.name}")
+            return folder
+        bad.append(f"{folder.name}: {problem}")
+    if bad:
+        raise UserError(f"{cfg.output_dir}: no sound checkpoint to resume from: " + "; ".join(bad))
+    return None
+
+
+def read_tensors(path):
+    """Returns what torch.save wrote to `path`; only tensors and builtins are ever loaded."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:  # torch raises six different types for a foreign file
+        raise UserError(f"{path}: not a plain checkpoint file ({str(problem).splitlines()[0][:200]})") from None
+
+
+def check_same_run(cfg, world, folder):
+    """Raises UserError if the run that wrote `folder` was configured otherwise than `cfg` in a way that matters."""
+    then = json.loads((folder / "run.json").read_text())
+    size_then = then.pop("_world_size")
+    now = json.loads(json.dumps(dataclasses.asdict(cfg)))
+    changed = [k for k in now if k not in FREE_ON_RESUME and then.get(k) != now[k]]
+    if world.size != size_then:
+        rows_then = then["batch_size"] * then["gradient_accumulation_steps"] * size_then
+        rows_now = cfg.batch_size * cfg.gradient_accumulation_steps * world.size
+        if not cfg.allow_world_size_change:
+            raise UserError(
+                f"{folder}: was made with {size_then} ranks, now {world.size}; "
+                "use as many, or --allow_world_size_change at the same global batch"
+            )
+        if rows_then != rows_now:
+            raise UserError(f"{folder}: global batch was {rows_then} rows, now {rows_now}; it must stay the same")
+        changed = [k for k in changed if k not in ("batch_size", "gradient_accumulation_steps")]
+    if changed and not cfg.allow_config_change:
+        listed = ", ".join(f"{k} was {json.dumps(then.get(k))}, now {json.dumps(now[k])}" for k in changed[:5])
+        raise UserError(f"{folder}: made with another configuration: {listed}; --allow_config_change accepts it")
+
+
+class State:
+    """Everything a resume needs: model, optimizers, scaler and counters. Random numbers are kept per rank."""
+
+    def __init__(self, cfg, model, world, dtype):
+        self.model = model
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizers = make_optimizers(cfg, model, world.device)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
+        self.step, self.seconds, self.tokens, self.bad_steps = 0, 0.0, 0, 0
+
+    def counters(self):
+        return {"step": self.step, "seconds": self.seconds, "tokens": self.tokens, "bad_steps": self.bad_steps}
+
+    def save(self, folder, cfg, world, write_model):
+        """Writes this state as checkpoint `folder`: all of it or nothing. Every rank must call it.
+
+        A folder of the same name that is there already was found broken by find_checkpoint, or is this very step's.
+        """
+        tmp = folder.with_name(f".tmp-{folder.name}")
+        if world.rank == 0:
+            shutil.rmtree(tmp, ignore_errors=True)
+            (tmp / "train_state").mkdir(parents=True)
+        world.barrier()
+        torch.save(rng_state(world.device), tmp / "train_state" / f"rng_{world.rank:05d}.pt")
+        world.barrier()
+        if world.rank == 0:
+            write_model(self.model, tmp)
+            state = self.counters() | {
+                "optimizers": [o.state_dict() for o in self.optimizers],
+                "scaler": self.scaler.state_dict(),
+            }
+            torch.save(state, tmp / "train_state" / "state.pt")
+            write_run_json(cfg, world, tmp)
+            seal(tmp)
+            remove(folder)
+            os.rename(tmp, folder)
+            fsync(folder.parent)
+        world.barrier()
+
+    def load(self, folder, world):
+        """Restores optimizers, scaler, counters and this rank's random numbers; the weights are the caller's."""
+        state = read_tensors(folder / "train_state" / "state.pt")
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.scaler.load_state_dict(state["scaler"])
+        for name in self.counters():
+            setattr(self, name, state[name])
+        own = folder / "train_state" / f"rng_{world.rank:05d}.pt"
+        if own.is_file():  # a rank that did not exist then keeps the numbers it was seeded with
+            set_rng_state(read_tensors(own), world.device)
+
+    def update(self, cfg, lr, world):
+        """Applies one optimizer step to the summed gradients and clears them. Returns the gradient's norm.
+
+        A norm that is not finite on any rank is so on all, because the sum came first: then nothing is applied.
+        """
+        world.sum_gradients(self.parameters)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, cfg.max_grad_norm).item()
+        self.bad_steps = 0 if math.isfinite(norm) else self.bad_steps + 1
+        if self.bad_steps == 0:
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
+        self.scaler.update()
+        for p in self.parameters:
+            p.grad = None
+        return norm
+
+
+def write_run_json(cfg, world, folder):
+    """Writes the resolved configuration, itself a preset: `python train.py FOLDER/run.json` reruns it."""
+    save_config(cfg, folder / "run.json")
+    with open(folder / "run.json", encoding="utf-8") as f:
+        text = json.load(f)
+    (folder / "run.json").write_text(json.dumps(text | {"_world_size": world.size}, indent=2) + "\n")
+
+
+def remove(folder):
+    """Deletes a checkpoint, manifest first: half a deletion must not look like a whole checkpoint."""
+    with contextlib.suppress(FileNotFoundError):
+        (folder / "manifest.json").unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def prune(output_dir, keep):
+    for folder in checkpoints(output_dir)[keep:]:
+        remove(folder)
+
+
+@contextlib.contextmanager
+def locked(output_dir, world):
+    """Holds `output_dir` for this run; UserError naming the process that already does."""
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open(folder / "run.lock", "a+") if world.rank == 0 else None  # noqa: SIM115 - held while we train
+    except OSError as problem:
+        raise UserError(f"output_dir {output_dir}: {problem.strerror}; choose another --output_dir") from None
+    if handle:
+        try:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows: no advisory locks, no protection
+            pass
+        except OSError:
+            handle.seek(0)
+            raise UserError(f"{output_dir} is in use by process {handle.read().strip()}") from None
+        handle.seek(0)
+        handle.truncate()
+        handle.write(f"{os.getpid()}\n")
+        handle.flush()
+        for leftover in folder.glob(".tmp-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        yield
+    finally:
+        if handle:
+            handle.close()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Signals and the log
+
+
+class StopSignals:
+    """While entered, SIGINT and SIGTERM ask for a stop at the next step; a second SIGINT is Python's own."""
+
+    asked = False
+
+    def __enter__(self):
+        self.old = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, number, frame):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *_):
+        for s, handler in self.old.items():
+            signal.signal(s, handler)
+
+
+# dense bf16 FLOP/s by datasheet, for model FLOPs utilization
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12}
+
+
+def peak_flops(device):
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)
+
+
+def memory_used(device):
+    """Returns the peak memory in bytes so far: of the device where it has its own, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    except ImportError:  # Windows
+        return 0
+
+
+class Log:
+    """One aligned line a log step for people, one JSON object in metrics.jsonl for programs; rank 0 only."""
+
+    def __init__(self, cfg, model, world, state):
+        self.world, self.flops = world, flops_per_token(model.cfg)
+        self.peak = peak_flops(world.device)
+        self.path = Path(cfg.output_dir) / "metrics.jsonl"
+        if world.rank == 0:
+            self._drop_after(state.step)
+        self.mark = (time.monotonic(), state.tokens)
+
+    def _drop_after(self, step):
+        """Forgets what a run that died logged beyond its checkpoint: those steps are about to be made again."""
+        if self.path.exists():
+            lines = self.path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            self.path.write_text("".join(kept))
+
+    def write(self, record):
+        if self.world.rank == 0:
+            with open(self.path, "a") as f:
+                f.write(json.dumps(record) + "\n")
+
+    def step(self, state, clock, loss, lr, norm):
+        """Logs one optimizer step; tokens per second are those since the last line."""
+        (then, tokens), now = self.mark, time.monotonic()
+        rate = (state.tokens - tokens) / max(1e-9, now - then)
+        self.mark = (now, state.tokens)
+        record = {"step": state.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": state.tokens}
+        self.write(record | {"tokens_per_second": rate, "memory": memory_used(self.world.device)})
+        done = clock.progress(state.step, state.seconds)
+        left = state.seconds * (1 - done) / done if done else 0.0
+        mfu = f" | mfu {self.flops * rate / self.world.size / self.peak:5.1%}" if self.peak else ""
+        self.world.say(
+            f"step {state.step:>7,}{f'/{clock.total:,}' if clock.total else ''} | loss {loss:7.4f} | lr {lr:.2e} "
+            f"| norm {norm:6.3f} | {rate:>9,.0f} tok/s{mfu} | {memory_used(self.world.device) / 1e9:5.2f} GB "
+            f"| {done:4.0%}, {int(left) // 60}:{int(left) % 60:02d} left"
+        )
+
+    def evaluation(self, state, metrics):
+        """Logs a validation: numbers on one line, texts quoted below it."""
+        self.write({"step": state.step} | metrics)
+        numbers = " | ".join(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
+        self.world.say(f"  eval {state.step:>6,} | {numbers}")
+        for name, text in metrics.items():
+            if isinstance(text, str):
+                self.world.say(f"    {name}: {text!r}")
+        self.mark = (time.monotonic(), state.tokens)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model):
+    """Trains `model` in place as cfg says and leaves OUTPUT_DIR/final/. Returns the last validation's dict.
+
+    loader        .batch(step, micro, rank, accumulation) -> dict of numpy arrays and "count", the supervised terms;
+                  a pure function of its arguments, so a resume has nothing to rewind. .blocks: rows in one pass
+    loss_fn       (model, batch of tensors) -> (sum over the supervised terms, {}); fit divides by the count of the
+                  whole step over all ranks
+    validate      (model) -> dict of floats and texts; must draw nothing from the global random numbers
+    write_model   (model, folder): what a checkpoint holds besides the training state; read_model is its inverse
+
+    Raises UserError for what its user can mend. Stops at SIGINT or SIGTERM with a checkpoint.
+    """
+    with locked(cfg.output_dir, world), StopSignals() as stop:
+        dtype, _ = announce(cfg, model, world)
+        model.to(world.device)
+        state = State(cfg, model, world, dtype)
+        seed_everything(cfg.seed + world.rank)  # dropout differs between ranks
+        total = total_steps(cfg, loader.blocks, world.size)
+        resume(cfg, state, world, read_model)
+        world.broadcast(model.parameters())
+        log, clock = Log(cfg, model, world, state), Clock(cfg, total, state.seconds)
+        output, accumulation = Path(cfg.output_dir), cfg.gradient_accumulation_steps
+        metrics, saved_at = {}, state.step
+
+        def checkpoint():
+            state.save(output / f"step_{state.step:06d}", cfg, world, write_model)
+            if world.rank == 0:
+                prune(output, cfg.keep_last)
+
+        while True:
+            batches = [loader.batch(state.step, m, world.rank, accumulation) for m in range(accumulation)]
+            count, stopping, state.seconds = world.sum(
+                sum(b["count"] for b in batches), stop.asked, clock.seconds * (world.rank == 0)
+            )
+            progress = clock.progress(state.step, state.seconds)
+            if stopping or progress >= 1:
+                break
+            lr = lr_at(cfg, state.step, progress)
+            loss = forward_backward(state, batches, loss_fn, count, world.device, dtype)
+            norm = state.update(cfg, lr, world)
+            state.step, state.tokens = state.step + 1, state.tokens + int(count)
+            check_finite(cfg, state, norm, log)
+
+            if state.step % cfg.logging_steps == 0 or state.step == 1:
+                log.step(state, clock, world.sum(loss.item())[0], lr, norm)
+            if state.step % cfg.eval_steps == 0:
+                metrics = evaluate(model, validate, dtype, world, log, state)
+            if state.step % cfg.save_steps == 0:
+                checkpoint()
+                saved_at = state.step
+
+        if saved_at != state.step:
+            checkpoint()
+        if stopping:
+            world.say(f"stopped at step {state.step:,}, saved; continue with --resume_from_checkpoint=auto")
+            return metrics
+        metrics = evaluate(model, validate, dtype, world, log, state)
+        finish(cfg, model, world, write_model)
+        return metrics
+
+
+def announce(cfg, model, world):
+    """Chooses precision, attention and compilation and says so, with the reasons. Returns (dtype, backend)."""
+    dtype, why = choose_dtype(cfg.dtype, world.device)
+    backend, reason = choose_attention(world.device, model.cfg.sequence_length, cfg.flash_attn)
+    model.use_attention(backend)
+    model.model.gradient_checkpointing = cfg.gradient_checkpointing
+    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
+    threads = f", {torch.get_num_threads()} threads" if world.device.type == "cpu" else ""
+    compiled = world.device.type == "cuda" if cfg.compile is None else cfg.compile
+    if compiled:
+        compile_model(model)
+    world.say(
+        f"device {name}{threads}, {world.size} rank{'s' * (world.size > 1)} | {str(dtype)[6:]} ({why}) | "
+        f"attention {backend} ({reason}) | torch.compile {'on' if compiled else 'off'}"
+    )
+    return dtype, backend
+
+
+def resume(cfg, state, world, read_model):
+    """Restores `state` from the checkpoint that cfg names, if any, after checking that it belongs to this run."""
+    folder = find_checkpoint(cfg, world.say)
+    if folder is None:
+        if cfg.resume_from_checkpoint:
+            world.say(f"nothing to resume in {cfg.output_dir}; starting at step 0")
+        return
+    check_same_run(cfg, world, folder)
+    read_model(state.model, folder)
+    state.load(folder, world)
+    world.say(f"resumed from {folder} at step {state.step:,}")
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def to_device(batch, device):
+    """Returns the batch's arrays as tensors on `device`, copied while the GPU works; "count" stays behind."""
+    tensors = {k: torch.from_numpy(v) for k, v in batch.items() if k != "count"}
+    if device.type == "cuda":
+        return {k: v.pin_memory().to(device, non_blocking=True) for k, v in tensors.items()}
+    return {k: v.to(device) for k, v in tensors.items()}
+
+
+def forward_backward(state, batches, loss_fn, count, device, dtype):
+    """Adds up the gradients of the step's mean loss. Returns this rank's share of that loss, a tensor on `device`."""
+    share = torch.zeros((), device=device)
+    for batch in batches:
+        with autocast(device, dtype):
+            loss_sum, _ = loss_fn(state.model, to_device(batch, device))
+        loss = loss_sum / count
+        state.scaler.scale(loss).backward()
+        share += loss.detach()
+    return share
+
+
+def check_finite(cfg, state, norm, log):
+    """Reports a step whose gradient was not finite (nothing was applied); UserError after too many in a row."""
+    if state.bad_steps == 0:
+        return
+    log.write({"step": state.step, "skipped": True, "grad_norm": str(norm)})
+    log.world.say(f"warning: step {state.step:,} skipped: gradient norm is {norm} ({state.bad_steps} in a row)")
+    if state.bad_steps >= cfg.max_bad_steps:
+        last = next(iter(checkpoints(cfg.output_dir)), None)
+        raise UserError(
+            f"{state.bad_steps} steps in a row had a gradient that is not finite; the last good checkpoint is "
+            f"{last or 'none'}; lower --learning_rate or use --dtype=fp32"
+        )
+
+
+def evaluate(model, validate, dtype, world, log, state):
+    """Returns validate(model), logged, with dropout off and the training's random numbers untouched."""
+    model.eval()
+    with torch.no_grad(), autocast(world.device, dtype):
+        metrics = validate(model)
+    model.train()
+    log.evaluation(state, metrics)
+    return metrics
+
+
+def finish(cfg, model, world, write_model):
+    """Writes OUTPUT_DIR/final/, the model folder that everything else reads."""
+    final = Path(cfg.output_dir) / "final"
+    if world.rank == 0:
+        tmp = final.with_name(".tmp-final")
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir()
+        write_model(model, tmp)
+        write_run_json(cfg, world, tmp)
+        seal(tmp)
+        remove(final)
+        os.rename(tmp, final)
+        fsync(final.parent)
+    world.barrier()
+    world.say(f"model in {final}")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Pretraining
+
+
+@dataclass(frozen=True)
+class PretrainConfig(LoopConfig, ModelConfig):
+    """Pretraining: the loop's knobs, the model's shape, and the data."""
+
+    output_dir: str = "checkpoints/pretrain/custom"  # checkpoints, metrics.jsonl and final/ go here
+    data_path: tuple[str, ...] = ("data/processed/docstrings",)  # one prepared dataset, or several, comma separated
+    data_weights: tuple[float, ...] | None = None  # their shares of the tokens; none = by size
+    document_mask: bool = False  # tokens look at their own document only, positions restart with each
+    eval_rows: PositiveInt = 128  # rows of the validation set that are scored at each evaluation
+    sample_prompt: str = "The "  # continued greedily at each evaluation
+    sample_tokens: Annotated[int, Range(0, 1000)] = 48  # length of that continuation
+
+    def __post_init__(self):
+        LoopConfig.__post_init__(self)
+        ModelConfig.__post_init__(self)
+
+
+def main(cfg):
+    with open_world(cfg) as world:
+        stream = TokenStream(
+            cfg.data_path, "train", cfg.sequence_length, cfg.batch_size, cfg.seed, world.size,
+            weights=cfg.data_weights, document_mask=cfg.document_mask,
+        )  # fmt: skip
+        tokenizer = Tokenizer.load(stream.tokenizer)
+        if cfg.vocab_size != tokenizer.vocab_size:
+            raise UserError(
+                f"vocab_size is {cfg.vocab_size}, but {cfg.data_path[0]} was made with a tokenizer of "
+                f"{tokenizer.vocab_size}; use --vocab_size={tokenizer.vocab_size}"
+            )
+        torch.manual_seed(cfg.seed)
+        model = Llama(narrow(cfg, ModelConfig))
+        baseline = unigram_bits_per_byte(cfg.data_path)  # what knowing only how often each token occurs is worth
+        world.say(f"{stream.tokens:,} training tokens; unigram baseline {baseline:.4f} bits per byte")
+
+        def write_model(model, folder):
+            save_model(model, folder)
+            tokenizer.save(folder, cfg.sequence_length)
+
+        def read_model(model, folder):
+            check_tokenizer(tokenizer, folder)
+            load_weights(model, folder / "model.safetensors")
+
+        validate = language_validation(cfg, world, tokenizer)
+        fit(cfg, model, stream, next_token_loss, world, validate, write_model, read_model)
+
+
+def check_tokenizer(tokenizer, folder):
+    other = Tokenizer.load(folder)
+    if other.sha256 != tokenizer.sha256:
+        raise UserError(
+            f"{folder}: its tokenizer is {other.sha256[:12]}.., the data's is {tokenizer.sha256[:12]}..; "
+            "they do not belong together"
+        )
+
+
+def language_validation(cfg, world, tokenizer):
+    """Returns validate(model): nats per token and bits per byte of the first eval_rows validation rows, and a sample."""
+    stream = TokenStream(cfg.data_path, "val", cfg.sequence_length, cfg.batch_size, document_mask=cfg.document_mask)
+    length = torch.from_numpy(tokenizer.token_bytes()).to(world.device)
+    rows = min(cfg.eval_rows, stream.blocks)
+
+    def validate(model):
+        nats = torch.zeros((), dtype=torch.float64, device=world.device)
+        size, count = torch.zeros((), dtype=torch.long, device=world.device), 0
+        for start in range(world.rank * cfg.batch_size, rows, world.size * cfg.batch_size):
+            batch = stream.rows(start, min(start + cfg.batch_size, rows))
+            count += batch["count"]
+            tensors = to_device(batch, world.device)
+            nats += next_token_loss(model, tensors)[0]
+            size += length[tensors["labels"].clamp(min=0)][tensors["labels"] >= 0].sum()
+        nats, size, count = world.sum(nats.item(), size.item(), count)
+        metrics = {"val_loss": nats / count, "val_bits_per_byte": nats / math.log(2) / max(1, size)}
+        if cfg.sample_tokens:
+            metrics["sample"] = cfg.sample_prompt + continuation(model, tokenizer, cfg.sample_prompt, cfg.sample_tokens)
+        return metrics
+
+    return validate
+
+
+def continuation(model, tokenizer, prompt, count):
+    """Returns the greedy continuation of `prompt`: a look at what the model has learned; sample.py does it properly."""
+    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)][: model.cfg.sequence_length - 1]
+    device, fresh = model.lm_head.weight.device, []
+    capacity = min(len(ids) + count, model.cfg.sequence_length)
+    cache = KVCache(model.cfg, 1, capacity, device)
+    step = torch.tensor([ids], device=device)
+    with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
+        while len(ids) + len(fresh) < capacity:
+            hidden = model.model(step, cache=cache)
+            fresh.append(int(model.lm_head(hidden[:, -1]).argmax()))
+            if fresh[-1] == tokenizer.eos_id:
+                break
+            step = torch.tensor([fresh[-1:]], device=device)
+    return tokenizer.decode(fresh)
+
+
+if __name__ == "__main__":
+    run(main, PretrainConfig, __doc__)
