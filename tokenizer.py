@@ -1,0 +1,488 @@
+"""Text to ids and back: training and loading SentencePiece, chat templates, the Hugging Face tokenizer files.
+
+The recipe is BPE with byte fallback and no normalization whatever, so that every text survives the round
+trip: `decode(encode(text)) == text` for anything that is valid Unicode. Ids 0-3 are pad, bos, eos and unk, 4
+and 5 the chat markers, then come the 256 bytes, the merged pieces, and last the single characters. The six
+specials are *control* symbols: they have an id and no spelling. "<|im_end|>" in somebody's text is ten
+harmless characters; only `render` puts the id of a marker into a conversation.
+
+Where a text may be cut: no piece joins a line break to anything else (the trainer never sees the two
+together), and in a piece with other characters a space stands only in front. Two texts that meet at a line
+break, or at a single space that opens the second, therefore encode apart exactly as they encode in one.
+`render` cuts only at such places: the supervised ids begin at the answer's first token, and all of them
+together are what any other program gets from the conversation written out as one text.
+"""
+
+import codecs
+import hashlib
+import io
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import sentencepiece as spm
+
+from configurator import UserError
+
+PAD, BOS, EOS, UNK = 0, 1, 2, 3
+NAMES = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "unk": "<unk>"}
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
+
+# ---- training
+
+THREADS = 4  # a constant: it is written into the model file, whose sha256 is to be the same everywhere
+CUT = "\uffff"  # where no piece may cross; Unicode promises never to make it a character
+UNTRAINABLE = re.compile(f"[\0\ud800-\udfff{SPACE}\u2585{CUT}]")  # a text with one of these would be dropped
+LINE_BREAKS = re.compile(r"[\r\n]+")
+
+RECIPE = dict(
+    model_type="bpe",
+    byte_fallback=True,  # a character outside the vocabulary becomes its UTF-8 bytes, never <unk>
+    character_coverage=0.9995,  # the rarest 0.05 % of characters are left to their bytes
+    normalization_rule_name="identity",
+    add_dummy_prefix=False,
+    remove_extra_whitespaces=False,
+    allow_whitespace_only_pieces=True,  # indentation is worth a piece
+    split_digits=True,
+    pretokenization_delimiter=CUT,
+    max_sentence_length=2**30,  # by default a text of more than 4,192 bytes is dropped
+    pad_id=PAD,
+    bos_id=BOS,
+    eos_id=EOS,
+    unk_id=UNK,
+    control_symbols=[IM_START, IM_END],
+    num_threads=THREADS,
+    minloglevel=2,
+    **{f"{role}_piece": name for role, name in NAMES.items()},
+)
+
+
+def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int) -> "Tokenizer":
+    """Learn a vocabulary of `vocab_size` ids from `texts` and write it to `path`, a .model file, atomically.
+
+    The same texts in the same order give the same bytes, on any machine. SentencePiece holds the texts in
+    memory: give it a sample of a large corpus. Raises UserError when the texts are too few for `vocab_size`,
+    or `vocab_size` is too small for the bytes and the characters of the texts; whatever `texts` raises goes
+    through.
+    """
+    path, size, failure, model = Path(path), 0, None, io.BytesIO()
+
+    def sentences():
+        nonlocal size, failure
+        try:
+            for text in texts:
+                size += len(text)
+                yield LINE_BREAKS.sub(rf"{CUT}\g<0>{CUT}", UNTRAINABLE.sub(" ", text))
+        except BaseException as error:  # SentencePiece would make a RuntimeError of it
+            failure = error
+            raise
+
+    try:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=sentences(), model_writer=model, vocab_size=max(vocab_size, 6), **RECIPE
+        )
+    except RuntimeError as error:
+        raise failure or _training_error(str(error), vocab_size, size) from None
+    tokenizer = Tokenizer(model.getvalue(), str(path))
+    _write(path, tokenizer.model)
+    return tokenizer
+
+
+def _training_error(message: str, vocab_size: int, size: int) -> Exception:
+    """SentencePiece's complaint in our words, with the number that mends it."""
+    if size == 0:
+        return UserError("no text to train a tokenizer on: there are no documents, or all are empty")
+    if largest := re.search(r"value <= (\d+)", message):
+        return UserError(
+            f"vocab_size {vocab_size} is too large for {size:,} characters of text, which support at most "
+            f"{largest[1]}: set vocab_size={largest[1]} or give more text"
+        )
+    if needed := re.search(r"required_chars\. \d+ vs (\d+)", message):
+        return UserError(
+            f"vocab_size {vocab_size} is too small: 6 specials, 256 bytes and the characters of these texts "
+            f"need at least {needed[1]}"
+        )
+    return RuntimeError(message)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never a part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".tmp-{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's files are for their owner alone
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+# ---- text and ids
+
+
+class Tokenizer:
+    """A trained SentencePiece model: ours, or a foreign one such as Llama's `tokenizer.model`.
+
+    `model` are the bytes of the .model file and `sha256` their hash; `pieces` the vocabulary as SentencePiece
+    spells it; `template` the chat template named by the folder it came from, or None. A foreign model may
+    lack the chat markers (`im_start_id` and `im_end_id` are None then) and the padding (`pad_id` is the eos
+    id then).
+    """
+
+    def __init__(self, model: bytes, source: str = "tokenizer.model", template: str | None = None):
+        self.model, self.template = model, template
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        try:
+            self._spm = sp = spm.SentencePieceProcessor(model_proto=model)
+            self.pieces = [sp.id_to_piece(id) for id in range(sp.get_piece_size())]
+            self._bytes = [_piece_bytes(sp, id, piece) for id, piece in enumerate(self.pieces)]
+            self._dummy_prefix = sp.encode("a", out_type=str)[0].startswith(SPACE)
+        except Exception as error:  # a damaged file fails in many ways, none of them worth telling apart
+            raise UserError(f"{source}: not a SentencePiece model, or a damaged one") from error
+        self.vocab_size = len(self.pieces)
+        self.bos_id, self.eos_id, self.unk_id = sp.bos_id(), sp.eos_id(), sp.unk_id()
+        if min(self.bos_id, self.eos_id, self.unk_id) < 0:
+            raise UserError(f"{source}: lacks one of the symbols <s>, </s>, <unk>")
+        self.pad_id = sp.pad_id() if sp.pad_id() >= 0 else self.eos_id
+        self._specials = {piece: id for id, piece in enumerate(self.pieces) if not self._bytes[id]}
+        self.im_start_id, self.im_end_id = self._specials.get(IM_START), self._specials.get(IM_END)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Open a .model file, or the tokenizer.model of a folder; raises UserError if missing or broken.
+
+        A folder that `save` wrote also names its chat template, and the hash of its model, which is verified.
+        """
+        path, config = Path(path), {}
+        if path.is_dir():
+            config = _read_config(path / "tokenizer_config.json")
+            path = path / "tokenizer.model"
+        tokenizer = cls(_read(path), str(path), config.get("chat_template_name"))
+        expected = str(config.get("tokenizer_model_sha256", tokenizer.sha256))
+        if tokenizer.sha256 != expected:
+            raise UserError(
+                f"{path}: checksum mismatch (expected {expected[:12]}, got {tokenizer.sha256[:12]}): "
+                "the file is damaged, or from another model"
+            )
+        return tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`, never a control id; raises UserError for a lone surrogate.
+
+        SentencePiece takes a literal U+2581 for a space; here its three bytes are encoded, and decode to it.
+        """
+        try:
+            first, *rest = (self._spm.encode(part) for part in text.split(SPACE))
+        except RuntimeError as error:
+            raise _text_error(text) or error from None
+        return first + [id for ids in rest for id in self._space_bytes() + ids]
+
+    def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
+        """Return the ids of each text, as `encode` does, on `num_threads` threads."""
+        if any(SPACE in text for text in texts):
+            return [self.encode(text) for text in texts]
+        try:
+            return self._spm.encode(list(texts), num_threads=num_threads)
+        except (RuntimeError, TypeError) as error:
+            raise next(filter(None, map(_text_error, texts)), error) from None
+
+    def _space_bytes(self) -> list[int]:
+        return [self._bytes.index(bytes([byte])) for byte in SPACE.encode()]
+
+    def decode(self, ids: Iterable[int], controls: bool = False) -> str:
+        """Return the text of `ids`; control ids vanish, or stand there by name with `controls`.
+
+        Bytes that are no UTF-8 become U+FFFD. Raises UserError for an id outside the vocabulary.
+        """
+        ids = [self._checked(id) for id in ids]
+        spelled = (self._bytes[id] or (self.pieces[id].encode() if controls else b"") for id in ids)
+        text = b"".join(spelled).decode("utf-8", "replace")
+        return text.removeprefix(" ") if self._dummy_prefix else text
+
+    def stream(self) -> "Stream":
+        """Return a decoder for ids that arrive one by one."""
+        return Stream(self)
+
+    def token_bytes(self) -> np.ndarray:
+        """Return (V,) int64: how many UTF-8 bytes of text an id stands for, 0 for control ids."""
+        return np.array([len(spelled) for spelled in self._bytes], dtype=np.int64)
+
+    def _checked(self, id: int) -> int:
+        if not 0 <= id < self.vocab_size:
+            raise UserError(f"token id {id} is outside 0..{self.vocab_size - 1}")
+        return id
+
+    def save(self, folder: str | Path, max_length: int, template: str | None = None) -> None:
+        """Write the tokenizer into a model folder: tokenizer.model, and what `AutoTokenizer` reads.
+
+        `max_length` is the model's context in tokens. `template` names the chat template that the model is
+        trained in, by default the one this tokenizer came with. With neither, the folder names none and
+        offers chatml.
+        """
+        template = template or self.template
+        offered = template or ("chatml" if self.im_start_id is not None else None)
+        specials = {f"{role}_token": self.pieces[getattr(self, f"{role}_id")] for role in NAMES}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",  # a Llama class would split the text its own way
+            **specials,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": max_length,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "tokenizer_model_sha256": self.sha256,
+        }
+        if offered:
+            config["chat_template"] = jinja(_template(self, offered))
+        if template:
+            config["chat_template_name"] = template
+        folder = Path(folder)
+        _write(folder / "tokenizer.model", self.model)
+        _write(folder / "tokenizer.json", _json(_hugging_face(self)))
+        _write(folder / "special_tokens_map.json", _json(specials))
+        _write(folder / "tokenizer_config.json", _json(config))
+
+
+class Stream:
+    """Decodes ids as they arrive: what it gives out, flush included, is `decode` of all the ids pushed."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._strip = tokenizer._dummy_prefix
+
+    def push(self, id: int) -> str:
+        """Return the text that `id` completes: whole characters only, so "" in the middle of an emoji."""
+        return self._emit(self._utf8.decode(self._tokenizer._bytes[self._tokenizer._checked(id)]))
+
+    def flush(self) -> str:
+        """Return what is left at the end: "", or U+FFFD for a character that was never completed."""
+        return self._emit(self._utf8.decode(b"", final=True))
+
+    def _emit(self, text: str) -> str:
+        if self._strip and text:
+            self._strip, text = False, text.removeprefix(" ")
+        return text
+
+
+def _piece_bytes(sp: spm.SentencePieceProcessor, id: int, piece: str) -> bytes:
+    """The UTF-8 text an id stands for: none for a control symbol, a byte for "<0x41>", else the piece."""
+    if sp.is_control(id) or sp.is_unknown(id):
+        return b""
+    if sp.is_byte(id):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace(SPACE, " ").encode()
+
+
+def _text_error(text: str) -> Exception | None:
+    """Why SentencePiece would not take a text, None if it is not the text's fault."""
+    if lone := re.search("[\ud800-\udfff]", text):
+        return UserError(f"not Unicode text: lone surrogate U+{ord(lone[0]):04X} at character {lone.start()}")
+    return None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        expected = "a SentencePiece .model file, or a folder that holds tokenizer.model"
+        raise UserError(f"{path}: {error.strerror}; a tokenizer is {expected}") from error
+
+
+def _read_config(path: Path) -> dict:
+    """The tokenizer_config.json of a folder, {} if it has none; raises UserError if it is broken."""
+    if not path.exists():
+        return {}
+    try:
+        config = json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: must hold an object")
+    name = config.get("chat_template_name")
+    if name is not None and name not in list(TEMPLATES):
+        raise UserError(f"{path}: chat_template_name {name!r} is not one of {', '.join(TEMPLATES)}")
+    return config
+
+
+# ---- the Hugging Face files
+
+
+def _hugging_face(tokenizer: Tokenizer) -> dict:
+    """The contents of tokenizer.json, for the `tokenizers` library: the same ids, and no BOS unasked."""
+    pieces, is_byte = tokenizer.pieces, tokenizer._spm.is_byte
+    normal = {piece: id for id, piece in enumerate(pieces) if tokenizer._bytes[id] and not is_byte(id)}
+    to_space = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    from_space = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    encoding, decoding = [from_space], [to_space, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    if tokenizer._dummy_prefix:
+        encoding.insert(0, {"type": "Prepend", "prepend": SPACE})
+        decoding.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": id, "content": piece, **plain} for piece, id in tokenizer._specials.items()],
+        "normalizer": {"type": "Sequence", "normalizers": encoding},
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": decoding},
+        "model": {
+            "type": "BPE",
+            "unk_token": pieces[tokenizer.unk_id],
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": {piece: id for id, piece in enumerate(pieces)},
+            "merges": _merges(normal),
+        },
+    }
+
+
+def _merges(ids: dict[str, int]) -> list[tuple[str, str]]:
+    """Every way to make a piece of two others, best piece first: the order in which SentencePiece merges."""
+    merges = []
+    for piece in ids:
+        halves = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
+        known = [(left, right) for left, right in halves if left in ids and right in ids]
+        merges += sorted(known, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+    return merges
+
+
+def _json(value: dict) -> bytes:
+    return json.dumps(value, ensure_ascii=False, indent=1).encode() + b"\n"
+
+
+# ---- conversations
+
+
+class Template(NamedTuple):
+    """How a conversation is written: heads[role] + content + ends[role] is a message, `between` joins two.
+
+    The markers `<|im_start|>`, `<|im_end|>` and `</s>` in it become control ids: this is our text, the
+    content is not. A space at the end of a head belongs to the first token of the content.
+    """
+
+    heads: dict[str, str]
+    ends: dict[str, str]
+    between: str
+
+
+ROLES = ("system", "user", "assistant")
+EOS_AFTER_ANSWER = {"system": "", "user": "", "assistant": NAMES["eos"]}
+TEMPLATES = {
+    "chatml": Template(
+        heads={role: f"{IM_START}{role}\n" for role in ROLES},
+        ends=dict.fromkeys(ROLES, f"\n{IM_END}"),
+        between="\n",
+    ),
+    "instruct": Template(
+        heads={"system": "", "user": "### Instruction:\n", "assistant": "### Response:\n"},
+        ends=EOS_AFTER_ANSWER,
+        between="\n\n",
+    ),
+    "chat": Template(
+        heads={"system": "", "user": "Human: ", "assistant": "Assistant: "},
+        ends=EOS_AFTER_ANSWER,
+        between="\n\n",
+    ),
+}
+
+
+def render(
+    tokenizer: Tokenizer, messages: Sequence[dict], template: str, add_generation_prompt: bool = False
+) -> tuple[list[int], list[int]]:
+    """Write a conversation as ids, with mask 1 on what the assistant has to say: its answers and their ends.
+
+    `messages` are {"role": system | user | assistant, "content": text}. Whitespace around a content is
+    trimmed, so that it meets the template's line breaks at a safe place (see the top of this file). The ids
+    begin with BOS and are those of `apply_chat_template` on the saved folder, except that a marker spelled
+    out in a content stays text. `add_generation_prompt` opens the next answer. The line break before
+    `<|im_end|>` in chatml, and the space after "Assistant:" in chat, are the model's to write: strip its
+    answers. Returns (ids, mask), lists of one length. Raises UserError naming the message that is not well
+    formed.
+    """
+    shape = _template(tokenizer, template)
+    _check(messages)
+    ids, mask = [tokenizer.bos_id], [0]
+
+    def write(more: list[int], supervised: bool = False) -> None:
+        ids.extend(more)
+        mask.extend([int(supervised)] * len(more))
+
+    for index, message in enumerate(messages):
+        role = message["role"]
+        head = shape.heads[role].rstrip(" ")
+        space = shape.heads[role].removeprefix(head)
+        write(_template_ids(tokenizer, shape.between if index else "") + _template_ids(tokenizer, head))
+        content = tokenizer.encode(space + message["content"].strip())
+        write(content + _template_ids(tokenizer, shape.ends[role]), supervised=role == "assistant")
+    if add_generation_prompt:
+        write(_template_ids(tokenizer, shape.between))
+        write(_template_ids(tokenizer, shape.heads["assistant"].rstrip(" ")))
+    return ids, mask
+
+
+def stop_ids(tokenizer: Tokenizer, template: str | None) -> list[int]:
+    """Return the ids that end an answer: EOS, and the template's own end (None, plain text, has none)."""
+    if template is None:
+        return [tokenizer.eos_id]
+    end = _template_ids(tokenizer, _template(tokenizer, template).ends["assistant"])
+    return sorted({tokenizer.eos_id, end[-1]})
+
+
+def jinja(shape: Template) -> str:
+    """Return the template for `apply_chat_template`, with what every Jinja dialect knows: for, if, trim."""
+
+    def put(text: str) -> str:
+        return f"{{{{ {json.dumps(text)} }}}}" if text else ""
+
+    opening = shape.heads["assistant"].rstrip(" ")
+    messages = "".join(
+        f"{{% if message['role'] == '{role}' %}}{put(shape.heads[role])}"
+        f"{{{{ message['content'] | trim }}}}{put(shape.ends[role])}{{% endif %}}"
+        for role in ROLES
+    )
+    return (
+        "{{ bos_token }}{% for message in messages %}"
+        f"{{% if not loop.first %}}{put(shape.between)}{{% endif %}}{messages}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{put(shape.between + opening)}{{% endif %}}"
+    )
+
+
+def _template(tokenizer: Tokenizer, name: str) -> Template:
+    if name not in TEMPLATES:
+        raise UserError(f"unknown template {name!r}: choose one of {', '.join(TEMPLATES)}")
+    if name == "chatml" and None in (tokenizer.im_start_id, tokenizer.im_end_id):
+        raise UserError(f"this tokenizer has no {IM_START}, which chatml needs: choose instruct or chat")
+    return TEMPLATES[name]
+
+
+def _template_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a template's own text, its markers as control ids."""
+    markers = {IM_START: tokenizer.im_start_id, IM_END: tokenizer.im_end_id, NAMES["eos"]: tokenizer.eos_id}
+    parts = re.split(f"({'|'.join(map(re.escape, markers))})", text)
+    return [id for part in parts for id in ([markers[part]] if part in markers else tokenizer.encode(part))]
+
+
+def _check(messages: Sequence[dict]) -> None:
+    """Raise UserError, naming the message by its number, unless this is a conversation."""
+    if not isinstance(messages, list | tuple) or not messages:
+        raise UserError("a conversation must be a list of at least one message")
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict):
+            raise UserError(f"message {number}: must be an object with role and content")
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise UserError(f"message {number}: role must be one of {', '.join(ROLES)}, got {role!r:.60}")
+        if not isinstance(content, str):
+            kind = type(content).__name__
+            raise UserError(f"message {number} ({role}): content must be a string, got {kind}")
+        if not content.strip():
+            raise UserError(f"message {number} ({role}): content is empty")
