@@ -13,7 +13,6 @@ that neither accumulation nor the number of ranks changes the result.
 import contextlib
 import ctypes
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -42,7 +41,7 @@ from configurator import (
     run,
     save_config,
 )
-from data import TokenStream, unigram_bits_per_byte
+from data import TokenStream, file_sha256, unigram_bits_per_byte
 from model import (
     KVCache,
     Llama,
@@ -335,11 +334,6 @@ class Clock:
 # Checkpoints: written beside, hashed, renamed into place; verified before anything is read
 
 
-def sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def fsync(path):
     """Forces a file or folder to the disk, where the system can."""
     with contextlib.suppress(OSError):  # Windows opens no folders
@@ -353,15 +347,19 @@ def fsync(path):
 def seal(folder):
     """Writes manifest.json, last of all: name, size and sha256 of every file in `folder`."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    entries = {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
+    entries = {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in files}
     for p in files:
         fsync(p)
     (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1) + "\n")
     fsync(folder / "manifest.json")
 
 
-def problem_with(folder):
-    """Returns None if `folder` is a sound checkpoint, else what is wrong with it, in one line."""
+FINAL_FILES = {"model.safetensors", "run.json"}
+CHECKPOINT_FILES = FINAL_FILES | {"train_state/state.pt", "train_state/rng_00000.pt"}
+
+
+def problem_with(folder, needed=CHECKPOINT_FILES):
+    """Returns None if `folder` is sound and lists the files `needed`, else what is wrong with it, in one line."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         version, files = manifest["format"], manifest["files"]
@@ -372,7 +370,7 @@ def problem_with(folder):
         return "manifest.json is not readable"
     if version != FORMAT:
         return f"format {version}, this program reads {FORMAT}"
-    if not wanted.keys() >= {"model.safetensors", "train_state/state.pt", "train_state/rng_00000.pt", "run.json"}:
+    if not wanted.keys() >= needed:
         return "manifest.json does not list a whole checkpoint"
     for name, (size, digest) in wanted.items():
         path = folder / name
@@ -382,7 +380,7 @@ def problem_with(folder):
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, expected {size}"
-        found = sha256(path)
+        found = file_sha256(path)
         if found != digest:
             return f"{name}: checksum mismatch (expected {digest[:8]}.., got {found[:8]}..)"
     return None
@@ -696,7 +694,10 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model):
         world.broadcast(model.parameters())
         log, clock = Log(cfg, model, world, state), Clock(cfg, total, state.seconds)
         output, accumulation = Path(cfg.output_dir), cfg.gradient_accumulation_steps
-        metrics, saved_at = {}, state.step
+        if clock.progress(state.step, state.seconds) >= 1 and problem_with(output / "final", FINAL_FILES) is None:
+            world.say(f"this run is complete: its model is in {output / 'final'}; nothing to do")
+            return {}
+        metrics, saved_at, evaluated_at = {}, state.step, None
 
         def checkpoint():
             state.save(output / f"step_{state.step:06d}", cfg, world, write_model)
@@ -720,7 +721,7 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model):
             if state.step % cfg.logging_steps == 0 or state.step == 1:
                 log.step(state, clock, world.sum(loss.item())[0], lr, norm)
             if state.step % cfg.eval_steps == 0:
-                metrics = evaluate(model, validate, dtype, world, log, state)
+                metrics, evaluated_at = evaluate(model, validate, dtype, world, log, state), state.step
             if state.step % cfg.save_steps == 0:
                 checkpoint()
                 saved_at = state.step
@@ -730,7 +731,8 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model):
         if stopping:
             world.say(f"stopped at step {state.step:,}, saved; continue with --resume_from_checkpoint=auto")
             return metrics
-        metrics = evaluate(model, validate, dtype, world, log, state)
+        if evaluated_at != state.step:
+            metrics = evaluate(model, validate, dtype, world, log, state)
         finish(cfg, model, world, write_model)
         return metrics
 
