@@ -67,9 +67,9 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int) -> 
     """Learn a vocabulary of `vocab_size` ids from `texts` and write it to `path`, a .model file, atomically.
 
     The same texts in the same order give the same bytes, on any machine. SentencePiece holds the texts in
-    memory: give it a sample of a large corpus. Raises UserError when the texts are too few for `vocab_size`,
-    or `vocab_size` is too small for the bytes and the characters of the texts; whatever `texts` raises goes
-    through.
+    memory, some ten bytes for each character: give it a sample of a large corpus. Raises UserError when the
+    texts are too few for `vocab_size`, or `vocab_size` is too small for the bytes and the characters of the
+    texts. What `texts` raises goes through.
     """
     path, size, failure, model = Path(path), 0, None, io.BytesIO()
 
@@ -143,9 +143,11 @@ class Tokenizer:
         self.model, self.template = model, template
         self.sha256 = hashlib.sha256(model).hexdigest()
         try:
-            self._spm = sp = spm.SentencePieceProcessor(model_proto=model)
+            self._spm = sp = spm.SentencePieceProcessor()
+            sp.load_from_serialized_proto(model)
             self.pieces = [sp.id_to_piece(id) for id in range(sp.get_piece_size())]
             self._bytes = [_piece_bytes(sp, id, piece) for id, piece in enumerate(self.pieces)]
+            self._space_ids = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
             self._dummy_prefix = sp.encode("a", out_type=str)[0].startswith(SPACE)
         except Exception as error:  # a damaged file fails in many ways, none of them worth telling apart
             raise UserError(f"{source}: not a SentencePiece model, or a damaged one") from error
@@ -185,19 +187,15 @@ class Tokenizer:
             first, *rest = (self._spm.encode(part) for part in text.split(SPACE))
         except RuntimeError as error:
             raise _text_error(text) or error from None
-        return first + [id for ids in rest for id in self._space_bytes() + ids]
+        return first + [id for ids in rest for id in self._space_ids + ids]
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
         """Return the ids of each text, as `encode` does, on `num_threads` threads."""
-        if any(SPACE in text for text in texts):
-            return [self.encode(text) for text in texts]
         try:
-            return self._spm.encode(list(texts), num_threads=num_threads)
+            rows = self._spm.encode(list(texts), num_threads=num_threads)
         except (RuntimeError, TypeError) as error:
             raise next(filter(None, map(_text_error, texts)), error) from None
-
-    def _space_bytes(self) -> list[int]:
-        return [self._bytes.index(bytes([byte])) for byte in SPACE.encode()]
+        return [self.encode(text) if SPACE in text else row for text, row in zip(texts, rows)]
 
     def decode(self, ids: Iterable[int], controls: bool = False) -> str:
         """Return the text of `ids`; control ids vanish, or stand there by name with `controls`.
@@ -232,6 +230,8 @@ class Tokenizer:
         template = template or self.template
         offered = template or ("chatml" if self.im_start_id is not None else None)
         specials = {f"{role}_token": self.pieces[getattr(self, f"{role}_id")] for role in NAMES}
+        markers = [marker for marker in (IM_START, IM_END) if marker in self._specials]
+        specials["additional_special_tokens"] = markers
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",  # a Llama class would split the text its own way
             **specials,

@@ -1,0 +1,645 @@
+"""tokenizer.py: nothing is lost on the way to ids and back, no text makes a control id, others agree."""
+
+import gzip
+import json
+import os
+import pickle
+import random
+import re
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tokenizer as room
+from configurator import UserError
+from tokenizer import IM_END, IM_START, TEMPLATES, Tokenizer, render, stop_ids, train_tokenizer
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+CORPORA = ROOT.parent / "shared" / "data" / "corpora"
+FUZZ_STRINGS = int(os.environ.get("FUZZ_STRINGS", 2_000))
+
+RARE = "quizzaciously"
+DOCUMENTS = [
+    *topics.values(),
+    " ".join(f"{RARE} {n}" for n in range(500)),  # one line of about 9,000 bytes, the only one with this word
+    "caf\u00e9 \u2014 na\u00efve \u201cquotes\u201d\r\nand a second line\r\n" * 30,
+    "left\0right \u2581 block \u2585 end \uffff " * 20,  # what SentencePiece would drop a document for
+]
+FRAGMENTS = [
+    *(
+        IM_START,
+        IM_END,
+        "<s>",
+        "</s>",
+        "<unk>",
+        "<pad>",
+        "<0x41>",
+        "<|im_",
+        "start|>",
+        "<|endoftext|>",
+        "[INST]",
+    ),
+    *("\n", "\n\n", "\r\n", "\t", " ", "    ", "\u2581", "\0", "\ufeff", "\u200b", "\u2028", "\uffff"),
+    *("\U0001f600", "e\u0301", "\u4e2d\u6587", "user", "assistant", "Human:", "1", "!", "A"),
+]
+TEXT = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=20), max_size=12).map("".join)
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Why?\nTell me. "},
+    {"role": "assistant", "content": "(Because) it is so."},
+    {"role": "user", "content": "- And then"},
+    {"role": "assistant", "content": "\n\nNothing more 1 \U0001f600\n"},
+]
+
+
+@pytest.fixture(scope="module")
+def tok(tmp_path_factory):
+    return train_tokenizer(DOCUMENTS, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", 2_000)
+
+
+def named(tokenizer, ids):
+    return tokenizer.decode(ids, controls=True)
+
+
+# ---- training
+
+
+def test_ids_of_the_specials(tok):
+    specials = ["<pad>", "<s>", "</s>", "<unk>", IM_START, IM_END]
+    assert tok.pieces[:6] == specials
+    assert [tok.pad_id, tok.bos_id, tok.eos_id, tok.unk_id, tok.im_start_id, tok.im_end_id] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
+    assert (room.PAD, room.BOS, room.EOS, room.UNK) == (0, 1, 2, 3)
+    assert tok.vocab_size == len(tok.pieces) == 2_000
+
+
+def test_no_document_is_dropped(tok):
+    assert f"\u2581{RARE}" in tok.pieces  # from a line longer than SentencePiece's default limit
+    assert {"\u2581block", "left", "right"} <= set(tok.pieces)  # from documents with its reserved characters
+
+
+def test_whitespace_is_worth_a_piece(tok):
+    assert len(tok.encode("\n\n")) == len(tok.encode(" " * 4)) == len(tok.encode(" " * 8)) == 1
+
+
+def test_pieces_keep_to_the_places_where_texts_may_be_cut(tok):
+    for piece in tok.pieces[262:]:
+        assert not re.search(r"[\r\n][^\r\n]|[^\r\n][\r\n]", piece), piece
+        assert not re.search("[^\u2581]\u2581", piece), piece
+        assert not re.search(r"\d.|.\d", piece.replace("\u2581", "")), piece
+
+
+def test_same_texts_give_the_same_bytes(tok, tmp_path):
+    again = train_tokenizer(iter(DOCUMENTS), tmp_path / "again.model", 2_000)
+    assert again.model == tok.model
+    assert again.sha256 == tok.sha256
+    assert (tmp_path / "again.model").read_bytes() == tok.model
+
+
+@pytest.mark.parametrize(
+    "document", ["x" * 300_000, "ab" * 200_000, "\n" * 200_000, " " * 200_000, "a\n" * 100_000]
+)
+def test_training_survives_a_strange_document(document, tmp_path):
+    assert train_tokenizer([*DOCUMENTS, document], tmp_path / "x.model", 1_000).vocab_size == 1_000
+
+
+def test_too_few_texts_name_the_largest_vocabulary(tmp_path):
+    path, texts = tmp_path / "x.model", ["hello world. " * 30]
+    with pytest.raises(
+        UserError, match=r"vocab_size 5000 is too large for 390 characters.* at most (\d+)"
+    ) as caught:
+        train_tokenizer(texts, path, 5_000)
+    assert not list(tmp_path.iterdir())
+    largest = int(re.search(r"at most (\d+)", str(caught.value))[1])
+    assert train_tokenizer(texts, path, largest).vocab_size == largest
+
+
+@pytest.mark.parametrize("vocab_size", [-1, 0, 5, 261, 300])
+def test_too_small_a_vocabulary_names_the_smallest(vocab_size, tmp_path):
+    with pytest.raises(UserError, match=rf"vocab_size {vocab_size} is too small.* at least (\d+)") as caught:
+        train_tokenizer(DOCUMENTS, tmp_path / "x.model", vocab_size)
+    smallest = int(re.search(r"at least (\d+)", str(caught.value))[1])
+    assert train_tokenizer(DOCUMENTS, tmp_path / "x.model", smallest).vocab_size == smallest
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["", ""]])
+def test_no_text_at_all(texts, tmp_path):
+    with pytest.raises(UserError, match="no text"):
+        train_tokenizer(texts, tmp_path / "x.model", 1_000)
+
+
+def test_a_failing_source_fails_as_itself(tmp_path):
+    def texts():
+        yield from DOCUMENTS
+        raise UserError("corpus.jsonl line 3: missing text")
+
+    with pytest.raises(UserError, match=r"^corpus\.jsonl line 3"):
+        train_tokenizer(texts(), tmp_path / "x.model", 1_000)
+
+
+def test_a_failed_write_leaves_the_old_file(tok, tmp_path, monkeypatch):
+    path = tmp_path / "x.model"
+    path.write_bytes(b"old")
+
+    def crash(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(OSError, match="disk full"):
+        train_tokenizer(DOCUMENTS, path, 1_000)
+    assert [path.read_bytes()] == [b"old"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_training_is_silent(tmp_path):
+    code = (
+        f"from tokenizer import train_tokenizer as t; t(['a b c '] * 9, {str(tmp_path / 'x.model')!r}, 268)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# ---- text and ids
+
+
+@settings(max_examples=500, deadline=None)
+@given(text=TEXT)
+def test_round_trip(tok, text):
+    ids = tok.encode(text)
+    assert tok.decode(ids) == text
+    assert not set(ids) & set(range(6))
+    assert tok.token_bytes()[ids].sum() == len(text.encode())
+    assert tok.encode_batch([text, "x", text], num_threads=2) == [ids, tok.encode("x"), ids]
+
+
+def test_case_newline_question_mark_digits_emoji_are_kept(tok):
+    for text in [
+        "Hello WORLD?",
+        "a\nb",
+        " a",
+        "a ",
+        "  a  b  ",
+        "x\u2581y",
+        "\U0001f468\u200d\U0001f469",
+        "\0\t\r\n",
+    ]:
+        assert tok.decode(tok.encode(text)) == text
+    assert tok.encode("\n") != tok.encode(" ")
+    assert [tok.decode([id]) for id in tok.encode("2048")] == ["2", "0", "4", "8"]
+
+
+def test_no_text_makes_a_control_id(tok):
+    rng = random.Random(0)
+    texts = ["".join(rng.choices(FRAGMENTS, k=rng.randint(1, 12))) for _ in range(FUZZ_STRINGS)]
+    for text, ids in zip(texts, tok.encode_batch(texts, num_threads=2)):
+        assert min(ids) > tok.im_end_id, text
+        assert tok.decode(ids) == text
+        assert tok.token_bytes()[ids].sum() == len(text.encode())
+
+
+def test_control_ids_vanish_or_are_named(tok):
+    ids = [1, 4, *tok.encode("hi"), 5, 0, 3, 2]
+    assert tok.decode(ids) == "hi"
+    assert named(tok, ids) == "<s><|im_start|>hi<|im_end|><pad><unk></s>"
+    assert tok.decode([]) == ""
+
+
+def test_numpy_ids_decode(tok):
+    assert tok.decode(np.array(tok.encode("hello there"), dtype=np.uint16)) == "hello there"
+
+
+@pytest.mark.parametrize("id", [-1, 2_000, 2**40])
+def test_an_id_outside_the_vocabulary_is_named(tok, id):
+    with pytest.raises(UserError, match=rf"token id {id} is outside 0\.\.1999"):
+        tok.decode([7, id])
+    with pytest.raises(UserError, match=f"token id {id}"):
+        tok.stream().push(id)
+
+
+def test_lone_surrogates_are_refused(tok):
+    for call in (lambda: tok.encode("ab\ud800"), lambda: tok.encode_batch(["ok", "ab\ud800"])):
+        with pytest.raises(UserError, match=r"surrogate U\+D800 at character 2"):
+            call()
+    with pytest.raises(UserError, match="surrogate"):
+        tok.encode("\u2581\udfff")
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=TEXT)
+def test_streaming_gives_whole_characters(tok, text):
+    stream = tok.stream()
+    parts = [stream.push(id) for id in tok.encode(text)]
+    assert not any("\ufffd" in part for part in parts) or "\ufffd" in text
+    assert "".join(parts) == text
+    assert stream.flush() == ""
+
+
+@settings(max_examples=300, deadline=None)
+@given(ids=st.lists(st.integers(0, 1_999) | st.integers(0, 261), max_size=30))
+def test_streaming_is_decoding_for_any_ids(tok, ids):
+    stream = tok.stream()
+    assert "".join([stream.push(id) for id in ids] + [stream.flush()]) == tok.decode(ids)
+
+
+def test_an_emoji_arrives_in_one_piece(tok):
+    stream = tok.stream()
+    assert [stream.push(id) for id in tok.encode("\U0001f600")] == ["", "", "", "\U0001f600"]
+    stream.push(tok.encode("\U0001f600")[0])
+    assert stream.flush() == "\ufffd"
+
+
+def test_token_bytes(tok):
+    lengths = tok.token_bytes()
+    assert lengths.dtype == np.int64
+    assert lengths.shape == (tok.vocab_size,)
+    assert list(lengths[:6]) == [0] * 6
+    assert set(lengths[6:262]) == {1}
+    assert min(lengths[262:]) >= 1
+    assert lengths[tok.pieces.index(f"\u2581{RARE}")] == len(RARE) + 1
+
+
+def test_it_travels_to_other_processes(tok):
+    assert pickle.loads(pickle.dumps(tok)).encode("over there") == tok.encode("over there")
+
+
+@pytest.mark.parametrize("text", ["a" * 1_000_000, "<" * 1_000_000, " " * 1_000_000, "\u2581" * 100_000])
+def test_a_megabyte_of_one_character_takes_seconds_at_most(tok, text):
+    start = time.perf_counter()
+    assert tok.decode(tok.encode(text)) == text
+    assert time.perf_counter() - start < 10  # about 0.6 s on an idle machine
+
+
+# ---- the folder
+
+
+def test_a_folder_comes_back(tok, tmp_path):
+    tok.save(tmp_path, 512, "instruct")
+    files = {"tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    assert {path.name for path in tmp_path.iterdir()} == files
+    assert (tmp_path / "tokenizer.model").read_bytes() == tok.model
+    back = Tokenizer.load(tmp_path)
+    assert (back.sha256, back.template, back.pieces) == (tok.sha256, "instruct", tok.pieces)
+    assert Tokenizer.load(tmp_path / "tokenizer.model").template is None
+    back.save(tmp_path / "next", 512)
+    assert Tokenizer.load(tmp_path / "next").template == "instruct"
+
+
+def test_a_base_model_names_no_template_and_offers_chatml(tok, tmp_path):
+    tok.save(tmp_path, 512)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))
+    assert Tokenizer.load(tmp_path).template is None
+    assert config["chat_template"] == room.jinja(TEMPLATES["chatml"])
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]
+    assert config["model_max_length"] == 512
+
+
+def test_an_unknown_template_is_named(tok, tmp_path):
+    for call in (lambda: tok.save(tmp_path, 512, "llama"), lambda: render(tok, CONVERSATION, "llama")):
+        with pytest.raises(UserError, match="'llama': choose one of chatml, instruct, chat"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.model", None),
+        ("tokenizer.model", b""),
+        ("tokenizer.model", b"not a model"),
+        ("tokenizer.model", b"\xff\xfe" * 500),
+        ("tokenizer_config.json", b"{"),
+        ("tokenizer_config.json", b"\xff"),
+        ("tokenizer_config.json", b"[" * 100_000),
+        ("tokenizer_config.json", b"[1]"),
+        ("tokenizer_config.json", b'{"chat_template_name": "zephyr"}'),
+        ("tokenizer_config.json", b'{"chat_template_name": []}'),
+        ("tokenizer_config.json", b'{"tokenizer_model_sha256": 3, "chat_template_name": 7}'),
+    ],
+)
+def test_a_broken_folder_is_one_line(tok, tmp_path, name, content):
+    tok.save(tmp_path, 512)
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=name) as caught:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(UserError, match=r"none\.model.*No such file"):
+        Tokenizer.load(tmp_path / "none.model")
+
+
+def test_a_flipped_bit_is_refused_or_harmless(tok):
+    rng = random.Random(0)
+    for _ in range(300):
+        damaged = bytearray(tok.model)
+        where = rng.choice([rng.randrange(len(damaged)), rng.randrange(300), -1 - rng.randrange(300)])
+        damaged[where] ^= 1 << rng.randrange(8)
+        try:
+            other = Tokenizer(bytes(damaged))
+        except UserError:
+            continue
+        other.decode(other.encode("Hello (world) \U0001f600\n\n  x 12"))
+        other.token_bytes()
+
+
+def test_a_flipped_bit_in_a_saved_folder_is_always_refused(tok, tmp_path):
+    tok.save(tmp_path, 512)
+    rng = random.Random(1)
+    for _ in range(100):
+        damaged = bytearray(tok.model)
+        damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        (tmp_path / "tokenizer.model").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"checksum mismatch|damaged|lacks"):
+            Tokenizer.load(tmp_path)
+
+
+# ---- conversations
+
+WRITTEN = {
+    "chatml": (
+        "<s><|im_start|>system\nBe brief.\n<|im_end|>\n<|im_start|>user\nWhy?\nTell me.\n<|im_end|>\n"
+        "<|im_start|>assistant\n(Because) it is so.\n<|im_end|>\n<|im_start|>user\n- And then\n<|im_end|>\n"
+        "<|im_start|>assistant\nNothing more 1 \U0001f600\n<|im_end|>"
+    ),
+    "instruct": (
+        "<s>Be brief.\n\n### Instruction:\nWhy?\nTell me.\n\n### Response:\n(Because) it is so.</s>\n\n"
+        "### Instruction:\n- And then\n\n### Response:\nNothing more 1 \U0001f600</s>"
+    ),
+    "chat": (
+        "<s>Be brief.\n\nHuman: Why?\nTell me.\n\nAssistant: (Because) it is so.</s>\n\n"
+        "Human: - And then\n\nAssistant: Nothing more 1 \U0001f600</s>"
+    ),
+}
+SUPERVISED = {
+    "chatml": "(Because) it is so.\n<|im_end|>Nothing more 1 \U0001f600\n<|im_end|>",
+    "instruct": "(Because) it is so.</s>Nothing more 1 \U0001f600</s>",
+    "chat": " (Because) it is so.</s> Nothing more 1 \U0001f600</s>",
+}
+OPENING = {"chatml": "\n<|im_start|>assistant\n", "instruct": "\n\n### Response:\n", "chat": "\n\nAssistant:"}
+
+
+def test_the_original_templates_verbatim(tok):
+    turn = [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]
+    shown = {name: named(tok, render(tok, turn, name)[0]) for name in TEMPLATES}
+    assert shown == {
+        "chatml": "<s><|im_start|>user\n...\n<|im_end|>\n<|im_start|>assistant\n...\n<|im_end|>",
+        "instruct": "<s>### Instruction:\n...\n\n### Response:\n...</s>",
+        "chat": "<s>Human: ...\n\nAssistant: ...</s>",
+    }
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_conversation_as_text_and_its_supervised_part(tok, template):
+    ids, mask = render(tok, CONVERSATION, template)
+    assert len(ids) == len(mask)
+    assert set(mask) == {0, 1}
+    assert named(tok, ids) == WRITTEN[template]
+    assert named(tok, [id for id, on in zip(ids, mask) if on]) == SUPERVISED[template]
+    opened, silent = render(tok, CONVERSATION, template, add_generation_prompt=True)
+    assert opened[: len(ids)] == ids
+    assert silent[: len(ids)] == mask
+    assert not any(silent[len(ids) :])
+    assert named(tok, opened[len(ids) :]) == OPENING[template]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_prompt_for_an_answer_is_the_beginning_of_the_answered_conversation(tok, template):
+    prompt, _ = render(tok, CONVERSATION[:2], template, add_generation_prompt=True)
+    ids, mask = render(tok, CONVERSATION[:3], template)
+    assert ids[: len(prompt)] == prompt
+    assert mask == [0] * len(prompt) + [1] * (len(ids) - len(prompt))
+    assert ids[-1] in stop_ids(tok, template)
+    assert not set(ids[len(prompt) : -1]) & set(stop_ids(tok, template))
+
+
+def test_supervised_ids_exactly(tok):
+    turn = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    ids, mask = render(tok, turn, "chatml")
+    assert [id for id, on in zip(ids, mask) if on] == [*tok.encode("yes"), *tok.encode("\n"), tok.im_end_id]
+    assert ids[:2] == [tok.bos_id, tok.im_start_id]
+    ids, mask = render(tok, turn, "chat")
+    assert [id for id, on in zip(ids, mask) if on] == [*tok.encode(" yes"), tok.eos_id]
+
+
+def test_stop_ids(tok):
+    stops = {template: stop_ids(tok, template) for template in [*TEMPLATES, None]}
+    assert stops == {"chatml": [2, 5], "instruct": [2], "chat": [2], None: [2]}
+
+
+@settings(max_examples=200, deadline=None)
+@given(contents=st.tuples(TEXT, TEXT).filter(lambda pair: all(text.strip() for text in pair)))
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_contents_bring_no_control_ids_and_no_supervision(tok, template, contents):
+    user, assistant = contents
+    ids, mask = render(
+        tok, [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}], template
+    )
+    frame = {"chatml": [1, 4, 5, 4, 5], "instruct": [1, 2], "chat": [1, 2]}[template]
+    assert [id for id in ids if id < 6] == frame
+    answer = [id for id, on in zip(ids, mask) if on]
+    assert tok.decode(answer).strip() == assistant.strip()
+    # What meets at a cut encodes apart as it does in one: a run between controls is the encoding of its text.
+    for run in re.split("[\x01-\x06]", "".join(chr(id + 1) for id in ids)):
+        piecewise = [ord(char) - 1 for char in run]
+        if "\u2581" not in user + assistant:
+            assert piecewise == tok.encode(tok.decode(piecewise))
+
+
+@pytest.mark.parametrize(
+    ("messages", "complaint"),
+    [
+        ([], "at least one message"),
+        (None, "at least one message"),
+        ("hello", "at least one message"),
+        (["hello"], "message 1: must be an object"),
+        ([{"role": "user"}], r"message 1 \(user\): content must be a string, got NoneType"),
+        (
+            [{"role": "user", "content": "a"}, {"role": "user", "content": ["b"]}],
+            r"message 2 \(user\).*got list",
+        ),
+        (
+            [{"role": "root", "content": "a"}],
+            "message 1: role must be one of system, user, assistant, got 'root'",
+        ),
+        ([{"role": ["user"], "content": "a"}], "message 1: role"),
+        ([{"content": "a"}], "message 1: role .* got None"),
+        ([{"role": "user", "content": " \n"}], r"message 1 \(user\): content is empty"),
+        ([{"role": "user", "content": "a\ud800"}], "surrogate"),
+    ],
+)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_what_is_no_conversation_is_named(tok, template, messages, complaint):
+    with pytest.raises(UserError, match=complaint):
+        render(tok, messages, template)
+
+
+# ---- transformers reads the folder as we do
+
+
+def hugging_face(folder):
+    return pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
+
+
+def corpus_lines(count, every):
+    """`count` lines over all the corpora, each `every`-th of a file, without literal specials and U+2581."""
+    files = sorted(CORPORA.glob("*.jsonl.gz"))
+    if not files:
+        pytest.skip(f"no corpora in {CORPORA}")
+    for path in files:
+        with gzip.open(path, "rt", encoding="utf-8") as rows:
+            lines = (line for row in rows for line in json.loads(row)["text"].splitlines() if line)
+            usable = (line for line in lines if not re.search("\u2581|</?s>|<unk>|<pad>|<[|]im_", line))
+            yield from islice(usable, 0, every * count // len(files) + every, every)
+
+
+def test_transformers_agrees_on_the_documentation(tok, tmp_path):
+    tok.save(tmp_path, 512)
+    other = hugging_face(tmp_path)
+    texts = [*topics.values(), *"\n".join(topics.values()).splitlines()]
+    assert other(texts)["input_ids"] == tok.encode_batch(texts)
+    assert other.all_special_tokens == ["<s>", "</s>", "<unk>", "<pad>", IM_START, IM_END]
+    assert other.model_max_length == 512
+    for text in texts[:50]:
+        assert other.decode(tok.encode(text)) == text
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(max_size=60) | TEXT)
+def test_transformers_agrees_on_any_text(tok, saved_hugging_face, text):
+    text = re.sub("\u2581|</?s>|<unk>|<pad>|<[|]im_(start|end)[|]>", "", text)
+    if not re.search("</?s>|<unk>|<pad>|<[|]im_(start|end)[|]>", text):  # removing one can make one
+        assert saved_hugging_face.encode(text) == tok.encode(text)
+
+
+@pytest.fixture(scope="module")
+def saved_hugging_face(tok, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    tok.save(folder, 512)
+    return hugging_face(folder)
+
+
+def test_transformers_agrees_on_real_text_at_full_size(tmp_path):
+    """At vocab 32768, on more than 10,000 lines of every corpus (French and Spanish among them)."""
+    pytest.importorskip("transformers")
+    sample = list(corpus_lines(count=100_000, every=3))
+    tokenizer = train_tokenizer(sample, tmp_path / "tokenizer.model", 32_768)
+    tokenizer.save(tmp_path, 1_024)
+    lines = list(corpus_lines(count=12_000, every=7))
+    assert len(lines) >= 10_000
+    ids = tokenizer.encode_batch(lines, num_threads=2)
+    assert hugging_face(tmp_path)(lines)["input_ids"] == ids
+    assert [tokenizer.decode(row) for row in ids] == lines
+
+
+def test_runs_of_the_same_piece_merge_in_the_same_order(tmp_path):
+    """Small alphabets make ties between merges, where an implementation of BPE shows its habits."""
+    pytest.importorskip("transformers")
+    for seed, alphabet in enumerate(["ab", "a ", "=-", "ab \n"]):
+        rng = random.Random(seed)
+        texts = ["".join(rng.choices(alphabet, k=rng.randint(1, 60))) for _ in range(400)]
+        tokenizer = train_tokenizer(texts, tmp_path / "tokenizer.model", 290)
+        tokenizer.save(tmp_path, 64)
+        other = hugging_face(tmp_path)
+        fuzz = ["".join(rng.choices(alphabet, k=rng.randint(1, 80))) for _ in range(300)]
+        fuzz += [rng.choice(alphabet) * rng.randint(1, 80) + text for text in fuzz]
+        assert other(fuzz)["input_ids"] == tokenizer.encode_batch(fuzz)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_apply_chat_template_is_render(tok, tmp_path, template):
+    tok.save(tmp_path, 512, template)
+    other = hugging_face(tmp_path)
+    awkward = [
+        "(",
+        "\n\n x \n",
+        "- a\n\n- b",
+        "  def f():\n    return 1",
+        '"quoted" {{ x }} {% if %}',
+        "\u4e2d\t.",
+        "'",
+    ]
+    talk = [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(awkward)]
+    for messages in [
+        *(CONVERSATION[a:b] for a, b in [(0, 5), (1, 5), (0, 1), (1, 2), (2, 3)]),
+        talk,
+        talk[::-1],
+    ]:
+        for prompt in (False, True):
+            ids, _ = render(tok, messages, template, add_generation_prompt=prompt)
+            options = {"add_generation_prompt": prompt, "return_dict": False}
+            assert other.apply_chat_template(messages, tokenize=False, **options) == named(tok, ids)
+            assert other.apply_chat_template(messages, tokenize=True, **options) == ids
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_jinja_is_plain(template):
+    assert set(re.findall(r"{%-?\s*(\w+)", room.jinja(TEMPLATES[template]))) == {
+        "for",
+        "endfor",
+        "if",
+        "endif",
+    }
+    assert set(re.findall(r"\|\s*(\w+)\s*}}", room.jinja(TEMPLATES[template]))) == {"trim"}
+
+
+# ---- a foreign model
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """A model of Llama's kind: its own order of ids, a space before every text, no pad, no chat markers."""
+    path = tmp_path_factory.mktemp("foreign") / "tokenizer.model"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(topics.values()),
+        model_prefix=str(path.with_suffix("")),
+        model_type="bpe",
+        vocab_size=1_000,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        minloglevel=2,
+    )
+    return path.parent
+
+
+def test_a_foreign_model_loads(foreign):
+    tokenizer = Tokenizer.load(foreign)
+    assert (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2, 2)
+    assert (tokenizer.im_start_id, tokenizer.im_end_id, tokenizer.template) == (None, None, None)
+    for text in ["Hello  there", " led by a space", "\U0001f600"]:
+        ids, stream = tokenizer.encode(text), tokenizer.stream()
+        assert tokenizer.decode(ids) == "".join([stream.push(id) for id in ids] + [stream.flush()]) == text
+    with pytest.raises(UserError, match="chatml needs"):
+        render(tokenizer, CONVERSATION, "chatml")
+    assert stop_ids(tokenizer, "instruct") == [2]
+
+
+def test_a_foreign_model_is_saved_for_transformers(foreign, tmp_path):
+    tokenizer = Tokenizer.load(foreign)
+    tokenizer.save(tmp_path, 512)
+    other, lines = hugging_face(tmp_path), topics["assert"].splitlines()
+    assert other(lines)["input_ids"] == tokenizer.encode_batch(lines)
+    assert other.chat_template is None
+    assert other.decode(tokenizer.encode("Hello there")) == "Hello there"
