@@ -34,7 +34,7 @@ DOCUMENTS = [
     *topics.values(),
     " ".join(f"{RARE} {n}" for n in range(500)),  # one line of about 9,000 bytes, the only one with this word
     "caf\u00e9 \u2014 na\u00efve \u201cquotes\u201d\r\nand a second line\r\n" * 30,
-    "left\0right \u2581 block \u2585 end \uffff " * 20,  # what SentencePiece would drop a document for
+    "left\0right \u2581 block \u2585 end \uffff \ud800 " * 20,  # what SentencePiece would drop a document for
 ]
 FRAGMENTS = [
     *(
