@@ -93,9 +93,7 @@ def test_ids_of_the_specials(tok):
 
 def test_no_document_is_dropped(tok):
     assert f"\u2581{RARE}" in tok.pieces  # from a line longer than SentencePiece's default limit
-    assert set(RESERVED) <= {
-        piece.strip("\u2581") for piece in tok.pieces
-    }  # each beside a reserved character
+    assert set(RESERVED) <= {piece.strip("\u2581") for piece in tok.pieces}  # each beside a reserved one
 
 
 def test_whitespace_is_worth_a_piece(tok):
