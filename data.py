@@ -14,98 +14,18 @@ labels, the labels one token ahead. A batch is a pure function of (seed, step, m
 position to save, and nothing to lose when a run is killed. No torch here: arrays are numpy.
 """
 
-import hashlib
-import json
 import math
-import re
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from configurator import UserError
+from configurator import UserError, run
+from prepare import AGAIN, DTYPES, DataConfig, file_sha256, main, read_manifest
 
-FORMAT = 1  # of the manifest; a reader refuses any other
 IGNORE = -100  # the label of a position that is not supervised
 VERIFY_BYTES = 64 << 20  # shards up to this size in all are hashed when opened (0.2 s), larger ones if asked
 MIXTURE_PERIOD = 1024  # rows after which the proportions of a mixture are exact
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-
-# --- The manifest -------------------------------------------------------------------------------------------
-
-
-def file_sha256(path):
-    """The hex sha256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _is_count(value):
-    return type(value) is int and value >= 0
-
-
-def _is_hash(value):
-    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
-
-
-def _is_file_name(value):
-    """A plain name inside the folder: no slash, no leading dot, hence no way out of it."""
-    return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", value) is not None
-
-
-SHARD_FIELDS = {
-    "bin": _is_file_name,
-    "text": _is_file_name,
-    "tokens": lambda value: _is_count(value) and value > 0,
-    "documents": _is_count,
-    "bytes": _is_count,
-    "bin_sha256": _is_hash,
-    "text_sha256": _is_hash,
-}
-MANIFEST_FIELDS = {
-    "vocab_size": lambda value: _is_count(value) and 0 < value <= 2**32,
-    "tokenizer_sha256": _is_hash,
-    "dtype": lambda value: isinstance(value, str) and value in DTYPES,
-    "pad_id": _is_count,
-    "bos_id": _is_count,
-    "eos_id": _is_count,
-    "config": lambda value: isinstance(value, dict),
-    "splits": lambda value: isinstance(value, dict) and all(isinstance(v, list) for v in value.values()),
-}
-
-
-def _check_fields(thing, fields, where):
-    if not isinstance(thing, dict):
-        raise UserError(f"{where}: expected an object, got {type(thing).__name__}")
-    for name, good in fields.items():
-        if name not in thing:
-            raise UserError(f"{where}: '{name}' is missing; prepare the dataset again")
-        if not good(thing[name]):
-            what = "illegal file name" if fields[name] is _is_file_name else f"illegal '{name}'"
-            raise UserError(f"{where}: {what} {thing[name]!r:.80}; prepare the dataset again")
-
-
-def read_manifest(folder):
-    """Read and check FOLDER/manifest.json; whatever is wrong with it is a UserError, so the rest may trust
-    it.
-    """
-    path = Path(folder) / "manifest.json"
-    if not path.is_file():
-        raise UserError(
-            f"{folder}: no prepared dataset (no manifest.json); make one with python data.py CONFIG"
-        )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); prepare the dataset again") from None
-    if isinstance(manifest, dict) and manifest.get("format") != FORMAT:
-        raise UserError(f"{path}: format {manifest.get('format')!r:.80}, this program reads {FORMAT}")
-    _check_fields(manifest, MANIFEST_FIELDS, path)
-    for split, shards in manifest["splits"].items():
-        for number, shard in enumerate(shards):
-            _check_fields(shard, SHARD_FIELDS, f"{path}: {split} shard {number}")
-    return manifest
-
 
 # --- Shards as one array ------------------------------------------------------------------------------------
 
@@ -123,9 +43,7 @@ class Shards:
         self.manifest = read_manifest(folder)
         entries = self.manifest["splits"].get(split)
         if not entries:
-            raise UserError(
-                f"{folder}: holds no {split} documents; prepare it again with another train_ratio"
-            )
+            raise UserError(f"{folder}: holds no {split} documents; {AGAIN} with another train_ratio")
         self.tokenizer_sha256 = self.manifest["tokenizer_sha256"]
         self._check_tokenizer()
         self.dtype = DTYPES[self.manifest["dtype"]]
@@ -142,7 +60,7 @@ class Shards:
     def _check_tokenizer(self):
         path = self.folder / "tokenizer.model"
         if not path.is_file():
-            raise UserError(f"{path}: not found; prepare the dataset again")
+            raise UserError(f"{path}: not found; {AGAIN}")
         if (found := file_sha256(path)) != self.tokenizer_sha256:
             raise UserError(
                 f"{path}: sha256 is {found}, the dataset was encoded with {self.tokenizer_sha256}"
@@ -151,12 +69,10 @@ class Shards:
     def _open(self, entry, verify):
         path = self.folder / entry["bin"]
         if not path.is_file():
-            raise UserError(f"shard {path}: not found; prepare the dataset again")
+            raise UserError(f"shard {path}: not found; {AGAIN}")
         expected, found = entry["tokens"] * self.dtype.itemsize, path.stat().st_size
         if found != expected:
-            raise UserError(
-                f"shard {path}: {found} bytes, the manifest says {expected}; prepare the dataset again"
-            )
+            raise UserError(f"shard {path}: {found} bytes, the manifest says {expected}; {AGAIN}")
         if verify and (digest := file_sha256(path)) != entry["bin_sha256"]:
             raise UserError(f"shard {path}: sha256 mismatch (expected {entry['bin_sha256']}, got {digest})")
         array = np.memmap(path, dtype=self.dtype, mode="r")
@@ -167,9 +83,7 @@ class Shards:
     def _check_ids(self, name, ids):
         if (worst := int(ids.max())) >= self.vocab_size:
             where = f"shard {self.folder / name}: token id {worst}"
-            raise UserError(
-                f"{where} is outside the vocabulary of {self.vocab_size}; prepare the dataset again"
-            )
+            raise UserError(f"{where} is outside the vocabulary of {self.vocab_size}; {AGAIN}")
 
     def read(self, start, stop):
         """Token ids start..stop of the whole split as one array, across shard borders."""
@@ -203,8 +117,8 @@ def _open_all(paths, split, verify=None):
     for other in sources[1:]:
         if other.tokenizer_sha256 != first.tokenizer_sha256:
             raise UserError(
-                f"datasets of different tokenizers cannot be mixed: {first.folder} has sha256 {first.tokenizer_sha256}, "
-                f"{other.folder} has {other.tokenizer_sha256}"
+                f"datasets of different tokenizers cannot be mixed: {first.folder} has sha256 "
+                f"{first.tokenizer_sha256}, {other.folder} has {other.tokenizer_sha256}"
             )
     return sources
 
@@ -354,3 +268,7 @@ def unigram_bits_per_byte(paths):
     targets = sum(source.histogram(start=1) for source in val)
     nats = -np.sum(targets * np.log(counts / counts.sum()))
     return float(nats / (sum(source.bytes for source in val) * math.log(2)))
+
+
+if __name__ == "__main__":
+    run(main, DataConfig, doc=__doc__)
