@@ -551,6 +551,16 @@ def save_model(model, folder, stop_ids=None):
     safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def choose_device(wanted):
+    """Returns the torch.device for `auto`, `cpu`, `cuda` or `mps`; UserError where it does not exist."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        wanted = next(name for name, found in there.items() if found)
+    if not there[wanted]:
+        raise UserError(f"device={wanted}: this machine has no {wanted.upper()} device; use --device=cpu")
+    return torch.device(wanted)
+
+
 def load_model(folder, device="cpu", dtype=torch.float32):
     """Returns the Llama of a model folder in evaluation mode, parameters in `dtype` on `device`; UserError if it can't.
 
