@@ -271,4 +271,4 @@ def unigram_bits_per_byte(paths):
 
 
 if __name__ == "__main__":
-    run(main, DataConfig, doc=__doc__)
+    run(main, DataConfig, doc=main.__doc__)

@@ -441,7 +441,7 @@ def dtype_name(tokenizer):
 
 
 def main(cfg):
-    """Prepare the dataset that cfg describes, or say that it is there already; prints a report."""
+    """Prepare a dataset from raw text, or verify and name the one that is there; print its numbers."""
     output, settings = output_folder(cfg), lasting(cfg)
     if already_there(output, settings, shared_tokenizer(cfg)):
         return

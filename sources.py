@@ -382,6 +382,8 @@ def list_elements(buffer, file, path, tally):
                 break  # an element that reaches the end of the buffer may go on
             more = file.read(max(len(buffer) - start, 1 << 16)) if len(buffer) - start < MAX_LINE else ""
             if not more:
+                if problem is None:
+                    yield where, value
                 tally.bad(problem or "not-json", f"{where} (the file is dropped from here on)")
                 return
             buffer, start, problem = buffer[start:] + more, 0, None

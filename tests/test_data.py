@@ -1,11 +1,22 @@
 """data.py: the stream is exact and pure, damaged folders are named, raw text becomes clean shards."""
 
+import bz2
 import contextlib
+import gzip
 import hashlib
+import itertools
 import json
+import lzma
+import shutil
+import subprocess
 import sys
+import time
+from collections import Counter
+from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
+import ftfy
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,8 +25,20 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from configurator import UserError  # noqa: E402
-from data import TokenStream, read_manifest, unigram_bits_per_byte  # noqa: E402
+from configurator import UserError, configure  # noqa: E402
+from data import DataConfig, Shards, TokenStream, main, read_manifest, unigram_bits_per_byte  # noqa: E402
+from prepare import (  # noqa: E402
+    Deduplicator,
+    clean,
+    english_score,
+    fix_encoding,
+    hash_fraction,
+    reject,
+    shingles,
+    unfinished,
+)
+from sources import Tally, read_documents  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
 
 PAD, BOS, EOS = 0, 1, 2
 
@@ -298,3 +321,618 @@ def test_missing_short_and_mismatched_datasets(tmp_path):
     for weights in ([1], [1, -1], [1, float("nan")], [1, 1e-9]):
         with pytest.raises(UserError, match="weight"):
             TokenStream([short, short], "train", 4, 1, weights=weights)
+
+
+# --- Preparing: helpers -------------------------------------------------------------------------------------
+
+SENTENCES = """
+The river was high that year and we had to wait for the ferry.
+She told him that it was not the first time they had been there.
+There are many ways in which a letter can be lost on its way to the king.
+He would have gone with them if the weather had been any better.
+It is said that the old house on the hill was built by two brothers.
+When the bells rang the people came out of the church and into the square.
+All of this was known to the men who had been at the meeting before.
+They have no more than three horses and one of them is very old.
+"""
+
+
+def prose(number, sentences=6):
+    """An English document that no other number gives."""
+    random, lines = np.random.RandomState(number), SENTENCES.strip().split("\n")
+    body = [lines[random.randint(len(lines))].replace("the", f"the {word(random)}") for _ in range(sentences)]
+    return f"Story {number}. " + " ".join(body)
+
+
+def word(random):
+    return "".join(chr(97 + letter) for letter in random.randint(0, 26, 6))
+
+
+def preset(name):
+    return ROOT / "configs" / "datasets" / f"{name}.json"
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def prepare_dataset(source, output, **settings):
+    """Prepare SOURCE with small settings; returns (train and val documents, stats)."""
+    defaults = {"vocab_size": 400, "train_ratio": 0.8, "sequence_length": 32}
+    main(DataConfig(input_path=str(source), output_dir=str(output), **{**defaults, **settings}))
+    splits = {split: read_split(output, split) for split in ("train", "val")}
+    return splits, json.loads((output / "stats.json").read_text())
+
+
+def read_split(folder, split):
+    files = sorted(folder.glob(f"{split}_*.jsonl"))
+    return [json.loads(line)["text"] for file in files for line in file.read_text().split("\n") if line]
+
+
+def every(splits):
+    return sorted(splits["train"] + splits["val"])
+
+
+def contents(folder):
+    """Every file's bytes, but for the card, which bears the date."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "DATA_CARD.md"}
+
+
+def reasons(stats):
+    return {
+        reason: entry["count"]
+        for stage in stats["documents"]["dropped"].values()
+        for reason, entry in stage.items()
+    }
+
+
+def data_py(*arguments, **settings):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "data.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        **settings,
+    )
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory):
+    return write_jsonl(tmp_path_factory.mktemp("stories") / "stories.jsonl", map(prose, range(300)))
+
+
+@pytest.fixture(scope="module")
+def prepared(stories, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared") / "stories"
+    splits, stats = prepare_dataset(stories, folder, shard_tokens=4000)
+    return folder, splits, stats
+
+
+# --- Preparing: what comes out ------------------------------------------------------------------------------
+
+
+def test_shards_hold_each_document_between_bos_and_eos(prepared):  # traps B3, B13
+    folder, splits, stats = prepared
+    tokenizer = Tokenizer.load(folder)
+    assert every(splits) == sorted(map(prose, range(300)))
+    assert not set(splits["train"]) & set(splits["val"])
+    assert len(list(folder.glob("train_*.bin"))) > 1  # shard_tokens cuts
+    for split, documents in splits.items():
+        ids = Shards(folder, split).read(0, Shards(folder, split).tokens).tolist()
+        assert ids.count(EOS) == ids.count(BOS) == len(documents) == stats["splits"][split]["documents"]
+        expected = [[BOS, *tokenizer.encode(text), EOS] for text in documents]
+        assert ids == [token for row in expected for token in row]
+        assert stats["splits"][split]["bytes"] == sum(len(text.encode()) for text in documents)
+
+
+def test_the_stream_reads_what_was_prepared(prepared):
+    folder, *_ = prepared
+    stream = TokenStream(folder, "train", 32, 4)
+    assert stream.tokenizer == folder / "tokenizer.model"
+    assert Tokenizer.load(stream.tokenizer).sha256 == stream.tokenizer_sha256
+    assert stream.batch(0)["ids"].max() < stream.vocab_size == 400
+    assert 0.5 < unigram_bits_per_byte(folder) < 8
+
+
+def test_a_second_run_gives_the_same_bytes_and_a_third_finds_it_there(
+    stories, prepared, tmp_path, capsys
+):  # B12
+    folder, *_ = prepared
+    prepare_dataset(stories, tmp_path / "again", shard_tokens=4000, num_workers=1)
+    assert contents(tmp_path / "again") == contents(folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    prepare_dataset(stories, folder, shard_tokens=4000)
+    assert "exists: 300 documents" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    with pytest.raises(UserError, match="was prepared with min_length 50, now it is 60"):
+        prepare_dataset(stories, folder, shard_tokens=4000, min_length=60)
+
+
+def test_the_card_names_the_source_and_bears_a_date(prepared, stories):  # traps B9, B36
+    card = (prepared[0] / "DATA_CARD.md").read_text()
+    assert f"Source: `{stories}`" in card
+    date.fromisoformat(card.split("Prepared ")[1].split(".")[0])
+
+
+def test_max_docs_caps_and_shows(stories, tmp_path):  # trap B9
+    splits, stats = prepare_dataset(stories, tmp_path / "d", max_docs=40)
+    assert every(splits) == sorted(map(prose, range(40)))
+    assert stats["cap"] == {"max_docs": 40, "reached": True}
+    assert stats["documents"]["read"] == 40
+
+
+def test_an_existing_folder_is_never_overwritten(stories, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("precious")
+    with pytest.raises(UserError, match="no prepared dataset; name another output_dir"):
+        prepare_dataset(stories, tmp_path / "mine")
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "precious"
+
+
+def test_a_damaged_existing_dataset_is_named(prepared, stories, tmp_path):
+    folder = shutil.copytree(prepared[0], tmp_path / "d")
+    (folder / "train_00001.jsonl").write_bytes(b"{}\n")
+    with pytest.raises(UserError, match=r"train_00001.jsonl: missing or changed since"):
+        prepare_dataset(stories, folder, shard_tokens=4000)
+
+
+def test_the_split_of_a_document_does_not_depend_on_its_neighbours(prepared, stories, tmp_path):
+    _, splits, _ = prepared
+    few = write_jsonl(tmp_path / "few.jsonl", map(prose, range(100, 160)))
+    part, _ = prepare_dataset(few, tmp_path / "d")
+    assert set(part["train"]) <= set(splits["train"])
+    assert set(part["val"]) <= set(splits["val"])
+
+
+def test_a_tokenizer_is_trained_once_and_then_reused(stories, tmp_path):  # trap B7
+    model = tmp_path / "tokenizers" / "t.model"
+    with pytest.raises(UserError, match="not found, and train_tokenizer is off"):
+        prepare_dataset(stories, tmp_path / "a", tokenizer_path=str(model), train_tokenizer=False)
+    assert not list(tmp_path.glob("*a*"))
+    prepare_dataset(stories, tmp_path / "a", tokenizer_path=str(model))
+    first = model.read_bytes()
+    other = write_jsonl(tmp_path / "other.jsonl", map(prose, range(1000, 1100)))
+    prepare_dataset(other, tmp_path / "b", tokenizer_path=str(model))
+    assert model.read_bytes() == first == (tmp_path / "b" / "tokenizer.model").read_bytes()
+    TokenStream([tmp_path / "a", tmp_path / "b"], "train", 32, 1)
+    with pytest.raises(UserError, match="its vocab_size is 400, not 500"):
+        prepare_dataset(stories, tmp_path / "c", tokenizer_path=str(model), vocab_size=500)
+    model.write_bytes((tmp_path / "b" / "tokenizer.model").read_bytes() + b"\n")
+    with pytest.raises(UserError, match="was encoded by the tokenizer of sha256"):
+        prepare_dataset(stories, tmp_path / "a", tokenizer_path=str(model))
+
+
+def test_the_tokenizer_learns_from_training_documents_alone(tmp_path):  # and from long lines: trap B15
+    rare = "qzxjvq"
+    texts = [prose(number) for number in range(200)]
+    on_val = [text for text in texts if hash_fraction(text + f" {rare}" * 400) >= 0.5]
+    on_train = [text for text in texts if hash_fraction(text + f" {rare}" * 400) < 0.5]
+    for name, marked in (("val", on_val[0]), ("train", on_train[0])):
+        source = [text + f" {rare}" * 400 if text == marked else text for text in texts]
+        prepare_dataset(
+            write_jsonl(tmp_path / "in.jsonl", source), tmp_path / name, train_ratio=0.5, language="off"
+        )
+    assert len(Tokenizer.load(tmp_path / "val").encode(f" {rare}")) > 1
+    assert len(Tokenizer.load(tmp_path / "train").encode(f" {rare}")) == 1
+
+
+# --- Preparing: duplicates ----------------------------------------------------------------------------------
+
+
+def near_copy(text, words=1):
+    """The text with its first words changed."""
+    return " ".join(["changed"] * words + text.split(" ")[words:])
+
+
+def test_near_duplicates_go_by_default_and_stay_when_switched_off(tmp_path):  # trap B1
+    text = prose(1, sentences=40)
+    texts = [text, text, near_copy(text), *map(prose, range(2, 120))]
+    source = write_jsonl(tmp_path / "in.jsonl", texts)
+    assert configure(DataConfig, [str(preset("docstrings"))]).use_minhash is True
+    on, stats = prepare_dataset(source, tmp_path / "on")
+    assert reasons(stats) == {"exact-duplicate": 1, "near-duplicate": 1}
+    assert text in every(on)  # the first of a cluster stays
+    assert near_copy(text) not in every(on)
+    off, stats = prepare_dataset(source, tmp_path / "off", use_minhash=False)
+    assert reasons(stats) == {"exact-duplicate": 1}
+    assert near_copy(text) in every(off)
+
+
+def jaccard(a, b):
+    """By brute force: the Jaccard similarity of the sets of word 5-grams."""
+    grams = [
+        {tuple(words[i : i + 5]) for i in range(len(words) - 4)}
+        for words in (a.lower().split(), b.lower().split())
+    ]
+    return len(grams[0] & grams[1]) / len(grams[0] | grams[1])
+
+
+@pytest.mark.parametrize(("low", "high", "share"), [(0.0, 0.6, 0.0), (0.9, 1.0, 1.0)])
+def test_minhash_decides_as_brute_force_does(low, high, share):
+    pairs = [
+        (text, near_copy(text, words))
+        for text in (prose(n, 30) for n in range(20))
+        for words in range(1, 300, 7)
+    ]
+    clean_words = [(a.replace(".", ""), b.replace(".", "")) for a, b in pairs]
+    chosen = [pair for pair in clean_words if low <= jaccard(*pair) < high][:30]
+    assert len(chosen) > 20
+    found = sum(Deduplicator(DataConfig()).reasons(list(pair))[1] == "near-duplicate" for pair in chosen)
+    assert found / len(chosen) == share
+
+
+def test_shingles_are_word_5_grams_and_estimates_are_datasketchs():
+    from datasketch import MinHash
+
+    a, b = prose(1, 30), near_copy(prose(1, 30), 60)
+    exact = len(set(shingles(a)) & set(shingles(b))) / len(set(shingles(a)) | set(shingles(b)))
+    assert abs(exact - jaccard(a.replace(".", ""), b.replace(".", ""))) < 1e-9
+    one, two = (MinHash(num_perm=128, hashfunc=int) for _ in range(2))
+    one.update_batch(shingles(a))
+    two.update_batch(shingles(b))
+    assert abs(one.jaccard(two) - exact) < 0.15
+    assert shingles("") == []
+    assert len(shingles("only four words here")) == 1
+
+
+# --- Preparing: cleaning and filters ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dirty", "expected"),
+    [
+        ("a\n\nb", "a\n\nb"),  # trap B11
+        ("`code` stays\n\n```\nx = 1\n```", "`code` stays\n\n```\nx = 1\n```"),
+        ("a\r\nb\rc", "a\nb\nc"),
+        ("a \t\n\n\n\n\n  b  ", "a\n\n  b"),
+        ("nul\0 bell\a esc\x1b[31m red\x1b[0m", "nul bell esc red"),
+        ("N\bNA\bAM\bME\bE", "NAME"),
+        ("zero\u200bwidth \u202ebidi\u202c \ufeffbom so\u00adft", "zerowidth bidi bom soft"),
+        ("na\u00efve \u00e2\u20ac\u201c \u201cquotes\u201d", 'na\u00efve \u2013 "quotes"'),
+        ("one\u2028two", "one\ntwo"),
+        ("<|im_end|> and </s>", "<|im_end|> and </s>"),
+    ],
+)
+def test_clean(dirty, expected):
+    assert clean(dirty) == expected
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r"), max_size=200))
+@settings(max_examples=200, deadline=None)
+def test_the_fast_path_gives_what_ftfy_gives(text):
+    assert fix_encoding(text) == ftfy.fix_text(text)
+
+
+@given(
+    st.lists(
+        st.sampled_from(["&amp;", "<b>", "\n", "plain", "caf\u00c3\u00a9", "&", "\x1b[1m", "\u2026"]),
+        max_size=12,
+    )
+)
+@settings(max_examples=200, deadline=None)
+def test_the_fast_path_gives_what_ftfy_gives_for_html_and_mojibake(parts):
+    text = " ".join(parts)
+    assert fix_encoding(text) == ftfy.fix_text(text)
+
+
+@pytest.mark.parametrize("unit", ["a", "<", " ", "http", "1", "\n", "a@", "&", "\b", " \n", "\u200b", "= "])
+def test_a_megabyte_of_anything_passes(unit):
+    """Not timed here: a quadratic pattern would take minutes on a megabyte, and the run's time limit is the
+    alarm.
+    """
+    text = unit * (1_000_000 // len(unit))
+    cleaned = clean(text)
+    assert len(cleaned) <= len(text)
+    reject(cleaned, DataConfig(max_length=10**7))
+    shingles(cleaned)
+
+
+def test_length_and_language_filters_count_their_reasons(tmp_path):
+    german = "Der alte Mann ging mit dem Hund durch den Wald und kam erst am Abend wieder nach Hause."
+    texts = ["short", prose(5, 400), german, *map(prose, range(100, 200))]
+    splits, stats = prepare_dataset(write_jsonl(tmp_path / "in.jsonl", texts), tmp_path / "d")
+    assert reasons(stats) == {"not-english": 1, "too-long": 1, "too-short": 1}
+    assert stats["documents"]["read"] == 103
+    assert german not in every(splits)
+    example = stats["documents"]["dropped"]["filter"]["not-english"]["examples"][0]
+    assert "line 3" in example
+    assert "alte Mann" in example
+    splits, _ = prepare_dataset(tmp_path / "in.jsonl", tmp_path / "off", language="off")
+    assert german in every(splits)
+
+
+# --- Preparing: sources -------------------------------------------------------------------------------------
+
+
+def texts_of(path, **settings):
+    """(documents read, reasons for what was not) of a source, before cleaning."""
+    tally = Tally()
+    documents = [text for _, text in read_documents(DataConfig(input_path=str(path), **settings), tally)]
+    return documents, {reason: count for _, reason, count, _ in tally.reasons()}
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".bz2", ".xz"])
+def test_every_local_format(tmp_path, suffix):
+    opener = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[suffix]
+    rows = [{"id": 1, "text": "one\nparagraph"}, {"id": 2, "text": "two, \u00fc"}]
+    files = {
+        "a.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+        "b.json": json.dumps(rows, indent=2),
+        "c.json": json.dumps(rows[0], indent=2),
+        "d.json": "\n".join(json.dumps(row, ensure_ascii=False) for row in rows),
+        "e.csv": 'id,text\n1,"one\nparagraph"\n2,"two, \u00fc"\n',
+        "f.txt": "one\nparagraph\n\nnext",
+        "g.md": "# title\n",
+    }
+    for name, text in files.items():
+        with opener(tmp_path / (name + suffix), "wb") as file:
+            file.write(text.encode())
+    (tmp_path / "ignored.png").write_bytes(b"\x89PNG")
+    both = ["one\nparagraph", "two, \u00fc"]
+    expected = [*both, *both, both[0], *both, *both, "one\nparagraph\n\nnext", "# title\n"]
+    assert texts_of(tmp_path) == (expected, {})
+    assert texts_of(tmp_path / f"[ad].*{suffix}") == ([*both, *both], {})
+    assert texts_of(tmp_path / f"e.csv{suffix}") == (both, {})
+
+
+def test_bom_crlf_and_a_last_line_without_an_end_are_accepted(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}')
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree")
+    (tmp_path / "c.json").write_bytes(b'\xef\xbb\xbf[{"text": "c"}]')
+    (tmp_path / "d.csv").write_bytes(b"\xef\xbb\xbftext\r\nd\r\n")
+    assert texts_of(tmp_path) == (["a", "b", "one\ntwo\nthree", "c", "d"], {})
+
+
+BAD_ROWS = [
+    (b"[1, 2]", "not-an-object"),
+    (b'"text"', "not-an-object"),
+    (b'{"title": "x"}', "missing-text"),
+    (b'{"text": null}', "not-a-string"),
+    (b'{"text": 3}', "not-a-string"),
+    (b'{"text": ["a"]}', "not-a-string"),
+    (b'{"text": "\\ud800"}', "bad-unicode"),
+    (b'{"text": "a", "score": NaN}', "not-a-number"),
+    (b'{"text": "a"', "not-json"),
+    (b'{"text": "a"} x', "not-json"),
+    (b'{"text": "\xff"}', "not-utf-8"),
+    (b"[" * 100_000, "too-deep"),
+    (b'{"text": "' + b"a" * (17 << 20) + b'"}', "line-over-16-MiB"),
+    (b"9" * 5000, "not-json"),
+]
+
+
+def test_bad_rows_are_counted_by_reason_and_passed_over(tmp_path):
+    path = tmp_path / "in.jsonl"
+    lines = [b'{"text": "first"}']
+    for row, _ in BAD_ROWS:
+        lines += [row, b'{"text": "good"}']
+    path.write_bytes(b"\n".join(lines))
+    expected = Counter(reason for _, reason in BAD_ROWS)
+    assert texts_of(path) == (["first", *["good"] * len(BAD_ROWS)], dict(expected))
+
+
+def test_bad_elements_of_a_json_list(tmp_path):
+    good = '{"text": "good"}'
+    (tmp_path / "a.json").write_text(
+        f'[{good}, 3, {{"text": "x", "n": NaN}}, {{"text": "\\ud800"}}, {good}, {good}'
+    )
+    documents, bad = texts_of(tmp_path / "a.json")
+    assert documents == ["good"] * 3
+    assert bad == {"not-an-object": 1, "not-a-number": 1, "bad-unicode": 1, "not-json": 1}
+    (tmp_path / "b.json").write_text(
+        "[" + ",".join(f'{{"text": "{n} {"x" * 999}"}}' for n in range(500)) + "]"
+    )
+    assert [text.split()[0] for text in texts_of(tmp_path / "b.json")[0]] == [str(n) for n in range(500)]
+    (tmp_path / "c.json").write_text("[" * 100_000)
+    assert texts_of(tmp_path / "c.json") == ([], {"too-deep": 1})
+
+
+@given(
+    st.binary(max_size=60),
+    st.sampled_from(["x.jsonl", "x.json", "x.csv", "x.txt", "x.jsonl.gz", "wiki.x.raw"]),
+)
+@settings(max_examples=300, deadline=None)
+def test_no_bytes_crash_a_reader(tmp_path_factory, data, name):  # Z1
+    path = tmp_path_factory.mktemp("fuzz") / name
+    path.write_bytes(data)
+    with contextlib.suppress(UserError):
+        assert all(isinstance(text, str) for text in texts_of(path)[0])
+
+
+def test_the_text_column_is_found_or_named_or_asked_for(tmp_path):
+    write = (tmp_path / "in.jsonl").write_text
+    write('{"id": "7", "content": "a"}\n')
+    assert texts_of(tmp_path / "in.jsonl")[0] == ["a"]
+    write('{"n": 7, "verse": "a"}\n')
+    assert texts_of(tmp_path / "in.jsonl")[0] == ["a"]
+    write('{"left": "a", "right": "b"}\n')
+    assert texts_of(tmp_path / "in.jsonl", text_column="right")[0] == ["b"]
+    with pytest.raises(UserError, match="no column that is surely the text among left, right; name it with"):
+        texts_of(tmp_path / "in.jsonl")
+    with pytest.raises(UserError, match="no column 'middle' among left, right"):
+        texts_of(tmp_path / "in.jsonl", text_column="middle")
+
+
+def test_a_decompression_bomb_is_refused(tmp_path):
+    with gzip.open(tmp_path / "bomb.txt.gz", "wb", compresslevel=1) as file:
+        for _ in range(70):
+            file.write(b" " * (1 << 20) + b"\n")
+    with pytest.raises(UserError, match="decompresses to over 67,108,864 bytes"):
+        texts_of(tmp_path / "bomb.txt.gz")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 10_000)[:-20])
+    documents, bad = texts_of(tmp_path / "cut.jsonl.gz")
+    assert set(documents) == {"a"}
+    assert bad == {"damaged-file": 1}
+
+
+def test_long_plain_text_is_cut_at_paragraphs_and_nothing_is_lost(tmp_path):
+    book = "".join(f"{prose(n)}\n\n" for n in range(60))
+    (tmp_path / "book.txt").write_text(book)
+    documents, _ = texts_of(tmp_path / "book.txt", max_length=2000)
+    assert "".join(documents) == book
+    assert max(map(len, documents)) <= 2000
+    assert all(document.startswith("Story") for document in documents)
+
+
+WIKITEXT = """
+ = First article =
+
+ Its first paragraph .
+ = = A section = =
+
+ Its second paragraph .
+
+ = Second article =
+
+ Other text .
+"""
+ARTICLES = [
+    "= First article =\n\nIts first paragraph .\n= = A section = =\n\nIts second paragraph .",
+    "= Second article =\n\nOther text .",
+]
+
+
+def test_wikitext_lines_become_articles(tmp_path):  # trap B10
+    (tmp_path / "wiki.train.raw").write_text(WIKITEXT)
+    assert [text.strip("\n") for text in texts_of(tmp_path / "wiki.train.raw")[0] if text.strip()] == ARTICLES
+
+
+def test_hub_datasets_are_streamed_by_their_real_names(tmp_path, monkeypatch):  # traps B8, B9, B10
+    calls = []
+
+    def load_dataset(*arguments, **settings):
+        calls.append((arguments, settings))
+        return ({"text": line + "\n"} for line in WIKITEXT.split("\n"))
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    names = {
+        "demo_tiny": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
+        "wikitext103": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
+        "openwebtext": ("Skylion007/openwebtext", None),
+        "wikipedia_en": ("wikimedia/wikipedia", "20231101.en"),
+    }
+    for name, arguments in names.items():
+        tally = Tally()
+        documents = [text for _, text in read_documents(configure(DataConfig, [str(preset(name))]), tally)]
+        assert calls.pop() == (arguments, {"split": "train", "streaming": True})
+        if "wikitext" in arguments[0]:
+            assert [text.strip("\n") for text in documents if text.strip()] == ARTICLES
+    texts_of("hf:a/b:c:test")
+    assert calls.pop() == (("a/b", "c"), {"split": "test", "streaming": True})
+
+
+def test_the_hub_absent_or_out_of_reach_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="pip install datasets"):
+        texts_of("hf:a/b")
+
+    def offline(*arguments, **settings):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=offline))
+    with pytest.raises(
+        UserError, match=r"hf:a/b: cannot be read \(ConnectionError: no route\); check the name"
+    ):
+        texts_of("hf:a/b")
+
+
+def test_docstrings_come_by_module_and_class_in_a_fixed_order(tmp_path):
+    package = tmp_path / "pkg"
+    (package / "tests").mkdir(parents=True)
+    (package / "tests" / "t.py").write_text('"""not this"""')
+    (package / "broken.py").write_text('"""x""" (')
+    (package / "__init__.py").write_text('"""About pkg."""\ndef f():\n    """Does f."""\n')
+    (package / "m.py").write_text(
+        'class A:\n    """An A."""\n    def g(self):\n        """Does g.\n\n        Well."""\n'
+    )
+    documents, bad = texts_of(f"docstrings:{tmp_path}")
+    assert documents == [
+        "pkg\n\nAbout pkg.\n\nf\n\nDoes f.\n\n",
+        "pkg.m.A\n\nAn A.\n\ng\n\nDoes g.\n\nWell.\n\n",
+    ]
+    assert bad == {"unreadable-module": 1}
+
+
+def test_this_python_documents_itself():
+    documents = itertools.islice(read_documents(DataConfig(), Tally()), 40)
+    assert all(english_score(text) > 0.5 for _, text in documents if len(text) > 500)
+
+
+# --- Preparing: the command line, and the kill --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.jsonl", b"", "0 usable documents"),
+        ("binary.txt", b"plain so far" + b"\xff\xfe\x00", "byte 0xff at offset 12: not UTF-8"),
+        ("bad.jsonl", b"{}\n3\n", "0 usable documents: 1 missing-text"),
+        ("short.txt", b"hello", "1 too-short"),
+        ("x.parquet", b"PAR1", ".parquet files are not read"),
+        ("one.txt", prose(1).encode(), "vocab_size 32768 is too large"),
+        ("", b"", "not found"),
+    ],
+)
+def test_unusable_input_is_one_line_and_exit_2(tmp_path, name, content, message):
+    if name:
+        (tmp_path / name).write_bytes(content)
+    done = data_py(f"--input_path={tmp_path / (name or 'nothing.txt')}", f"--output_dir={tmp_path / 'out'}")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_folder_without_text_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"holds no file that ends in \.txt"):
+        texts_of(tmp_path)
+
+
+def test_kill_9_leaves_no_dataset_and_the_next_run_gives_the_same_bytes(tmp_path):  # K8
+    source = write_jsonl(tmp_path / "in.jsonl", (prose(n, 20) for n in range(800)))
+    arguments = [
+        f"--input_path={source}",
+        "--vocab_size=1000",
+        "--train_ratio=0.9",
+        f"--output_dir={tmp_path / 'd'}",
+    ]
+    clock = time.monotonic()
+    assert data_py(*arguments[:-1], f"--output_dir={tmp_path / 'whole'}").returncode == 0
+    whole = time.monotonic() - clock
+    random = np.random.RandomState(0)
+    for _ in range(3):
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "data.py"), *arguments], stdout=subprocess.DEVNULL
+        )
+        try:
+            process.wait(timeout=whole * random.uniform(0.3, 0.95))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            assert not (tmp_path / "d").exists()
+    done = data_py(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "d") == contents(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "in.jsonl", "whole"]
+
+
+def test_two_runs_at_once_do_not_share_a_folder(stories, tmp_path):
+    with unfinished(tmp_path / "d"):
+        done = data_py(f"--input_path={stories}", f"--output_dir={tmp_path / 'd'}", "--vocab_size=400")
+        assert done.returncode == 2
+        assert "another run is preparing it" in done.stderr
+
+
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared corpora")
+def test_real_corpora(tmp_path):
+    raw = SHARED / "wikitext2" / "wiki.valid.raw"
+    splits, stats = prepare_dataset(raw, tmp_path / "wiki", vocab_size=4096, max_length=300_000)
+    assert stats["documents"]["read"] in (60, 61)  # 60 articles, and the blank line before the first
+    assert all(text.startswith("= ") for text in every(splits))
+    documents, bad = texts_of(SHARED / "corpora" / "c4_demo.jsonl.gz")
+    assert len(documents) > 100
+    assert not bad
