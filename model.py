@@ -442,8 +442,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def compile_model(model):
-    """Compiles the decoder and the loss kernel in place; no wrapper, so no prefix on any name."""
-    model.model.compile()
+    """Compiles the decoder and the loss kernel in place; no wrapper, so no prefix on any name.
+
+    On CUDA the decoder becomes a CUDA graph: launched one by one, the kernels of a small model leave the GPU waiting.
+    Its gradients must then keep their place in memory (train.State sees to that).
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        import torch._inductor.config as inductor
+
+        if hasattr(inductor, "deterministic"):  # kernels picked by a stopwatch would differ from run to run
+            inductor.deterministic = True
+    cuda = model.lm_head.weight.device.type == "cuda"
+    model.model.compile(mode="reduce-overhead" if cuda else None)
     _LinearCrossEntropy.kernel = staticmethod(torch.compile(nats_and_gradient))
 
 

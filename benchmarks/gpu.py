@@ -28,13 +28,21 @@ import numpy as np
 import torch
 
 from configurator import configure, narrow
-from model import Llama, ModelConfig, compile_model, flops_per_token, load_model, next_token_loss, save_model
+from model import (
+    Llama,
+    ModelConfig,
+    choose_device,
+    compile_model,
+    flops_per_token,
+    load_model,
+    next_token_loss,
+    save_model,
+)
 from train import (
     PretrainConfig,
     State,
     World,
     autocast,
-    choose_device,
     choose_dtype,
     forward_backward,
     seed_everything,
@@ -54,7 +62,14 @@ ITEMS = [
         "hf:base:compile",
     ),
     *("train:tiny:deterministic", "train:small:deterministic", "train:base:deterministic"),
-    *("decode:tiny", "decode:small", "decode:base", "hfdecode:tiny", "hfdecode:small", "hfdecode:base"),
+    *(
+        "decode:tiny:1:8:64",
+        "decode:small:1:64",
+        "decode:base:1:64",
+        "hfdecode:tiny",
+        "hfdecode:small",
+        "hfdecode:base",
+    ),
     *("train:tiny:muon", "train:small:muon", "train:base:muon", "train:base:checkpointing"),
 ]
 
@@ -201,7 +216,7 @@ def steps(cfg, count, device, model=None):
         made = time.perf_counter()
         tokens = sum(b["count"] for b in batches)
         losses.append(forward_backward(state, batches, next_token_loss, tokens, device, dtype))
-        state.update(cfg, cfg.learning_rate, world)
+        state.update(cfg, cfg.learning_rate, world, tokens)
         wait(device)
         seconds.append(time.perf_counter() - made if step else time.perf_counter() - began)
     return model, seconds, [loss.item() for loss in losses]
@@ -296,29 +311,32 @@ def saved(cfg, folder):
     save_model(Llama(narrow(cfg, ModelConfig)), Path(folder))
 
 
-def decode(small, name, *options):
-    """Our decoding, greedy, prompt 64, 256 new tokens: eager and graphed, one stream and more."""
-    from sample import Sampling, generate
+def decode(small, name, *batches):
+    """Our engine, greedy, prompt 64, 192 new tokens per row: as it is, and compiled into CUDA graphs."""
+    from sample import Engine, Request, Sampling, generate
 
     device = choose_device("auto")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    new, result = (8 if small else 256), {}
+    cuda = device.type == "cuda"
+    prompt, new, result = (16, 8, {}) if small else (64, 192, {})
     with tempfile.TemporaryDirectory() as folder:
         saved(preset(name, small), folder)
-        model = load_model(folder, device, dtype)
-    for batch in (1, 8, 64):
-        prompts = torch.randint(10, 500, (batch, 16 if small else 64), device=device)
-        for compiled in (False, True) if device.type == "cuda" else (False,):
-            rates = []
-            for _ in range(2 if small else 4):
+        model = load_model(folder, device, torch.bfloat16 if cuda else torch.float32)
+    for batch in map(int, batches or (1,)):
+        prompts = np.random.default_rng(0).integers(10, 500, (batch, prompt)).tolist()
+        for graphs in (True, False) if cuda else (False,):
+            engine, rates = Engine(model, batch, prompt + new, graphs=graphs), []
+            began = time.perf_counter()
+            for _ in range(2 if small else 4):  # the first compiles and captures
+                requests = [Request(ids, new, Sampling(temperature=0.0)) for ids in prompts]
                 wait(device)
-                began = time.perf_counter()
-                made = sum(
-                    1 for _ in generate(model, prompts, new, Sampling(temperature=0.0), compile=compiled)
-                )
+                start = time.perf_counter()
+                for _ in generate(model, requests, engine):
+                    pass
                 wait(device)
-                rates.append(made * batch / (time.perf_counter() - began))
-            result[f"{'graph' if compiled else 'eager'} x{batch}"] = round(statistics.median(rates[1:]))
+                rates.append(batch * new / (time.perf_counter() - start))
+            kind = "graphs" if graphs else "eager"
+            result[f"{kind} x{batch}"] = round(statistics.median(rates[1:]))
+            result[f"{kind} x{batch} seconds in all"] = round(time.perf_counter() - began, 1)
     return result
 
 
@@ -327,13 +345,13 @@ def hfdecode(small, name):
     from transformers import AutoModelForCausalLM
 
     device = choose_device("auto")
-    new, result = (8 if small else 256), {}
+    new, result = (8 if small else 192), {}
     with tempfile.TemporaryDirectory() as folder:
         saved(preset(name, small), folder)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     model.generation_config.eos_token_id = None
-    for batch in (1, 8, 64):
+    for batch in (1, 64):
         prompts = torch.randint(10, 500, (batch, 16 if small else 64), device=device)
         rates = []
         for _ in range(2 if small else 3):
