@@ -9,9 +9,22 @@ import pytest
 import torch
 
 import sample
-from configurator import UserError
+from configurator import UserError, configure
 from model import Llama, ModelConfig, load_model, save_model
-from sample import Engine, Reply, Request, Rules, Sampling, draw, generate, keep, pick, prefill, uniforms
+from sample import (
+    Engine,
+    Reply,
+    Request,
+    Rules,
+    SampleConfig,
+    Sampling,
+    draw,
+    generate,
+    keep,
+    pick,
+    prefill,
+    uniforms,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ModelConfig(
@@ -53,7 +66,7 @@ def model():
     return build()
 
 
-def answer(model, prompt, sampling=GREEDY, count=12, engine=None, **kw):
+def answer(model, prompt, sampling=GREEDY, count=10, engine=None, **kw):
     """The ids of one request alone."""
     request = Request(list(prompt), count, sampling, **kw)
     for _ in generate(model, [request], engine):
@@ -62,7 +75,7 @@ def answer(model, prompt, sampling=GREEDY, count=12, engine=None, **kw):
 
 
 @torch.no_grad()
-def uncached(model, prompt, sampling, count=12):
+def uncached(model, prompt, sampling, count=10):
     """The oracle: the whole text through the model for every token."""
     rules, ids, chance = Rules([sampling], model.cfg.vocab_size), list(prompt), uniforms(sampling.seed, count)
     for step in range(count):
@@ -91,8 +104,8 @@ def test_cached_equals_uncached(sampling, length, tied, kv_heads, backend):
 def test_prefill_in_chunks_equals_prefill_at_once(model):
     whole, parts = prefill(model, [PROMPTS[3], PROMPTS[6]]), prefill(model, [PROMPTS[3], PROMPTS[6]], chunk=4)
     for row, prompt in enumerate([PROMPTS[3], PROMPTS[6]]):
-        for name in "kv":
-            one, other = (getattr(cache, name)[:, row, :, : len(prompt)] for cache in (whole, parts))
+        for one, other in zip((*whole.k, *whole.v), (*parts.k, *parts.v)):
+            one, other = one[row, :, : len(prompt)], other[row, :, : len(prompt)]
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
@@ -101,18 +114,18 @@ def test_prefill_in_chunks_equals_prefill_at_once(model):
 
 @pytest.mark.parametrize("graphs", [False, True], ids=["plain", "static-shapes"])
 def test_a_row_in_a_crowd_equals_the_row_alone(model, graphs):
-    crowd = [Request(prompt, 20, sampling) for prompt, sampling in zip(PROMPTS, CROWD)]
+    crowd = [Request(prompt, 14, sampling) for prompt, sampling in zip(PROMPTS, CROWD)]
     steps = list(generate(model, crowd, Engine(model, len(crowd), graphs=graphs)))
     assert all(len(step) == len(crowd) for step in steps)
     for row, request in enumerate(crowd):
-        assert request.ids == answer(model, request.prompt, request.sampling, 20)
+        assert request.ids == answer(model, request.prompt, request.sampling, 14)
         assert request.ids == [step[row] for step in steps if step[row] is not None]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, EVERY_RULE])
 def test_samples_of_one_prompt_are_rows_of_their_own(model, sampling):
     seeds = [sampling.seed and sampling.seed + i for i in range(3)]
-    rows = [Request(PROMPTS[1], 12, replace(sampling, seed=seed)) for seed in seeds]
+    rows = [Request(PROMPTS[1], 10, replace(sampling, seed=seed)) for seed in seeds]
     list(generate(model, rows))
     assert [row.ids for row in rows] == [answer(model, PROMPTS[1], row.sampling) for row in rows]
 
@@ -156,8 +169,9 @@ def test_static_shapes_cross_a_window():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_graphs_change_nothing():
     model = build(replace(BASE, n_layer=2, d_model=128, d_ff=256, sequence_length=600)).cuda()
+    prompts = [(PROMPTS[6] * 13)[: 230 + 3 * row] for row in range(8)]  # the window of 256 is left on the way
     for sampling in (GREEDY, EVERY_RULE, PLAIN):
-        rows, same = ([Request(prompt, 300, sampling) for prompt in PROMPTS] for _ in range(2))
+        rows, same = ([Request(prompt, 40, sampling) for prompt in prompts] for _ in range(2))
         list(generate(model, rows, Engine(model, len(rows), graphs=True)))
         list(generate(model, same))
         assert [row.ids for row in rows] == [row.ids for row in same]
@@ -293,7 +307,7 @@ def test_the_global_generator_is_left_alone(model):
 
 def test_ends_at_a_stop_id(model):
     full = answer(model, PROMPTS[1], PLAIN)
-    request = Request(PROMPTS[1], 12, PLAIN, stop_ids={full[4]})
+    request = Request(PROMPTS[1], 10, PLAIN, stop_ids={full[4]})
     list(generate(model, [request]))
     assert (request.ids, request.finish) == (full[: full.index(full[4])], "stop")
 
@@ -317,11 +331,11 @@ def test_rows_end_each_at_its_own_place(model):
 
 
 def test_a_reader_ends_a_row(model):
-    rows = [Request(PROMPTS[1], 12, PLAIN), Request(PROMPTS[1], 12, GREEDY)]
+    rows = [Request(PROMPTS[1], 10, PLAIN), Request(PROMPTS[1], 10, GREEDY)]
     for step, _ in enumerate(generate(model, rows)):
         if step == 3:
             rows[0].finish = "stop"
-    assert [len(row.ids) for row in rows] == [4, 12]
+    assert [len(row.ids) for row in rows] == [4, 10]
 
 
 @pytest.mark.parametrize("length", [48, 49])
@@ -386,12 +400,10 @@ ASK = ["--prompt=Why?  the  dog", "--max_new_tokens=8", "--temperature=1.5", "--
 COMMANDS = {
     "one": ASK,
     "two": [*ASK, "--num_samples=2"],
-    "empty": ["--max_new_tokens=3", "--temperature=0", "--stop=q,z"],
     "no folder": ["--model_path=nowhere"],
     "top_p": ["--top_p=0"],
     "temperature": ["--temperature=-1"],
     "long": ["--prompt=" + "9" * 60],
-    "stop": ["--stop=a,,b"],
 }
 
 
@@ -427,8 +439,21 @@ def test_two_samples_are_printed_in_order(runs, folder, tiny_tokenizer):
     assert runs["two"][:2] == (0, f"--- sample 1 ---\n{first}\n--- sample 2 ---\n{second}\n")
 
 
-def test_an_empty_prompt_is_fine(runs):
-    assert runs["empty"][0] == 0
+def test_an_empty_prompt_begins_a_document(folder, tiny_tokenizer, capsys):
+    sample.main(configure(SampleConfig, [f"--model_path={folder}", "--max_new_tokens=3", "--temperature=0"]))
+    ids = answer(load_model(folder), [1], GREEDY, 3, stop_ids={tiny_tokenizer.eos_id})
+    assert capsys.readouterr().out == tiny_tokenizer.decode(ids) + "\n"
+
+
+def test_a_stop_text_ends_the_sample(folder, tiny_tokenizer, capsys):
+    text = expected_text(folder, tiny_tokenizer, 5)
+    sample.main(configure(SampleConfig, [f"--model_path={folder}", *ASK, f"--stop=never seen,{text[2:4]}"]))
+    assert capsys.readouterr().out == text[: text.index(text[2:4])] + "\n"
+
+
+def test_an_empty_stop_text_is_refused():
+    with pytest.raises(UserError, match=r"stop.*empty"):
+        configure(SampleConfig, ["--model_path=x", "--stop=a,,b"])
 
 
 @pytest.mark.parametrize(
@@ -438,7 +463,6 @@ def test_an_empty_prompt_is_fine(runs):
         ("top_p", ["top_p", "> 0", "got 0"]),
         ("temperature", ["temperature", "0..100", "got -1"]),
         ("long", ["61 tokens", "48"]),
-        ("stop", ["stop", "empty"]),
     ],
 )
 def test_mistakes_are_one_line(runs, name, words):
@@ -457,4 +481,4 @@ def test_a_foreign_tokenizer_is_refused(folder, tmp_path, tiny_tokenizer):
 
 def test_compile_wants_cuda(folder):
     with pytest.raises(UserError, match="CUDA"):
-        sample.main(sample.SampleConfig(model_path=str(folder), compile=True, device="cpu"))
+        sample.main(SampleConfig(model_path=str(folder), compile=True, device="cpu"))
