@@ -1,22 +1,25 @@
 """One training loop, `fit`, and its first user: pretraining.
 
-    python train.py configs/tiny.json --data_path=data/processed/docstrings --output_dir=checkpoints/pretrain/tiny
+    python train.py configs/tiny.json --data_path=data/processed/docstrings --output_dir=checkpoints/tiny
     torchrun --nproc_per_node=2 train.py configs/tiny.json --batch_size=8
     python train.py configs/tiny.json --resume_from_checkpoint=auto
 
-Read from the top: the configuration, the world (ranks, device, precision), optimizer and schedule, checkpoints, the
-log, `fit`, pretraining. Data parallelism is done by hand - weights broadcast once, gradients summed each step - so
-there is no wrapper around the model; losses are sums, divided by the count of supervised tokens of the whole step, so
-that neither accumulation nor the number of ranks changes the result.
+Read from the top: the configuration, the world (ranks, device, precision), optimizer and schedule,
+checkpoints, the log, `fit`, pretraining. Data parallelism is done by hand - weights broadcast once, gradients
+summed each step - so there is no wrapper around the model; losses are sums, divided by the count of
+supervised tokens of the whole step, so that neither accumulation nor the number of ranks changes the result.
 """
 
 import contextlib
 import ctypes
 import dataclasses
+import errno
+import hashlib
 import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -26,6 +29,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
+import safetensors
 import torch
 import torch.distributed as dist
 
@@ -47,6 +51,7 @@ from model import (
     Llama,
     ModelConfig,
     choose_attention,
+    choose_device,
     compile_model,
     flops_per_token,
     load_weights,
@@ -63,14 +68,14 @@ class LoopConfig:
     """What every training shares. Nothing changes it after `configure`."""
 
     output_dir: str = "checkpoints/run"  # checkpoints, metrics.jsonl and final/ go here
-    resume_from_checkpoint: str | None = None  # auto = the newest sound one in output_dir, or a checkpoint folder
+    resume_from_checkpoint: str | None = None  # auto = the newest sound one in output_dir; or a folder
     allow_config_change: bool = False  # resume although the configuration differs from the checkpoint's
     allow_world_size_change: bool = False  # resume on another number of ranks, at the same global batch
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto = cuda, else mps, else cpu
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of matmuls; weights and optimizer stay fp32
     compile: bool | None = None  # torch.compile; none = on CUDA only, where it pays for its start-up soonest
     flash_attn: bool = True  # use the flash-attn package where it is installed and supported
-    gradient_checkpointing: bool = False  # recompute blocks in the backward: less memory, about a quarter slower
+    gradient_checkpointing: bool = False  # recompute blocks in the backward: less memory, a quarter slower
     deterministic: bool = True  # refuse kernels whose result changes from run to run
     seed: int = 42  # initial weights, data order and dropout
 
@@ -108,8 +113,10 @@ class LoopConfig:
 
 # Keys that may differ between a checkpoint and the run that resumes it: they do not change what is computed.
 FREE_ON_RESUME = {
-    *("output_dir", "resume_from_checkpoint", "allow_config_change", "allow_world_size_change", "device", "compile"),
-    *("flash_attn", "deterministic", "max_bad_steps", "logging_steps", "eval_steps", "save_steps", "keep_last"),
+    *("output_dir", "resume_from_checkpoint", "allow_config_change", "allow_world_size_change", "device"),
+    *("compile", "flash_attn", "deterministic", "max_bad_steps", "logging_steps", "eval_steps", "save_steps"),
+    *("keep_last", "eval_rows", "sample_prompt", "sample_tokens"),
+    "data_path",  # data may move: it is compared by its hash
 }
 
 
@@ -126,7 +133,7 @@ class World:
     device: torch.device
 
     def sum(self, *numbers):
-        """Returns the sums of `numbers` over all ranks, as float64 - exact for counts. Waits for every rank."""
+        """Returns the sums of `numbers` over all ranks in float64, exact for counts. Waits for every rank."""
         if self.size == 1:
             return numbers
         totals = torch.tensor(numbers, dtype=torch.float64)  # on the CPU: no wait for the GPU
@@ -182,21 +189,18 @@ def open_world(cfg):
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first CUDA matmul
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = (
+            False  # nothing here reads what it has not written
+        )
     try:
         yield World(rank, size, device)
+    except RuntimeError as problem:
+        if size == 1 or not re.search("(?i)gloo|nccl|connection", str(problem)):
+            raise
+        raise UserError(f"rank {rank} stopped: another rank is gone, its message says why") from None
     finally:
         if size > 1:
             dist.destroy_process_group()
-
-
-def choose_device(wanted):
-    """Returns the torch.device for `auto`, `cpu`, `cuda` or `mps`; UserError where it does not exist."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if wanted == "auto":
-        wanted = next(name for name, found in there.items() if found)
-    if not there[wanted]:
-        raise UserError(f"device={wanted}: this machine has no {wanted.upper()} device; use --device=cpu")
-    return torch.device(wanted)
 
 
 def cpu_flags():
@@ -207,11 +211,13 @@ def cpu_flags():
 def tune_cpu(ranks=1):
     """Settings that measurably help on a CPU; none of them changes a result.
 
-    Threads follow the affinity mask. glibc is told to keep big blocks instead of returning them to the kernel at
-    every free: page faults on fresh tensors cost as much as the matmuls that fill them.
+    Threads follow the affinity mask, unless OMP_NUM_THREADS says how many; torchrun sets that to 1 unasked.
+    glibc is told to keep big blocks instead of returning them to the kernel at every free: page faults on
+    fresh tensors cost as much as the matmuls that fill them.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(max(1, cores // ranks))
+    if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        torch.set_num_threads(max(1, cores // ranks))
     with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc only
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD
@@ -241,9 +247,10 @@ def seed_everything(seed):
 
 
 def rng_state(device):
-    """Returns the state of every global generator as builtins and tensors (all that weights_only=True reads)."""
+    """Returns every global generator's state, in builtins and tensors: weights_only=True reads no more."""
     kind, keys, *rest = np.random.get_state()
-    state = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest], "torch": torch.get_rng_state()}
+    state = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
+    state["torch"] = torch.get_rng_state()
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
@@ -262,7 +269,7 @@ def set_rng_state(state, device):
 
 
 def make_optimizers(cfg, model, device):
-    """Returns the optimizers of cfg.optimizer over the trainable parameters; decay on matrices, not on embeddings."""
+    """Returns the optimizers of cfg.optimizer over the trainable parameters; only matrices decay."""
     matrices, rest = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -282,24 +289,27 @@ def make_optimizers(cfg, model, device):
         return [adamw]
     if not hasattr(torch.optim, "Muon"):
         raise UserError(f"optimizer=muon needs torch 2.9 or later, this is {torch.__version__}")
-    # match_rms_adamw scales each update to AdamW's usual length, so one learning rate serves both (Liu et al. 2025)
+    # match_rms_adamw: updates of AdamW's usual length, so one learning rate serves both (Liu et al. 2025)
     muon = torch.optim.Muon(
         blocks, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"
     )
     return [muon, adamw]
 
 
-def lr_at(cfg, step, progress):
-    """Returns the learning rate of `step` (from 0) when `progress` (0..1) of the run is behind: warmup, then cosine.
+def lr_at(cfg, step, progress, total):
+    """Returns the learning rate of `step` (from 0) of `total` when `progress` (0..1) of the run is behind.
 
-    In a time box the warmup is over at a tenth of it, however slow the machine.
+    A linear warmup, then a cosine from its end to the floor at 1. In a time box the warmup is over after a
+    tenth of it at the latest, and the cosine begins there, however slow the machine.
     """
     warm = (step + 1) / cfg.warmup_steps if cfg.warmup_steps else 1.0
+    begin = cfg.warmup_steps / total if total else 0.0
     if cfg.max_minutes:
-        warm = max(warm, progress / 0.1)
+        warm, begin = max(warm, progress / 0.1), 0.1
     if warm < 1:
         return cfg.learning_rate * warm
-    return cfg.floor + (cfg.learning_rate - cfg.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    share = (progress - begin) / (1 - begin) if begin < 1 else 0.0
+    return cfg.floor + (cfg.learning_rate - cfg.floor) * 0.5 * (1 + math.cos(math.pi * min(1, max(0, share))))
 
 
 def total_steps(cfg, rows, world_size):
@@ -309,7 +319,10 @@ def total_steps(cfg, rows, world_size):
     if cfg.max_minutes and not cfg.num_train_epochs:
         return None
     rows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * world_size
-    return max(1, math.ceil((cfg.num_train_epochs or 1) * rows / rows_per_step))
+    total = max(1, math.ceil((cfg.num_train_epochs or 1) * rows / rows_per_step))
+    if cfg.warmup_steps > total and not cfg.max_minutes:
+        raise UserError(f"warmup_steps {cfg.warmup_steps} is more than the {total} steps of this run")
+    return total
 
 
 class Clock:
@@ -346,12 +359,14 @@ def fsync(path):
 
 def seal(folder):
     """Writes manifest.json, last of all: name, size and sha256 of every file in `folder`."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    entries = {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in files}
-    for p in files:
-        fsync(p)
+    entries = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        fsync(path)
+        size, digest = path.stat().st_size, file_sha256(path)
+        entries[path.relative_to(folder).as_posix()] = {"bytes": size, "sha256": digest}
     (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1) + "\n")
-    fsync(folder / "manifest.json")
+    for path in (folder / "manifest.json", *(p for p in folder.iterdir() if p.is_dir()), folder):
+        fsync(path)
 
 
 FINAL_FILES = {"model.safetensors", "run.json"}
@@ -359,54 +374,70 @@ CHECKPOINT_FILES = FINAL_FILES | {"train_state/state.pt", "train_state/rng_00000
 
 
 def problem_with(folder, needed=CHECKPOINT_FILES):
-    """Returns None if `folder` is sound and lists the files `needed`, else what is wrong with it, in one line."""
+    """Returns None if `folder` is sound and lists the files `needed`, else what is wrong with it."""
+    if not folder.is_dir():
+        return "no such folder"
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        version, files = manifest["format"], manifest["files"]
-        wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+        if manifest["format"] != FORMAT:
+            return f"format {manifest['format']!r:.40}, this program reads {FORMAT}"
+        files = {k: (int(entry["bytes"]), str(entry["sha256"])) for k, entry in manifest["files"].items()}
+        if not files.keys() >= needed:
+            return "manifest.json does not list a whole checkpoint"
+        problems = (problem_with_file(folder, name, *expected) for name, expected in files.items())
+        return next(filter(None, problems), None)
     except FileNotFoundError:
         return "no manifest.json: it was never finished"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except OSError as problem:
+        return f"not readable ({problem.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "manifest.json is not readable"
-    if version != FORMAT:
-        return f"format {version}, this program reads {FORMAT}"
-    if not wanted.keys() >= needed:
-        return "manifest.json does not list a whole checkpoint"
-    for name, (size, digest) in wanted.items():
-        path = folder / name
-        if ".." in Path(name).parts or Path(name).is_absolute():
-            return f"illegal file name {name!r} in manifest.json"
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, expected {size}"
-        found = file_sha256(path)
-        if found != digest:
-            return f"{name}: checksum mismatch (expected {digest[:8]}.., got {found[:8]}..)"
+
+
+def problem_with_file(folder, name, size, digest):
+    path = folder / name
+    if ".." in Path(name).parts or Path(name).is_absolute():
+        return f"illegal file name {name!r} in manifest.json"
+    if not path.is_file():
+        return f"{name} is missing"
+    if path.stat().st_size != size:
+        return f"{name} has {path.stat().st_size} bytes, expected {size}"
+    found = file_sha256(path)
+    if found != digest:
+        return f"{name}: checksum mismatch (expected {digest[:8]}.., got {found[:8]}..)"
     return None
 
 
+def step_of(folder):
+    return int(folder.name.removeprefix("step_"))
+
+
 def checkpoints(output_dir):
-    """Returns the step_* folders of `output_dir`, newest first - by number: step_10000 comes before step_2000."""
-    found = [p for p in Path(output_dir).glob("step_*") if p.name[5:].isdigit() and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
+    """Returns the step_* folders of `output_dir`, newest first by number: step_10000 before step_2000."""
+    found = [p for p in Path(output_dir).glob("step_*") if p.name[5:].isdecimal() and p.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def find_checkpoint(cfg, say):
-    """Returns the folder to resume from, or None for a fresh start; UserError rather than a silent restart."""
+    """Returns the folder to resume from, None for a fresh start; UserError rather than a silent restart."""
     wanted, there = cfg.resume_from_checkpoint, checkpoints(cfg.output_dir)
+    finished = (Path(cfg.output_dir) / "final").exists()
     if wanted is None:
-        if there or (Path(cfg.output_dir) / "final").exists():
+        if there or finished:
             raise UserError(
                 f"{cfg.output_dir} already holds a run; continue it with --resume_from_checkpoint=auto, "
                 "or choose another --output_dir"
             )
         return None
     if wanted != "auto":
-        problem = problem_with(Path(wanted))
+        folder = Path(wanted)
+        problem = problem_with(folder)
         if problem:
             raise UserError(f"{wanted}: not a sound checkpoint: {problem}")
-        return Path(wanted)
+        if (there or finished) and not (there and there[0].samefile(folder)):
+            newest = there[0].name if there else "final"  # a later auto would go on from there, not from here
+            raise UserError(f"{cfg.output_dir} already holds {newest}; choose another --output_dir")
+        return folder
     bad = []
     for folder in there:
         problem = problem_with(folder)
@@ -415,9 +446,18 @@ def find_checkpoint(cfg, say):
                 say(f"warning: {line}; going back to {folder.name}")
             return folder
         bad.append(f"{folder.name}: {problem}")
-    if bad:
-        raise UserError(f"{cfg.output_dir}: no sound checkpoint to resume from: " + "; ".join(bad))
+    if bad or finished:
+        why = "; ".join(bad) or "only final/ is there"
+        raise UserError(f"{cfg.output_dir}: no sound checkpoint to resume from: {why}")
     return None
+
+
+def write_tensors(value, path):
+    """Writes tensors and builtins; OSError where the disk does not take them."""
+    try:
+        torch.save(value, path)
+    except RuntimeError as problem:  # so torch says it: "unexpected pos 64 vs 0", "iostream error"
+        raise OSError(errno.EIO, f"disk full or failing: {problem!s:.60}") from None
 
 
 def read_tensors(path):
@@ -425,11 +465,13 @@ def read_tensors(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # torch raises six different types for a foreign file
-        raise UserError(f"{path}: not a plain checkpoint file ({str(problem).splitlines()[0][:200]})") from None
+        culprit = re.search(r"GLOBAL (\S+)", str(problem))  # the code that a pickle wanted to run
+        what = f"contains {culprit[1]}" if culprit else f"{problem!r:.200}".splitlines()[0]
+        raise UserError(f"{path}: {what}: refused, not a plain checkpoint file") from None
 
 
 def check_same_run(cfg, world, folder):
-    """Raises UserError if the run that wrote `folder` was configured otherwise than `cfg` in a way that matters."""
+    """Raises UserError if the run that wrote `folder` was configured otherwise, in a way that matters."""
     then = json.loads((folder / "run.json").read_text())
     size_then = then.pop("_world_size")
     now = json.loads(json.dumps(dataclasses.asdict(cfg)))
@@ -443,11 +485,39 @@ def check_same_run(cfg, world, folder):
                 "use as many, or --allow_world_size_change at the same global batch"
             )
         if rows_then != rows_now:
-            raise UserError(f"{folder}: global batch was {rows_then} rows, now {rows_now}; it must stay the same")
+            raise UserError(f"{folder}: global batch was {rows_then} rows, now {rows_now}; it must stay")
         changed = [k for k in changed if k not in ("batch_size", "gradient_accumulation_steps")]
     if changed and not cfg.allow_config_change:
-        listed = ", ".join(f"{k} was {json.dumps(then.get(k))}, now {json.dumps(now[k])}" for k in changed[:5])
-        raise UserError(f"{folder}: made with another configuration: {listed}; --allow_config_change accepts it")
+        each = [f"{k} was {json.dumps(then.get(k))}, now {json.dumps(now[k])}" for k in changed[:5]]
+        raise UserError(f"{folder}: made with {', '.join(each)}; --allow_config_change accepts it")
+
+
+@contextlib.contextmanager
+def whole_folder(folder, cfg, world):
+    """Yields a hidden folder to fill; with run.json and a manifest it becomes `folder`: all or nothing.
+
+    Every rank must enter. A `folder` of that name is replaced: find_checkpoint found it broken, or it is this
+    very step's. UserError where the disk does not take it; then nothing of it is left.
+    """
+    tmp = folder.with_name(f".tmp-{folder.name}")
+    try:
+        if world.rank == 0:
+            shutil.rmtree(tmp, ignore_errors=True)
+            tmp.mkdir()
+        world.barrier()
+        yield tmp
+        world.barrier()
+        if world.rank == 0:
+            write_run_json(cfg, world, tmp)
+            seal(tmp)
+            remove(folder)
+            os.rename(tmp, folder)
+            fsync(folder.parent)
+        world.barrier()
+    except (OSError, safetensors.SafetensorError) as problem:
+        shutil.rmtree(tmp, ignore_errors=True)
+        why = getattr(problem, "strerror", None) or problem
+        raise UserError(f"{folder}: not written ({why}); earlier checkpoints are untouched") from None
 
 
 class State:
@@ -457,54 +527,59 @@ class State:
         self.model = model
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizers = make_optimizers(cfg, model, world.device)
+        self.fixed_gradients = world.device.type == "cuda"  # a CUDA graph adds to them where they are
+        for p in self.parameters if self.fixed_gradients else ():
+            p.grad = torch.zeros_like(p)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
-        self.step, self.seconds, self.tokens, self.bad_steps = 0, 0.0, 0, 0
+        self.step, self.seconds, self.tokens, self.bad_steps, self.evaluated = 0, 0.0, 0, 0, 0
 
     def counters(self):
-        return {"step": self.step, "seconds": self.seconds, "tokens": self.tokens, "bad_steps": self.bad_steps}
+        return {k: getattr(self, k) for k in ("step", "seconds", "tokens", "bad_steps", "evaluated")}
+
+    def check_space(self, output_dir):
+        """Raises UserError where no checkpoint fits: weights, two moments of what trains, 10 % to spare."""
+        numbers = [p.numel() for p in (*self.model.parameters(), *self.parameters, *self.parameters)]
+        needed, free = 1.1 * 4 * sum(numbers), shutil.disk_usage(output_dir).free
+        if free < needed:
+            raise UserError(
+                f"{output_dir}: a checkpoint needs {needed / 1e6:,.1f} MB, free are {free / 1e6:,.1f} MB; "
+                "make room, or choose another --output_dir"
+            )
 
     def save(self, folder, cfg, world, write_model):
-        """Writes this state as checkpoint `folder`: all of it or nothing. Every rank must call it.
-
-        A folder of the same name that is there already was found broken by find_checkpoint, or is this very step's.
-        """
-        tmp = folder.with_name(f".tmp-{folder.name}")
-        if world.rank == 0:
-            shutil.rmtree(tmp, ignore_errors=True)
-            (tmp / "train_state").mkdir(parents=True)
-        world.barrier()
-        torch.save(rng_state(world.device), tmp / "train_state" / f"rng_{world.rank:05d}.pt")
-        world.barrier()
-        if world.rank == 0:
-            write_model(self.model, tmp)
-            state = self.counters() | {
-                "optimizers": [o.state_dict() for o in self.optimizers],
-                "scaler": self.scaler.state_dict(),
-            }
-            torch.save(state, tmp / "train_state" / "state.pt")
-            write_run_json(cfg, world, tmp)
-            seal(tmp)
-            remove(folder)
-            os.rename(tmp, folder)
-            fsync(folder.parent)
-        world.barrier()
+        """Writes this state as checkpoint `folder`: all of it or nothing. Every rank must call it."""
+        self.check_space(folder.parent)
+        with whole_folder(folder, cfg, world) as tmp:
+            own = tmp / "train_state"
+            own.mkdir(exist_ok=True)
+            write_tensors(rng_state(world.device), own / f"rng_{world.rank:05d}.pt")
+            if world.rank == 0:
+                write_model(self.model, tmp)
+                state = self.counters() | {"scaler": self.scaler.state_dict()}
+                state["optimizers"] = [o.state_dict() for o in self.optimizers]
+                write_tensors(state, own / "state.pt")
 
     def load(self, folder, world):
-        """Restores optimizers, scaler, counters and this rank's random numbers; the weights are the caller's."""
-        state = read_tensors(folder / "train_state" / "state.pt")
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.scaler.load_state_dict(state["scaler"])
-        for name in self.counters():
-            setattr(self, name, state[name])
-        own = folder / "train_state" / f"rng_{world.rank:05d}.pt"
-        if own.is_file():  # a rank that did not exist then keeps the numbers it was seeded with
-            set_rng_state(read_tensors(own), world.device)
+        """Restores optimizers, scaler, counters and this rank's random numbers, but not the weights."""
+        path = folder / "train_state" / "state.pt"
+        own = path.with_name(f"rng_{world.rank:05d}.pt")
+        state = read_tensors(path)
+        try:
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                load_optimizer(optimizer, saved)
+            self.scaler.load_state_dict(state["scaler"])
+            for name in self.counters():
+                setattr(self, name, state[name])
+            if own.is_file():  # a rank that did not exist then keeps the numbers it was seeded with
+                set_rng_state(read_tensors(own), world.device)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as problem:
+            raise UserError(f"{path}: does not fit this model and optimizer ({problem!r:.200})") from None
 
-    def update(self, cfg, lr, world):
+    def update(self, cfg, lr, world, count):
         """Applies one optimizer step to the summed gradients and clears them. Returns the gradient's norm.
 
-        A norm that is not finite on any rank is so on all, because the sum came first: then nothing is applied.
+        A norm that is not finite on any rank is so on all, because the sum came first: then nothing is
+        applied, nor when `count` is 0, because then no token said where to go.
         """
         world.sum_gradients(self.parameters)
         for optimizer in self.optimizers:
@@ -512,22 +587,34 @@ class State:
             for group in optimizer.param_groups:
                 group["lr"] = lr
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, cfg.max_grad_norm).item()
-        self.bad_steps = 0 if math.isfinite(norm) else self.bad_steps + 1
+        self.bad_steps = 0 if count and math.isfinite(norm) else self.bad_steps + 1
         if self.bad_steps == 0:
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
         self.scaler.update()
-        for p in self.parameters:
-            p.grad = None
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=not self.fixed_gradients)
         return norm
 
 
+def load_optimizer(optimizer, saved):
+    """Restores the moments, whose shapes torch would not check; settings stay today's configuration's."""
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    for p, moments in optimizer.state.items():
+        for name, tensor in moments.items():
+            if tensor.ndim and tensor.shape != p.shape:
+                raise ValueError(f"{name} is {tuple(tensor.shape)}, the parameter {tuple(p.shape)}")
+
+
 def write_run_json(cfg, world, folder):
-    """Writes the resolved configuration, itself a preset: `python train.py FOLDER/run.json` reruns it."""
-    save_config(cfg, folder / "run.json")
-    with open(folder / "run.json", encoding="utf-8") as f:
-        text = json.load(f)
-    (folder / "run.json").write_text(json.dumps(text | {"_world_size": world.size}, indent=2) + "\n")
+    """Writes the resolved configuration, itself a preset: `train.py FOLDER/run.json` runs it from step 0."""
+    asked = {"resume_from_checkpoint": None, "allow_config_change": False, "allow_world_size_change": False}
+    save_config(dataclasses.replace(cfg, **asked), folder / "run.json")
+    values = json.loads((folder / "run.json").read_text()) | {"_world_size": world.size}
+    (folder / "run.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
 def remove(folder):
@@ -537,8 +624,9 @@ def remove(folder):
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def prune(output_dir, keep):
-    for folder in checkpoints(output_dir)[keep:]:
+def prune(output_dir, keep, step):
+    """Deletes all but the last `keep` checkpoints up to `step`; a later one is broken and must not count."""
+    for folder in [p for p in checkpoints(output_dir) if step_of(p) <= step][keep:]:
         remove(folder)
 
 
@@ -565,7 +653,7 @@ def locked(output_dir, world):
         handle.truncate()
         handle.write(f"{os.getpid()}\n")
         handle.flush()
-        for leftover in folder.glob(".tmp-*"):
+        for leftover in (*folder.glob(".tmp-step_*"), folder / ".tmp-final"):
             shutil.rmtree(leftover, ignore_errors=True)
     try:
         yield
@@ -597,7 +685,8 @@ class StopSignals:
 
 
 # dense bf16 FLOP/s by datasheet, for model FLOPs utilization
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12}
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165.2e12}
+PEAK_FLOPS |= {"RTX 3090": 71e12}
 
 
 def peak_flops(device):
@@ -626,20 +715,33 @@ class Log:
         self.peak = peak_flops(world.device)
         self.path = Path(cfg.output_dir) / "metrics.jsonl"
         if world.rank == 0:
-            self._drop_after(state.step)
+            self._drop_after(state)
         self.mark = (time.monotonic(), state.tokens)
 
-    def _drop_after(self, step):
-        """Forgets what a run that died logged beyond its checkpoint: those steps are about to be made again."""
-        if self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            self.path.write_text("".join(kept))
+    def _drop_after(self, state):
+        """Forgets what a run that died logged beyond its checkpoint: it is about to happen again."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines(keepends=True):
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a full disk leaves half a line
+                record = json.loads(line)
+                known = record["step"] <= (state.step if "grad_norm" in record else state.evaluated)
+                if known and line.endswith("\n"):
+                    kept.append(line)
+        tmp = self.path.with_name(".tmp-metrics.jsonl")
+        tmp.write_text("".join(kept))
+        os.replace(tmp, self.path)
 
     def write(self, record):
+        """Appends one line, NaN and infinity as null: JSON has neither."""
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         if self.world.rank == 0:
-            with open(self.path, "a") as f:
-                f.write(json.dumps(record) + "\n")
+            try:
+                with open(self.path, "a") as f:
+                    f.write(json.dumps(plain, allow_nan=False) + "\n")
+            except OSError as problem:
+                raise UserError(f"{self.path}: could not be written ({problem.strerror})") from None
 
     def step(self, state, clock, loss, lr, norm):
         """Logs one optimizer step; tokens per second are those since the last line."""
@@ -647,14 +749,15 @@ class Log:
         rate = (state.tokens - tokens) / max(1e-9, now - then)
         self.mark = (now, state.tokens)
         record = {"step": state.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": state.tokens}
-        self.write(record | {"tokens_per_second": rate, "memory": memory_used(self.world.device)})
+        memory = memory_used(self.world.device)
+        self.write(record | {"tokens_per_second": rate, "memory": memory})
         done = clock.progress(state.step, state.seconds)
-        left = state.seconds * (1 - done) / done if done else 0.0
+        left = int(state.seconds * (1 - done) / done) if done else 0
         mfu = f" | mfu {self.flops * rate / self.world.size / self.peak:5.1%}" if self.peak else ""
         self.world.say(
-            f"step {state.step:>7,}{f'/{clock.total:,}' if clock.total else ''} | loss {loss:7.4f} | lr {lr:.2e} "
-            f"| norm {norm:6.3f} | {rate:>9,.0f} tok/s{mfu} | {memory_used(self.world.device) / 1e9:5.2f} GB "
-            f"| {done:4.0%}, {int(left) // 60}:{int(left) % 60:02d} left"
+            f"step {state.step:>7,}{f'/{clock.total:,}' if clock.total else ''} | loss {loss:7.4f} "
+            f"| lr {lr:.2e} | norm {norm:6.3f} | {rate:>9,.0f} tok/s{mfu} "
+            f"| {memory / 1e9:5.2f} GB | {done:4.0%}, {left // 60}:{left % 60:02d} left"
         )
 
     def evaluation(self, state, metrics):
@@ -675,34 +778,40 @@ class Log:
 def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model):
     """Trains `model` in place as cfg says and leaves OUTPUT_DIR/final/. Returns the last validation's dict.
 
-    loader        .batch(step, micro, rank, accumulation) -> dict of numpy arrays and "count", the supervised terms;
-                  a pure function of its arguments, so a resume has nothing to rewind. .blocks: rows in one pass
-    loss_fn       (model, batch of tensors) -> (sum over the supervised terms, {}); fit divides by the count of the
+    loader        .batch(step, micro, rank, accumulation) -> dict of numpy arrays and "count", the supervised
+    terms;
+                  a pure function of its arguments, so a resume has nothing to rewind. .blocks: rows in one
+                  pass
+    loss_fn       (model, batch of tensors) -> (sum over the supervised terms, {}); fit divides by the count
+    of the
                   whole step over all ranks
-    validate      (model) -> dict of floats and texts; must draw nothing from the global random numbers
-    write_model   (model, folder): what a checkpoint holds besides the training state; read_model is its inverse
+    validate      (model) -> dict of floats and texts; what it draws of the random numbers is given back
+    write_model   (model, folder): what a checkpoint holds besides the training state; read_model is its
+    inverse
 
     Raises UserError for what its user can mend. Stops at SIGINT or SIGTERM with a checkpoint.
     """
     with locked(cfg.output_dir, world), StopSignals() as stop:
-        dtype, _ = announce(cfg, model, world)
         model.to(world.device)
+        dtype, _ = announce(cfg, model, world)
         state = State(cfg, model, world, dtype)
         seed_everything(cfg.seed + world.rank)  # dropout differs between ranks
         total = total_steps(cfg, loader.blocks, world.size)
+        state.check_space(cfg.output_dir)
         resume(cfg, state, world, read_model)
         world.broadcast(model.parameters())
         log, clock = Log(cfg, model, world, state), Clock(cfg, total, state.seconds)
         output, accumulation = Path(cfg.output_dir), cfg.gradient_accumulation_steps
-        if clock.progress(state.step, state.seconds) >= 1 and problem_with(output / "final", FINAL_FILES) is None:
+        complete = clock.progress(state.step, state.seconds) >= 1
+        if complete and problem_with(output / "final", FINAL_FILES) is None:
             world.say(f"this run is complete: its model is in {output / 'final'}; nothing to do")
             return {}
-        metrics, saved_at, evaluated_at = {}, state.step, None
+        metrics, saved_at = {}, state.step or None
 
         def checkpoint():
             state.save(output / f"step_{state.step:06d}", cfg, world, write_model)
             if world.rank == 0:
-                prune(output, cfg.keep_last)
+                prune(output, cfg.keep_last, state.step)
 
         while True:
             batches = [loader.batch(state.step, m, world.rank, accumulation) for m in range(accumulation)]
@@ -712,16 +821,16 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model):
             progress = clock.progress(state.step, state.seconds)
             if stopping or progress >= 1:
                 break
-            lr = lr_at(cfg, state.step, progress)
-            loss = forward_backward(state, batches, loss_fn, count, world.device, dtype)
-            norm = state.update(cfg, lr, world)
+            lr = lr_at(cfg, state.step, progress, total)
+            loss = forward_backward(state, batches, loss_fn, max(1, count), world.device, dtype)
+            norm = state.update(cfg, lr, world, count)
             state.step, state.tokens = state.step + 1, state.tokens + int(count)
-            check_finite(cfg, state, norm, log)
+            check_applied(cfg, state, norm, count, log)
 
             if state.step % cfg.logging_steps == 0 or state.step == 1:
                 log.step(state, clock, world.sum(loss.item())[0], lr, norm)
             if state.step % cfg.eval_steps == 0:
-                metrics, evaluated_at = evaluate(model, validate, dtype, world, log, state), state.step
+                metrics = evaluate(state, validate, dtype, world, log)
             if state.step % cfg.save_steps == 0:
                 checkpoint()
                 saved_at = state.step
@@ -731,14 +840,14 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model):
         if stopping:
             world.say(f"stopped at step {state.step:,}, saved; continue with --resume_from_checkpoint=auto")
             return metrics
-        if evaluated_at != state.step:
-            metrics = evaluate(model, validate, dtype, world, log, state)
+        if state.evaluated != state.step:
+            metrics = evaluate(state, validate, dtype, world, log)
         finish(cfg, model, world, write_model)
         return metrics
 
 
 def announce(cfg, model, world):
-    """Chooses precision, attention and compilation and says so, with the reasons. Returns (dtype, backend)."""
+    """Chooses precision, attention and compilation and says so, with reasons. Returns (dtype, backend)."""
     dtype, why = choose_dtype(cfg.dtype, world.device)
     backend, reason = choose_attention(world.device, model.cfg.sequence_length, cfg.flash_attn)
     model.use_attention(backend)
@@ -756,7 +865,7 @@ def announce(cfg, model, world):
 
 
 def resume(cfg, state, world, read_model):
-    """Restores `state` from the checkpoint that cfg names, if any, after checking that it belongs to this run."""
+    """Restores `state` from the checkpoint that cfg names, if any, once it is known to belong to this run."""
     folder = find_checkpoint(cfg, world.say)
     if folder is None:
         if cfg.resume_from_checkpoint:
@@ -765,6 +874,8 @@ def resume(cfg, state, world, read_model):
     check_same_run(cfg, world, folder)
     read_model(state.model, folder)
     state.load(folder, world)
+    if world.rank == 0:
+        prune(cfg.output_dir, cfg.keep_last, state.step)  # what a kill left undone
     world.say(f"resumed from {folder} at step {state.step:,}")
 
 
@@ -781,7 +892,7 @@ def to_device(batch, device):
 
 
 def forward_backward(state, batches, loss_fn, count, device, dtype):
-    """Adds up the gradients of the step's mean loss. Returns this rank's share of that loss, a tensor on `device`."""
+    """Adds up the gradients of the step's mean loss. Returns this rank's share of that loss, on `device`."""
     share = torch.zeros((), device=device)
     for batch in batches:
         with autocast(device, dtype):
@@ -792,26 +903,30 @@ def forward_backward(state, batches, loss_fn, count, device, dtype):
     return share
 
 
-def check_finite(cfg, state, norm, log):
-    """Reports a step whose gradient was not finite (nothing was applied); UserError after too many in a row."""
+def check_applied(cfg, state, norm, count, log):
+    """Reports a step that was not applied (see State.update); UserError after too many in a row."""
     if state.bad_steps == 0:
         return
-    log.write({"step": state.step, "skipped": True, "grad_norm": str(norm)})
-    log.world.say(f"warning: step {state.step:,} skipped: gradient norm is {norm} ({state.bad_steps} in a row)")
+    why = f"gradient norm is {norm}" if count else "no token of it is supervised"
+    log.write({"step": state.step, "skipped": why, "grad_norm": norm})
+    log.world.say(f"warning: step {state.step:,} skipped: {why} ({state.bad_steps} in a row)")
     if state.bad_steps >= cfg.max_bad_steps:
         last = next(iter(checkpoints(cfg.output_dir)), None)
         raise UserError(
-            f"{state.bad_steps} steps in a row had a gradient that is not finite; the last good checkpoint is "
-            f"{last or 'none'}; lower --learning_rate or use --dtype=fp32"
+            f"{state.bad_steps} steps in a row were skipped, the last because {why}; "
+            f"the last good checkpoint is {last or 'none'}; lower --learning_rate or use --dtype=fp32"
         )
 
 
-def evaluate(model, validate, dtype, world, log, state):
+def evaluate(state, validate, dtype, world, log):
     """Returns validate(model), logged, with dropout off and the training's random numbers untouched."""
-    model.eval()
+    numbers = rng_state(world.device)
+    state.model.eval()
     with torch.no_grad(), autocast(world.device, dtype):
-        metrics = validate(model)
-    model.train()
+        metrics = validate(state.model)
+    state.model.train()
+    set_rng_state(numbers, world.device)
+    state.evaluated = state.step
     log.evaluation(state, metrics)
     return metrics
 
@@ -819,17 +934,9 @@ def evaluate(model, validate, dtype, world, log, state):
 def finish(cfg, model, world, write_model):
     """Writes OUTPUT_DIR/final/, the model folder that everything else reads."""
     final = Path(cfg.output_dir) / "final"
-    if world.rank == 0:
-        tmp = final.with_name(".tmp-final")
-        shutil.rmtree(tmp, ignore_errors=True)
-        tmp.mkdir()
-        write_model(model, tmp)
-        write_run_json(cfg, world, tmp)
-        seal(tmp)
-        remove(final)
-        os.rename(tmp, final)
-        fsync(final.parent)
-    world.barrier()
+    with whole_folder(final, cfg, world) as tmp:
+        if world.rank == 0:
+            write_model(model, tmp)
     world.say(f"model in {final}")
 
 
@@ -842,7 +949,7 @@ class PretrainConfig(LoopConfig, ModelConfig):
     """Pretraining: the loop's knobs, the model's shape, and the data."""
 
     output_dir: str = "checkpoints/pretrain/custom"  # checkpoints, metrics.jsonl and final/ go here
-    data_path: tuple[str, ...] = ("data/processed/docstrings",)  # one prepared dataset, or several, comma separated
+    data_path: tuple[str, ...] = ("data/processed/docstrings",)  # prepared datasets, comma separated
     data_weights: tuple[float, ...] | None = None  # their shares of the tokens; none = by size
     document_mask: bool = False  # tokens look at their own document only, positions restart with each
     eval_rows: PositiveInt = 128  # rows of the validation set that are scored at each evaluation
@@ -868,15 +975,18 @@ def main(cfg):
             )
         torch.manual_seed(cfg.seed)
         model = Llama(narrow(cfg, ModelConfig))
-        baseline = unigram_bits_per_byte(cfg.data_path)  # what knowing only how often each token occurs is worth
+        baseline = unigram_bits_per_byte(cfg.data_path)  # knowing only how often each token occurs
+        data = {str(source.folder): fingerprint(source.manifest) for source in stream.sources}
         world.say(f"{stream.tokens:,} training tokens; unigram baseline {baseline:.4f} bits per byte")
 
         def write_model(model, folder):
             save_model(model, folder)
             tokenizer.save(folder, cfg.sequence_length)
+            (folder / "data.json").write_text(json.dumps(data, indent=2) + "\n")  # what it was trained on
 
         def read_model(model, folder):
             check_tokenizer(tokenizer, folder)
+            check_data(cfg, data, folder)
             load_weights(model, folder / "model.safetensors")
 
         validate = language_validation(cfg, world, tokenizer)
@@ -892,9 +1002,26 @@ def check_tokenizer(tokenizer, folder):
         )
 
 
+def fingerprint(manifest):
+    """Returns the sha256 of a dataset's tokens: the hash of the hashes of its shards."""
+    shards = [entry["bin_sha256"] for _, entries in sorted(manifest["splits"].items()) for entry in entries]
+    return hashlib.sha256("".join(shards).encode()).hexdigest()
+
+
+def check_data(cfg, data, folder):
+    """Raises UserError if `folder` was trained on datasets of other contents, wherever they lay."""
+    path = folder / "data.json"
+    then = json.loads(path.read_text()) if path.is_file() else {}
+    if list(then.values()) != list(data.values()) and not cfg.allow_config_change:
+        was, now = (", ".join(f"{k} ({v[:8]}..)" for k, v in d.items()) for d in (then, data))
+        raise UserError(f"{folder}: its data is {was}, now {now}; --allow_config_change accepts it")
+
+
 def language_validation(cfg, world, tokenizer):
-    """Returns validate(model): nats per token and bits per byte of the first eval_rows validation rows, and a sample."""
-    stream = TokenStream(cfg.data_path, "val", cfg.sequence_length, cfg.batch_size, document_mask=cfg.document_mask)
+    """Returns validate(model): nats per token and bits per byte of the first rows, and a sample."""
+    stream = TokenStream(
+        cfg.data_path, "val", cfg.sequence_length, cfg.batch_size, document_mask=cfg.document_mask
+    )
     length = torch.from_numpy(tokenizer.token_bytes()).to(world.device)
     rows = min(cfg.eval_rows, stream.blocks)
 
@@ -908,16 +1035,17 @@ def language_validation(cfg, world, tokenizer):
             nats += next_token_loss(model, tensors)[0]
             size += length[tensors["labels"].clamp(min=0)][tensors["labels"] >= 0].sum()
         nats, size, count = world.sum(nats.item(), size.item(), count)
-        metrics = {"val_loss": nats / count, "val_bits_per_byte": nats / math.log(2) / max(1, size)}
+        metrics = {"val_loss": nats / max(1, count), "val_bits_per_byte": nats / math.log(2) / max(1, size)}
         if cfg.sample_tokens:
-            metrics["sample"] = cfg.sample_prompt + continuation(model, tokenizer, cfg.sample_prompt, cfg.sample_tokens)
+            more = continuation(model, tokenizer, cfg.sample_prompt, cfg.sample_tokens)
+            metrics["sample"] = cfg.sample_prompt + more
         return metrics
 
     return validate
 
 
 def continuation(model, tokenizer, prompt, count):
-    """Returns the greedy continuation of `prompt`: a look at what the model has learned; sample.py does it properly."""
+    """Returns the greedy continuation of `prompt`, a look at what was learned; sample.py does it properly."""
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)][: model.cfg.sequence_length - 1]
     device, fresh = model.lm_head.weight.device, []
     capacity = min(len(ids) + count, model.cfg.sequence_length)

@@ -1,0 +1,294 @@
+"""A training that was stopped and resumed ends, bit for bit, as one that never stopped; on ranks, too."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from data import TokenStream
+from model import next_token_loss
+from tests.conftest import prepare_dataset
+from tests.runs import Run, begin, differences, fitting, losses, names, records, refused
+from tests.runs import train_to_end as trained
+from train import problem_with, seal
+
+pytestmark = pytest.mark.usefixtures("forks")
+
+HALF, WHOLE = "step_000004", "step_000008"
+
+
+def copied(source, target):
+    """A copy of one checkpoint, alone in a new output folder."""
+    shutil.copytree(source, target / source.name)
+    return target / source.name
+
+
+# ---- N + N steps equal 2 N
+
+
+@pytest.mark.parametrize("ranks", [1, 2], ids=["one rank", "two ranks"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["no dropout", "dropout"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_resumed_run_equals_the_straight_one_bit_for_bit(tmp_path, tiny_dataset, dtype, dropout, ranks):
+    knobs = {"data_path": tiny_dataset, "dtype": dtype, "dropout": dropout, "ranks": ranks}
+    straight = trained(tmp_path / "straight", **knobs)
+    rest = trained(tmp_path / "rest", resume_from_checkpoint=straight / HALF, **knobs)
+    assert not differences(straight / WHOLE, rest / WHOLE)
+    assert not differences(straight / "final", rest / "final")
+    assert len(losses(straight, after=4)) == 5  # four steps and a validation
+    assert losses(straight, after=4) == losses(rest)
+    assert differences(
+        straight / HALF, straight / WHOLE
+    )  # the comparison sees a difference where there is one
+
+
+@pytest.mark.parametrize("knobs", [{"optimizer": "muon"}, {"gradient_accumulation_steps": 3}], ids=str)
+def test_so_does_one_with_muon_or_accumulation(tmp_path, tiny_dataset, knobs):
+    knobs |= {"data_path": tiny_dataset, "dropout": 0.1}
+    straight = trained(tmp_path / "straight", **knobs)
+    rest = trained(tmp_path / "rest", resume_from_checkpoint=straight / HALF, **knobs)
+    assert not differences(straight / WHOLE, rest / WHOLE)
+    assert losses(straight, after=4) == losses(rest)
+
+
+@pytest.mark.parametrize("at", [1, 7])
+def test_so_does_one_resumed_after_the_first_or_before_the_last_step(tmp_path, tiny_dataset, at):
+    knobs = {"data_path": tiny_dataset, "dropout": 0.1, "save_steps": 1, "keep_last": 9}
+    straight = trained(tmp_path / "straight", **knobs)
+    rest = trained(tmp_path / "rest", resume_from_checkpoint=straight / f"step_{at:06d}", **knobs)
+    assert not differences(straight / WHOLE, rest / WHOLE)
+    assert losses(straight, after=at) == losses(rest)
+
+
+@pytest.mark.parametrize("ranks", [1, 2], ids=["one rank", "two ranks"])
+def test_with_other_random_numbers_it_does_not(tmp_path, tiny_dataset, ranks):
+    """The control of the tests above: they fail where the generators are not restored, each rank's own."""
+    knobs = {"data_path": tiny_dataset, "dropout": 0.1, "ranks": ranks}
+    straight = trained(tmp_path / "straight", **knobs)
+    (tmp_path / "tampered").mkdir()
+    changed = copied(straight / HALF, tmp_path / "tampered")
+    first, last = (changed / "train_state" / f"rng_{rank:05d}.pt" for rank in (0, ranks - 1))
+    if ranks == 2:
+        shutil.copy(first, last)  # rank 0's numbers on every rank
+    else:
+        torch.save(torch.load(first) | {"torch": torch.Generator().manual_seed(7).get_state()}, first)
+    seal_again(changed)
+    rest = trained(tmp_path / "rest", resume_from_checkpoint=changed, **knobs)
+    assert "embed_tokens" in "".join(differences(straight / WHOLE, rest / WHOLE))
+
+
+def seal_again(folder):
+    (folder / "manifest.json").unlink()
+    seal(folder)
+    assert problem_with(folder) is None
+
+
+# ---- ranks
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory, tiny_dataset):
+    """A run of two ranks without dropout."""
+    return trained(tmp_path_factory.mktemp("pair") / "pair", ranks=2, data_path=tiny_dataset, sample_tokens=0)
+
+
+def test_two_ranks_train_what_one_rank_trains_at_the_same_global_batch(tmp_path, tiny_dataset, pair):
+    knobs = {"data_path": tiny_dataset, "sample_tokens": 0}
+    alone = trained(tmp_path / "alone", gradient_accumulation_steps=2, **knobs)
+    assert not differences(alone / WHOLE, pair / WHOLE, but=["rng_"])
+    for one, two in zip(losses(alone), losses(pair), strict=True):
+        assert one == pytest.approx(two, rel=1e-6)  # the printed loss alone is summed in another order
+
+
+def test_a_changed_number_of_ranks_is_refused_and_exact_when_allowed(tmp_path, tiny_dataset, pair):
+    knobs = {"data_path": tiny_dataset, "resume_from_checkpoint": pair / HALF}
+    line = refused(tmp_path / "refused", **knobs)
+    assert "was made with 2 ranks, now 1; use as many, or --allow_world_size_change" in line
+    line = refused(tmp_path / "smaller", allow_world_size_change=True, **knobs)
+    assert "global batch was 4 rows, now 2; it must stay" in line
+    knobs |= {"allow_world_size_change": True, "gradient_accumulation_steps": 2}
+    one = trained(tmp_path / "one", **knobs)
+    assert not differences(one / WHOLE, pair / WHOLE, but=["rng_"])
+    # and back: one rank's checkpoint on two
+    two = trained(
+        tmp_path / "two",
+        ranks=2,
+        data_path=tiny_dataset,
+        resume_from_checkpoint=copied(one / WHOLE, tmp_path / "copy"),
+        allow_world_size_change=True,
+    )
+    assert not differences(two / "final", pair / "final")
+
+
+class Recorded:
+    """A stream that notes what every rank was given."""
+
+    def __init__(self, stream, folder):
+        self.stream, self.folder, self.blocks = stream, folder, stream.blocks
+
+    def batch(self, step, micro, rank, accumulation):
+        batch = self.stream.batch(step, micro, rank, accumulation)
+        with open(self.folder / f"rank{rank}", "a") as f:
+            f.write(json.dumps(batch["ids"].tolist()) + "\n")
+        return batch
+
+
+def nothing(model):
+    return {}
+
+
+def test_two_ranks_see_different_batches_and_saving_every_step_does_not_block(tmp_path, tiny_dataset):
+    loader = Recorded(RecordedStream(tiny_dataset), tmp_path)
+    knobs = {"save_steps": 1, "eval_steps": 1, "max_steps": 4}
+    one = Run(tmp_path / "log", fitting, (tmp_path / "out", loader, next_token_loss, nothing, knobs), ranks=2)
+    assert one.wait() == [0, 0], one.text
+    seen = [(tmp_path / f"rank{rank}").read_text().splitlines() for rank in (0, 1)]
+    assert len(seen[0]) == len(seen[1]) == 5  # the fifth was fetched before the clock was looked at
+    assert not set(seen[0]) & set(seen[1])
+
+
+class RecordedStream:
+    """Opens its dataset where it is used: a memory map does not travel to another process."""
+
+    def __init__(self, folder):
+        self.folder, self.stream = folder, None
+        self.blocks = TokenStream(folder, "train", 16, 2).blocks
+
+    def batch(self, *address):
+        self.stream = self.stream or TokenStream(self.folder, "train", 16, 2, world_size=2)
+        return self.stream.batch(*address)
+
+
+def test_the_random_numbers_of_two_ranks_differ(pair):
+    first, second = (torch.load(pair / WHOLE / "train_state" / f"rng_0000{rank}.pt") for rank in (0, 1))
+    assert not torch.equal(first["torch"], second["torch"])
+    assert first["python"] != second["python"]
+
+
+# ---- what may not have changed in between
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, tiny_dataset):
+    return trained(tmp_path_factory.mktemp("straight") / "straight", data_path=tiny_dataset)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "shown"),
+    [
+        ({"dropout": 0.5}, "dropout was 0.0, now 0.5"),
+        ({"learning_rate": 1, "seed": 7}, "seed was 42, now 7, learning_rate was 0.01, now 1.0"),
+        ({"max_steps": 9}, "max_steps was 8, now 9"),
+        ({"batch_size": 4}, "batch_size was 2, now 4"),
+        ({"dtype": "bf16"}, 'dtype was "fp32", now "bf16"'),
+        ({"n_layer": 3}, "n_layer was 2, now 3"),
+    ],
+    ids=str,
+)
+def test_another_configuration_is_refused_and_the_difference_shown(
+    tmp_path, tiny_dataset, straight, knobs, shown
+):
+    line = refused(tmp_path / "out", data_path=tiny_dataset, resume_from_checkpoint=straight / HALF, **knobs)
+    for part in shown.split(", now"):
+        assert part in line, line
+    assert "--allow_config_change accepts it" in line
+    assert names(tmp_path / "out") == ["run.lock"]
+
+
+def test_what_changes_nothing_that_is_computed_may_change(tmp_path, tiny_dataset, straight):
+    moved = shutil.copytree(tiny_dataset, tmp_path / "moved")
+    knobs = {"eval_steps": 3, "save_steps": 2, "logging_steps": 2, "keep_last": 1, "deterministic": False}
+    rest = trained(tmp_path / "out", data_path=moved, resume_from_checkpoint=straight / HALF, **knobs)
+    assert not differences(rest / "final", straight / "final")
+    assert names(rest) == ["final", "metrics.jsonl", "run.lock", WHOLE]
+
+
+def test_an_allowed_change_is_really_made(tmp_path, tiny_dataset, straight):
+    knobs = {
+        "data_path": tiny_dataset,
+        "resume_from_checkpoint": straight / HALF,
+        "allow_config_change": True,
+    }
+    rest = trained(tmp_path / "out", weight_decay=0.5, beta2=0.5, max_steps=12, **knobs)
+    group = torch.load(rest / "step_000012" / "train_state" / "state.pt")["optimizers"][0]["param_groups"][0]
+    assert (group["weight_decay"], group["betas"]) == (0.5, (0.9, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"optimizer": "muon"}, "state.pt: does not fit this model and optimizer"),
+        ({"d_model": 64}, "model.safetensors: model.embed_tokens.weight is 384x32, the model wants 384x64"),
+        ({"n_layer": 1}, "missing or unexpected tensors"),
+    ],
+    ids=str,
+)
+def test_an_allowed_change_that_cannot_be_made_is_one_line_too(
+    tmp_path, tiny_dataset, straight, knobs, message
+):
+    where = {"data_path": tiny_dataset, "resume_from_checkpoint": straight / HALF}
+    assert message in refused(tmp_path / "out", allow_config_change=True, **where, **knobs)
+
+
+def test_other_data_under_the_same_name_is_refused(tmp_path, tiny_documents):
+    data = prepare_dataset(tmp_path / "data", tiny_documents[:20])
+    knobs = {"data_path": data, "save_steps": 4}
+    out = trained(tmp_path / "out", **knobs)
+    tokenizer = shutil.copy(data / "tokenizer.model", tmp_path / "kept.model")
+    shutil.rmtree(data)
+    prepare_dataset(data, tiny_documents[20:], tokenizer)
+    line = refused(tmp_path / "rest", resume_from_checkpoint=out / HALF, **knobs)
+    assert "its data is" in line
+    assert "--allow_config_change accepts it" in line
+    trained(tmp_path / "rest", resume_from_checkpoint=out / HALF, allow_config_change=True, **knobs)
+
+
+def test_data_of_another_tokenizer_is_refused_with_both_hashes(tmp_path, tiny_documents, straight):
+    data = prepare_dataset(tmp_path / "data", tiny_documents[20:])
+    line = refused(tmp_path / "rest", resume_from_checkpoint=straight / HALF, data_path=data)
+    assert "its tokenizer is" in line
+    assert "they do not belong together" in line
+
+
+# ---- which checkpoint, into which folder
+
+
+def test_nothing_to_resume_is_said_and_training_starts(tmp_path, tiny_dataset):
+    out = trained(tmp_path / "out", data_path=tiny_dataset, resume_from_checkpoint="auto")
+    assert f"nothing to resume in {out}; starting at step 0" in out.with_suffix(".log").read_text()
+
+
+def test_step_10000_is_newer_than_step_2000(tmp_path, tiny_dataset, straight):
+    out = tmp_path / "out"
+    shutil.copytree(straight / HALF, out / "step_2000")
+    shutil.copytree(straight / WHOLE, out / "step_10000")
+    (out / "step_notes").mkdir()
+    one = begin(out, data_path=tiny_dataset, resume_from_checkpoint="auto")
+    one.wait()
+    assert f"resumed from {out / 'step_10000'} at step 8" in one.text
+
+
+def test_a_folder_that_holds_another_run_is_not_written_into(tmp_path, tiny_dataset, straight):
+    out = tmp_path / "out"
+    shutil.copytree(straight, out)
+    before = names(out)
+    line = refused(out, data_path=tiny_dataset, resume_from_checkpoint=straight / HALF)
+    assert f"{out} already holds {WHOLE}; choose another --output_dir" in line
+    line = refused(out, data_path=tiny_dataset, resume_from_checkpoint=out / HALF)
+    assert f"{out} already holds {WHOLE}" in line  # going on from the older one would mix two runs
+    assert names(out) == before
+    shutil.rmtree(out / HALF)
+    shutil.rmtree(out / WHOLE)
+    line = refused(out, data_path=tiny_dataset, resume_from_checkpoint="auto")
+    assert "no sound checkpoint to resume from: only final/ is there" in line
+
+
+def test_the_log_of_a_run_that_died_is_cut_at_its_checkpoint(tmp_path, tiny_dataset, straight):
+    out = tmp_path / "out"
+    copied(straight / HALF, out)
+    lines = (straight / "metrics.jsonl").read_text()
+    (out / "metrics.jsonl").write_text(lines + '{"step": 3, "los')
+    trained(out, data_path=tiny_dataset, resume_from_checkpoint="auto")
+    assert losses(out) == losses(straight)
+    assert [r["step"] for r in records(out) if "loss" in r] == list(range(1, 9))

@@ -1,0 +1,452 @@
+"""train.py: schedule, accumulation, validation, log, the step that must not be applied, and what is left."""
+
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from configurator import UserError, configure
+from data import TokenStream
+from model import ModelConfig, load_model, next_token_loss, token_nats
+from tests.runs import (
+    Run,
+    differences,
+    fitting,
+    losses,
+    names,
+    records,
+    refused,
+    tensors,
+    training,
+)
+from tests.runs import train_to_end as trained
+from tokenizer import Tokenizer
+from train import Clock, LoopConfig, PretrainConfig, lr_at, total_steps
+
+pytestmark = pytest.mark.usefixtures("forks")
+
+
+def schedule(**knobs):
+    return LoopConfig(learning_rate=1.0, min_lr=0.1, **knobs)
+
+
+# ---- the schedule
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (0, 0.01),  # 1 / 100
+        (49, 0.5),
+        (99, 1.0),  # the top of the warmup
+        (100, 1.0),  # the cosine's first point
+        (325, 0.1 + 0.9 * 0.5 * (1 + math.sqrt(0.5))),  # a quarter of the cosine
+        (550, 0.55),  # half of it
+        (775, 0.1 + 0.9 * 0.5 * (1 - math.sqrt(0.5))),
+        (1000, 0.1),
+    ],
+)
+def test_the_learning_rate_rises_to_its_top_and_falls_as_a_cosine_to_its_floor(step, expected):
+    cfg = schedule(warmup_steps=100, max_steps=1000)
+    assert lr_at(cfg, step, step / 1000, 1000) == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_floor_is_a_tenth_unless_it_is_given_and_no_warmup_starts_at_the_top():
+    assert LoopConfig(learning_rate=0.5).floor == 0.05
+    assert LoopConfig(learning_rate=0.5, min_lr=0.0).floor == 0.0
+    assert lr_at(schedule(warmup_steps=0, max_steps=10), 0, 0.0, 10) == 1.0
+    assert lr_at(schedule(warmup_steps=10, max_steps=10), 9, 0.9, 10) == 1.0
+
+
+def test_the_schedule_never_jumps():
+    cfg = schedule(warmup_steps=400, max_steps=1000)
+    rates = [lr_at(cfg, step, step / 1000, 1000) for step in range(1001)]
+    assert max(abs(a - b) for a, b in itertools.pairwise(rates)) < 1 / 400 + 1e-9
+    assert max(rates) == 1.0
+
+
+@pytest.mark.parametrize("steps", [7, 500, 100_000], ids="{} steps fit in".format)
+def test_a_time_box_warms_up_in_its_first_tenth_and_reaches_its_floor(steps):
+    cfg = schedule(warmup_steps=100, max_minutes=5)
+    clock = Clock(cfg, None)
+    rates = []
+    for step in range(steps):
+        progress = clock.progress(step, 300 * step / steps)
+        rates.append(lr_at(cfg, step, progress, None))
+    assert max(rates) == pytest.approx(1.0, abs=0.02 if steps > 7 else 0.1)
+    assert steps == 7 or max(abs(a - b) for a, b in itertools.pairwise(rates)) < 0.05
+    assert clock.progress(steps, 300.0) == 1.0
+    assert lr_at(cfg, steps, 1.0, None) == pytest.approx(0.1)
+
+
+def test_the_clock_ends_the_run_by_steps_or_by_time_whichever_comes_first():
+    both = Clock(schedule(max_minutes=1, max_steps=100), 100)
+    assert both.progress(50, 6.0) == 0.5
+    assert both.progress(50, 54.0) == 0.9
+    assert Clock(schedule(max_steps=10, warmup_steps=0), 10).progress(10, 0.0) == 1.0
+    assert Clock(schedule(max_minutes=2), None, before=60.0).seconds >= 60.0  # those before a resume count
+
+
+def test_the_number_of_steps_comes_from_steps_epochs_or_the_clock():
+    batch = {"batch_size": 4, "gradient_accumulation_steps": 2, "warmup_steps": 0}
+    assert total_steps(LoopConfig(max_steps=7, **batch), 1000, 2) == 7
+    assert total_steps(LoopConfig(num_train_epochs=0.5, **batch), 1000, 2) == 32  # 500 / 16, begun is counted
+    assert total_steps(LoopConfig(**batch), 1000, 1) == 125
+    assert total_steps(LoopConfig(max_minutes=1, **batch), 1000, 1) is None
+    assert total_steps(LoopConfig(max_minutes=1, num_train_epochs=1, **batch), 1000, 1) == 125
+
+
+def test_a_warmup_longer_than_the_run_is_refused_with_both_numbers():
+    with pytest.raises(ValueError, match="warmup_steps 11 is more than max_steps 10"):
+        LoopConfig(max_steps=10, warmup_steps=11)
+    with pytest.raises(UserError, match="warmup_steps 100 is more than the 13 steps of this run"):
+        total_steps(LoopConfig(batch_size=8), 100, 1)
+
+
+# ---- learning
+
+
+class Counting:
+    """Rows that count upwards from a random number."""
+
+    blocks = 64
+
+    def batch(self, step, micro, rank, accumulation):
+        start = np.random.RandomState(step).randint(0, 32, size=(4, 1))
+        rows = (start + np.arange(17)) % 32
+        return {"ids": rows[:, :-1].copy(), "labels": rows[:, 1:].copy(), "count": 64}
+
+
+def no_validation(model):
+    return {}
+
+
+def fit(tmp_path, loader, loss_fn=next_token_loss, validate=no_validation, name="run", ranks=1, **knobs):
+    one = Run(tmp_path / f"{name}.log", fitting, (tmp_path / name, loader, loss_fn, validate, knobs), ranks)
+    one.wait()
+    return one
+
+
+def test_a_model_that_learned_to_count_goes_on_counting(tmp_path):
+    one = fit(tmp_path, Counting(), max_steps=120, vocab_size=32, save_steps=1000, eval_steps=1000)
+    assert one.wait() == [0], one.text
+    model = load_model(tmp_path / "run" / "final")
+    ids = [5]
+    while len(ids) < 16:
+        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    assert ids == list(range(5, 21))
+
+
+class Masked:
+    """Four rows a step, `batch_size` at a time, of 1, 3, 9 and 16 labels; none in step `empty`."""
+
+    blocks = 64
+
+    def __init__(self, batch_size, empty=None):
+        self.batch_size, self.empty = batch_size, empty
+
+    def batch(self, step, micro, rank, accumulation):
+        rows = np.random.RandomState(step).randint(0, 32, size=(4, 17))
+        ids, labels = rows[:, :-1].copy(), rows[:, 1:].copy()
+        for row, kept in zip(labels, (0, 0, 0, 0) if step == self.empty else (1, 3, 9, 16)):
+            row[kept:] = -100
+        mine = slice(micro * self.batch_size, (micro + 1) * self.batch_size)
+        return {"ids": ids[mine], "labels": labels[mine], "count": int((labels[mine] >= 0).sum())}
+
+
+def test_four_batches_of_one_row_train_as_one_batch_of_four_whatever_is_supervised(tmp_path):
+    knobs = {"max_steps": 6, "vocab_size": 32, "learning_rate": 0.001}
+    whole = fit(tmp_path, Masked(4), name="whole", batch_size=4, **knobs)
+    parts = fit(tmp_path, Masked(1), name="parts", batch_size=1, gradient_accumulation_steps=4, **knobs)
+    assert whole.wait() == parts.wait() == [0], whole.text + parts.text
+    whole, parts = ([r for r in records(tmp_path / n) if "loss" in r] for n in ("whole", "parts"))
+    for a, b in zip(whole, parts, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["tokens"] == b["tokens"] == 29 * a["step"]
+    one, other = (load_model(tmp_path / name / "final").state_dict() for name in ("whole", "parts"))
+    assert all((one[name] - other[name]).abs().max() < 1e-5 for name in one)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_run(tmp_path, tiny_dataset):
+    one, again, other = (
+        trained(tmp_path / name, data_path=tiny_dataset, dropout=0.1, dtype="bf16", seed=seed)
+        for name, seed in (("one", 1), ("again", 1), ("other", 2))
+    )
+    weights = [(out / "final" / "model.safetensors").read_bytes() for out in (one, again, other)]
+    assert weights[0] == weights[1] != weights[2]
+    assert losses(one) == losses(again) != losses(other)
+
+
+# ---- validation and the log
+
+
+def draws(model):
+    torch.rand(3)
+    np.random.rand()
+    return {"val_loss": 1.0}
+
+
+def dropping(model, batch):
+    assert model.training  # validation must have given the mode back
+    return next_token_loss(model, batch)
+
+
+def test_validation_changes_nothing_even_if_it_draws_random_numbers(tmp_path, tiny_dataset):
+    knobs = {"max_steps": 6, "vocab_size": 32, "dropout": 0.1}
+    often = fit(tmp_path, Counting(), dropping, draws, name="often", eval_steps=1, **knobs)
+    never = fit(tmp_path, Counting(), dropping, draws, name="never", eval_steps=99, **knobs)
+    assert often.wait() == never.wait() == [0], often.text
+    assert not differences(tmp_path / "often" / "final", tmp_path / "never" / "final")
+    assert sum("val_loss" in r for r in records(tmp_path / "often")) == 6
+    assert sum("val_loss" in r for r in records(tmp_path / "never")) == 1
+
+    knobs = {"data_path": tiny_dataset, "dropout": 0.1}
+    one = trained(tmp_path / "text-often", eval_steps=1, sample_tokens=8, **knobs)
+    other = trained(tmp_path / "text-never", eval_steps=99, sample_tokens=0, **knobs)
+    assert not differences(one / "final", other / "final")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_dataset):
+    out = tmp_path_factory.mktemp("train") / "finished"
+    return trained(out, data_path=tiny_dataset, save_steps=2, keep_last=2, eval_rows=100)
+
+
+def test_the_log_holds_a_line_for_each_step_and_each_validation(finished):
+    steps = [r for r in records(finished) if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 9))
+    expected = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "memory"}
+    assert all(r.keys() == expected for r in steps)
+    assert [r["tokens"] for r in steps] == [32 * n for n in range(1, 9)]
+    assert [r["lr"] for r in steps][:3] == pytest.approx([0.005, 0.01, 0.01])
+    evaluations = [r for r in records(finished) if "val_loss" in r]
+    assert [r["step"] for r in evaluations] == [4, 8]
+    assert all(r.keys() == {"step", "val_loss", "val_bits_per_byte", "sample"} for r in evaluations)
+    text = finished.with_suffix(".log").read_text()
+    assert "unigram baseline" in text
+    assert "tok/s" in text
+    assert "sample: 'The " in text
+
+
+def test_validation_reads_the_val_shards_and_nothing_else(finished, tiny_dataset):
+    model, last = load_model(finished / "final"), records(finished)[-1]
+    lengths = torch.from_numpy(Tokenizer.load(finished / "final").token_bytes())
+
+    def score(split):
+        stream = TokenStream(tiny_dataset, split, 16, 2)
+        batch = stream.rows(0, 100)
+        ids, labels = torch.from_numpy(batch["ids"]), torch.from_numpy(batch["labels"])
+        hidden = model.model(ids).detach()
+        nats = token_nats(hidden.flatten(0, 1), model.lm_head.weight, labels.flatten()).double().sum().item()
+        return nats / batch["count"], nats / math.log(2) / lengths[labels[labels >= 0]].sum().item()
+
+    assert (last["val_loss"], last["val_bits_per_byte"]) == pytest.approx(score("val"), rel=1e-5)
+    assert last["val_loss"] != pytest.approx(score("train")[0], rel=1e-3)
+
+
+# ---- what is left on the disk
+
+
+def test_the_output_holds_the_last_checkpoints_the_log_and_the_model(finished):
+    assert names(finished) == ["final", "metrics.jsonl", "run.lock", "step_000006", "step_000008"]
+    weights = [(finished / name / "model.safetensors").read_bytes() for name in ("final", "step_000008")]
+    assert weights[0] == weights[1]
+
+
+def test_the_final_folder_opens_as_a_model_with_its_tokenizer(finished, tiny_dataset):
+    model = load_model(finished / "final")
+    assert model.cfg == ModelConfig(
+        n_layer=2,
+        d_model=32,
+        n_head=4,
+        num_key_value_heads=2,
+        d_ff=64,
+        vocab_size=384,
+        sequence_length=16,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+    )
+    assert (
+        Tokenizer.load(finished / "final").sha256 == Tokenizer.load(tiny_dataset / "tokenizer.model").sha256
+    )
+    assert json.loads((finished / "final" / "tokenizer_config.json").read_text())["model_max_length"] == 16
+
+
+@pytest.mark.parametrize("folder", ["step_000006", "final"])
+def test_the_run_json_of_a_run_is_a_preset_that_runs_it_again(finished, tmp_path, folder):
+    preset = finished / folder / "run.json"
+    assert configure(PretrainConfig, [str(preset)]).max_steps == 8
+    one = Run(tmp_path / "again.log", again, (preset, tmp_path / "again"))
+    assert one.wait() == [0], one.text
+    assert not differences(tmp_path / "again" / "step_000008", finished / "step_000008")
+    assert losses(tmp_path / "again") == losses(finished)
+
+
+def again(preset, out):
+    training([str(preset), f"--output_dir={out}"])
+
+
+def test_the_run_json_of_a_resumed_run_starts_from_the_beginning_too(finished, tmp_path, tiny_dataset):
+    out = tmp_path / "resumed"
+    trained(out, data_path=tiny_dataset, resume_from_checkpoint=finished / "step_000006", eval_rows=100)
+    cfg = configure(PretrainConfig, [str(out / "final" / "run.json")])
+    assert cfg.resume_from_checkpoint is None
+
+
+def test_a_finished_run_that_is_resumed_does_nothing_and_says_so(finished, tiny_dataset):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file() and p.name != "run.lock"}
+    knobs = {"data_path": tiny_dataset, "save_steps": 2, "keep_last": 2, "eval_rows": 100}
+    trained(finished, resume_from_checkpoint="auto", **knobs)
+    assert "this run is complete" in finished.with_suffix(".log").read_text()
+    after = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file() and p.name != "run.lock"}
+    assert set(before) == set(after)
+    assert all(before[p] == after[p] for p in before if p.name != "metrics.jsonl")
+
+
+def test_it_trains_on_a_cpu_with_nothing_said_about_precision(tmp_path, tiny_dataset):
+    out = trained(tmp_path / "plain", data_path=tiny_dataset, dtype=None, max_steps=1, warmup_steps=0)
+    assert (out / "final" / "model.safetensors").is_file()
+
+
+def test_a_document_mask_and_two_weighted_datasets_train(tmp_path, tiny_dataset):
+    both = f"{tiny_dataset},{tiny_dataset}"
+    out = trained(tmp_path / "mixed", data_path=both, data_weights="3,1", document_mask=True, batch_size=4)
+    assert all(math.isfinite(r["loss"]) for r in records(out) if "loss" in r)
+
+
+# ---- steps that must not be applied
+
+
+class PoisonedLoss:
+    """The loss of step `step` has a gradient that is not a number; with `always` so has every later one."""
+
+    def __init__(self, step, always=False):
+        self.step, self.always, self.calls = step, always, 0
+
+    def __call__(self, model, batch):
+        self.calls += 1
+        loss, stats = next_token_loss(model, batch)
+        bad = self.calls == self.step or (self.always and self.calls > self.step)
+        return (loss * math.nan if bad else loss), stats
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_gradient_that_is_not_finite_leaves_the_weights_as_they_were(tmp_path, optimizer):
+    knobs = {"vocab_size": 32, "max_steps": 5, "save_steps": 1, "keep_last": 9, "optimizer": optimizer}
+    one = fit(tmp_path, Counting(), PoisonedLoss(3), **knobs)
+    assert one.wait() == [0], one.text
+    assert "warning: step 3 skipped: gradient norm is nan (1 in a row)" in one.text
+    out = tmp_path / "run"
+    changed = differences(out / "step_000002", out / "step_000003")
+    assert sorted(n for n in changed if not n.endswith(".lr")) == [
+        "state.bad_steps",
+        "state.step",
+        "state.tokens",
+    ]
+    assert differences(out / "step_000003", out / "step_000004", but=("state.", "rng_"))
+    assert tensors(out / "step_000004")["state.bad_steps"] == 0
+    skipped = [r for r in records(out) if "skipped" in r]
+    assert [(r["step"], r["grad_norm"]) for r in skipped] == [(3, None)]
+    assert "NaN" not in (out / "metrics.jsonl").read_text()
+
+
+def test_too_many_such_steps_in_a_row_end_the_run_and_name_the_last_good_checkpoint(tmp_path):
+    knobs = {"vocab_size": 32, "max_steps": 50, "save_steps": 2, "max_bad_steps": 3, "warmup_steps": 0}
+    one = fit(tmp_path, Counting(), PoisonedLoss(6, always=True), **knobs)
+    assert one.wait() == [2]
+    assert "Traceback" not in one.text
+    last = one.text.splitlines()[-1]
+    assert last.startswith("error: 3 steps in a row were skipped, the last because gradient norm is nan")
+    assert f"the last good checkpoint is {tmp_path / 'run' / 'step_000006'}" in last
+    weights = load_model(tmp_path / "run" / "step_000006").state_dict()
+    assert all(torch.isfinite(t).all() for t in weights.values())
+
+
+def poisoned_on_rank_one(model, batch):
+    loss, stats = next_token_loss(model, batch)
+    return (loss * math.nan if torch.distributed.get_rank() == 1 else loss), stats
+
+
+def test_a_bad_gradient_on_one_rank_is_skipped_on_all(tmp_path):
+    knobs = {"vocab_size": 32, "max_steps": 50, "max_bad_steps": 2, "warmup_steps": 0}
+    one = fit(tmp_path, Counting(), poisoned_on_rank_one, ranks=2, **knobs)
+    assert one.wait() == [2, 2], one.text
+    assert "2 steps in a row were skipped" in one.text
+
+
+def test_a_step_without_a_supervised_token_is_skipped_not_divided_by_zero(tmp_path):
+    loader = Masked(4, empty=2)
+    knobs = {"vocab_size": 32, "max_steps": 5, "save_steps": 1, "keep_last": 9, "batch_size": 4}
+    one = fit(tmp_path, loader, **knobs)
+    assert one.wait() == [0], one.text
+    assert "warning: step 3 skipped: no token of it is supervised (1 in a row)" in one.text
+    out = tmp_path / "run"
+    weights = [(out / f"step_00000{n}" / "model.safetensors").read_bytes() for n in (2, 3, 4)]
+    assert weights[0] == weights[1] != weights[2]
+    assert [r["loss"] for r in records(out) if "loss" in r and r["step"] == 3] == [0.0]
+
+
+# ---- what is refused before anything is trained
+
+
+REFUSED = {
+    "another vocabulary": (
+        {"vocab_size": 512},
+        "vocab_size is 512, but .* tokenizer of 384; use --vocab_size=384",
+    ),
+    "no GPU": ({"device": "cuda"}, "device=cuda: this machine has no CUDA device; use --device=cpu"),
+    "fp16 on a CPU": ({"dtype": "fp16"}, "dtype=fp16 needs CUDA; use --dtype=bf16 or --dtype=fp32"),
+    "a long warmup": ({"warmup_steps": 9}, "warmup_steps 9 is more than max_steps 8"),
+    "NaN": ({"learning_rate": "nan"}, "learning_rate must be a finite number > 0"),
+    "no learning": ({"learning_rate": 0}, "learning_rate must be a finite number > 0"),
+    "a high floor": ({"min_lr": 1}, "min_lr 1.0 is more than learning_rate 0.01"),
+    "no layers": ({"n_layer": 0}, r"n_layer must be 1\.\.512"),
+    "heads that do not divide": ({"d_model": 30}, "d_model 30 is not divisible by n_head 4"),
+    "too little data": ({"sequence_length": 100000}, "only [0-9]+ tokens, need at least 100001"),
+    "no data": ({"data_path": "/nowhere"}, "/nowhere"),
+    "a file as a folder": ({"output_dir": "/dev/null/out"}, "output_dir /dev/null/out: Not a directory"),
+    "no checkpoints": ({"keep_last": 0}, "keep_last must be"),
+}
+
+
+@pytest.mark.parametrize(("knobs", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_run_that_cannot_be_is_refused_in_one_line(tmp_path, tiny_dataset, knobs, message):
+    if knobs.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    line = refused(tmp_path / "out", **({"data_path": tiny_dataset} | knobs))
+    assert re.search(message, line), line
+    assert not (tmp_path / "out" / "step_000000").exists()
+
+
+def as_nobody():
+    """Root writes where it likes; give that up."""
+    if os.geteuid() == 0:
+        os.setegid(65534)
+        os.seteuid(65534)
+
+
+def test_an_output_folder_that_cannot_be_written_is_named_before_training(tmp_path_factory, tiny_dataset):
+    with tempfile.TemporaryDirectory() as place:
+        Path(place).chmod(0o755)
+        shutil.copytree(tiny_dataset, Path(place) / "data")
+        closed = Path(place) / "closed"
+        closed.mkdir(mode=0o555)
+        out = tmp_path_factory.mktemp("log") / "out"
+        line = refused(out, before=as_nobody, data_path=Path(place) / "data", output_dir=closed / "run")
+        assert line.startswith(f"error: output_dir {closed / 'run'}: Permission denied")
+        assert not list(closed.iterdir())
+
+
+def test_an_output_folder_that_holds_a_run_is_refused_and_left_alone(finished, tiny_dataset):
+    before = names(finished)
+    line = refused(finished, data_path=tiny_dataset)
+    assert "already holds a run; continue it with --resume_from_checkpoint=auto" in line
+    assert names(finished) == before
