@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from chats import read_chats, read_pairs  # noqa: F401 - what sft.py and dpo.py ask this room for
 from configurator import UserError, run
 from prepare import AGAIN, DTYPES, DataConfig, file_sha256, main, read_manifest
 

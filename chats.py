@@ -1,0 +1,346 @@
+"""Conversations and preference pairs out of foreign files, whatever their format.
+
+    read_chats(path) -> [{"messages": [{"role": "user", "content": "..."}, ...]}, ...]
+    read_pairs(path) -> [{"prompt": [messages], "chosen": [messages], "rejected": [messages]}, ...]
+
+Every row is brought to messages of the roles system, user and assistant; its format is recognized by its
+fields, row by row, so that one file may mix several. The rows lie in JSON Lines, in a JSON list or in CSV,
+compressed or not. A row that cannot be used is counted by reason in a `Tally`, the first three of each reason
+with line number and field, and passed over; a file with too many of them, or with nothing else, is refused.
+"""
+
+import lzma
+import re
+import zlib
+
+from configurator import UserError
+from sources import (
+    MAX_LINE,
+    JsonReader,
+    Tally,
+    csv_rows,
+    input_files,
+    json_rows,
+    jsonl_rows,
+    kind_of,
+    open_bounded,
+)
+
+MAX_BAD = 0.05  # the share of unusable rows from which a file is refused
+
+DIALOGUE = ("messages", "conversations", "conversation", "dialogue", "dialog")  # fields that hold messages
+QUESTION = ("prompt", "instruction", "question")
+ANSWER = ("response", "completion", "output", "answer")
+ANSWER_TO = {"prompt": "response", "instruction": "output", "question": "answer"}  # which one to miss aloud
+FORMATS = {"prompt": "prompt/response", "instruction": "alpaca", "question": "question/answer"}
+ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
+ROLES |= dict.fromkeys(("human", "prompter"), "user") | dict.fromkeys(("gpt", "bot", "chatgpt"), "assistant")
+SURROGATE = re.compile("[\ud800-\udfff]")
+CONTROLS = dict.fromkeys([*range(9), 11, 12, *range(14, 32), 127])  # all but tab and the line breaks
+TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+class Bad(Exception):
+    """Why a row cannot be used: Bad(reason, detail)."""
+
+
+# ---- files
+
+
+def read_chats(path, tally=None, max_bad=MAX_BAD):
+    """Read the conversations of a file, folder or glob, as [{"messages": [{"role", "content"}, ...]}, ...].
+
+    Each ends with an answer: what a user says after the last one is left out. Unusable rows are counted in
+    `tally`. Raises UserError when their share is above `max_bad`, when no row is usable, or when a file is
+    missing or damaged.
+    """
+    return [{"messages": messages} for _, _, messages in read_rows(path, to_chat, tally, max_bad)]
+
+
+def read_pairs(path, tally=None, max_bad=MAX_BAD):
+    """Read preference pairs, as [{"prompt", "chosen", "rejected"}, ...], each a list of messages.
+
+    `prompt` holds all that both dialogues share, `chosen` and `rejected` begin with an answer. Pairs whose
+    two answers are equal are dropped and counted as identical-pair, which is no fault of the file. Otherwise
+    as `read_chats`.
+    """
+    return [pair for _, _, pair in read_rows(path, to_pair, tally, max_bad)]
+
+
+def read_rows(path, convert, tally=None, max_bad=MAX_BAD):
+    """Read rows and bring them to one form by `convert`: [(where, format, what convert made of it), ...]."""
+    tally = Tally() if tally is None else tally
+    rows, bad, seen = [], tally.bad_rows, 0
+    for where, row in raw_rows(path, tally):
+        try:
+            kind, value = convert(row)
+        except Bad as error:
+            reason, detail = error.args
+            if reason == "identical-pair":
+                seen += 1
+                tally.drop("filter", reason, where)
+            else:
+                tally.bad(reason, f"{where}: {detail}")
+            continue
+        seen += 1
+        rows.append((where, kind, value))
+    tally.documents += seen
+    tally.kept += len(rows)
+    bad = tally.bad_rows - bad
+    if not rows:
+        raise UserError(f"{path}: 0 usable rows of {bad + seen}{told(tally)}")
+    if bad > max_bad * (bad + seen):
+        share = f"{bad} of {bad + seen} rows are unusable ({bad / (bad + seen):.1%}, allowed {max_bad:.1%})"
+        raise UserError(f"{path}: {share}{told(tally)}")
+    return rows
+
+
+def told(tally):
+    """What was dropped, as the end of an error: ': 3 not-json (sft.jsonl line 7, ...), ...', or ''."""
+    entries = [entry for stage in tally.dropped.values() for entry in stage.items()]
+    entries.sort(key=lambda entry: -entry[1]["count"])
+    parts = [f"{e['count']} {reason} ({', '.join(e['examples'])})" for reason, e in entries]
+    return f": {'; '.join(parts)}" if parts else ""
+
+
+def raw_rows(path, tally):
+    """Yield (where, value) of every row of the files that `path` names."""
+    files = input_files(str(path))
+    files = [file for file in files if len(files) == 1 or kind_of(file) in ("json", "jsonl", "csv")]
+    if not files:
+        raise UserError(f"{path}: holds no .jsonl, .json or .csv file")
+    for file in files:
+        try:
+            reader = csv_rows if kind_of(file) == "csv" else json_rows if is_list(file) else jsonl_rows
+            yield from reader(file, tally)
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+            raise UserError(f"{file}: cannot be read: damaged, or not permitted ({error})") from None
+
+
+def is_list(path):
+    """Is a file one JSON value, rows in a list most likely, rather than one value a line?
+
+    Two names lie often: a .json with a row a line, and a .jsonl that is a list. The first line tells, unless
+    it is a conversation as a bare list of messages.
+    """
+    with open_bounded(path) as file:
+        while (line := file.readline(MAX_LINE)).isspace():
+            pass
+        line, more = line.removeprefix(b"\xef\xbb\xbf").strip(), file.readline(1 << 16).strip()
+    try:
+        text = line.decode("utf-8")
+        value, end = JsonReader().read(text)
+    except (UnicodeDecodeError, JsonReader.Bad):
+        return line[:1] == b"[" or line == b"{"  # the opening of a value that goes on in the next line
+    if end < len(text):
+        return False
+    if isinstance(value, list):
+        return not (value and isinstance(value[0], dict) and value[0].keys() & {"role", "from"})
+    return not more
+
+
+# ---- rows
+
+
+def to_chat(row):
+    """Return (format, messages) of a row, which end with an answer; raises Bad."""
+    if isinstance(row, dict) and "chosen" in row and not any(row.get(name) for name in ANSWER + DIALOGUE):
+        raise Bad("preference-pair", "holds chosen and rejected answers, which are for dpo.py")
+    kind, messages = dialogue(row)
+    if kind in FORMATS.values():
+        question = next(name for name, value in FORMATS.items() if value == kind)
+        name = first(row, ANSWER) or next((name for name in ANSWER if name in row), None)
+        if name is None:
+            raise Bad("missing-field", f'missing "{ANSWER_TO[question]}"')
+        messages += said(row[name], name, "assistant")
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    if not messages:
+        raise Bad("no-answer", "no message of the assistant")
+    return kind, messages
+
+
+def to_pair(row):
+    """Return (format, {"prompt", "chosen", "rejected"}) of a row, each a list of messages; raises Bad."""
+    if not isinstance(row, dict):
+        raise Bad("not-an-object", f"a pair must be an object, got {kind_name(row)}")
+    for name in ("chosen", "rejected"):
+        if name not in row:
+            raise Bad("missing-field", f'missing "{name}"')
+    explicit = first(row, QUESTION + DIALOGUE)
+    kind, prompt = dialogue(row) if explicit else ("implicit prompt", system_message(row))
+    if isinstance(row["chosen"], str) and isinstance(row["rejected"], str) and not explicit:
+        kind, (chosen, rejected) = "hh-rlhf", transcripts(row["chosen"], row["rejected"])
+    else:
+        chosen, rejected = (said(row[name], name, "assistant") for name in ("chosen", "rejected"))
+    shared = common(chosen, rejected)
+    if not shared or shared[len(shared) - len(prompt) :] != prompt:  # they do not repeat the prompt
+        chosen, rejected = prompt + chosen, prompt + rejected
+        shared = common(chosen, rejected)
+    if not shared:
+        raise Bad("missing-field", 'missing "prompt", and chosen and rejected share no message')
+    pair = {"prompt": shared, "chosen": chosen[len(shared) :], "rejected": rejected[len(shared) :]}
+    for name in ("chosen", "rejected"):
+        if pair[name][0]["role"] != "assistant":
+            raise Bad("prompts-differ", f'"{name}" parts from the other with no answer of the assistant')
+    if pair["chosen"] == pair["rejected"]:
+        raise Bad("identical-pair", "chosen and rejected are equal")
+    return kind, pair
+
+
+def dialogue(row):
+    """Return (format, messages) of what a row holds beside its answer: a whole dialogue, or a question."""
+    if isinstance(row, list):
+        return "list of messages", said(row, "the list", "user")
+    if not isinstance(row, dict):
+        raise Bad("not-an-object", f"a row must be an object, got {kind_name(row)}")
+    names = DIALOGUE + QUESTION if "chosen" not in row else QUESTION + DIALOGUE
+    name = first(row, names) or next((name for name in names if name in row), None)
+    if name is None:
+        raise Bad("missing-field", f'missing "prompt" (or "messages", ...) among {fields_of(row)}')
+    messages = system_message(row) + history(row) + said(row[name], name, "user")
+    if name in DIALOGUE:
+        head = next((m for m in row[name] if isinstance(m, dict)), {}) if isinstance(row[name], list) else {}
+        return ("ShareGPT" if "from" in head else "messages"), messages
+    extra = row.get("input")
+    if isinstance(extra, str) and not extra.strip():
+        extra = None  # as most rows of the format have it
+    if extra is not None and messages[-1]["role"] == "user":
+        messages[-1]["content"] += "\n" + said(extra, "input", "user")[-1]["content"]
+    return FORMATS[name], messages
+
+
+def first(row, names):
+    """The first of `names` that stands in a row with a value, or None."""
+    return next((name for name in names if row.get(name) is not None), None)
+
+
+def fields_of(row):
+    return ", ".join(map(str, row))[:80] or "no fields at all"
+
+
+def system_message(row):
+    """The message of a `system` field, in a list; none for an absent or empty one."""
+    value = row.get("system")
+    return said(value, "system", "system") if value is not None and value != "" else []
+
+
+def history(row):
+    """The earlier turns of an alpaca row, a list of [question, answer]."""
+    turns = row.get("history")
+    if turns in (None, [], ""):
+        return []
+    if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+        raise Bad("not-messages", '"history" must be a list of [question, answer]')
+    return [
+        message
+        for question, answer in turns
+        for message in said(question, "history", "user") + said(answer, "history", "assistant")
+    ]
+
+
+def said(value, name, role):
+    """Return what a field says as messages: a string is one message of `role`, a message or a list of them
+    stand for themselves.
+    """
+    if isinstance(value, str):
+        if role == "user" and (turns := open_transcript(value)):
+            return turns
+        return [{"role": role, "content": cleaned(value, name)}]
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        raise Bad("not-a-string", f'"{name}" must be a string or messages, got {kind_name(value)}')
+    if not value:
+        raise Bad("empty", f'"{name}" is empty')
+    return [m for number, item in enumerate(value, start=1) for m in message_of(item, name, number)]
+
+
+def message_of(item, name, number):
+    """One message, as a list of it; an empty system message, which many files carry, is none."""
+    where = f'"{name}" message {number}'
+    if not isinstance(item, dict):
+        raise Bad("not-messages", f"{where} must be an object, got {kind_name(item)}")
+    role = item["role"] if "role" in item else item.get("from")
+    content = item["content"] if "content" in item else item.get("value")
+    if not isinstance(role, str) or role.lower() not in ROLES:
+        got = repr(role)[:40] if isinstance(role, str) else kind_name(role)
+        raise Bad("unknown-role", f"{where}: role must be system, user or assistant, got {got}")
+    role = ROLES[role.lower()]
+    if isinstance(content, list):
+        content = joined(content, where)
+    if not isinstance(content, str):
+        raise Bad("not-a-string", f"{where}: content must be a string, got {kind_name(content)}")
+    if role == "system" and not content.strip():
+        return []
+    return [{"role": role, "content": cleaned(content, f"{name} message {number}")}]
+
+
+def joined(parts, where):
+    """The text of a content given as a list of {"type": "text", "text": ...}."""
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise Bad("not-a-string", f"{where}: content holds a part that is no text")
+    return "".join(part["text"] for part in parts)
+
+
+def cleaned(text, name):
+    """A content with plain line ends, without control characters and the space around it; never empty."""
+    if SURROGATE.search(text):
+        raise Bad("bad-unicode", f'"{name}" holds a lone surrogate')
+    text = text.replace("\r\n", "\n").replace("\r", "\n").translate(CONTROLS).strip()
+    if not text:
+        raise Bad("empty", f'"{name}" is empty')
+    return text
+
+
+def kind_name(value):
+    """What JSON calls the type of a value."""
+    names = {bool: "true or false", int: "a number", float: "a number", str: "a string"}
+    names |= {list: "a list", dict: "an object", type(None): "null"}
+    return names.get(type(value), "nothing")
+
+
+# ---- transcripts: "\n\nHuman: ...\n\nAssistant: ..."
+
+
+def transcripts(chosen, rejected):
+    """Return two transcripts as messages; they must agree up to the last "Assistant:" of each."""
+    heads, answers = [], []
+    for name, text in (("chosen", chosen), ("rejected", rejected)):
+        head, marker, answer = text.rpartition("\n\nAssistant:")
+        if not marker:
+            raise Bad("missing-field", f'missing "prompt", and "{name}" is no Human/Assistant transcript')
+        if TURN.search(answer):
+            raise Bad("no-answer", f'"{name}" does not end with an answer of the assistant')
+        heads.append(head)
+        answers.append([{"role": "assistant", "content": cleaned(answer, name)}])
+    if heads[0] != heads[1]:
+        raise Bad("prompts-differ", "chosen and rejected differ before the last answer")
+    return [turns_of(heads[0], "chosen") + answer for answer in answers]
+
+
+def open_transcript(text):
+    """The turns of a prompt written as a transcript up to "Assistant:", or None if it is none."""
+    text = f"\n\n{text.strip()}"
+    if not (text.startswith("\n\nHuman:") and text.endswith("\n\nAssistant:")):
+        return None
+    return turns_of(text.removesuffix("\n\nAssistant:"), "prompt")
+
+
+def turns_of(text, name):
+    """The messages of a transcript."""
+    before, *parts = TURN.split(text)
+    if before.strip() or not parts:
+        raise Bad("not-messages", f'"{name}" must begin with "Human:" or "Assistant:"')
+    names = {"Human": "user", "Assistant": "assistant"}
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return [{"role": names[who], "content": cleaned(words, name)} for who, words in turns]
+
+
+def common(one, other):
+    """The messages that two dialogues begin with alike, of each its last message left out."""
+    length = 0
+    while length < min(len(one), len(other)) - 1 and one[length] == other[length]:
+        length += 1
+    return one[:length]
