@@ -9,9 +9,11 @@ compressed or not. A row that cannot be used is counted by reason in a `Tally`, 
 with line number and field, and passed over; a file with too many of them, or with nothing else, is refused.
 """
 
+import glob
 import lzma
 import re
 import zlib
+from pathlib import Path
 
 from configurator import UserError
 from sources import (
@@ -36,7 +38,9 @@ FORMATS = {"prompt": "prompt/response", "instruction": "alpaca", "question": "qu
 ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 ROLES |= dict.fromkeys(("human", "prompter"), "user") | dict.fromkeys(("gpt", "bot", "chatgpt"), "assistant")
 SURROGATE = re.compile("[\ud800-\udfff]")
-CONTROLS = dict.fromkeys([*range(9), 11, 12, *range(14, 32), 127])  # all but tab and the line breaks
+# every control character but tab and the line breaks
+CONTROLS = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(127, 160)])
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -105,6 +109,8 @@ def told(tally):
 
 def raw_rows(path, tally):
     """Yield (where, value) of every row of the files that `path` names."""
+    if not Path(path).exists() and not glob.has_magic(str(path)):
+        raise UserError(f"{path}: not found; give a .jsonl, .json or .csv file, a folder or a glob of them")
     files = input_files(str(path))
     files = [file for file in files if len(files) == 1 or kind_of(file) in ("json", "jsonl", "csv")]
     if not files:
@@ -120,23 +126,30 @@ def raw_rows(path, tally):
 def is_list(path):
     """Is a file one JSON value, rows in a list most likely, rather than one value a line?
 
-    Two names lie often: a .json with a row a line, and a .jsonl that is a list. The first line tells, unless
-    it is a conversation as a bare list of messages.
+    Two names lie often: a .json with a row a line, and a .jsonl that is a list. The first two lines tell. A
+    line that is a list of messages is a conversation, so a row; any other list is the list of rows.
     """
     with open_bounded(path) as file:
         while (line := file.readline(MAX_LINE)).isspace():
             pass
-        line, more = line.removeprefix(b"\xef\xbb\xbf").strip(), file.readline(1 << 16).strip()
+        line, more = line.removeprefix(b"\xef\xbb\xbf").strip(), file.readline(MAX_LINE).strip()
+    if (first_value := complete(line)) is None:
+        return line in (b"[", b"{") or (line[:1] == b"[" and complete(more) is None)
+    if isinstance(first_value, list):
+        return not (
+            first_value and isinstance(first_value[0], dict) and first_value[0].keys() & {"role", "from"}
+        )
+    return not more
+
+
+def complete(line):
+    """The JSON value that a line is from end to end, or None."""
     try:
         text = line.decode("utf-8")
         value, end = JsonReader().read(text)
     except (UnicodeDecodeError, JsonReader.Bad):
-        return line[:1] == b"[" or line == b"{"  # the opening of a value that goes on in the next line
-    if end < len(text):
-        return False
-    if isinstance(value, list):
-        return not (value and isinstance(value[0], dict) and value[0].keys() & {"role", "from"})
-    return not more
+        return None
+    return value if end == len(text) else None
 
 
 # ---- rows
@@ -168,10 +181,11 @@ def to_pair(row):
         if name not in row:
             raise Bad("missing-field", f'missing "{name}"')
     explicit = first(row, QUESTION + DIALOGUE)
-    kind, prompt = dialogue(row) if explicit else ("implicit prompt", system_message(row))
+    prompt = dialogue(row)[1] if explicit else system_message(row)
     if isinstance(row["chosen"], str) and isinstance(row["rejected"], str) and not explicit:
         kind, (chosen, rejected) = "hh-rlhf", transcripts(row["chosen"], row["rejected"])
     else:
+        kind = f"{explicit}, chosen, rejected" if explicit else "chosen, rejected"
         chosen, rejected = (said(row[name], name, "assistant") for name in ("chosen", "rejected"))
     shared = common(chosen, rejected)
     if not shared or shared[len(shared) - len(prompt) :] != prompt:  # they do not repeat the prompt
@@ -216,7 +230,8 @@ def first(row, names):
 
 
 def fields_of(row):
-    return ", ".join(map(str, row))[:80] or "no fields at all"
+    """The names of a row's fields, for people; foreign text, so nothing that moves a terminal's cursor."""
+    return CONTROL.sub("?", ", ".join(map(str, row))[:80]) or "no fields at all"
 
 
 def system_message(row):
@@ -261,8 +276,7 @@ def message_of(item, name, number):
     where = f'"{name}" message {number}'
     if not isinstance(item, dict):
         raise Bad("not-messages", f"{where} must be an object, got {kind_name(item)}")
-    role = item["role"] if "role" in item else item.get("from")
-    content = item["content"] if "content" in item else item.get("value")
+    role, content = item.get(first(item, ("role", "from"))), item.get(first(item, ("content", "value")))
     if not isinstance(role, str) or role.lower() not in ROLES:
         got = repr(role)[:40] if isinstance(role, str) else kind_name(role)
         raise Bad("unknown-role", f"{where}: role must be system, user or assistant, got {got}")
