@@ -116,7 +116,7 @@ FREE_ON_RESUME = {
     *("output_dir", "resume_from_checkpoint", "allow_config_change", "allow_world_size_change", "device"),
     *("compile", "flash_attn", "deterministic", "max_bad_steps", "logging_steps", "eval_steps", "save_steps"),
     *("keep_last", "eval_rows", "sample_prompt", "sample_tokens"),
-    "data_path",  # data may move: it is compared by its hash
+    "data_path",  # data may move: read_model compares what it holds, see check_data
 }
 
 
@@ -197,7 +197,9 @@ def open_world(cfg):
     except RuntimeError as problem:
         if size == 1 or not re.search("(?i)gloo|nccl|connection", str(problem)):
             raise
-        raise UserError(f"rank {rank} stopped: another rank is gone, its message says why") from None
+        raise UserError(
+            f"rank {rank} lost another rank, whose own message says why ({problem!s:.80})"
+        ) from None
     finally:
         if size > 1:
             dist.destroy_process_group()
@@ -779,15 +781,13 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model):
     """Trains `model` in place as cfg says and leaves OUTPUT_DIR/final/. Returns the last validation's dict.
 
     loader        .batch(step, micro, rank, accumulation) -> dict of numpy arrays and "count", the supervised
-    terms;
-                  a pure function of its arguments, so a resume has nothing to rewind. .blocks: rows in one
-                  pass
+                  terms; a pure function of its arguments, so a resume has nothing to rewind. .blocks: rows in
+                  one pass
     loss_fn       (model, batch of tensors) -> (sum over the supervised terms, {}); fit divides by the count
-    of the
-                  whole step over all ranks
+                  of the whole step over all ranks
     validate      (model) -> dict of floats and texts; what it draws of the random numbers is given back
-    write_model   (model, folder): what a checkpoint holds besides the training state; read_model is its
-    inverse
+    write_model   (model, folder): what a checkpoint holds besides the training state
+    read_model    its inverse; refuses a folder of other data or another tokenizer than this run's
 
     Raises UserError for what its user can mend. Stops at SIGINT or SIGTERM with a checkpoint.
     """

@@ -178,7 +178,7 @@ def test_one_of_two_ranks_killed_ends_the_other_and_both_resume(tmp_path, knobs,
     assert codes[rank] == 137
     assert codes[1 - rank] == 2
     assert "Traceback" not in one.text
-    assert f"error: rank {1 - rank} stopped: another rank is gone" in one.text
+    assert f"error: rank {1 - rank} lost another rank, whose own message says why (" in one.text
     trained(out, ranks=2, resume_from_checkpoint="auto", **knobs)
     assert_as_if_nothing_happened(out, straight)
 
@@ -474,6 +474,10 @@ def test_a_second_run_in_the_same_folder_is_refused_and_a_dead_ones_lock_is_not(
     one = begin(out, **knobs | ENDLESS).until(lambda: logged(out, 3))
     line = refused(tmp_path / "second", output_dir=out, resume_from_checkpoint="auto", **knobs)
     assert line == f"error: {out} is in use by process {one.ranks[0].pid}"
+    pair = begin(tmp_path / "pair", ranks=2, output_dir=out, resume_from_checkpoint="auto", **knobs)
+    assert pair.wait() == [2, 2]
+    assert line in pair.text
+    assert "Traceback" not in pair.text
     assert one.alive
     one.kill()
     one = begin(out, resume_from_checkpoint="auto", **knobs | ENDLESS)

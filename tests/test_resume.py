@@ -1,5 +1,7 @@
 """A training that was stopped and resumed ends, bit for bit, as one that never stopped; on ranks, too."""
 
+import functools
+import hashlib
 import json
 import shutil
 
@@ -122,42 +124,44 @@ def test_a_changed_number_of_ranks_is_refused_and_exact_when_allowed(tmp_path, t
 
 
 class Recorded:
-    """A stream that notes what every rank was given."""
+    """The stream of a dataset, which notes in `folder` what every rank was given.
 
-    def __init__(self, stream, folder):
-        self.stream, self.folder, self.blocks = stream, folder, stream.blocks
+    It is opened where it is used: a memory map does not travel to another process.
+    """
+
+    def __init__(self, dataset, folder):
+        self.dataset, self.folder, self.stream = dataset, folder, None
+        self.blocks = TokenStream(dataset, "train", 16, 2).blocks
 
     def batch(self, step, micro, rank, accumulation):
+        self.stream = self.stream or TokenStream(self.dataset, "train", 16, 2, world_size=2)
         batch = self.stream.batch(step, micro, rank, accumulation)
-        with open(self.folder / f"rank{rank}", "a") as f:
+        with open(self.folder / f"batches{rank}", "a") as f:
             f.write(json.dumps(batch["ids"].tolist()) + "\n")
         return batch
 
 
-def nothing(model):
+def note_weights(folder, model):
+    """A validation that notes the weights of its rank."""
+    digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters()))
+    with open(folder / f"weights{torch.distributed.get_rank()}", "a") as f:
+        f.write(digest.hexdigest() + "\n")
     return {}
 
 
-def test_two_ranks_see_different_batches_and_saving_every_step_does_not_block(tmp_path, tiny_dataset):
-    loader = Recorded(RecordedStream(tiny_dataset), tmp_path)
-    knobs = {"save_steps": 1, "eval_steps": 1, "max_steps": 4}
-    one = Run(tmp_path / "log", fitting, (tmp_path / "out", loader, next_token_loss, nothing, knobs), ranks=2)
+def test_two_ranks_see_other_batches_hold_the_same_weights_and_save_every_step(tmp_path, tiny_dataset):
+    loader, validate = Recorded(tiny_dataset, tmp_path), functools.partial(note_weights, tmp_path)
+    knobs = {"save_steps": 1, "eval_steps": 1, "max_steps": 4, "dropout": 0.1}
+    one = Run(
+        tmp_path / "log", fitting, (tmp_path / "out", loader, next_token_loss, validate, knobs), ranks=2
+    )
     assert one.wait() == [0, 0], one.text
-    seen = [(tmp_path / f"rank{rank}").read_text().splitlines() for rank in (0, 1)]
-    assert len(seen[0]) == len(seen[1]) == 5  # the fifth was fetched before the clock was looked at
-    assert not set(seen[0]) & set(seen[1])
-
-
-class RecordedStream:
-    """Opens its dataset where it is used: a memory map does not travel to another process."""
-
-    def __init__(self, folder):
-        self.folder, self.stream = folder, None
-        self.blocks = TokenStream(folder, "train", 16, 2).blocks
-
-    def batch(self, *address):
-        self.stream = self.stream or TokenStream(self.folder, "train", 16, 2, world_size=2)
-        return self.stream.batch(*address)
+    batches = [(tmp_path / f"batches{rank}").read_text().splitlines() for rank in (0, 1)]
+    weights = [(tmp_path / f"weights{rank}").read_text().splitlines() for rank in (0, 1)]
+    assert len(batches[0]) == len(batches[1]) == 5  # the fifth was fetched before the clock was looked at
+    assert not set(batches[0]) & set(batches[1])
+    assert weights[0] == weights[1]
+    assert len(set(weights[0])) == 4
 
 
 def test_the_random_numbers_of_two_ranks_differ(pair):

@@ -111,6 +111,23 @@ def test_a_warmup_longer_than_the_run_is_refused_with_both_numbers():
         total_steps(LoopConfig(batch_size=8), 100, 1)
 
 
+def test_a_time_box_ends_with_a_model_and_is_then_complete(tmp_path, tiny_dataset):
+    knobs = {"data_path": tiny_dataset, "max_minutes": 0.005, "max_steps": None, "save_steps": 10_000}
+    out = trained(tmp_path / "box", **knobs)
+    rates = [r["lr"] for r in records(out) if "lr" in r]
+    assert all(0 < rate <= 0.01 for rate in rates)
+    assert "final" in names(out)
+    trained(out, resume_from_checkpoint="auto", **knobs)
+    assert "this run is complete" in out.with_suffix(".log").read_text()
+
+
+def test_a_run_of_part_of_an_epoch_has_so_many_steps(tmp_path, tiny_dataset):
+    blocks = TokenStream(tiny_dataset, "train", 16, 2).blocks
+    knobs = {"data_path": tiny_dataset, "max_steps": None, "num_train_epochs": 0.01, "batch_size": 4}
+    out = trained(tmp_path / "out", **knobs)
+    assert records(out)[-1]["step"] == math.ceil(0.01 * blocks / 4)
+
+
 # ---- learning
 
 
