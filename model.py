@@ -362,9 +362,18 @@ class Llama(nn.Module):
 
 
 def next_token_loss(model, batch):
-    """Returns (summed cross-entropy in nats, {}) of batch["labels"] (B, T), already shifted, -100 = unsupervised."""
-    hidden = model.model(batch["ids"], batch.get("positions"), batch.get("documents"))
-    return linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, batch["labels"].flatten()), {}
+    """Returns (summed cross-entropy in nats, {}) of batch["labels"] (B, T), already shifted, -100 = unsupervised.
+
+    Where few positions are supervised, batch["where"] (N,) are their places in the flattened rows, and the labels
+    are theirs, (N,): the head, the dearest part of a small model, then works on nothing else.
+    """
+    return linear_cross_entropy(supervised_hidden(model, batch), model.lm_head.weight, batch["labels"].flatten()), {}
+
+
+def supervised_hidden(model, batch):
+    """Returns the hidden states (N, C) that the labels of a batch belong to (see next_token_loss)."""
+    hidden = model.model(batch["ids"], batch.get("positions"), batch.get("documents")).flatten(0, 1)
+    return hidden.index_select(0, batch["where"]) if "where" in batch else hidden
 
 
 def linear_cross_entropy(x, weight, labels):
@@ -379,9 +388,10 @@ def linear_cross_entropy(x, weight, labels):
     return token_nats(x, weight, labels).sum()
 
 
-@torch.no_grad()
 def token_nats(x, weight, labels):
     """Returns -log p of each label, (N,) float32 nats, 0 where the label is -100. Shapes as linear_cross_entropy."""
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _TokenNats.apply(x, weight, labels)
     weight = weight.to(x.dtype)
     return torch.cat([nats(rows @ weight.T, to) for rows, to in _row_groups(x, labels, len(weight))])
 
@@ -439,6 +449,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, upstream):
         dx, dweight = ctx.saved_tensors
         return dx * upstream, None if dweight is None else dweight * upstream, None
+
+
+class _TokenNats(torch.autograd.Function):
+    """As _LinearCrossEntropy, a number a row: what comes later may weigh the rows as it likes (dpo.py does)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, labels):
+        low, loss, dx = weight.to(x.dtype), [], []
+        for rows, to in _row_groups(x, labels, len(weight)):
+            logits = rows @ low.T
+            loss.append(_LinearCrossEntropy.kernel(logits, to))
+            dx.append(logits @ low)
+        ctx.save_for_backward(x, weight, labels, torch.cat(dx))
+        return torch.cat(loss)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        x, weight, labels, dx = ctx.saved_tensors
+        dweight, share = None, upstream[:, None].to(x.dtype)
+        if ctx.needs_input_grad[1]:  # not of a frozen head: the logits are made once more, rather than kept
+            low, dweight, start = weight.to(x.dtype), torch.zeros_like(weight), 0
+            for rows, to in _row_groups(x, labels, len(weight)):
+                logits = rows @ low.T
+                _LinearCrossEntropy.kernel(logits, to)
+                dweight += (logits * share[start : start + len(rows)]).T @ rows
+                start += len(rows)
+        return dx * share, dweight, None
 
 
 def compile_model(model):
