@@ -9,20 +9,27 @@ A prepared dataset is a folder (made by `python data.py configs/datasets/NAME.js
                           manifest.json      sizes and sha256 of the shards; written last: "complete"
                           stats.json, DATA_CARD.md
 
+`python data.py inspect PATH` shows what such a folder holds, or a file of conversations or preference pairs;
+`python data.py create_sample_datasets` makes small files of these.
+
 `TokenStream` maps the shards of one split as one array of N tokens and cuts it into blocks of T inputs and T
 labels, the labels one token ahead. A batch is a pure function of (seed, step, micro-step, rank): there is no
 position to save, and nothing to lose when a run is killed. No torch here: arrays are numpy.
 """
 
+import bisect
 import math
+import sys
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from chats import read_chats, read_pairs  # noqa: F401 - what sft.py and dpo.py ask this room for
-from configurator import UserError, run
+from chats import InspectConfig, read_chats, read_pairs, show_rows  # noqa: F401 - others ask us for rows
+from configurator import UserError, closest, run
 from prepare import AGAIN, DTYPES, DataConfig, file_sha256, main, read_manifest
+from starter import SampleConfig, create
+from tokenizer import Tokenizer
 
 IGNORE = -100  # the label of a position that is not supervised
 VERIFY_BYTES = 64 << 20  # shards up to this size in all are hashed when opened (0.2 s), larger ones if asked
@@ -271,5 +278,144 @@ def unigram_bits_per_byte(paths):
     return float(nats / (sum(source.bytes for source in val) * math.log(2)))
 
 
+# --- Examples -----------------------------------------------------------------------------------------------
+
+
+class ExampleStream:
+    """Endless shuffled batches of a list of examples, addressed by number as those of `TokenStream` are.
+
+    `collate` makes a batch of some examples: a dict of arrays with "count", the supervised terms in it.
+    """
+
+    def __init__(self, examples, collate, batch_size, seed=0, world_size=1):
+        self.examples, self.collate, self.batch_size = examples, collate, batch_size
+        self.seed, self.world_size, self.blocks = seed, world_size, len(examples)
+        self._order = lru_cache(maxsize=2)(self._permutation)  # this pass and the next
+
+    def batch(self, step, micro=0, rank=0, accumulation=1):
+        """The micro-batch of one rank: the rows of the endless stream that `TokenStream.batch` would take."""
+        first = ((step * accumulation + micro) * self.world_size + rank) * self.batch_size
+        places = [divmod(row, self.blocks) for row in range(first, first + self.batch_size)]
+        return self.collate([self.examples[self._order(epoch)[place]] for epoch, place in places])
+
+    def rows(self, start, stop):
+        """Examples start..stop in their own order, as one batch: what validation scores."""
+        return self.collate(self.examples[start:stop])
+
+    def _permutation(self, epoch):
+        words = [self.seed & 0xFFFFFFFF, self.seed >> 32 & 0xFFFFFFFF, epoch]
+        return np.random.RandomState(words).permutation(self.blocks)
+
+
+def supervised_rows(rows, length, pad_id, packed=False):
+    """Lay examples out as arrays of static shape: the batch of `model.next_token_loss`.
+
+    `rows` are lists of (ids, mask), the examples that share a row of `length` positions, one after the other;
+    mask 1 = the id is to be predicted. `packed`: they must not see each other, so "documents" and "positions"
+    tell them apart; else there is one example in each row, and rows are only as long as the longest needs
+    (in powers of two, so that there are few shapes). Returns "ids" (B, T), "where" and "labels" (N,) - flat
+    places of the supervised positions and what follows them, filled up with label -100 - "count" (labels) and
+    "tokens" (inputs).
+    """
+    used = max(sum(len(ids) - 1 for ids, _ in row) for row in rows)
+    T = length if packed else min(length, max(32, 1 << (used - 1).bit_length()))
+    ids, labels = np.full((len(rows), T), pad_id, np.int64), np.full((len(rows), T), IGNORE, np.int64)
+    documents, positions = np.zeros((len(rows), T), np.int32), np.zeros((len(rows), T), np.int64)
+    for row, examples in enumerate(rows):
+        start = 0
+        for number, (example, mask) in enumerate(examples, start=1):
+            place = slice(start, start + len(example) - 1)
+            ids[row, place] = example[:-1]
+            labels[row, place] = np.where(mask[1:], example[1:], IGNORE)
+            documents[row, place], positions[row, place] = number, np.arange(len(example) - 1)
+            start = place.stop
+    where = np.flatnonzero(labels != IGNORE)
+    room = -(-max(1, len(where)) // 64) * 64
+    batch = {"ids": ids, "where": np.zeros(room, np.int64), "labels": np.full(room, IGNORE, np.int64)}
+    batch["where"][: len(where)], batch["labels"][: len(where)] = where, labels.flat[where]
+    batch |= {"documents": documents, "positions": positions} if packed else {}
+    return batch | {"count": len(where), "tokens": int(np.count_nonzero(documents))}
+
+
+def pack(examples, length):
+    """Put (ids, mask) examples into few rows of at most `length` positions: [[example, ...], ...].
+
+    Longest first, each into the fullest row that still has room for it (best-fit decreasing).
+    """
+    rows, free = [], []  # free: (positions left, row), sorted
+    for example in sorted(examples, key=lambda example: -len(example[0])):
+        size = len(example[0]) - 1
+        at = bisect.bisect_left(free, (size, -1))
+        left, row = free.pop(at) if at < len(free) else (length, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(example)
+        bisect.insort(free, (left - size, row))
+    return rows
+
+
+# --- The command line ---------------------------------------------------------------------------------------
+
+
+def inspect(cfg):
+    """Show what a file of conversations or preference pairs, or a prepared dataset, holds.
+
+    usage: python data.py inspect PATH [--tokenizer_path=FOLDER] [--template=chatml|instruct|chat]
+    """
+    if Path(cfg.path).is_dir() and (Path(cfg.path) / "tokenizer.model").exists():
+        print(describe(cfg.path, cfg.tokenizer_path))
+    else:
+        show_rows(cfg)
+
+
+def describe(folder, tokenizer_path=""):
+    """Return, for people, what a prepared dataset holds; its shards are verified as training does.
+
+    Raises UserError for a damaged one, or where another tokenizer is given than the one that made it.
+    """
+    manifest, folder = read_manifest(folder), Path(folder)
+    config, sha256 = manifest["config"], manifest["tokenizer_sha256"]
+    if tokenizer_path and (other := Tokenizer.load(tokenizer_path)).sha256 != sha256:
+        raise UserError(
+            f"{folder}: was encoded by the tokenizer {sha256}, {tokenizer_path} is {other.sha256}"
+        )
+    splits = {name: Shards(folder, name) for name, entries in manifest["splits"].items() if entries}
+    if not splits:
+        raise UserError(f"{folder}: holds no documents; {AGAIN}")
+    lines = [f"{folder}: a prepared dataset", f"  {'source':<17}{config.get('input_path')}"]
+    lines += [f"  {'':<17}{entry}" for entry in config.get("mixture") or ()]
+    for name, split in splits.items():
+        counts = f"{split.documents:>12,} documents {split.tokens:>15,} tokens"
+        lines.append(f"  {name:<8}{counts} {split.bytes / 1e6:>11,.2f} MB in {len(split.names)} shards")
+    ratio = sum(split.bytes for split in splits.values()) / sum(split.tokens for split in splits.values())
+    lines.append(f"  {'bytes per token':<17}{ratio:.2f}")
+    lines.append(f"  {'tokenizer':<17}{manifest['vocab_size']:,} ids, sha256 {sha256}")
+    name, split = next(iter(splits.items()))
+    ids = split.read(0, min(256, split.tokens)).tolist()
+    ids = ids[: ids.index(manifest["eos_id"]) + 1] if manifest["eos_id"] in ids else ids
+    text = Tokenizer.load(folder / "tokenizer.model").decode(ids, controls=True)
+    return "\n".join([*lines, "", f"{name}, the first document from its ids ({len(ids)} shown):", text])
+
+
+COMMANDS = {"inspect": (inspect, InspectConfig), "create_sample_datasets": (create, SampleConfig)}
+
+
+def command_line(argv):
+    """Prepare a dataset from raw text: python data.py configs/datasets/NAME.json [--key=value ...]
+
+    Also: python data.py inspect PATH, and python data.py create_sample_datasets; each has its own --help.
+    """
+    word, rest = (argv[0], argv[1:]) if argv and argv[0][0:1] != "-" else ("", argv)
+    if word in COMMANDS:
+        function, config = COMMANDS[word]
+        if word == "inspect" and rest and rest[0][0:1] != "-":
+            rest = [f"--path={rest[0]}", *rest[1:]]
+        run(function, config, argv=rest, doc=function.__doc__)
+    elif (near := closest(word, COMMANDS)) and not word.endswith(".json"):
+        sys.exit(f"error: no such command: {word}; did you mean {near}?")
+    else:
+        run(main, DataConfig, argv=argv, doc=command_line.__doc__)
+
+
 if __name__ == "__main__":
-    run(main, DataConfig, doc=main.__doc__)
+    command_line(sys.argv[1:])

@@ -1,0 +1,293 @@
+"""LoRA (Hu et al. 2021): surgery on a built Llama, and the PEFT adapter folder it is kept in.
+
+A projection's W stays as it is; beside it learns a low-rank difference, y = W x + (alpha / r) B A dropout(x),
+with A (r, in) random and B (out, r) zero, so that the model begins as its base. W keeps its own name:
+the base's part of `state_dict()` is what it was, and the rest is named as PEFT names it.
+
+An adapter folder holds the differences only, and says what they differ from:
+
+    adapter_config.json         PEFT's description; base_model_name_or_path is where the base lies
+    adapter_model.safetensors   lora_A and lora_B of every target, by PEFT's names
+    base.json                   the base's sha256, and its place seen from here: both may move together
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors.torch
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from configurator import UserError, did_you_mean
+from model import load_model
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # what PEFT puts before every name
+
+
+class LoRALinear(nn.Module):
+    """A linear layer with a frozen weight and a learned low-rank difference: x (..., in) -> (..., out)."""
+
+    def __init__(self, linear, r, alpha, dropout):
+        super().__init__()
+        self.weight = linear.weight
+        where = {"device": linear.weight.device}
+        self.lora_A = nn.Linear(linear.in_features, r, bias=False, **where)
+        self.lora_B = nn.Linear(r, linear.out_features, bias=False, **where)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+        self.dropout, self.r, self.alpha, self.on = nn.Dropout(dropout), r, alpha, True
+
+    def forward(self, x):
+        y = F.linear(x, self.weight)
+        return y + self.lora_B(self.lora_A(self.dropout(x))) * (self.alpha / self.r) if self.on else y
+
+    def merged(self):
+        """Returns the plain linear layer that computes the same without dropout."""
+        linear = nn.Linear(self.weight.shape[1], self.weight.shape[0], bias=False, device="meta")
+        difference = self.lora_B.weight.float() @ self.lora_A.weight.float()
+        linear.weight = nn.Parameter(self.weight.detach() + self.alpha / self.r * difference.detach())
+        return linear
+
+
+def adapters(model):
+    """Returns {name: LoRALinear} of all there are in `model`."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def check_targets(targets):
+    """Raises UserError unless `targets` names projections of a Llama block, each once."""
+    for name in targets:
+        if name not in TARGETS:
+            hint = did_you_mean(name, TARGETS) or f"; choose from {', '.join(TARGETS)}"
+            raise UserError(f"lora_target_modules: unknown module {name!r}{hint}")
+    if not targets or len(set(targets)) < len(targets):
+        raise UserError("lora_target_modules: name at least one module, and each only once")
+
+
+def add_lora(model, r, alpha, dropout=0.0, targets=TARGETS):
+    """Puts an adapter beside every projection in `targets` and freezes everything else. Returns `model`."""
+    check_targets(targets)
+    if adapters(model):
+        raise UserError("this model has an adapter already; merge it first")
+    model.requires_grad_(False)
+    for block in model.model.layers:
+        for part in (block.self_attn, block.mlp):
+            for name in [name for name, _ in part.named_children() if name in targets]:
+                setattr(part, name, LoRALinear(getattr(part, name), r, alpha, dropout))
+    return model
+
+
+@contextlib.contextmanager
+def lora_off(model):
+    """Turns the adapter off: inside, the model computes what its base does."""
+    modules = adapters(model).values()
+    for module in modules:
+        module.on = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.on = True
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """Adds the adapter into the weights, in float32, and proves it: a probe's logits stay what they were.
+
+    Returns the largest difference between the logits before and after; the model has no adapter any more, and
+    all of it may be trained. Raises UserError if there is none, as at a second merge.
+    """
+    found, training = adapters(model), model.training
+    if not found:
+        raise UserError("this model has no adapter to merge, or it is merged already")
+    assert all(module.weight.dtype == torch.float32 for module in found.values()), "merge, then halve"
+    ids = torch.arange(min(32, model.cfg.sequence_length), device=model.lm_head.weight.device)
+    probe = (ids * 7919 % model.cfg.vocab_size)[None]  # arbitrary, but spread over the vocabulary
+    with torch.compiler.set_stance("force_eager"):
+        before = model.eval()(probe)
+        for name, module in found.items():
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, module.merged())
+        after = model(probe)
+    difference, size = (after - before).abs().max().item(), before.abs().max().item()
+    assert difference <= 1e-4 * max(1.0, size), f"merging changed the logits by {difference}"
+    model.requires_grad_(True).train(training)
+    return difference
+
+
+# ---- folders
+
+
+class Base(NamedTuple):
+    """What an adapter belongs to: a folder, and the sha256 of the weights in it."""
+
+    path: Path
+    sha256: str
+
+
+def model_folder(path):
+    """Returns `path`, or the final/ in it where `path` is the folder of a whole training."""
+    path = Path(path)
+    known = any((path / name).is_file() for name in ("config.json", CONFIG))
+    return path / "final" if not known and (path / "final").is_dir() else path
+
+
+def identify(folder):
+    """Returns the Base that `folder` is, by the sha256 of its weights (an adapter folder's own weights)."""
+    folder = model_folder(folder)
+    names = [name for name in (WEIGHTS, "model.safetensors") if (folder / name).is_file()]
+    if not names:
+        raise UserError(f"{folder}: not a model folder (neither model.safetensors nor {WEIGHTS})")
+    with open(folder / names[0], "rb") as file:
+        return Base(folder, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def save_adapter(model, folder, base):
+    """Writes the adapter of `model` into `folder`, which must exist, as PEFT would; `base` is its Base."""
+    folder, found = Path(folder), adapters(model)
+    first = next(iter(found.values()))
+    named = {name.rpartition(".")[2] for name in found}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base.path.resolve()),  # PEFT looks from where it runs
+        "r": first.r,
+        "lora_alpha": first.alpha,
+        "lora_dropout": first.dropout.p,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": [name for name in TARGETS if name in named],
+        "use_rslora": False,
+        "use_dora": False,
+    }
+    home = {"relative_path": _relative(base.path, folder), "sha256": base.sha256}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "base.json").write_text(json.dumps(home, indent=2) + "\n")
+    tensors = {PREFIX + name: tensor.detach().contiguous() for name, tensor in _tensors(model).items()}
+    safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def _relative(path, folder):
+    try:
+        return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
+    except ValueError:  # another drive of Windows
+        return None
+
+
+def _tensors(model):
+    return {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
+
+
+def load_adapter(model, folder, base=None):
+    """Reads an adapter folder into `model`, adding the adapter if there is none yet. Returns `model`.
+
+    `base` is the Base that `model` was loaded from. Raises UserError if the adapter belongs to another one or
+    is something else than the plain LoRA that this file computes.
+    """
+    folder = Path(folder)
+    config, home = _read_config(folder), _read_json(folder / "base.json", {})
+    wanted = home.get("sha256")
+    if base and wanted and wanted != base.sha256:
+        raise UserError(_other_base(folder, wanted, base))
+    if not adapters(model):
+        add_lora(model, config["r"], config["lora_alpha"], config["lora_dropout"], config["target_modules"])
+    try:
+        tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    except (OSError, safetensors.SafetensorError) as problem:
+        raise UserError(f"{folder / WEIGHTS}: not readable as safetensors ({problem})") from None
+    tensors, own = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, _tensors(model)
+    wrong = sorted(own.keys() ^ tensors.keys())
+    wrong = wrong or [name for name in own if own[name].shape != tensors[name].shape]
+    if wrong:
+        raise UserError(
+            f"{folder}: does not fit this model: {wrong[0]} is missing, foreign or of another shape"
+        )
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise UserError(f"{folder / WEIGHTS}: holds NaN or infinity")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+    return model
+
+
+def _other_base(folder, wanted, base):
+    return (
+        f"{folder}: this adapter was trained on a base with sha256 {wanted[:12]}.., but {base.path} has "
+        f"{base.sha256[:12]}..; they do not belong together"
+    )
+
+
+def _read_json(path, default=None):
+    if default is not None and not path.is_file():
+        return default
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as problem:
+        raise UserError(f"{path}: not readable as JSON ({problem})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return value
+
+
+def _read_config(folder):
+    """Returns adapter_config.json's dict; UserError where it describes what this file does not compute."""
+    config = _read_json(folder / CONFIG)
+    plain = {"peft_type": "LORA", "bias": "none"}
+    odd = [key for key, value in plain.items() if config.get(key, value) != value]
+    extras = ("use_rslora", "use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern")
+    odd += [key for key in (*extras, "layers_to_transform", "trainable_token_indices") if config.get(key)]
+    if odd:
+        raise UserError(f"{folder / CONFIG}: {odd[0]} is {json.dumps(config[odd[0]])}; only plain LoRA loads")
+    if config.get("target_modules") == "all-linear":
+        config["target_modules"] = list(TARGETS)
+    shape = {"r": int, "lora_alpha": (int, float), "target_modules": list}
+    for key, kind in shape.items():
+        if not isinstance(config.get(key), kind) or not config[key]:
+            raise UserError(f"{folder / CONFIG}: {key} is {json.dumps(config.get(key))}; expected a LoRA's")
+    check_targets(config["target_modules"])
+    return {"lora_dropout": 0.0} | config
+
+
+def find_base(folder):
+    """Returns the Base of an adapter folder: looked for beside it first, then where it once was."""
+    home, named = _read_json(folder / "base.json", {}), _read_config(folder).get("base_model_name_or_path")
+    places = [folder / home["relative_path"]] if home.get("relative_path") else []
+    places += [Path(named), folder / named] if named else []
+    there = [identify(place) for place in places if model_folder(place).is_dir()]
+    for base in there:
+        if home.get("sha256") in (None, base.sha256):
+            return base
+    if there:
+        raise UserError(_other_base(folder, home["sha256"], there[0]))
+    raise UserError(
+        f"{folder}: its base model {named} is not there; put it back, or mend base_model_name_or_path in "
+        f"{CONFIG}"
+    )
+
+
+def open_model_folder(folder, device="cpu", dtype=torch.float32):
+    """Returns the Llama of any folder in evaluation mode: a model's, or an adapter's with its base.
+
+    `folder` may also be the folder of a whole training: its final/ is meant. An adapter's base may be an
+    adapter folder again. Raises UserError where something is missing or does not belong together.
+    """
+    folder = model_folder(folder)
+    if not (folder / CONFIG).is_file():
+        return load_model(folder, device, dtype)
+    base = find_base(folder)
+    if base.path.resolve() == folder.resolve():
+        raise UserError(f"{folder / CONFIG}: names its own folder as the base")
+    model = load_adapter(open_model_folder(base.path), folder, base)
+    merge_lora(model)
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    return model.to(device).eval()
