@@ -7,13 +7,19 @@ Every row is brought to messages of the roles system, user and assistant; its fo
 fields, row by row, so that one file may mix several. The rows lie in JSON Lines, in a JSON list or in CSV,
 compressed or not. A row that cannot be used is counted by reason in a `Tally`, the first three of each reason
 with line number and field, and passed over; a file with too many of them, or with nothing else, is refused.
+`python data.py inspect PATH` shows all of this.
 """
 
 import glob
 import lzma
 import re
+import sys
 import zlib
+from collections import Counter
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import Literal
 
 from configurator import UserError
 from sources import (
@@ -27,6 +33,7 @@ from sources import (
     kind_of,
     open_bounded,
 )
+from tokenizer import TEMPLATES, Tokenizer, render
 
 MAX_BAD = 0.05  # the share of unusable rows from which a file is refused
 
@@ -358,3 +365,118 @@ def common(one, other):
     while length < min(len(one), len(other)) - 1 and one[length] == other[length]:
         length += 1
     return one[:length]
+
+
+# ---- inspect: what a file holds
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """What to look at."""
+
+    path: str  # a file of conversations or preference pairs, or the folder of a prepared dataset
+    # how to write the example out; none = as the tokenizer's folder says, else chatml
+    template: Literal["chatml", "instruct", "chat"] | None = None
+    tokenizer_path: str = ""  # a .model file or a folder with one: lengths are then counted in tokens too
+
+
+def show_rows(cfg):
+    """Print what a file of conversations or pairs holds: formats, skipped rows, lengths, one example.
+
+    Raises UserError as reading does; for too many unusable rows only after all else was printed.
+    """
+    tokenizer = Tokenizer.load(cfg.tokenizer_path) if cfg.tokenizer_path else None
+    template = cfg.template or (tokenizer and tokenizer.template) or "chatml"
+    paired, tally = holds_pairs(cfg.path), Tally()
+    rows = read_rows(cfg.path, to_pair if paired else to_chat, tally, max_bad=1)
+    total = tally.documents + tally.bad_rows
+    lines = [f"{cfg.path}: {'preference pairs' if paired else 'conversations'}"]
+    formats = Counter(kind for _, kind, _ in rows)
+    lines += [f"  {count:>10,}  {kind}" for kind, count in formats.most_common()]
+    for _, reason, count, example in tally.reasons():
+        lines.append(f"  {-count:>10,}  {reason}, first: {example}")
+    lines.append(f"  {len(rows):>10,}  usable of {total:,} rows")
+    lines += length_table(rows, tokenizer, template)
+    where, _, value = rows[0]
+    title = "" if paired else ": the model learns what is not dimmed, or stands outside [ ]"
+    lines.append(f"\n{where} as {template}{title}")
+    for name, messages, start in dialogues(value):
+        lines += [f"-- {name}", marked(rendered(messages, start, tokenizer, template), sys.stdout.isatty())]
+    encoding = sys.stdout.encoding or "utf-8"
+    print("\n".join(lines).encode(encoding, "backslashreplace").decode(encoding))
+    if tally.bad_rows > MAX_BAD * total:
+        share = f"{tally.bad_rows} of {total} rows are unusable, more than {MAX_BAD:.0%}"
+        raise UserError(f"{cfg.path}: {share}: training refuses it")
+
+
+def holds_pairs(path):
+    """Does the first row that is an object, as far as one can be read, hold a preference pair?"""
+    for _, row in raw_rows(path, Tally()):
+        if isinstance(row, dict):
+            return "chosen" in row and "rejected" in row
+    return False
+
+
+def dialogues(value):
+    """(name, messages, number of the first message to learn from) of what a row was brought to."""
+    if isinstance(value, list):
+        return [("conversation", value, 0)]
+    prompt = value["prompt"]
+    return [(name, prompt + value[name], len(prompt)) for name in ("chosen", "rejected")]
+
+
+def length_table(rows, tokenizer, template):
+    """Lines with the least, the middle, the 95 % and the greatest length of what the rows hold."""
+    lengths = {}
+    for _, _, value in rows:
+        for name, messages, start in dialogues(value):
+            answers = [m for m in messages[start:] if m["role"] == "assistant"]
+            lengths.setdefault(f"{name}: messages", []).append(len(messages))
+            lengths.setdefault(f"{name}: characters", []).append(sum(len(m["content"]) for m in messages))
+            lengths.setdefault(f"{name}: of them answers", []).append(sum(len(m["content"]) for m in answers))
+            if tokenizer:
+                ids, mask = tokens_of(messages, start, tokenizer, template)
+                lengths.setdefault(f"{name}: tokens", []).append(len(ids))
+                lengths.setdefault(f"{name}: of them learned", []).append(sum(mask))
+    lines = [f"\n  {'length':<28}{'least':>9}{'middle':>9}{'95 %':>9}{'greatest':>9}{'in all':>14}"]
+    for name, values in lengths.items():
+        values.sort()
+        cells = [values[int(share * (len(values) - 1))] for share in (0, 0.5, 0.95, 1)]
+        lines.append(f"  {name:<28}" + "".join(f"{cell:>9,}" for cell in cells) + f"{sum(values):>14,}")
+    return lines
+
+
+def tokens_of(messages, start, tokenizer, template):
+    """(ids, mask) of a dialogue, the mask 0 before message number `start`."""
+    ids, mask = render(tokenizer, messages, template)
+    opening = (
+        len(render(tokenizer, messages[:start], template, add_generation_prompt=True)[0]) if start else 0
+    )
+    return ids, [0] * opening + mask[opening:]
+
+
+def rendered(messages, start, tokenizer, template):
+    """[(text, is it learned?)] of a dialogue: decoded from its ids, or without a tokenizer as it would be."""
+    if tokenizer:
+        runs = groupby(
+            zip(*tokens_of(messages, start, tokenizer, template), strict=True), lambda pair: pair[1]
+        )
+        return [(tokenizer.decode([id for id, _ in run], controls=True), bool(bit)) for bit, run in runs]
+    shape, pieces = TEMPLATES[template], []
+    for number, message in enumerate(messages):
+        role, learned = message["role"], message["role"] == "assistant" and number >= start
+        pieces.append(((shape.between if number else "") + shape.heads[role], False))
+        pieces.append((message["content"] + shape.ends[role], learned))
+    runs = groupby(pieces, lambda piece: piece[1])
+    return [("".join(text for text, _ in run), learned) for learned, run in runs]
+
+
+def marked(pieces, terminal):
+    """The text of an example, what is not learned dimmed on a terminal, in [ ] elsewhere; long parts cut."""
+    dim, plain = ("\x1b[2m", "\x1b[22m") if terminal else ("[", "]")
+    text = ""
+    for part, learned in pieces:
+        if len(part) > 2000:
+            part = f"{part[:900]} ... {len(part) - 1800:,} characters ... {part[-900:]}"
+        text += part if learned else f"{dim}{part}{plain}"
+    return text

@@ -412,7 +412,8 @@ def command_line(argv):
             rest = [f"--path={rest[0]}", *rest[1:]]
         run(function, config, argv=rest, doc=function.__doc__)
     elif (near := closest(word, COMMANDS)) and not word.endswith(".json"):
-        sys.exit(f"error: no such command: {word}; did you mean {near}?")
+        print(f"error: unknown command {word!r}; did you mean {near}?", file=sys.stderr)
+        sys.exit(2)
     else:
         run(main, DataConfig, argv=argv, doc=command_line.__doc__)
 
