@@ -99,6 +99,8 @@ class LoopConfig:
     eval_steps: PositiveInt = 500  # steps between validations
     save_steps: PositiveInt = 500  # steps between checkpoints
     keep_last: PositiveInt = 3  # checkpoints kept; older ones are deleted
+    early_stopping_patience: PositiveInt | None = None  # stop after so many validations without a better one
+    early_stopping_metric: str = "val_loss"  # better is lower, of accuracies higher; final/ is then the best
 
     def __post_init__(self):
         if self.max_steps and self.warmup_steps > self.max_steps:
@@ -116,7 +118,8 @@ FREE_ON_RESUME = {
     *("output_dir", "resume_from_checkpoint", "allow_config_change", "allow_world_size_change", "device"),
     *("compile", "flash_attn", "deterministic", "max_bad_steps", "logging_steps", "eval_steps", "save_steps"),
     *("keep_last", "eval_rows", "sample_prompt", "sample_tokens"),
-    "data_path",  # data may move: read_model compares what it holds, see check_data
+    # these may move: read_model compares what they hold, see check_data
+    *("data_path", "dataset_path", "model_path"),
 }
 
 
@@ -371,7 +374,8 @@ def seal(folder):
         fsync(path)
 
 
-FINAL_FILES = {"model.safetensors", "run.json"}
+WEIGHTS = {"model.safetensors", "adapter_model.safetensors"}  # one of them
+FINAL_FILES = {"run.json"}
 CHECKPOINT_FILES = FINAL_FILES | {"train_state/state.pt", "train_state/rng_00000.pt"}
 
 
@@ -384,7 +388,7 @@ def problem_with(folder, needed=CHECKPOINT_FILES):
         if manifest["format"] != FORMAT:
             return f"format {manifest['format']!r:.40}, this program reads {FORMAT}"
         files = {k: (int(entry["bytes"]), str(entry["sha256"])) for k, entry in manifest["files"].items()}
-        if not files.keys() >= needed:
+        if not (files.keys() >= needed and files.keys() & WEIGHTS):
             return "manifest.json does not list a whole checkpoint"
         problems = (problem_with_file(folder, name, *expected) for name, expected in files.items())
         return next(filter(None, problems), None)
@@ -534,9 +538,28 @@ class State:
             p.grad = torch.zeros_like(p)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
         self.step, self.seconds, self.tokens, self.bad_steps, self.evaluated = 0, 0.0, 0, 0, 0
+        self.best, self.best_step, self.stale = None, 0, 0  # of the validations: see judge
 
     def counters(self):
-        return {k: getattr(self, k) for k in ("step", "seconds", "tokens", "bad_steps", "evaluated")}
+        names = ("step", "seconds", "tokens", "bad_steps", "evaluated", "best", "best_step", "stale")
+        return {k: getattr(self, k) for k in names}
+
+    def judge(self, cfg, metrics):
+        """Takes note of whether a validation is the best so far, or how many have gone by since the best."""
+        if not cfg.early_stopping_patience:
+            return
+        name = cfg.early_stopping_metric
+        if not isinstance(metrics.get(name), float):
+            there = ", ".join(k for k, v in metrics.items() if isinstance(v, float)) or "none at all"
+            raise UserError(f"early_stopping_metric {name!r} is not validated; there is {there}")
+        value = -metrics[name] if name.endswith("accuracies") else metrics[name]
+        if math.isfinite(value) and (self.best is None or value < self.best):
+            self.best, self.best_step, self.stale = value, self.step, 0
+        else:
+            self.stale += 1
+
+    def enough(self, cfg):
+        return bool(cfg.early_stopping_patience) and self.stale >= cfg.early_stopping_patience
 
     def check_space(self, output_dir):
         """Raises UserError where no checkpoint fits: weights, two moments of what trains, 10 % to spare."""
@@ -626,10 +649,11 @@ def remove(folder):
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def prune(output_dir, keep, step):
-    """Deletes all but the last `keep` checkpoints up to `step`; a later one is broken and must not count."""
-    for folder in [p for p in checkpoints(output_dir) if step_of(p) <= step][keep:]:
-        remove(folder)
+def prune(output_dir, keep, state):
+    """Deletes all but the best and the last `keep` checkpoints up to now; a later one is broken: no count."""
+    for folder in [p for p in checkpoints(output_dir) if step_of(p) <= state.step][keep:]:
+        if step_of(folder) != state.best_step:
+            remove(folder)
 
 
 @contextlib.contextmanager
@@ -745,14 +769,14 @@ class Log:
             except OSError as problem:
                 raise UserError(f"{self.path}: could not be written ({problem.strerror})") from None
 
-    def step(self, state, clock, loss, lr, norm):
+    def step(self, state, clock, loss, stats, lr, norm):
         """Logs one optimizer step; tokens per second are those since the last line."""
         (then, tokens), now = self.mark, time.monotonic()
         rate = (state.tokens - tokens) / max(1e-9, now - then)
         self.mark = (now, state.tokens)
         record = {"step": state.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": state.tokens}
         memory = memory_used(self.world.device)
-        self.write(record | {"tokens_per_second": rate, "memory": memory})
+        self.write(record | stats | {"tokens_per_second": rate, "memory": memory})
         done = clock.progress(state.step, state.seconds)
         left = int(state.seconds * (1 - done) / done) if done else 0
         mfu = f" | mfu {self.flops * rate / self.world.size / self.peak:5.1%}" if self.peak else ""
@@ -761,6 +785,8 @@ class Log:
             f"| lr {lr:.2e} | norm {norm:6.3f} | {rate:>9,.0f} tok/s{mfu} "
             f"| {memory / 1e9:5.2f} GB | {done:4.0%}, {left // 60}:{left % 60:02d} left"
         )
+        if stats:
+            self.world.say("    " + " | ".join(f"{k} {v:.4f}" for k, v in stats.items()))
 
     def evaluation(self, state, metrics):
         """Logs a validation: numbers on one line, texts quoted below it."""
@@ -777,17 +803,17 @@ class Log:
 # The loop
 
 
-def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model):
+def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, write_final=None):
     """Trains `model` in place as cfg says and leaves OUTPUT_DIR/final/. Returns the last validation's dict.
 
     loader        .batch(step, micro, rank, accumulation) -> dict of numpy arrays and "count", the supervised
-                  terms; a pure function of its arguments, so a resume has nothing to rewind. .blocks: rows in
-                  one pass
-    loss_fn       (model, batch of tensors) -> (sum over the supervised terms, {}); fit divides by the count
-                  of the whole step over all ranks
+                  terms, and "tokens", if not as many; a pure function of its arguments, so a resume has
+                  nothing to rewind. .blocks: rows in one pass
+    loss_fn       (model, batch of tensors) -> (sum over the supervised terms, {name: sum of what to log});
+                  fit divides by the count of the whole step over all ranks
     validate      (model) -> dict of floats and texts; what it draws of the random numbers is given back
-    write_model   (model, folder): what a checkpoint holds besides the training state
-    read_model    its inverse; refuses a folder of other data or another tokenizer than this run's
+    write_model   (model, folder): what a checkpoint holds besides the training state; read_model is its
+                  inverse, and write_final writes final/ where that is to hold something else
 
     Raises UserError for what its user can mend. Stops at SIGINT or SIGTERM with a checkpoint.
     """
@@ -802,7 +828,7 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model):
         world.broadcast(model.parameters())
         log, clock = Log(cfg, model, world, state), Clock(cfg, total, state.seconds)
         output, accumulation = Path(cfg.output_dir), cfg.gradient_accumulation_steps
-        complete = clock.progress(state.step, state.seconds) >= 1
+        complete = clock.progress(state.step, state.seconds) >= 1 or state.enough(cfg)
         if complete and problem_with(output / "final", FINAL_FILES) is None:
             world.say(f"this run is complete: its model is in {output / 'final'}; nothing to do")
             return {}
@@ -811,27 +837,31 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model):
         def checkpoint():
             state.save(output / f"step_{state.step:06d}", cfg, world, write_model)
             if world.rank == 0:
-                prune(output, cfg.keep_last, state.step)
+                prune(output, cfg.keep_last, state)
 
         while True:
             batches = [loader.batch(state.step, m, world.rank, accumulation) for m in range(accumulation)]
-            count, stopping, state.seconds = world.sum(
-                sum(b["count"] for b in batches), stop.asked, clock.seconds * (world.rank == 0)
+            count, tokens, stopping, state.seconds = world.sum(
+                sum(b["count"] for b in batches),
+                sum(b.get("tokens", b["count"]) for b in batches),
+                stop.asked,
+                clock.seconds * (world.rank == 0),
             )
             progress = clock.progress(state.step, state.seconds)
-            if stopping or progress >= 1:
+            if stopping or progress >= 1 or state.enough(cfg):
                 break
             lr = lr_at(cfg, state.step, progress, total)
-            loss = forward_backward(state, batches, loss_fn, max(1, count), world.device, dtype)
+            sums = forward_backward(state, batches, loss_fn, max(1, count), world.device, dtype)
             norm = state.update(cfg, lr, world, count)
-            state.step, state.tokens = state.step + 1, state.tokens + int(count)
+            state.step, state.tokens = state.step + 1, state.tokens + int(tokens)
             check_applied(cfg, state, norm, count, log)
 
             if state.step % cfg.logging_steps == 0 or state.step == 1:
-                log.step(state, clock, world.sum(loss.item())[0], lr, norm)
+                loss, *stats = world.sum(*(share.item() for share in sums.values()))
+                log.step(state, clock, loss, dict(zip([*sums][1:], stats)), lr, norm)
             if state.step % cfg.eval_steps == 0:
-                metrics = evaluate(state, validate, dtype, world, log)
-            if state.step % cfg.save_steps == 0:
+                metrics = evaluate(cfg, state, validate, dtype, world, log)
+            if state.step % cfg.save_steps == 0 or state.step == state.best_step:
                 checkpoint()
                 saved_at = state.step
 
@@ -841,8 +871,9 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model):
             world.say(f"stopped at step {state.step:,}, saved; continue with --resume_from_checkpoint=auto")
             return metrics
         if state.evaluated != state.step:
-            metrics = evaluate(state, validate, dtype, world, log)
-        finish(cfg, model, world, write_model)
+            metrics = evaluate(cfg, state, validate, dtype, world, log)
+        take_best(cfg, state, world, read_model)
+        finish(cfg, model, world, write_final or write_model)
         return metrics
 
 
@@ -875,7 +906,7 @@ def resume(cfg, state, world, read_model):
     read_model(state.model, folder)
     state.load(folder, world)
     if world.rank == 0:
-        prune(cfg.output_dir, cfg.keep_last, state.step)  # what a kill left undone
+        prune(cfg.output_dir, cfg.keep_last, state)  # what a kill left undone
     world.say(f"resumed from {folder} at step {state.step:,}")
 
 
@@ -884,23 +915,28 @@ def autocast(device, dtype):
 
 
 def to_device(batch, device):
-    """Returns the batch's arrays as tensors on `device`, copied while the GPU works; "count" stays behind."""
-    tensors = {k: torch.from_numpy(v) for k, v in batch.items() if k != "count"}
+    """Returns the batch's arrays as tensors on `device`, copied while the GPU works; counts stay behind."""
+    tensors = {k: torch.from_numpy(v) for k, v in batch.items() if isinstance(v, np.ndarray)}
     if device.type == "cuda":
         return {k: v.pin_memory().to(device, non_blocking=True) for k, v in tensors.items()}
     return {k: v.to(device) for k, v in tensors.items()}
 
 
 def forward_backward(state, batches, loss_fn, count, device, dtype):
-    """Adds up the gradients of the step's mean loss. Returns this rank's share of that loss, on `device`."""
-    share = torch.zeros((), device=device)
+    """Adds up the gradients of the step's mean loss.
+
+    Returns this rank's shares of that mean, "loss", and of what else the loss function sums up, on `device`.
+    """
+    shares = {"loss": torch.zeros((), device=device)}
     for batch in batches:
         with autocast(device, dtype):
-            loss_sum, _ = loss_fn(state.model, to_device(batch, device))
+            loss_sum, stats = loss_fn(state.model, to_device(batch, device))
         loss = loss_sum / count
         state.scaler.scale(loss).backward()
-        share += loss.detach()
-    return share
+        shares["loss"] += loss.detach()
+        for name, value in stats.items():
+            shares[name] = shares.get(name, 0.0) + value.detach() / count
+    return shares
 
 
 def check_applied(cfg, state, norm, count, log):
@@ -918,7 +954,7 @@ def check_applied(cfg, state, norm, count, log):
         )
 
 
-def evaluate(state, validate, dtype, world, log):
+def evaluate(cfg, state, validate, dtype, world, log):
     """Returns validate(model), logged, with dropout off and the training's random numbers untouched."""
     numbers = rng_state(world.device)
     state.model.eval()
@@ -928,7 +964,21 @@ def evaluate(state, validate, dtype, world, log):
     set_rng_state(numbers, world.device)
     state.evaluated = state.step
     log.evaluation(state, metrics)
+    state.judge(cfg, metrics)
     return metrics
+
+
+def take_best(cfg, state, world, read_model):
+    """Gives the model the weights of the best validation, if early stopping watched for it and it is past."""
+    if not cfg.early_stopping_patience or state.best_step in (0, state.step):
+        return
+    folder = Path(cfg.output_dir) / f"step_{state.best_step:06d}"
+    if problem := problem_with(folder):
+        world.say(f"warning: {folder}, the best, is lost ({problem}); going on with the last")
+        return
+    read_model(state.model, folder)
+    name, value = cfg.early_stopping_metric, abs(state.best)
+    world.say(f"the best validation was that of step {state.best_step:,} ({name} {value:.4f}); going back")
 
 
 def finish(cfg, model, world, write_model):
