@@ -215,7 +215,8 @@ def steps(cfg, count, device, model=None):
         batches = [loader.batch(step, m) for m in range(accumulation)]
         made = time.perf_counter()
         tokens = sum(b["count"] for b in batches)
-        losses.append(forward_backward(state, batches, next_token_loss, tokens, device, dtype))
+        shares = forward_backward(state, batches, next_token_loss, tokens, device, dtype)
+        losses.append(shares["loss"])
         state.update(cfg, cfg.learning_rate, world, tokens)
         wait(device)
         seconds.append(time.perf_counter() - made if step else time.perf_counter() - began)
