@@ -374,7 +374,7 @@ def common(one, other):
 class InspectConfig:
     """What to look at."""
 
-    path: str  # a file of conversations or preference pairs, or the folder of a prepared dataset
+    path: str = ""  # a file of conversations or preference pairs, or the folder of a prepared dataset
     # how to write the example out; none = as the tokenizer's folder says, else chatml
     template: Literal["chatml", "instruct", "chat"] | None = None
     tokenizer_path: str = ""  # a .model file or a folder with one: lengths are then counted in tokens too
@@ -398,15 +398,20 @@ def show_rows(cfg):
     lines.append(f"  {len(rows):>10,}  usable of {total:,} rows")
     lines += length_table(rows, tokenizer, template)
     where, _, value = rows[0]
-    title = "" if paired else ": the model learns what is not dimmed, or stands outside [ ]"
-    lines.append(f"\n{where} as {template}{title}")
+    terminal = sys.stdout.isatty()
+    lines.append(f"\n{where} as {template}; {'dim' if terminal else 'in [ ]'}: what the model does not learn")
     for name, messages, start in dialogues(value):
-        lines += [f"-- {name}", marked(rendered(messages, start, tokenizer, template), sys.stdout.isatty())]
-    encoding = sys.stdout.encoding or "utf-8"
-    print("\n".join(lines).encode(encoding, "backslashreplace").decode(encoding))
+        lines += [f"-- {name}", marked(rendered(messages, start, tokenizer, template), terminal)]
+    say("\n".join(lines))
     if tally.bad_rows > MAX_BAD * total:
         share = f"{tally.bad_rows} of {total} rows are unusable, more than {MAX_BAD:.0%}"
         raise UserError(f"{cfg.path}: {share}: training refuses it")
+
+
+def say(text):
+    """Print a text that may hold anything, on a terminal that may not know its letters."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def holds_pairs(path):

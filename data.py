@@ -21,11 +21,12 @@ import bisect
 import math
 import sys
 from functools import lru_cache
+from inspect import cleandoc
 from pathlib import Path
 
 import numpy as np
 
-from chats import InspectConfig, read_chats, read_pairs, show_rows  # noqa: F401 - others ask us for rows
+from chats import CONTROLS, InspectConfig, read_chats, read_pairs, say, show_rows  # noqa: F401 - others ask us for rows
 from configurator import UserError, closest, run
 from prepare import AGAIN, DTYPES, DataConfig, file_sha256, main, read_manifest
 from starter import SampleConfig, create
@@ -360,10 +361,12 @@ def pack(examples, length):
 def inspect(cfg):
     """Show what a file of conversations or preference pairs, or a prepared dataset, holds.
 
-    usage: python data.py inspect PATH [--tokenizer_path=FOLDER] [--template=chatml|instruct|chat]
+    python data.py inspect PATH [--tokenizer_path=FOLDER] [--template=chatml|instruct|chat]
     """
+    if not cfg.path:
+        raise UserError("inspect needs a path: python data.py inspect PATH")
     if Path(cfg.path).is_dir() and (Path(cfg.path) / "tokenizer.model").exists():
-        print(describe(cfg.path, cfg.tokenizer_path))
+        say(describe(cfg.path, cfg.tokenizer_path))
     else:
         show_rows(cfg)
 
@@ -394,6 +397,7 @@ def describe(folder, tokenizer_path=""):
     ids = split.read(0, min(256, split.tokens)).tolist()
     ids = ids[: ids.index(manifest["eos_id"]) + 1] if manifest["eos_id"] in ids else ids
     text = Tokenizer.load(folder / "tokenizer.model").decode(ids, controls=True)
+    text = text.translate(CONTROLS)
     return "\n".join([*lines, "", f"{name}, the first document from its ids ({len(ids)} shown):", text])
 
 
@@ -410,12 +414,12 @@ def command_line(argv):
         function, config = COMMANDS[word]
         if word == "inspect" and rest and rest[0][0:1] != "-":
             rest = [f"--path={rest[0]}", *rest[1:]]
-        run(function, config, argv=rest, doc=function.__doc__)
+        run(function, config, argv=rest, doc=cleandoc(function.__doc__))
     elif (near := closest(word, COMMANDS)) and not word.endswith(".json"):
         print(f"error: unknown command {word!r}; did you mean {near}?", file=sys.stderr)
         sys.exit(2)
     else:
-        run(main, DataConfig, argv=argv, doc=command_line.__doc__)
+        run(main, DataConfig, argv=argv, doc=cleandoc(command_line.__doc__))
 
 
 if __name__ == "__main__":

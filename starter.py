@@ -459,7 +459,10 @@ def rejected(task, about, others, rng):
 
 
 def create(cfg):
-    """Write the four sample files into cfg.output_dir, or find them there; never over other contents."""
+    """Write small files to try alignment with, or find them there; never over other contents.
+
+    python data.py create_sample_datasets [--output_dir=data/samples] [--seed=42]
+    """
     files = {f"{name}.jsonl": to_jsonl(rows) for name, rows in make_rows(cfg.seed).items()}
     folder = Path(cfg.output_dir)
     try:
