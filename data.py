@@ -18,6 +18,8 @@ position to save, and nothing to lose when a run is killed. No torch here: array
 """
 
 import bisect
+import hashlib
+import json
 import math
 import sys
 from functools import lru_cache
@@ -28,7 +30,8 @@ import numpy as np
 
 from chats import CONTROLS, InspectConfig, read_chats, read_pairs, say, show_rows  # noqa: F401 - others ask us for rows
 from configurator import UserError, closest, run
-from prepare import AGAIN, DTYPES, DataConfig, file_sha256, main, read_manifest
+from prepare import AGAIN, DTYPES, DataConfig, file_sha256, hash_fraction, main, read_manifest
+from sources import Tally
 from starter import SampleConfig, create
 from tokenizer import Tokenizer
 
@@ -353,6 +356,28 @@ def pack(examples, length):
         rows[row].append(example)
         bisect.insort(free, (left - size, row))
     return rows
+
+
+def read_aloud(read, path, say):
+    """Return what `read` (read_chats or read_pairs) makes of a file, after saying what it passed over."""
+    tally = Tally()
+    rows = read(path, tally)
+    for _, reason, count, example in tally.reasons():
+        say(f"{count} rows of {path} passed over: {reason} ({example})")
+    return rows
+
+
+def split_rows(rows, ratio, key):
+    """Split rows into (the rest, a share of about `ratio`) by the hash of row[key]: equal ones stay together."""
+    sides = [], []
+    for row in rows:
+        sides[hash_fraction(json.dumps(row[key], ensure_ascii=False)) < ratio].append(row)
+    return sides
+
+
+def rows_sha256(rows):
+    """Return the sha256 of the contents of rows, wherever they were read from."""
+    return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
 
 
 # --- The command line ---------------------------------------------------------------------------------------
