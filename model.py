@@ -1,10 +1,11 @@
-"""The LLaMA by hand: RMSNorm, rotary positions, SwiGLU, grouped-query attention, no bias - and its folder on disk.
+"""The LLaMA by hand - RMSNorm, rotary positions, SwiGLU, grouped-query attention - and its folder on disk.
 
     python model.py configs/tiny.json            architecture report: exact counts, FLOPs, memory by part
 
-Letters: B batch, T positions, S keys at hand, C width, H query heads, K key/value heads, D head width, V vocabulary.
-Submodules carry the names of Hugging Face's LlamaForCausalLM, so `state_dict()` *is* the file: a saved folder needs no
-converter. Nothing here knows text, ranks or training; the losses are here because training and evaluation share them.
+Letters: B batch, T positions, S keys at hand, C width, H query heads, K key/value heads, D head width,
+V vocabulary. Submodules carry the names of Hugging Face's LlamaForCausalLM, so `state_dict()` *is* the file:
+a saved folder needs no converter. Nothing here knows text, ranks or training; the losses are here because
+training and evaluation share them.
 """
 
 import importlib.util
@@ -33,7 +34,9 @@ class ModelConfig:
     n_layer: Annotated[int, Range(1, 512)] = 6  # transformer blocks
     d_model: Annotated[int, Range(2, 65536)] = 256  # width C of the residual stream
     n_head: Annotated[int, Range(1, 1024)] = 4  # query heads H; the head width is d_model / n_head
-    num_key_value_heads: Annotated[int, Range(1, 1024)] | None = None  # K; fewer than n_head is GQA, none = n_head
+    num_key_value_heads: Annotated[int, Range(1, 1024)] | None = (
+        None  # K; fewer than n_head is GQA, none = n_head
+    )
     d_ff: Annotated[int, Range(1, 1 << 20)] = 1024  # inner width of the SwiGLU
     vocab_size: Annotated[int, Range(8, 1 << 20)] = 32768  # V, the tokenizer's size
     sequence_length: Annotated[int, Range(1, 1 << 20)] = 1024  # longest context, in tokens
@@ -41,7 +44,9 @@ class ModelConfig:
     attention_dropout: Fraction | None = None  # on attention probabilities; none = dropout
     hidden_dropout: Fraction | None = None  # on what each block adds to the residual stream; none = dropout
     rope_theta: PositiveFloat = 10000.0  # base of the rotary frequencies
-    rope_scaling: dict | None = None  # {"rope_type": "linear", "factor": 2.0}, or "llama3" with its four numbers
+    rope_scaling: dict | None = (
+        None  # {"rope_type": "linear", "factor": 2.0}, or "llama3" with its four numbers
+    )
     layer_norm_epsilon: PositiveFloat = 1e-5  # inside RMSNorm's square root
     initializer_range: PositiveFloat = 0.02  # standard deviation of the initial weights
     tie_word_embeddings: bool = True  # one table for reading tokens and for predicting them
@@ -55,10 +60,14 @@ class ModelConfig:
         if self.n_head % self.kv_heads:
             raise ValueError(f"n_head {self.n_head} is not divisible by num_key_value_heads {self.kv_heads}")
         if self.head_dim % 2:
-            raise ValueError(f"head width d_model / n_head = {self.head_dim} is odd; rotary positions need pairs")
+            raise ValueError(
+                f"head width d_model / n_head = {self.head_dim} is odd; rotary positions need pairs"
+            )
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(self, name) >= self.vocab_size:
-                raise ValueError(f"{name} {getattr(self, name)} is outside the vocabulary of {self.vocab_size}")
+                raise ValueError(
+                    f"{name} {getattr(self, name)} is outside the vocabulary of {self.vocab_size}"
+                )
         check_rope_scaling(self.rope_scaling)
 
     @property
@@ -104,7 +113,7 @@ def check_rope_scaling(scaling):
 
 
 def rope_tables(cfg):
-    """Returns cos and sin, each (sequence_length, D/2) float32, for the rotate-half pairing (Su et al. 2021)."""
+    """Returns cos and sin, each (sequence_length, D/2) float32, for rotate-half pairs (Su et al. 2021)."""
     frequency = cfg.rope_theta ** (-torch.arange(0, cfg.head_dim, 2, dtype=torch.float64) / cfg.head_dim)
     scaling = cfg.rope_scaling or {"rope_type": "none"}
     if scaling["rope_type"] == "linear":  # Chen et al. 2023: positions squeezed by the factor
@@ -119,7 +128,7 @@ def rope_tables(cfg):
 
 
 def rotate(x, cos, sin):
-    """Turns each pair (x[i], x[i + D/2]) by its position's angle. x (B, heads, T, D); cos, sin (.., 1, T, D/2)."""
+    """Turns each pair (x[i], x[i + D/2]) by its position's angle. x (B, H, T, D); cos, sin (.., T, D/2)."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -129,9 +138,11 @@ def rotate(x, cos, sin):
 
 
 def choose_attention(device, length, flash_wanted=True):
-    """Returns (backend, reason): `flash` where the flash-attn package works, `math` where it measured faster, `sdpa`."""
+    """Returns (backend, reason): `flash` where flash-attn works, `math` where that is faster, or `sdpa`."""
     device = torch.device(device)
-    if device.type == "cpu" and length <= 512:  # torch's CPU flash kernel loses to two plain matmuls on short rows
+    if (
+        device.type == "cpu" and length <= 512
+    ):  # torch's CPU flash kernel loses to two plain matmuls on short rows
         return "math", "explicit matmuls are the fastest on a CPU up to 512 positions"
     if device.type != "cuda":
         return "sdpa", "flash-attn needs CUDA"
@@ -171,17 +182,22 @@ def attend(q, k, v, mask=None, causal=True, dropout=0.0, backend="sdpa"):
 
 
 class KVCache:
-    """Keys and values of B rows, preallocated for `capacity` positions; passed to forward, never kept in the module.
+    """Keys and values of B rows, preallocated for `capacity` positions: an argument of forward.
 
-    While every row holds equally many positions (`start`), keys are appended and read as plain slices. A cache with
-    `start = None` is ragged: row b writes at `lengths[b]`, and reads the first `window` positions under a mask - fixed
-    shapes, as continuous batching and CUDA graphs want them.
+    While every row holds equally many positions (`start`), keys are appended and read as plain slices. A
+    cache with `start = None` is ragged: row b writes at `lengths[b]` and reads the first `window` positions
+    under a mask - fixed shapes, as continuous batching and CUDA graphs want them.
     """
 
     def __init__(self, cfg, batch, capacity, device="cpu", dtype=torch.float32):
-        shape = (cfg.n_layer, batch, cfg.kv_heads, capacity, cfg.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (
+            batch,
+            cfg.kv_heads,
+            capacity,
+            cfg.head_dim,
+        )  # a tensor per layer: a compiler then writes in place
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layer)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layer)]
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.start = 0
         self.window = self.capacity = capacity
@@ -191,7 +207,7 @@ class KVCache:
         return self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
 
     def append(self, layer, k, v, positions):
-        """Stores k, v (B, K, T, D) of one layer and returns all keys and values that its queries may look at."""
+        """Stores k, v (B, K, T, D) of one layer; returns all keys and values that its queries may look at."""
         k_all, v_all = self.k[layer], self.v[layer]
         if self.start is not None:
             end = self.start + k.shape[2]
@@ -202,7 +218,7 @@ class KVCache:
         return k_all[:, :, : self.window], v_all[:, :, : self.window]
 
     def mask(self, positions):
-        """Returns the mask (B, 1, T, S) for queries at `positions`, or None where plain causality is right."""
+        """Returns the mask (B, 1, T, S) of queries at `positions`; None where plain causality is right."""
         count = positions.shape[1]
         if self.start is not None and (self.start == 0 or count == 1):
             return None
@@ -249,8 +265,10 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         causal = True
         if cache is not None:
-            causal = cache.start == 0  # later queries stand at the end of the keys: all visible, or a mask says
-            k, v = cache.append(self.layer, k.to(cache.k.dtype), v.to(cache.v.dtype), positions)
+            causal = (
+                cache.start == 0
+            )  # later queries stand at the end of the keys: all visible, or a mask says
+            k, v = cache.append(self.layer, k.to(cache.k[0].dtype), v.to(cache.v[0].dtype), positions)
         y = attend(q, k.to(q.dtype), v.to(q.dtype), mask, causal, self.dropout * self.training, self.backend)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
@@ -291,7 +309,9 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
         self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layer))
         self.norm = RMSNorm(cfg.d_model, cfg.layer_norm_epsilon)
-        self.gradient_checkpointing = False  # recompute each block in the backward: less memory, one more forward
+        self.gradient_checkpointing = (
+            False  # recompute each block in the backward: less memory, one more forward
+        )
         cos, sin = rope_tables(cfg)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -319,7 +339,7 @@ class Decoder(nn.Module):
 
 
 def document_mask(documents):
-    """Returns (B, 1, T, T) bool: a token sees itself and earlier tokens of its own document; None for None."""
+    """Returns (B, 1, T, T) bool: a token sees its own document up to itself; None for None."""
     if documents is None:
         return None
     same = documents[:, :, None] == documents[:, None, :]
@@ -329,7 +349,7 @@ def document_mask(documents):
 class Llama(nn.Module):
     """The language model. `forward` gives logits; `model` alone gives hidden states for the losses below.
 
-    forward(ids (B, T), positions (B, T) or None = 0..T-1, documents (B, T) or None, cache or None) -> (B, T, V).
+    forward(ids (B, T), positions (B, T) = 0..T-1, documents (B, T) = one, cache = none) -> (B, T, V)
     """
 
     def __init__(self, cfg):
@@ -338,7 +358,10 @@ class Llama(nn.Module):
         self.model = Decoder(cfg)
         self.lm_head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
         self.apply(self._init)
-        for name, p in self.named_parameters():  # 2 n_layer branches add up: keep the sum's variance at one branch's
+        for (
+            name,
+            p,
+        ) in self.named_parameters():  # 2 n_layer branches add up: keep the sum's variance at one branch's
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 nn.init.normal_(p, std=cfg.initializer_range / math.sqrt(2 * cfg.n_layer))
         if cfg.tie_word_embeddings:
@@ -358,16 +381,17 @@ class Llama(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Losses: sums over supervised positions, never means; whoever calls divides by the count that is right for them
+# Losses: sums over supervised positions, never means; the caller divides by the count that is right for it
 
 
 def next_token_loss(model, batch):
-    """Returns (summed cross-entropy in nats, {}) of batch["labels"] (B, T), already shifted, -100 = unsupervised.
+    """Returns (summed cross-entropy in nats, {}) of batch["labels"] (B, T), already shifted, -100 = none.
 
-    Where few positions are supervised, batch["where"] (N,) are their places in the flattened rows, and the labels
-    are theirs, (N,): the head, the dearest part of a small model, then works on nothing else.
+    Where few positions are supervised, batch["where"] (N,) are their places in the flattened rows, and the
+    labels are theirs, (N,): the head, the dearest part of a small model, then works on nothing else.
     """
-    return linear_cross_entropy(supervised_hidden(model, batch), model.lm_head.weight, batch["labels"].flatten()), {}
+    hidden, labels = supervised_hidden(model, batch), batch["labels"].flatten()
+    return linear_cross_entropy(hidden, model.lm_head.weight, labels), {}
 
 
 def supervised_hidden(model, batch):
@@ -377,11 +401,11 @@ def supervised_hidden(model, batch):
 
 
 def linear_cross_entropy(x, weight, labels):
-    """Returns the sum over labels != -100 of -log softmax(x @ weight.T)[label], without the (N, V) logits in memory.
+    """Returns the sum over labels != -100 of -log softmax(x @ weight.T)[label], without the (N, V) logits.
 
-    x (N, C), weight (V, C), labels (N,). Logits are made a few rows at a time and turned, in their own buffer, into
-    their gradient, so the backward pass has nothing left to do but scale (the idea of Liger kernel's fused linear
-    cross-entropy, 2024). Exact up to the order of sums.
+    x (N, C), weight (V, C), labels (N,). Logits are made a few rows at a time and turned, in their own
+    buffer, into their gradient, so the backward pass has nothing left to do but scale (the idea of Liger
+    kernel's fused linear cross-entropy, 2024). Exact up to the order of sums.
     """
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _LinearCrossEntropy.apply(x, weight, labels)
@@ -389,7 +413,7 @@ def linear_cross_entropy(x, weight, labels):
 
 
 def token_nats(x, weight, labels):
-    """Returns -log p of each label, (N,) float32 nats, 0 where the label is -100. Shapes as linear_cross_entropy."""
+    """Returns -log p of each label, (N,) float32 nats, 0 where it is -100. Shapes as linear_cross_entropy."""
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _TokenNats.apply(x, weight, labels)
     weight = weight.to(x.dtype)
@@ -397,18 +421,18 @@ def token_nats(x, weight, labels):
 
 
 def _row_groups(x, labels, vocab_size):
-    """Splits the rows so that a group's logits are 2^25 numbers (CPU: cache and page faults) or 2^27 (launches)."""
+    """Splits the rows so that a group has 2^25 logits (CPU: caches, page faults) or 2^27 (GPU: launches)."""
     rows = max(1, (1 << (25 if x.device.type == "cpu" else 27)) // vocab_size)
     return zip(x.split(rows), labels.split(rows), strict=True)
 
 
 def nats(logits, labels):
-    """Returns -log softmax(logits)[label] per row in float32, 0 where the label is -100. logits (N, V), labels (N,)."""
+    """Returns -log softmax(logits (N, V))[label] for labels (N,), float32, 0 where the label is -100."""
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none")
 
 
 def nats_and_gradient(logits, labels):
-    """As `nats`, and overwrites `logits` with the gradient of the sum: softmax - onehot, 0 in unsupervised rows."""
+    """As `nats`, and overwrites `logits` with the gradient of their sum: softmax - onehot, 0 where -100."""
     supervised = labels != IGNORE
     target = labels.clamp(min=0)
     top = logits.float()
@@ -432,7 +456,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         groups = _row_groups(x, labels, len(weight))
         buffer, start = None, 0
         for rows, to in groups:
-            if buffer is None or len(buffer) != len(rows):  # one buffer for all groups: a fresh one costs page faults
+            if buffer is None or len(buffer) != len(rows):  # one for all groups: fresh ones cost page faults
                 buffer = torch.empty(len(rows), len(weight), dtype=x.dtype, device=x.device)
             torch.mm(rows, low.T, out=buffer)
             total += _LinearCrossEntropy.kernel(buffer, to).sum()
@@ -452,7 +476,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _TokenNats(torch.autograd.Function):
-    """As _LinearCrossEntropy, a number a row: what comes later may weigh the rows as it likes (dpo.py does)."""
+    """As _LinearCrossEntropy, a number a row: what comes later may weigh rows as it likes (dpo.py does)."""
 
     @staticmethod
     def forward(ctx, x, weight, labels):
@@ -481,8 +505,8 @@ class _TokenNats(torch.autograd.Function):
 def compile_model(model):
     """Compiles the decoder and the loss kernel in place; no wrapper, so no prefix on any name.
 
-    On CUDA the decoder becomes a CUDA graph: launched one by one, the kernels of a small model leave the GPU waiting.
-    Its gradients must then keep their place in memory (train.State sees to that).
+    On CUDA the decoder becomes a CUDA graph: launched one by one, the kernels of a small model leave the GPU
+    waiting. Its gradients must then keep their place in memory (train.State sees to that).
     """
     if torch.are_deterministic_algorithms_enabled():
         import torch._inductor.config as inductor
@@ -499,7 +523,7 @@ def compile_model(model):
 
 
 def to_hf(cfg, dtype="float32"):
-    """Returns config.json's dict. Both `rope_theta` and `rope_parameters`: transformers 4 reads one, 5 the other."""
+    """Returns config.json's dict; transformers 4 reads `rope_theta`, 5 reads `rope_parameters`."""
     rope = {"rope_theta": cfg.rope_theta, "rope_type": "default"} | (cfg.rope_scaling or {})
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -535,7 +559,7 @@ def to_hf(cfg, dtype="float32"):
 
 
 def from_hf(hf, where="config.json"):
-    """Returns the ModelConfig of a Llama's config.json dict; UserError on what this model does not compute."""
+    """Returns the ModelConfig of a Llama's config.json dict; UserError on what this model can't compute."""
     refused = {
         "model_type": hf.get("model_type") != "llama",
         "hidden_act": hf.get("hidden_act", "silu") != "silu",
@@ -544,7 +568,9 @@ def from_hf(hf, where="config.json"):
     }
     for key, bad in refused.items():
         if bad:
-            raise UserError(f"{where}: {key} is {json.dumps(hf.get(key))}; only a Llama with silu and no bias loads")
+            raise UserError(
+                f"{where}: {key} is {json.dumps(hf.get(key))}; only a Llama with silu and no bias loads"
+            )
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
     if "type" in scaling:  # the older spelling
@@ -584,7 +610,7 @@ def from_hf(hf, where="config.json"):
 def save_model(model, folder, stop_ids=None):
     """Writes config.json, generation_config.json and model.safetensors into `folder`, which must exist.
 
-    `stop_ids`: ids that end an answer, for generation_config.json; the EOS id when None. A tied head is not stored.
+    `stop_ids`: ids that end an answer, for generation_config.json; none = EOS. A tied head is not stored.
     """
     folder, cfg = Path(folder), model.cfg
     tensors = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
@@ -609,13 +635,18 @@ def choose_device(wanted):
 
 
 def load_model(folder, device="cpu", dtype=torch.float32):
-    """Returns the Llama of a model folder in evaluation mode, parameters in `dtype` on `device`; UserError if it can't.
+    """Returns the Llama of a model folder in evaluation mode, its parameters in `dtype`; or UserError.
 
     The rotary tables stay float32 in every dtype: positions lose their meaning in bfloat16.
     """
     folder = Path(folder)
     cfg = read_config(folder)
-    model = Llama(cfg)
+    with torch.device("meta"):  # random weights that are overwritten at once would take most of the time
+        model = Llama(cfg)
+    model.to_empty(device="cpu")
+    if cfg.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.model.cos, model.model.sin = rope_tables(cfg)
     load_weights(model, folder / "model.safetensors")
     for p in model.parameters():
         p.data = p.data.to(dtype)
@@ -637,7 +668,7 @@ def read_config(folder):
 
 
 def load_weights(model, path):
-    """Copies a safetensors file into `model`, after every name, shape and value has been checked. UserError if not."""
+    """Copies a safetensors file into `model` once every name, shape and value is checked; or UserError."""
     if not Path(path).is_file():
         raise UserError(f"{path}: not found; expected the model's weights there")
     try:
@@ -651,7 +682,9 @@ def load_weights(model, path):
     wrong = sorted(own.keys() ^ tensors.keys())
     if wrong:
         side = "missing" if wrong[0] in own else "unexpected"
-        raise UserError(f"{path}: {len(wrong)} missing or unexpected tensors: {', '.join(wrong[:5])} ({side}) ...")
+        raise UserError(
+            f"{path}: {len(wrong)} missing or unexpected tensors: {', '.join(wrong[:5])} ({side}) ..."
+        )
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:
             have, want = ("x".join(map(str, t.shape)) for t in (tensor, own[name]))
@@ -669,7 +702,7 @@ def load_weights(model, path):
 
 
 def count_parameters(cfg):
-    """Returns {"embedding", "head", "layers", "norm", "total", "non_embedding"} exactly, without building the model."""
+    """Returns exact counts by part, "total" and "non_embedding", without building the model."""
     attention = 2 * cfg.d_model**2 + 2 * cfg.d_model * cfg.kv_heads * cfg.head_dim
     layer = attention + 3 * cfg.d_model * cfg.d_ff + 2 * cfg.d_model
     table = cfg.vocab_size * cfg.d_model
@@ -684,7 +717,7 @@ def count_parameters(cfg):
 
 
 def flops_per_token(cfg):
-    """Returns training FLOPs per token, 6 N + 12 L C T: matrices and head, attention counted in full (PaLM, 2022)."""
+    """Returns training FLOPs per token, 6 N + 12 L C T: matrices, head, attention in full (PaLM, 2022)."""
     matrices = count_parameters(cfg)["layers"] - cfg.n_layer * 2 * cfg.d_model + cfg.vocab_size * cfg.d_model
     return 6 * matrices + 12 * cfg.n_layer * cfg.d_model * cfg.sequence_length
 
@@ -692,8 +725,8 @@ def flops_per_token(cfg):
 def memory_parts(cfg, batch_size):
     """Returns bytes by part of a 16-bit training step on batch_size full rows, and of one row's KV cache.
 
-    Activations per token and layer: two norm inputs and outputs, q, k, v, attention output, gate, up, product; a
-    kernel-fusing compiler saves those and little else, eager torch about 1.6 times as much.
+    Activations per token and layer: two norm inputs and outputs, q, k, v, attention output, gate, up,
+    product; a kernel-fusing compiler saves those and little else, eager torch about 1.6 times as much.
     """
     total, tokens = count_parameters(cfg)["total"], batch_size * cfg.sequence_length
     per_token = 6 * cfg.d_model + 2 * cfg.kv_heads * cfg.head_dim + 3 * cfg.d_ff
@@ -703,7 +736,11 @@ def memory_parts(cfg, batch_size):
         "Adam moments (fp32)": 8 * total,
         f"activations ({batch_size} x {cfg.sequence_length}, 16 bit)": 2 * cfg.n_layer * per_token * tokens,
         "logits, a group of rows at a time": 2 * min(tokens * cfg.vocab_size, 1 << 27),
-        "KV cache of one full row (16 bit)": 4 * cfg.n_layer * cfg.kv_heads * cfg.head_dim * cfg.sequence_length,
+        "KV cache of one full row (16 bit)": 4
+        * cfg.n_layer
+        * cfg.kv_heads
+        * cfg.head_dim
+        * cfg.sequence_length,
     }
 
 
@@ -711,7 +748,9 @@ def odd_shapes(cfg):
     """Returns sentences about shapes that are legal but slow or unusual."""
     advice = []
     if cfg.vocab_size % 64:
-        advice.append(f"vocab_size {cfg.vocab_size} is not a multiple of 64: the head's matmul will be slower")
+        advice.append(
+            f"vocab_size {cfg.vocab_size} is not a multiple of 64: the head's matmul will be slower"
+        )
     if cfg.d_model % 64 or cfg.d_ff % 64:
         advice.append(f"d_model {cfg.d_model} and d_ff {cfg.d_ff} should be multiples of 64 for fast matmuls")
     if cfg.head_dim not in (32, 64, 96, 128):
@@ -730,7 +769,8 @@ def report(cfg, batch_size=8):
     yield ""
     yield f"  parameters      {counts['total']:>15,} total"
     yield f"                  {counts['non_embedding']:>15,} without embeddings"
-    yield f"    embedding     {counts['embedding']:>15,} ({'tied to' if cfg.tie_word_embeddings else 'beside'} the head)"
+    tied = "the head's too" if cfg.tie_word_embeddings else "the head has its own"
+    yield f"    embedding     {counts['embedding']:>15,} ({tied})"
     yield f"    head          {counts['head']:>15,}"
     yield f"    layers        {counts['layers']:>15,} = {cfg.n_layer} x {counts['layers'] // cfg.n_layer:,}"
     yield f"  training FLOPs  {flops:>15,} per token (6N + 12LCT, head counted, attention in full)"

@@ -2,11 +2,12 @@
 
     python benchmarks/gpu.py --out=results.jsonl                       everything, in order of worth
     python benchmarks/gpu.py --items=train:tiny,hf:tiny:eager          some of it
-    python benchmarks/gpu.py --small                                   the same code on a CPU in a minute or two
+    python benchmarks/gpu.py --small                    the same code on a CPU, toy sizes
 
-Every item runs in a process of its own with its own time limit and appends one JSON line at once, so an item that
-hangs or runs out of memory costs only itself. Speeds are medians over timed optimizer steps after warm-up; MFU counts
-6 N + 12 L C T FLOPs per token (head counted, attention in full) over 989e12, H100's dense bf16 peak by datasheet.
+Every item runs in a process of its own with its own time limit and appends one JSON line at once, so an item
+that hangs or runs out of memory costs only itself. Speeds are medians over timed optimizer steps after warm-
+up; MFU counts 6 N + 12 L C T FLOPs per token (head counted, attention in full) over 989e12, the H100's dense
+bf16 peak by datasheet.
 """
 
 import argparse
@@ -78,15 +79,22 @@ def preset(name, small, **changes):
     """Returns the PretrainConfig of configs/NAME.json, shrunk to toy size for a run without a GPU."""
     cfg = configure(PretrainConfig, [str(ROOT / f"configs/{name}.json")])
     if small:
-        changes = {
-            **dict(n_layer=2, d_model=64, n_head=4, num_key_value_heads=None, d_ff=128, vocab_size=512),
-            **dict(sequence_length=64, batch_size=2, gradient_accumulation_steps=2),
-        } | changes
+        toy = {
+            "n_layer": 2,
+            "d_model": 64,
+            "n_head": 4,
+            "d_ff": 128,
+            "vocab_size": 512,
+            "sequence_length": 64,
+        }
+        changes = (
+            toy | {"num_key_value_heads": None, "batch_size": 2, "gradient_accumulation_steps": 2} | changes
+        )
     return replace(cfg, **changes)
 
 
 class RandomRows:
-    """A loader of random tokens with fit's interface: what speed needs, and nothing a disk could slow down."""
+    """A loader of random tokens with fit's interface: what speed needs, nothing a disk could slow down."""
 
     def __init__(self, cfg):
         self.shape, self.vocab_size = (cfg.batch_size, cfg.sequence_length + 1), cfg.vocab_size
@@ -241,7 +249,7 @@ def determinism(small):
 
 
 def train(small, name, *options):
-    """Optimizer steps of a preset at its own batch: compiled unless `eager`; options muon, deterministic, ..."""
+    """Optimizer steps of a preset at its own batch: compiled unless `eager`; also muon, rows=N ..."""
     device = choose_device("auto")
     if "deterministic" in options:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
@@ -263,8 +271,11 @@ def train(small, name, *options):
     _, seconds, losses = steps(cfg, warm + timed, device)
     tokens = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.sequence_length
     result = summary(cfg, seconds[warm:], tokens, device)
-    return result | {"first_step_seconds": round(seconds[0], 1), "all_seconds": round(time.perf_counter() - began, 1),
-                     "first_loss": round(losses[0], 4), "last_loss": round(losses[-1], 4)}  # fmt: skip
+    result |= {
+        "first_step_seconds": round(seconds[0], 1),
+        "all_seconds": round(time.perf_counter() - began, 1),
+    }
+    return result | {"first_loss": round(losses[0], 4), "last_loss": round(losses[-1], 4)}
 
 
 def hf(small, name, mode):

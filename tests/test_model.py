@@ -23,8 +23,8 @@ from model import (
     load_model,
     memory_parts,
     next_token_loss,
-    rotate,
     rope_tables,
+    rotate,
     save_model,
     to_hf,
     token_nats,
@@ -97,7 +97,9 @@ def test_flops_of_tiny_equal_the_hand_computed_sum():
 
 def test_kv_cache_bytes_in_the_report_are_those_of_a_real_cache():
     cache = KVCache(SMALL, 1, SMALL.sequence_length, dtype=torch.bfloat16)
-    assert memory_parts(SMALL, 1)["KV cache of one full row (16 bit)"] == 2 * cache.k.numel() * 2
+    assert memory_parts(SMALL, 1)["KV cache of one full row (16 bit)"] == 2 * 2 * sum(
+        k.numel() for k in cache.k
+    )
 
 
 # ---- against transformers
@@ -166,7 +168,9 @@ def test_every_backend_is_softmax_attention(backend, heads):
     causal = torch.ones(9, 9, dtype=torch.bool).tril()
     assert torch.allclose(attend(q, k, v, backend=backend), explicit_attention(q, k, v, causal), atol=1e-5)
     mask = (torch.rand(2, 1, 9, 9, generator=g) < 0.5) | torch.eye(9, dtype=torch.bool)
-    assert torch.allclose(attend(q, k, v, mask, backend=backend), explicit_attention(q, k, v, mask), atol=1e-5)
+    assert torch.allclose(
+        attend(q, k, v, mask, backend=backend), explicit_attention(q, k, v, mask), atol=1e-5
+    )
 
 
 def test_a_later_token_changes_no_earlier_output():
@@ -207,7 +211,9 @@ def test_ragged_cache_rows_equal_rows_alone():
         for row, n in enumerate(lengths):  # prefill each row alone, then put it into the shared cache
             own = KVCache(SMALL, 1, 16)
             model(ids[row : row + 1, :n], cache=own)
-            cache.k[:, row], cache.v[:, row], cache.lengths[row] = own.k[:, 0], own.v[:, 0], n
+            for layer in range(SMALL.n_layer):
+                cache.k[layer][row], cache.v[layer][row] = own.k[layer][0], own.v[layer][0]
+            cache.lengths[row] = n
         cache.start = None
         step = torch.stack([ids[row, n : n + 1] for row, n in enumerate(lengths)])
         together = model(step, cache=cache)
@@ -258,7 +264,9 @@ def test_loss_and_gradients_equal_torch_cross_entropy(rows_per_group, tied, monk
     cfg = replace(SMALL, tie_word_embeddings=tied)
     ids, labels = some_ids(cfg, 3, 11), some_ids(cfg, 3, 11, seed=2)
     labels[0, :4] = labels[2, 10] = -100
-    monkeypatch.setattr("model._row_groups", lambda x, y, v: zip(x.split(rows_per_group), y.split(rows_per_group)))
+    monkeypatch.setattr(
+        "model._row_groups", lambda x, y, v: zip(x.split(rows_per_group), y.split(rows_per_group))
+    )
     model = build(cfg)
     expected = F.cross_entropy(model(ids).flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
     expected.backward()
@@ -348,7 +356,10 @@ def damaged(folder, change):
     [
         (lambda t: t.pop("model.norm.weight"), "model.norm.weight (missing)"),
         (lambda t: t.update(extra=torch.zeros(1)), "extra (unexpected)"),
-        (lambda t: t.update({"model.norm.weight": torch.zeros(3)}), "model.norm.weight is 3, the model wants 64"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.zeros(3)}),
+            "model.norm.weight is 3, the model wants 64",
+        ),
         (lambda t: t["model.norm.weight"].fill_(float("nan")), "1 tensors hold NaN"),
     ],
 )

@@ -1,0 +1,101 @@
+"""The architecture as a test: who may import whom, what lies at the top level, how long a function may be."""
+
+import ast
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# room -> the rooms it may import; ARCHITECTURE.md tells why
+ARROWS = {
+    "configurator": set(),
+    "tokenizer": {"configurator"},
+    "model": {"configurator"},
+    "lora": {"configurator", "model"},
+    "sources": {"configurator"},
+    "chats": {"configurator", "tokenizer", "sources"},
+    "starter": {"configurator", "sources", "chats"},
+    "prepare": {"configurator", "tokenizer", "sources"},
+    "data": {"configurator", "tokenizer", "sources", "prepare", "chats", "starter"},
+    "train": {"configurator", "tokenizer", "model", "data"},
+    "sft": {"configurator", "tokenizer", "model", "lora", "data", "train"},
+    "dpo": {"configurator", "tokenizer", "model", "lora", "data", "train"},
+    "sample": {"configurator", "tokenizer", "model", "lora"},
+}
+ROOMS = sorted(path.stem for path in ROOT.glob("*.py"))
+CODE = [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")]
+
+
+def tree_of(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(path):
+    """The top-level names of everything that `path` imports, wherever in the file."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path.name}: relative import"
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_only_along_the_arrows(room):
+    assert room in ARROWS, f"{room}.py is a new room: give it arrows here and a row in ARCHITECTURE.md"
+    ours = set(imports(ROOT / f"{room}.py")) & set(ROOMS)
+    assert ours <= ARROWS[room]
+
+
+def test_the_arrows_have_no_cycle_and_training_and_generation_stay_apart():
+    def reach(room):
+        return {room}.union(*(reach(other) for other in ARROWS[room]))  # a cycle would never return
+
+    assert not reach("train") & {"sample", "eval", "server"}
+    assert not reach("sample") & {"train", "data", "prepare"}
+
+
+def test_importing_the_reading_rooms_needs_no_torch_and_no_cleaning_packages():
+    code = "import sys, data; print(*({'torch', 'ftfy', 'datasketch'} & sys.modules.keys()))"
+    done = subprocess.run([_python(), "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def _python():
+    import sys
+
+    return sys.executable
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_room_is_in_the_map(room):
+    assert f"`{room}.py`" in (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    assert f"{room}.py" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda path: path.name)
+def test_every_file_says_what_it_is(path):
+    assert ast.get_docstring(tree_of(path))
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda path: path.name)
+def test_functions_fit_on_a_screen(path):
+    functions = [n for n in ast.walk(tree_of(path)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    long = {n.name: n.end_lineno - n.lineno + 1 for n in functions if n.end_lineno - n.lineno >= 70}
+    assert not long
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda path: path.name)
+def test_nothing_loads_code_from_data(path):
+    names = {n.id for n in ast.walk(tree_of(path)) if isinstance(n, ast.Name)}
+    assert not names & {"exec", "eval", "globals", "pickle"}
+    text = path.read_text(encoding="utf-8")
+    assert "weights_only=False" not in text
+    assert "trust_remote_code" not in text
+
+
+def test_tests_can_be_committed():
+    done = subprocess.run(["git", "check-ignore", "tests/test_model.py"], cwd=ROOT, capture_output=True)
+    assert done.returncode != 0
