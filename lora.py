@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,12 +25,28 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from configurator import UserError, did_you_mean
-from model import load_model
+from configurator import Fraction, NonNegativeInt, PositiveFloat, UserError, did_you_mean
+from model import load_model, load_weights, save_model
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before every name
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """The knobs of an adapter, for whoever trains one."""
+
+    lora_r: NonNegativeInt = 16  # rank of the difference that is learned; 0 = train all weights instead
+    lora_alpha: PositiveFloat = 32.0  # it is scaled by lora_alpha / lora_r
+    lora_dropout: Fraction = 0.0  # on what enters it
+    lora_target_modules: tuple[str, ...] = TARGETS  # the projections that get one
+    merge: bool = True  # final/ is a whole model, its adapter beside in final/adapter; else the adapter alone
+
+    def __post_init__(self):
+        check_targets(self.lora_target_modules)
+        if self.lora_r and getattr(self, "optimizer", "adamw") == "muon":
+            raise ValueError("optimizer=muon is for whole matrices: use adamw, or lora_r=0")
 
 
 class LoRALinear(nn.Module):
@@ -255,6 +272,47 @@ def _read_config(folder):
             raise UserError(f"{folder / CONFIG}: {key} is {json.dumps(config.get(key))}; expected a LoRA's")
     check_targets(config["target_modules"])
     return {"lora_dropout": 0.0} | config
+
+
+def open_base(cfg, tokenizer):
+    """Returns (model to train, its Base, positions of a row): cfg.model_path with a LoRAConfig's adapter."""
+    base, model = identify(cfg.model_path), open_model_folder(cfg.model_path)
+    if tokenizer.vocab_size != model.cfg.vocab_size:
+        raise UserError(
+            f"{cfg.model_path}: the model has {model.cfg.vocab_size} tokens, its tokenizer "
+            f"{tokenizer.vocab_size}; they do not belong together"
+        )
+    length = cfg.sequence_length or model.cfg.sequence_length
+    if length > model.cfg.sequence_length:
+        raise UserError(f"sequence_length {length} is more than the model's {model.cfg.sequence_length}")
+    torch.manual_seed(cfg.seed)
+    if cfg.lora_r:
+        add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_target_modules)
+    return model.train(), base, length
+
+
+def save_trained(model, folder, base, stop_ids, merge=False):
+    """Writes what was trained on top of `base`: the adapter, or the whole model if there is none.
+
+    With `merge` it is the whole model in any case, and an adapter goes into folder/adapter beside it; `model`
+    is merged then.
+    """
+    if adapters(model) and not merge:
+        save_adapter(model, folder, base)
+        return
+    if adapters(model):
+        (Path(folder) / "adapter").mkdir()
+        save_adapter(model, Path(folder) / "adapter", base)
+        merge_lora(model)
+    save_model(model, folder, stop_ids)
+
+
+def load_trained(model, folder, base):
+    """Reads what `save_trained` wrote, without `merge`, into the same `model`."""
+    if adapters(model):
+        load_adapter(model, folder, base)
+    else:
+        load_weights(model, Path(folder) / "model.safetensors")
 
 
 def find_base(folder):

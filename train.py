@@ -1096,19 +1096,24 @@ def language_validation(cfg, world, tokenizer):
 
 def continuation(model, tokenizer, prompt, count):
     """Returns the greedy continuation of `prompt`, a look at what was learned; sample.py does it properly."""
-    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)][: model.cfg.sequence_length - 1]
-    device, fresh = model.lm_head.weight.device, []
-    capacity = min(len(ids) + count, model.cfg.sequence_length)
+    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    return tokenizer.decode(greedy(model, ids, count, [tokenizer.eos_id]))
+
+
+def greedy(model, ids, count, stop_ids):
+    """Returns up to `count` ids, each the likeliest after `ids` and those before, a stop id the last."""
+    ids, fresh = ids[: model.cfg.sequence_length - 1], []
+    device, capacity = model.lm_head.weight.device, min(len(ids) + count, model.cfg.sequence_length)
     cache = KVCache(model.cfg, 1, capacity, device)
     step = torch.tensor([ids], device=device)
     with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
         while len(ids) + len(fresh) < capacity:
             hidden = model.model(step, cache=cache)
             fresh.append(int(model.lm_head(hidden[:, -1]).argmax()))
-            if fresh[-1] == tokenizer.eos_id:
+            if fresh[-1] in stop_ids:
                 break
             step = torch.tensor([fresh[-1:]], device=device)
-    return tokenizer.decode(fresh)
+    return fresh
 
 
 if __name__ == "__main__":
