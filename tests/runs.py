@@ -105,8 +105,9 @@ class Run:
         self.ranks = []
         for rank in range(ranks):
             env = world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-            self.ranks.append(CONTEXT.Process(target=_child, args=(self.log, env, function, args)))
-            self.ranks[-1].start()
+            args_of_rank = (self.log, env, function, args)
+            self.ranks.append(CONTEXT.Process(target=_child, args=args_of_rank, daemon=True))
+            self.ranks[-1].start()  # a daemon: it does not outlive the tests, whatever they leave
 
     @property
     def text(self):

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import train
-from tests.runs import ONE_THREAD, ROOT, begin, differences, losses, names, refused, words
+from tests.runs import ONE_THREAD, PATIENCE, ROOT, begin, differences, losses, names, refused, words
 from tests.runs import train_to_end as trained
 from train import checkpoints, problem_with, seal
 
@@ -135,12 +135,13 @@ AFTERWARDS = {
     "before the model folder is renamed": ("rename", ".tmp-final", "before"),
     "after the model folder is renamed": ("rename", ".tmp-final", "after"),
 }
+AFTERWARDS_AT = [(p, n) for p in AFTERWARDS for n in (1, 2) if n == 1 or "old one" in p]  # 4 is the last save
 POINTS = IN_A_CHECKPOINT | AFTERWARDS | {"before the log is cut": ("replace", "metrics", "before")}
 
 
 @pytest.mark.parametrize(
     ("point", "passage"),
-    [*((point, n) for point in IN_A_CHECKPOINT for n in (1, 3)), *((point, 1) for point in AFTERWARDS)],
+    [*((point, n) for point in IN_A_CHECKPOINT for n in (1, 3, 4)), *AFTERWARDS_AT],
     ids=str,
 )
 def test_killed_at_this_point_it_resumes_and_ends_the_same(tmp_path, knobs, straight, point, passage):
@@ -376,17 +377,23 @@ def long(tmp_path_factory, knobs):
     return trained(tmp_path_factory.mktemp("long") / "long", **knobs | LONG)
 
 
+def signalled(launcher, out, knobs, number):
+    """Signals a training with a Python of its own in its fifth step. Returns its exit status and text."""
+    log, end = out.with_suffix(".log"), time.monotonic() + PATIENCE
+    with open(log, "w") as file:
+        command = [*launcher, str(ROOT / "train.py"), *words(output_dir=out, **knobs)]
+        process = subprocess.Popen(command, env=os.environ | ONE_THREAD, stdout=file, stderr=file)
+    while process.poll() is None and time.monotonic() < end and not logged(out, 5):
+        time.sleep(0.002)
+    process.send_signal(number)
+    return process.wait(PATIENCE), log.read_text()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_signal_saves_and_ends_and_the_rest_is_as_if_it_never_came(tmp_path, knobs, long, number):
-    """With a Python of its own, as a user has it."""
     knobs, out = knobs | LONG, tmp_path / "out"
-    command = [sys.executable, str(ROOT / "train.py"), *words(output_dir=out, **knobs)]
-    with subprocess.Popen(command, env=os.environ | ONE_THREAD, stdout=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not logged(out, 5):
-            time.sleep(0.002)
-        process.send_signal(number)
-        text = process.stdout.read()
-    assert process.returncode == 0
+    code, text = signalled([sys.executable], out, knobs, number)
+    assert code == 0, text
     last = text.splitlines()[-1]
     assert last.startswith("stopped at step ")
     assert last.endswith(", saved; continue with --resume_from_checkpoint=auto")
@@ -452,14 +459,7 @@ def test_a_signal_to_one_rank_saves_and_stops_both(tmp_path, knobs):
 def test_a_signal_to_torchrun_saves_too(tmp_path, knobs):
     out = tmp_path / "out"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, str(ROOT / "train.py"), *words(output_dir=out, **knobs | ENDLESS)]
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command, env=os.environ | ONE_THREAD, stdout=log, stderr=log)
-    while process.poll() is None and not logged(out, 3):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    process.wait()  # its own exit status is 1 whatever the ranks did
-    text = (tmp_path / "log").read_text()
+    _, text = signalled(torchrun, out, knobs | ENDLESS, signal.SIGTERM)  # it exits 1 whatever its ranks did
     assert "saved; continue with --resume_from_checkpoint=auto" in text
     (saved,) = checkpoints(out)
     assert problem_with(saved) is None
