@@ -17,6 +17,7 @@ import sys
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Literal
@@ -124,29 +125,48 @@ def raw_rows(path, tally):
         raise UserError(f"{path}: holds no .jsonl, .json or .csv file")
     for file in files:
         try:
-            reader = csv_rows if kind_of(file) == "csv" else json_rows if is_list(file) else jsonl_rows
-            yield from reader(file, tally)
+            if kind_of(file) == "csv":
+                yield from csv_rows(file, tally)
+            elif (opening := json_opening(file)) == "[":
+                yield from whole_list(file, tally)
+            else:
+                yield from (json_rows if opening else jsonl_rows)(file, tally)
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             raise UserError(f"{file}: cannot be read: damaged, or not permitted ({error})") from None
 
 
-def is_list(path):
-    """Is a file one JSON value, rows in a list most likely, rather than one value a line?
+def json_opening(path):
+    """How a file opens that is one JSON value: "[", a list of rows, or "{", one row; "" with one a line.
 
     Two names lie often: a .json with a row a line, and a .jsonl that is a list. The first two lines tell. A
     line that is a list of messages is a conversation, so a row; any other list is the list of rows.
     """
     with open_bounded(path) as file:
-        while (line := file.readline(MAX_LINE)).isspace():
-            pass
-        line, more = line.removeprefix(b"\xef\xbb\xbf").strip(), file.readline(MAX_LINE).strip()
-    if (first_value := complete(line)) is None:
-        return line in (b"[", b"{") or (line[:1] == b"[" and complete(more) is None)
-    if isinstance(first_value, list):
-        return not (
-            first_value and isinstance(first_value[0], dict) and first_value[0].keys() & {"role", "from"}
+        lines = iter(partial(file.readline, MAX_LINE), b"")
+        lines = filter(None, (line.removeprefix(b"\xef\xbb\xbf").strip() for line in lines))
+        line, more = (next(lines, b"") for _ in range(2))
+    value, start = complete(line), line[:1].decode("ascii", "replace")
+    if isinstance(value, list):
+        bare = value and isinstance(value[0], dict) and value[0].keys() & {"role", "from"}
+        return "" if more or bare else "["
+    opens = value is None and start in ("[", "{") and (line == line[:1] or complete(more) is None)
+    return start if opens else ""
+
+
+def whole_list(path, tally):
+    """The (where, element) of a JSON list; raises UserError where its text breaks off, or is none."""
+
+    def breaks():
+        return sum(tally.dropped["read"].get(why, {"count": 0})["count"] for why in ("not-json", "too-deep"))
+
+    before, count = breaks(), 0
+    for entry in json_rows(path, tally):
+        count += 1
+        yield entry
+    if breaks() > before:
+        raise UserError(
+            f"{path}: a JSON list that breaks off after {count} elements; mend it, or write .jsonl"
         )
-    return not more
 
 
 def complete(line):

@@ -19,6 +19,7 @@ import re
 import sysconfig
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
@@ -352,6 +353,7 @@ def python_functions(rng):
         yield from (Task(prompt, summary, check, others) for prompt in put(name))
 
 
+@cache
 def summaries():
     """{name: the one line that opens its documentation} of this Python's public functions and methods."""
     found = {}

@@ -1,0 +1,137 @@
+"""The sample files: always the same, nothing held out in training, checks that tell right from wrong."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from chats import read_chats, read_pairs
+from configurator import UserError
+from starter import ABOUT, FILES, GENERATORS, SampleConfig, create, make_rows, passes, summaries
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return make_rows(42)
+
+
+def test_two_processes_write_the_same_bytes(tmp_path):
+    for name, seed in (("a", "1"), ("b", "2")):  # of str hashes
+        command = [sys.executable, "data.py", "create_sample_datasets", f"--output_dir={tmp_path / name}"]
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, env={"PYTHONHASHSEED": seed, "PATH": ""}
+        )
+        assert done.returncode == 0, done.stderr
+    for name in FILES:
+        first, second = (folder / f"{name}.jsonl" for folder in (tmp_path / "a", tmp_path / "b"))
+        assert first.read_bytes() == second.read_bytes()
+        assert f"{first.read_bytes().count(10):,} rows" in done.stdout
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(
+        f"{name}.jsonl" for name in FILES
+    )
+
+
+def test_another_seed_gives_other_rows(rows):
+    assert make_rows(43) != rows
+
+
+def test_sizes_and_kinds(rows):
+    assert len(rows["sft_train"]) + len(rows["sft_val"]) >= 2000
+    assert len(rows["dpo_train"]) + len(rows["dpo_val"]) >= 1000
+    assert len(rows["sft_val"]) >= 200
+    assert len(rows["dpo_val"]) >= 100
+    for name in FILES:
+        kinds = Counter(row["kind"] for row in rows[name])
+        assert kinds.keys() == {generate.__name__ for generate in GENERATORS}
+    for name in ("dpo_train", "dpo_val"):
+        assert {row["about"] for row in rows[name]} == set(ABOUT)
+
+
+def test_no_prompt_stands_twice(rows):
+    prompts = Counter(row["prompt"] for name in FILES for row in rows[name])
+    assert set(prompts.values()) == {1}
+
+
+def test_every_check_tells_right_from_wrong(rows):
+    for row in rows["sft_train"] + rows["sft_val"]:
+        assert passes(row["check"], row["response"]), row
+        assert not passes(row["check"], ""), row
+    for row in rows["dpo_train"] + rows["dpo_val"]:
+        assert passes(row["check"], row["chosen"]), row
+        assert row["chosen"] != row["rejected"], row
+        if row["about"] in ("correctness", "evasion"):
+            assert not passes(row["check"], row["rejected"]), row
+        else:
+            assert row["chosen"].removesuffix(".") in row["rejected"], row
+
+
+def test_the_files_read_as_conversations_and_pairs(tmp_path, rows):
+    create(SampleConfig(str(tmp_path)))
+    for name in FILES:
+        read = read_chats if name.startswith("sft") else read_pairs
+        assert len(read(tmp_path / f"{name}.jsonl", max_bad=0)) == len(rows[name])
+    assert json.loads((tmp_path / "sft_val.jsonl").read_text().splitlines()[0]) == rows["sft_val"][0]
+
+
+def test_what_is_there_is_kept_and_anything_else_refused(tmp_path, capsys):
+    create(SampleConfig(str(tmp_path)))
+    (tmp_path / "dpo_val.jsonl").unlink()
+    before = (tmp_path / "sft_val.jsonl").stat()
+    create(SampleConfig(str(tmp_path)))
+    assert capsys.readouterr().out.count("was there") == 3
+    assert (tmp_path / "sft_val.jsonl").stat().st_mtime_ns == before.st_mtime_ns
+    (tmp_path / "sft_val.jsonl").write_text("mine\n")
+    with pytest.raises(UserError, match=r"sft_val.jsonl: exists, with other contents; name another"):
+        create(SampleConfig(str(tmp_path)))
+    assert (tmp_path / "sft_val.jsonl").read_text() == "mine\n"
+    with pytest.raises(UserError, match="exists, with other contents"):
+        create(SampleConfig(str(tmp_path), seed=1))
+    with pytest.raises(UserError, match=r"cannot be written \(Not a directory\)"):
+        create(SampleConfig(str(tmp_path / "sft_val.jsonl" / "x")))
+
+
+def test_summaries_are_plain_lines_of_public_functions():
+    found = summaries()
+    assert len(found) > 300
+    assert found["str.capitalize"] == "Return a capitalized version of the string."
+    for name, summary in found.items():
+        assert name.count(".") in (1, 2), name
+        assert summary.isascii()
+        assert len(summary) < 200
+        assert summary[-1] == "."
+
+
+@pytest.mark.parametrize(
+    ("kind", "right", "answer", "verdict"),
+    [
+        ("exact", "lamp", "lamp", True),
+        ("exact", "lamp", " lamp.\n", True),
+        ("exact", "lamp", '"lamp"', True),
+        ("exact", "lamp", "Lamp", False),
+        ("exact", "lamp", "lamp lamp", False),
+        ("exact", "lamp", "", False),
+        ("word", "Yes", "yes.", True),
+        ("word", "Yes", "Yes, of course", False),
+        ("word", "Yes", "No", False),
+        ("number", "12", "12", True),
+        ("number", "12", "The answer is 12.", True),
+        ("number", "12", "7 + 5 = 12", False),
+        ("number", "12", "112", False),
+        ("number", "12", "-12", False),
+        ("number", "12", "0.12", False),
+        ("number", "12", "twelve", False),
+        ("number", "5", "5 5", False),
+        ("overlap", "Return a copy of the list.", "Return a copy of the list.", True),
+        ("overlap", "Return a copy of the list.", "It returns a copy of this list.", True),
+        ("overlap", "Return a copy of the list.", "Remove the last item.", False),
+        ("overlap", "Return a copy of the list.", "Return a copy of the list. " * 2, False),
+        ("overlap", "Return a copy of the list.", "a a a a a a", False),
+    ],
+)
+def test_passes(kind, right, answer, verdict):
+    assert passes({"kind": kind, "answer": right, "share": 0.6}, answer) is verdict
