@@ -315,6 +315,28 @@ def load_trained(model, folder, base):
         load_weights(model, Path(folder) / "model.safetensors")
 
 
+def files_for(cfg, base, tokenizer, template, stop_ids, data, check):
+    """Returns (write_model, read_model, write_final) for `train.fit`, of a training on top of `base`.
+
+    Beside what was trained lie the tokenizer with the template's name, and data.json: `data`, what all of it
+    came from. `check(folder)` raises UserError unless a folder belongs to this training.
+    """
+
+    def write_model(model, folder, merge=False):
+        save_trained(model, folder, base, stop_ids, merge)
+        tokenizer.save(folder, model.cfg.sequence_length, template)
+        (folder / "data.json").write_text(json.dumps(data, indent=2) + "\n")
+
+    def read_model(model, folder):
+        check(folder)
+        load_trained(model, folder, base)
+
+    def write_final(model, folder):
+        write_model(model, folder, cfg.merge)
+
+    return write_model, read_model, write_final
+
+
 def find_base(folder):
     """Returns the Base of an adapter folder: looked for beside it first, then where it once was."""
     home, named = _read_json(folder / "base.json", {}), _read_config(folder).get("base_model_name_or_path")

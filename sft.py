@@ -10,7 +10,6 @@ longer than the context loses its end, and the mark of it: nobody is to learn to
 whose answers are cut away whole is dropped. Both are counted.
 """
 
-import json
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,7 +25,7 @@ from configurator import (
     run,
 )
 from data import ExampleStream, pack, read_aloud, read_chats, rows_sha256, split_rows, supervised_rows
-from lora import LoRAConfig, load_trained, model_folder, open_base, save_trained
+from lora import LoRAConfig, files_for, model_folder, open_base
 from model import next_token_loss
 from tokenizer import Tokenizer, render, stop_ids
 from train import LoopConfig, check_data, check_tokenizer, fit, greedy, open_world, to_device
@@ -74,26 +73,18 @@ def main(cfg):
         def collate(rows):
             return supervised_rows(rows, length, tokenizer.pad_id, cfg.packing)
 
-        def write_model(model, folder, merge=False):
-            save_trained(model, folder, base, stop_ids(tokenizer, template), merge)
-            tokenizer.save(folder, model.cfg.sequence_length, template)
-            (folder / "data.json").write_text(json.dumps(data, indent=2) + "\n")  # what it was trained on
-
-        def read_model(model, folder):
+        def check(folder):
             check_tokenizer(tokenizer, folder)
             check_data(cfg, data, folder)
-            load_trained(model, folder, base)
 
-        def write_final(model, folder):
-            write_model(model, folder, cfg.merge)
-
+        files = files_for(cfg, base, tokenizer, template, stop_ids(tokenizer, template), data, check)
         loader = stream(make_examples(chats, "to train on", *maker))
         if not loader.blocks:
             raise UserError(f"{cfg.dataset_path}: no answer begins within {length} positions")
         show = answer_to(cfg, tokenizer, template, (held_out or chats)[0]["messages"])
         validate = validation(cfg, world, stream(make_examples(held_out, "held out", *maker)), show)
         world.say(f"{loader.blocks:,} rows of up to {length} positions in a pass; template {template}")
-        fit(cfg, model, loader, next_token_loss, world, validate, write_model, read_model, write_final)
+        fit(cfg, model, loader, next_token_loss, world, validate, *files)
 
 
 def choose_template(cfg, tokenizer):
