@@ -136,7 +136,11 @@ AFTERWARDS = {
     "after the model folder is renamed": ("rename", ".tmp-final", "after"),
 }
 AFTERWARDS_AT = [(p, n) for p in AFTERWARDS for n in (1, 2) if n == 1 or "old one" in p]  # 4 is the last save
-POINTS = IN_A_CHECKPOINT | AFTERWARDS | {"before the log is cut": ("replace", "metrics", "before")}
+CUTTING = {
+    "in the middle of cutting the log": ("write_text", "metrics", "amid"),
+    "before the cut log is renamed": ("replace", "metrics", "before"),
+}
+POINTS = IN_A_CHECKPOINT | AFTERWARDS | CUTTING
 
 
 @pytest.mark.parametrize(
@@ -153,14 +157,15 @@ def test_killed_at_this_point_it_resumes_and_ends_the_same(tmp_path, knobs, stra
     assert_as_if_nothing_happened(out, straight)
 
 
-def test_killed_while_it_cuts_the_log_it_loses_no_line(tmp_path, knobs, straight):
+@pytest.mark.parametrize("point", CUTTING)
+def test_killed_while_it_cuts_the_log_it_loses_no_line(tmp_path, knobs, straight, point):
     out = tmp_path / "out"
     shutil.copytree(straight, out)
     shutil.rmtree(out / "final")
     shutil.rmtree(out / "step_000008")
     one = begin(
         out,
-        before=functools.partial(dying, "before the log is cut", 1),
+        before=functools.partial(dying, point, 1),
         resume_from_checkpoint="auto",
         **knobs,
     )
