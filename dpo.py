@@ -199,7 +199,7 @@ def read_preferences(cfg, base, world):
 
 
 class Pair(NamedTuple):
-    """Two answers to a prompt, each as (ids, mask) with the prompt in front; the reference's log p of both."""
+    """Two answers to a prompt, each as (ids, mask) with the prompt in front; the reference's log p."""
 
     chosen: tuple
     rejected: tuple
@@ -247,7 +247,7 @@ def pair_rows(pairs, length, pad_id):
 
 @contextlib.contextmanager
 def as_in_training(cfg, world, model):
-    """Inside, the model computes as `fit` will let it, and learns nothing. Yields whether it is in float32."""
+    """Inside, the model computes as `fit` will let it, without learning. Yields whether in float32."""
     dtype, _ = choose_dtype(cfg.dtype, world.device)
     model.to(world.device)
     model.use_attention(choose_attention(world.device, model.cfg.sequence_length, cfg.flash_attn)[0])

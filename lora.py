@@ -324,7 +324,8 @@ def files_for(cfg, base, tokenizer, template, stop_ids, data, check):
 
     def write_model(model, folder, merge=False):
         save_trained(model, folder, base, stop_ids, merge)
-        tokenizer.save(folder, model.cfg.sequence_length, template)
+        for place in filter(Path.is_dir, (folder, folder / "adapter")):
+            tokenizer.save(place, model.cfg.sequence_length, template)
         (folder / "data.json").write_text(json.dumps(data, indent=2) + "\n")
 
     def read_model(model, folder):

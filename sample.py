@@ -31,7 +31,8 @@ from typing import Annotated, Literal
 import torch
 
 from configurator import Fraction, PositiveInt, Range, UserError, narrow, run
-from model import KVCache, choose_attention, choose_device, load_model, read_config
+from lora import model_folder, open_model_folder
+from model import KVCache, choose_attention, choose_device
 from tokenizer import Tokenizer, stop_ids
 
 # ----------------------------------------------------------------------------------------------------------
@@ -445,16 +446,15 @@ def choose_dtype(wanted, device):
 
 
 def open_model(folder, device="auto", dtype="auto"):
-    """Returns (Llama ready to generate, Tokenizer) of a model folder; UserError if they are not a pair."""
+    """Returns (Llama ready to generate, Tokenizer) of a model or adapter folder; UserError if not a pair."""
     device = choose_device(device)
-    dtype = choose_dtype(dtype, device)
-    cfg, tokenizer = read_config(folder), Tokenizer.load(folder)
+    model = open_model_folder(folder, device, choose_dtype(dtype, device))
+    cfg, tokenizer = model.cfg, Tokenizer.load(model_folder(folder))
     if cfg.vocab_size != tokenizer.vocab_size:
         raise UserError(
             f"{folder}: the model has {cfg.vocab_size} tokens, its tokenizer {tokenizer.vocab_size}; "
             "they do not belong together"
         )
-    model = load_model(folder, device, dtype)
     model.use_attention(choose_attention(device, cfg.sequence_length, flash_wanted=False)[0])
     return model, tokenizer
 

@@ -2,7 +2,7 @@
 
     python sft.py configs/sft.json --model_path=checkpoints/pretrain/tiny --dataset_path=chats.jsonl
     python sft.py configs/sft.json --model_path=... --dataset_path=... --lora_r=0 --learning_rate=5e-5
-    python sample.py --model_path=checkpoints/sft/final --chat
+    python sample.py --model_path=checkpoints/sft/final --prompt="Why?"
 
 Rows may be prompt/response, alpaca, OpenAI messages or ShareGPT, in JSON, JSON Lines or CSV. Each is rendered
 in the chat template, whose name the resulting folder keeps: later programs ask in no other. A conversation
