@@ -35,7 +35,8 @@ from data import IGNORE, ExampleStream, read_aloud, read_pairs, rows_sha256, spl
 from lora import LoRAConfig, files_for, lora_off, model_folder, open_base
 from model import choose_attention, supervised_hidden, token_nats
 from tokenizer import Tokenizer, render, stop_ids
-from train import LoopConfig, autocast, check_data, check_tokenizer, choose_dtype, fit, open_world, to_device
+from train import LoopConfig, check_data, check_tokenizer, fit
+from world import autocast, choose_dtype, open_world, to_device
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,28 +11,31 @@ supervised tokens of the whole step, so that neither accumulation nor the number
 """
 
 import contextlib
-import ctypes
 import dataclasses
-import errno
 import hashlib
 import json
 import math
 import os
-import random
-import re
 import shutil
 import signal
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
-import safetensors
 import torch
-import torch.distributed as dist
 
+from checkpoint import (
+    FINAL_FILES,
+    checkpoints,
+    find_checkpoint,
+    locked,
+    problem_with,
+    prune,
+    read_tensors,
+    whole_folder,
+    write_tensors,
+)
 from configurator import (
     Fraction,
     NonNegativeFloat,
@@ -43,15 +46,13 @@ from configurator import (
     UserError,
     narrow,
     run,
-    save_config,
 )
-from data import TokenStream, file_sha256, unigram_bits_per_byte
+from data import TokenStream, unigram_bits_per_byte
 from model import (
     KVCache,
     Llama,
     ModelConfig,
     choose_attention,
-    choose_device,
     compile_model,
     flops_per_token,
     load_weights,
@@ -59,8 +60,17 @@ from model import (
     save_model,
 )
 from tokenizer import Tokenizer
-
-FORMAT = 1  # of a checkpoint; a newer one is refused, not guessed at
+from world import (
+    autocast,
+    choose_dtype,
+    memory_used,
+    open_world,
+    peak_flops,
+    rng_state,
+    seed_everything,
+    set_rng_state,
+    to_device,
+)
 
 
 @dataclass(frozen=True)
@@ -121,152 +131,6 @@ FREE_ON_RESUME = {
     # these may move: read_model compares what they hold, see check_data
     *("data_path", "dataset_path", "model_path"),
 }
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The world: ranks, device, precision, random numbers
-
-
-@dataclass(frozen=True)
-class World:
-    """Who this process is among its equals, and the two sums that data parallelism is made of."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    def sum(self, *numbers):
-        """Returns the sums of `numbers` over all ranks in float64, exact for counts. Waits for every rank."""
-        if self.size == 1:
-            return numbers
-        totals = torch.tensor(numbers, dtype=torch.float64)  # on the CPU: no wait for the GPU
-        dist.all_reduce(totals)
-        return totals.tolist()
-
-    def sum_gradients(self, parameters, bucket=1 << 23):
-        """Replaces every gradient by its sum over ranks, in flat buckets of about `bucket` numbers."""
-        if self.size == 1:
-            return
-        group, length = [], 0
-        for p in parameters:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            group.append(p.grad)
-            length += p.grad.numel()
-            if length >= bucket:
-                self._sum_flat(group)
-                group, length = [], 0
-        if group:
-            self._sum_flat(group)
-
-    def _sum_flat(self, tensors):
-        flat = torch.cat([t.flatten() for t in tensors])
-        dist.all_reduce(flat)
-        for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            t.copy_(total.view_as(t))
-
-    def broadcast(self, tensors):
-        """Overwrites `tensors` with rank 0's."""
-        for t in tensors if self.size > 1 else ():
-            dist.broadcast(t.detach(), 0)
-
-    def barrier(self):
-        self.sum(0)
-
-    def say(self, text):
-        if self.rank == 0:
-            print(text, flush=True)
-
-
-@contextlib.contextmanager
-def open_world(cfg):
-    """Yields the World that torchrun's environment describes, or a world of one; tidies up on the way out."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = choose_device(cfg.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if device.type == "cpu":
-        tune_cpu(size)
-    if size > 1:  # numbers that steer the run travel through gloo, gradients through nccl where there is CUDA
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    if cfg.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first CUDA matmul
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = (
-            False  # nothing here reads what it has not written
-        )
-    try:
-        yield World(rank, size, device)
-    except RuntimeError as problem:
-        if size == 1 or not re.search("(?i)gloo|nccl|connection", str(problem)):
-            raise
-        raise UserError(
-            f"rank {rank} lost another rank, whose own message says why ({problem!s:.80})"
-        ) from None
-    finally:
-        if size > 1:
-            dist.destroy_process_group()
-
-
-def cpu_flags():
-    """Returns what the processor can do, as {"avx512_bf16": True, ...}; empty where torch can't tell."""
-    return getattr(torch.cpu, "get_capabilities", dict)()
-
-
-def tune_cpu(ranks=1):
-    """Settings that measurably help on a CPU; none of them changes a result.
-
-    Threads follow the affinity mask, unless OMP_NUM_THREADS says how many; torchrun sets that to 1 unasked.
-    glibc is told to keep big blocks instead of returning them to the kernel at every free: page faults on
-    fresh tensors cost as much as the matmuls that fill them.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
-        torch.set_num_threads(max(1, cores // ranks))
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc only
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-def choose_dtype(wanted, device):
-    """Returns (dtype of matmuls, reason)."""
-    if wanted == "fp16" and device.type != "cuda":
-        raise UserError("dtype=fp16 needs CUDA; use --dtype=bf16 or --dtype=fp32")
-    if wanted != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[wanted], "as asked"
-    if device.type == "cuda":
-        if torch.cuda.get_device_capability(device)[0] >= 8:
-            return torch.bfloat16, "the GPU multiplies bf16 natively"
-        return torch.float16, "the GPU has fp16 units but no bf16"
-    flags = cpu_flags()
-    if flags.get("avx512_bf16") or flags.get("amx_bf16"):
-        return torch.bfloat16, "the CPU multiplies bf16 natively"
-    return torch.float32, f"no 16-bit units on this {device.type}"
-
-
-def seed_everything(seed):
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)  # all devices
-
-
-def rng_state(device):
-    """Returns every global generator's state, in builtins and tensors: weights_only=True reads no more."""
-    kind, keys, *rest = np.random.get_state()
-    state = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
-    state["torch"] = torch.get_rng_state()
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_rng_state(state, device):
-    random.setstate(state["python"])
-    np.random.set_state(tuple(state["numpy"]))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -349,131 +213,7 @@ class Clock:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Checkpoints: written beside, hashed, renamed into place; verified before anything is read
-
-
-def fsync(path):
-    """Forces a file or folder to the disk, where the system can."""
-    with contextlib.suppress(OSError):  # Windows opens no folders
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def seal(folder):
-    """Writes manifest.json, last of all: name, size and sha256 of every file in `folder`."""
-    entries = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        fsync(path)
-        size, digest = path.stat().st_size, file_sha256(path)
-        entries[path.relative_to(folder).as_posix()] = {"bytes": size, "sha256": digest}
-    (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1) + "\n")
-    for path in (folder / "manifest.json", *(p for p in folder.iterdir() if p.is_dir()), folder):
-        fsync(path)
-
-
-WEIGHTS = {"model.safetensors", "adapter_model.safetensors"}  # one of them
-FINAL_FILES = {"run.json"}
-CHECKPOINT_FILES = FINAL_FILES | {"train_state/state.pt", "train_state/rng_00000.pt"}
-
-
-def problem_with(folder, needed=CHECKPOINT_FILES):
-    """Returns None if `folder` is sound and lists the files `needed`, else what is wrong with it."""
-    if not folder.is_dir():
-        return "no such folder"
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        if manifest["format"] != FORMAT:
-            return f"format {manifest['format']!r:.40}, this program reads {FORMAT}"
-        files = {k: (int(entry["bytes"]), str(entry["sha256"])) for k, entry in manifest["files"].items()}
-        if not (files.keys() >= needed and files.keys() & WEIGHTS):
-            return "manifest.json does not list a whole checkpoint"
-        problems = (problem_with_file(folder, name, *expected) for name, expected in files.items())
-        return next(filter(None, problems), None)
-    except FileNotFoundError:
-        return "no manifest.json: it was never finished"
-    except OSError as problem:
-        return f"not readable ({problem.strerror})"
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return "manifest.json is not readable"
-
-
-def problem_with_file(folder, name, size, digest):
-    path = folder / name
-    if ".." in Path(name).parts or Path(name).is_absolute():
-        return f"illegal file name {name!r} in manifest.json"
-    if not path.is_file():
-        return f"{name} is missing"
-    if path.stat().st_size != size:
-        return f"{name} has {path.stat().st_size} bytes, expected {size}"
-    found = file_sha256(path)
-    if found != digest:
-        return f"{name}: checksum mismatch (expected {digest[:8]}.., got {found[:8]}..)"
-    return None
-
-
-def step_of(folder):
-    return int(folder.name.removeprefix("step_"))
-
-
-def checkpoints(output_dir):
-    """Returns the step_* folders of `output_dir`, newest first by number: step_10000 before step_2000."""
-    found = [p for p in Path(output_dir).glob("step_*") if p.name[5:].isdecimal() and p.is_dir()]
-    return sorted(found, key=step_of, reverse=True)
-
-
-def find_checkpoint(cfg, say):
-    """Returns the folder to resume from, None for a fresh start; UserError rather than a silent restart."""
-    wanted, there = cfg.resume_from_checkpoint, checkpoints(cfg.output_dir)
-    finished = (Path(cfg.output_dir) / "final").exists()
-    if wanted is None:
-        if there or finished:
-            raise UserError(
-                f"{cfg.output_dir} already holds a run; continue it with --resume_from_checkpoint=auto, "
-                "or choose another --output_dir"
-            )
-        return None
-    if wanted != "auto":
-        folder = Path(wanted)
-        problem = problem_with(folder)
-        if problem:
-            raise UserError(f"{wanted}: not a sound checkpoint: {problem}")
-        if (there or finished) and not (there and there[0].samefile(folder)):
-            newest = there[0].name if there else "final"  # a later auto would go on from there, not from here
-            raise UserError(f"{cfg.output_dir} already holds {newest}; choose another --output_dir")
-        return folder
-    bad = []
-    for folder in there:
-        problem = problem_with(folder)
-        if problem is None:
-            for line in bad:
-                say(f"warning: {line}; going back to {folder.name}")
-            return folder
-        bad.append(f"{folder.name}: {problem}")
-    if bad or finished:
-        why = "; ".join(bad) or "only final/ is there"
-        raise UserError(f"{cfg.output_dir}: no sound checkpoint to resume from: {why}")
-    return None
-
-
-def write_tensors(value, path):
-    """Writes tensors and builtins; OSError where the disk does not take them."""
-    try:
-        torch.save(value, path)
-    except RuntimeError as problem:  # so torch says it: "unexpected pos 64 vs 0", "iostream error"
-        raise OSError(errno.EIO, f"disk full or failing: {problem!s:.60}") from None
-
-
-def read_tensors(path):
-    """Returns what torch.save wrote to `path`; only tensors and builtins are ever loaded."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as problem:  # torch raises six different types for a foreign file
-        culprit = re.search(r"GLOBAL (\S+)", str(problem))  # the code that a pickle wanted to run
-        what = f"contains {culprit[1]}" if culprit else f"{problem!r:.200}".splitlines()[0]
-        raise UserError(f"{path}: {what}: refused, not a plain checkpoint file") from None
+# The state of a training
 
 
 def check_same_run(cfg, world, folder):
@@ -496,34 +236,6 @@ def check_same_run(cfg, world, folder):
     if changed and not cfg.allow_config_change:
         each = [f"{k} was {json.dumps(then.get(k))}, now {json.dumps(now[k])}" for k in changed[:5]]
         raise UserError(f"{folder}: made with {', '.join(each)}; --allow_config_change accepts it")
-
-
-@contextlib.contextmanager
-def whole_folder(folder, cfg, world):
-    """Yields a hidden folder to fill; with run.json and a manifest it becomes `folder`: all or nothing.
-
-    Every rank must enter. A `folder` of that name is replaced: find_checkpoint found it broken, or it is this
-    very step's. UserError where the disk does not take it; then nothing of it is left.
-    """
-    tmp = folder.with_name(f".tmp-{folder.name}")
-    try:
-        if world.rank == 0:
-            shutil.rmtree(tmp, ignore_errors=True)
-            tmp.mkdir()
-        world.barrier()
-        yield tmp
-        world.barrier()
-        if world.rank == 0:
-            write_run_json(cfg, world, tmp)
-            seal(tmp)
-            remove(folder)
-            os.rename(tmp, folder)
-            fsync(folder.parent)
-        world.barrier()
-    except (OSError, safetensors.SafetensorError) as problem:
-        shutil.rmtree(tmp, ignore_errors=True)
-        why = getattr(problem, "strerror", None) or problem
-        raise UserError(f"{folder}: not written ({why}); earlier checkpoints are untouched") from None
 
 
 class State:
@@ -572,7 +284,7 @@ class State:
             )
 
     def save(self, folder, cfg, world, write_model):
-        """Writes this state as checkpoint `folder`: all of it or nothing. Every rank must call it."""
+        """Writes this state as checkpoint `folder`, whole or not at all, then prunes. Every rank calls it."""
         self.check_space(folder.parent)
         with whole_folder(folder, cfg, world) as tmp:
             own = tmp / "train_state"
@@ -583,6 +295,8 @@ class State:
                 state = self.counters() | {"scaler": self.scaler.state_dict()}
                 state["optimizers"] = [o.state_dict() for o in self.optimizers]
                 write_tensors(state, own / "state.pt")
+        if world.rank == 0:
+            prune(folder.parent, cfg.keep_last, self)
 
     def load(self, folder, world):
         """Restores optimizers, scaler, counters and this rank's random numbers, but not the weights."""
@@ -634,60 +348,6 @@ def load_optimizer(optimizer, saved):
                 raise ValueError(f"{name} is {tuple(tensor.shape)}, the parameter {tuple(p.shape)}")
 
 
-def write_run_json(cfg, world, folder):
-    """Writes the resolved configuration, itself a preset: `train.py FOLDER/run.json` runs it from step 0."""
-    asked = {"resume_from_checkpoint": None, "allow_config_change": False, "allow_world_size_change": False}
-    save_config(dataclasses.replace(cfg, **asked), folder / "run.json")
-    values = json.loads((folder / "run.json").read_text()) | {"_world_size": world.size}
-    (folder / "run.json").write_text(json.dumps(values, indent=2) + "\n")
-
-
-def remove(folder):
-    """Deletes a checkpoint, manifest first: half a deletion must not look like a whole checkpoint."""
-    with contextlib.suppress(FileNotFoundError):
-        (folder / "manifest.json").unlink()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def prune(output_dir, keep, state):
-    """Deletes all but the best and the last `keep` checkpoints up to now; a later one is broken: no count."""
-    for folder in [p for p in checkpoints(output_dir) if step_of(p) <= state.step][keep:]:
-        if step_of(folder) != state.best_step:
-            remove(folder)
-
-
-@contextlib.contextmanager
-def locked(output_dir, world):
-    """Holds `output_dir` for this run; UserError naming the process that already does."""
-    folder = Path(output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / "run.lock", "a+") if world.rank == 0 else None  # noqa: SIM115 - held while we train
-    except OSError as problem:
-        raise UserError(f"output_dir {output_dir}: {problem.strerror}; choose another --output_dir") from None
-    if handle:
-        try:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows: no advisory locks, no protection
-            pass
-        except OSError:
-            handle.seek(0)
-            raise UserError(f"{output_dir} is in use by process {handle.read().strip()}") from None
-        handle.seek(0)
-        handle.truncate()
-        handle.write(f"{os.getpid()}\n")
-        handle.flush()
-        for leftover in (*folder.glob(".tmp-step_*"), folder / ".tmp-final"):
-            shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        yield
-    finally:
-        if handle:
-            handle.close()
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Signals and the log
 
@@ -708,29 +368,6 @@ class StopSignals:
     def __exit__(self, *_):
         for s, handler in self.old.items():
             signal.signal(s, handler)
-
-
-# dense bf16 FLOP/s by datasheet, for model FLOPs utilization
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165.2e12}
-PEAK_FLOPS |= {"RTX 3090": 71e12}
-
-
-def peak_flops(device):
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)
-
-
-def memory_used(device):
-    """Returns the peak memory in bytes so far: of the device where it has its own, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-    except ImportError:  # Windows
-        return 0
 
 
 class Log:
@@ -769,8 +406,10 @@ class Log:
             except OSError as problem:
                 raise UserError(f"{self.path}: could not be written ({problem.strerror})") from None
 
-    def step(self, state, clock, loss, stats, lr, norm):
-        """Logs one optimizer step; tokens per second are those since the last line."""
+    def step(self, state, clock, shares, lr, norm):
+        """Logs one optimizer step, `shares` summed over ranks; tokens per second since the last line."""
+        loss, *others = self.world.sum(*(share.item() for share in shares.values()))
+        stats = dict(zip([*shares][1:], others, strict=True))
         (then, tokens), now = self.mark, time.monotonic()
         rate = (state.tokens - tokens) / max(1e-9, now - then)
         self.mark = (now, state.tokens)
@@ -836,8 +475,6 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
 
         def checkpoint():
             state.save(output / f"step_{state.step:06d}", cfg, world, write_model)
-            if world.rank == 0:
-                prune(output, cfg.keep_last, state)
 
         while True:
             batches = [loader.batch(state.step, m, world.rank, accumulation) for m in range(accumulation)]
@@ -857,8 +494,7 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
             check_applied(cfg, state, norm, count, log)
 
             if state.step % cfg.logging_steps == 0 or state.step == 1:
-                loss, *stats = world.sum(*(share.item() for share in sums.values()))
-                log.step(state, clock, loss, dict(zip([*sums][1:], stats)), lr, norm)
+                log.step(state, clock, sums, lr, norm)
             if state.step % cfg.eval_steps == 0:
                 metrics = evaluate(cfg, state, validate, dtype, world, log)
             if state.step % cfg.save_steps == 0 or state.step == state.best_step:
@@ -908,18 +544,6 @@ def resume(cfg, state, world, read_model):
     if world.rank == 0:
         prune(cfg.output_dir, cfg.keep_last, state)  # what a kill left undone
     world.say(f"resumed from {folder} at step {state.step:,}")
-
-
-def autocast(device, dtype):
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-
-def to_device(batch, device):
-    """Returns the batch's arrays as tensors on `device`, copied while the GPU works; counts stay behind."""
-    tensors = {k: torch.from_numpy(v) for k, v in batch.items() if isinstance(v, np.ndarray)}
-    if device.type == "cuda":
-        return {k: v.pin_memory().to(device, non_blocking=True) for k, v in tensors.items()}
-    return {k: v.to(device) for k, v in tensors.items()}
 
 
 def forward_backward(state, batches, loss_fn, count, device, dtype):

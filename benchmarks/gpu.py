@@ -39,16 +39,8 @@ from model import (
     next_token_loss,
     save_model,
 )
-from train import (
-    PretrainConfig,
-    State,
-    World,
-    autocast,
-    choose_dtype,
-    forward_backward,
-    seed_everything,
-    tune_cpu,
-)
+from train import PretrainConfig, State, forward_backward
+from world import World, autocast, choose_dtype, seed_everything, tune_cpu
 
 PEAK = 989e12
 ITEMS = [
@@ -397,7 +389,8 @@ def run_item(item, small):
     name, *options = item.split(":")
     if choose_device("auto").type == "cpu":
         tune_cpu()
-    return globals()[name](small, *options)
+    kinds = (floors, exact, determinism, train, hf, decode, hfdecode)
+    return {kind.__name__: kind for kind in kinds}[name](small, *options)
 
 
 def main():

@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import train
+import checkpoint
+import world
+from checkpoint import checkpoints, problem_with, seal
 from tests.runs import ONE_THREAD, PATIENCE, ROOT, begin, differences, losses, names, refused, words
 from tests.runs import train_to_end as trained
-from train import checkpoints, problem_with, seal
 
 pytestmark = pytest.mark.usefixtures("forks")
 
@@ -112,7 +113,7 @@ def tear(name, path, finish):
 PLACES = {
     "mkdir": (os, "mkdir"),
     "save": (torch, "save"),
-    "seal": (train, "seal"),
+    "seal": (checkpoint, "seal"),
     "write_text": (Path, "write_text"),
     "rename": (os, "rename"),
     "unlink": (os, "unlink"),
@@ -420,13 +421,13 @@ def test_a_signal_before_the_first_step_saves_that_too(tmp_path, knobs, straight
 
 
 def signalled_early():
-    broadcast = train.World.broadcast
+    broadcast = world.World.broadcast
 
     def patched(self, tensors):
         os.kill(os.getpid(), signal.SIGTERM)
         broadcast(self, tensors)
 
-    train.World.broadcast = patched
+    world.World.broadcast = patched
 
 
 def interrupted_while_saving():

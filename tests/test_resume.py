@@ -8,12 +8,12 @@ import shutil
 import pytest
 import torch
 
+from checkpoint import problem_with, seal
 from data import TokenStream
 from model import next_token_loss
 from tests.conftest import prepare_dataset
 from tests.runs import Run, begin, differences, fitting, losses, names, records, refused
 from tests.runs import train_to_end as trained
-from train import problem_with, seal
 
 pytestmark = pytest.mark.usefixtures("forks")
 

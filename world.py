@@ -1,0 +1,197 @@
+"""The machine a training runs on: ranks and their two sums, device, precision, random numbers.
+
+Data parallelism by hand: weights are broadcast once and gradients summed every step, so there is no wrapper
+around the model and no prefix on any name.
+"""
+
+import contextlib
+import ctypes
+import os
+import random
+import re
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from configurator import UserError
+from model import choose_device
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is among its equals, and the two sums that data parallelism is made of."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def sum(self, *numbers):
+        """Returns the sums of `numbers` over all ranks in float64, exact for counts. Waits for every rank."""
+        if self.size == 1:
+            return numbers
+        totals = torch.tensor(numbers, dtype=torch.float64)  # on the CPU: no wait for the GPU
+        dist.all_reduce(totals)
+        return totals.tolist()
+
+    def sum_gradients(self, parameters, bucket=1 << 23):
+        """Replaces every gradient by its sum over ranks, in flat buckets of about `bucket` numbers."""
+        if self.size == 1:
+            return
+        group, length = [], 0
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            group.append(p.grad)
+            length += p.grad.numel()
+            if length >= bucket:
+                self._sum_flat(group)
+                group, length = [], 0
+        if group:
+            self._sum_flat(group)
+
+    def _sum_flat(self, tensors):
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            t.copy_(total.view_as(t))
+
+    def broadcast(self, tensors):
+        """Overwrites `tensors` with rank 0's."""
+        for t in tensors if self.size > 1 else ():
+            dist.broadcast(t.detach(), 0)
+
+    def barrier(self):
+        self.sum(0)
+
+    def say(self, text):
+        if self.rank == 0:
+            print(text, flush=True)
+
+
+@contextlib.contextmanager
+def open_world(cfg):
+    """Yields the World that torchrun's environment describes, or a world of one; tidies up on the way out."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = choose_device(cfg.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if device.type == "cpu":
+        tune_cpu(size)
+    if size > 1:  # numbers that steer the run travel through gloo, gradients through nccl where there is CUDA
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first CUDA matmul
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = (
+            False  # nothing here reads what it has not written
+        )
+    try:
+        yield World(rank, size, device)
+    except RuntimeError as problem:
+        if size == 1 or not re.search("(?i)gloo|nccl|connection", str(problem)):
+            raise
+        raise UserError(
+            f"rank {rank} lost another rank, whose own message says why ({problem!s:.80})"
+        ) from None
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
+
+
+def cpu_flags():
+    """Returns what the processor can do, as {"avx512_bf16": True, ...}; empty where torch can't tell."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
+def tune_cpu(ranks=1):
+    """Settings that measurably help on a CPU; none of them changes a result.
+
+    Threads follow the affinity mask, unless OMP_NUM_THREADS says how many; torchrun sets that to 1 unasked.
+    glibc is told to keep big blocks instead of returning them to the kernel at every free: page faults on
+    fresh tensors cost as much as the matmuls that fill them.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        torch.set_num_threads(max(1, cores // ranks))
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc only
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def choose_dtype(wanted, device):
+    """Returns (dtype of matmuls, reason)."""
+    if wanted == "fp16" and device.type != "cuda":
+        raise UserError("dtype=fp16 needs CUDA; use --dtype=bf16 or --dtype=fp32")
+    if wanted != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[wanted], "as asked"
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device)[0] >= 8:
+            return torch.bfloat16, "the GPU multiplies bf16 natively"
+        return torch.float16, "the GPU has fp16 units but no bf16"
+    flags = cpu_flags()
+    if flags.get("avx512_bf16") or flags.get("amx_bf16"):
+        return torch.bfloat16, "the CPU multiplies bf16 natively"
+    return torch.float32, f"no 16-bit units on this {device.type}"
+
+
+def seed_everything(seed):
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)  # all devices
+
+
+def rng_state(device):
+    """Returns every global generator's state, in builtins and tensors: weights_only=True reads no more."""
+    kind, keys, *rest = np.random.get_state()
+    state = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
+    state["torch"] = torch.get_rng_state()
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state, device):
+    random.setstate(state["python"])
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+# dense bf16 FLOP/s by datasheet, for model FLOPs utilization
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165.2e12}
+PEAK_FLOPS |= {"RTX 3090": 71e12}
+
+
+def peak_flops(device):
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)
+
+
+def memory_used(device):
+    """Returns the peak memory in bytes so far: of the device where it has its own, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    except ImportError:  # Windows
+        return 0
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def to_device(batch, device):
+    """Returns the batch's arrays as tensors on `device`, copied while the GPU works; counts stay behind."""
+    tensors = {k: torch.from_numpy(v) for k, v in batch.items() if isinstance(v, np.ndarray)}
+    if device.type == "cuda":
+        return {k: v.pin_memory().to(device, non_blocking=True) for k, v in tensors.items()}
+    return {k: v.to(device) for k, v in tensors.items()}
