@@ -1,4 +1,4 @@
-"""Folders that are whole or absent: written beside, hashed, renamed into place; verified before they are read.
+"""Folders that are whole or absent: written beside, hashed, renamed into place; verified before being read.
 
 A checkpoint is a model folder with `train_state/`, `run.json` (the configuration, itself a preset) and
 `manifest.json` (size and sha256 of every file), which is written last and deleted first. What a model or an

@@ -368,7 +368,7 @@ def read_aloud(read, path, say):
 
 
 def split_rows(rows, ratio, key):
-    """Split rows into (the rest, a share of about `ratio`) by the hash of row[key]: equal ones stay together."""
+    """Split rows into (the rest, about `ratio` of them) by the hash of row[key]: equal ones stay together."""
     sides = [], []
     for row in rows:
         sides[hash_fraction(json.dumps(row[key], ensure_ascii=False)) < ratio].append(row)
