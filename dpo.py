@@ -213,7 +213,7 @@ def make_pairs(rows, purpose, tokenizer, template, length, say):
     An answer that does not fit into `length` positions loses its end. A pair is dropped if nothing of an
     answer is left, or if nothing distinguishes the two.
     """
-    pairs, cut, equal = [], 0, 0
+    pairs, cut, equal, late = [], 0, 0, 0
     for row in rows:
         prompt, _ = render(tokenizer, row["prompt"], template, add_generation_prompt=True)
         sides, longest = [], 0
@@ -223,14 +223,15 @@ def make_pairs(rows, purpose, tokenizer, template, length, say):
             mask[: len(prompt)] = 0  # earlier answers are part of the prompt
             longest = max(longest, len(ids))
             sides.append((ids[: length + 1], mask[: length + 1]))
-        if np.array_equal(sides[0][0], sides[1][0]):
+        if not (sides[0][1].any() and sides[1][1].any()):
+            late += 1
+        elif np.array_equal(sides[0][0], sides[1][0]):
             equal += 1
-        elif sides[0][1].any() and sides[1][1].any():
+        else:
             pairs.append(Pair(*sides))
             cut += longest > length + 1
-    dropped = len(rows) - len(pairs) - equal
     say(f"{len(pairs):,} pairs {purpose}, {cut:,} cut to {length} positions; dropped: {equal:,} with equal "
-        f"answers, {dropped:,} whose answer begins beyond")  # fmt: skip
+        f"answers, {late:,} whose answer begins beyond")  # fmt: skip
     return pairs
 
 

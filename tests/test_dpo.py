@@ -1,0 +1,402 @@
+"""dpo.py: losses against tables and trl, pairs, the reference, whole runs."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+import dpo
+from configurator import UserError, configure
+from lora import adapters, add_lora, lora_off, open_model_folder
+from model import load_model, next_token_loss
+from tests.align import begin, finished, make_base, refused, write_rows
+from tests.runs import records
+from tokenizer import Tokenizer, render
+
+SAID = [
+    ("why not?", "because 7", "no!"),
+    ("who jumps?", "the fox", "a dog"),
+    ("over what?", "a lazy dog", "once"),
+    ("when?", "once upon a time", "why not"),
+    ("is it brown?", "quick brown fox", "there was one"),
+    ("time?", "upon a time", "asked"),
+    ("lazy?", "over a lazy dog", "jumps"),
+    ("one?", "who asked", "the"),
+]
+ROWS = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in SAID]
+MESSAGES = [
+    {"prompt": [{"role": "user", "content": p}], "chosen": [{"role": "assistant", "content": c}],
+     "rejected": [{"role": "assistant", "content": r}]} for p, c, r in SAID
+]  # fmt: skip
+NAMES = {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen"}
+NAMES |= {"logps/rejected"}
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, tiny_tokenizer):
+    return make_base(tmp_path_factory.mktemp("dpo") / "base", tiny_tokenizer, "chatml")
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("dpo_rows") / "pairs.jsonl", ROWS)
+
+
+def config(**knobs):
+    return dataclasses.replace(configure(dpo.DPOConfig, ["--model_path=a", "--dataset_path=b"]), **knobs)
+
+
+def made(tokenizer, length=64, rows=MESSAGES, template="chatml", say=lambda line: None):
+    return dpo.make_pairs(rows, "here", tokenizer, template, length, say)
+
+
+def tensors(batch):
+    return {k: torch.from_numpy(v) for k, v in batch.items() if isinstance(v, np.ndarray)}
+
+
+# ---- the losses, by hand: beta h = 0, 1, -2 at beta 0.5
+
+
+@pytest.mark.parametrize(
+    ("smoothing", "expected"),
+    [
+        (0.0, [0.693147, 0.313262, 2.126928]),  # ln 2, ln(1 + 1/e), ln(1 + e^2)
+        (
+            0.1,
+            [0.693147, 0.413262, 1.926928],
+        ),  # each further by 0.1 of beta h: ln(1 + e^x) = x + ln(1 + e^-x)
+        (0.5, [0.693147, 0.813262, 1.126928]),
+    ],
+)
+def test_sigmoid_loss_against_a_table(smoothing, expected):
+    loss = dpo.sigmoid_loss(torch.tensor([0.0, 2.0, -4.0]), 0.5, smoothing)
+    torch.testing.assert_close(loss, torch.tensor(expected), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("tau", "expected"),
+    [(0.5, [1.0, 0.0, 4.0, 0.25]), (0.1, [25.0, 16.0, 36.0, 20.25]), (1.0, [0.25, 0.25, 2.25, 0])],
+)
+def test_ipo_loss_against_a_table(tau, expected):
+    loss = dpo.ipo_loss(torch.tensor([0.0, 1.0, -1.0, 0.5]), tau)
+    torch.testing.assert_close(loss, torch.tensor(expected))
+
+
+def test_the_gradient_is_equation_7s():
+    """d loss / d h = - beta sigmoid(- beta h), what the paper's section 4 weighs an example by."""
+    h = torch.tensor([0.0, 3.0, -5.0], requires_grad=True)
+    dpo.sigmoid_loss(h, 0.2).sum().backward()
+    torch.testing.assert_close(h.grad, -0.2 * torch.sigmoid(-0.2 * h.detach()))
+
+
+# ---- pairs and their log-probabilities
+
+
+@pytest.mark.parametrize("template", ["chatml", "instruct", "chat"])
+def test_prompts_are_those_of_sft_and_answers_the_rest(tiny_tokenizer, template):
+    for pair, row in zip(made(tiny_tokenizer, template=template), MESSAGES):
+        prompt, _ = render(tiny_tokenizer, row["prompt"], template, add_generation_prompt=True)
+        for (ids, mask), side in ((pair.chosen, "chosen"), (pair.rejected, "rejected")):
+            whole, supervised = render(tiny_tokenizer, row["prompt"] + row[side], template)
+            assert ids.tolist() == whole
+            assert mask.tolist() == supervised == [0] * len(prompt) + [1] * (len(whole) - len(prompt))
+
+
+def test_earlier_answers_are_prompt(tiny_tokenizer):
+    row = MESSAGES[0] | {"prompt": MESSAGES[1]["prompt"] + MESSAGES[1]["chosen"] + MESSAGES[0]["prompt"]}
+    (pair,) = made(tiny_tokenizer, rows=[row])
+    assert tiny_tokenizer.decode(pair.chosen[0][pair.chosen[1] == 1].tolist()).strip() == "because 7"
+
+
+def test_pairs_that_say_nothing_are_dropped_and_counted(tiny_tokenizer):
+    def answer(text):
+        return [{"role": "assistant", "content": text}]
+
+    said, question = [], [{"role": "user", "content": "why?"}]
+    rows = [
+        {"prompt": question, "chosen": answer("7"), "rejected": answer("7 ")},
+        {"prompt": question, "chosen": answer("because " * 20), "rejected": answer("because " * 20 + "7")},
+        {"prompt": question, "chosen": answer("because " * 20), "rejected": answer("7")},
+        {
+            "prompt": [{"role": "user", "content": "why? " * 30}],
+            "chosen": answer("a"),
+            "rejected": answer("b"),
+        },
+    ]
+    (pair,) = made(tiny_tokenizer, 40, rows, say=said.append)
+    assert len(pair.chosen[0]) == 41
+    assert said == [
+        "1 pairs here, 1 cut to 40 positions; dropped: 2 with equal answers, 1 whose answer begins beyond"
+    ]
+
+
+def test_log_probabilities_are_those_of_the_plain_computation(base, tiny_tokenizer):
+    model, batch = load_model(base), dpo.pair_rows(made(tiny_tokenizer), 64, 0)
+    assert batch["count"] == 8
+    found, tokens = dpo.answer_log_probs(model, tensors(batch))
+    pairs = made(tiny_tokenizer)
+    for row, (ids, mask) in enumerate([p.chosen for p in pairs] + [p.rejected for p in pairs]):
+        with torch.no_grad():
+            log_p = model(torch.tensor(ids)[None]).log_softmax(-1)[0]
+        expected = sum(log_p[t - 1, ids[t]].item() for t in range(len(ids)) if mask[t])
+        assert found[row].item() == pytest.approx(expected, abs=1e-4)
+        assert tokens[row] == mask.sum()
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+@pytest.mark.parametrize("precomputed", [False, True])
+def test_it_begins_at_ln_2_with_no_margin_and_only_the_adapter_learns(
+    base, tiny_tokenizer, loss, precomputed
+):
+    model = add_lora(load_model(base), 4, 8).train()
+    pairs, cfg = made(tiny_tokenizer), config(loss=loss, beta=0.25)
+    if precomputed:
+        with torch.no_grad(), lora_off(model):
+            known, _ = dpo.answer_log_probs(model, tensors(dpo.pair_rows(pairs, 64, 0)))
+        pairs = [p._replace(reference=tuple(v)) for p, v in zip(pairs, known.view(2, -1).T.tolist())]
+    total, metrics = dpo.preference_loss(cfg)(model, tensors(dpo.pair_rows(pairs, 64, 0)))
+    assert total.item() / 8 == pytest.approx(math.log(2) if loss == "sigmoid" else 4.0, abs=1e-5)
+    assert metrics["rewards/margins"].item() == pytest.approx(0, abs=1e-4)
+    assert set(metrics) == NAMES
+    total.backward()
+    learning = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert learning == {f"{name}.lora_B.weight" for name in adapters(model)}  # A waits for B to leave zero
+
+
+def test_full_fine_tuning_has_the_gradient_of_the_plain_computation(base, tiny_tokenizer):
+    pairs = [p._replace(reference=(-9.0, -8.0)) for p in made(tiny_tokenizer)[:3]]
+    batch, grads = tensors(dpo.pair_rows(pairs, 64, 0)), []
+    model = load_model(base)
+    dpo.preference_loss(config())(model, batch)[0].backward()
+    grads.append([p.grad for p in model.parameters()])
+    model = load_model(base)
+    total = []
+    for (ids, mask), reference in [(p.chosen, -9.0) for p in pairs] + [(p.rejected, -8.0) for p in pairs]:
+        log_p = model(torch.tensor(ids)[None]).log_softmax(-1)[0, :-1]
+        picked = log_p.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        total.append((picked * torch.tensor(mask[1:])).sum() - reference)
+    chosen, rejected = torch.stack(total).chunk(2)
+    dpo.sigmoid_loss(chosen - rejected, 0.1).sum().backward()
+    for one, other in zip(grads[0], (p.grad for p in model.parameters())):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+# ---- trl
+
+
+def trl_metrics(policy, reference, tokenizer_folder, output, **knobs):
+    """What trl's own trainer makes of MESSAGES: (loss, metrics, the batch), by its own tokenization."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    transformers = pytest.importorskip("transformers")
+    settings = {"report_to": "none", "use_cpu": True, "bf16": False, "max_steps": 1, "beta": 0.3}
+    settings |= {"per_device_train_batch_size": 8, "gradient_checkpointing": False, "output_dir": str(output)}
+    trainer = trl.DPOTrainer(
+        transformers.LlamaForCausalLM.from_pretrained(policy),
+        ref_model=transformers.LlamaForCausalLM.from_pretrained(reference),
+        args=trl.DPOConfig(**settings, **knobs),
+        train_dataset=datasets.Dataset.from_list(MESSAGES),
+        processing_class=transformers.AutoTokenizer.from_pretrained(tokenizer_folder),
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.eval()
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model, batch)
+    return loss.item(), {k: v[0] for k, v in trainer._metrics["eval"].items()}, batch
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+def test_trl_computes_the_same_loss_and_metrics(tmp_path, base, tiny_tokenizer, loss):
+    other = make_base(tmp_path / "other", tiny_tokenizer, "chatml", seed=5)
+    expected, metrics, batch = trl_metrics(other, base, base, tmp_path / "trl", loss_type=loss)
+    model, reference = load_model(other), load_model(base)
+    pairs = made(tiny_tokenizer)
+    with torch.no_grad():
+        known, _ = dpo.answer_log_probs(reference, tensors(dpo.pair_rows(pairs, 64, 0)))
+        pairs = [p._replace(reference=tuple(v)) for p, v in zip(pairs, known.view(2, -1).T.tolist())]
+        total, ours = dpo.preference_loss(config(loss=loss, beta=0.3))(
+            model, tensors(dpo.pair_rows(pairs, 64, 0))
+        )
+    assert total.item() / 8 == pytest.approx(expected, rel=1e-5)
+    for name in NAMES:
+        assert ours[name].item() / 8 == pytest.approx(metrics[name], rel=1e-5, abs=1e-5)
+    rows = {
+        tuple(row[: int(mask.sum())])
+        for row, mask in zip(batch["input_ids"].tolist(), batch["attention_mask"])
+    }
+    assert rows == {tuple(ids.tolist()) for pair in pairs for ids, _ in (pair.chosen, pair.rejected)}
+
+
+def test_the_same_numbers_without_trl(base, tiny_tokenizer):
+    """Golden: policy and reference are one model, the answers' own numbers hand-set."""
+    policy = torch.tensor([-10.0, -20.0, -12.0, -18.0])  # chosen, chosen, rejected, rejected
+    gain = torch.tensor([2.0, -1.0, -1.0, 1.0])
+    metrics = {name: value.item() for name, value in dpo.metrics_of(policy, 0.5 * gain).items()}
+    assert metrics == {
+        "rewards/chosen": 0.5, "rewards/rejected": 0.0, "rewards/accuracies": 1.0, "rewards/margins": 0.5,
+        "logps/chosen": -30.0, "logps/rejected": -30.0,
+    }  # fmt: skip
+
+
+# ---- whole runs
+
+
+@pytest.mark.usefixtures("forks")
+@pytest.mark.parametrize(
+    "knobs", [{}, {"loss": "ipo", "precompute_ref": False}, {"lora_r": 0, "learning_rate": 0.001}],
+    ids=["sigmoid", "ipo", "full"],
+)  # fmt: skip
+def test_eight_preferences_are_learned(tmp_path, base, pairs, knobs):
+    before = (base / "model.safetensors").read_bytes()
+    knobs = {"lora_r": 16, "max_steps": 24, "eval_steps": 24, "batch_size": 8} | knobs
+    out = finished("dpo", tmp_path / "out", model_path=base, dataset_path=pairs, val_path=pairs, **knobs)
+    log, lines = (tmp_path / "out.log").read_text(), records(out)
+    start = 25.0 if knobs.get("loss") == "ipo" else math.log(2)
+    assert f"policy and reference begin as one: loss {start:.4f}, margin" in log
+    assert lines[0]["loss"] == pytest.approx(start, rel=1e-4)
+    assert set(lines[0]) >= NAMES
+    assert lines[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    assert lines[-1]["val_rewards/accuracies"] == 1.0
+    assert lines[-1]["val_loss"] < 0.8 * start
+    assert set(lines[-1]) >= {f"val_{name}" for name in NAMES}
+    assert (base / "model.safetensors").read_bytes() == before  # the reference is untouched
+    assert Tokenizer.load(out / "final").template == "chatml"
+    open_model_folder(out)
+
+
+@pytest.mark.usefixtures("forks")
+@pytest.mark.parametrize(
+    "knobs", [{}, {"precompute_ref": False}, {"lora_r": 0}], ids=["known", "off", "full"]
+)
+def test_a_run_in_two_parts_is_the_run(tmp_path, base, pairs, knobs):
+    knobs = {"model_path": base, "dataset_path": pairs, "val_path": pairs} | knobs
+    whole = finished("dpo", tmp_path / "whole", **knobs)
+    assert begin("dpo", tmp_path / "parts", before=die_after_four, **knobs).wait() == [9]
+    parts = finished("dpo", tmp_path / "parts", resume_from_checkpoint="auto", **knobs)
+    for path in whole.rglob("*.safetensors"):
+        assert path.read_bytes() == (parts / path.relative_to(whole)).read_bytes()
+    measured = ("tokens_per_second", "memory")
+    a, b = (
+        [{k: v for k, v in r.items() if k not in measured} for r in records(out)] for out in (whole, parts)
+    )
+    assert a == b
+
+
+def die_after_four():
+    """Ends the process as a kill would, right after the checkpoint of step 4."""
+    import os
+
+    import train
+
+    save = train.State.save
+
+    def save_and_die(self, *args):
+        save(self, *args)
+        if self.step == 4:
+            os._exit(9)
+
+    train.State.save = save_and_die
+
+
+@pytest.mark.usefixtures("forks")
+def test_two_ranks_are_one(tmp_path, base, pairs):
+    knobs = {"model_path": base, "dataset_path": pairs, "val_path": pairs}
+    one = finished("dpo", tmp_path / "one", batch_size=4, **knobs)
+    two = finished("dpo", tmp_path / "two", ranks=2, **knobs)
+    for a, b in zip(records(one), records(two), strict=True):
+        for key in ("loss", "tokens", "logps/chosen", "val_loss", "val_rewards/margins"):
+            assert a.get(key, 0) == pytest.approx(b.get(key, 0), rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.usefixtures("forks")
+def test_the_reference_is_the_sft_policy_and_not_its_base(tmp_path, base, pairs):
+    """DPO on an SFT adapter folder: the adapter is merged first, the new one is named after that folder."""
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": p, "response": c} for p, c, _ in SAID])
+    knobs = {"model_path": base, "dataset_path": rows, "val_ratio": 0, "max_steps": 4, "merge": False}
+    policy = finished("sft", tmp_path / "sft", **knobs)
+    knobs |= {"model_path": policy, "dataset_path": pairs, "max_steps": 2, "batch_size": 8}
+    out = finished("dpo", tmp_path / "dpo", **knobs)
+    with torch.no_grad():
+        batch = tensors(dpo.pair_rows(made(Tokenizer.load(base)), 64, 0))
+        known, _ = dpo.answer_log_probs(open_model_folder(policy), batch)
+        plain, _ = dpo.answer_log_probs(load_model(base), batch)
+    assert records(out)[0]["logps/chosen"] == pytest.approx(known[:8].mean().item(), abs=1e-3)
+    assert records(out)[0]["logps/chosen"] != pytest.approx(plain[:8].mean().item(), abs=1e-3)
+    home = json.loads((out / "final" / "base.json").read_text())
+    assert home["relative_path"] == "../../sft/final"
+    open_model_folder(out)
+
+
+@pytest.mark.usefixtures("forks")
+def test_early_stopping_goes_back_to_the_best(tmp_path, base, pairs):
+    """Accuracy is perfect soon and cannot rise: after `patience` more validations the best is taken."""
+    knobs = {"model_path": base, "dataset_path": pairs, "val_path": pairs, "max_steps": 200, "batch_size": 8}
+    knobs |= {"eval_steps": 4, "save_steps": 100, "early_stopping_patience": 3, "keep_last": 1}
+    knobs |= {"early_stopping_metric": "val_rewards/accuracies", "lora_r": 16}
+    out = finished("dpo", tmp_path / "out", **knobs)
+    scores = {r["step"]: r["val_rewards/accuracies"] for r in records(out) if "val_loss" in r}
+    best = min(step for step, score in scores.items() if score == max(scores.values()))
+    assert max(scores) == best + 3 * 4 < 200
+    assert f"the best validation was that of step {best}" in (tmp_path / "out.log").read_text()
+    assert sorted(p.name for p in out.glob("step_*")) == [f"step_{best:06d}", f"step_{max(scores):06d}"]
+    kept = safetensors.torch.load_file(out / f"step_{best:06d}" / "adapter_model.safetensors")
+    final = safetensors.torch.load_file(out / "final" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(kept[name], final[name]) for name in kept)
+    again = finished("dpo", tmp_path / "out", resume_from_checkpoint="auto", **knobs)
+    assert "nothing to do" in (tmp_path / "out.log").read_text()
+    assert again == out
+
+
+def test_a_falling_chosen_log_probability_is_told():
+    said, cfg = [], config(beta=0.5)
+    dpo.watch_chosen(cfg, {"val_logps/chosen": -52.0, "val_rewards/chosen": -1.0}, said.append)
+    assert not said  # 2 nats below -50
+    dpo.watch_chosen(cfg, {"val_logps/chosen": -56.0, "val_rewards/chosen": -3.0}, said.append)
+    assert said[0].startswith("warning: the chosen answers became less likely, logps/chosen -50.0 -> -56.0")
+
+
+def test_dropout_is_off_whatever_the_model_says(tmp_path, tiny_tokenizer):
+    folder = make_base(tmp_path / "noisy", tiny_tokenizer, "chatml", dropout=0.3)
+    model = load_model(folder).train()
+    batch = {"ids": torch.arange(20)[None], "labels": torch.arange(1, 21)[None]}
+    assert next_token_loss(model, batch)[0] != next_token_loss(model, batch)[0]
+    dpo.drop_nothing(model)
+    assert next_token_loss(model, batch)[0] == next_token_loss(model, batch)[0]
+
+
+@pytest.mark.usefixtures("forks")
+def test_mistakes_are_told_on_one_line(tmp_path, base, pairs, tiny_tokenizer):
+    def line(**knobs):
+        return refused("dpo", tmp_path / "out", **({"model_path": base, "dataset_path": pairs} | knobs))
+
+    plain = make_base(tmp_path / "plain", tiny_tokenizer)
+    assert "names no chat template; train it with sft.py first" in line(model_path=plain)
+    assert "no two different answers within 4 positions" in line(sequence_length=4)
+    same = write_rows(tmp_path / "same.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "b"}])
+    assert "0 usable rows" in line(dataset_path=same)
+    assert "is not validated" in line(val_ratio=0, early_stopping_patience=1)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [({"lora_dropout": 0.1}, "lora_dropout must be 0"),
+     ({"loss": "ipo", "label_smoothing": 0.1}, "belongs to"),
+     ({"lora_r": 0, "precompute_ref": False}, "needs an adapter")],
+)  # fmt: skip
+def test_knobs_that_contradict_each_other(knobs, words):
+    with pytest.raises((ValueError, UserError), match=words):
+        config(**knobs)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "expected"),
+    [({}, True), ({"max_steps": 1}, False), ({"max_steps": 100}, True), ({"max_minutes": 1.0}, False),
+     ({"lora_r": 0, "max_steps": 1}, True), ({"precompute_ref": False}, False)],
+)  # fmt: skip
+def test_the_reference_is_computed_once_where_that_is_cheaper(knobs, expected):
+    loader, world = type("Loader", (), {"blocks": 50}), type("World", (), {"size": 1})
+    assert dpo.precomputed(config(warmup_steps=0, **knobs), loader, world) == expected
