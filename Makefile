@@ -27,7 +27,7 @@ install-flash: .venv/installed ## flash-attn, where there is CUDA and its compil
 demo: .venv/installed ## this machine's Python documentation -> a small LLaMA -> three samples, in about ten minutes
 	$(RUN) data.py configs/datasets/docstrings.json
 	$(RUN) train.py configs/demo.json --resume_from_checkpoint=auto
-	$(RUN) sample.py --model_path=checkpoints/pretrain/demo/final --prompt="Return the " --num_samples=3 --seed=1
+	$(RUN) sample.py --model_path=checkpoints/pretrain/demo/final --prompt="Return the" --num_samples=3 --seed=1
 
 test: .venv/installed-dev ## every test
 	$(RUN) -m pytest -q tests

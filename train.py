@@ -627,7 +627,7 @@ class PretrainConfig(LoopConfig, ModelConfig):
     data_weights: tuple[float, ...] | None = None  # their shares of the tokens; none = by size
     document_mask: bool = False  # tokens look at their own document only, positions restart with each
     eval_rows: PositiveInt = 128  # rows of the validation set that are scored at each evaluation
-    sample_prompt: str = "The "  # continued greedily at each evaluation
+    sample_prompt: str = "The"  # continued greedily at each evaluation
     sample_tokens: Annotated[int, Range(0, 1000)] = 48  # length of that continuation
 
     def __post_init__(self):
