@@ -114,11 +114,11 @@ def preference_loss(cfg):
     """
 
     def loss_fn(model, batch):
-        policy, tokens = answer_log_probs(model, batch)
         reference = batch.get("reference")
-        if reference is None:
+        if reference is None:  # before the policy, whose activations wait for its backward
             with torch.no_grad(), lora_off(model):
                 reference, _ = answer_log_probs(model, batch)
+        policy, tokens = answer_log_probs(model, batch)
         gain = policy - reference  # log pi / ref of each answer
         chosen, rejected = (gain / tokens if cfg.loss == "ipo" else gain).chunk(2)
         if cfg.loss == "ipo":
