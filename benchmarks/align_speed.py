@@ -1,6 +1,6 @@
 """A LoRA SFT step and a DPO step against peft on transformers' Llama: same shape, rows, machine, one process.
 
-    python benchmarks/align_speed.py             preset tiny, 8 sequences of 256 (4 pairs), half of them prompt
+    python benchmarks/align_speed.py             preset tiny, 8 sequences of 256 (4 pairs), half prompt
     python benchmarks/align_speed.py --plain     without our allocator setting, which is the whole process's
     python benchmarks/align_speed.py --memory    peak memory instead, each variant in a process of its own
 
