@@ -177,7 +177,7 @@ def save_adapter(model, folder, base):
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base.path.resolve()),  # PEFT looks from where it runs
         "r": first.r,
-        "lora_alpha": first.alpha,
+        "lora_alpha": int(first.alpha) if first.alpha == int(first.alpha) else first.alpha,
         "lora_dropout": first.dropout.p,
         "bias": "none",
         "fan_in_fan_out": False,
