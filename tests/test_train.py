@@ -250,7 +250,7 @@ def test_the_log_holds_a_line_for_each_step_and_each_validation(finished):
     text = finished.with_suffix(".log").read_text()
     assert "unigram baseline" in text
     assert "tok/s" in text
-    assert "sample: 'The " in text
+    assert "sample: 'The" in text
 
 
 def test_validation_reads_the_val_shards_and_nothing_else(finished, tiny_dataset):
