@@ -9,6 +9,7 @@ is told in the same words, on one line. This room knows no knob of any other roo
 
 import ast
 import difflib
+import errno
 import inspect
 import io
 import json
@@ -195,9 +196,7 @@ def read_object(path):
     try:
         values = parse_json(Path(path).read_text(encoding="utf-8-sig"), path)
     except FileNotFoundError:
-        near = closest(Path(path).stem, [sibling.stem for sibling in Path(path).parent.glob("*.json")])
-        hint = f"; did you mean {Path(path).with_name(near + '.json')}?" if near else ""
-        raise UserError(f"{path}: not found{hint}") from None
+        raise UserError(f"{path}: not found{elsewhere(path)}") from None
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise UserError(f"{path}: byte {byte:#04x} at offset {error.start}: not UTF-8") from None
@@ -206,6 +205,17 @@ def read_object(path):
     if not isinstance(values, dict):
         raise UserError(f'{path}: must be an object {{"key": value, ...}}, got {shown(values)}')
     return values
+
+
+def elsewhere(path):
+    """Return the hint for a preset that is not there: one spelled nearly so, or one under configs/."""
+    name = path.replace("\\", "/").rpartition("/")[2]  # a Windows path on another system names its file still
+    near = closest(Path(path).stem, [sibling.stem for sibling in Path(path).parent.glob("*.json")])
+    if near:
+        return f"; did you mean {Path(path).with_name(near + '.json')}?"
+    shipped = Path(sys.argv[0]).parent / "configs"  # beside the program, wherever it was called from
+    found = next((p for p in sorted(shipped.rglob("*.json")) if p.name == name), None)
+    return f"; did you mean {found}?" if found else ""
 
 
 def read_preset(path, knobs, foreign):
@@ -391,7 +401,13 @@ def run(main, cls, doc=None, **kw):
     """Configure (`kw` goes there) and call `main(cfg)`; a UserError prints `error: ...` and exits 2.
 
     Ctrl-C exits 130, a reader gone from our pipe (`| head`) 141, as shells count, both without a traceback.
+    What the terminal has no character for becomes a question mark, and a closed stdout swallows what it is
+    given: neither is worth a run.
     """
+    if sys.stdout is None:  # `>&-`
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the rest of the process
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
     try:
         main(configure(cls, doc=doc, **kw))
         sys.stdout.flush()  # a closed pipe shall show here, not while the interpreter shuts down
@@ -401,6 +417,18 @@ def run(main, cls, doc=None, **kw):
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())  # the flush at exit needs a place to go
+        discard_stdout()
         sys.exit(141)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        discard_stdout()  # it may be what is full
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}no space left on the disk; free some and start again", file=sys.stderr)
+        sys.exit(2)
+
+
+def discard_stdout():
+    """Send what stdout still holds nowhere: the flush at exit needs a place to go."""
+    with suppress(OSError, ValueError):  # no file behind it: nothing to flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

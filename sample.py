@@ -483,7 +483,11 @@ def main(cfg):
 
 def make_requests(cfg, tokenizer):
     """Returns num_samples requests for the same prompt, each with its own seed."""
-    prompt, ends = [tokenizer.bos_id, *tokenizer.encode(cfg.prompt)], stop_ids(tokenizer, tokenizer.template)
+    try:
+        prompt = [tokenizer.bos_id, *tokenizer.encode(cfg.prompt)]
+    except UserError as problem:
+        raise UserError(f"prompt: {problem}; write it as UTF-8") from None
+    ends = stop_ids(tokenizer, tokenizer.template)
     first = secrets.randbits(32) if cfg.seed is None else cfg.seed
     rows = [replace(narrow(cfg, Sampling), seed=(first + i) % 2**64) for i in range(cfg.num_samples)]
     return [Request(prompt, cfg.max_new_tokens, row, ends) for row in rows]
@@ -529,5 +533,4 @@ def summary(requests, times, model):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # what the terminal has no character for becomes a question mark
     run(main, SampleConfig, __doc__)

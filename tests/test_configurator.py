@@ -644,3 +644,49 @@ def test_run_passes_foreign_keys_on(tmp_path):
     seen = []
     run(seen.append, Shape, argv=[str(path)], foreign_keys=True)
     assert seen[0].foreign_keys == ("device",)
+
+
+def test_a_terminal_without_the_letters_or_no_stdout_at_all_is_no_traceback(tmp_path):
+    script = tmp_path / "say.py"
+    script.write_text(PROGRAM.replace("BODY", "print('größe')"))
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script], env=ascii_only, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "gr??e\n", "")
+    if os.name == "posix":
+        command = f'"{sys.executable}" "{script}" >&-'
+        done = subprocess.run(command, shell=True, env=ascii_only, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_behind_stdout_is_one_line(tmp_path):
+    script = tmp_path / "say.py"
+    script.write_text(PROGRAM.replace("BODY", "print('hello')"))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, script], env=environment, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 2
+    assert done.stderr == b"error: no space left on the disk; free some and start again\n"
+
+
+def test_a_preset_named_without_its_folder_or_with_backslashes_is_found(tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "wee.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "train.py")])
+    for name in ("wee.json", "configs\\wee.json", "elsewhere/wee.json"):
+        assert error_of(name) == f"{name}: not found; did you mean {tmp_path / 'configs' / 'wee.json'}?"
+
+
+PROGRAM = """
+from dataclasses import dataclass
+from configurator import run
+
+@dataclass
+class Config:
+    size: int = 1
+
+def main(cfg):
+    BODY
+
+run(main, Config)
+"""
