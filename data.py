@@ -75,7 +75,7 @@ class Shards:
             raise UserError(f"{path}: not found; {AGAIN}")
         if (found := file_sha256(path)) != self.tokenizer_sha256:
             raise UserError(
-                f"{path}: sha256 is {found}, the dataset was encoded with {self.tokenizer_sha256}"
+                f"{path}: sha256 is {found}, the dataset was encoded with {self.tokenizer_sha256}; {AGAIN}"
             )
 
     def _open(self, entry, verify):
@@ -86,7 +86,8 @@ class Shards:
         if found != expected:
             raise UserError(f"shard {path}: {found} bytes, the manifest says {expected}; {AGAIN}")
         if verify and (digest := file_sha256(path)) != entry["bin_sha256"]:
-            raise UserError(f"shard {path}: sha256 mismatch (expected {entry['bin_sha256']}, got {digest})")
+            expected = entry["bin_sha256"]
+            raise UserError(f"shard {path}: sha256 mismatch (expected {expected}, got {digest}); {AGAIN}")
         array = np.memmap(path, dtype=self.dtype, mode="r")
         if verify:
             self._check_ids(entry["bin"], array)
@@ -123,14 +124,15 @@ def _open_all(paths, split, verify=None):
     """Open several dataset folders (one path or a list), which must share one tokenizer."""
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
     if not paths:
-        raise UserError("no dataset folder given")
+        raise UserError("data_path: no dataset folder given; name one: --data_path=FOLDER")
     sources = [Shards(path, split, verify) for path in paths]
     first = sources[0]
     for other in sources[1:]:
         if other.tokenizer_sha256 != first.tokenizer_sha256:
             raise UserError(
                 f"datasets of different tokenizers cannot be mixed: {first.folder} has sha256 "
-                f"{first.tokenizer_sha256}, {other.folder} has {other.tokenizer_sha256}"
+                f"{first.tokenizer_sha256}, {other.folder} has {other.tokenizer_sha256}; "
+                "prepare them with one --tokenizer_path"
             )
     return sources
 
@@ -176,7 +178,7 @@ class TokenStream:
             if split == "train" and source.tokens <= sequence_length:
                 raise UserError(
                     f"{source.folder}: only {source.tokens} tokens, need at least {sequence_length + 1} for "
-                    f"sequence_length {sequence_length}"
+                    f"sequence_length {sequence_length}; shorten that, or prepare more text"
                 )
         first = self.sources[0]
         self.vocab_size = first.vocab_size
@@ -390,7 +392,7 @@ def inspect(cfg):
     """
     if not cfg.path:
         raise UserError("inspect needs a path: python data.py inspect PATH")
-    if Path(cfg.path).is_dir() and (Path(cfg.path) / "tokenizer.model").exists():
+    if any((Path(cfg.path) / name).is_file() for name in ("manifest.json", "tokenizer.model")):
         say(describe(cfg.path, cfg.tokenizer_path))
     else:
         show_rows(cfg)
@@ -442,6 +444,9 @@ def command_line(argv):
         run(function, config, argv=rest, doc=cleandoc(function.__doc__))
     elif (near := closest(word, COMMANDS)) and not word.endswith(".json"):
         print(f"error: unknown command {word!r}; did you mean {near}?", file=sys.stderr)
+        sys.exit(2)
+    elif word and not word.endswith(".json") and Path(word).exists():  # the text itself: a likely first try
+        print(f"error: {word!r} is no preset; to prepare it write --input_path={word}", file=sys.stderr)
         sys.exit(2)
     else:
         run(main, DataConfig, argv=argv, doc=cleandoc(command_line.__doc__))

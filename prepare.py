@@ -128,11 +128,17 @@ def read_manifest(folder):
     """Read and check FOLDER/manifest.json. All that is wrong with it is a UserError."""
     path = Path(folder) / "manifest.json"
     if not path.is_file():
-        raise UserError(f"{folder}: no prepared dataset (no manifest.json); make one: python data.py CONFIG")
+        if Path(folder).is_file():
+            make = f"prepare it: python data.py --input_path={folder}"
+            raise UserError(f"{folder}: a file, not a prepared dataset; {make}")
+        make = "make one: python data.py configs/datasets/NAME.json"
+        raise UserError(f"{folder}: no prepared dataset (no manifest.json); {make}")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable ({error}); {AGAIN}") from None
+    if isinstance(manifest, dict) and "files" in manifest:  # never to be deleted as a damaged dataset
+        raise UserError(f"{folder}: a model or checkpoint, not a prepared dataset; name a folder of data.py")
     if isinstance(manifest, dict) and manifest.get("format") != FORMAT:
         raise UserError(f"{path}: format {manifest.get('format')!r:.80}, this program reads {FORMAT}")
     _check_fields(manifest, MANIFEST_FIELDS, path)
@@ -354,8 +360,8 @@ def make_tokenizer(cfg, work, train_bytes):
     """Put the tokenizer in WORK/tokenizer.model: the one at tokenizer_path, or one trained on train.text."""
     shared, own = shared_tokenizer(cfg), work / "tokenizer.model"
     if shared and shared.exists():
-        shutil.copyfile(shared, own)
-        tokenizer = Tokenizer.load(own)
+        tokenizer = Tokenizer.load(shared)  # under its own name, which an error shall name
+        own.write_bytes(tokenizer.model)
         if tokenizer.vocab_size != cfg.vocab_size:
             sizes = f"its vocab_size is {tokenizer.vocab_size}, not {cfg.vocab_size}"
             raise UserError(f"{shared}: {sizes}; set that, or name another tokenizer_path")
@@ -504,9 +510,11 @@ def already_there(output, settings, tokenizer):
         encoded = f"was encoded by the tokenizer of sha256 {manifest['tokenizer_sha256']}"
         raise UserError(f"{output}: {encoded}, {tokenizer} has {found}; name another, or delete the folder")
     entries = list(itertools.chain.from_iterable(manifest["splits"].values()))
-    for entry, kind in itertools.product(entries, ("bin", "text")):
-        path = output / entry[kind]
-        if not path.is_file() or file_sha256(path) != entry[f"{kind}_sha256"]:
+    hashes = {entry[kind]: entry[f"{kind}_sha256"] for entry in entries for kind in ("bin", "text")}
+    hashes["tokenizer.model"] = manifest["tokenizer_sha256"]
+    for name, expected in hashes.items():
+        path = output / name
+        if not path.is_file() or file_sha256(path) != expected:
             raise UserError(f"{path}: missing or changed since; delete {output} to prepare it again")
     total = totals(entries)
     print(f"{output} exists: {total['documents']:,} documents, {total['tokens']:,} tokens, verified")
@@ -525,7 +533,7 @@ def unfinished(output):
         work.mkdir(parents=True, exist_ok=True)
         lock = (work / "lock").open("w")
     except OSError as error:
-        raise UserError(f"{work}: cannot be written ({error.strerror}); name another output_dir") from None
+        raise UserError(f"{output}: cannot be written ({error.strerror}); name another output_dir") from None
     with lock:
         if not take(lock):
             raise UserError(f"{output}: another run is preparing it now; wait, or name another output_dir")

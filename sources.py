@@ -451,6 +451,8 @@ def hub_documents(cfg, tally):
     articles.
     """
     name, config, split = (cfg.input_path.removeprefix("hf:").split(":") + ["", ""])[:3]
+    if not name.strip("/ "):
+        raise UserError(f"input_path {cfg.input_path!r} names no dataset; write hf:owner/name")
     try:
         from datasets import load_dataset
     except ImportError:

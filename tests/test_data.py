@@ -476,6 +476,38 @@ def test_a_damaged_existing_dataset_is_named(prepared, stories, tmp_path):
         prepare_dataset(stories, folder, shard_tokens=4000)
 
 
+def test_a_dataset_that_lost_its_tokenizer_is_not_called_verified(prepared, stories, tmp_path):
+    folder = shutil.copytree(prepared[0], tmp_path / "d")
+    (folder / "tokenizer.model").unlink()
+    with pytest.raises(UserError, match=r"tokenizer.model: missing or changed since"):
+        prepare_dataset(stories, folder, shard_tokens=4000)
+    assert "tokenizer.model: not found" in data_py("inspect", folder).stderr
+
+
+def test_a_model_or_a_raw_file_given_as_a_dataset_is_never_to_be_deleted(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"format": 1, "files": {"model.safetensors": {}}}')
+    for path, words in [
+        (tmp_path, "a model or checkpoint"),
+        (tmp_path / "manifest.json", "data.py --input_path="),
+    ]:
+        with pytest.raises(UserError, match=words) as caught:
+            read_manifest(path)
+        assert "delete" not in str(caught.value)
+
+
+def test_what_a_newcomer_types_first_is_answered_by_name(stories, tmp_path):
+    done = data_py(stories)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"--input_path={stories}" in done.stderr
+    with pytest.raises(UserError, match="names no dataset; write hf:owner/name"):
+        prepare_dataset("hf:", tmp_path / "d")
+    with pytest.raises(UserError, match=f"{stories.name}: not a SentencePiece model"):
+        prepare_dataset(stories, tmp_path / "d", tokenizer_path=str(stories))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"^{tmp_path / 'file' / 'd'}: cannot be written"):
+        prepare_dataset(stories, tmp_path / "file" / "d")
+
+
 def test_the_split_of_a_document_does_not_depend_on_its_neighbours(prepared, stories, tmp_path):
     _, splits, _ = prepared
     few = write_jsonl(tmp_path / "few.jsonl", map(prose, range(100, 160)))
