@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from configurator import Fraction, PositiveFloat, Range, UserError, run
+from configurator import Fraction, PositiveFloat, Range, UserError, accept, knobs_of, run
 
 IGNORE = -100  # label of a position that is not supervised
 
@@ -572,32 +572,36 @@ def from_hf(hf, where="config.json"):
                 f"{where}: {key} is {json.dumps(hf.get(key))}; only a Llama with silu and no bias loads"
             )
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{where}: rope_parameters must be an object or null, got {json.dumps(rope):.60}")
     scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
     if "type" in scaling:  # the older spelling
         scaling["rope_type"] = scaling.pop("type")
     eos = hf.get("eos_token_id", 2)
     try:
-        cfg = ModelConfig(
-            model_name=hf.get("model_name") or "imported",
-            n_layer=hf["num_hidden_layers"],
-            d_model=hf["hidden_size"],
-            n_head=hf["num_attention_heads"],
-            num_key_value_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
-            d_ff=hf["intermediate_size"],
-            vocab_size=hf["vocab_size"],
-            sequence_length=hf.get("max_position_embeddings", 2048),
-            dropout=hf.get("dropout", 0.0),
-            attention_dropout=hf.get("attention_dropout", 0.0),
-            hidden_dropout=hf.get("hidden_dropout", 0.0),
-            rope_theta=rope.get("rope_theta") or hf.get("rope_theta", 10000.0),
-            rope_scaling=scaling if scaling.get("rope_type", "default") != "default" else None,
-            layer_norm_epsilon=hf.get("rms_norm_eps", 1e-6),
-            initializer_range=hf.get("initializer_range", 0.02),
-            tie_word_embeddings=hf.get("tie_word_embeddings", False),
-            bos_token_id=hf.get("bos_token_id", 1),
-            eos_token_id=eos[0] if isinstance(eos, list) else eos,
-            pad_token_id=hf.get("pad_token_id") or 0,
-        )
+        values = {
+            "model_name": hf.get("model_name") or "imported",
+            "n_layer": hf["num_hidden_layers"],
+            "d_model": hf["hidden_size"],
+            "n_head": hf["num_attention_heads"],
+            "num_key_value_heads": hf.get("num_key_value_heads") or hf["num_attention_heads"],
+            "d_ff": hf["intermediate_size"],
+            "vocab_size": hf["vocab_size"],
+            "sequence_length": hf.get("max_position_embeddings", 2048),
+            "dropout": hf.get("dropout", 0.0),
+            "attention_dropout": hf.get("attention_dropout", 0.0),
+            "hidden_dropout": hf.get("hidden_dropout", 0.0),
+            "rope_theta": rope.get("rope_theta") or hf.get("rope_theta", 10000.0),
+            "rope_scaling": scaling if scaling.get("rope_type", "default") != "default" else None,
+            "layer_norm_epsilon": hf.get("rms_norm_eps", 1e-6),
+            "initializer_range": hf.get("initializer_range", 0.02),
+            "tie_word_embeddings": hf.get("tie_word_embeddings", False),
+            "bos_token_id": hf.get("bos_token_id", 1),
+            "eos_token_id": eos[0] if isinstance(eos, list) and eos else eos,
+            "pad_token_id": hf.get("pad_token_id") or 0,
+        }
+        knobs = knobs_of(ModelConfig)  # checked as a preset's are: 100,000 layers would build for hours
+        cfg = ModelConfig(**{name: accept(name, value, knobs[name], where) for name, value in values.items()})
     except KeyError as missing:
         raise UserError(f"{where}: no {missing}; expected the config.json of a Llama") from None
     except (TypeError, ValueError) as problem:
@@ -657,7 +661,8 @@ def read_config(folder):
     """Returns the ModelConfig of a model folder; UserError where there is none."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise UserError(f"{folder}: not a model folder (no config.json)")
+        what = "not a model folder (no config.json)" if Path(folder).exists() else "no such folder"
+        raise UserError(f"{folder}: {what}; expected one such as checkpoints/pretrain/NAME/final")
     try:
         hf = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as problem:
@@ -675,6 +680,8 @@ def load_weights(model, path):
         tensors = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as problem:
         raise UserError(f"{path}: not readable as safetensors ({problem})") from None
+    # prefixes that torch.compile and DistributedDataParallel leave on other programs' names
+    tensors = {name.removeprefix("module.").removeprefix("_orig_mod."): t for name, t in tensors.items()}
     own = model.state_dict()
     if model.cfg.tie_word_embeddings:
         own.pop("lm_head.weight")

@@ -335,6 +335,11 @@ def test_impossible_shapes_are_refused_by_name(change, words):
         ({"head_dim": 32}, "head_dim 32"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, '"yarn"'),
         ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": "64"}, 'd_model must be an integer, got string "64" (config.json)'),
+        ({"num_hidden_layers": 100_000}, "n_layer must be 1..512, got 100000"),
+        ({"rms_norm_eps": "x"}, 'layer_norm_epsilon must be a finite number, got string "x"'),
+        ({"rope_parameters": 5}, "rope_parameters must be an object or null, got 5"),
+        ({"eos_token_id": []}, "eos_token_id must be an integer, got []"),
     ],
 )
 def test_foreign_configurations_are_refused_by_name(change, words):
@@ -371,6 +376,16 @@ def test_weights_that_do_not_fit_are_refused_by_name(change, words, tmp_path):
     assert words in str(refusal.value)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_the_prefixes_of_wrappers_are_no_part_of_a_name(prefix, tmp_path):
+    model = build(SMALL)
+    save_model(model, tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    wrapped = {prefix + name: tensor for name, tensor in tensors.items()}
+    safetensors.torch.save_file(wrapped, tmp_path / "model.safetensors")
+    assert torch.equal(load_model(tmp_path).lm_head.weight, model.lm_head.weight)
+
+
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x00" * 100])
 def test_garbage_instead_of_weights_is_one_line(content, tmp_path):
     save_model(build(SMALL), tmp_path)
@@ -383,6 +398,8 @@ def test_garbage_instead_of_weights_is_one_line(content, tmp_path):
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(UserError, match="not a model folder"):
         load_model(tmp_path)
+    with pytest.raises(UserError, match="none: no such folder; expected one such as"):
+        load_model(tmp_path / "none")
 
 
 def test_rotary_tables_stay_exact_in_bf16(tmp_path):
