@@ -110,7 +110,8 @@ def find_checkpoint(cfg, say):
         folder = Path(wanted)
         problem = problem_with(folder)
         if problem:
-            raise UserError(f"{wanted}: not a sound checkpoint: {problem}")
+            remedy = "name a step_* folder, or auto for the newest sound one"
+            raise UserError(f"{wanted}: not a sound checkpoint: {problem}; {remedy}")
         if (there or finished) and not (there and there[0].samefile(folder)):
             newest = there[0].name if there else "final"  # a later auto would go on from there, not from here
             raise UserError(f"{cfg.output_dir} already holds {newest}; choose another --output_dir")

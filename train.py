@@ -113,6 +113,8 @@ class LoopConfig:
     early_stopping_metric: str = "val_loss"  # better is lower, of accuracies higher; final/ is then the best
 
     def __post_init__(self):
+        if not self.output_dir.strip():
+            raise ValueError("output_dir must name a folder, got an empty string")
         if self.max_steps and self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} is more than max_steps {self.max_steps}")
         if self.min_lr is not None and self.min_lr > self.learning_rate:
@@ -378,7 +380,11 @@ class Log:
         self.peak = peak_flops(world.device)
         self.path = Path(cfg.output_dir) / "metrics.jsonl"
         if world.rank == 0:
-            self._drop_after(state)
+            try:
+                self._drop_after(state)
+            except OSError as problem:
+                why = f"cannot be rewritten ({problem.strerror})"
+                raise UserError(f"{self.path}: {why}; mend that, or choose another --output_dir") from None
         self.mark = (time.monotonic(), state.tokens)
 
     def _drop_after(self, state):

@@ -70,10 +70,19 @@ class World:
             print(text, flush=True)
 
 
+def from_environment(name, default):
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"environment variable {name} must be a number, got {text!r}; unset it")
+    return int(text)
+
+
 @contextlib.contextmanager
 def open_world(cfg):
     """Yields the World that torchrun's environment describes, or a world of one; tidies up on the way out."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, size = from_environment("RANK", 0), from_environment("WORLD_SIZE", 1)
+    if size > 1 and "MASTER_ADDR" not in os.environ:  # set by a cluster's shell, or left over
+        raise UserError(f"WORLD_SIZE is {size}, but MASTER_ADDR is not set; start with torchrun, or unset it")
     device = choose_device(cfg.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

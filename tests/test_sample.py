@@ -456,10 +456,15 @@ def test_an_empty_stop_text_is_refused():
         configure(SampleConfig, ["--model_path=x", "--stop=a,,b"])
 
 
+def test_a_prompt_that_is_no_unicode_is_refused_by_name(folder):
+    with pytest.raises(UserError, match=r"^prompt: not Unicode text.*write it as UTF-8"):
+        sample.main(SampleConfig(model_path=str(folder), prompt="\udcff"))
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("no folder", ["nowhere", "config.json"]),
+        ("no folder", ["nowhere: no such folder"]),
         ("top_p", ["top_p", "> 0", "got 0"]),
         ("temperature", ["temperature", "0..100", "got -1"]),
         ("long", ["61 tokens", "48"]),

@@ -30,6 +30,7 @@ from tests.runs import (
 from tests.runs import train_to_end as trained
 from tokenizer import Tokenizer
 from train import Clock, LoopConfig, PretrainConfig, lr_at, total_steps
+from world import open_world
 
 pytestmark = pytest.mark.usefixtures("forks")
 
@@ -430,6 +431,9 @@ REFUSED = {
     "too little data": ({"sequence_length": 100000}, "only [0-9]+ tokens, need at least 100001"),
     "no data": ({"data_path": "/nowhere"}, "/nowhere"),
     "a file as a folder": ({"output_dir": "/dev/null/out"}, "output_dir /dev/null/out: Not a directory"),
+    "no output": ({"output_dir": ""}, "output_dir must name a folder, got an empty string"),
+    "a text file as data": ({"data_path": __file__}, "test_train.py: a file, not a prepared"),
+    "a checkpoint misspelled": ({"resume_from_checkpoint": "step_9"}, "step_9: .*; name a step_.* or auto"),
     "no checkpoints": ({"keep_last": 0}, "keep_last must be"),
 }
 
@@ -460,6 +464,28 @@ def test_an_output_folder_that_cannot_be_written_is_named_before_training(tmp_pa
         line = refused(out, before=as_nobody, data_path=Path(place) / "data", output_dir=closed / "run")
         assert line.startswith(f"error: output_dir {closed / 'run'}: Permission denied")
         assert not list(closed.iterdir())
+
+
+def test_a_log_that_cannot_be_rewritten_is_one_line(tmp_path, tiny_dataset):
+    (tmp_path / "out" / "metrics.jsonl").mkdir(parents=True)
+    line = refused(tmp_path / "out", data_path=tiny_dataset)
+    assert "metrics.jsonl: cannot be rewritten (Is a directory); mend that, or choose" in line
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a number, got 'two'"),
+        ({"RANK": "-1"}, "RANK must be a number, got '-1'"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but MASTER_ADDR is not set; start with torchrun"),
+    ],
+)
+def test_a_leftover_of_a_cluster_in_the_environment_is_named(environment, message, monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message), open_world(PretrainConfig(device="cpu")):
+        pass
 
 
 def test_an_output_folder_that_holds_a_run_is_refused_and_left_alone(finished, tiny_dataset):
