@@ -314,7 +314,7 @@ class ExampleStream:
 
 
 def supervised_rows(rows, length, pad_id, packed=False):
-    """Lay examples out as arrays of static shape: the batch of `model.next_token_loss`.
+    """Lay examples out as arrays of static shape: the batch of `losses.next_token_loss`.
 
     `rows` are lists of (ids, mask), the examples that share a row of `length` positions, one after the other;
     mask 1 = the id is to be predicted. `packed`: they must not see each other, so "documents" and "positions"

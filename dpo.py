@@ -33,7 +33,8 @@ from configurator import (
 )
 from data import IGNORE, ExampleStream, read_aloud, read_pairs, rows_sha256, split_rows, supervised_rows
 from lora import LoRAConfig, files_for, lora_off, model_folder, open_base
-from model import choose_attention, supervised_hidden, token_nats
+from losses import supervised_hidden, token_nats
+from model import choose_attention
 from tokenizer import Tokenizer, render, stop_ids
 from train import LoopConfig, check_data, check_tokenizer, fit
 from world import autocast, choose_dtype, open_world, to_device

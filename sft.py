@@ -26,7 +26,7 @@ from configurator import (
 )
 from data import ExampleStream, pack, read_aloud, read_chats, rows_sha256, split_rows, supervised_rows
 from lora import LoRAConfig, files_for, model_folder, open_base
-from model import next_token_loss
+from losses import next_token_loss
 from tokenizer import Tokenizer, render, stop_ids
 from train import LoopConfig, check_data, check_tokenizer, fit, greedy
 from world import open_world, to_device

@@ -48,21 +48,13 @@ from configurator import (
     run,
 )
 from data import TokenStream, unigram_bits_per_byte
-from model import (
-    KVCache,
-    Llama,
-    ModelConfig,
-    choose_attention,
-    compile_model,
-    flops_per_token,
-    load_weights,
-    next_token_loss,
-    save_model,
-)
+from losses import next_token_loss
+from model import KVCache, Llama, ModelConfig, choose_attention, flops_per_token, load_weights, save_model
 from tokenizer import Tokenizer
 from world import (
     autocast,
     choose_dtype,
+    compile_model,
     memory_used,
     open_world,
     peak_flops,

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from configurator import UserError
+from losses import LinearCrossEntropy, nats_and_gradient
 from model import choose_device
 
 
@@ -204,3 +205,19 @@ def to_device(batch, device):
     if device.type == "cuda":
         return {k: v.pin_memory().to(device, non_blocking=True) for k, v in tensors.items()}
     return {k: v.to(device) for k, v in tensors.items()}
+
+
+def compile_model(model):
+    """Compiles the decoder and the loss kernel in place; no wrapper, so no prefix on any name.
+
+    On CUDA the decoder becomes a CUDA graph: launched one by one, the kernels of a small model leave the GPU
+    waiting. Its gradients must then keep their place in memory (train.State sees to that).
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        import torch._inductor.config as inductor
+
+        if hasattr(inductor, "deterministic"):  # kernels picked by a stopwatch would differ from run to run
+            inductor.deterministic = True
+    cuda = model.lm_head.weight.device.type == "cuda"
+    model.model.compile(mode="reduce-overhead" if cuda else None)
+    LinearCrossEntropy.kernel = staticmethod(torch.compile(nats_and_gradient))

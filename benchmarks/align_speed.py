@@ -31,7 +31,8 @@ from configurator import configure
 from data import supervised_rows
 from dpo import DPOConfig, Pair, drop_nothing, pair_rows, preference_loss
 from lora import add_lora
-from model import Llama, ModelConfig, choose_attention, next_token_loss
+from losses import next_token_loss
+from model import Llama, ModelConfig, choose_attention
 from train import LoopConfig, State, forward_backward
 from world import World, memory_used, tune_cpu
 

@@ -29,18 +29,10 @@ import numpy as np
 import torch
 
 from configurator import configure, narrow
-from model import (
-    Llama,
-    ModelConfig,
-    choose_device,
-    compile_model,
-    flops_per_token,
-    load_model,
-    next_token_loss,
-    save_model,
-)
+from losses import next_token_loss
+from model import Llama, ModelConfig, choose_device, flops_per_token, load_model, save_model
 from train import PretrainConfig, State, forward_backward
-from world import World, autocast, choose_dtype, seed_everything, tune_cpu
+from world import World, autocast, choose_dtype, compile_model, seed_everything, tune_cpu
 
 PEAK = 989e12
 ITEMS = [

@@ -12,7 +12,8 @@ import torch
 import dpo
 from configurator import UserError, configure
 from lora import adapters, add_lora, lora_off, open_model_folder
-from model import load_model, next_token_loss
+from losses import next_token_loss
+from model import load_model
 from tests.align import begin, finished, make_base, refused, write_rows
 from tests.runs import records
 from tokenizer import Tokenizer, render

@@ -19,7 +19,8 @@ from lora import (
     merge_lora,
     save_adapter,
 )
-from model import Llama, ModelConfig, load_model, next_token_loss, save_model
+from losses import next_token_loss
+from model import Llama, ModelConfig, load_model, save_model
 
 SHAPE = {"n_layer": 2, "d_model": 32, "n_head": 4, "num_key_value_heads": 2, "d_ff": 48, "vocab_size": 96}
 TINY = ModelConfig(**SHAPE, sequence_length=32)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from configurator import UserError, configure
+from losses import next_token_loss, token_nats
 from model import (
     KVCache,
     Llama,
@@ -22,12 +23,10 @@ from model import (
     from_hf,
     load_model,
     memory_parts,
-    next_token_loss,
     rope_tables,
     rotate,
     save_model,
     to_hf,
-    token_nats,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -265,7 +264,7 @@ def test_loss_and_gradients_equal_torch_cross_entropy(rows_per_group, tied, monk
     ids, labels = some_ids(cfg, 3, 11), some_ids(cfg, 3, 11, seed=2)
     labels[0, :4] = labels[2, 10] = -100
     monkeypatch.setattr(
-        "model._row_groups", lambda x, y, v: zip(x.split(rows_per_group), y.split(rows_per_group))
+        "losses.row_groups", lambda x, y, v: zip(x.split(rows_per_group), y.split(rows_per_group))
     )
     model = build(cfg)
     expected = F.cross_entropy(model(ids).flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")

@@ -13,7 +13,8 @@ import sft
 from configurator import UserError
 from data import IGNORE, ExampleStream, pack, split_rows, supervised_rows
 from lora import open_model_folder
-from model import Llama, ModelConfig, linear_cross_entropy, next_token_loss, token_nats
+from losses import linear_cross_entropy, next_token_loss, token_nats
+from model import Llama, ModelConfig
 from tests.align import begin, finished, make_base, refused, write_rows
 from tests.runs import ROOT, records
 from tokenizer import TEMPLATES, Tokenizer, render, stop_ids

@@ -15,7 +15,8 @@ import torch
 
 from configurator import UserError, configure
 from data import TokenStream
-from model import ModelConfig, load_model, next_token_loss, token_nats
+from losses import next_token_loss, token_nats
+from model import ModelConfig, load_model
 from tests.runs import (
     Run,
     differences,
