@@ -1,10 +1,11 @@
 """Generation: prompts in, tokens out - prefill, cached decode, sampling rules.
 
 From the inside out: `pick` turns logits into tokens, `Engine` holds the rows being decoded, `generate` runs
-requests to their end, `Reply` turns one row's ids into text. The terminal (sample.py) and whoever else lets a
-model write are users of these. A row's tokens depend on its own prompt, settings and seed, never on its
-neighbours. (Up to rounding: a matrix product of 8 rows may differ from that of one in the last bit, which
-matters where two tokens are as good as equal: in bfloat16 now and then, in float32 hardly ever.)
+requests to their end, `score` tells how likely given ids are, `Reply` turns one row's ids into text. The
+terminal (sample.py) and whoever else lets a model write are users of these. A row's tokens depend on its own
+prompt, settings and seed, never on its neighbours. (Up to rounding: a matrix product of 8 rows may differ
+from that of one in the last bit, which matters where two tokens are as good as equal: in bfloat16 now and
+then, in float32 hardly ever.)
 """
 
 import os
@@ -16,11 +17,13 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000000")
 
+import contextlib
+import copy
 import functools
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 
@@ -56,10 +59,10 @@ class Rules:
     def __init__(self, rows, vocab_size, device="cpu"):
         self.vocab_size = vocab_size
         self.table = torch.zeros(len(rows), 5, device=device)
-        self.penalty, self.temperature, self.top_k, self.top_p, self.log_min_p = self.table.split(1, dim=1)
         self.set(rows)
 
     def set(self, rows):
+        """Takes the rules of as many rows as there are, or fewer."""
         drawn = [row for row in rows if row.temperature > 0]
         self.penalized = any(row.repetition_penalty != 1 for row in rows)
         self.any_greedy, self.all_greedy = len(drawn) < len(rows), not drawn
@@ -68,7 +71,9 @@ class Rules:
             self.width = min(self.vocab_size, max(row.top_k for row in drawn))
         elif any(row.top_k or row.top_p < 1 for row in drawn):
             self.width = self.vocab_size
-        self.table.copy_(torch.tensor([self._numbers(row) for row in rows]))
+        table = self.table[: len(rows)]
+        table.copy_(torch.tensor([self._numbers(row) for row in rows]))
+        self.penalty, self.temperature, self.top_k, self.top_p, self.log_min_p = table.split(1, dim=1)
 
     def _numbers(self, row):
         greedy = row.temperature == 0
@@ -176,16 +181,22 @@ class Request:
     max_new_tokens: int
     sampling: Sampling = Sampling()
     stop_ids: Collection[int] = ()
+    top_logprobs: int | None = None  # record log-probabilities, with those of this many likeliest ids
     ids: list[int] = field(default_factory=list)  # the answer so far, without the id that stopped it
-    finish: Literal["stop", "length", "context"] | None = None
+    logprobs: list[tuple] = field(
+        default_factory=list
+    )  # per id: (its own, [(id, logprob), ...] likeliest first)
+    finish: str | None = None  # stop, length, context; error: the engine failed; or a reader's own word
 
-    def take(self, id, limit):
+    def take(self, id, limit, logprob=None):
         """Adds a new id and returns it; None if the row ends before it. `limit`: of prompt plus answer."""
         if self.finish is None and id in self.stop_ids:
             self.finish = "stop"
         if self.finish is not None:
             return None
         self.ids.append(id)
+        if self.top_logprobs is not None:
+            self.logprobs.append((logprob[0], logprob[1][: self.top_logprobs]))
         if len(self.ids) == self.max_new_tokens:
             self.finish = "length"
         elif len(self.prompt) + len(self.ids) == limit:
@@ -203,53 +214,52 @@ def decode(model, cache, tokens):
     return model(tokens, cache=cache)[:, -1]
 
 
-def prefill(model, prompts, chunk=512):
-    """Runs prompts (lists of ids) through the model, `chunk` positions at a time, and returns their cache.
-
-    Short rows are filled up at their end. What that leaves in the cache lies behind the row's own end: none
-    of its queries looks so far, and its next tokens overwrite it.
-    """
-    weight, longest = model.lm_head.weight, max(map(len, prompts))
-    cache = KVCache(model.cfg, len(prompts), longest, weight.device, weight.dtype)
-    ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=weight.device)
-    for part in ids.split(chunk, dim=1):
-        model.model(part, cache=cache)
-    return cache
+def rows_of(cache, rows, start):
+    """Returns a KVCache that is the slice `rows` of another, same memory; all at `start`, or None: ragged."""
+    part = copy.copy(cache)
+    part.k, part.v = [k[rows] for k in cache.k], [v[rows] for v in cache.v]
+    part.lengths, part.start = cache.lengths[rows], start
+    return part
 
 
 class Engine:
     """Rows decoded in step, `slots` of them; requests join free slots between two calls of `advance`.
 
-    Everything a step reads and writes is a tensor of fixed place, indexed by each row's own position. A row
-    that has ended computes on until another takes its slot: its tokens are thrown away, its position stays
-    in bounds. With `graphs` all shapes are fixed too (a ragged cache read through a window that grows by
-    doubling), and on CUDA the step is compiled and captured as a graph per window. On a CPU it runs as it
-    is, for the tests.
+    A call of `advance` is a turn: up to `chunk` positions of the prompts that wait, then a token or a few for
+    each row whose prompt is in. Everything a step reads and writes is a tensor of fixed place, indexed by
+    each row's own position. A row that has ended computes on until another takes its slot: its tokens are
+    thrown away, its position stays in bounds. On a CPU slots above the last one in use are left out. With
+    `graphs` all shapes are fixed instead (a ragged cache read through a window that grows by doubling), and
+    on CUDA the step is compiled and captured as a graph per window. On a CPU it runs as it is, for the tests.
     """
 
-    def __init__(self, model, slots, limit=None, graphs=False):
+    def __init__(self, model, slots, limit=None, graphs=False, chunk=512):
         assert not model.training, "dropout would have a say in every token: model.eval() first"
-        weight = model.lm_head.weight
-        self.model, self.device, self.graphs = model, weight.device, graphs
+        weight = model.model.norm.weight
+        self.model, self.device, self.graphs, self.chunk = model, weight.device, graphs, chunk
         context = model.cfg.sequence_length
         self.limit = min(limit or context, context)  # of prompt and answer together
         capacity = window_for(self.limit) if graphs else self.limit
         self.cache = KVCache(model.cfg, slots, capacity, self.device, weight.dtype)
+        self.cache.start = None
         self.history = torch.zeros(slots, self.limit, dtype=torch.long, device=self.device)
         self.tokens = torch.zeros(slots, 1, dtype=torch.long, device=self.device)  # the newest, not yet fed
         self.uniforms = torch.ones(slots, self.limit, device=self.device)  # by position of the token to draw
         self.requests = [Request([], 0, Sampling(temperature=0), finish="stop")] * slots
         self.rules = Rules([request.sampling for request in self.requests], model.cfg.vocab_size, self.device)
-        self.fed = [0] * slots  # cache.lengths, as the host knows them
+        self.ruled = []  # the requests whose sampling `rules` holds
+        self.fed = [0] * slots  # positions in the cache, as the host knows them
+        self.joining = []  # slots whose prompts wait to be prefilled, oldest first
         self.burst = 1 if self.device.type == "cpu" else 8  # steps per wait for the device
         self.captured, self.pool = {}, None
 
-    @torch.no_grad()
-    def join(self, requests):
-        """Puts requests into free slots, which it returns. UserError for a prompt that is too long.
+    @property
+    def free(self):
+        """How many more requests may join."""
+        return sum(request.finish is not None for request in self.requests)
 
-        All but the last token of a prompt is prefilled, equal prompts once; the first step feeds the last.
-        """
+    def join(self, requests):
+        """Puts requests into free slots, which it returns. UserError for a prompt that is too long."""
         for request in requests:
             assert request.prompt, "a prompt holds BOS at least"
             if len(request.prompt) >= self.limit:
@@ -259,66 +269,112 @@ class Engine:
                 )
         free = [slot for slot, request in enumerate(self.requests) if request.finish][: len(requests)]
         assert len(free) == len(requests), f"{len(requests)} requests, {len(free)} free slots"
-        started = any(request.finish is None for request in self.requests)
+        self.joining = [slot for slot in self.joining if slot not in free] + free
         for slot, request in zip(free, requests):
-            self._seat(slot, request)
-        lengths = {self.fed[slot] for slot in free}
-        even = len(free) == len(self.requests) and len(lengths) == 1 and not started and not self.graphs
-        self.cache.start = lengths.pop() if even else None
-        self._prefill(free)
-        self.rules.set([request.sampling for request in self.requests])
+            self.requests[slot], self.fed[slot] = request, 0
         return free
-
-    def _seat(self, slot, request):
-        prompt, end = torch.tensor(request.prompt, device=self.device), len(request.prompt)
-        self.requests[slot], self.fed[slot] = request, end - 1
-        self.cache.lengths[slot] = end - 1
-        self.tokens[slot] = prompt[-1]
-        self.history[slot] = prompt[0]
-        self.history[slot, :end] = prompt
-        self.uniforms[slot, end:] = uniforms(request.sampling.seed, self.limit - end).to(self.device)
-
-    def _prefill(self, slots):
-        openings = [tuple(self.requests[slot].prompt[:-1]) for slot in slots]
-        unique = list(dict.fromkeys(openings))
-        if not any(unique):
-            return
-        cache = prefill(self.model, [list(opening) for opening in unique])
-        source = [unique.index(opening) for opening in openings]
-        for mine, new in zip((*self.cache.k, *self.cache.v), (*cache.k, *cache.v)):  # of each layer
-            mine[slots, :, : cache.capacity] = new[source]
 
     @torch.no_grad()
     def advance(self):
-        """Decodes up to `burst` tokens per row, waits once; yields ids (or None) by slot, step by step."""
-        count = min(self.burst, max(request.room(self.limit) for request in self.requests))
-        live = [slot for slot, request in enumerate(self.requests) if not request.finish]
-        longest = max(self.fed[slot] for slot in live) + count
+        """Takes one turn; yields ids (or None) by slot, step by step, nothing if no row is ready to decode.
+
+        Whatever goes wrong, the rows it concerns end with finish "error" before it is raised.
+        """
+        self.joining = [slot for slot in self.joining if not self.requests[slot].finish]
+        self._prefill()
+        rows = {i: row for i, row in enumerate(self.requests) if not row.finish and i not in self.joining}
+        if not rows:
+            return
+        with ending(rows.values()):
+            steps = self._decode(rows)
+        for ids, reports in steps:  # a row that its reader ends in between takes no more
+            taken = [None] * len(self.requests)
+            for slot, request in rows.items():
+                taken[slot] = request.take(ids[slot], self.limit, reports[slot])
+            yield taken
+
+    def _prefill(self):
+        """All but the last token of a prompt goes into the cache; the first step feeds the last.
+
+        A prompt is cut at multiples of `chunk`, wherever its neighbours are, and equal ones run once.
+        """
+        spent = 0
+        while self.joining:
+            slot = self.joining[0]
+            request, begin = self.requests[slot], self.fed[slot]
+            part = request.prompt[begin:-1][: self.chunk]
+            if spent and spent + len(part) > self.chunk:
+                return
+            with ending([request]):
+                if part:
+                    self.cache.lengths[slot] = begin
+                    row = rows_of(self.cache, slice(slot, slot + 1), begin)
+                    self.model.model(torch.tensor([part], device=self.device), cache=row)
+                spent, self.fed[slot] = spent + len(part), begin + len(part)
+                if self.fed[slot] == len(request.prompt) - 1:
+                    self._seat(slot)
+
+    def _seat(self, slot):
+        """The prompt in `slot` is in the cache: its row, and all that wait with an equal one, may decode."""
+        opening = self.requests[slot].prompt[:-1]
+        seated = [i for i in self.joining if self.requests[i].prompt[:-1] == opening]
+        for stored in (*self.cache.k, *self.cache.v) if len(seated) > 1 else ():  # of each layer
+            stored[seated, :, : len(opening)] = stored[slot, :, : len(opening)].clone()
+        for i in seated:
+            request, end = self.requests[i], len(opening) + 1
+            prompt = torch.tensor(request.prompt, device=self.device)
+            self.fed[i] = self.cache.lengths[i] = len(opening)
+            self.tokens[i], self.history[i], self.history[i, :end] = prompt[-1], prompt[0], prompt
+            self.uniforms[i, end:] = uniforms(request.sampling.seed, self.limit - end).to(self.device)
+        self.joining = [i for i in self.joining if i not in seated]
+
+    def _decode(self, rows):
+        """Up to `burst` steps for rows {slot: request}. Returns of each (ids, log-probabilities) by slot."""
+        size = len(self.requests) if self.graphs else max(rows) + 1
+        count = min(self.burst, max(request.room(self.limit) for request in rows.values()))
+        tops = [row.top_logprobs for row in rows.values() if row.top_logprobs is not None]
+        longest = max(self.fed[slot] for slot in rows) + count
         self.cache.window = min(window_for(longest), self.cache.capacity) if self.graphs else longest
-        new = torch.empty(count, len(self.requests), dtype=torch.long, device=self.device)
-        for row in new:
-            self._launch()
-            row.copy_(self.tokens[:, 0])
-        self.fed = [fed + count for fed in self.fed]
-        for ids in new.tolist():  # a row that its reader ends in between takes no more
-            yield [request.take(id, self.limit) for request, id in zip(self.requests, ids)]
+        even = len(set(self.fed[:size])) == 1 and not any(slot < size for slot in self.joining)
+        cache = self.cache if self.graphs else rows_of(self.cache, slice(size), self.fed[0] if even else None)
+        self._rule(self.requests[:size], idle=rows[max(rows)].sampling)
+        new = torch.empty(count, size, dtype=torch.long, device=self.device)
+        reports = [[None] * size] * count
+        for step in range(count):
+            report = self._launch(cache, max(tops, default=None))
+            new[step] = self.tokens[:size, 0]
+            if report:
+                reports[step] = listed(*report)
+        self.fed = [fed + count * (slot not in self.joining) for slot, fed in enumerate(self.fed)]
+        return list(zip(new.tolist(), reports))  # here the host waits for the device
 
-    def _step(self, forward=decode):
-        logits = forward(self.model, self.cache, self.tokens)
-        position = self.cache.lengths.clamp_(max=self.limit - 1)[:, None]  # where the new token is to stand
-        self.tokens.copy_(pick(logits, self.rules, self.history, self.uniforms.gather(1, position)))
-        self.history.scatter_(1, position, self.tokens)
+    def _rule(self, requests, idle):
+        """Sets the rules anew if these are other requests than before; ended ones get the rules `idle`."""
+        if self.ruled != requests:
+            self.ruled = requests
+            self.rules.set([idle if request.finish else request.sampling for request in requests])
 
-    def _launch(self):
+    def _step(self, cache, top, forward=decode):
+        rows = len(cache.lengths)
+        tokens, history = self.tokens[:rows], self.history[:rows]
+        logits = forward(self.model, cache, tokens)
+        position = cache.lengths.clamp_(max=self.limit - 1)[:, None]  # where the new token is to stand
+        tokens.copy_(pick(logits, self.rules, history, self.uniforms[:rows].gather(1, position)))
+        history.scatter_(1, position, tokens)
+        return None if top is None else log_probs(logits, tokens, top)
+
+    def _launch(self, cache, top):
         """One step: as it is, or as the graph captured for this window and these kernels."""
         if not self.graphs or self.device.type != "cuda":
-            return self._step()
-        key = self.cache.window, *self.rules.key
+            return self._step(cache, top)
+        key = self.cache.window, top, *self.rules.key
         if key not in self.captured:
-            self.captured[key] = self._capture()
-        self.captured[key].replay()
+            self.captured[key] = self._capture(cache, top)
+        graph, report = self.captured[key]
+        graph.replay()
+        return report
 
-    def _capture(self):
+    def _capture(self, cache, top):
         """Compiles and records one step. Trial runs leave no trace but keys and values to be overwritten."""
         compiled = compiled_decode()
         state = self.tokens, self.history, self.cache.lengths
@@ -327,15 +383,26 @@ class Engine:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # as CUDA graphs ask: first runs allocate, tune and load kernels
             for _ in range(3):
-                self._step(compiled)
+                self._step(cache, top, compiled)
         torch.cuda.current_stream().wait_stream(side)
         for tensor, value in zip(state, before):
             tensor.copy_(value)
         self.pool = self.pool or torch.cuda.graph_pool_handle()  # one for all: only one graph runs at a time
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
-            self._step(compiled)
-        return graph
+            report = self._step(cache, top, compiled)
+        return graph, report
+
+
+@contextlib.contextmanager
+def ending(requests):
+    """Whatever is raised inside, these requests end with it, so that no slot is lost."""
+    try:
+        yield
+    except BaseException:
+        for request in requests:
+            request.finish = request.finish or "error"
+        raise
 
 
 def window_for(length):
@@ -364,6 +431,47 @@ def generate(model, requests, engine=None):
         for ids in engine.advance():
             if any(ids[slot] is not None for slot in slots):
                 yield [ids[slot] for slot in slots]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# How likely ids are
+
+
+def log_probs(logits, ids, top):
+    """Returns log-probabilities before any sampling rule, in nats: of `ids`, and of the `top` likeliest.
+
+    logits (N, V), ids (N, 1) -> (N, 1), (N, top), and the ids of the latter, (N, top).
+    """
+    x = logits.float().log_softmax(dim=-1)
+    return x.gather(1, ids), *x.topk(min(top, x.shape[1]))
+
+
+def listed(own, values, ids):
+    """Returns what `log_probs` did as [(own, [(id, log-probability), ...])], the likeliest first."""
+    pairs = ([*zip(*row)] for row in zip(ids.tolist(), values.tolist()))
+    return list(zip(own.flatten().tolist(), pairs))
+
+
+@torch.no_grad()
+def score(model, rows, top=0, chunk=256):
+    """Yields for each row of ids what `Request.logprobs` would hold of every id; of the first (None, []).
+
+    The (T, V) logits never stand whole: `chunk` positions at a time. Raises UserError for a row that is
+    longer than the model's context.
+    """
+    weight, context = model.model.norm.weight, model.cfg.sequence_length
+    for row in rows:
+        if len(row) > context:
+            raise UserError(
+                f"{len(row)} tokens do not fit the model's context of {context}; shorten the text"
+            )
+        ids, known = torch.tensor(row, device=weight.device), [(None, [])]
+        cache = KVCache(model.cfg, 1, len(row), weight.device, weight.dtype)
+        for begin in range(0, len(row) - 1, chunk):
+            end = min(begin + chunk, len(row) - 1)
+            logits = model(ids[None, begin:end], cache=cache)[0]
+            known += listed(*log_probs(logits, ids[begin + 1 : end + 1, None], top))
+        yield known
 
 
 # ----------------------------------------------------------------------------------------------------------

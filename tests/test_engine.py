@@ -1,9 +1,11 @@
 """engine.py: neither cache nor neighbours change a token, the rules are transformers', the text is whole."""
 
+import random
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import engine as engine_room
 from configurator import UserError
@@ -17,7 +19,7 @@ from engine import (
     generate,
     keep,
     pick,
-    prefill,
+    score,
     uniforms,
 )
 from model import Llama, ModelConfig
@@ -95,15 +97,6 @@ def test_cached_equals_uncached(sampling, length, tied, kv_heads, backend):
     assert answer(model, prompt, sampling) == uncached(model, prompt, sampling)
 
 
-@torch.no_grad()
-def test_prefill_in_chunks_equals_prefill_at_once(model):
-    whole, parts = prefill(model, [PROMPTS[3], PROMPTS[6]]), prefill(model, [PROMPTS[3], PROMPTS[6]], chunk=4)
-    for row, prompt in enumerate([PROMPTS[3], PROMPTS[6]]):
-        for one, other in zip((*whole.k, *whole.v), (*parts.k, *parts.v)):
-            one, other = one[row, :, : len(prompt)], other[row, :, : len(prompt)]
-            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
-
-
 # ---- neighbours
 
 
@@ -140,6 +133,75 @@ def test_requests_join_while_others_are_under_way(model, graphs):
         list(engine.advance())
     for request in (first, second, third):
         assert request.ids == answer(model, request.prompt, request.sampling, 9)
+
+
+def finish_all(engine, rows):
+    while any(row.finish is None for row in rows):
+        list(engine.advance())
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["plain", "static-shapes"])
+@pytest.mark.parametrize("chunk", [4, 512])
+def test_a_crowd_of_16_that_comes_and_goes(model, graphs, chunk):
+    rng = random.Random(chunk + graphs)
+    waiting = [
+        Request([1, *rng.choices(range(384), k=rng.randint(0, 30))], rng.randint(1, 16), sampling)
+        for sampling in CROWD * 4
+    ]
+    rows, engine = list(waiting), Engine(model, 16, graphs=graphs, chunk=chunk)
+    assert engine.free == 16
+    while waiting or any(row.finish is None for row in rows):
+        count = rng.randint(0, min(engine.free, len(waiting), 5))
+        engine.join([waiting.pop() for _ in range(count)])
+        list(engine.advance())
+    assert engine.free == 16
+    for row in rows:
+        assert row.ids == answer(model, row.prompt, row.sampling, row.max_new_tokens)
+
+
+def test_a_long_prompt_does_not_hold_up_the_others(model):
+    short, long = Request([1], 30, PLAIN), Request(PROMPTS[6] * 2, 5, PLAIN)
+    engine = Engine(model, 2, chunk=8)
+    engine.join([short])
+    list(engine.advance())
+    engine.join([long])
+    for turn in range(1, 7):  # 41 positions are 6 turns' work; the last prepares the first token
+        (ids,) = engine.advance()
+        assert (len(short.ids), ids[1] is None) == (turn + 1, turn < 6)
+    finish_all(engine, [short, long])
+    assert long.ids == answer(model, long.prompt, long.sampling, 5)
+
+
+def test_rows_that_wait_or_write_are_cancelled(model):
+    engine = Engine(model, 3, chunk=4)
+    rows = [Request(PROMPTS[6], 9), Request(PROMPTS[6], 9, GREEDY), Request(PROMPTS[1], 9, GREEDY)]
+    engine.join(rows)
+    list(engine.advance())
+    rows[0].finish = "cancelled"
+    assert engine.free == 1
+    late = Request(PROMPTS[3], 9, GREEDY)
+    assert engine.join([late]) == [0]
+    finish_all(engine, [*rows, late])
+    assert rows[0].ids == []
+    for row in (*rows[1:], late):
+        assert row.ids == answer(model, row.prompt, GREEDY, 9)
+
+
+@pytest.mark.parametrize("prompt", [[999, 1, 1], [1, 1, 999]], ids=["prefilling", "decoding"])
+def test_a_failure_leaves_no_slot_behind(model, prompt):
+    engine = Engine(model, 2)
+    with pytest.raises(UserError, match="leave no room"):
+        engine.join([Request([1], 5), Request([1] * 48, 5)])
+    assert engine.free == 2
+    bad = Request(prompt, 5)
+    engine.join([bad])
+    with pytest.raises(IndexError):
+        list(engine.advance())
+    assert (bad.finish, engine.free) == ("error", 2)
+    good = [Request(PROMPTS[1], 9, GREEDY), Request(PROMPTS[3], 9, EVERY_RULE)]
+    list(generate(model, good, engine))
+    for row in good:
+        assert row.ids == answer(model, row.prompt, row.sampling, 9)
 
 
 def test_an_engine_is_used_again(model):
@@ -273,6 +335,55 @@ def test_draws_follow_the_distribution():
     assert tokens == expected[:2000].tolist()
     share = expected.bincount(minlength=4) / count
     torch.testing.assert_close(share, FOUR.exp(), atol=0.015, rtol=0)  # 4 standard deviations
+
+
+# ---- log-probabilities
+
+
+@torch.no_grad()
+def exact_log_probs(model, row):
+    """(T - 1, V): of what follows each id of `row`, by one pass over all of it."""
+    return F.log_softmax(model(torch.tensor([row]))[0, :-1], dim=-1)
+
+
+def agree(known, exact, ids, top):
+    """`known`, a list as `Request.logprobs`, says of `ids` what the rows of `exact` (N, V) do."""
+    assert len(known) == len(ids) == len(exact)
+    assert [own for own, _ in known] == pytest.approx(exact[range(len(ids)), ids].tolist(), abs=1e-5)
+    for (_, likeliest), row in zip(known, exact):
+        assert [id for id, _ in likeliest] == row.topk(top).indices.tolist()
+        assert [value for _, value in likeliest] == pytest.approx(row.topk(top).values.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("burst", [1, 4])
+def test_recorded_log_probabilities_are_the_models_own(model, burst):
+    rows = [Request(prompt, 9, sampling) for prompt, sampling in zip(PROMPTS[1:5], CROWD)]
+    rows[1].top_logprobs, rows[2].top_logprobs = 0, 3
+    engine = Engine(model, len(rows))
+    engine.burst = burst
+    list(generate(model, rows, engine))
+    for row, top in zip(rows, [None, 0, 3, None]):
+        assert row.ids == answer(model, row.prompt, row.sampling, 9)
+        exact = exact_log_probs(model, row.prompt + row.ids)[len(row.prompt) - 1 :]
+        if top is None:
+            assert row.logprobs == []
+        else:
+            agree(row.logprobs, exact, row.ids, top)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 256])
+def test_scores_are_those_of_one_pass(model, chunk):
+    rows = [PROMPTS[6], [1], PROMPTS[3]]
+    for row, known in zip(rows, score(model, rows, top=2, chunk=chunk), strict=True):
+        assert known[0] == (None, [])
+        agree(known[1:], exact_log_probs(model, row), row[1:], 2)
+    assert all(likeliest == [] for _, likeliest in next(score(model, rows, chunk=chunk)))
+
+
+def test_a_row_beyond_the_context_has_no_score(model):
+    assert len(next(score(model, [[1] * 48]))) == 48
+    with pytest.raises(UserError, match=r"49 tokens.* 48"):
+        next(score(model, [[1] * 49]))
 
 
 # ---- seeds
