@@ -27,6 +27,10 @@ ARROWS = {
     "dpo": {"configurator", "tokenizer", "model", "losses", "lora", "data", "world", "train"},
     "engine": {"configurator", "tokenizer", "model", "lora"},
     "sample": {"configurator", "tokenizer", "engine"},
+    "scheduler": {"engine"},
+    "wire": set(),
+    "api": {"configurator", "tokenizer", "engine", "scheduler"},
+    "server": {"configurator", "engine", "lora", "scheduler", "wire", "api"},
 }
 ROOMS = sorted(path.stem for path in ROOT.glob("*.py"))
 CODE = [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")]

@@ -1,0 +1,283 @@
+"""One model, many askers: the thread that owns the model, and the queue in front of it.
+
+A `Call` is what one client asks, its `Job`s the rows that the engine decodes for it. Calls wait in order of
+arrival; before every step free slots are filled, and whoever went away or ran out of time is dropped. The
+askers are threads of their own: they hand in a call and read its pieces, and touch neither model nor engine.
+"""
+
+import queue
+import secrets
+import sys
+import threading
+import time
+import traceback
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from engine import Engine, Reply, score
+
+FIRST_TOKEN = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # seconds: upper bounds of the histogram's buckets
+
+
+class Full(Exception):
+    """The queue has no room for a call, or a call's time was up before a slot came free."""
+
+
+class Closed(Exception):
+    """The server is stopping: it takes no call, and gives up those that wait."""
+
+
+class Failed(Exception):
+    """The model failed on a call. str() is the number under which stderr tells why."""
+
+
+class Token(NamedTuple):
+    """An id, where in the row's text it begins, and what the engine says of its likelihood, or None."""
+
+    start: int
+    id: int
+    likely: tuple | None
+
+
+class Piece(NamedTuple):
+    """What became certain of one row: more text, the tokens it came in, and at the end why it ended."""
+
+    index: int
+    text: str = ""
+    tokens: tuple[Token, ...] = ()
+    finish: str | None = None
+
+
+class Job:
+    """One row of a call: what the engine is asked, and what becomes certain of its answer.
+
+    `stop`: texts before which the answer ends. `ends`: ids at which it does, where those are to be among its
+    tokens (the engine's own `stop_ids` are not). `trim`: white space around the answer is the template's, not
+    the text's. `score`: first, how likely the prompt is, with this many alternatives a token: `scored`.
+    """
+
+    def __init__(self, request, tokenizer, stop=(), ends=(), trim=False, score=None, index=0):
+        self.request, self.ends, self.trim, self.index = request, ends, trim, index
+        self.score, self.scored = score, None
+        self.begun = time.monotonic()
+        self.reply = Reply(tokenizer, stop)
+        self.shown, self.space, self.tokens = 0, "", []
+
+    @property
+    def ready(self):
+        """Whether it may be decoded, or has yet to be scored."""
+        return self.score is None or self.scored is not None
+
+    def push(self, id):
+        """Takes the request's newest id; returns the Piece that is now certain."""
+        start = self.shown + len(self.space) + len(self.reply.held)
+        likely = self.request.logprobs[-1] if self.request.logprobs else None
+        self.tokens.append(Token(start, id, likely))
+        text = self._trimmed(self.reply.push(id))
+        if self.reply.stopped or id in self.ends:
+            self.request.finish = "stop"
+        return self._piece(text, certain=not (self.reply.held or self.space or self.reply.stopped))
+
+    def end(self):
+        """Returns the last Piece, once no more ids come."""
+        text = self._trimmed(self.reply.end())
+        return self._piece(text, certain=True)._replace(finish=self.request.finish)
+
+    def _piece(self, text, certain):
+        """Tokens wait until all of their text is certain; in the end some may have been cut off with it."""
+        self.shown += len(text)
+        if not certain:
+            return Piece(self.index, text)
+        tokens, self.tokens = self.tokens, []
+        if self.reply.stopped or self.space:
+            tokens = [token for token in tokens if token.start < self.shown]
+        return Piece(self.index, text, tuple(tokens))
+
+    def _trimmed(self, text):
+        if not self.trim:
+            return text
+        text = self.space + text
+        text = text if self.shown else text.lstrip()
+        self.space = text[len(text.rstrip()) :]
+        return text.rstrip()
+
+
+@dataclass(eq=False)
+class Call:
+    """One client's rows. `gone()` says whether the client has hung up; `deadline` is of time.monotonic()."""
+
+    jobs: list[Job]
+    gone: Callable[[], bool]
+    deadline: float
+    cancelled: bool = False
+    inbox: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+
+    def verdict(self):
+        """Returns why the call should end before its time, None if it should not."""
+        if self.cancelled or self.gone():
+            return "gone"
+        return "time" if time.monotonic() > self.deadline else None
+
+    def pieces(self):
+        """Yields the Pieces as they come until every row has ended; raises what befell the call.
+
+        Those of one row that have piled up are one. Whoever stops reading early cancels the call.
+        """
+        rows, left = {}, len(self.jobs)
+        try:
+            while left:
+                news = [self._next()]
+                while not self.inbox.empty():
+                    news.append(self._next())
+                rows.clear()
+                for piece in news:
+                    old = rows.get(piece.index, Piece(piece.index))
+                    text, tokens = old.text + piece.text, old.tokens + piece.tokens
+                    rows[piece.index] = Piece(piece.index, text, tokens, piece.finish)
+                    left -= piece.finish is not None
+                yield from rows.values()
+        finally:
+            self.cancelled = True
+
+    def _next(self):
+        piece = self.inbox.get()
+        if isinstance(piece, Exception):
+            raise piece
+        return piece
+
+
+class Scheduler:
+    """Runs calls on one model in a thread of its own. `queue`: how many rows may wait for a slot.
+
+    What it counts is for anyone to read: `steps`, `prompt_tokens`, `new_tokens`, `first_tokens` (by bucket of
+    FIRST_TOKEN, the last without bound) and `first_seconds`, their sum.
+    """
+
+    def __init__(self, model, slots, queue):
+        self.model, self.room = model, queue
+        self.engine = Engine(model, slots)
+        self.waiting, self.seated = deque(), {}  # of (call, job); slot -> (call, job)
+        self.changed = threading.Condition()
+        self.last = None  # when the server stops: the time after which no row goes on
+        self.failure = None  # the newest Failed
+        self.steps = self.prompt_tokens = self.new_tokens = self.first_seconds = 0
+        self.first_tokens = [0] * (len(FIRST_TOKEN) + 1)
+        self.thread = threading.Thread(target=self._run, name="model", daemon=True)
+        self.thread.start()
+
+    def submit(self, call):
+        """Puts a call's rows into the queue, all or none. Raises Full or Closed."""
+        with self.changed:
+            if self.last is not None:
+                raise Closed
+            if len(self.waiting) + len(call.jobs) > self.room:
+                raise Full
+            self.waiting.extend((call, job) for job in call.jobs)
+            self.changed.notify()
+
+    def close(self, grace):
+        """Takes no more calls, gives up those that wait, ends the rest within `grace` seconds."""
+        with self.changed:
+            self.last = time.monotonic() + grace
+            self.changed.notify()
+        self.thread.join()
+
+    def _run(self):
+        while self._work_to_do():
+            try:
+                self._drop()
+                self._score()
+                self._seat()
+                self._step()
+            except Exception:  # the boundary: one call's failure must not take the server with it
+                self._fail()
+
+    def _work_to_do(self):
+        with self.changed:
+            while not (self.waiting or self.seated or self.last is not None):
+                self.changed.wait()
+            return bool(self.waiting or self.seated)
+
+    def _drop(self):
+        """Ends the rows of calls whose client is gone or whose time is up; when stopping, all in the end."""
+        with self.changed:
+            waiting = list(self.waiting)
+        rows = waiting + list(self.seated.values())
+        verdicts = {call: call.verdict() for call in {call for call, _ in rows}}
+        late = self.last is not None and time.monotonic() > self.last
+        for call, job in rows:
+            job.request.finish = job.request.finish or verdicts[call] or ("shutdown" if late else None)
+        for call, job in waiting:
+            if self.last is not None and not job.request.finish:
+                job.request.finish = "shutdown"
+            if job.request.finish:
+                call.inbox.put(self._last_word(job))
+        with self.changed:
+            self.waiting = deque(row for row in self.waiting if not row[1].request.finish)
+        self._leave()
+
+    def _last_word(self, job):
+        """What is to be said of a row that ended while it waited."""
+        early = {"time": Full(), "shutdown": Closed(), "error": self.failure}
+        return early.get(job.request.finish) or job.end()
+
+    def _score(self):
+        """Scores the prompt of the oldest row that waits, if it wants that: one between two steps."""
+        with self.changed:
+            _, job = self.waiting[0] if self.waiting else (None, None)
+        if job is None or job.score is None or job.scored is not None:
+            return
+        try:
+            job.scored = next(score(self.model, [job.request.prompt], job.score))
+        except BaseException:
+            job.request.finish = "error"
+            raise
+        if job.request.max_new_tokens == 0:
+            self.prompt_tokens += len(job.request.prompt)
+            job.request.finish = "length"
+
+    def _seat(self):
+        """Gives free slots to the oldest rows that are ready."""
+        rows, free = [], [slot for slot, request in enumerate(self.engine.requests) if request.finish]
+        with self.changed:
+            while self.waiting and len(rows) < len(free) and self.waiting[0][1].ready:
+                rows.append(self.waiting.popleft())
+        if rows:
+            self.seated |= dict(zip(free, rows))  # before the next line, which may fail
+            assert self.engine.join([job.request for _, job in rows]) == free[: len(rows)]
+            self.prompt_tokens += sum(len(job.request.prompt) for _, job in rows)
+
+    def _step(self):
+        for ids in self.engine.advance() if self.seated else ():
+            self.steps += 1
+            for slot, (call, job) in self.seated.items():
+                if ids[slot] is not None:
+                    self._count(job)
+                    call.inbox.put(job.push(ids[slot]))
+        self._leave()
+
+    def _count(self, job):
+        self.new_tokens += 1
+        if len(job.request.ids) == 1:
+            seconds = time.monotonic() - job.begun
+            self.first_seconds += seconds
+            self.first_tokens[bisect_left(FIRST_TOKEN, seconds)] += 1
+
+    def _leave(self):
+        """Lets go of the rows that have ended, with their last words."""
+        for slot, (call, job) in list(self.seated.items()):
+            if job.request.finish:
+                del self.seated[slot]
+                call.inbox.put(self.failure if job.request.finish == "error" else job.end())
+
+    def _fail(self):
+        """Tells stderr what happened, and under which number the rows it ended are told."""
+        self.failure = Failed(secrets.token_hex(4))
+        print(f"error {self.failure} in the model: {traceback.format_exc()}", end="", file=sys.stderr)
+        rows = [job for _, job in self.seated.values()]
+        if not any(job.request.finish == "error" for job in rows):
+            for job in rows:  # not the engine's failure, so whose is unknown
+                job.request.finish = "error"
