@@ -63,8 +63,12 @@ class LoRALinear(nn.Module):
         self.dropout, self.r, self.alpha, self.on = nn.Dropout(dropout), r, alpha, True
 
     def forward(self, x):
-        y = F.linear(x, self.weight)
-        return y + self.lora_B(self.lora_A(self.dropout(x))) * (self.alpha / self.r) if self.on else y
+        rows = x.flatten(0, -2)
+        y = F.linear(rows, self.weight)
+        if self.on:  # added in place by the product itself: no pass over y but its own
+            small = self.lora_A(self.dropout(rows)) * (self.alpha / self.r)
+            y.addmm_(small.to(y.dtype), self.lora_B.weight.T.to(y.dtype))
+        return y.unflatten(0, x.shape[:-1])
 
     def merged(self):
         """Returns the plain linear layer that computes the same without dropout."""
