@@ -7,7 +7,7 @@
 Rounds alternate between the variants, every second one in reverse order; a figure is the median over rounds
 of one optimizer step: forward, backward, clipping, AdamW. peft's SFT is transformers' own loss; its DPO is
 the straight way with PeftModel: four forwards (chosen and rejected, adapter on and off) with full log-
-softmax. One JSON line is printed.
+softmax. trl_dpo is trl's DPOTrainer.compute_loss on the same model. One JSON line is printed.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -147,7 +148,28 @@ def peft_dpo(cfg):
     return step
 
 
-VARIANTS = [our_sft, peft_sft, our_dpo, our_dpo_known_reference, peft_dpo]
+def trl_dpo(cfg):
+    """trl's own loss on the same model and rows; its trainer wants a tokenizer and a dataset to be built."""
+    import datasets
+    import tokenizers
+    import transformers
+    import trl
+
+    model, trainable, optimizer = theirs(cfg)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "c": 2}, unk_token="a"))
+    words = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="c", pad_token="a")
+    settings = {"report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+    trainer = trl.DPOTrainer(
+        model, args=trl.DPOConfig(tempfile.mkdtemp(), max_steps=1, **settings),
+        train_dataset=datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+        processing_class=words,
+    )  # fmt: skip
+    ids, mask = (torch.cat([part[::2], part[1::2]]) for part in tensors(cfg))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": mask}
+    return lambda: finish_step(trainer.compute_loss(trainer.model, dict(batch)), trainable, optimizer)
+
+
+VARIANTS = [our_sft, peft_sft, our_dpo, our_dpo_known_reference, peft_dpo, trl_dpo]
 
 
 def preset():
