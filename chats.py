@@ -28,6 +28,7 @@ from sources import (
     JsonReader,
     Tally,
     csv_rows,
+    hub_rows,
     input_files,
     json_rows,
     jsonl_rows,
@@ -116,7 +117,10 @@ def told(tally):
 
 
 def raw_rows(path, tally):
-    """Yield (where, value) of every row of the files that `path` names."""
+    """Yield (where, value) of every row of the files, or of the hub's dataset (hf:), that `path` names."""
+    if str(path).startswith("hf:"):
+        yield from hub_rows(str(path))
+        return
     if not Path(path).exists() and not glob.has_magic(str(path)):
         raise UserError(f"{path}: not found; give a .jsonl, .json or .csv file, a folder or a glob of them")
     files = input_files(str(path))

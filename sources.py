@@ -446,35 +446,35 @@ class TextColumn:
         raise UserError(f"{where}: {what} among {columns}; name it with --text_column=NAME")
 
 
-def hub_documents(cfg, tally):
-    """A dataset of the Hugging Face hub, streamed: hf:owner/name[:config[:split]]; WikiText's lines become
-    articles.
-    """
-    name, config, split = (cfg.input_path.removeprefix("hf:").split(":") + ["", ""])[:3]
+class Unreachable(UserError):
+    """A dataset that is not at hand: no network, no such name, no package to fetch it with."""
+
+
+def hub_rows(path, config=""):
+    """Yield (where, row) of a dataset of the Hugging Face hub, streamed: hf:owner/name[:config[:split]]."""
+    name, own, split = (path.removeprefix("hf:").split(":") + ["", ""])[:3]
     if not name.strip("/ "):
-        raise UserError(f"input_path {cfg.input_path!r} names no dataset; write hf:owner/name")
+        raise UserError(f"{path!r} names no dataset; write hf:owner/name")
     try:
         from datasets import load_dataset
     except ImportError:
-        raise UserError(f"{cfg.input_path} needs the package datasets: pip install datasets") from None
-    column = TextColumn(cfg.text_column)
+        raise Unreachable(f"{path} needs the package datasets: pip install datasets") from None
+    try:  # anything may come from there; none of it is worth a traceback
+        rows = load_dataset(name, own or config or None, split=split or "train", streaming=True)
+        for number, row in enumerate(rows):
+            yield f"{name} row {number}", row
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise Unreachable(
+            f"{path}: cannot be read ({type(error).__name__}: {reason}); "
+            "check the name and the network, or give local files"
+        ) from None
 
-    def rows():
-        try:  # anything may come from there; none of it is worth a traceback
-            yield from load_dataset(
-                name, config or cfg.input_config or None, split=split or "train", streaming=True
-            )
-        except UserError:
-            raise
-        except Exception as error:
-            reason = (str(error).splitlines() or [""])[0][:200]
-            raise UserError(
-                f"{cfg.input_path}: cannot be read ({type(error).__name__}: {reason}); "
-                "check the name and the network, or give local files with --input_path"
-            ) from None
 
-    places = ((f"{name} row {number}", row) for number, row in enumerate(rows()))
+def hub_documents(cfg, tally):
+    """The texts of a dataset of the hub; WikiText's lines become articles."""
+    column, rows = TextColumn(cfg.text_column), hub_rows(cfg.input_path, cfg.input_config)
     texts = (
-        (where, text) for where, row in places if (text := column.text_of(row, where, tally)) is not None
+        (where, text) for where, row in rows if (text := column.text_of(row, where, tally)) is not None
     )
-    return articles(texts) if "wikitext" in name.lower() else texts
+    return articles(texts) if "wikitext" in cfg.input_path.lower() else texts
