@@ -155,8 +155,10 @@ class Base(NamedTuple):
 
 
 def model_folder(path):
-    """Returns `path`, or the final/ in it where `path` is the folder of a whole training."""
+    """Returns `path`, or the final/ in it where `path` is the folder of a whole training; UserError if none."""
     path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such folder; give the output_dir of a training, or its final/")
     known = any((path / name).is_file() for name in ("config.json", CONFIG))
     return path / "final" if not known and (path / "final").is_dir() else path
 
