@@ -474,7 +474,5 @@ def hub_rows(path, config=""):
 def hub_documents(cfg, tally):
     """The texts of a dataset of the hub; WikiText's lines become articles."""
     column, rows = TextColumn(cfg.text_column), hub_rows(cfg.input_path, cfg.input_config)
-    texts = (
-        (where, text) for where, row in rows if (text := column.text_of(row, where, tally)) is not None
-    )
+    texts = ((where, text) for where, row in rows if (text := column.text_of(row, where, tally)) is not None)
     return articles(texts) if "wikitext" in cfg.input_path.lower() else texts

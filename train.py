@@ -50,6 +50,7 @@ from configurator import (
 from data import TokenStream, unigram_bits_per_byte
 from losses import next_token_loss
 from model import KVCache, Llama, ModelConfig, choose_attention, flops_per_token, load_weights, save_model
+from scoring import score
 from tokenizer import Tokenizer
 from world import (
     autocast,
@@ -698,15 +699,10 @@ def language_validation(cfg, world, tokenizer):
     rows = min(cfg.eval_rows, stream.blocks)
 
     def validate(model):
-        nats = torch.zeros((), dtype=torch.float64, device=world.device)
-        size, count = torch.zeros((), dtype=torch.long, device=world.device), 0
-        for start in range(world.rank * cfg.batch_size, rows, world.size * cfg.batch_size):
-            batch = stream.rows(start, min(start + cfg.batch_size, rows))
-            count += batch["count"]
-            tensors = to_device(batch, world.device)
-            nats += next_token_loss(model, tensors)[0]
-            size += length[tensors["labels"].clamp(min=0)][tensors["labels"] >= 0].sum()
-        nats, size, count = world.sum(nats.item(), size.item(), count)
+        starts = range(world.rank * cfg.batch_size, rows, world.size * cfg.batch_size)
+        batches = (stream.rows(at, min(at + cfg.batch_size, rows)) for at in starts)
+        own = score(model, (to_device(batch, world.device) for batch in batches), length)
+        nats, count, size = world.sum(*own)
         metrics = {"val_loss": nats / max(1, count), "val_bits_per_byte": nats / math.log(2) / max(1, size)}
         if cfg.sample_tokens:
             more = continuation(model, tokenizer, cfg.sample_prompt, cfg.sample_tokens)

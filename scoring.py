@@ -1,0 +1,241 @@
+"""Scores: how likely a model finds given ids, and what may be concluded from that.
+
+`score` sums over batches of labels: a long text cut into windows, or the validation rows of train.py.
+`answer_scores` tells how likely each of several answers is after a context. Both are pure functions of
+(model, ids) and speak in nats. Then perplexities out of nats, and out of scores accuracies with their doubt.
+"""
+
+import copy
+import math
+from collections import Counter
+
+import torch
+
+from losses import nats, next_token_loss, row_groups
+from model import KVCache
+
+# ----------------------------------------------------------------------------------------------------------
+# Text
+
+
+@torch.no_grad()
+def score(model, batches, token_bytes):
+    """Returns (nats, tokens, bytes): -log p summed over the labels of `batches`, and how many they are.
+
+    batches as `next_token_loss` takes them; token_bytes (V,), the UTF-8 bytes that an id stands for, lies on
+    the model's device. Summed in float64, after each batch's own float32 sum.
+    """
+    losses, sizes = [], []
+    for batch in batches:
+        labels = batch["labels"]
+        known = labels >= 0
+        losses.append(next_token_loss(model, batch)[0])
+        sizes.append((known.sum(), torch.where(known, token_bytes[labels.clamp(min=0)], 0).sum()))
+    tokens, size = (sum(map(int, column)) for column in zip(*sizes)) if sizes else (0, 0)
+    return sum(map(float, losses)), tokens, size
+
+
+def windows(count, context, stride):
+    """Yields (start, end, first): inputs start..end of a text of `count` targets, of which first..end count.
+
+    Every target counts once. A window is `context` long - the last one moves back rather than being shorter -
+    so every target but the first ones of the text has at least context - stride + 1 tokens before it.
+    """
+    end = min(context, count)
+    yield 0, end, 0
+    while end < count:
+        first, end = end, min(end + stride, count)
+        yield end - context, end, first
+
+
+def text_batches(ids, opening, context, stride, batch_size, device="cpu"):
+    """Yields batches for `score`: each of `ids` is a label once, the first after the id `opening`.
+
+    Windows are those of `windows`, `batch_size` of them side by side. "where": the head works on what counts.
+    """
+    stream = torch.tensor([opening, *ids])
+    cuts = list(windows(len(ids), context, stride))
+    for group in (cuts[at : at + batch_size] for at in range(0, len(cuts), batch_size)):
+        rows = [torch.arange(first - start, end - start) for start, end, first in group]
+        batch = {
+            "ids": torch.stack([stream[start:end] for start, end, _ in group]),
+            "where": torch.cat(
+                [row + number * (group[0][1] - group[0][0]) for number, row in enumerate(rows)]
+            ),
+            "labels": torch.cat([stream[first + 1 : end + 1] for _, end, first in group]),
+        }
+        yield {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def rates(nats, tokens, words, size):
+    """Returns bits per byte, word and token perplexity of `nats` spent on a text of `size` bytes.
+
+    None for a perplexity that no float can hold, or of no words.
+    """
+    return {
+        "bits_per_byte": nats / math.log(2) / size,
+        "word_perplexity": _exp(nats / words) if words else None,
+        "token_perplexity": _exp(nats / tokens),
+    }
+
+
+def _exp(x):
+    return math.exp(x) if x < 700 else None
+
+
+def unigram_nats(ids):
+    """Returns the nats of `ids` under their own frequencies: no model without context does better on them."""
+    return -sum(count * math.log(count / len(ids)) for count in Counter(ids).values())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Answers
+
+
+@torch.no_grad()
+def answer_scores(model, questions, budget):
+    """Returns for each question [(log p of the answer in nats, is it the greedy one), ...], answers in order.
+
+    questions: [(context ids, [answer ids, ...])], no list empty; context and longest answer may have one id
+    more than the model's positions. A context runs once, whatever its number of answers: its last hidden
+    state scores their first ids, its keys and values serve the rest. `budget`: about how many positions run
+    at once; batches are made of questions of like length.
+    """
+    results = [None] * len(questions)
+    for group in _groups(questions, budget):
+        for number, scores in zip(group, _group_scores(model, [questions[number] for number in group])):
+            results[number] = scores
+    return results
+
+
+def _groups(questions, budget):
+    """Yields lists of indices: equal longest answers, contexts of like length, the longest first."""
+
+    def size(number):
+        context, answers = questions[number]
+        return max(map(len, answers)), len(context)
+
+    group, longest, width = [], 0, 0
+    for number in sorted(range(len(questions)), key=size, reverse=True):
+        copies = 1 + (size(number)[0] > 1) * len(questions[number][1])  # of the context's keys and values
+        if group and (size(number)[0] != longest or (len(group) + 1) * width * copies > budget):
+            yield group
+            group = []
+        if not group:
+            longest, width = size(number)
+        group.append(number)
+    if group:
+        yield group
+
+
+def _group_scores(model, questions):
+    weight, longest = model.lm_head.weight, max(len(answer) for _, answers in questions for answer in answers)
+    lengths = torch.tensor([len(context) for context, _ in questions], device=weight.device)
+    ids, cache = _padded([context for context, _ in questions], weight.device), None
+    if longest > 1:
+        capacity = ids.shape[1] + longest - 1
+        cache = KVCache(model.cfg, len(questions), capacity, weight.device, weight.dtype)
+    hidden = model.model(ids, cache=cache)
+    rows = [(owner, answer) for owner, (_, answers) in enumerate(questions) for answer in answers]
+    owner = torch.tensor([owner for owner, _ in rows], device=weight.device)
+    first = token_scores(hidden[owner, lengths[owner] - 1], weight, [answer[0] for _, answer in rows])
+    scores = [[pair] for pair in first]
+    long = [number for number, (_, answer) in enumerate(rows) if len(answer) > 1]
+    if long:
+        after = _after(cache, owner[long], lengths)
+        hidden = model.model(_padded([rows[number][1][:-1] for number in long], weight.device), cache=after)
+        where = [(place, at) for place, number in enumerate(long) for at in range(len(rows[number][1]) - 1)]
+        labels = [id for number in long for id in rows[number][1][1:]]
+        for (place, _), pair in zip(where, token_scores(hidden[tuple(zip(*where))], weight, labels)):
+            scores[long[place]].append(pair)
+    whole = iter([(-sum(loss for loss, _ in pairs), all(top for _, top in pairs)) for pairs in scores])
+    return [[next(whole) for _ in answers] for _, answers in questions]
+
+
+def _padded(rows, device):
+    """Returns rows of ids as one tensor, filled up at their ends, where causality hides what is there."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
+
+
+def _after(cache, rows, lengths):
+    """Returns a ragged cache whose rows are copies of `rows` of `cache`, cut to their own lengths."""
+    after = copy.copy(cache)
+    after.k, after.v = ([stored[rows] for stored in layers] for layers in (cache.k, cache.v))
+    after.lengths, after.start = lengths[rows], None
+    return after
+
+
+def token_scores(x, weight, labels):
+    """Returns [(-log p in nats, is it the likeliest), ...] of N labels for x (N, C), weight (V, C)."""
+    pairs, labels = [], torch.tensor(labels, device=x.device)
+    for rows, to in row_groups(x, labels, len(weight)):
+        logits = rows @ weight.T
+        pairs += zip(nats(logits, to).tolist(), (logits.argmax(dim=-1) == to).tolist())
+    return pairs
+
+
+# ----------------------------------------------------------------------------------------------------------
+# From answers to accuracies
+
+
+def wilson(hits, n, z=1.959964):
+    """Returns the 95 % confidence interval (low, high) of a share of `hits` in `n` (Wilson 1927)."""
+    share, spread = hits / n, z * z / n
+    middle = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / n / 4)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def best(scores):
+    """Returns the index of the largest score, the first of equals."""
+    return max(range(len(scores)), key=scores.__getitem__)
+
+
+def without_prior(scores):
+    """Returns scores (rows of one length) with what all rows agree on removed: each column's mean is 0.
+
+    A row is normalized to log-probabilities over its answers first. For two answers it is the log-odds less
+    their mean over the dataset. That takes no label, but all rows at once (after Batch Calibration, Zhou et
+    al. 2024).
+    """
+    table = torch.tensor(scores, dtype=torch.float64).log_softmax(dim=1)
+    return (table - table.mean(dim=0)).tolist()
+
+
+def accuracy(chosen, gold):
+    """Returns {"accuracy", "n", "ci95"} of the indices `chosen` where `gold` were right."""
+    hits = sum(map(int.__eq__, chosen, gold))
+    return {"accuracy": hits / len(gold), "n": len(gold), "ci95": list(wilson(hits, len(gold)))}
+
+
+def multiple_choice(scores, sizes, gold, names=None):
+    """Returns what is known of a model from its log-likelihoods `scores` of the answers to some questions.
+
+    sizes: the lengths of the answers, in characters; gold: the right ones' indices; names: of the answers, if
+    all questions have the same ones. Only then are a prior to remove and a majority by name.
+    """
+    chosen = [best(row) for row in scores]
+    normed = [best([s / max(1, n) for s, n in zip(*pair)]) for pair in zip(scores, sizes)]
+    index, count = Counter(gold).most_common(1)[0]
+    chance = sum(1 / len(row) for row in scores) / len(scores)
+    result = accuracy(chosen, gold) | {"accuracy_norm": accuracy(normed, gold)["accuracy"]}
+    result |= {"majority": count / len(gold), "chance": chance, "calibrated_accuracy": None}
+    baseline, what = max((count / len(gold), f"always answering number {index + 1}"), (chance, "guessing"))
+    if names:
+        calibrated = accuracy([best(row) for row in without_prior(scores)], gold)
+        result |= {f"calibrated_{key}": calibrated[key] for key in ("accuracy", "ci95")}
+        result["predicted"] = {name: chosen.count(at) for at, name in enumerate(names)}
+        result["majority_answer"] = names[index]
+        what = f"always answering {names[index]!r}"
+    return result | {"verdict": verdict(result["ci95"], baseline, what)}
+
+
+def verdict(interval, baseline, what):
+    """Returns in words how an accuracy with this interval stands to a baseline named `what`."""
+    low, high = interval
+    if low > baseline:
+        return f"better than the baseline, {what} ({baseline:.1%})"
+    if high < baseline:
+        return f"worse than the baseline, {what} ({baseline:.1%})"
+    return f"not distinguishable from the baseline, {what} ({baseline:.1%})"

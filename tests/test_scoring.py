@@ -1,0 +1,226 @@
+"""scoring.py: against one token at a time, a bigram model of known log-probabilities, tables from papers."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model import Llama, ModelConfig
+from scoring import (
+    answer_scores,
+    multiple_choice,
+    rates,
+    score,
+    text_batches,
+    unigram_nats,
+    verdict,
+    wilson,
+    windows,
+    without_prior,
+)
+
+CFG = ModelConfig(
+    n_layer=2,
+    d_model=32,
+    n_head=4,
+    num_key_value_heads=2,
+    d_ff=64,
+    vocab_size=90,
+    sequence_length=24,
+    initializer_range=0.3,
+)
+BOS = CFG.bos_token_id
+BYTES = torch.arange(CFG.vocab_size) % 5
+
+
+@pytest.fixture(scope="module", params=["math", "sdpa"])
+def model(request):
+    torch.manual_seed(1)
+    model = Llama(CFG).eval()
+    model.use_attention(request.param)
+    return model
+
+
+def ids_of(count, seed=0):
+    return np.random.default_rng(seed).integers(3, CFG.vocab_size, count).tolist()
+
+
+@torch.no_grad()
+def log_p(model, context, id):
+    """log p(id | context), from the logits of exactly this context."""
+    return model(torch.tensor([context]))[0, -1].double().log_softmax(-1)[id].item()
+
+
+# ---- text
+
+
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 40))
+def test_every_target_counts_once_with_as_much_context_as_promised(count, context, stride):
+    stride = min(stride, context)
+    told = []
+    for start, end, first in windows(count, context, stride):
+        assert end - start == min(context, count)
+        assert first == 0 or first - start >= context - stride
+        told += range(first, end)
+    assert told == list(range(count))
+
+
+@pytest.mark.parametrize("stride", [1, 5, 12, 24])
+def test_a_text_scores_as_one_token_at_a_time(model, stride):
+    ids, context = ids_of(100), 24
+    stream, expected = [BOS, *ids], 0.0
+    for start, end, first in windows(len(ids), context, stride):
+        expected -= sum(log_p(model, stream[start : at + 1], ids[at]) for at in range(first, end))
+    nats, tokens, size = score(model, text_batches(ids, BOS, context, stride, 3), BYTES)
+    assert nats == pytest.approx(expected, rel=1e-5)
+    assert (tokens, size) == (100, sum(BYTES[id].item() for id in ids))
+
+
+def test_the_batch_size_changes_nothing(model):
+    ids = ids_of(500)
+    totals = [score(model, text_batches(ids, BOS, 24, 7, size), BYTES)[0] for size in (1, 2, 16, 99)]
+    assert totals == pytest.approx([totals[0]] * 4, rel=1e-6)
+
+
+def test_a_uniform_model_has_the_vocabulary_as_its_perplexity():
+    model = Llama(CFG).eval()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    nats, tokens, _ = score(model, text_batches(ids_of(77), BOS, 24, 12, 2), BYTES)
+    got = rates(nats, tokens, words=11, size=154)
+    assert got["token_perplexity"] == pytest.approx(90)
+    assert got["word_perplexity"] == pytest.approx(90**7)
+    assert got["bits_per_byte"] == pytest.approx(math.log2(90) / 2)
+
+
+def test_nothing_to_score_is_nothing():
+    assert score(None, [], BYTES) == (0, 0, 0)
+
+
+def test_perplexities_beyond_any_float_are_none():
+    assert rates(1e6, 10, 1, 1)["word_perplexity"] is None
+    assert rates(1.0, 10, 0, 1)["word_perplexity"] is None
+
+
+def test_the_unigram_baseline_is_the_entropy_of_the_text():
+    ids = [5, 5, 5, 9]
+    assert unigram_nats(ids) == pytest.approx(-3 * math.log(3 / 4) - math.log(1 / 4))
+
+
+# ---- answers
+
+
+SIZES = [
+    (5, [1, 1]),
+    (24, [1, 1]),
+    (1, [1, 1]),
+    (9, [1, 3]),
+    (22, [3, 1, 2]),
+    (7, [3]),
+    (20, [5, 5]),
+    (3, [2]),
+]
+
+
+def questions_of(sizes):
+    """[(context, answers)] of random ids; sizes: [(length of the context, [lengths of its answers])]."""
+    return [
+        ([BOS, *ids_of(length - 1, n)], [ids_of(size, 100 * n + k) for k, size in enumerate(answers)])
+        for n, (length, answers) in enumerate(sizes)
+    ]
+
+
+@torch.no_grad()
+def one_by_one(model, context, answer):
+    total, greedy = 0.0, True
+    for at, id in enumerate(answer):
+        total += log_p(model, context + answer[:at], id)
+        greedy &= model(torch.tensor([context + answer[:at]]))[0, -1].argmax().item() == id
+    return total, greedy
+
+
+@pytest.mark.parametrize("budget", [1, 60, 10_000])
+def test_answers_score_as_one_token_at_a_time(model, budget):
+    questions = questions_of(SIZES)
+    context, answers = questions[3]
+    with torch.no_grad():
+        answers[0] = [model(torch.tensor([context]))[0, -1].argmax().item()]  # one that is greedy
+    seen = set()
+    for (context, answers), scores in zip(questions, answer_scores(model, questions, budget), strict=True):
+        for answer, (got, greedy) in zip(answers, scores, strict=True):
+            expected, best = one_by_one(model, context, answer)
+            assert (got, greedy) == (pytest.approx(expected, abs=1e-4), best)
+            seen.add(greedy)
+    assert seen == {True, False}
+
+
+def bigram(table):
+    """A model of one layer of nothing: log p(next | last) = log softmax(table[last])."""
+    size = len(table)
+    cfg = ModelConfig(n_layer=1, d_model=4, n_head=2, d_ff=4, vocab_size=size, sequence_length=64)
+    decoder = lambda ids, positions=None, documents=None, cache=None: torch.eye(size)[ids]
+    return SimpleNamespace(model=decoder, lm_head=SimpleNamespace(weight=table.T.contiguous()), cfg=cfg)
+
+
+NO, YES = 8, 9
+
+
+def yes_no(yes_odds, gold):
+    """What `multiple_choice` says of a model that gives question n these log-odds of yes."""
+    table = torch.zeros(len(yes_odds) + 10, len(yes_odds) + 10)
+    table[10:, YES] = torch.tensor(yes_odds)  # question n ends with the id 10 + n
+    questions = [([BOS, 10 + n], [[NO], [YES]]) for n in range(len(yes_odds))]
+    scores = answer_scores(bigram(table), questions, 50)
+    rows = [[value for value, _ in row] for row in scores]
+    assert [row[1] - row[0] for row in rows] == pytest.approx(yes_odds, abs=1e-5)
+    return multiple_choice(rows, [(2, 3)] * len(rows), gold, ["no", "yes"])
+
+
+def test_known_log_probabilities_give_exactly_the_known_accuracy():
+    got = yes_no([2.0, -1.0, 0.5, -0.5, 3.0], gold=[1, 0, 0, 1, 1])
+    assert (got["accuracy"], got["n"], got["majority"], got["majority_answer"]) == (3 / 5, 5, 3 / 5, "yes")
+    assert got["predicted"] == {"no": 2, "yes": 3}
+    assert "not distinguishable from the baseline" in got["verdict"]
+
+
+def test_a_model_that_always_says_yes_scores_the_yes_rate():  # trap B44
+    gold = [1] * 62 + [0] * 38
+    got = yes_no([4.0] * 100, gold)
+    assert (got["accuracy"], got["majority"]) == (0.62, 0.62)
+    assert got["verdict"] == "not distinguishable from the baseline, always answering 'yes' (62.0%)"
+
+
+def test_calibration_takes_away_the_prior_and_nothing_else():
+    gold = [0, 1] * 50
+    got = yes_no([3.0 + (1 if right else -1) for right in gold], gold)  # it knows, but leans to yes
+    assert (got["accuracy"], got["calibrated_accuracy"]) == (0.5, 1.0)
+    rows = [[-1.0, -2.0], [-4.0, -3.0], [-0.5, -9.0]]
+    odds = np.array([a - b for a, b in rows])
+    left = np.array([a - b for a, b in without_prior(rows)])
+    assert left == pytest.approx(odds - odds.mean())
+
+
+def test_long_answers_are_also_compared_by_the_character():
+    got = multiple_choice([[-3.0, -4.0], [-9.0, -4.0]], [(3, 8), (30, 2)], [1, 0])
+    assert (got["accuracy"], got["accuracy_norm"], got["calibrated_accuracy"]) == (0.0, 1.0, None)
+    assert (got["chance"], got["majority"]) == (0.5, 0.5)
+
+
+# Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I, method 3
+@pytest.mark.parametrize(
+    ("hits", "n", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_intervals_are_those_of_the_table(hits, n, low, high):
+    assert wilson(hits, n) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
+    mirrored = wilson(n - hits, n)
+    assert mirrored == (pytest.approx(1 - high, abs=5e-5), pytest.approx(1 - low, abs=5e-5))
+
+
+def test_a_verdict_needs_more_than_the_baseline():
+    assert verdict((0.60, 0.66), 0.62, "b").startswith("not distinguishable from the baseline, b")
+    assert verdict((0.63, 0.66), 0.62, "b").startswith("better")
+    assert verdict((0.50, 0.61), 0.62, "b").startswith("worse")
