@@ -82,6 +82,15 @@ class OpenAI(Common):
     n: Annotated[int, Range(1, ROWS)] = 1
     stream_options: dict | None = None
 
+    def __post_init__(self):
+        if type(self.wants_usage) is not bool:
+            message = "stream_options.include_usage must be true or false"
+            raise ApiError(400, message, "stream_options")
+
+    @property
+    def wants_usage(self):
+        return (self.stream_options or {}).get("include_usage") or False
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChatFields(OpenAI):
@@ -124,8 +133,9 @@ def read(cls, body, *own):
                 raise ApiError(400, f"{name} is not supported here", name, "unsupported_parameter")
             continue
         if name not in declared:
+            name = name[:60]
             hint = did_you_mean(name, [*declared, *own])
-            raise ApiError(400, f"unknown field {name[:60]!r}{hint}", name[:60], "unknown_parameter")
+            raise ApiError(400, f"unknown field {name!r}{hint}", name, "unknown_parameter")
         values[name] = field(name, value, declared[name])
     return cls(**values)
 
@@ -175,6 +185,7 @@ class Api:
             name: {"min": knob.limits.low, "max": knob.limits.high, "default": knob.default}
             for name, knob in limits.items()
         }
+        settings["max_tokens"] = {"min": 1, "max": self.context - 1, "default": None}
         card = {"id": self.name, "object": "model", "created": self.started, "owned_by": "mini-llm"}
         return card | {"context_length": self.context, "template": self.template, "settings": settings}
 
@@ -200,10 +211,14 @@ class Api:
 
     # ---- prompts
 
+    def not_served(self, name):
+        """Returns the ApiError for a model that is not ours: our answer would be a silent substitute."""
+        message = f"the model {name[:60]!r} is not served here, only {self.name!r} is"
+        return ApiError(404, message, "model", "model_not_found")
+
     def _check_model(self, asked):
         if asked.model not in (None, self.name):
-            message = f"the model {asked.model[:60]!r} is not served here, only {self.name!r} is"
-            raise ApiError(404, message, "model", "model_not_found")
+            raise self.not_served(asked.model)
 
     def _encode(self, text, param):
         if not isinstance(text, str):
@@ -327,7 +342,7 @@ class Api:
                 yield chunk(piece.index, {"content": piece.text}, logprobs=logprobs)
             if piece.finish:
                 yield chunk(piece.index, {}, reason(piece.finish))
-        if wants_usage(asked):
+        if asked.wants_usage:
             yield head | {"choices": [], "usage": usage(call)}
 
     def _chat_logprobs(self, tokens, top):
@@ -389,7 +404,7 @@ class Api:
             logprobs = None if asked.logprobs is None else self._completion_logprobs(piece.tokens)
             choice = {"index": piece.index, "text": piece.text, "logprobs": logprobs}
             yield head | {"choices": [choice | {"finish_reason": piece.finish and reason(piece.finish)}]}
-        if wants_usage(asked):
+        if asked.wants_usage:
             yield head | {"choices": [], "usage": usage(call)}
 
     def _completion_logprobs(self, tokens):
@@ -483,10 +498,6 @@ def one_limit(asked):
         message = f"max_tokens is {old} and max_completion_tokens {new}; give one of them"
         raise ApiError(400, message, "max_completion_tokens")
     return (old, "max_tokens") if new is None else (new, "max_completion_tokens")
-
-
-def wants_usage(asked):
-    return bool((asked.stream_options or {}).get("include_usage"))
 
 
 def pieces(call):

@@ -68,8 +68,8 @@ class Job:
 
     @property
     def ready(self):
-        """Whether it may be decoded, or has yet to be scored."""
-        return self.score is None or self.scored is not None
+        """Whether it may be decoded: not if it has yet to be scored, or that was all."""
+        return not self.request.finish and (self.score is None or self.scored is not None)
 
     def push(self, id):
         """Takes the request's newest id; returns the Piece that is now certain."""
@@ -243,7 +243,7 @@ class Scheduler:
         """Gives free slots to the oldest rows that are ready."""
         rows, free = [], [slot for slot, request in enumerate(self.engine.requests) if request.finish]
         with self.changed:
-            while self.waiting and len(rows) < len(free) and self.waiting[0][1].ready:
+            while len(rows) < len(free) and self.waiting and self.waiting[0][1].ready:
                 rows.append(self.waiting.popleft())
         if rows:
             self.seated |= dict(zip(free, rows))  # before the next line, which may fail

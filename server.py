@@ -76,12 +76,12 @@ class Text(NamedTuple):
     headers: dict[str, str]
 
 
-def health(server):
+def health(server, path):
     """Open to all: whether there is a model to ask, and which."""
     return {"status": "ok", "model": server.api.name, "context_length": server.api.context}
 
 
-def chat_page(server):
+def chat_page(server, path):
     """The chat page: read from the tree once, the only file there is."""
     if server.page is None:
         raise ApiError(404, "this copy of the code has no chat page (chat.html)", code="not_found")
@@ -89,20 +89,23 @@ def chat_page(server):
     return Text("text/html; charset=utf-8", server.page, policy)
 
 
-def metrics(server):
+def metrics(server, path):
     """Counters in Prometheus' text format."""
     return Text("text/plain; version=0.0.4; charset=utf-8", server.metrics(), {})
 
 
-def models(server):
+def models(server, path):
     return server.api.models()
 
 
-def model(server):
+def model(server, path):
+    name = unquote(path).removeprefix("/v1/models/")
+    if name != server.api.name:
+        raise server.api.not_served(name)
     return server.api.card()
 
 
-def tokenizer_info(server):
+def tokenizer_info(server, path):
     return server.api.tokenizer_info()
 
 
@@ -195,7 +198,16 @@ class Server(socketserver.ThreadingTCPServer):
                 return self.shutdown_request(request)
         with self.lock:
             self.active += 1
-        super().process_request(request, client_address)
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # the system has no more threads to give
+            self._leave(request)
+
+    def _leave(self, connection):
+        connection.close()
+        with self.lock:
+            self.active -= 1
+        self.places.release()
 
     def process_request_thread(self, request, client_address):
         wire = None
@@ -205,10 +217,7 @@ class Server(socketserver.ThreadingTCPServer):
         except OSError:
             pass  # gone before a word
         finally:
-            (wire or request).close()
-            with self.lock:
-                self.active -= 1
-            self.places.release()
+            self._leave(wire or request)
 
     def _exchange(self, wire, peer):
         """One request and its answer, counted and logged, whatever they are."""
@@ -289,7 +298,7 @@ class Server(socketserver.ThreadingTCPServer):
             return table["POST"](self.api, read_json(wire, head), wire.gone)
         if head.headers.get("content-length", "0") != "0" or "transfer-encoding" in head.headers:
             raise ApiError(400, "a GET with a body")
-        return table["GET"](self)
+        return table["GET"](self, head.path)
 
     def _check_host(self, head):
         """A page that rebinds its own name to this address (DNS rebinding) still sends its own name."""
@@ -325,10 +334,10 @@ class Server(socketserver.ThreadingTCPServer):
 
     def _route(self, path):
         """Returns the route's name and {method: function}; ApiError 404 for any other path."""
-        if self.api and unquote(path) == f"/v1/models/{self.api.name}":
-            return "/v1/models/{model}", {"GET": model, "HEAD": model}
+        if path.startswith("/v1/models/"):
+            return "/v1/models/{model}", dict.fromkeys(("GET", "HEAD"), model)
         if path in GET:
-            return path, {"GET": GET[path], "HEAD": GET[path]}
+            return path, dict.fromkeys(("GET", "HEAD"), GET[path])
         if path in POST:
             return path, {"POST": POST[path]}
         raise ApiError(404, f"there is no {path[:80]} here", code="not_found")

@@ -21,6 +21,7 @@ LINGER_SECONDS = 1  # for the client to read the answer to a request that was no
 
 REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*")
+LONE = re.compile(rb"(?<!\r)\n|\r[^\n]")
 ONCE = {  # headers that must not stand twice: two readers may heed different ones
     "host",
     "origin",
@@ -71,6 +72,8 @@ class Wire:
             self.sock.settimeout(left)
             data = self.sock.recv(1 << 16)
         except TimeoutError:
+            if not self.buffer:
+                raise Gone from None  # browsers open connections in advance
             raise Refused(408, f"the request took longer than {READ_SECONDS} seconds to arrive") from None
         if not data:
             raise Gone
@@ -78,25 +81,26 @@ class Wire:
 
     def read_head(self):
         """Returns the request's Head. Raises Refused or Gone."""
-        while (end := self.buffer.find(b"\r\n\r\n")) < 0:
-            self._check_beginning()
+        seen, end = 0, -1
+        while end < 0:
             self._more()
-        if end > HEAD:
-            raise Refused(431, f"headers of more than {HEAD} bytes")
+            end = self.buffer.find(b"\r\n\r\n", seen)
+            self._check_head(seen, len(self.buffer) if end < 0 else end)
+            seen = max(0, len(self.buffer) - 3)
         first, *lines = bytes(self.buffer[:end]).split(b"\r\n")
         del self.buffer[: end + 4]
         return Head(*request_line(first), headers(lines))
 
-    def _check_beginning(self):
-        """Refuses what can no longer become a request, or not a short enough one."""
-        line = self.buffer.find(b"\r\n")
-        if self.buffer and not self.buffer[:1].isupper():
+    def _check_head(self, seen, end):
+        """Refuses what cannot become a request, or is too long for one; bytes `seen` to `end` are new."""
+        if not self.buffer[:1].isupper():
             raise Refused(400, "not HTTP; if this is HTTPS: the server speaks plain HTTP")
-        if re.search(rb"(?<!\r)\n|\r[^\n]", self.buffer):
+        if LONE.search(self.buffer, seen, end):
             raise Refused(400, "lines must end with CR LF")
-        if max(line, len(self.buffer) if line < 0 else 0) > LINE:
+        line = self.buffer.find(b"\r\n")
+        if (end if line < 0 else line) > LINE:
             raise Refused(414, f"a first line of more than {LINE} bytes")
-        if len(self.buffer) > HEAD:
+        if end > HEAD:
             raise Refused(431, f"headers of more than {HEAD} bytes")
 
     def read_body(self, headers):
