@@ -22,10 +22,10 @@ from model import KVCache
 def score(model, batches, token_bytes):
     """Returns (nats, tokens, bytes): -log p summed over the labels of `batches`, and how many they are.
 
-    batches as `next_token_loss` takes them; token_bytes (V,), the UTF-8 bytes that an id stands for, lies on
-    the model's device. Summed in float64, after each batch's own float32 sum.
+    batches as `next_token_loss` takes them; token_bytes (V,), how many UTF-8 bytes of text an id stands for.
+    Summed in float64, after each batch's own float32 sum.
     """
-    losses, sizes = [], []
+    losses, sizes, token_bytes = [], [], torch.as_tensor(token_bytes, device=model.lm_head.weight.device)
     for batch in batches:
         labels = batch["labels"]
         known = labels >= 0

@@ -695,14 +695,13 @@ def language_validation(cfg, world, tokenizer):
     stream = TokenStream(
         cfg.data_path, "val", cfg.sequence_length, cfg.batch_size, document_mask=cfg.document_mask
     )
-    length = torch.from_numpy(tokenizer.token_bytes()).to(world.device)
     rows = min(cfg.eval_rows, stream.blocks)
 
     def validate(model):
         starts = range(world.rank * cfg.batch_size, rows, world.size * cfg.batch_size)
         batches = (stream.rows(at, min(at + cfg.batch_size, rows)) for at in starts)
-        own = score(model, (to_device(batch, world.device) for batch in batches), length)
-        nats, count, size = world.sum(*own)
+        batches = (to_device(batch, world.device) for batch in batches)
+        nats, count, size = world.sum(*score(model, batches, tokenizer.token_bytes()))
         metrics = {"val_loss": nats / max(1, count), "val_bits_per_byte": nats / math.log(2) / max(1, size)}
         if cfg.sample_tokens:
             more = continuation(model, tokenizer, cfg.sample_prompt, cfg.sample_tokens)

@@ -96,8 +96,8 @@ def test_a_uniform_model_has_the_vocabulary_as_its_perplexity():
     assert got["bits_per_byte"] == pytest.approx(math.log2(90) / 2)
 
 
-def test_nothing_to_score_is_nothing():
-    assert score(None, [], BYTES) == (0, 0, 0)
+def test_nothing_to_score_is_nothing(model):  # a rank without validation rows
+    assert score(model, [], BYTES) == (0, 0, 0)
 
 
 def test_perplexities_beyond_any_float_are_none():
