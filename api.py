@@ -6,6 +6,7 @@ would change the answer and are not supported are refused, never ignored.
 """
 
 import functools
+import math
 import re
 import secrets
 import time
@@ -172,6 +173,7 @@ class Api:
         self.scheduler, self.tokenizer, self.name, self.seconds = scheduler, tokenizer, name, seconds
         self.context = scheduler.model.cfg.sequence_length
         self.template, self.started = tokenizer.template, int(time.time())
+        self.longest = int(tokenizer.token_bytes().max())  # bytes that a token stands for, at most
 
     # ---- what there is
 
@@ -220,9 +222,12 @@ class Api:
         if asked.model not in (None, self.name):
             raise self.not_served(asked.model)
 
-    def _encode(self, text, param):
+    def _encode(self, text, param, limit=math.inf):
+        """Returns the ids of a text; ApiError at once, before the work, if they must be more than `limit`."""
         if not isinstance(text, str):
             raise ApiError(400, f"{param} must be a string", param)
+        if len(text) > limit * self.longest:
+            raise self._overflow(f"{param} has more than {limit}: shorten it", param)
         try:
             return self.tokenizer.encode(text)
         except UserError as problem:
@@ -242,6 +247,8 @@ class Api:
         if not isinstance(messages, list) or not 1 <= len(messages) <= 256:
             raise ApiError(400, "messages must be a list of 1 to 256 messages", "messages")
         messages = [flat(message, number) for number, message in enumerate(messages, start=1)]
+        if sum(len(message["content"]) for message in messages) > self.context * self.longest:
+            raise self._overflow(f"the messages have more than {self.context}: shorten them", "messages")
         if messages[-1]["role"] != "user":
             raise ApiError(400, "the last message must be the user's: it is what is answered", "messages")
         if self.template is None:
@@ -258,12 +265,15 @@ class Api:
         rows = prompt if several else [prompt]
         if len(rows) > ROWS:
             raise ApiError(400, f"{len(rows)} prompts; up to {ROWS} in one request", "prompt")
-        rows = [self._checked_ids(row, "prompt") if isinstance(row, list) else row for row in rows]
-        bos = [self.tokenizer.bos_id]
-        rows = [row if isinstance(row, list) else bos + self._encode(row, "prompt") for row in rows]
+        rows = [
+            self._checked_ids(row, "prompt") if isinstance(row, list) else self._text(row) for row in rows
+        ]
         if not all(rows):
             raise ApiError(400, "prompt: an empty list of token ids; give at least BOS", "prompt")
         return rows
+
+    def _text(self, text):
+        return [self.tokenizer.bos_id, *self._encode(text, "prompt", self.context)]
 
     def _room(self, prompt, wanted, param):
         """Returns how many tokens the answer may have; ApiError if prompt and answer overflow the context."""
@@ -274,9 +284,12 @@ class Api:
         if room < (wanted != 0):
             problem = f"{size}, which leave no room for an answer: shorten it"
         if problem:
-            message = f"this model's context is {self.context} tokens; {problem}"
-            raise ApiError(400, message, param, "context_length_exceeded")
+            raise self._overflow(problem, param)
         return room if wanted is None else wanted
+
+    def _overflow(self, problem, param):
+        message = f"this model's context is {self.context} tokens; {problem}"
+        return ApiError(400, message, param, "context_length_exceeded")
 
     # ---- asking
 
@@ -295,7 +308,7 @@ class Api:
         if len(jobs) > self.scheduler.room:
             message = f"{len(jobs)} rows in one request; the queue holds {self.scheduler.room}"
             raise ApiError(400, message, "n" if n > 1 else "prompt")
-        call = Call(jobs, gone, time.monotonic() + self.seconds)
+        call = Call(jobs, gone, time.monotonic() + self.seconds, asked.stream)
         try:
             self.scheduler.submit(call)
         except (Full, Closed) as problem:
@@ -433,7 +446,7 @@ class Api:
         if template:
             prompt = self._conversation([{"role": "user", "content": text}])
         else:
-            prompt = [self.tokenizer.bos_id, *self._encode(text, "prompt")]
+            prompt = self._text(text)
         limit = self._room(prompt, asked.max_new_tokens, "max_new_tokens")
         if asked.max_new_tokens is None:
             limit = min(limit, 128)

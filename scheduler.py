@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from engine import Engine, Reply, score
 
+PACE = 0.02  # seconds between two pieces of a stream, at least
 FIRST_TOKEN = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # seconds: upper bounds of the histogram's buckets
 
 
@@ -64,7 +65,8 @@ class Job:
         self.score, self.scored = score, None
         self.begun = time.monotonic()
         self.reply = Reply(tokenizer, stop)
-        self.shown, self.space, self.tokens = 0, "", []
+        self.shown, self.space = 0, ""  # characters that are certain; white space that may be the last
+        self.held, self.text, self.tokens = [], "", []  # tokens not yet certain; what is and was not told yet
 
     @property
     def ready(self):
@@ -72,29 +74,35 @@ class Job:
         return not self.request.finish and (self.score is None or self.scored is not None)
 
     def push(self, id):
-        """Takes the request's newest id; returns the Piece that is now certain."""
+        """Takes the request's newest id."""
         start = self.shown + len(self.space) + len(self.reply.held)
-        likely = self.request.logprobs[-1] if self.request.logprobs else None
-        self.tokens.append(Token(start, id, likely))
-        text = self._trimmed(self.reply.push(id))
+        self.held.append(Token(start, id, self.request.logprobs[-1] if self.request.logprobs else None))
+        self._settle(self.reply.push(id))
         if self.reply.stopped or id in self.ends:
             self.request.finish = "stop"
-        return self._piece(text, certain=not (self.reply.held or self.space or self.reply.stopped))
 
     def end(self):
-        """Returns the last Piece, once no more ids come."""
-        text = self._trimmed(self.reply.end())
-        return self._piece(text, certain=True)._replace(finish=self.request.finish)
+        """Settles what is left, once no more ids come; returns the last Piece."""
+        self._settle(self.reply.end(), last=True)
+        return self.tell()
 
-    def _piece(self, text, certain):
+    def tell(self):
+        """Returns the Piece of what became certain since the last one, None for nothing."""
+        if not (self.text or self.tokens or self.request.finish):
+            return None
+        piece = Piece(self.index, self.text, tuple(self.tokens), self.request.finish)
+        self.text, self.tokens = "", []
+        return piece
+
+    def _settle(self, text, last=False):
         """Tokens wait until all of their text is certain; in the end some may have been cut off with it."""
+        text = self._trimmed(text)
+        self.text += text
         self.shown += len(text)
-        if not certain:
-            return Piece(self.index, text)
-        tokens, self.tokens = self.tokens, []
-        if self.reply.stopped or self.space:
-            tokens = [token for token in tokens if token.start < self.shown]
-        return Piece(self.index, text, tuple(tokens))
+        cut = self.reply.stopped or self.space
+        if last or not (self.reply.held or cut):
+            self.tokens += [token for token in self.held if not cut or token.start < self.shown]
+            self.held = []
 
     def _trimmed(self, text):
         if not self.trim:
@@ -112,8 +120,16 @@ class Call:
     jobs: list[Job]
     gone: Callable[[], bool]
     deadline: float
+    stream: bool = False  # whether pieces are wanted as they come, or each row as one
     cancelled: bool = False
     inbox: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+    ended: threading.Event = field(default_factory=threading.Event)  # a row of it has
+
+    def tell(self, piece):
+        """Puts a Piece, or what befell the call, before its asker."""
+        self.inbox.put(piece)
+        if isinstance(piece, Exception) or piece.finish:
+            self.ended.set()
 
     def verdict(self):
         """Returns why the call should end before its time, None if it should not."""
@@ -124,7 +140,8 @@ class Call:
     def pieces(self):
         """Yields the Pieces as they come until every row has ended; raises what befell the call.
 
-        Those of one row that have piled up are one. Whoever stops reading early cancels the call.
+        Those of one row that have piled up are one, and they may pile up for PACE seconds: each asker that
+        wakes takes time from the model. Whoever stops reading early cancels the call.
         """
         rows, left = {}, len(self.jobs)
         try:
@@ -139,6 +156,7 @@ class Call:
                     rows[piece.index] = Piece(piece.index, text, tokens, piece.finish)
                     left -= piece.finish is not None
                 yield from rows.values()
+                self.ended.wait(PACE if left else 0)
         finally:
             self.cancelled = True
 
@@ -214,7 +232,7 @@ class Scheduler:
             if self.last is not None and not job.request.finish:
                 job.request.finish = "shutdown"
             if job.request.finish:
-                call.inbox.put(self._last_word(job))
+                call.tell(self._last_word(job))
         with self.changed:
             self.waiting = deque(row for row in self.waiting if not row[1].request.finish)
         self._leave()
@@ -256,7 +274,9 @@ class Scheduler:
             for slot, (call, job) in self.seated.items():
                 if ids[slot] is not None:
                     self._count(job)
-                    call.inbox.put(job.push(ids[slot]))
+                    job.push(ids[slot])
+                    if call.stream and not job.request.finish and (piece := job.tell()):
+                        call.tell(piece)
         self._leave()
 
     def _count(self, job):
@@ -271,7 +291,7 @@ class Scheduler:
         for slot, (call, job) in list(self.seated.items()):
             if job.request.finish:
                 del self.seated[slot]
-                call.inbox.put(self.failure if job.request.finish == "error" else job.end())
+                call.tell(self.failure if job.request.finish == "error" else job.end())
 
     def _fail(self):
         """Tells stderr what happened, and under which number the rows it ended are told."""

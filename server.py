@@ -480,3 +480,4 @@ def stop_server(server, scheduler):
 
 if __name__ == "__main__":
     run(main, ServerConfig, __doc__)
+    os._exit(0)  # slow clients may hold threads still, and Python takes seconds to take torch apart

@@ -20,7 +20,8 @@ SEND_SECONDS = 10  # for each piece of an answer
 LINGER_SECONDS = 1  # for the client to read the answer to a request that was not read to its end
 
 REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
-HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*")
+NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 LONE = re.compile(rb"(?<!\r)\n|\r[^\n]")
 ONCE = {  # headers that must not stand twice: two readers may heed different ones
     "host",
@@ -112,7 +113,9 @@ class Wire:
             self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         while len(self.buffer) < length:
             self._more()
-        return bytes(self.buffer[:length])
+        body = bytes(self.buffer[:length])
+        self.buffer.clear()  # it would be held as long as the answer takes
+        return body
 
     def send(self, status, headers, body=b""):
         """Sends a whole response; what follows on the wire is `send_more`'s."""
@@ -168,10 +171,10 @@ def headers(lines):
         raise Refused(431, f"more than {HEADERS} headers")
     found = {}
     for line in lines:
-        match = HEADER.fullmatch(line)
-        if not match:
+        name, colon, value = line.partition(b":")
+        if not colon or not NAME.fullmatch(name) or CONTROL.search(value):
             raise Refused(400, "a header is not 'Name: value' on one line")
-        name, value = match[1].decode().lower(), match[2].decode("latin-1")
+        name, value = name.decode().lower(), value.strip(b" \t").decode("latin-1")
         if name in found and name in ONCE:
             raise Refused(400, f"{name} stands twice")
         found[name] = f"{found[name]}, {value}" if name in found else value

@@ -1,7 +1,9 @@
 """The README's commands, read out of README.md and run in order in an empty directory, shrunk to seconds."""
 
+import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +15,14 @@ BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding=
 COMMANDS = list(dict.fromkeys(line for block in BLOCKS for line in block.strip().splitlines()))
 
 # Flags added to, or put in place of, what the README says: the same commands, on toy sizes.
-SHAPE = "--n_layer=1 --d_model=32 --n_head=2 --d_ff=64 --sequence_length=32 --batch_size=2 --eval_rows=4"
+SHAPE = "--n_layer=1 --d_model=32 --n_head=2 --d_ff=64 --sequence_length=64 --batch_size=2 --eval_rows=4"
 SHRUNK = {
     "data.py": "--max_docs=60 --min_length=50",
     "train.py": f"{SHAPE} --gradient_accumulation_steps=1 --sample_tokens=4 --warmup_steps=1 --dtype=fp32",
     "sft.py": "--max_steps=2 --warmup_steps=1 --batch_size=2 --sample_tokens=4 --dtype=fp32",
     "dpo.py": "--max_steps=2 --warmup_steps=1 --batch_size=2 --dtype=fp32",
     "sample.py": "--max_new_tokens=4",
+    "server.py": "--port=0",
 }
 NEEDS_NETWORK = ("venv", "data/processed/demo_tiny")
 
@@ -54,6 +57,18 @@ def run(words, folder):
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
+def start(words, folder):
+    """Starts a server; returns its process, and the address it prints."""
+    process = subprocess.Popen([sys.executable, *words[1:]], cwd=folder, stdout=subprocess.PIPE, text=True)
+    return process, process.stdout.readline().split()[0]
+
+
+def ask(command, url):
+    """The answer to the page's curl line, for four tokens."""
+    words = shlex.split(command.replace("http://127.0.0.1:8000", url).replace('tokens": 100', 'tokens": 4'))
+    return json.loads(subprocess.run(words, capture_output=True, check=True, timeout=60).stdout)
+
+
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
     """A directory with the code and nothing else, as after git clone."""
@@ -65,15 +80,23 @@ def clone(tmp_path_factory):
 
 
 def test_the_commands_run_in_the_order_of_the_page(clone):
-    ran = []
+    ran, server = [], None
     for command in COMMANDS:
         if command.startswith("make ") or any(word in command for word in NEEDS_NETWORK):
             continue
-        done = run(shrink(command), clone)
-        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        if " server.py " in command:
+            server, url = start(shrink(command), clone)
+        elif command.startswith("curl "):
+            if shutil.which("curl"):
+                assert ask(command, url).keys() >= {"response", "prompt", "generation_config"}
+            server.terminate()
+            assert server.wait(60) == 0
+        else:
+            done = run(shrink(command), clone)
+            assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         ran.append(command)
     scripts = {word for command in ran for word in shlex.split(command) if word.endswith(".py")}
-    assert scripts >= {"data.py", "train.py", "sft.py", "dpo.py", "sample.py", "model.py"}
+    assert scripts >= {"data.py", "train.py", "sft.py", "dpo.py", "sample.py", "server.py", "model.py"}
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])

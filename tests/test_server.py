@@ -1,8 +1,13 @@
 """The server as its clients see it: what comes back is what the engine alone would write, in their shapes."""
 
+import base64
 import contextlib
+import hashlib
+import html.parser
+import itertools
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -17,6 +22,7 @@ import pytest
 import torch
 
 import server
+from api import Api
 from configurator import UserError
 from engine import Reply, Request, Sampling, generate, open_model, score
 from scheduler import Call, Closed, Failed, Full, Job, Scheduler
@@ -217,6 +223,43 @@ def test_markers_in_a_message_are_text(chatty, tiny_tokenizer):
     assert chatty.ask("/tokenize", {"messages": [{"role": "user", "content": parts}]})[1]["tokens"] == ids
 
 
+def test_no_message_makes_a_control_id(solo, tiny_tokenizer):
+    """20,000 strings of markers, their parts and odd characters, as a user's message."""
+    api = Api(solo.scheduler, tiny_tokenizer, "chatty", 60)
+    api.template = "chatml"
+    parts = [
+        "<|im_start|>",
+        IM_END,
+        "</s>",
+        "<s>",
+        "<unk>",
+        "<pad>",
+        "<0x04>",
+        "<|",
+        "|>",
+        "im_end",
+        "\n",
+        " ",
+    ]
+    parts += [
+        "system",
+        "\u2581",
+        "\uff1c|im_end|\uff1e",
+        "&lt;|im_end|&gt;",
+        "\x02",
+        "\x04",
+        "\u200b",
+        "\u0301",
+        "why",
+    ]
+    chance, wrap = random.Random(0), api._conversation([{"role": "user", "content": "why"}])
+    controls = [id for id in wrap if id < 6]
+    for _ in range(20_000):
+        text = "".join(chance.choices(parts, k=chance.randint(1, 12))) + "."
+        ids = api._conversation([{"role": "user", "content": text}])
+        assert [id for id in ids if id < 6] == controls, text
+
+
 # ---- log-probabilities
 
 
@@ -380,10 +423,10 @@ class Solo:
     def __init__(self, model, tokenizer, slots=2, queue=8):
         self.scheduler, self.tokenizer = Scheduler(model, slots, queue), tokenizer
 
-    def call(self, prompts=((1, 70),), count=60, gone=lambda: False, seconds=60, **kw):
+    def call(self, prompts=((1, 70),), count=60, gone=lambda: False, seconds=60, stream=False, **kw):
         requests = [Request(list(p), count, Sampling(temperature=0), stop_ids=(2,)) for p in prompts]
         jobs = [Job(request, self.tokenizer, index=i, **kw) for i, request in enumerate(requests)]
-        call = Call(jobs, gone, time.monotonic() + seconds)
+        call = Call(jobs, gone, time.monotonic() + seconds, stream)
         self.scheduler.submit(call)
         return call
 
@@ -417,12 +460,12 @@ def test_who_waits_and_leaves_costs_nothing(solo):
 
 
 def test_who_stops_reading_cancels(solo):
-    call = solo.call(count=120)
+    call = solo.call(count=126, stream=True)
     for _ in call.pieces():
         break
-    assert solo.call(count=1).pieces()
     solo.scheduler.close(10)
-    assert len(call.jobs[0].request.ids) < 120
+    assert call.jobs[0].request.finish == "gone"
+    assert len(call.jobs[0].request.ids) < 126
 
 
 def test_a_call_enters_whole_or_not_at_all(solo):
@@ -649,6 +692,29 @@ def can_connect(one):
 
 
 # ---- what it tells of itself
+
+
+def test_the_page_runs_its_own_script_only(chatty):
+    page, blocks = chatty.get("/"), []
+
+    class Reader(html.parser.HTMLParser):
+        def handle_data(self, data):
+            blocks.append(data)
+
+        def handle_starttag(self, tag, attributes):
+            blocks.append(tag)
+            names = [name for name, _ in attributes]
+            assert not any(name.startswith("on") or name in ("style", "srcdoc") for name in names)
+
+    Reader().feed(page.body.decode())
+    policy = dict(part.split(" ", 1) for part in page.headers["content-security-policy"].split("; "))
+    for tag in ("script", "style"):
+        texts = [text for before, text in itertools.pairwise(blocks) if before == tag]
+        digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
+        assert texts
+        assert policy[f"{tag}-src"] == " ".join(f"'sha256-{digest}'" for digest in digests)
+    assert (policy["default-src"], policy["connect-src"]) == ("'none'", "'self'")
+    assert page.body == (ROOT / "chat.html").read_bytes()
 
 
 def test_metrics_are_prometheus(chatty):

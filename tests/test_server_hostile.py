@@ -85,6 +85,8 @@ LINES = {  # first lines and headers of requests without a body -> status
     "a long header": (["GET /health HTTP/1.1", HOST, "X: " + "a" * 40000], 431),
     "many headers": (["GET /health HTTP/1.1", HOST, *[f"X-{i}: a" for i in range(120)]], 431),
     "many long headers": (["GET /health HTTP/1.1", HOST, *[f"X-{i}: {'a' * 900}" for i in range(60)]], 431),
+    "a header of spaces": (["GET /health HTTP/1.1", HOST, "X: " + " " * 30_000 + "\x01"], 400),
+    "a path of percents": (["GET /v1/models/" + "%" * 8_000 + " HTTP/1.1", HOST], 404),
     "a header without colon": (["GET /health HTTP/1.1", HOST, "Nonsense"], 400),
     "a space before the colon": (["GET /health HTTP/1.1", HOST, "X : a"], 400),
     "a header without name": (["GET /health HTTP/1.1", HOST, ": a"], 400),
