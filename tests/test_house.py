@@ -28,6 +28,7 @@ ARROWS = {
     "dpo": {"configurator", "tokenizer", "model", "losses", "lora", "data", "world", "train"},
     "engine": {"configurator", "tokenizer", "model", "lora"},
     "sample": {"configurator", "tokenizer", "engine"},
+    "smoke": {"configurator", "tokenizer", "starter", "engine"},
     "scheduler": {"engine"},
     "wire": set(),
     "api": {"configurator", "tokenizer", "engine", "scheduler"},
