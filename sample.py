@@ -10,6 +10,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
+from chat import Chat, converse
 from configurator import PositiveInt, Range, UserError, narrow, run
 from engine import Engine, Reply, Request, Sampling, generate, open_model
 from tokenizer import stop_ids
@@ -21,7 +22,9 @@ class SampleConfig(Sampling):
 
     model_path: str  # a model folder
     prompt: str = ""  # text to continue; none at all is fine: a document's beginning
-    max_new_tokens: PositiveInt = 64  # tokens per sample, at most
+    chat: bool = False  # converse in the model's chat template; with a prompt answer that and leave
+    system: str = ""  # in a chat: what the model is told to be
+    max_new_tokens: PositiveInt | None = None  # of a sample or answer, at most; none = 64, in a chat 512
     num_samples: Annotated[int, Range(1, 1024)] = 1  # generated side by side, with seeds seed, seed + 1, ...
     stop: tuple[str, ...] = ()  # texts before which a sample ends, separated by commas
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
@@ -31,6 +34,10 @@ class SampleConfig(Sampling):
     def __post_init__(self):
         if not all(self.stop):
             raise ValueError("stop: an empty text would stop everything; give at least one character")
+        if self.chat and self.num_samples > 1:
+            raise ValueError("num_samples: a chat gives one answer at a time; leave it out, or --chat")
+        if self.system and not self.chat:
+            raise ValueError("system is for --chat: a prompt alone is continued as it stands")
 
 
 ENDS = {
@@ -45,14 +52,28 @@ def main(cfg):
     device = model.lm_head.weight.device
     if cfg.compile and device.type != "cuda":
         raise UserError(f"compile: CUDA graphs need CUDA, and this run is on {device.type}; leave it off")
+    if cfg.chat:
+        return talk(cfg, model, tokenizer)
     requests, engine = make_requests(cfg, tokenizer), None
     if cfg.compile:
-        engine = Engine(model, len(requests), len(requests[0].prompt) + cfg.max_new_tokens, graphs=True)
+        length = len(requests[0].prompt) + requests[0].max_new_tokens
+        engine = Engine(model, len(requests), length, graphs=True)
         rehearsal = [replace(request, ids=[]) for request in requests]  # compiles on the way
         deque(generate(model, rehearsal, engine), maxlen=0)
     replies = [Reply(tokenizer, cfg.stop) for _ in requests]
     times = show(generate(model, requests, engine), requests, replies)
     print(summary(requests, times, model), file=sys.stderr)
+
+
+def talk(cfg, model, tokenizer):
+    """Answers the one prompt there is, or converses."""
+    length = cfg.max_new_tokens or 512
+    chat = Chat(model, tokenizer, narrow(cfg, Sampling), length, cfg.stop, cfg.system, cfg.compile)
+    if tokenizer.template is None:
+        print(f"{cfg.model_path} has no chat template: each text is continued as it stands", file=sys.stderr)
+    if cfg.prompt:
+        return chat.ask(cfg.prompt)
+    converse(chat)
 
 
 def make_requests(cfg, tokenizer):
@@ -64,7 +85,7 @@ def make_requests(cfg, tokenizer):
     ends = stop_ids(tokenizer, tokenizer.template)
     first = secrets.randbits(32) if cfg.seed is None else cfg.seed
     rows = [replace(narrow(cfg, Sampling), seed=(first + i) % 2**64) for i in range(cfg.num_samples)]
-    return [Request(prompt, cfg.max_new_tokens, row, ends) for row in rows]
+    return [Request(prompt, cfg.max_new_tokens or 64, row, ends) for row in rows]
 
 
 def show(steps, requests, replies):

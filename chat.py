@@ -1,0 +1,219 @@
+"""A conversation in the terminal, in the template of the model's own folder.
+
+    python sample.py --chat --model_path=checkpoints/dpo                     /help lists what else there is
+    python sample.py --chat --model_path=checkpoints/dpo --prompt="Why?"     one question, one answer
+    python sample.py --chat --model_path=checkpoints/dpo < questions.txt     one question a line
+
+Answers go to stdout, all else to stderr. A model without a template continues each text as it stands, and
+remembers none. What is said is said to the model as text: no way of typing makes it a control token.
+"""
+
+import contextlib
+import json
+import secrets
+import sys
+import time
+from dataclasses import replace
+
+from configurator import UserError
+from engine import Engine, Reply, Request, generate
+from tokenizer import render, stop_ids
+
+HELP = """\
+/help           this list
+/clear          forget the conversation, keep the system message
+/system TEXT    tell the model what to be; without TEXT show what it was told
+/retry          answer the last question again
+/save FILE      append the conversation to FILE, a row as sft.py reads it
+/quit           leave; so do Ctrl-C and Ctrl-D. While an answer is written, Ctrl-C ends the answer
+//TEXT          a question that begins with a single /"""
+
+
+class Chat:
+    """One conversation: `messages`, as {"role", "content"}, a system message first if there is one.
+
+    sampling: a Sampling; its seed is that of the first answer, the next one's is one more.
+    """
+
+    def __init__(self, model, tokenizer, sampling, max_new_tokens, stop=(), system="", graphs=False):
+        self.tokenizer, self.template = tokenizer, tokenizer.template
+        self.model, self.engine = model, Engine(model, 1, graphs=graphs)
+        self.ends = stop_ids(tokenizer, tokenizer.template)
+        self.max_new_tokens, self.stop, self.messages = max_new_tokens, stop, []
+        seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
+        self.sampling = replace(sampling, seed=seed)
+        if system:
+            self.set_system(system)
+
+    def set_system(self, text):
+        if self.template is None:
+            raise UserError("system: this model has no chat template, so nothing marks a system message")
+        self.tokenizer.encode(text)  # refuses what is no Unicode
+        rest = [message for message in self.messages if message["role"] != "system"]
+        self.messages = [{"role": "system", "content": text}, *rest]
+
+    def ask(self, text):
+        """Prints the answer to `text` as it is written. UserError if there is none, and nothing is kept."""
+        before = list(self.messages)
+        self.messages.append({"role": "user", "content": text})
+        try:
+            self.answer()
+        except UserError:
+            self.messages = before
+            raise
+
+    def retry(self):
+        if self.messages and self.messages[-1]["role"] == "assistant":
+            self.messages.pop()
+        if not self.messages or self.messages[-1]["role"] != "user":
+            raise UserError("/retry: no question has been asked yet")
+        self.answer()
+
+    def clear(self):
+        self.messages = [message for message in self.messages if message["role"] == "system"]
+
+    def answer(self):
+        """Answers the last message and remembers what it said, whole or, after Ctrl-C, in part."""
+        request = Request(self.make_room(), self.max_new_tokens, self.sampling, self.ends)
+        self.sampling = replace(self.sampling, seed=(self.sampling.seed + 1) % 2**64)
+        text, began = "", time.perf_counter()
+        try:
+            for piece in self.written(request):
+                text += piece
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            request.finish = "stopped"
+        print(flush=True)
+        if self.template is None:
+            self.messages.clear()
+        else:
+            self.messages.append({"role": "assistant", "content": text})
+        say(self.summary(request, time.perf_counter() - began))
+
+    def written(self, request):
+        """Returns the pieces of an answer as they come; the white space around it is the template's."""
+        reply = Reply(self.tokenizer, self.stop)
+
+        def pieces():
+            for (id,) in generate(self.model, [request], self.engine):
+                yield reply.push(id)
+                if reply.stopped:
+                    request.finish = "stop"
+            yield reply.end()
+
+        return pieces() if self.template is None else trimmed(pieces())
+
+    def make_room(self):
+        """Returns the ids to answer. A full context forgets the oldest turns, and that is said."""
+        if self.template is None:
+            return [self.tokenizer.bos_id, *self.tokenizer.encode(self.messages[-1]["content"])]
+        room, forgotten = min(self.max_new_tokens, self.engine.limit // 4), 0
+        while True:
+            ids, _ = render(self.tokenizer, self.messages, self.template, add_generation_prompt=True)
+            turns = [at for at, message in enumerate(self.messages) if message["role"] == "user"]
+            if len(ids) + room <= self.engine.limit or len(turns) == 1:
+                break
+            del self.messages[turns[0] : turns[1]]
+            forgotten += 1
+        if forgotten:
+            say(f"(the context of {self.engine.limit} tokens is full: forgot the oldest {forgotten} turns)")
+        return ids
+
+    def summary(self, request, seconds):
+        count, limit = len(request.ids), self.engine.limit
+        cut = f"cut at max_new_tokens={self.max_new_tokens}, "
+        ends = {"length": cut, "context": "the context is full, ", "stopped": "stopped, "}
+        end = ends.get(request.finish, "")
+        used = f"context {len(request.prompt) + count} of {limit}"
+        return f"({end}{count} tokens, {count / max(seconds, 1e-9):,.0f} tokens/s, {used})"
+
+
+def trimmed(pieces):
+    """Yields a text in pieces without the white space at its ends."""
+    held, begun = "", False
+    for piece in pieces:
+        text = held + piece if begun else (held + piece).lstrip()
+        body = text.rstrip()
+        held, begun = text[len(body) :], begun or bool(body)
+        if body:
+            yield body
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+# ---- lines in, commands obeyed
+
+
+def obey(chat, line):
+    """Does what a line says; returns whether the conversation goes on. UserError if it can't be done."""
+    command, _, rest = line.strip().partition(" ")
+    rest = rest.strip()
+    if command == "/quit":
+        return False
+    if command == "/help":
+        say(HELP)
+    elif command == "/clear":
+        chat.clear()
+    elif command == "/system" and rest:
+        chat.set_system(rest)
+    elif command == "/system":
+        say(next((m["content"] for m in chat.messages if m["role"] == "system"), "no system message"))
+    elif command == "/retry":
+        chat.retry()
+    elif command == "/save":
+        save(chat.messages, rest)
+    elif command.startswith("/") and not command.startswith("//"):
+        raise UserError(f"{command}: no such command; /help lists them, // begins a question with a /")
+    elif command:
+        chat.ask(line[1:] if command.startswith("//") else line)
+    return True
+
+
+def save(messages, path):
+    """Appends a conversation to the JSON Lines file `path`."""
+    if not path:
+        raise UserError("/save: name a file, as /save chat.jsonl")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise UserError("/save: nothing has been answered yet")
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+    except OSError as problem:
+        raise UserError(f"/save: {path}: {problem.strerror}; name another file") from None
+    say(f"{len(messages)} messages appended to {path}")
+
+
+def typed():
+    """Yields the lines of a person at a terminal; ends with Ctrl-C or Ctrl-D."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - gives input() editing and the history of this session
+    while True:
+        try:
+            yield input("> ")
+        except (EOFError, KeyboardInterrupt):
+            return say("")
+
+
+def piped():
+    try:
+        for line in sys.stdin:
+            yield line.removesuffix("\n")
+    except UnicodeDecodeError as problem:
+        raise UserError(f"standard input: not UTF-8 ({problem.reason}); send text as UTF-8") from None
+
+
+def converse(chat):
+    """Reads lines until there are no more. A mistake costs a person a line, and ends what is piped in."""
+    person = sys.stdin.isatty()
+    if person:
+        say("a conversation; /help lists the commands")
+    for line in typed() if person else piped():
+        try:
+            if not obey(chat, line):
+                return
+        except UserError as problem:
+            if not person:
+                raise
+            say(f"error: {problem}")
