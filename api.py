@@ -16,7 +16,7 @@ from typing import Annotated
 from configurator import PositiveInt, Range, UserError, accept, did_you_mean, knobs_of, narrow
 from engine import Request, Sampling
 from scheduler import Call, Closed, Failed, Full, Job, Piece, Token
-from tokenizer import ROLES, render, stop_ids
+from tokenizer import ROLES, TEMPLATES, jinja, render, stop_ids
 
 ROWS = 64  # prompts x n of one request, at most
 IGNORED = {  # fields of OpenAI's that change nothing here
@@ -192,8 +192,10 @@ class Api:
         return card | {"context_length": self.context, "template": self.template, "settings": settings}
 
     def tokenizer_info(self):
+        """Returns what lm-eval asks of a tokenizer that it can't load itself."""
         names = {f"{role}_token": getattr(self.tokenizer, f"{role}_id") for role in ("bos", "eos", "pad")}
-        return {name: self.tokenizer.pieces[id] for name, id in names.items()} | {"chat_template": None}
+        template = jinja(TEMPLATES[self.template]) if self.template else None
+        return {name: self.tokenizer.pieces[id] for name, id in names.items()} | {"chat_template": template}
 
     def tokenize(self, body, gone):
         """Returns the ids of `prompt`, or of `messages` as a chat request would put them."""
@@ -514,9 +516,12 @@ def one_limit(asked):
 
 
 def pieces(call):
-    """Yields the Pieces of a call; ApiError if it came to nothing."""
+    """Yields the Pieces of a call; ApiError if it came to nothing, OSError if nobody is there any more."""
     try:
-        yield from call.pieces()
+        for piece in call.pieces():
+            if piece.finish == "gone":
+                raise ConnectionAbortedError
+            yield piece
     except (Full, Closed, Failed) as problem:
         raise turned_away(problem) from None
 

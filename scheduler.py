@@ -296,7 +296,7 @@ class Scheduler:
     def _fail(self):
         """Tells stderr what happened, and under which number the rows it ended are told."""
         self.failure = Failed(secrets.token_hex(4))
-        print(f"error {self.failure} in the model: {traceback.format_exc()}", end="", file=sys.stderr)
+        sys.stderr.write(f"error {self.failure} in the model: {traceback.format_exc()}")
         rows = [job for _, job in self.seated.values()]
         if not any(job.request.finish == "error" for job in rows):
             for job in rows:  # not the engine's failure, so whose is unknown

@@ -24,9 +24,10 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Literal, NamedTuple
 from urllib.parse import unquote
 
@@ -41,6 +42,7 @@ CONNECTIONS = 256  # answered at the same time
 TURNED_AWAY = 64  # connections beyond that are told 503; still more wait in the system's queue
 DEPTH = 32  # of lists and objects in a body
 GRACE_SECONDS = 4  # for answers under way when the server is told to stop
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
 PAGE = Path(__file__).with_name("chat.html")
 
 
@@ -52,9 +54,7 @@ class ServerConfig:
     host: str = "127.0.0.1"  # address to listen on; any but this machine's own needs an API key
     port: Annotated[int, Range(0, 65535)] = 8000  # 0 = a free one, which is printed
     api_key_file: str = ""  # file with the key clients must send; or set MINI_LLM_API_KEY
-    allowed_hosts: tuple[
-        str, ...
-    ] = ()  # names clients may call this server by, beside localhost and its address
+    allowed_hosts: tuple[str, ...] = ()  # names by which clients may call it, beside localhost: box.lan
     allowed_origins: tuple[str, ...] = ()  # web pages of others that may ask, as http://localhost:3000
     model_name: str = ""  # the name clients ask for; by default the folder's
     slots: Annotated[int, Range(1, 256)] = 8  # answers written at the same time; each holds a KV cache
@@ -63,9 +63,23 @@ class ServerConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # fp32 on a CPU, bf16 on a GPU that has it
 
+    def __post_init__(self):
+        for name in self.allowed_hosts:
+            match = HOST.fullmatch(name)
+            if not match or match[2]:
+                raise ValueError(f"allowed_hosts: {name!r} is not a host's name; write it bare, as box.lan")
+        for origin in self.allowed_origins:
+            if not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise ValueError(
+                    f"allowed_origins: {origin!r} is not a page's origin, as http://localhost:3000"
+                )
+
 
 # ----------------------------------------------------------------------------------------------------------
 # Answers
+
+
+NOTHING = MappingProxyType({})
 
 
 class Text(NamedTuple):
@@ -73,7 +87,7 @@ class Text(NamedTuple):
 
     kind: str
     text: str
-    headers: dict[str, str]
+    headers: Mapping[str, str]
 
 
 def health(server, path):
@@ -91,14 +105,16 @@ def chat_page(server, path):
 
 def metrics(server, path):
     """Counters in Prometheus' text format."""
-    return Text("text/plain; version=0.0.4; charset=utf-8", server.metrics(), {})
+    return Text("text/plain; version=0.0.4; charset=utf-8", server.metrics(), NOTHING)
 
 
 def models(server, path):
+    """The one model there is, in a list."""
     return server.api.models()
 
 
 def model(server, path):
+    """The model, if that is its name."""
     name = unquote(path).removeprefix("/v1/models/")
     if name != server.api.name:
         raise server.api.not_served(name)
@@ -106,6 +122,7 @@ def model(server, path):
 
 
 def tokenizer_info(server, path):
+    """For lm-eval, where it has no tokenizer of its own."""
     return server.api.tokenizer_info()
 
 
@@ -125,7 +142,6 @@ POST = {
 }
 OPEN = {"/", "/health"}  # without a key: the page holds no secret, and asks for the key itself
 
-HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
 SECURITY = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -230,9 +246,9 @@ class Server(socketserver.ThreadingTCPServer):
             status = 499  # the client hung up, or did not read
         with self.lock:
             self.requests[visit.route, status] += 1
-        what, seconds = f"{visit.head.method} {visit.head.path[:80]}" if visit.head else "-", time.monotonic()
-        line = f"{time.strftime('%H:%M:%S')} {peer} {what} {status} {seconds - begun:.3f} s"
-        print(line, file=sys.stderr, flush=True)
+        what = f"{visit.head.method} {visit.head.path[:80]}" if visit.head else "-"
+        line = f"{time.strftime('%H:%M:%S')} {peer} {what} {status} {time.monotonic() - begun:.3f} s\n"
+        sys.stderr.write(line)  # in one piece, as other threads write too
 
     def _respond(self, wire, visit):
         """Answers a request; returns the status. Raises Gone or OSError if there is nobody to answer."""
@@ -240,20 +256,23 @@ class Server(socketserver.ThreadingTCPServer):
             answer = self._answer(wire, visit)
             if isinstance(answer, Iterator):
                 return self._stream(wire, visit, answer)
-            status, kind, body, more = 200, "application/json", answer, {}
-            if isinstance(answer, Text):
-                kind, body, more = answer
-        except (Refused, ApiError) as problem:
-            problem = problem if isinstance(problem, ApiError) else ApiError(problem.status, str(problem))
-            status, kind, body, more = problem.status, "application/json", problem.fields(), problem.headers
+            return self._send(wire, visit, 200, answer)
         except (Gone, OSError):
             raise
-        except Exception:
-            problem = internal_error()
-            status, kind, body, more = 500, "application/json", problem.fields(), {}
-        body = body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)
-        body = body.encode("utf-8", "replace")
-        headers = {"Content-Type": kind, "Content-Length": len(body)} | SECURITY | visit.headers | more
+        except ApiError as problem:
+            error = problem
+        except Refused as problem:
+            error = ApiError(problem.status, str(problem))
+        except Exception:  # the boundary: whatever it was, the client is answered and the server lives on
+            error = internal_error()
+        return self._send(wire, visit, error.status, error.fields(), error.headers)
+
+    def _send(self, wire, visit, status, answer, more=NOTHING):
+        if not isinstance(answer, Text):
+            answer = Text("application/json", json.dumps(answer, ensure_ascii=False), more)
+        body = answer.text.encode("utf-8", "replace")
+        headers = {"Content-Type": answer.kind, "Content-Length": len(body)}
+        headers |= SECURITY | visit.headers | dict(answer.headers)
         wire.send(status, headers, b"" if visit.head and visit.head.method == "HEAD" else body)
         return status
 
@@ -286,7 +305,7 @@ class Server(socketserver.ThreadingTCPServer):
         self._check_origin(head, visit)
         visit.route, table = self._route(head.path)
         if head.method == "OPTIONS" and visit.headers:
-            return Text("text/plain", "", {})
+            return Text("text/plain", "", NOTHING)
         if head.method not in table:
             allowed = ", ".join(table)
             raise ApiError(405, f"{visit.route} takes {allowed}", headers={"Allow": allowed})
@@ -398,7 +417,7 @@ def read_json(wire, head):
 def internal_error():
     """Tells stderr what happened; returns an ApiError that only names the place there."""
     number = secrets.token_hex(4)
-    print(f"error {number}: {traceback.format_exc()}", end="", file=sys.stderr, flush=True)
+    sys.stderr.write(f"error {number}: {traceback.format_exc()}")
     return ApiError(500, f"internal error {number}; the server's log tells more", code="internal_error")
 
 

@@ -185,8 +185,9 @@ def test_tokenize_and_back(chatty, tiny_tokenizer):
     assert (status, answer) == (200, {"tokens": ids, "count": len(ids), "max_model_len": 128})
     assert chatty.ask("/detokenize", {"tokens": ids}) == (200, {"prompt": text})
     assert chatty.ask("/tokenize", {"messages": HELLO})[1]["tokens"] == chat_ids(tiny_tokenizer)
-    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "chat_template": None}
-    assert chatty.get("/tokenizer_info").json == names
+    told = chatty.get("/tokenizer_info").json
+    assert (told["bos_token"], told["eos_token"], told["pad_token"]) == ("<s>", "</s>", "<pad>")
+    assert told["chat_template"].startswith("{{ bos_token }}{% for message in messages %}")
 
 
 def test_a_base_model_continues_what_the_chat_says(others, plain_folder, tiny_tokenizer):
@@ -581,6 +582,8 @@ def test_pages_of_others(others):
         ({"api_key_file": "nowhere"}, ["nowhere", "cannot be read"]),
         ({"model_path": "nowhere"}, ["nowhere: no such folder"]),
         ({"slots": 0}, ["slots", "1..256"]),
+        ({"allowed_hosts": "box.lan:8000"}, ["allowed_hosts", "'box.lan:8000'", "bare"]),
+        ({"allowed_origins": "http://localhost:3000/"}, ["allowed_origins", "origin"]),
     ],
 )
 def test_mistakes_are_one_line(forks, tmp_path, chatty, folder, knobs, words):
