@@ -129,27 +129,35 @@ def _groups(questions, budget):
 
 
 def _group_scores(model, questions):
-    weight, longest = model.lm_head.weight, max(len(answer) for _, answers in questions for answer in answers)
-    lengths = torch.tensor([len(context) for context, _ in questions], device=weight.device)
-    ids, cache = _padded([context for context, _ in questions], weight.device), None
-    if longest > 1:
-        capacity = ids.shape[1] + longest - 1
-        cache = KVCache(model.cfg, len(questions), capacity, weight.device, weight.dtype)
-    hidden = model.model(ids, cache=cache)
+    """As `answer_scores`, of questions whose longest answers are equally long."""
+    weight = model.lm_head.weight
     rows = [(owner, answer) for owner, (_, answers) in enumerate(questions) for answer in answers]
+    longest = max(len(answer) for _, answer in rows)
+    contexts = _padded([context for context, _ in questions], weight.device)
     owner = torch.tensor([owner for owner, _ in rows], device=weight.device)
-    first = token_scores(hidden[owner, lengths[owner] - 1], weight, [answer[0] for _, answer in rows])
-    scores = [[pair] for pair in first]
-    long = [number for number, (_, answer) in enumerate(rows) if len(answer) > 1]
-    if long:
-        after = _after(cache, owner[long], lengths)
-        hidden = model.model(_padded([rows[number][1][:-1] for number in long], weight.device), cache=after)
-        where = [(place, at) for place, number in enumerate(long) for at in range(len(rows[number][1]) - 1)]
-        labels = [id for number in long for id in rows[number][1][1:]]
-        for (place, _), pair in zip(where, token_scores(hidden[tuple(zip(*where))], weight, labels)):
-            scores[long[place]].append(pair)
-    whole = iter([(-sum(loss for loss, _ in pairs), all(top for _, top in pairs)) for pairs in scores])
-    return [[next(whole) for _ in answers] for _, answers in questions]
+    lengths = torch.tensor([len(questions[owner][0]) for owner, _ in rows], device=weight.device)
+    cache = None
+    if longest > 1:
+        capacity = contexts.shape[1] + longest - 1
+        cache = KVCache(model.cfg, len(questions), capacity, weight.device, weight.dtype)
+    last = model.model(contexts, cache=cache)[owner, lengths - 1]
+    found = [[pair] for pair in token_scores(last, weight, [answer[0] for _, answer in rows])]
+    if longest > 1:
+        for row, pair in _rest(model, cache, rows, owner, lengths):
+            found[row].append(pair)
+    scores = iter([(-sum(loss for loss, _ in pairs), all(top for _, top in pairs)) for pairs in found])
+    return [[next(scores) for _ in answers] for _, answers in questions]
+
+
+def _rest(model, cache, rows, owner, lengths):
+    """Yields (row, what `token_scores` says) of every id of an answer but its first, row by row."""
+    long = [row for row, (_, answer) in enumerate(rows) if len(answer) > 1]
+    inputs = _padded([rows[row][1][:-1] for row in long], owner.device)
+    hidden = model.model(inputs, cache=_copies(cache, owner[long], lengths[long]))
+    where = [(at, step) for at, row in enumerate(long) for step in range(len(rows[row][1]) - 1)]
+    labels = [id for row in long for id in rows[row][1][1:]]
+    pairs = token_scores(hidden[tuple(zip(*where))], model.lm_head.weight, labels)
+    return zip([long[at] for at, _ in where], pairs)
 
 
 def _padded(rows, device):
@@ -158,12 +166,12 @@ def _padded(rows, device):
     return torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
 
 
-def _after(cache, rows, lengths):
-    """Returns a ragged cache whose rows are copies of `rows` of `cache`, cut to their own lengths."""
-    after = copy.copy(cache)
-    after.k, after.v = ([stored[rows] for stored in layers] for layers in (cache.k, cache.v))
-    after.lengths, after.start = lengths[rows], None
-    return after
+def _copies(cache, rows, lengths):
+    """Returns a ragged cache of copies of `rows` of `cache`, each `lengths` positions long."""
+    copies = copy.copy(cache)
+    copies.k, copies.v = ([stored[rows] for stored in layers] for layers in (cache.k, cache.v))
+    copies.lengths, copies.start = lengths, None
+    return copies
 
 
 def token_scores(x, weight, labels):
@@ -218,17 +226,24 @@ def multiple_choice(scores, sizes, gold, names=None):
     chosen = [best(row) for row in scores]
     normed = [best([s / max(1, n) for s, n in zip(*pair)]) for pair in zip(scores, sizes)]
     index, count = Counter(gold).most_common(1)[0]
-    chance = sum(1 / len(row) for row in scores) / len(scores)
+    majority, chance = count / len(gold), sum(1 / len(row) for row in scores) / len(scores)
     result = accuracy(chosen, gold) | {"accuracy_norm": accuracy(normed, gold)["accuracy"]}
-    result |= {"majority": count / len(gold), "chance": chance, "calibrated_accuracy": None}
-    baseline, what = max((count / len(gold), f"always answering number {index + 1}"), (chance, "guessing"))
+    result |= {"majority": majority, "chance": chance, "calibrated_accuracy": None}
     if names:
-        calibrated = accuracy([best(row) for row in without_prior(scores)], gold)
-        result |= {f"calibrated_{key}": calibrated[key] for key in ("accuracy", "ci95")}
+        result |= calibrated(scores, gold) | {"majority_answer": names[index]}
         result["predicted"] = {name: chosen.count(at) for at, name in enumerate(names)}
-        result["majority_answer"] = names[index]
-        what = f"always answering {names[index]!r}"
-    return result | {"verdict": verdict(result["ci95"], baseline, what)}
+    always = f"always answering {names[index]!r}" if names else f"always answering number {index + 1}"
+    baseline = max((majority, always), (chance, "guessing"))
+    return result | {"verdict": verdict(result["ci95"], *baseline)}
+
+
+def calibrated(scores, gold):
+    """Returns accuracy, interval and verdict without the prior; the baseline: the same answers, shuffled."""
+    chosen = [best(row) for row in without_prior(scores)]
+    result = accuracy(chosen, gold)
+    shuffled = sum(chosen.count(at) * gold.count(at) for at in set(gold)) / len(gold) ** 2
+    result["verdict"] = verdict(result["ci95"], shuffled, "the same answers in random order")
+    return {f"calibrated_{key}": result[key] for key in ("accuracy", "ci95", "verdict")}
 
 
 def verdict(interval, baseline, what):

@@ -22,6 +22,7 @@ SHRUNK = {
     "sft.py": "--max_steps=2 --warmup_steps=1 --batch_size=2 --sample_tokens=4 --dtype=fp32",
     "dpo.py": "--max_steps=2 --warmup_steps=1 --batch_size=2 --dtype=fp32",
     "sample.py": "--max_new_tokens=4",
+    "eval.py": "--max_new_tokens=2 --custom_prompts=prompts.txt",  # ours do not fit 32 positions
     "server.py": "--port=0",
 }
 NEEDS_NETWORK = ("venv", "data/processed/demo_tiny")
@@ -31,7 +32,7 @@ def shrink(command):
     """The words of a command with SHRUNK's flags instead of its own of the same name."""
     words = shlex.split(command)
     script = next((w for w in words if w in SHRUNK), None)
-    if script is None or words[2] in ("inspect", "create_sample_datasets"):
+    if script is None or words[2] in ("inspect", "create_sample_datasets", "compare", "assess"):
         return words
     extra = shlex.split(SHRUNK[script])
     if script == "data.py" and "docstrings" in command:
@@ -76,6 +77,7 @@ def clone(tmp_path_factory):
     kinds = ("*.py", "*.md", "*.txt", "configs", "Makefile")
     for path in (path for kind in kinds for path in ROOT.glob(kind)):
         (folder / path.name).symlink_to(path)
+    (folder / "prompts.txt").write_text("a\n")
     return folder
 
 
@@ -96,7 +98,16 @@ def test_the_commands_run_in_the_order_of_the_page(clone):
             assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         ran.append(command)
     scripts = {word for command in ran for word in shlex.split(command) if word.endswith(".py")}
-    assert scripts >= {"data.py", "train.py", "sft.py", "dpo.py", "sample.py", "server.py", "model.py"}
+    assert scripts >= {
+        "data.py",
+        "train.py",
+        "sft.py",
+        "dpo.py",
+        "sample.py",
+        "eval.py",
+        "server.py",
+        "model.py",
+    }
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])

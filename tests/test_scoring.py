@@ -197,6 +197,7 @@ def test_calibration_takes_away_the_prior_and_nothing_else():
     gold = [0, 1] * 50
     got = yes_no([3.0 + (1 if right else -1) for right in gold], gold)  # it knows, but leans to yes
     assert (got["accuracy"], got["calibrated_accuracy"]) == (0.5, 1.0)
+    assert got["calibrated_verdict"] == "better than the baseline, the same answers in random order (50.0%)"
     rows = [[-1.0, -2.0], [-4.0, -3.0], [-0.5, -9.0]]
     odds = np.array([a - b for a, b in rows])
     left = np.array([a - b for a, b in without_prior(rows)])

@@ -1,0 +1,450 @@
+"""eval.py: the promised numbers, lm-eval's on the same folder, bad input, comparison and assessment."""
+
+import gzip
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import assess as assess_room
+from assess import METRICS, assess, compare, read_expected, size_class
+from chats import read_rows
+from configurator import UserError, configure
+from engine import open_model
+from eval import EvalConfig, encode_questions, main, prepare_text, read_text, to_question
+from lora import add_lora, identify, merge_lora, save_adapter
+from model import Llama, ModelConfig, count_parameters, load_model, save_model
+from scoring import answer_scores
+from tests.align import make_base
+
+ROOT = Path(__file__).resolve().parent.parent
+EXPECTED = ROOT / "configs" / "eval" / "expected.json"
+WIKITEXT = ROOT.parent / "shared" / "data" / "wikitext2" / "wiki.valid.raw"
+CONTEXT = 96
+TEXT = "".join(f"The quick brown fox number {n} jumps\nover a lazy dog: why not?\n\n" for n in range(60))
+BOOLQ = [
+    {
+        "question": f"is {n} a lazy number",
+        "passage": f"The fox is number {n}. " * (1 + n % 9),
+        "answer": n % 3 > 0,
+    }
+    for n in range(40)
+]
+CHOICES = [
+    {"context": "once upon a", "choices": ["time", "quick brown fox"], "answer": "time"},
+    {"context": "the lazy dog asked: ", "choices": ["why", "why not", "jumps"], "answer": 1},
+    {"context": "", "choices": ["the", "fox"], "answer": 0},
+]
+LAST = [{"text": "the quick brown fox"}, {"text": "over a lazy dog"}]
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_tokenizer):
+    """A folder with a base model and everything to measure it on."""
+    place = tmp_path_factory.mktemp("eval")
+    make_base(place / "base", tiny_tokenizer, sequence_length=CONTEXT)
+    (place / "text.txt").write_text(TEXT, encoding="utf-8")
+    lines(place / "boolq.jsonl", BOOLQ)
+    lines(place / "choices.jsonl", CHOICES)
+    lines(place / "last.jsonl", LAST)
+    lines(
+        place / "prompts.jsonl",
+        [{"prompt": "Why not?", "category": "talk"}, {"prompt": "the", "category": "x"}],
+    )
+    return place
+
+
+def knobs(place, **more):
+    values = {"model_path": place / "base", "perplexity_path": place / "text.txt"}
+    values |= {"boolq_path": place / "boolq.jsonl", "custom_prompts": place / "prompts.jsonl"}
+    values = {key: str(value) for key, value in values.items()} | {"max_new_tokens": 4, "device": "cpu"}
+    return values | more
+
+
+def measure(place, out, **more):
+    main(EvalConfig(output_dir=str(out), **knobs(place, **more)))
+    return json.loads((out / "results.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def results(place):
+    tasks = tuple(str(place / name) for name in ("choices.jsonl", "last.jsonl"))
+    return measure(place, place / "out", tasks=tasks, detailed_output=True)
+
+
+# ---- what is measured
+
+
+def test_the_promised_keys_are_there(results, place):
+    assert [*results] == ["model", "protocol", "perplexity", "boolq", "tasks", "smoke"]
+    text = results["perplexity"]
+    assert text.keys() >= {"bits_per_byte", "word_perplexity", "token_perplexity", "tokens", "words", "bytes"}
+    assert (text["context"], text["stride"], text["lossless"]) == (CONTEXT, CONTEXT // 2, True)
+    assert results["boolq"].keys() >= {"accuracy", "n", "majority", "ci95", "calibrated_accuracy", "verdict"}
+    assert results["smoke"].keys() >= {"score", "by_category", "eos_rate", "responses"}
+    assert results["model"]["sha256"] == identify(place / "base").sha256
+    assert results["model"]["non_embedding"] == 2 * (3 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64
+
+
+def test_perplexities_are_their_definitions(results):
+    part = results["perplexity"]
+    assert part["bytes"] == len(TEXT.encode())
+    assert part["words"] == len(re.split(r"\s+", TEXT))  # lm-eval's count
+    assert part["bits_per_byte"] == pytest.approx(part["nats"] / math.log(2) / part["bytes"])
+    assert part["word_perplexity"] == pytest.approx(math.exp(part["nats"] / part["words"]))
+    assert part["token_perplexity"] == pytest.approx(math.exp(part["nats"] / part["tokens"]))
+    uniform, packed = part["baselines"]["uniform"], 8 * len(gzip.compress(TEXT.encode(), 9))
+    assert uniform["token_perplexity"] == pytest.approx(384)
+    assert part["baselines"]["gzip"]["bits_per_byte"] == pytest.approx(packed / part["bytes"])
+
+
+def test_every_kind_of_question_is_answered(results, place):
+    boolq, (choices, last) = results["boolq"], results["tasks"].values()
+    assert (boolq["n"], boolq["majority"]) == (40, 26 / 40)
+    assert sum(boolq["predicted"].values()) == 40
+    assert (choices["n"], choices["calibrated_accuracy"]) == (3, None)
+    assert choices["chance"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 2) / 3)
+    assert (last["n"], last["cut"]) == (2, 0)
+    assert last["perplexity"] > 1
+
+
+def test_the_report_shows_all_of_it(results, place):
+    report = (place / "out" / "report.md").read_text(encoding="utf-8")
+    for metric in METRICS:
+        assert metric.shown(metric.of(results)) in report
+    assert results["boolq"]["verdict"] in report
+    for row in results["smoke"]["responses"]:
+        assert f"> {row['prompt']}" in report
+    assert "not measured" not in report
+
+
+def test_a_picture_is_drawn_where_matplotlib_is(results, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert assess_room.draw(results, tmp_path / "report.png")
+    assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_batch_size_changes_no_number(results, place, tmp_path):
+    again = measure(place, tmp_path, batch_size=1)
+    assert again["perplexity"]["nats"] == pytest.approx(results["perplexity"]["nats"], rel=1e-6)
+    assert again["boolq"] == results["boolq"]
+
+
+def test_adapters_and_what_they_were_merged_into_score_alike(place, tmp_path, tiny_tokenizer):
+    base = identify(place / "base")
+    model = add_lora(load_model(place / "base"), 4, 8)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    for name in ("adapter", "merged"):
+        (tmp_path / name).mkdir()
+        tiny_tokenizer.save(tmp_path / name, CONTEXT, "chatml")
+    save_adapter(model, tmp_path / "adapter", base)
+    merge_lora(model)
+    save_model(model, tmp_path / "merged")
+    found = [
+        measure(place, tmp_path / "out", model_path=str(tmp_path / name)) for name in ("adapter", "merged")
+    ]
+    for part in ("perplexity", "boolq"):
+        assert found[0][part] == found[1][part]
+    assert found[0]["perplexity"]["nats"] != measure(place, tmp_path / "out")["perplexity"]["nats"]
+    assert found[0]["model"]["template"] == "chatml"
+
+
+def test_fast_mode_measures_less_and_says_so(place, tmp_path):
+    (tmp_path / "long.txt").write_text(TEXT * 40, encoding="utf-8")
+    got = measure(place, tmp_path, fast_mode=True, perplexity_path=str(tmp_path / "long.txt"))
+    part = got["perplexity"]
+    assert part["stride"] == part["context"]
+    assert part["bytes"] <= 100_000 < len(TEXT) * 40
+    assert part["text"]["part"] == f"the first {part['bytes']:,} of {len(TEXT) * 40:,} bytes"
+    assert "Fast mode" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_questions_are_drawn_by_the_seed_not_from_the_top(place, tmp_path):
+    lines(tmp_path / "sorted.jsonl", sorted(BOOLQ, key=lambda row: row["answer"]))  # the first ten are all no
+    draw = {"boolq_path": str(tmp_path / "sorted.jsonl"), "max_boolq_samples": 12, "skip_perplexity": True}
+    got = [measure(place, tmp_path, seed=seed, **draw) for seed in (0, 0, 1)]
+    assert [results["boolq"]["n"] for results in got] == [12] * 3
+    assert got[0]["boolq"] == got[1]["boolq"]
+    assert 0 < got[0]["boolq"]["majority"] < 1
+    assert got[0]["perplexity"] == {"verdict": "not measured", "reason": "skipped, as asked"}
+
+
+def test_long_passages_lose_their_beginning_never_the_question(place):
+    model, tokenizer = open_model(place / "base", "cpu", "fp32")
+    row = {"question": "is this kept", "passage": "a fox. " * 300, "answer": "no"}
+    questions = [("row 1", *to_question(row))]
+    ((context, answers),), cut = encode_questions(tokenizer, questions, CONTEXT)
+    assert cut == 1
+    assert (context[0], len(context) + max(map(len, answers)) - 1) == (tokenizer.bos_id, CONTEXT)
+    assert tokenizer.decode(context).endswith("a fox. \nQuestion: is this kept?\nAnswer:")
+    assert [tokenizer.decode(answer) for answer in answers] == [" no", " yes"]
+    answer_scores(model, [(context, answers)], 1)  # fits
+
+
+# ---- texts
+
+
+def test_texts_are_read_to_the_byte(tmp_path):
+    raw = "\ufeffa\r\n\u2028b \t\n\n".encode()
+    (tmp_path / "t.txt").write_bytes(raw)
+    (tmp_path / "t.txt.gz").write_bytes(gzip.compress(raw))
+    assert {read_text(str(tmp_path / name)).encode() for name in ("t.txt", "t.txt.gz")} == {raw}
+    lines(tmp_path / "t.jsonl", [{"text": "a"}, {"text": "b\n"}])
+    assert read_text(str(tmp_path / "t.jsonl")) == "a\n\nb\n"
+
+
+def hub(monkeypatch, rows):
+    module = SimpleNamespace(load_dataset=lambda *names, **settings: iter(rows))
+    monkeypatch.setitem(sys.modules, "datasets", module)
+
+
+def test_wikitext_of_the_hub_is_the_file(monkeypatch):
+    raw = " \n = Fox = \n \n A fox .\n \n"
+    hub(monkeypatch, [{"text": line if line.strip() else ""} for line in raw.splitlines(keepends=True)])
+    assert read_text("hf:Salesforce/wikitext:wikitext-2-raw-v1:test") == raw
+
+
+@pytest.mark.skipif(not WIKITEXT.is_file(), reason="WikiText-2 is not at hand")
+def test_wikitext_2_is_known_by_its_hash_and_its_count(place, monkeypatch):
+    rows = WIKITEXT.read_text(encoding="utf-8").splitlines(keepends=True)
+    hub(monkeypatch, [{"text": line if line.strip() else ""} for line in rows])
+    loaded = open_model(place / "base", "cpu", "fp32")
+    for path in (str(WIKITEXT), "hf:Salesforce/wikitext:wikitext-2-raw-v1:validation"):
+        text = prepare_text(EvalConfig(model_path="", perplexity_path=path), *loaded)
+        assert text.about["name"] == "WikiText-2 raw, validation"
+    assert len(text.text.split()) + text.text.count("\n") == 217_646  # as published
+
+
+def test_what_is_out_of_reach_is_not_measured_and_the_rest_is(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    out = {
+        "perplexity_path": "hf:a/b",
+        "boolq_path": "hf:c/d",
+        "tasks": (str(place / "last.jsonl"), "hf:e/f"),
+    }
+    got = measure(place, tmp_path, **out)
+    for part, flag in (("perplexity", "perplexity_path"), ("boolq", "boolq_path")):
+        assert got[part]["verdict"] == "not measured"
+        assert {*got[part]} == {"verdict", "reason"}  # no number, above all no 0
+        assert f"--{flag}=FILE" in got[part]["reason"]
+    assert got["tasks"]["hf:e/f"]["verdict"] == "not measured"
+    assert got["tasks"][str(place / "last.jsonl")]["n"] == 2
+    assert "not measured" in capsys.readouterr().out
+    assert "not measured" in assess([tmp_path], EXPECTED)
+
+
+# ---- bad input
+
+BAD = {
+    "no text": ({"perplexity_path": "nowhere.txt"}, ["nowhere.txt: not found"]),
+    "empty text": ({"perplexity_path": ("t.txt", b"")}, ["t.txt: holds no text"]),
+    "blank text": ({"perplexity_path": ("t.txt", b" \n\n")}, ["t.txt: holds no text"]),
+    "binary": ({"perplexity_path": ("t.txt", b"ab\xff")}, ["t.txt: byte 0xff at offset 2: not UTF-8"]),
+    "damaged": ({"perplexity_path": ("t.gz", gzip.compress(b"abc" * 99)[:-9])}, ["t.gz: cannot be read"]),
+    "short text": ({"perplexity_path": ("t.txt", b"a fox")}, ["fewer than the context of 96", "--context="]),
+    "no column": ({"perplexity_path": ("t.jsonl", b'{"txt": 1}')}, ["t.jsonl line 1", '"text"']),
+    "bad row": ({"perplexity_path": ("t.jsonl", b'{"text": "a"}\n{')}, ["1 rows", "not-json", "line 2"]),
+    "context": ({"context": 97}, ["context 97", "96 positions"]),
+    "stride": ({"context": 20, "stride": 21}, ["stride 21", "context 20"]),
+    "no boolq": ({"boolq_path": "nowhere.jsonl"}, ["nowhere.jsonl: not found"]),
+    "empty boolq": ({"boolq_path": ("b.jsonl", b"")}, ["b.jsonl: 0 usable rows"]),
+    "not json": ({"boolq_path": ("b.jsonl", b"{]\n")}, ["b.jsonl", "not-json", "line 1"]),
+    "no passage": ({"boolq_path": ("b.jsonl", b'{"question": "a", "answer": true}')}, ["passage", "line 1"]),
+    "no answer": ({"boolq_path": ("b.jsonl", b'{"question": "a", "passage": "b"}')}, ['"answer"', "line 1"]),
+    "odd answer": (
+        {"boolq_path": ("b.jsonl", b'{"question": "a", "passage": "b", "answer": []}')},
+        ['"answer" must be true or false'],
+    ),
+    "not boolq": (
+        {"boolq_path": ("b.jsonl", b'{"text": "a b"}')},
+        ["{question, passage, answer}", "--tasks"],
+    ),
+    "other rows": ({"tasks": ("c.jsonl", b'{"foo": 1}')}, ["expected {question", "found the fields foo"]),
+    "one choice": ({"tasks": ("c.jsonl", b'{"context": "a", "choices": ["b"], "answer": 0}')}, ["two texts"]),
+    "which": ({"tasks": ("c.jsonl", b'{"context": "a", "choices": ["b", "c"], "answer": 2}')}, ["0..1"]),
+    "one word": ({"tasks": ("c.jsonl", b'{"text": "fox"}')}, ["last word"]),
+    "two kinds": (
+        {"tasks": ("c.jsonl", b'{"text": "a fox"}\n{"context": "a", "choices": ["b", "c"], "answer": 1}')},
+        ["one file for each kind"],
+    ),
+    "list": ({"tasks": ("c.jsonl", b"[1]")}, ["expected an object"]),
+    "long question": (
+        {"boolq_path": ("b.jsonl", json.dumps(BOOLQ[0] | {"question": "why " * 99}).encode())},
+        ["b.jsonl line 1", "do not fit the 96 positions"],
+    ),
+    "prompts": ({"custom_prompts": "nowhere.json"}, ["nowhere.json"]),
+    "model": ({"model_path": "nowhere"}, ["nowhere"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_mistakes_are_one_line_and_leave_nothing(name, place, tmp_path, monkeypatch):
+    values, words = BAD[name]
+    monkeypatch.chdir(tmp_path)
+    for value in values.values():
+        if isinstance(value, tuple):
+            (tmp_path / value[0]).write_bytes(value[1])
+    values = {k: v[0] if isinstance(v, tuple) else v for k, v in values.items()}
+    if "tasks" in values:
+        values["tasks"] = (values["tasks"],)
+    with pytest.raises(UserError) as caught:
+        measure(place, tmp_path / "out", **values)
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+# ---- results side by side, and against expectations
+
+
+def variant(place, folder, change):
+    """A copy of the results with something changed; returns its folder."""
+    results = json.loads((place / "out" / "results.json").read_text(encoding="utf-8"))
+    change(results)
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    return folder
+
+
+def test_compare_marks_the_best_of_what_may_be_compared(results, place, tmp_path):
+    better = variant(place, tmp_path / "better", lambda r: r["perplexity"].update(bits_per_byte=0.5))
+    rows = {row.split("  ")[0]: row for row in compare([place / "out", better]).splitlines()}
+    assert rows["bits per byte"].endswith("0.5000 *")
+    other = variant(place, tmp_path / "other", lambda r: r["perplexity"]["text"].update(sha256="x"))
+    text = compare([place / "out", other / "results.json"])
+    assert "bits per byte: not to be compared, the texts differ" in text
+    assert not re.search(r"bits per byte .*\*", text)
+    missing = variant(place, tmp_path / "missing", lambda r: r.update(boolq={"verdict": "", "reason": "r"}))
+    assert re.search(r"BoolQ accuracy .* not measured", compare([place / "out", missing]))
+    with pytest.raises(UserError, match="two results"):
+        compare([place / "out"])
+
+
+@pytest.mark.parametrize("name", ["demo", "tiny", "small", "advanced_example", "base"])
+def test_the_size_class_of_a_preset_is_itself(name):  # trap B48
+    cfg = configure(ModelConfig, [str(ROOT / f"configs/{name}.json")], foreign_keys=True)
+    count, sizes = count_parameters(cfg)["non_embedding"], read_expected(EXPECTED)
+    assert sizes[name]["non_embedding"] == count
+    assert {size_class(round(count * share), sizes) for share in (0.8, 1, 1.2)} == {name}
+
+
+def test_each_metric_is_held_against_its_range(place, tmp_path):
+    def change(r):
+        r["model"]["non_embedding"] = 6_294_784
+        r["perplexity"]["text"]["name"] = "WikiText-2 raw, test"
+        r["perplexity"]["token_perplexity"], r["boolq"]["accuracy"], r["smoke"]["score"] = 45.0, 0.5, 0.9
+
+    text = assess([variant(place, tmp_path / "r", change)], EXPECTED)
+    assert "size class tiny" in text
+    assert re.search(r"token perplexity +45.00 +40.00 to 80.00 +within +claim of the original README", text)
+    assert re.search(r"token perplexity +45.00 +50.00 to 80.00 +better", text)
+    assert re.search(r"BoolQ accuracy +50.0% +55.0% to 65.0% +worse", text)
+    assert re.search(r"smoke score +0.900 +0.350 to 0.600 +better", text)
+    assert "do not report the accuracy as a skill" in text
+
+
+def test_a_range_for_another_text_is_no_verdict(place, tmp_path):
+    changed = variant(place, tmp_path / "r", lambda r: r["model"].update(non_embedding=50_000_000))
+    text = assess([changed], EXPECTED)
+    assert "size class small" in text
+    assert re.search(r"token perplexity .* not comparable: measured on another text", text)
+
+
+def eval_py(*words):
+    done = subprocess.run([sys.executable, str(ROOT / "eval.py"), *words], capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_command_line(results, place, tmp_path):
+    """One process each: the others call the same functions."""
+    status, out, err = eval_py("assess", str(place / "out" / "results.json"))
+    assert (status, err) == (0, "")
+    assert "what to do" in out
+    (tmp_path / "cut.json").write_text((place / "out" / "results.json").read_text()[:500])  # trap B47
+    status, out, err = eval_py("assess", str(tmp_path / "cut.json"))
+    assert (status, out, err.count("\n")) == (1, "", 1), err
+    status, out, err = eval_py("--model_path=nowhere", f"--output_dir={tmp_path / 'o'}")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "nowhere: no such folder" in err
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{}", "not results of eval.py"),
+        ("[]", "must be an object"),
+        ('{"model": {"non_embedding": 0}, "perplexity": {}, "boolq": {}, "smoke": {}}', "non_embedding"),
+        ('{"model": {"non_embedding": 9}, "perplexity": {}, "boolq": {}, "smoke": {}}', "not whole results"),
+    ],
+)
+def test_broken_results_are_refused(content, words, tmp_path):
+    (tmp_path / "r.json").write_text(content)
+    with pytest.raises(UserError, match=words):
+        assess([tmp_path / "r.json"], EXPECTED)
+    with pytest.raises(UserError, match="one file"):
+        assess([], EXPECTED)
+
+
+# ---- lm-eval on the same folder
+
+
+@pytest.fixture(scope="module")
+def lm(place):
+    pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=str(place / "base"), device="cpu", dtype="float32", batch_size=3)
+
+
+def test_lm_eval_finds_the_same_perplexity(lm, place, tmp_path):
+    from lm_eval.api.instance import Instance
+
+    got = measure(place, tmp_path, stride=CONTEXT, skip_boolq=True)["perplexity"]
+    (found,) = lm.loglikelihood_rolling(
+        [Instance("loglikelihood_rolling", {}, (TEXT,), 0)], disable_tqdm=True
+    )
+    assert got["nats"] == pytest.approx(-found, rel=1e-6)
+    assert got["word_perplexity"] == pytest.approx(math.exp(-found / len(re.split(r"\s+", TEXT))), rel=1e-4)
+
+
+def test_lm_eval_finds_the_same_likelihoods(lm, place):
+    from lm_eval.api.instance import Instance
+
+    model, tokenizer = open_model(place / "base", "cpu", "fp32")
+    for name in ("boolq", "choices", "last"):
+        rows = read_rows(place / f"{name}.jsonl", to_question)
+        # "<s>" is BOS to its tokenizer; a context that does not fit it would cut off at the BOS
+        rows = [row for row in rows if len(tokenizer.encode(row[2].context)) < CONTEXT - 9]
+        pairs = [("<s>" + row.context, choice) for _, _, row in rows for choice in row.choices]
+        found = lm.loglikelihood(
+            [Instance("loglikelihood", {}, pair, 0) for pair in pairs], disable_tqdm=True
+        )
+        encoded, _ = encode_questions(tokenizer, rows, CONTEXT)
+        got = [pair for row in answer_scores(model, encoded, 500) for pair in row]
+        assert [value for value, _ in got] == pytest.approx([value for value, _ in found], abs=1e-4)
+        assert [greedy for _, greedy in got] == [greedy for _, greedy in found]
+
+
+def test_a_uniform_model_has_the_vocabulary_as_its_perplexity(place, tmp_path, tiny_tokenizer):
+    model = Llama(load_model(place / "base").cfg)
+    torch.nn.init.zeros_(model.lm_head.weight)  # tied: every hidden state is 0 as well
+    (tmp_path / "zero").mkdir()
+    save_model(model, tmp_path / "zero")
+    tiny_tokenizer.save(tmp_path / "zero", CONTEXT)
+    got = measure(place, tmp_path / "out", model_path=str(tmp_path / "zero"))["perplexity"]
+    assert got["token_perplexity"] == pytest.approx(384)
+    assert got["bits_per_byte"] == pytest.approx(got["baselines"]["uniform"]["bits_per_byte"])
+    assert got["verdict"].startswith("better than no baseline") or "uniform" not in got["verdict"]
