@@ -24,19 +24,20 @@ install: .venv/installed ## a virtual environment in .venv with what requirement
 install-flash: .venv/installed ## flash-attn, where there is CUDA and its compiler
 	$(RUN) -m pip install flash-attn --no-build-isolation
 
-QUESTION := What is the plural of tree?
-demo: .venv/installed ## raw text -> a small LLaMA -> SFT -> DPO, the three asked one question; about ten minutes
+ASK = $(RUN) sample.py --chat --prompt="What is the plural of tree?" --temperature=0 --max_new_tokens=24
+
+demo: .venv/installed ## raw text -> a small LLaMA -> SFT -> DPO, and the three asked one question, in about twelve minutes
 	$(RUN) data.py configs/datasets/docstrings.json
 	$(RUN) train.py configs/demo.json --resume_from_checkpoint=auto
-	$(RUN) sample.py --model_path=checkpoints/pretrain/demo/final --prompt="Return the" --num_samples=3 --seed=1
+	$(RUN) sample.py --model_path=checkpoints/pretrain/demo --prompt="Return the" --num_samples=3 --seed=1
 	$(RUN) data.py create_sample_datasets
-	$(RUN) sft.py configs/sft.json --model_path=checkpoints/pretrain/demo --dataset_path=data/samples/sft_train.jsonl \
-	  --resume_from_checkpoint=auto
-	$(RUN) dpo.py configs/dpo.json --model_path=checkpoints/sft --dataset_path=data/samples/dpo_train.jsonl \
-	  --resume_from_checkpoint=auto
-	$(RUN) sample.py --chat --model_path=checkpoints/pretrain/demo --prompt="$(QUESTION)" --temperature=0
-	$(RUN) sample.py --chat --model_path=checkpoints/sft --prompt="$(QUESTION)" --temperature=0
-	$(RUN) sample.py --chat --model_path=checkpoints/dpo --prompt="$(QUESTION)" --temperature=0
+	$(RUN) sft.py configs/demo_sft.json --model_path=checkpoints/pretrain/demo --resume_from_checkpoint=auto \
+	  --dataset_path=data/samples/sft_train.jsonl --val_path=data/samples/sft_val.jsonl
+	$(RUN) dpo.py configs/demo_dpo.json --model_path=checkpoints/sft/demo --resume_from_checkpoint=auto \
+	  --dataset_path=data/samples/dpo_train.jsonl --val_path=data/samples/dpo_val.jsonl
+	$(ASK) --model_path=checkpoints/pretrain/demo
+	$(ASK) --model_path=checkpoints/sft/demo
+	$(ASK) --model_path=checkpoints/dpo/demo
 
 test: .venv/installed-dev ## every test
 	$(RUN) -m pytest -q tests
