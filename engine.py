@@ -30,6 +30,7 @@ import torch
 from configurator import Fraction, Range, UserError
 from lora import model_folder, open_model_folder
 from model import KVCache, choose_attention, choose_device
+from packed import pack
 from tokenizer import Tokenizer
 
 # ----------------------------------------------------------------------------------------------------------
@@ -214,11 +215,11 @@ def decode(model, cache, tokens):
     return model(tokens, cache=cache)[:, -1]
 
 
-def rows_of(cache, rows, start):
-    """Returns a KVCache that is the slice `rows` of another, same memory; all at `start`, or None: ragged."""
+def rows_of(cache, rows):
+    """Returns a KVCache that is the slice `rows` of another: same memory, a `start` and window of its own."""
     part = copy.copy(cache)
     part.k, part.v = [k[rows] for k in cache.k], [v[rows] for v in cache.v]
-    part.lengths, part.start = cache.lengths[rows], start
+    part.lengths = cache.lengths[rows]
     return part
 
 
@@ -242,6 +243,7 @@ class Engine:
         capacity = window_for(self.limit) if graphs else self.limit
         self.cache = KVCache(model.cfg, slots, capacity, self.device, weight.dtype)
         self.cache.start = None
+        self.part = self.cache  # the rows that a step computes
         self.history = torch.zeros(slots, self.limit, dtype=torch.long, device=self.device)
         self.tokens = torch.zeros(slots, 1, dtype=torch.long, device=self.device)  # the newest, not yet fed
         self.uniforms = torch.ones(slots, self.limit, device=self.device)  # by position of the token to draw
@@ -308,7 +310,8 @@ class Engine:
             with ending([request]):
                 if part:
                     self.cache.lengths[slot] = begin
-                    row = rows_of(self.cache, slice(slot, slot + 1), begin)
+                    row = rows_of(self.cache, slice(slot, slot + 1))
+                    row.start = begin
                     self.model.model(torch.tensor([part], device=self.device), cache=row)
                 spent, self.fed[slot] = spent + len(part), begin + len(part)
                 if self.fed[slot] == len(request.prompt) - 1:
@@ -333,20 +336,27 @@ class Engine:
         size = len(self.requests) if self.graphs else max(rows) + 1
         count = min(self.burst, max(request.room(self.limit) for request in rows.values()))
         tops = [row.top_logprobs for row in rows.values() if row.top_logprobs is not None]
-        longest = max(self.fed[slot] for slot in rows) + count
-        self.cache.window = min(window_for(longest), self.cache.capacity) if self.graphs else longest
-        even = len(set(self.fed[:size])) == 1 and not any(slot < size for slot in self.joining)
-        cache = self.cache if self.graphs else rows_of(self.cache, slice(size), self.fed[0] if even else None)
+        self._look_at(size, max(self.fed[slot] for slot in rows) + count)
         self._rule(self.requests[:size], idle=rows[max(rows)].sampling)
         new = torch.empty(count, size, dtype=torch.long, device=self.device)
         reports = [[None] * size] * count
         for step in range(count):
-            report = self._launch(cache, max(tops, default=None))
+            report = self._launch(max(tops, default=None))
             new[step] = self.tokens[:size, 0]
             if report:
                 reports[step] = listed(*report)
         self.fed = [fed + count * (slot not in self.joining) for slot, fed in enumerate(self.fed)]
         return list(zip(new.tolist(), reports))  # here the host waits for the device
+
+    def _look_at(self, size, longest):
+        """Lets the next steps compute the first `size` rows, over positions up to `longest`."""
+        if size != len(self.part.lengths):
+            self.part = rows_of(self.cache, slice(size))
+        if self.graphs:
+            self.part.window = min(window_for(longest), self.cache.capacity)
+            return
+        even = len(set(self.fed[:size])) == 1 and not any(slot < size for slot in self.joining)
+        self.part.window, self.part.start = longest, self.fed[0] if even else None
 
     def _rule(self, requests, idle):
         """Sets the rules anew if these are other requests than before; ended ones get the rules `idle`."""
@@ -354,27 +364,27 @@ class Engine:
             self.ruled = requests
             self.rules.set([idle if request.finish else request.sampling for request in requests])
 
-    def _step(self, cache, top, forward=decode):
-        rows = len(cache.lengths)
+    def _step(self, top, forward=decode):
+        rows = len(self.part.lengths)
         tokens, history = self.tokens[:rows], self.history[:rows]
-        logits = forward(self.model, cache, tokens)
-        position = cache.lengths.clamp_(max=self.limit - 1)[:, None]  # where the new token is to stand
+        logits = forward(self.model, self.part, tokens)
+        position = self.part.lengths.clamp_(max=self.limit - 1)[:, None]  # where the new token is to stand
         tokens.copy_(pick(logits, self.rules, history, self.uniforms[:rows].gather(1, position)))
         history.scatter_(1, position, tokens)
         return None if top is None else log_probs(logits, tokens, top)
 
-    def _launch(self, cache, top):
+    def _launch(self, top):
         """One step: as it is, or as the graph captured for this window and these kernels."""
         if not self.graphs or self.device.type != "cuda":
-            return self._step(cache, top)
-        key = self.cache.window, top, *self.rules.key
+            return self._step(top)
+        key = self.part.window, top, *self.rules.key
         if key not in self.captured:
-            self.captured[key] = self._capture(cache, top)
+            self.captured[key] = self._capture(top)
         graph, report = self.captured[key]
         graph.replay()
         return report
 
-    def _capture(self, cache, top):
+    def _capture(self, top):
         """Compiles and records one step. Trial runs leave no trace but keys and values to be overwritten."""
         compiled = compiled_decode()
         state = self.tokens, self.history, self.cache.lengths
@@ -383,14 +393,14 @@ class Engine:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # as CUDA graphs ask: first runs allocate, tune and load kernels
             for _ in range(3):
-                self._step(cache, top, compiled)
+                self._step(top, compiled)
         torch.cuda.current_stream().wait_stream(side)
         for tensor, value in zip(state, before):
             tensor.copy_(value)
         self.pool = self.pool or torch.cuda.graph_pool_handle()  # one for all: only one graph runs at a time
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
-            report = self._step(cache, top, compiled)
+            report = self._step(top, compiled)
         return graph, report
 
 
@@ -521,16 +531,21 @@ def overlap(text, stop):
 
 
 def choose_dtype(wanted, device):
-    """Returns the dtype of weights and cache: as asked, or 16 bits on a GPU and fp32 elsewhere."""
+    """Returns the dtype of activations and cache: as asked, or 16 bits on a GPU and fp32 elsewhere."""
     if wanted == "fp16" and device.type == "cpu":
-        raise UserError("dtype=fp16 is slow and rough on a CPU; use --dtype=fp32 or --dtype=bf16")
+        raise UserError("dtype=fp16 is slow and rough on a CPU; use --dtype=fp32, bf16 or int8")
+    if wanted == "int8" and device.type != "cpu":
+        raise UserError(f"dtype=int8 is for a CPU, and this run is on {device.type}; use --dtype=auto")
     if wanted == "auto" and device.type == "cuda":
         wanted = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(wanted, torch.float32)
 
 
 def open_model(folder, device="auto", dtype="auto"):
-    """Returns (Llama ready to generate, Tokenizer) of a model or adapter folder; UserError if not a pair."""
+    """Returns (Llama ready to generate, Tokenizer) of a model or adapter folder; UserError if not a pair.
+
+    On a CPU the model comes packed (see packed.py), with dtype=int8 nearly a fourth as large.
+    """
     device = choose_device(device)
     model = open_model_folder(folder, device, choose_dtype(dtype, device))
     cfg, tokenizer = model.cfg, Tokenizer.load(model_folder(folder))
@@ -539,5 +554,7 @@ def open_model(folder, device="auto", dtype="auto"):
             f"{folder}: the model has {cfg.vocab_size} tokens, its tokenizer {tokenizer.vocab_size}; "
             "they do not belong together"
         )
+    if device.type == "cpu":
+        return pack(model, int8=dtype == "int8"), tokenizer
     model.use_attention(choose_attention(device, cfg.sequence_length, flash_wanted=False)[0])
     return model, tokenizer
