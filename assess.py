@@ -91,7 +91,7 @@ def question_lines(name, task):
         told = f"{task['calibrated_verdict']}; uncalibrated it answered {said}"
         rows.append([f"{name}, calibrated", calibrated, "", told])
     if "perplexity" in task:
-        rows.append([f"{name}, perplexity of the word", f"{task['perplexity']:,.2f}", "", ""])
+        rows.append([f"{name}, perplexity of the word", METRICS[2].shown(task["perplexity"]), "", ""])
     if task["cut"]:
         rows[0][3] += f"; {task['cut']:,} contexts lost their beginning"
     return rows
@@ -241,7 +241,10 @@ def difference(metric, all_results):
             "parts of the text": lambda results: dig(results, "perplexity", "text", "part"),
         },
         "boolq": {"numbers of questions": lambda results: dig(results, "boolq", "n")},
-        "smoke": {"prompts": lambda results: [dig(row, "prompt") for row in results["smoke"]["responses"]]},
+        "smoke": {
+            "prompts": lambda results: [dig(row, "prompt") for row in results["smoke"]["responses"]],
+            "lengths of the responses": lambda results: dig(results, "smoke", "settings", "max_new_tokens"),
+        },
     }[metric.place[0]]
     if metric.place[1] == "token_perplexity":
         conditions["tokenizers"] = lambda results: dig(results, "model", "tokenizer_sha256")

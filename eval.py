@@ -40,6 +40,7 @@ from scoring import (
     accuracy,
     answer_scores,
     multiple_choice,
+    perplexity,
     rates,
     score,
     text_batches,
@@ -92,9 +93,11 @@ def main(cfg):
     results = {
         "model": describe(cfg, model, tokenizer),
         "protocol": protocol(cfg, model),
-        "perplexity": text if missing(text) else perplexity(cfg, model, tokenizer, text),
-        "boolq": boolq if missing(boolq) else ask(cfg, model, boolq),
-        "tasks": {path: task if missing(task) else ask(cfg, model, task) for path, task in tasks.items()},
+        "perplexity": text if missing(text) else text_result(cfg, model, tokenizer, text),
+        "boolq": boolq if missing(boolq) else task_result(cfg, model, boolq),
+        "tasks": {
+            path: task if missing(task) else task_result(cfg, model, task) for path, task in tasks.items()
+        },
         "smoke": answers,
     }
     results["protocol"]["seconds"] = round(time.monotonic() - began, 1)
@@ -119,6 +122,13 @@ def take(flag, skipped, prepare, *arguments):
 
 def missing(part):
     return isinstance(part, dict)
+
+
+def finite(nats, cfg):
+    """Returns `nats`; UserError if they are none, before they are written as numbers."""
+    if not math.isfinite(nats):
+        raise UserError(f"{cfg.model_path}: its likelihoods overflow in {cfg.dtype}; use --dtype=fp32")
+    return nats
 
 
 def describe(cfg, model, tokenizer):
@@ -217,6 +227,8 @@ def read_text(path):
     hub = path.startswith("hf:")
     if not hub and not Path(path).is_file():
         raise UserError(f"{path}: not found; give a text file, or hf:owner/name:config:split")
+    if hub:
+        say(f"fetching {path}")
     if hub and "wikitext" in path.lower():
         text = "".join(line or " \n" for line in row_texts(path))
     elif hub or kind_of(Path(path)) in ("json", "jsonl", "csv"):
@@ -232,9 +244,10 @@ def row_texts(path):
     """Yields the "text" of each row; UserError for a row without one."""
     tally = Tally()
     for where, row in raw_rows(path, tally):
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise UserError(f'{where}: expected an object with a "text"')
-        yield row["text"]
+        text = row.get("text") if isinstance(row, dict) else None
+        if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
+            raise UserError(f'{where}: expected an object with a "text" of whole Unicode characters')
+        yield text
     if tally.bad_rows:
         raise UserError(f"{path}: {tally.bad_rows} rows cannot be read{told(tally)}")
 
@@ -256,7 +269,7 @@ def beginning(text, size):
     return part[: part.rfind("\n") + 1] or part
 
 
-def perplexity(cfg, model, tokenizer, text):
+def text_result(cfg, model, tokenizer, text):
     """Returns the "perplexity" of results.json."""
     context, stride, size = text.context, text.stride, len(text.text.encode())
     rows, device = rows_at_once(cfg, model, context), model.lm_head.weight.device
@@ -265,7 +278,7 @@ def perplexity(cfg, model, tokenizer, text):
     bar = tqdm(batches, desc="perplexity", total=steps, unit=" batches", disable=None)
     nats, tokens, _ = score(model, bar, tokenizer.token_bytes())
     words = sum(1 for _ in re.finditer(r"\s+", text.text)) + 1  # len(re.split(...)), without the list
-    result = rates(nats, tokens, words, size)
+    result = rates(finite(nats, cfg), tokens, words, size)
     result |= {"bytes_per_token": size / tokens, "nats": nats, "tokens": tokens, "words": words}
     result |= {"lines": text.text.count("\n"), "bytes": size, "context": context, "stride": stride}
     baselines = {
@@ -325,6 +338,8 @@ def prepare_task(cfg, path, model, tokenizer):
     """Reads, draws and encodes the questions of a file. UserError for a row that is none."""
     if not path.strip():
         raise UserError("tasks: an empty path; give files separated by commas")
+    if path.startswith("hf:"):
+        say(f"fetching {path}")
     rows = read_rows(path, to_question, max_bad=0)
     kinds = {kind for _, kind, _ in rows}
     if len(kinds) > 1:
@@ -420,25 +435,22 @@ def encode_questions(tokenizer, rows, positions):
     return encoded, cut
 
 
-def ask(cfg, model, task):
+def task_result(cfg, model, task):
     """Returns what results.json says of a task."""
     context = model.cfg.sequence_length
     budget = context * rows_at_once(cfg, model, context)
     say(f"{len(task.questions):,} questions of {task.about['path']}")
     scores = answer_scores(model, task.encoded, budget)
+    rows = [[value for value, _ in row] for row in scores]
+    finite(sum(map(sum, rows)), cfg)
     if task.kind == "last-word":
         right = [int(greedy) for ((_, greedy),) in scores]
-        nats = -sum(value for ((value, _),) in scores) / len(scores)
-        verdict = "accuracy: the likeliest tokens are those of the last word"
-        return (
-            accuracy(right, [1] * len(right))
-            | {"perplexity": math.exp(nats), "verdict": verdict}
-            | task.about
-        )
+        words = {"perplexity": perplexity(-sum(map(sum, rows)), len(rows))}
+        words["verdict"] = "right where every token of the last word is the likeliest"
+        return accuracy(right, [1] * len(right)) | words | task.about
     choices = [question.choices for question in task.questions]
     names = [name.strip() for name in choices[0]] if len(set(choices)) == 1 else None
     sizes = [[len(choice.strip()) for choice in row] for row in choices]
-    rows = [[value for value, _ in row] for row in scores]
     return multiple_choice(rows, sizes, [question.answer for question in task.questions], names) | task.about
 
 

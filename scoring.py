@@ -68,19 +68,17 @@ def text_batches(ids, opening, context, stride, batch_size, device="cpu"):
 
 
 def rates(nats, tokens, words, size):
-    """Returns bits per byte, word and token perplexity of `nats` spent on a text of `size` bytes.
-
-    None for a perplexity that no float can hold, or of no words.
-    """
+    """Returns bits per byte, word and token perplexity of `nats` spent on a text of `size` bytes."""
     return {
         "bits_per_byte": nats / math.log(2) / size,
-        "word_perplexity": _exp(nats / words) if words else None,
-        "token_perplexity": _exp(nats / tokens),
+        "word_perplexity": perplexity(nats, words),
+        "token_perplexity": perplexity(nats, tokens),
     }
 
 
-def _exp(x):
-    return math.exp(x) if x < 700 else None
+def perplexity(nats, count):
+    """Returns exp(nats / count), None where no float can hold it."""
+    return math.exp(nats / count) if nats / count < 700 else None
 
 
 def unigram_nats(ids):

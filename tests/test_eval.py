@@ -182,6 +182,17 @@ def test_questions_are_drawn_by_the_seed_not_from_the_top(place, tmp_path):
     assert got[0]["perplexity"] == {"verdict": "not measured", "reason": "skipped, as asked"}
 
 
+def test_what_overflows_is_no_number(place, tmp_path, tiny_tokenizer):
+    model = load_model(place / "base")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(3e38)
+    (tmp_path / "wild").mkdir()
+    save_model(model, tmp_path / "wild")
+    tiny_tokenizer.save(tmp_path / "wild", CONTEXT)
+    with pytest.raises(UserError, match="overflow in fp32"):
+        measure(place, tmp_path / "out", model_path=str(tmp_path / "wild"))
+
+
 def test_long_passages_lose_their_beginning_never_the_question(place):
     model, tokenizer = open_model(place / "base", "cpu", "fp32")
     row = {"question": "is this kept", "passage": "a fox. " * 300, "answer": "no"}
@@ -257,6 +268,10 @@ BAD = {
     "short text": ({"perplexity_path": ("t.txt", b"a fox")}, ["fewer than the context of 96", "--context="]),
     "no column": ({"perplexity_path": ("t.jsonl", b'{"txt": 1}')}, ["t.jsonl line 1", '"text"']),
     "bad row": ({"perplexity_path": ("t.jsonl", b'{"text": "a"}\n{')}, ["1 rows", "not-json", "line 2"]),
+    "half a character": (
+        {"perplexity_path": ("t.jsonl", b'{"text": "\\ud800"}')},
+        ["t.jsonl line 1", "Unicode"],
+    ),
     "context": ({"context": 97}, ["context 97", "96 positions"]),
     "stride": ({"context": 20, "stride": 21}, ["stride 21", "context 20"]),
     "no boolq": ({"boolq_path": "nowhere.jsonl"}, ["nowhere.jsonl: not found"]),
