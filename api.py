@@ -249,9 +249,11 @@ class Api:
         if not isinstance(messages, list) or not 1 <= len(messages) <= 256:
             raise ApiError(400, "messages must be a list of 1 to 256 messages", "messages")
         messages = [flat(message, number) for number, message in enumerate(messages, start=1)]
+        # an empty system prompt is none, and an answer that was empty is no reason to end the conversation
+        messages = [one for one in messages if one["content"].strip() or one["role"] == "user"]
         if sum(len(message["content"]) for message in messages) > self.context * self.longest:
             raise self._overflow(f"the messages have more than {self.context}: shorten them", "messages")
-        if messages[-1]["role"] != "user":
+        if not messages or messages[-1]["role"] != "user":
             raise ApiError(400, "the last message must be the user's: it is what is answered", "messages")
         if self.template is None:
             text = "".join(message["content"] for message in messages)

@@ -185,6 +185,10 @@ def test_tokenize_and_back(chatty, tiny_tokenizer):
     assert (status, answer) == (200, {"tokens": ids, "count": len(ids), "max_model_len": 128})
     assert chatty.ask("/detokenize", {"tokens": ids}) == (200, {"prompt": text})
     assert chatty.ask("/tokenize", {"messages": HELLO})[1]["tokens"] == chat_ids(tiny_tokenizer)
+    silent = [{"role": "system", "content": ""}, *HELLO, {"role": "assistant", "content": "\n"}, *HELLO]
+    assert chatty.ask("/tokenize", {"messages": silent})[1]["tokens"] == chat_ids(
+        tiny_tokenizer, [*HELLO, *HELLO]
+    )
     told = chatty.get("/tokenizer_info").json
     assert (told["bos_token"], told["eos_token"], told["pad_token"]) == ("<s>", "</s>", "<pad>")
     assert told["chat_template"].startswith("{{ bos_token }}{% for message in messages %}")
