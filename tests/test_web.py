@@ -22,10 +22,10 @@ XSS = "<img src=x onerror='window.caught=1'><script>window.caught=1</script>{{7*
 
 
 def talkative(folder, tokenizer, template=None, **shape):
-    """A tiny model that never ends by itself: the rows of its end tokens are zero, never among the top 50."""
+    """A tiny model that never ends by itself: the rows of its control ids are zero, never among the top 50."""
     path = make_model(folder, tokenizer, template, **shape) / "model.safetensors"
     weights = load_file(path)
-    weights["model.embed_tokens.weight"][[tokenizer.eos_id, tokenizer.im_end_id]] = 0
+    weights["model.embed_tokens.weight"][: tokenizer.im_end_id + 1] = 0
     save_file(weights, path, {"format": "pt"})
     return folder
 
