@@ -22,7 +22,7 @@ class Metric(NamedTuple):
     """A number of results.json: its place, how it is shown, and which end of a range is the good one."""
 
     name: str
-    place: tuple[str, str]
+    place: tuple[str, ...]
     form: str
     lower_is_better: bool = False
 
@@ -115,8 +115,10 @@ def table(rows):
 
 
 def headline(results):
-    """Returns the headline numbers for a terminal."""
-    return aligned([HEAD[:3], *(row[:3] for row in lines_of(results))])
+    """Returns the headline numbers for a terminal, the verdicts below them."""
+    rows = lines_of(results)
+    verdicts = [f"{name}: {verdict}" for name, _, _, verdict in rows if verdict]
+    return "\n".join([aligned([HEAD[:3], *(row[:3] for row in rows)]), "", *verdicts])
 
 
 def markdown(results, smoke_table, detailed=False, picture=False):
@@ -163,7 +165,8 @@ def response(row):
     parts = ", ".join(f"{name} {value:.2f}" for name, value in row["parts"].items() if value is not None)
     quoted = "\n".join(f"    {line}" for line in row["response"].splitlines()) or "    (nothing)"
     head = f"**{row['category']}: {row['score']:.2f}** ({parts}; {row['finish']})"
-    return f"{head}\n\n> {row['prompt'].strip()}\n\n{quoted}"
+    asked = "\n".join(f"> {line}" for line in row["prompt"].strip().splitlines())
+    return f"{head}\n\n{asked}\n\n{quoted}"
 
 
 def draw(results, path):
@@ -221,8 +224,14 @@ def compare(files):
     rows = [["", *map(str, files)]]
     rows.append(["model", *(str(results["model"].get("name")) for results in all_results)])
     rows.append(["parameters", *(f"{results['model']['non_embedding']:,}" for results in all_results)])
-    unlike = {metric: what for metric in METRICS if (what := difference(metric, all_results))}
-    for metric in METRICS:
+    rows.append(["context, stride", *map(context_of, all_results)])
+    paths = dict.fromkeys(path for results in all_results for path in results.get("tasks", {}))
+    metrics = [
+        *METRICS,
+        *(Metric(f"{Path(path).name} accuracy", ("tasks", path, "accuracy"), ".1%") for path in paths),
+    ]
+    unlike = {metric: what for metric in metrics if (what := difference(metric, all_results))}
+    for metric in metrics:
         values = [metric.of(results) for results in all_results]
         known = [value for value in values if value is not None]
         top = (min if metric.lower_is_better else max)(known, default=None)
@@ -232,15 +241,22 @@ def compare(files):
     return "\n".join([aligned(rows), "", "* the best", *notes])
 
 
+def context_of(results):
+    found = [dig(results, "perplexity", key) for key in ("context", "stride")]
+    return ", ".join(map(str, found)) if None not in found else ""
+
+
 def difference(metric, all_results):
     """Returns in what the measurements of a metric differ, so that its numbers say nothing side by side."""
     measured = [results for results in all_results if metric.of(results) is not None]
+    questions = {"numbers of questions": lambda results: dig(results, *metric.place[:-1], "n")}
     conditions = {
         "perplexity": {
             "texts": lambda results: dig(results, "perplexity", "text", "sha256"),
             "parts of the text": lambda results: dig(results, "perplexity", "text", "part"),
         },
-        "boolq": {"numbers of questions": lambda results: dig(results, "boolq", "n")},
+        "boolq": questions,
+        "tasks": questions,
         "smoke": {
             "prompts": lambda results: [dig(row, "prompt") for row in results["smoke"]["responses"]],
             "lengths of the responses": lambda results: dig(results, "smoke", "settings", "max_new_tokens"),
@@ -270,7 +286,7 @@ def assess(files, expected):
     count = results["model"]["non_embedding"]
     size = size_class(count, sizes)
     rows = [["metric", "value", "expected", "verdict", "source"]]
-    for entry in sizes[size].get("ranges", []):
+    for entry in sizes[size]["ranges"]:
         rows += [judged(metric, results, entry) for metric in METRICS if ".".join(metric.place) in entry]
     known = ", ".join(f"{name} {entry['non_embedding']:,}" for name, entry in sizes.items())
     about = f"{files[0]}: size class {size}: {count:,} parameters without embeddings, nearest of {known}"
@@ -287,9 +303,10 @@ def read_expected(path):
     if not isinstance(sizes, dict) or not sizes:
         raise UserError(f"{path}: must hold sizes, {{name: {{non_embedding, ranges}}}}")
     for name, entry in sizes.items():
-        if type(dig(entry, "non_embedding")) is not int or not isinstance(entry.get("ranges", []), list):
+        count, ranges = dig(entry, "non_embedding"), dig(entry, "ranges")
+        if type(count) is not int or count < 1 or not isinstance(ranges, list):
             raise UserError(f"{path}: size {name!r} must hold non_embedding, a count, and ranges, a list")
-        for number, found in enumerate(entry.get("ranges", []), start=1):
+        for number, found in enumerate(ranges, start=1):
             for metric in METRICS:
                 pair = dig(found, ".".join(metric.place)) or [0, 0]
                 if not isinstance(pair, list) or [type(x) in (int, float) for x in pair] != [True, True]:

@@ -342,10 +342,28 @@ def test_compare_marks_the_best_of_what_may_be_compared(results, place, tmp_path
     text = compare([place / "out", other / "results.json"])
     assert "bits per byte: not to be compared, the texts differ" in text
     assert not re.search(r"bits per byte .*\*", text)
+    assert re.search(r"choices.jsonl accuracy +33.3% \* +33.3% \*", text)
+    assert re.search(r"context, stride +96, 48 +96, 48", text)
     missing = variant(place, tmp_path / "missing", lambda r: r.update(boolq={"verdict": "", "reason": "r"}))
     assert re.search(r"BoolQ accuracy .* not measured", compare([place / "out", missing]))
     with pytest.raises(UserError, match="two results"):
         compare([place / "out"])
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        None,
+        {},
+        {"tiny": {"non_embedding": 0, "ranges": []}},
+        {"tiny": {"non_embedding": 9}},
+        {"tiny": {"non_embedding": 9, "ranges": [{"boolq.accuracy": [0.5]}]}},
+    ],
+)
+def test_expectations_are_checked(sizes, results, place, tmp_path):
+    (tmp_path / "expected.json").write_text(json.dumps({"sizes": sizes}))
+    with pytest.raises(UserError, match=r"expected.json: .*must (hold|be)"):
+        assess([place / "out"], tmp_path / "expected.json")
 
 
 @pytest.mark.parametrize("name", ["demo", "tiny", "small", "advanced_example", "base"])
