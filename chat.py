@@ -32,6 +32,7 @@ HELP = """\
 class Chat:
     """One conversation: `messages`, as {"role", "content"}, a system message first if there is one.
 
+    A question that got no answer is the last of them, until it is asked again or another one is.
     sampling: a Sampling; its seed is that of the first answer, the next one's is one more.
     """
 
@@ -55,6 +56,8 @@ class Chat:
     def ask(self, text):
         """Prints the answer to `text` as it is written. UserError if there is none, and nothing is kept."""
         before = list(self.messages)
+        if before and before[-1]["role"] == "user":
+            self.messages.pop()
         self.messages.append({"role": "user", "content": text})
         try:
             self.answer()
@@ -84,9 +87,7 @@ class Chat:
         except KeyboardInterrupt:
             request.finish = "stopped"
         print(flush=True)
-        if self.template is None:
-            self.messages.clear()
-        else:
+        if self.template is not None and text:
             self.messages.append({"role": "assistant", "content": text})
         say(self.summary(request, time.perf_counter() - began))
 
@@ -116,7 +117,8 @@ class Chat:
             del self.messages[turns[0] : turns[1]]
             forgotten += 1
         if forgotten:
-            say(f"(the context of {self.engine.limit} tokens is full: forgot the oldest {forgotten} turns)")
+            turns = "turn" if forgotten == 1 else f"{forgotten} turns"
+            say(f"(the context of {self.engine.limit} tokens is full: forgot the oldest {turns})")
         return ids
 
     def summary(self, request, seconds):

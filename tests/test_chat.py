@@ -85,7 +85,7 @@ def test_a_full_context_forgets_the_oldest_turns_and_says_so(tmp_path, tiny_toke
         assert chat.messages[1]["role"] == "user"
         assert chat.messages[-2]["content"].startswith(f"question number {number}")
     assert len(chat.messages) < 25
-    assert "forgot the oldest 1 turns" in capsys.readouterr().err
+    assert "forgot the oldest turn)" in capsys.readouterr().err
 
 
 def test_a_question_without_room_is_refused_and_nothing_forgotten(folders):
@@ -105,9 +105,25 @@ def test_a_base_model_continues_and_remembers_nothing(folders, capsys):
         chat.ask("once upon")
         ids = answer(chat.model, [1, *chat.tokenizer.encode("once upon")], count=8, stop_ids=[2])
         assert capsys.readouterr().out == chat.tokenizer.decode(ids) + "\n"
-        assert chat.messages == []
+        assert chat.messages == [{"role": "user", "content": "once upon"}]
+        obey(chat, "/retry")
+        assert capsys.readouterr().out == chat.tokenizer.decode(ids) + "\n"
     with pytest.raises(UserError, match="no chat template"):
         obey(chat, "/system be brief")
+
+
+def test_a_question_without_an_answer_is_asked_again_or_forgotten(folders):
+    chat = begin(folders["chatml"])
+    chat.ask("why?")
+    answered, first = list(chat.messages), chat.messages[-1]["content"]
+    obey(chat, "/clear")
+    chat.stop = (first[0],)
+    chat.ask("why?")
+    chat.ask("why?")
+    assert chat.messages == answered[:1]
+    chat.stop = ()
+    obey(chat, "/retry")
+    assert chat.messages == answered
 
 
 def test_retry_asks_again_with_another_seed(folders):
@@ -232,4 +248,4 @@ def test_ctrl_c_ends_the_answer_and_then_the_chat(folders):
     terminal.until(b"error: /nonsense: no such command")
     terminal.until(b"> ")
     terminal.process.send_signal(signal.SIGINT)
-    assert terminal.process.wait(timeout=30) == 0
+    assert terminal.process.wait(timeout=90) == 0
