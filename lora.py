@@ -155,7 +155,7 @@ class Base(NamedTuple):
 
 
 def model_folder(path):
-    """Returns `path`, or the final/ in it where it is the folder of a whole training; UserError if neither is."""
+    """Returns `path`, or the final/ in it where that is what it holds; UserError if there is no `path`."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such folder; give the output_dir of a training, or its final/")
