@@ -2,11 +2,12 @@
 
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -213,21 +214,23 @@ class Terminal:
 
     def __init__(self, words):
         master, slave = pty.openpty()
-        self.process = subprocess.Popen(
-            words, stdin=slave, stdout=slave, stderr=slave, start_new_session=True
-        )
+        ends = dict.fromkeys(("stdin", "stdout", "stderr"), slave)
+        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs inherit deafness to it
+        self.process = subprocess.Popen(words, **ends, start_new_session=True, preexec_fn=heed)
         os.close(slave)
         self.master, self.seen = master, b""
 
     def type(self, text):
         os.write(self.master, text)
 
+    def read(self, size=4096):
+        assert select.select([self.master], [], [], 90)[0], self.seen
+        return os.read(self.master, size)
+
     def until(self, text):
         """Reads until `text` is on the screen; returns what came before it."""
-        end = time.monotonic() + 90
         while text not in self.seen:
-            assert time.monotonic() < end, self.seen
-            self.seen += os.read(self.master, 4096)
+            self.seen += self.read()
         before, _, self.seen = self.seen.partition(text)
         return before
 
@@ -240,7 +243,7 @@ def test_ctrl_c_ends_the_answer_and_then_the_chat(folders):
     for _ in range(2):
         terminal.type(b"why?\n")
         terminal.until(b"\n")
-        os.read(terminal.master, 1)  # the answer has begun
+        terminal.read(1)  # the answer has begun
         terminal.process.send_signal(signal.SIGINT)
         terminal.until(b"(stopped, ")
         terminal.until(b"> ")
