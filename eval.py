@@ -39,6 +39,7 @@ from model import count_parameters
 from scoring import (
     accuracy,
     answer_scores,
+    cores,
     multiple_choice,
     perplexity,
     rates,
@@ -276,7 +277,7 @@ def text_result(cfg, model, tokenizer, text):
     batches = text_batches(text.ids, tokenizer.bos_id, context, stride, rows, device)
     steps = math.ceil(sum(1 for _ in windows(len(text.ids), context, stride)) / rows)
     bar = tqdm(batches, desc="perplexity", total=steps, unit=" batches", disable=None)
-    nats, tokens, _ = score(model, bar, tokenizer.token_bytes())
+    nats, tokens, _ = score(model, bar, tokenizer.token_bytes(), cores(model))
     words = sum(1 for _ in re.finditer(r"\s+", text.text)) + 1  # len(re.split(...)), without the list
     result = rates(finite(nats, cfg), tokens, words, size)
     result |= {"bytes_per_token": size / tokens, "nats": nats, "tokens": tokens, "words": words}
@@ -440,7 +441,7 @@ def task_result(cfg, model, task):
     context = model.cfg.sequence_length
     budget = context * rows_at_once(cfg, model, context)
     say(f"{len(task.questions):,} questions of {task.about['path']}")
-    scores = answer_scores(model, task.encoded, budget)
+    scores = answer_scores(model, task.encoded, budget, cores(model))
     rows = [[value for value, _ in row] for row in scores]
     finite(sum(map(sum, rows)), cfg)
     if task.kind == "last-word":

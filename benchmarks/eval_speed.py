@@ -27,7 +27,7 @@ from lm_eval.models.huggingface import HFLM
 from chats import read_rows
 from engine import open_model
 from eval import encode_questions, to_question
-from scoring import answer_scores, score, text_batches
+from scoring import answer_scores, cores, score, text_batches
 from world import tune_cpu
 
 DATA = ROOT.parent / "shared" / "data"
@@ -42,11 +42,11 @@ class Ours:
     def text(self, text):
         ids = self.tokenizer.encode(text)
         batches = text_batches(ids, self.tokenizer.bos_id, self.context, self.context, self.rows)
-        return [score(self.model, batches, self.tokenizer.token_bytes())[0]]
+        return [score(self.model, batches, self.tokenizer.token_bytes(), cores(self.model))[0]]
 
     def questions(self, rows):
         encoded, _ = encode_questions(self.tokenizer, rows, self.context)
-        scores = answer_scores(self.model, encoded, self.rows * self.context)
+        scores = answer_scores(self.model, encoded, self.rows * self.context, cores(self.model))
         return [value for row in scores for value, _ in row]
 
 

@@ -1,6 +1,8 @@
 """scoring.py: against one token at a time, a bigram model of known log-probabilities, tables from papers."""
 
+import itertools
 import math
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,12 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configurator import UserError
 from model import Llama, ModelConfig
 from scoring import (
     answer_scores,
     multiple_choice,
     rates,
     score,
+    side_by_side,
     text_batches,
     unigram_nats,
     verdict,
@@ -84,6 +88,32 @@ def test_the_batch_size_changes_nothing(model):
     ids = ids_of(500)
     totals = [score(model, text_batches(ids, BOS, 24, 7, size), BYTES)[0] for size in (1, 2, 16, 99)]
     assert totals == pytest.approx([totals[0]] * 4, rel=1e-6)
+
+
+def test_several_threads_find_the_same(model):
+    ids, before = ids_of(500), torch.get_num_threads()
+    totals = [score(model, text_batches(ids, BOS, 24, 7, 2), BYTES, threads) for threads in (1, 2, 3)]
+    assert totals[1:] == [(pytest.approx(totals[0][0], rel=1e-6), *totals[0][1:])] * 2
+    questions = questions_of(SIZES)
+    one, two = (answer_scores(model, questions, 30, threads) for threads in (1, 2))
+    assert [[pytest.approx(pair, abs=1e-4) for pair in row] for row in one] == two
+    assert torch.get_num_threads() == before
+
+
+def test_work_side_by_side_keeps_its_order_and_ends_with_the_first_failure():
+    assert side_by_side(lambda n: n * n, iter(range(50)), 3) == [n * n for n in range(50)]
+    seen, cores = [], torch.get_num_threads()
+
+    def work(n):
+        seen.append(n)
+        if n == 5:
+            raise UserError("five")
+        time.sleep(0.001)
+
+    with pytest.raises(UserError, match="five"):
+        side_by_side(work, itertools.count(), 2)
+    assert len(seen) < 1000
+    assert torch.get_num_threads() == cores
 
 
 def test_a_uniform_model_has_the_vocabulary_as_its_perplexity():
