@@ -2,6 +2,7 @@
 
 import os
 import pty
+import random
 import select
 import signal
 import subprocess
@@ -20,7 +21,8 @@ from model import save_model
 from sample import SampleConfig
 from sources import Tally
 from tests.test_engine import BASE, GREEDY, answer, build
-from tokenizer import Tokenizer, render, stop_ids
+from tests.test_tokenizer import FRAGMENTS
+from tokenizer import TEMPLATES, Tokenizer, render, stop_ids
 
 ROOT = Path(__file__).resolve().parent.parent
 LONG = replace(BASE, sequence_length=400)
@@ -55,6 +57,22 @@ def test_answers_are_those_to_the_whole_conversation_in_the_template(folders, te
         ids = answer(chat.model, prompt, count=8, stop_ids=stop_ids(chat.tokenizer, template))
         said.append({"role": "assistant", "content": chat.tokenizer.decode(ids).strip()})
         assert chat.messages == said
+
+
+def test_nothing_typed_becomes_a_control_token(tiny_tokenizer):
+    chance, controls = random.Random(0), {0, 1, 2, 3, 4, 5}
+
+    def frame(text, template):
+        said = [{"role": "system", "content": text}, {"role": "user", "content": text}]
+        ids, _ = render(tiny_tokenizer, said, template, add_generation_prompt=True)
+        return [id for id in ids if id in controls]
+
+    expected = {template: frame("why?", template) for template in TEMPLATES}
+    assert expected["chatml"] == [1, 4, 5, 4, 5, 4]
+    for number in range(20_000):
+        text = "".join(chance.choices(FRAGMENTS, k=chance.randint(1, 8))) + "."
+        template = list(TEMPLATES)[number % len(TEMPLATES)]
+        assert frame(text, template) == expected[template], text
 
 
 def test_what_is_printed_is_the_answer_and_how_it_ended(folders, capsys):
