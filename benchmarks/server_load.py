@@ -7,7 +7,8 @@
 The server is a process of its own, the clients are this one's threads: on two cores they take their share
 of both. `speed` alternates between numbers of streams; each stream asks again and again for --tokens greedy
 tokens (server-sent events, or whole answers with --plain), and a figure is the median over rounds of all
-tokens by the wall clock. `crowd` counts statuses and answers that differ from the same request alone.
+tokens by the wall clock. `crowd` counts statuses, and answers that differ from the same request alone: it
+draws from few tokens, as rounding may decide between two of many that are almost equally likely.
 `slow` holds 60 clients that stall and times /health beside them. `soak` compares memory, threads and file
 handles of the server after the first tenth of its requests and after the last. One JSON line is printed.
 """
@@ -159,7 +160,11 @@ def speed(server, args):
 
 def crowd(server, args):
     """200 clients at once, every second streamed; afterwards each request that was served, alone."""
-    kinds = [{"temperature": 0}, {"temperature": 1.0, "seed": 7}, {"temperature": 1.5, "top_k": 0, "seed": 3}]
+    kinds = [
+        {"temperature": 0},
+        {"temperature": 1.0, "seed": 7},
+        {"temperature": 1.5, "top_k": 20, "seed": 3},
+    ]
     asked = [
         {"prompt": [1, 100 + n % 30, 200], "max_tokens": 8 + n % 20, "stream": n % 2 == 0} | kinds[n % 3]
         for n in range(200)
