@@ -349,7 +349,7 @@ def find_base(folder):
     home, named = _read_json(folder / "base.json", {}), _read_config(folder).get("base_model_name_or_path")
     places = [folder / home["relative_path"]] if home.get("relative_path") else []
     places += [Path(named), folder / named] if named else []
-    there = [identify(place) for place in places if model_folder(place).is_dir()]
+    there = [identify(place) for place in places if place.exists()]
     for base in there:
         if home.get("sha256") in (None, base.sha256):
             return base
