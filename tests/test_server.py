@@ -488,6 +488,8 @@ def test_time_is_up(solo):
 
 def test_stopping_ends_what_runs_and_refuses_what_waits(solo):
     running, waiting = [solo.call(count=120) for _ in range(2)], solo.call()
+    while not all(call.jobs[0].request.ids for call in running):
+        time.sleep(0.001)
     threading.Thread(target=solo.scheduler.close, args=(0,)).start()
     assert all(finishes(call)[0] in ("shutdown", "length") for call in running)
     with pytest.raises(Closed):
