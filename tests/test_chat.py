@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -268,5 +269,9 @@ def test_ctrl_c_ends_the_answer_and_then_the_chat(folders):
     terminal.type(b"/nonsense\n")
     terminal.until(b"error: /nonsense: no such command")
     terminal.until(b"> ")
-    terminal.process.send_signal(signal.SIGINT)
-    assert terminal.process.wait(timeout=90) == 0
+    for _ in range(5):  # one that comes just before input() waits is not seen before the next
+        terminal.process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            assert terminal.process.wait(timeout=20) == 0
+            return
+    pytest.fail("still there")

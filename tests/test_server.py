@@ -740,7 +740,7 @@ def test_metrics_are_prometheus(chatty):
         return found.get((f"mini_llm_{name}", *sorted(labels.items())), 0)
 
     before = values()
-    chatty.ask("/v1/completions", {"prompt": [1, 70, 71], "max_tokens": 5, "n": 2})
+    chatty.ask("/v1/completions", {"prompt": [1, 70, 71], "max_tokens": 5, "n": 2, "temperature": 0})
     chatty.ask("/v1/completions", {"prompt": []})
     after = values()
     for name, labels, more in [
