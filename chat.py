@@ -190,7 +190,7 @@ def save(messages, path):
 def typed():
     """Yields the lines of a person at a terminal; ends with Ctrl-C or Ctrl-D."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - gives input() editing and the history of this session
+        import readline  # noqa: F401 - gives input() editing and the history of this conversation
     while True:
         try:
             yield input("> ")
