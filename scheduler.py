@@ -1,4 +1,4 @@
-"""One model, many askers: the thread that owns the model, and the queue in front of it.
+"""One model, many askers: the loop that owns the model, and the queue in front of it.
 
 A `Call` is what one client asks, its `Job`s the rows that the engine decodes for it. Calls wait in order of
 arrival; before every step free slots are filled, and whoever went away or ran out of time is dropped. The
@@ -168,7 +168,7 @@ class Call:
 
 
 class Scheduler:
-    """Runs calls on one model in a thread of its own. `queue`: how many rows may wait for a slot.
+    """Runs calls on one model, in the thread that calls `run`. `queue`: how many rows may wait for a slot.
 
     What it counts is for anyone to read: `steps`, `prompt_tokens`, `new_tokens`, `first_tokens` (by bucket of
     FIRST_TOKEN, the last without bound) and `first_seconds`, their sum.
@@ -183,8 +183,6 @@ class Scheduler:
         self.failure = None  # the newest Failed
         self.steps = self.prompt_tokens = self.new_tokens = self.first_seconds = 0
         self.first_tokens = [0] * (len(FIRST_TOKEN) + 1)
-        self.thread = threading.Thread(target=self._run, name="model", daemon=True)
-        self.thread.start()
 
     def submit(self, call):
         """Puts a call's rows into the queue, all or none. Raises Full or Closed."""
@@ -197,13 +195,13 @@ class Scheduler:
             self.changed.notify()
 
     def close(self, grace):
-        """Takes no more calls, gives up those that wait, ends the rest within `grace` seconds."""
+        """Takes no more calls, gives up those that wait, ends the rest within `grace` seconds, then `run`."""
         with self.changed:
             self.last = time.monotonic() + grace
             self.changed.notify()
-        self.thread.join()
 
-    def _run(self):
+    def run(self):
+        """Works until closed."""
         while self._work_to_do():
             try:
                 self._drop()
@@ -216,7 +214,7 @@ class Scheduler:
     def _work_to_do(self):
         with self.changed:
             while not (self.waiting or self.seated or self.last is not None):
-                self.changed.wait()
+                self.changed.wait(1)  # not for ever: on Windows a signal is heard only in between
             return bool(self.waiting or self.seated)
 
     def _drop(self):

@@ -207,6 +207,20 @@ class Server(socketserver.ThreadingTCPServer):
         host = f"[{self.cfg.host}]" if ":" in self.cfg.host else self.cfg.host
         return f"http://{host}:{self.server_address[1]}"
 
+    def stop(self):
+        """Begins to stop, on a signal: no more connections, and the scheduler ends. Asked twice: at once."""
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
+        threading.Thread(target=self._stop, daemon=True).start()  # a signal's handler must not wait for locks
+
+    def _stop(self):
+        self.shutdown()
+        self.server_close()
+        while self.api is None:
+            time.sleep(0.01)
+        self.api.scheduler.close(GRACE_SECONDS)
+
     # ---- connections
 
     def process_request(self, request, client_address):
@@ -460,24 +474,18 @@ def name_of(folder):
 
 
 def main(cfg):
-    key, stop = read_key(cfg), threading.Event()
-
-    def on_signal(*_):
-        if stop.is_set():  # asked twice: now
-            raise KeyboardInterrupt
-        stop.set()
-
-    with Server(cfg, key) as server:
+    with Server(cfg, read_key(cfg)) as server:
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, on_signal)
+            signal.signal(number, lambda *_: server.stop())
         threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
         model, tokenizer = open_model(cfg.model_path, cfg.device, cfg.dtype)
         scheduler = Scheduler(model, cfg.slots, cfg.queue)
         server.api = Api(scheduler, tokenizer, cfg.model_name or name_of(cfg.model_path), cfg.request_seconds)
         print(summary(server, model), flush=True)
-        while not stop.wait(0.5):
-            pass
-        stop_server(server, scheduler)
+        scheduler.run()  # in this thread, which loaded the model: with a second one OpenMP would spin less
+        end = time.monotonic() + 0.5
+        while server.active and time.monotonic() < end:  # last words are being sent
+            time.sleep(0.01)
 
 
 def summary(server, model):
@@ -485,17 +493,6 @@ def summary(server, model):
     what = f"{server.api.name}, {size / 1e6:.1f}M parameters, template {server.api.template or 'none'}"
     where = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
     return f"{server.url}  {what}; {where}, context {server.api.context}, {server.cfg.slots} slots"
-
-
-def stop_server(server, scheduler):
-    """Takes no more connections, lets answers under way end or ends them, and waits for them to be sent."""
-    server.stopping = True
-    server.shutdown()
-    server.server_close()
-    scheduler.close(GRACE_SECONDS)
-    end = time.monotonic() + 0.5
-    while server.active and time.monotonic() < end:
-        time.sleep(0.01)
 
 
 if __name__ == "__main__":

@@ -423,6 +423,12 @@ class Solo:
 
     def __init__(self, model, tokenizer, slots=2, queue=8):
         self.scheduler, self.tokenizer = Scheduler(model, slots, queue), tokenizer
+        self.thread = threading.Thread(target=self.scheduler.run, daemon=True)
+        self.thread.start()
+
+    def close(self, grace=0):
+        self.scheduler.close(grace)
+        self.thread.join()
 
     def call(self, prompts=((1, 70),), count=60, gone=lambda: False, seconds=60, stream=False, **kw):
         requests = [Request(list(p), count, Sampling(temperature=0), stop_ids=(2,)) for p in prompts]
@@ -436,7 +442,7 @@ class Solo:
 def solo(model, tiny_tokenizer):
     one = Solo(model, tiny_tokenizer)
     yield one
-    one.scheduler.close(0)
+    one.close()
 
 
 def finishes(call):
@@ -464,7 +470,7 @@ def test_who_stops_reading_cancels(solo):
     call = solo.call(count=126, stream=True)
     for _ in call.pieces():
         break
-    solo.scheduler.close(10)
+    solo.close(10)
     assert call.jobs[0].request.finish == "gone"
     assert len(call.jobs[0].request.ids) < 126
 
@@ -490,11 +496,11 @@ def test_stopping_ends_what_runs_and_refuses_what_waits(solo):
     running, waiting = [solo.call(count=120) for _ in range(2)], solo.call()
     while not all(call.jobs[0].request.ids for call in running):
         time.sleep(0.001)
-    threading.Thread(target=solo.scheduler.close, args=(0,)).start()
+    solo.scheduler.close(0)
     assert all(finishes(call)[0] in ("shutdown", "length") for call in running)
     with pytest.raises(Closed):
         finishes(waiting)
-    solo.scheduler.thread.join()
+    solo.thread.join()
     with pytest.raises(Closed):
         solo.call()
 
@@ -517,7 +523,7 @@ def test_a_failure_ends_its_own_calls_only(model, tiny_tokenizer, capsys):
             assert finishes(solo.call()) == expected
     finally:
         handle.remove()
-        solo.scheduler.close(0)
+        solo.close()
 
 
 # ---- who may ask
