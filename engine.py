@@ -544,7 +544,7 @@ def choose_dtype(wanted, device):
 def open_model(folder, device="auto", dtype="auto"):
     """Returns (Llama ready to generate, Tokenizer) of a model or adapter folder; UserError if not a pair.
 
-    On a CPU the model comes packed (see packed.py), with dtype=int8 nearly a fourth as large.
+    On a CPU a float32 model comes packed (see packed.py), with dtype=int8 a fourth as large.
     """
     device = choose_device(device)
     model = open_model_folder(folder, device, choose_dtype(dtype, device))
@@ -554,7 +554,7 @@ def open_model(folder, device="auto", dtype="auto"):
             f"{folder}: the model has {cfg.vocab_size} tokens, its tokenizer {tokenizer.vocab_size}; "
             "they do not belong together"
         )
-    if device.type == "cpu":
+    if device.type == "cpu" and model.lm_head.weight.dtype == torch.float32:
         return pack(model, int8=dtype == "int8"), tokenizer
     model.use_attention(choose_attention(device, cfg.sequence_length, flash_wanted=False)[0])
     return model, tokenizer

@@ -1,28 +1,48 @@
-"""A built model rearranged, from outside, to generate on a CPU: fewer and larger matrix products, or int8.
+"""A built model rearranged, from outside, to generate on a CPU: half the operations, or int8.
 
 A decode step reads every weight to multiply it with one row, or a few. Two things decide its speed: how many
 bytes the weights are, and how many small operations stand between the large ones. `pack` lays queries, keys
 and values in one matrix, gate and up in another, all of them input-major, which BLAS reads fastest for few
-rows, and computes the same function. `int8=True` quarters the bytes and computes nearly the same.
+rows, and puts one plain loop in place of the modules. It computes the same function; `int8=True` quarters
+the bytes and computes nearly the same.
 """
+
+import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import attend
+from model import attend, document_mask
 
 
-def fused(*linears):
-    """Returns one linear layer with the outputs of several side by side, its weight stored input-major."""
-    weight = torch.cat([linear.weight.detach() for linear in linears]).t().contiguous().t()
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    return layer
+class Matrix(nn.Module):
+    """Linear layers side by side. `weight` is (N, K) as theirs, but stored input-major."""
+
+    def __init__(self, *linears):
+        super().__init__()
+        weight = torch.cat([linear.weight.detach() for linear in linears]).t().contiguous().t()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.turned = self.weight.t()
+
+    def forward(self, x):
+        return F.linear(x, self.weight)
+
+    def times(self, x):
+        """Returns what it makes of x (R, K): (R, N)."""
+        return torch.mm(x, self.turned)
+
+    def onto(self, y, x):
+        """Returns y (R, N) + what it makes of x (R, K)."""
+        return torch.addmm(y, x, self.turned)
+
+    def rows(self, ids):
+        """Returns, of a table of embeddings, the rows (R, K) of ids (R)."""
+        return F.embedding(ids, self.weight)
 
 
-class Int8Linear(nn.Module):
-    """A linear layer in 8 bits, x (..., K) -> (..., N): weights with a scale per output, x with one per row.
+class Int8Matrix(nn.Module):
+    """A Matrix in 8 bits: the weights with a scale per output, what they multiply with one per row.
 
     Symmetric, without zero points (the vector-wise scheme of LLM.int8(), Dettmers et al. 2022). Products are
     summed as integers, so exactly: a row comes out the same, bit for bit, beside any others. Of the kernels
@@ -32,86 +52,81 @@ class Int8Linear(nn.Module):
 
     def __init__(self, *linears):
         super().__init__()
-        weight = torch.cat([linear.weight.detach() for linear in linears]).float()
+        weight = torch.cat([linear.weight.detach() for linear in linears])
         self.register_buffer("scale", weight.abs().amax(dim=1).clamp(min=1e-30) / 127)
         self.weight = nn.Parameter((weight / self.scale[:, None]).round().to(torch.int8), requires_grad=False)
+        self.turned = self.weight.t()
 
     def forward(self, x):
-        rows = x.flatten(0, -2)
-        unit = torch.linalg.vector_norm(rows, torch.inf, dim=-1, keepdim=True).clamp_(min=1e-30).div_(127)
-        sums = torch._int_mm((rows / unit).round_().to(torch.int8), self.weight.t())
-        return (sums * self.scale).mul_(unit).view(*x.shape[:-1], -1)
+        return self.times(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+    def times(self, x):
+        unit = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).mul_(1 / 127).clamp_(min=1e-30)
+        sums = torch._int_mm((x / unit).round_().to(torch.int8), self.turned)
+        return (sums * self.scale).mul_(unit)
+
+    def onto(self, y, x):
+        return self.times(x).add_(y)
+
+    def rows(self, ids):
+        return self.weight[ids] * self.scale[ids, None]
 
 
-class Int8Embedding(nn.Module):
-    """Rows of an Int8Linear's table."""
+class PackedDecoder(nn.Module):
+    """model.Decoder for inference: takes the same arguments and computes the same function."""
 
-    def __init__(self, table):
+    def __init__(self, decoder, cfg, table, matrix):
         super().__init__()
-        self.table = table
+        self.cfg, self.table, self.norm = cfg, table, decoder.norm
+        self.cos = torch.cat((decoder.cos, decoder.cos), dim=-1)  # x cos + (x turned by half a head) sin
+        self.sin = torch.cat((-decoder.sin, decoder.sin), dim=-1)
+        self.radius = torch.tensor(math.sqrt(cfg.d_model * cfg.layer_norm_epsilon))
+        self.layers, self.norms, self.matrices = [], nn.ParameterList(), nn.ModuleList()
+        while decoder.layers:  # one by one, so that no more than a layer stands in memory twice
+            block = decoder.layers.pop(0)
+            attention, mlp = block.self_attn, block.mlp
+            norms = [norm.weight for norm in (block.input_layernorm, block.post_attention_layernorm)]
+            norms = [nn.Parameter(w.detach() * math.sqrt(cfg.d_model), requires_grad=False) for w in norms]
+            qkv, out = matrix(attention.q_proj, attention.k_proj, attention.v_proj), matrix(attention.o_proj)
+            gate_up, down = matrix(mlp.gate_proj, mlp.up_proj), matrix(mlp.down_proj)
+            self.layers.append((norms[0], qkv, out, norms[1], gate_up, down))
+            self.norms.extend(norms)
+            self.matrices.extend([qkv, out, gate_up, down])
 
-    def forward(self, ids):
-        return self.table.weight[ids] * self.table.scale[ids][..., None]
-
-
-class PackedNorm(nn.Module):
-    """model.RMSNorm in one call."""
-
-    def __init__(self, norm):
-        super().__init__()
-        self.weight, self.epsilon = norm.weight, norm.epsilon
-
-    def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
-
-
-class PackedAttention(nn.Module):
-    """model.Attention with one matrix in front; `rope` is that of `pack`, as wide as a head."""
-
-    def __init__(self, attention, pack):
-        super().__init__()
-        self.layer, self.head_dim = attention.layer, attention.head_dim
-        self.kv_heads = attention.k_proj.out_features // self.head_dim
-        self.qkv_proj = pack(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.o_proj = pack(attention.o_proj)
-
-    def forward(self, x, rope, mask, positions, cache):
-        cos, sin = rope
-        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2K, T, D)
-        qk, v = heads[:, : -self.kv_heads], heads[:, -self.kv_heads :]
-        qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin).to(x.dtype)
-        q, k = qk[:, : -self.kv_heads], qk[:, -self.kv_heads :]
+    def forward(self, ids, positions=None, documents=None, cache=None):
+        B, T = ids.shape
+        H, K, D = self.cfg.n_head, self.cfg.kv_heads, self.cfg.head_dim
+        if positions is None:
+            positions = torch.arange(T)[None] if cache is None else cache.positions(T)
+        mask = document_mask(documents) if cache is None else cache.mask(positions)
         causal = cache is None or cache.start == 0
+        cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # (B or 1, 1, T, D)
+        x = self.table.rows(ids.flatten())  # (B T, C) from here on
+        for layer, (norm, qkv, out, second_norm, gate_up, down) in enumerate(self.layers):
+            heads = qkv.times(self._normed(x, norm)).view(B, T, H + 2 * K, D).transpose(1, 2)
+            qk, v = heads.split([H + K, K], dim=1)
+            q, k = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin).split([H, K], dim=1)
+            if cache is not None:
+                k, v = cache.append(layer, k, v, positions)
+            y = attend(q, k, v, mask, causal).transpose(1, 2).reshape(B * T, H * D)
+            x = out.onto(x, y)
+            gate, up = gate_up.times(self._normed(x, second_norm)).chunk(2, dim=1)
+            x = down.onto(x, F.silu(gate).mul_(up))
         if cache is not None:
-            k, v = cache.append(self.layer, k, v, positions)
-        return self.o_proj(attend(q, k, v, mask, causal).transpose(1, 2).flatten(2))
+            cache.advance(T)
+        return self.norm(x).view(B, T, -1)
 
-
-class PackedMLP(nn.Module):
-    """model.MLP with one matrix in front."""
-
-    def __init__(self, mlp, pack):
-        super().__init__()
-        self.gate_up_proj, self.down_proj = pack(mlp.gate_proj, mlp.up_proj), pack(mlp.down_proj)
-
-    def forward(self, x):
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+    def _normed(self, x, weight):
+        """RMSNorm in four calls: x sqrt(C) / hypot(|x|, sqrt(C epsilon)); `weight` holds the sqrt(C)."""
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return (x / torch.hypot(length, self.radius)).mul_(weight)
 
 
 def pack(model, int8=False):
-    """Rearranges `model` in place and returns it: it computes as before, but it can't be saved or trained."""
-    decoder, layer = model.model, Int8Linear if int8 else fused
-    decoder.cos = torch.cat((decoder.cos, decoder.cos), dim=-1)  # x cos + (x turned by half a head) sin
-    decoder.sin = torch.cat((-decoder.sin, decoder.sin), dim=-1)
-    for block in decoder.layers:
-        block.self_attn, block.mlp = PackedAttention(block.self_attn, layer), PackedMLP(block.mlp, layer)
-        block.input_layernorm = PackedNorm(block.input_layernorm)
-        block.post_attention_layernorm = PackedNorm(block.post_attention_layernorm)
-    decoder.norm, tied = PackedNorm(decoder.norm), model.cfg.tie_word_embeddings
-    model.lm_head = layer(model.lm_head)
-    if int8:
-        decoder.embed_tokens = Int8Embedding(model.lm_head if tied else Int8Linear(decoder.embed_tokens))
-    elif tied:
-        decoder.embed_tokens.weight = model.lm_head.weight
+    """Rearranges a float32 `model` in place and returns it: it computes on, but can't be saved or trained."""
+    assert model.lm_head.weight.dtype == torch.float32
+    decoder, matrix = model.model, Int8Matrix if int8 else Matrix
+    model.lm_head = matrix(model.lm_head)
+    table = model.lm_head if model.cfg.tie_word_embeddings else matrix(decoder.embed_tokens)
+    model.model = PackedDecoder(decoder, model.cfg, table, matrix)
     return model
