@@ -512,7 +512,7 @@ def test_a_failure_ends_its_own_calls_only(model, tiny_tokenizer, capsys):
         if (args[0] == 99).any():
             raise RuntimeError("a broken kernel")
 
-    handle = model.model.embed_tokens.register_forward_pre_hook(breaks)
+    handle = model.model.register_forward_pre_hook(breaks)
     solo = Solo(model, tiny_tokenizer)
     try:
         expected = finishes(solo.call())
