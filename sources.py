@@ -1,54 +1,80 @@
-"""Where text comes from: this Python's documentation, files of many kinds, the Hugging Face hub.
+"""Where text comes from: this Python's documentation, files, the Hugging Face hub, mixtures of these.
 
 A source is a generator of (where, text): `where` names the place for people ("corpus.jsonl line 7"), `text`
-is one raw document. Input is foreign and often hostile: a row that cannot be read is counted by reason in the
-`Tally` and passed over; memory stays bounded by MAX_LINE whatever a file holds; only what makes a whole
-source useless (nothing there, no column that could be the text, a decompression bomb) ends the run, as a
-UserError.
+is one raw document. What cannot be read is counted by reason in the `Tally` and passed over; only what makes
+a whole source useless (nothing there, no column that could be the text, a network that fails) ends the run,
+as a UserError. `formats.py` knows what the files hold, this room which documents come, and in what order.
 """
 
 import ast
-import bz2
-import csv
+import copy
 import gc
 import glob
-import gzip
-import io
 import itertools
-import json
-import lzma
+import os
 import re
 import sysconfig
 import warnings
-import zlib
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from configurator import UserError
+from configurator import (
+    REQUIRED,
+    PositiveFloat,
+    PositiveInt,
+    UserError,
+    accept,
+    did_you_mean,
+    knobs_of,
+    shown,
+)
+from formats import (  # noqa: F401 - others ask us for some of these
+    KINDS,
+    MAX_LINE,
+    OPENERS,
+    TABLES,
+    Damaged,
+    JsonReader,
+    csv_rows,
+    json_rows,
+    jsonl_rows,
+    kind_of,
+    need_packages,
+    open_bounded,
+    page_lines,
+    rows,
+    text_lines,
+)
 
-MAX_LINE = 16 << 20  # bytes; a longer line (or JSON value) is dropped, and never held in memory whole
-BOMB_RATIO, BOMB_FLOOR = 200, 64 << 20  # a compressed file may grow to 200 times its size, or to 64 MiB
-
-# --- What was dropped, and why ------------------------------------------------------------------------------
+# --- What was read, what was dropped, and why ---------------------------------------------------------------
 
 
 class Tally:
-    """Counts by stage and reason, each with its first three examples: what stats.json shows."""
+    """Counts by stage and reason, each with its first three examples: what stats.json shows.
+
+    `notes` are counted as drops are, but nothing was dropped. `sources` holds for each source, by its name,
+    the documents and bytes of text read, its weight, and whether max_samples capped it or it ended.
+    `read_bytes` of the input files' sizes on disk were read so far.
+    """
 
     def __init__(self):
-        self.documents = self.bad_rows = self.kept = 0
-        self.dropped = {"read": {}, "filter": {}, "dedup": {}}
+        self.documents = self.bad_rows = self.kept = self.read_bytes = 0
+        self.dropped, self.notes, self.sources = {"read": {}, "filter": {}, "dedup": {}}, {}, {}
+        self.positions = {}  # of the files that are being read
 
     def drop(self, stage, reason, where, text=""):
-        entry = self.dropped[stage].setdefault(reason, {"count": 0, "examples": []})
-        entry["count"] += 1
-        if len(entry["examples"]) < 3:
-            entry["examples"].append(f"{where}: {text[:100]}" if text else where)
+        count_example(self.dropped[stage], reason, f"{where}: {text[:100]}" if text else where)
 
     def bad(self, reason, where):
         """Count a row that could not be read at all."""
         self.bad_rows += 1
         self.drop("read", reason, where)
+
+    def note(self, reason, where):
+        """Count what a reader did to a row that its user should know of."""
+        count_example(self.notes, reason, where)
 
     def reasons(self):
         """Each (stage, reason, count, first example)."""
@@ -56,31 +82,199 @@ class Tally:
             for reason, entry in sorted(entries.items()):
                 yield stage, reason, entry["count"], entry["examples"][0]
 
+    def reached(self, path, position):
+        """Note how far a file was read; what is read again counts once."""
+        before = self.positions.get(path, 0)
+        if position > before:
+            self.read_bytes += position - before
+            self.positions[path] = position
 
-# --- Sources: generators of (where, text) -------------------------------------------------------------------
+    def finished(self, path, size):
+        """Note that a file is done, read to its end or given up."""
+        self.reached(path, size)
+        self.positions.pop(path, None)
+
+    def state(self):
+        """Everything counted, as plain values for a JSON file."""
+        return copy.deepcopy({name: value for name, value in vars(self).items() if name != "positions"})
+
+    @classmethod
+    def from_state(cls, state):
+        """The tally that state() describes."""
+        tally = cls()
+        vars(tally).update(copy.deepcopy(state))
+        return tally
+
+
+def count_example(entries, reason, example):
+    entry = entries.setdefault(reason, {"count": 0, "examples": []})
+    entry["count"] += 1
+    if len(entry["examples"]) < 3:  # a file's name may hold bytes that are no text
+        entry["examples"].append(example.encode(errors="backslashreplace").decode())
+
+
+# --- Sources, and their mixture -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """An entry of `mixture`."""
+
+    name: str  # of the source in stats.json
+    input_path: str  # as DataConfig's
+    weight: PositiveFloat = 1.0  # its share of the documents is this over the sum of all
+    max_samples: PositiveInt | None = None  # read no more documents of it
+    input_config: str = ""  # as DataConfig's
+    text_column: str = ""  # as DataConfig's
+    licence: str = ""  # as DataConfig's
 
 
 def read_documents(cfg, tally):
-    """Every document of cfg.input_path in a fixed order, as (where it stands, its raw text)."""
-    if cfg.input_path.startswith("docstrings:"):
-        return docstring_documents(cfg.input_path.removeprefix("docstrings:"), cfg.max_length, tally)
-    if cfg.input_path.startswith("hf:"):
-        return hub_documents(cfg, tally)
-    return itertools.chain.from_iterable(
-        file_documents(path, cfg, tally) for path in input_files(cfg.input_path)
-    )
+    """Every document of cfg.input_path or cfg.mixture in a fixed order, as (where it stands, its raw text).
 
+    Raises UserError at once for files and packages that are not there, later for what only reading shows.
+    """
+    sources = sources_of(cfg)
+    return interleaved([(source, documents_of(source, cfg.max_length, tally)) for source in sources], tally)
+
+
+def sources_of(cfg):
+    """The Sources that a configuration names: its mixture's, or the one of its input_path."""
+    entries = getattr(cfg, "mixture", None)
+    if entries is None:
+        if not cfg.input_path:
+            raise UserError(
+                "input_path is empty; give a file, a folder, a glob, hf:owner/name or docstrings:"
+            )
+        return [
+            Source(cfg.input_path, cfg.input_path, 1.0, None, cfg.input_config, cfg.text_column, cfg.licence)
+        ]
+    if not entries:
+        raise UserError('mixture: an empty list; give entries {"name": ..., "input_path": ..., "weight": 1}')
+    for name, default in {"input_path": "docstrings:", "input_config": "", "text_column": ""}.items():
+        if getattr(cfg, name) != default:
+            raise UserError(f"mixture and {name} {getattr(cfg, name)!r} are both given; keep one of the two")
+    sources = [source_of(f"mixture[{number}]", entry) for number, entry in enumerate(entries)]
+    for number, source in enumerate(sources):
+        if source.name in [other.name for other in sources[:number]]:
+            raise UserError(f"mixture[{number}]: a second source with the name {source.name!r}; rename one")
+    return sources
+
+
+def source_of(place, entry):
+    """The Source that an entry of `mixture` describes, a dict; UserError names the entry by its `place`."""
+    if not isinstance(entry, dict):
+        raise UserError(f"{place} must be a JSON object, got {shown(entry)}")
+    knobs, values = knobs_of(Source), {}
+    for key, value in entry.items():
+        if key in knobs:
+            values[key] = accept(key, value, knobs[key], place)
+        elif not key.startswith("_"):
+            hint = did_you_mean(key, knobs) or f"; known are {', '.join(knobs)}"
+            raise UserError(f"{place}: unknown key {key!r}{hint}")
+    for key, knob in knobs.items():
+        if knob.default is REQUIRED and not values.get(key):
+            raise UserError(f"{place}: {key} is {'empty' if key in values else 'missing'}")
+    return Source(**values)
+
+
+def interleaved(streams, tally):
+    """Yield from each (source, documents) so that at any time their counts are as near to the weights as can
+    be; when one has ended or is capped, the others go on in their proportions.
+
+    At each turn every source is owed its share of a document, and the one that is owed most is read.
+    """
+    owed = {source.name: 0.0 for source, _ in streams}
+    shares = {source.name: {"documents": 0, "bytes": 0, "weight": source.weight} for source, _ in streams}
+    tally.sources = {name: {**share, "capped": False, "ended": False} for name, share in shares.items()}
+    while streams:
+        total = sum(source.weight for source, _ in streams)
+        due = {source.name: owed[source.name] + source.weight / total for source, _ in streams}
+        turn = max(streams, key=lambda stream: due[stream[0].name])  # the first of equals
+        source, documents = turn
+        seen, document = tally.sources[source.name], next(documents, None)
+        if document is None:
+            seen["ended"] = True
+            streams.remove(turn)
+            continue
+        where, text = document
+        try:
+            seen["bytes"] += len(text) if text.isascii() else len(text.encode())
+        except UnicodeEncodeError:
+            tally.bad("bad-unicode", f"{where}: lone surrogate")
+            continue
+        owed |= due
+        owed[source.name] -= 1
+        seen["documents"] += 1
+        if seen["documents"] == source.max_samples:
+            seen["capped"] = True
+            streams.remove(turn)
+        yield document
+
+
+def documents_of(source, max_length, tally):
+    """The documents of one source; what is missing from the start is told before anything is read."""
+    if source.input_path.startswith("docstrings:"):
+        return docstring_documents(source.input_path.removeprefix("docstrings:"), max_length, tally)
+    if source.input_path.startswith("hf:"):
+        hub_package(source.input_path)
+        return hub_documents(source, tally)
+    files = input_files(source.input_path, tally, tables=True)
+    for suffixes in {tuple(path.suffixes[-2:]): path for path in files}.values():
+        need_packages(suffixes)
+    return file_documents(files, source.text_column, max_length, tally)
+
+
+def input_bytes(cfg):
+    """The sizes on disk of all the files that a configuration names; None if it names other sources too."""
+    sources = sources_of(cfg)
+    if any(source.input_path.startswith(("docstrings:", "hf:")) for source in sources):
+        return None
+    files = (path for source in sources for path in input_files(source.input_path, tables=True))
+    return sum(file_size(path) for path in files)
+
+
+def peek(cfg, count=1000):
+    """What the first `count` documents of cfg's sources show, for people: a dict of the files by kind, their
+    bytes, documents read, what was dropped and noted, and the first document as (where, text) or None.
+    """
+    tally, kinds = Tally(), {}
+    documents = itertools.islice(read_documents(cfg, tally), count)
+    first = next(documents, None)
+    read = sum(1 for _ in documents) + (first is not None)
+    for source in sources_of(cfg):
+        if source.input_path.startswith(("docstrings:", "hf:")):
+            kinds[source.input_path] = 1
+            continue
+        for path in input_files(source.input_path, tables=True):
+            kind = kind_of(path) or "text"
+            kinds[kind] = kinds.get(kind, 0) + 1
+    return {
+        "kinds": kinds,
+        "bytes": input_bytes(cfg),
+        "documents": read,
+        "complete": read < count,
+        "dropped": tally.dropped["read"],
+        "notes": tally.notes,
+        "sources": tally.sources,
+        "example": first,
+    }
+
+
+# --- This Python's documentation ----------------------------------------------------------------------------
 
 # A Python installation documents itself: some megabytes of English on any machine, without a network.
-
 UNDOCUMENTED = {"test", "tests", "testing", "idle_test", "site-packages", "__pycache__", "_vendor"}
 
 
 def docstring_documents(folder, max_length, tally):
     """This Python's documentation: language reference, standard library, packages; or a folder's."""
-    if folder:
-        roots = [Path(folder)]
-    else:
+    if folder and not os.path.isdir(folder):
+        raise UserError(
+            f"docstrings:{folder}: not a folder; docstrings: alone is this Python's documentation"
+        )
+    roots = [Path(folder)]
+    if not folder:
         from pydoc_data.topics import topics
 
         for name in sorted(topics):
@@ -100,6 +294,8 @@ def docstring_documents(folder, max_length, tally):
 def module_documents(path, module, max_length, tally):
     """One document for a module and its functions, and one for each class with its methods."""
     try:
+        if not path.is_file() or path.stat().st_size > MAX_LINE:
+            return tally.bad("unreadable-module", f"{module}: not a file, or over 16 MiB")
         source = path.read_bytes()
         if b'"""' not in source and b"'''" not in source:
             return
@@ -152,119 +348,124 @@ def passages(pieces, max_length):
         yield "".join(held)
 
 
-# Files: plain text, JSON, JSON Lines, CSV, each also compressed. Foreign bytes: nothing in them may end the
-# run.
+# --- Files --------------------------------------------------------------------------------------------------
 
-OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-KINDS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "jsonl", ".csv": "csv"}
+ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".pdf", ".docx", ".epub")
 
 
-def kind_of(path):
-    """How to read a file, by its suffix (before .gz and the like); None if the suffix says nothing."""
-    inner = path.with_suffix("") if path.suffix in OPENERS else path
-    if inner.name.startswith("wiki.") and inner.suffix in (".raw", ".tokens"):
-        return "wikitext"
-    return KINDS.get(inner.suffix.lower())
+def input_files(pattern, tally=None, tables=False):
+    """The files that a path, folder or glob names, sorted; in a folder or glob, those of a known kind.
 
-
-def input_files(pattern):
-    """The files that a path, folder or glob names, sorted; in a folder or glob, those of a known kind."""
+    Folders are searched through links to folders too, hidden ones not; a file that two names lead to is read
+    under the first. Only with `tables` are .parquet and .arrow files among them.
+    """
+    tally, pattern = tally or Tally(), os.path.expanduser(pattern)
     path = Path(pattern)
-    if path.is_file():
-        if kind_of(path) is None and path.suffix in (".parquet", ".zst", ".arrow", ".zip", ".tar"):
-            raise UserError(f"{path}: {path.suffix} files are not read; convert to .jsonl, .txt or .csv")
+    if os.path.isfile(path):
+        refuse_unreadable(path, tables)
         return [path]
-    found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(pattern, recursive=True))
-    files = sorted(file for file in found if file.is_file() and kind_of(file) and file.name[0] != ".")
-    if not files and not path.is_dir() and not glob.has_magic(pattern):
+    if os.path.isdir(path):
+        found = files_below(path, tally)
+    elif os.path.exists(path):
+        raise UserError(f"{path}: a pipe or a device; write what it gives to a file, and name that")
+    else:
+        found = map(Path, glob.glob(pattern, recursive=True))
+    files = {}
+    for file in sorted(found):
+        kind = kind_of(file)
+        if kind is None or file.name[0] == "." or (kind in TABLES and not tables) or os.path.isdir(file):
+            continue
+        if os.path.isfile(file):
+            files.setdefault(os.path.realpath(file), file)
+        else:
+            tally.bad("not-a-file", f"{file}: a broken link, a pipe or a device")
+    if not files and not os.path.isdir(path) and not glob.has_magic(pattern):
         raise UserError(f"{pattern}: not found; give a file, a folder, a glob, hf:owner/name or docstrings:")
     if not files:
         raise UserError(
             f"{pattern}: holds no file that ends in {', '.join(KINDS)} (or these with {', '.join(OPENERS)})"
         )
-    return files
+    return list(files.values())
 
 
-def file_documents(path, cfg, tally):
-    """The documents of one file; a damaged one gives what it has up to the damage."""
-    kind, column = kind_of(path), TextColumn(cfg.text_column)
+def refuse_unreadable(path, tables):
+    """Raise UserError for a single file that no reader takes."""
+    inner = path.with_suffix("") if path.suffix.lower() in OPENERS else path
+    suffix = inner.suffix.lower()
+    if suffix in ARCHIVES:
+        raise UserError(f"{path}: {suffix} files are not read; unpack it, or convert it to .txt or .jsonl")
+    if KINDS.get(suffix) in TABLES and not (tables and inner == path):
+        raise UserError(
+            f"{path}: {''.join(path.suffixes[-2:])} files are not read; convert to .jsonl or .csv"
+        )
+
+
+def files_below(folder, tally):
+    """Every file below a folder; a folder that two names lead to, itself perhaps, is entered once."""
+    entered = set()
+
+    def refused(error):
+        tally.bad("unreadable-folder", f"{error.filename}: {error.strerror}")
+
+    for parent, folders, names in os.walk(folder, onerror=refused, followlinks=True):
+        real = os.path.realpath(parent)
+        folders[:] = [] if real in entered else sorted(name for name in folders if name[0] != ".")
+        if real not in entered:
+            yield from (Path(parent, name) for name in names)
+        entered.add(real)
+
+
+def file_size(path):
     try:
-        if kind == "wikitext":
-            yield from articles(text_lines(path, tally))
-        elif kind in (None, "text"):
-            pieces = paragraphs((line for _, line in text_lines(path, tally)), cfg.max_length)
-            for number, text in enumerate(passages(pieces, cfg.max_length)):
-                yield f"{path} [{number}]", text
-        else:
-            rows = {"json": json_rows, "jsonl": jsonl_rows, "csv": csv_rows}[kind](path, tally)
-            for where, row in rows:
-                if (text := column.text_of(row, where, tally)) is not None:
-                    yield where, text
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        tally.bad("damaged-file", f"{path}: {error}")
+        return os.path.getsize(path)
+    except OSError:
+        return 0
 
 
-@contextmanager
-def open_bounded(path):
-    """Open a file, decompressed, as a binary stream that refuses to unfold a decompression bomb."""
-    opener = OPENERS.get(path.suffix)
-    if opener is None:
-        with open(path, "rb") as file:
-            yield file
-        return
-    limit = max(BOMB_FLOOR, BOMB_RATIO * path.stat().st_size)
-    with opener(path, "rb") as file, io.BufferedReader(Bounded(file, limit, path)) as bounded:
-        yield bounded
+def file_documents(files, column, max_length, tally):
+    """The documents of files in their order; a damaged one gives what it has up to the damage.
 
-
-class Bounded(io.RawIOBase):
-    """A raw stream over `file` that raises UserError once more than `limit` bytes were read."""
-
-    def __init__(self, file, limit, path):
-        self.file, self.left, self.limit, self.path = file, limit, limit, path
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        count = self.file.readinto(buffer)
-        self.left -= count
-        if self.left < 0:
-            raise UserError(
-                f"{self.path}: decompresses to over {self.limit:,} bytes, {BOMB_RATIO} times its size"
-            )
-        return count
-
-
-def bounded_lines(path, tally):
-    """Yield (number, offset, line) of a file as bytes; a line over MAX_LINE is counted and passed over in
-    pieces.
+    Raises UserError only at the end, if no file had a column of text.
     """
-    with open_bounded(path) as file:
-        number, offset, within = 0, 0, False  # within: in a line that was given up
-        while line := file.readline(MAX_LINE):
-            whole = line.endswith(b"\n") or len(line) < MAX_LINE
-            number += not within
-            if whole and not within:
-                yield number, offset, line.removeprefix(b"\xef\xbb\xbf") if offset == 0 else line
-            elif not within:
-                tally.bad("line-over-16-MiB", f"{path} line {number}")
-            offset, within = offset + len(line), not whole
+    useless, empty = [], True
+    opened = (file_texts(path, column, max_length, tally, useless) for path in files)
+    for lines, group in itertools.groupby(opened, key=lambda pair: pair[0]):
+        texts = itertools.chain.from_iterable(texts for _, texts in group)
+        for document in articles(texts) if lines else texts:
+            empty = False
+            yield document
+    if useless and empty:
+        raise useless[0]
 
 
-def text_lines(path, tally):
-    """Yield (where, line) of a UTF-8 text, whatever its line ends; from the first byte that is no UTF-8 on it
-    is dropped.
-    """
-    for number, offset, raw in bounded_lines(path, tally):
-        try:
-            text = raw.decode("utf-8")
-        except UnicodeDecodeError as error:
-            at = offset + error.start
-            tally.bad("not-utf-8", f"{path}: byte {raw[error.start]:#04x} at offset {at}: not UTF-8")
-            return
-        for line in re.findall(r"[^\n]*\n|[^\n]+", text.replace("\r\n", "\n").replace("\r", "\n")):
-            yield f"{path} line {number}", line
+def file_texts(path, column, max_length, tally, useless):
+    """Return whether a file holds lines of WikiText, and its (where, text)."""
+    kind = kind_of(path)
+    if kind == "wikitext":
+        texts = ((f"{path} line {number}", line) for number, line in text_lines(path, tally))
+    elif kind in (None, "text", "html"):
+        lines = page_lines(path, tally) if kind == "html" else (line for _, line in text_lines(path, tally))
+        pieces = passages(paragraphs(lines, max_length), max_length)
+        texts = ((f"{path} [{number}]", text) for number, text in enumerate(pieces))
+    else:
+        texts = column_texts(rows(path, tally, partial(choose, column, path)), column, tally)
+    texts = survived(path, texts, tally, useless)
+    if kind in (None, "text", "html"):
+        return False, texts
+    return (True, texts) if kind == "wikitext" else lines_or_not(texts)
+
+
+def survived(path, texts, tally, useless):
+    """Yield `texts` of a file until it ends or proves damaged, which is counted; it then is done."""
+    try:
+        yield from texts
+    except NoColumn as error:
+        useless.append(error)
+        tally.bad("no-text-column", str(error))
+    except OSError as error:
+        reason = "damaged-file" if error.errno is None else "unreadable-file"
+        tally.bad(reason, f"{path}: {error.strerror or error}")
+    tally.finished(path, file_size(path))
 
 
 def paragraphs(lines, max_length):
@@ -279,7 +480,23 @@ def paragraphs(lines, max_length):
         if line.isspace():
             yield "".join(held)
             held, size = [], 0
-    yield "".join(held)
+    if held:
+        yield "".join(held)
+
+
+def lines_or_not(texts):
+    """Return whether (where, text) begin as the lines of WikiText do, and all of them.
+
+    Each line is a row of its own there, and among the first hundred is a heading ` = Title = `.
+    """
+    held, lines = [], False
+    for where, text in itertools.islice(texts, 100):
+        held.append((where, text))
+        if len(text) > 100_000 or "\n" in text.rstrip("\n"):
+            break
+        if lines := re.fullmatch(r" = .* = ?\n?", text) is not None:
+            break
+    return lines, itertools.chain(held, texts)
 
 
 def articles(lines):
@@ -292,187 +509,104 @@ def articles(lines):
         if held and (opens or size > MAX_LINE):
             yield first, "".join(held)
             held, size = [], 0
+        blank = not line.strip()
+        if not held and blank:
+            continue
         first = first if held else where
         held.append(line.removeprefix(" ") if line.endswith("\n") else line.removeprefix(" ") + "\n")
-        size, blank = size + len(line), not line.strip()
+        size += len(line)
     if held:
         yield first, "".join(held)
 
 
-class JsonReader:
-    """json.JSONDecoder, with what a row may do wrong as a reason to count: read() gives (value, end) or
-    raises Bad.
+# --- The text of a row --------------------------------------------------------------------------------------
+
+USUAL = ("text", "content", "document", "article", "body", "passage", "markdown")
+
+
+class NoColumn(UserError):
+    """Rows without a column that could be the text."""
+
+
+def choose(column, where, row):
+    """The name of a row's text: `column` if given, else a usual one, else the only one with a string."""
+    strings = [key for key, value in row.items() if isinstance(value, str)]
+    for name in [column] if column else [*USUAL, *(strings if len(strings) == 1 else ())]:
+        if name in row:
+            return name
+    columns = ", ".join(map(str, row))[:200]
+    what = f"no column '{column}'" if column else "no column that is surely the text"
+    raise NoColumn(f"{where}: {what} among {columns or 'no columns'}; name it with --text_column=NAME")
+
+
+def column_texts(rows, column, tally):
+    """Yield (where, text) of (where, row); a row without a text is counted.
+
+    The column is chosen by the first rows together, up to one that has it by name: a single odd row decides
+    nothing.
     """
-
-    class Bad(Exception):
-        pass
-
-    def __init__(self):
-        self.constants = []
-        self.decoder = json.JSONDecoder(parse_constant=self.constants.append)
-
-    def read(self, text, start=0):
-        self.constants.clear()
-        try:
-            value, end = self.decoder.raw_decode(text, start)
-        except RecursionError:
-            raise self.Bad("too-deep") from None
-        except ValueError:
-            raise self.Bad("not-json") from None
-        if self.constants:
-            raise self.Bad("not-a-number", end)
-        return value, end
-
-
-def jsonl_rows(path, tally):
-    """One JSON value a line; blank lines are nothing."""
-    reader = JsonReader()
-    for number, _, raw in bounded_lines(path, tally):
-        where = f"{path} line {number}"
-        try:
-            if line := raw.decode("utf-8").strip(" \t\r\n"):
-                value, end = reader.read(line)
-                if end != len(line):
-                    raise reader.Bad("not-json")
-                yield where, value
-        except UnicodeDecodeError:
-            tally.bad("not-utf-8", where)
-        except reader.Bad as error:
-            tally.bad(error.args[0], where)
-
-
-def json_rows(path, tally):
-    """The elements of a JSON list, read piece by piece; a file that is one object, or one a line, is taken as
-    such.
-    """
-    with open_bounded(path) as raw:
-        file = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape")
-        head = file.read(1 << 16)
-        if head.lstrip().startswith("["):
-            yield from list_elements(head.lstrip()[1:], file, path, tally)
-            return
-        text = head + file.read(MAX_LINE)
-        single = not file.read(1)
-    try:
-        value, end = JsonReader().read(text.strip()) if single else (None, -1)
-    except JsonReader.Bad:
-        end = -1
-    if single and end == len(text.strip()):
-        yield str(path), value
-    else:
-        yield from jsonl_rows(path, tally)
-
-
-def list_elements(buffer, file, path, tally):
-    """Yield (where, element) of a JSON list whose text continues from `buffer` in `file`, holding one element
-    at a time.
-    """
-    reader, gap, start = JsonReader(), re.compile(r"[ \t\r\n,]*"), 0
-    for number in itertools.count(1):
-        where, problem = f"{path} element {number}", None
-        while True:
-            start = gap.match(buffer, start).end()
-            if buffer.startswith("]", start):
-                return
-            try:
-                value, end = reader.read(buffer, start)
-            except reader.Bad as error:
-                problem, end = error.args[0], (error.args + (len(buffer),))[1]
-            if end < len(buffer) or problem == "too-deep":
-                break  # an element that reaches the end of the buffer may go on
-            more = file.read(max(len(buffer) - start, 1 << 16)) if len(buffer) - start < MAX_LINE else ""
-            if not more:
-                if problem is None:
-                    yield where, value
-                tally.bad(problem or "not-json", f"{where} (the file is dropped from here on)")
-                return
-            buffer, start, problem = buffer[start:] + more, 0, None
-        if problem:
-            tally.bad(problem, where)
-            if problem == "too-deep":
-                return
-        else:
-            yield where, value
-        start = end
-
-
-def csv_rows(path, tally):
-    """The rows of a CSV file with a header line, as objects."""
-    csv.field_size_limit(MAX_LINE)
-    rows = csv.DictReader(line for _, line in text_lines(path, tally))
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            tally.bad("not-csv", f"{path} line {rows.line_num}: {error}")
-            continue
-        yield f"{path} line {rows.line_num}", row
-
-
-class TextColumn:
-    """Takes the text out of rows: from the column named, or else from the one that the first row shows to be
-    it.
-    """
-
-    USUAL = ("text", "content", "document", "article", "body", "passage", "markdown")
-
-    def __init__(self, name):
-        self.name, self.certain = name, False
-
-    def text_of(self, row, where, tally):
-        """The row's text, or None after counting why there is none."""
+    held, union = [], {}
+    for where, row in itertools.islice(rows, 20):
+        held.append((where, row))
+        if isinstance(row, dict):
+            union |= {key: value for key, value in row.items() if not isinstance(union.get(key), str)}
+            if set(row) & ({column} if column else set(USUAL)):
+                break
+    name = choose(column, held[0][0], union) if union else column or "text"
+    for where, row in itertools.chain(held, rows):
         if not isinstance(row, dict):
-            return tally.bad("not-an-object", where)
-        if not self.certain and row:
-            self.name, self.certain = self._choose(row, where), True
-        text = row.get(self.name)
-        if self.name not in row:
-            return tally.bad("missing-text", f'{where}: missing "{self.name or "text"}"')
-        if not isinstance(text, str):
-            return tally.bad("not-a-string", f'{where}: "{self.name}" must be a string')
-        if re.search("[\ud800-\udfff]", text):
-            return tally.bad("bad-unicode", f"{where}: lone surrogate")
-        return text
+            tally.bad("not-an-object", where)
+        elif name not in row:
+            tally.bad("missing-text", f'{where}: missing "{name}"')
+        elif not isinstance(row[name], str):
+            tally.bad("not-a-string", f'{where}: "{name}" must be a string')
+        else:
+            yield where, row[name]
 
-    def _choose(self, row, where):
-        strings = [key for key, value in row.items() if isinstance(value, str)]
-        for name in [self.name] if self.name else [*self.USUAL, *(strings if len(strings) == 1 else ())]:
-            if name in row:
-                return name
-        columns = ", ".join(map(str, row))[:200]
-        what = f"no column '{self.name}'" if self.name else "no column that is surely the text"
-        raise UserError(f"{where}: {what} among {columns}; name it with --text_column=NAME")
+
+# --- The Hugging Face hub -----------------------------------------------------------------------------------
 
 
 class Unreachable(UserError):
     """A dataset that is not at hand: no network, no such name, no package to fetch it with."""
 
 
-def hub_rows(path, config=""):
-    """Yield (where, row) of a dataset of the Hugging Face hub, streamed: hf:owner/name[:config[:split]]."""
-    name, own, split = (path.removeprefix("hf:").split(":") + ["", ""])[:3]
-    if not name.strip("/ "):
-        raise UserError(f"{path!r} names no dataset; write hf:owner/name")
+def hub_package(path):
+    """The function load_dataset of the package that fetches from the hub."""
     try:
         from datasets import load_dataset
     except ImportError:
         raise Unreachable(f"{path} needs the package datasets: pip install datasets") from None
+    return load_dataset
+
+
+def hub_rows(path, config=""):
+    """Yield (where, row) of a dataset of the hub, streamed: hf:owner/name[@revision][:config[:split]].
+
+    Whatever breaks, in the middle too, is raised as Unreachable: no dataset comes out shorter than it is.
+    """
+    name, own, split = (path.removeprefix("hf:").split(":") + ["", ""])[:3]
+    if not name.strip("/ "):
+        raise UserError(f"{path!r} names no dataset; write hf:owner/name")
+    name, _, revision = name.partition("@")
+    number, load_dataset = 0, hub_package(path)
     try:  # anything may come from there; none of it is worth a traceback
-        rows = load_dataset(name, own or config or None, split=split or "train", streaming=True)
-        for number, row in enumerate(rows):
+        pinned = {"revision": revision} if revision else {}
+        rows = load_dataset(name, own or config or None, split=split or "train", streaming=True, **pinned)
+        for row in rows:
             yield f"{name} row {number}", row
+            number += 1
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0][:200]
-        raise Unreachable(
-            f"{path}: cannot be read ({type(error).__name__}: {reason}); "
-            "check the name and the network, or give local files"
-        ) from None
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        where = f"{path}: broke off after {number} rows" if number else f"{path}: cannot be read"
+        remedy = "check the name and the network, or give local files"
+        if "scripts are no longer supported" in reason:
+            remedy = f"the hub's own copy may do: hf:{name}@refs/convert/parquet"
+        raise Unreachable(f"{where} ({reason}); {remedy}") from None
 
 
-def hub_documents(cfg, tally):
+def hub_documents(source, tally):
     """The texts of a dataset of the hub; WikiText's lines become articles."""
-    column, rows = TextColumn(cfg.text_column), hub_rows(cfg.input_path, cfg.input_config)
-    texts = ((where, text) for where, row in rows if (text := column.text_of(row, where, tally)) is not None)
-    return articles(texts) if "wikitext" in cfg.input_path.lower() else texts
+    rows = hub_rows(source.input_path, source.input_config)
+    lines, texts = lines_or_not(column_texts(rows, source.text_column, tally))
+    yield from articles(texts) if lines else texts
