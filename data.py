@@ -1,14 +1,5 @@
 """Token shards in, batches out: the half of data preparation that training reads.
 
-A prepared dataset is a folder (made by `python data.py configs/datasets/NAME.json`):
-
-    data/processed/NAME/  train_00000.bin    token ids, uint16 (uint32 above 65,535 ids): BOS text EOS BOS ...
-                          train_00000.jsonl  the same cleaned documents, {"text": ...} one a line
-                          val_00000.bin      ... and val_00000.jsonl
-                          tokenizer.model    what the ids belong to: the folder is all that training needs
-                          manifest.json      sizes and sha256 of the shards; written last: "complete"
-                          stats.json, DATA_CARD.md
-
 `python data.py inspect PATH` shows what such a folder holds, or a file of conversations or preference pairs;
 `python data.py create_sample_datasets` makes small files of these.
 
@@ -30,112 +21,14 @@ import numpy as np
 
 from chats import CONTROLS, InspectConfig, read_chats, read_pairs, say, show_rows  # noqa: F401 - others ask us for rows
 from configurator import UserError, closest, run
-from prepare import AGAIN, DTYPES, DataConfig, file_sha256, hash_fraction, main, read_manifest
+from prepare import DataConfig, RetokenizeConfig, hash_fraction, main, retokenize
+from shards import AGAIN, Shards, open_all, read_manifest
 from sources import Tally
 from starter import SampleConfig, create
 from tokenizer import Tokenizer
 
 IGNORE = -100  # the label of a position that is not supervised
-VERIFY_BYTES = 64 << 20  # shards up to this size in all are hashed when opened (0.2 s), larger ones if asked
 MIXTURE_PERIOD = 1024  # rows after which the proportions of a mixture are exact
-
-# --- Shards as one array ------------------------------------------------------------------------------------
-
-
-class Shards:
-    """The shards of one split of one dataset folder, memory-mapped and read as one array of `tokens` ids.
-
-    Opening checks the manifest, the tokenizer's hash and the size of every shard; the shards' own hashes too
-    when they are small, or always with verify=True. An id outside the vocabulary is caught at the latest
-    where it is read.
-    """
-
-    def __init__(self, folder, split, verify=None):
-        self.folder = Path(folder)
-        self.manifest = read_manifest(folder)
-        entries = self.manifest["splits"].get(split)
-        if not entries:
-            raise UserError(f"{folder}: holds no {split} documents; {AGAIN} with another train_ratio")
-        self.tokenizer_sha256 = self.manifest["tokenizer_sha256"]
-        self._check_tokenizer()
-        self.dtype = DTYPES[self.manifest["dtype"]]
-        self.vocab_size = self.manifest["vocab_size"]
-        self.tokens = sum(entry["tokens"] for entry in entries)
-        self.documents = sum(entry["documents"] for entry in entries)
-        self.bytes = sum(entry["bytes"] for entry in entries)  # of the text, as UTF-8
-        if verify is None:
-            verify = self.tokens * self.dtype.itemsize <= VERIFY_BYTES
-        self.names = [entry["bin"] for entry in entries]
-        self.arrays = [self._open(entry, verify) for entry in entries]
-        self.ends = np.cumsum([entry["tokens"] for entry in entries])
-
-    def _check_tokenizer(self):
-        path = self.folder / "tokenizer.model"
-        if not path.is_file():
-            raise UserError(f"{path}: not found; {AGAIN}")
-        if (found := file_sha256(path)) != self.tokenizer_sha256:
-            raise UserError(
-                f"{path}: sha256 is {found}, the dataset was encoded with {self.tokenizer_sha256}; {AGAIN}"
-            )
-
-    def _open(self, entry, verify):
-        path = self.folder / entry["bin"]
-        if not path.is_file():
-            raise UserError(f"shard {path}: not found; {AGAIN}")
-        expected, found = entry["tokens"] * self.dtype.itemsize, path.stat().st_size
-        if found != expected:
-            raise UserError(f"shard {path}: {found} bytes, the manifest says {expected}; {AGAIN}")
-        if verify and (digest := file_sha256(path)) != entry["bin_sha256"]:
-            expected = entry["bin_sha256"]
-            raise UserError(f"shard {path}: sha256 mismatch (expected {expected}, got {digest}); {AGAIN}")
-        array = np.memmap(path, dtype=self.dtype, mode="r")
-        if verify:
-            self._check_ids(entry["bin"], array)
-        return array
-
-    def _check_ids(self, name, ids):
-        if (worst := int(ids.max())) >= self.vocab_size:
-            where = f"shard {self.folder / name}: token id {worst}"
-            raise UserError(f"{where} is outside the vocabulary of {self.vocab_size}; {AGAIN}")
-
-    def read(self, start, stop):
-        """Token ids start..stop of the whole split as one array, across shard borders."""
-        parts = []
-        while start < stop:
-            shard = int(np.searchsorted(self.ends, start, side="right"))
-            array = self.arrays[shard]
-            offset = start - (int(self.ends[shard]) - len(array))
-            part = array[offset : offset + stop - start]
-            self._check_ids(self.names[shard], part)
-            parts.append(part)
-            start += len(part)
-        return np.concatenate(parts)
-
-    def histogram(self, start=0):
-        """How often each id occurs from token `start` on: (vocab_size,) int64. Reads 4 M tokens at a time."""
-        counts = np.zeros(self.vocab_size, np.int64)
-        for begin in range(start, self.tokens, 1 << 22):
-            chunk = self.read(begin, min(begin + (1 << 22), self.tokens))
-            counts += np.bincount(chunk, minlength=self.vocab_size)
-        return counts
-
-
-def _open_all(paths, split, verify=None):
-    """Open several dataset folders (one path or a list), which must share one tokenizer."""
-    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    if not paths:
-        raise UserError("data_path: no dataset folder given; name one: --data_path=FOLDER")
-    sources = [Shards(path, split, verify) for path in paths]
-    first = sources[0]
-    for other in sources[1:]:
-        if other.tokenizer_sha256 != first.tokenizer_sha256:
-            raise UserError(
-                f"datasets of different tokenizers cannot be mixed: {first.folder} has sha256 "
-                f"{first.tokenizer_sha256}, {other.folder} has {other.tokenizer_sha256}; "
-                "prepare them with one --tokenizer_path"
-            )
-    return sources
-
 
 # --- The stream ---------------------------------------------------------------------------------------------
 
@@ -171,7 +64,7 @@ class TokenStream:
         document_mask=False,
         verify=None,
     ):
-        self.sources = _open_all(paths, split, verify)
+        self.sources = open_all(paths, split, verify)
         self.sequence_length, self.batch_size, self.world_size = sequence_length, batch_size, world_size
         self.seed, self.document_mask = seed, document_mask
         for source in self.sources:
@@ -277,7 +170,7 @@ def unigram_bits_per_byte(paths):
     and EOS included, as in `TokenStream.rows` without document_mask. Nats of all targets / (UTF-8 bytes of
     the val text * ln 2).
     """
-    train, val = _open_all(paths, "train"), _open_all(paths, "val")
+    train, val = open_all(paths, "train"), open_all(paths, "val")
     counts = 1 + sum(source.histogram() for source in train)
     targets = sum(source.histogram(start=1) for source in val)
     nats = -np.sum(targets * np.log(counts / counts.sum()))
@@ -428,7 +321,11 @@ def describe(folder, tokenizer_path=""):
     return "\n".join([*lines, "", f"{name}, the first document from its ids ({len(ids)} shown):", text])
 
 
-COMMANDS = {"inspect": (inspect, InspectConfig), "create_sample_datasets": (create, SampleConfig)}
+COMMANDS = {
+    "inspect": (inspect, InspectConfig),
+    "retokenize": (retokenize, RetokenizeConfig),
+    "create_sample_datasets": (create, SampleConfig),
+}
 
 
 def command_line(argv):
@@ -439,7 +336,7 @@ def command_line(argv):
     word, rest = (argv[0], argv[1:]) if argv and argv[0][0:1] != "-" else ("", argv)
     if word in COMMANDS:
         function, config = COMMANDS[word]
-        if word == "inspect" and rest and rest[0][0:1] != "-":
+        if word != "create_sample_datasets" and rest and rest[0][0:1] != "-":
             rest = [f"--path={rest[0]}", *rest[1:]]
         run(function, config, argv=rest, doc=cleandoc(function.__doc__))
     elif (near := closest(word, COMMANDS)) and not word.endswith(".json"):
