@@ -180,7 +180,7 @@ def band_shape(threshold):
         return 2 if chance == 1 else max(2, math.ceil(math.log(0.02) / math.log1p(-chance)))
 
     def cost(shape):
-        return shape[0] + 10_000 * (1 - (1 - 0.1 ** shape[1]) ** shape[0])
+        return shape[0] + 2_000 * (1 - (1 - 0.1 ** shape[1]) ** shape[0])
 
     shapes = [(bands(rows), rows) for rows in range(1, PERMUTATIONS // 2 + 1)]
     return min((s for s in shapes if s[0] * s[1] <= PERMUTATIONS), key=cost, default=(PERMUTATIONS, 1))
@@ -380,7 +380,7 @@ class Index:
 
 def reopen(path, size):
     """Open a file to append to it, cut to its first `size` bytes; UserError if it has fewer."""
-    file = open(path, "ab")
+    file = open(path, "ab")  # noqa: SIM115
     if (found := file.tell()) < size:
         lost = f"{found:,} bytes, {size:,} were there at the last checkpoint"
         raise UserError(f"{path}: {lost}; delete {path.parent} to begin again")

@@ -270,8 +270,8 @@ def test_memory_is_as_stated(tmp_path):
         held, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert 80 < index.bytes_per_document < 100
-    assert held < 110 * count
+    assert index.bytes_per_document == 72
+    assert held < 100 * count
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared pairs")
