@@ -1,0 +1,524 @@
+"""Cleaning and filters: one raw document in, the text a model should see out, or the reason to drop it.
+
+Everything here is a pure function of a text and its settings, linear in the length of the text whatever the
+text, and cheap where there is nothing to do: a repair is only tried where a substring search, at memory
+speed, finds what it repairs. Control strings of a chat template are left as they are: ftfy can even make them
+out of harmless characters, and it is the tokenizer that keeps text from becoming control.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from ipaddress import IPv6Address
+from typing import Literal
+
+from configurator import Fraction, NonNegativeInt, PositiveInt, UserError
+
+
+@dataclass(frozen=True)
+class CleanConfig:
+    """What to take out of a document, and which documents to drop."""
+
+    remove_urls: bool = True  # take web addresses out; the text of a link stays
+    # remove: fenced and `inline` code goes; blocks: fenced only; keep: neither
+    code: Literal["remove", "blocks", "keep"] = "remove"
+    mask_private: bool = True  # [EMAIL], [PHONE], [IP], [CARD], [KEY] in place of the real ones
+    min_length: NonNegativeInt = 50  # characters; shorter documents are dropped
+    max_length: PositiveInt = 10000  # characters; longer documents are dropped, longer plain-text files cut
+    language: str = "en"  # the language to keep: en, off (any), or with py3langid another ISO 639-1 code
+    language_threshold: Fraction = 0.7  # the score from which a document counts as of that language
+    # builtin: function words, English only; py3langid: the package, 97 languages, slower
+    language_detector: Literal["builtin", "py3langid"] = "builtin"
+    quality: bool = True  # drop documents that look like no prose: repetition, symbols, markup
+    quality_off: tuple[str, ...] = ()  # rules of quality that shall not act, by name
+
+    def __post_init__(self):
+        for name in self.quality_off:
+            if name not in QUALITY:
+                raise UserError(f"quality_off: no rule {name!r}; there are {', '.join(QUALITY)}")
+        if self.language_detector == "builtin" and self.language not in ("en", "off"):
+            known = "builtin knows en and off; add language_detector=py3langid"
+            raise UserError(f"language must be en or off, got {self.language!r}: {known}")
+
+
+# --- Cleaning -----------------------------------------------------------------------------------------------
+
+ROUNDS = 8  # a repair may bring to light what another repairs; text that is not still by then is no text
+
+
+def clean(text, cfg):
+    """Text repaired by ftfy, without what is invisible, code, web addresses and private data; paragraphs stay.
+
+    The steps are repeated until they find nothing more to do, hence clean(clean(text)) == clean(text); a text
+    that never comes to rest is built to do so, and nothing of it is kept.
+    """
+    for _ in range(ROUNDS):
+        before, text = text, clean_once(text, cfg)
+        if text == before:
+            return text
+    return ""
+
+
+def clean_once(text, cfg):
+    """One round of the steps, each of which may rely on those above it."""
+    text = visible(fix_encoding(plain_lines(text)))
+    if cfg.code != "keep" and ("```" in text or "~~~" in text):
+        text = without_fenced(text)
+    if cfg.code == "remove" and "`" in text:
+        text = INLINE.sub(HOLE, text)
+    if cfg.remove_urls and ("://" in text or "www." in text):
+        text = URL.sub(url_hole, text)
+    if HOLE in text:
+        text = closed(text)
+    return tidy(mask_private(text) if cfg.mask_private else text)
+
+
+# Terminal control sequences (ECMA-48 5.4): CSI with parameters, OSC up to its end, two-character escapes.
+ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(?:\x07|\x1b\\)?|[@-Z\\^_])")
+
+
+def plain_lines(text):
+    """The text with line ends as \\n, without terminal colours and the double letters of a printed manual."""
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if "\b" in text:
+        text = re.sub("[^\n]\b", "", text)  # nroff's bold: a letter, backspace, the letter again
+    return ESCAPE.sub("", text) if "\x1b" in text else text
+
+
+# What ftfy would repair: character references, control characters, and beyond ASCII whatever does not stand
+# alone (Latin letters and signs), nor among its own kind (quotes and dashes; Greek, Cyrillic, CJK).
+REFERENCE = re.compile(r"&#?[0-9A-Za-z]{1,24};")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+BEYOND = re.compile(r"[^\x00-\x7f]+")
+QUIET = re.compile(
+    "[\u00a1-\u00ac\u00ae-\u00c1\u00c4-\u0131\u0134-\u0148\u014a-\u0151\u0154-\u017e\u2022\u20ac\u2122]"
+    "|[\u2013\u2014\u2026\u2018\u2019\u201c\u201d]+"
+    "|[\u0391-\u03a1\u03a3-\u03a9\u03b1-\u03c9\u0401\u0410-\u044f\u0451"
+    "\u3041-\u3096\u30a1-\u30fa\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\u3001\u3002]+"
+)
+UNCURL = dict.fromkeys(map(ord, "\u2018\u2019"), "'") | dict.fromkeys(map(ord, "\u201c\u201d"), '"')
+NESTED = re.compile(r"&(?:(?:amp|#38);){2,}")  # ftfy would take one layer at a time
+
+
+def fix_encoding(text):
+    """ftfy.fix_text, with the same result and without its cost for what it would leave alone."""
+    if not needs_ftfy(text):
+        return text if text.isascii() else text.translate(UNCURL)
+    import ftfy
+
+    lines, config = text.split("\n"), ftfy.TextFixerConfig(explain=False)
+    for number, line in enumerate(lines):
+        if "<" in line:  # ftfy, too, reads entities as such only up to the first tag
+            config = config._replace(unescape_html=False)
+        if needs_ftfy(line):
+            line = NESTED.sub("&amp;", line) if config.unescape_html else line
+            lines[number] = ftfy.fix_text(line, config)
+        elif not line.isascii():
+            lines[number] = line.translate(UNCURL)
+    return "\n".join(lines)
+
+
+def needs_ftfy(text):
+    """May ftfy change more of this text than its quotation marks?"""
+    if CONTROL.search(text) or ("&" in text and REFERENCE.search(text)):
+        return True
+    return not (text.isascii() or all(map(QUIET.fullmatch, set(BEYOND.findall(text)))))
+
+
+# Zero-width and bidirectional marks, the soft hyphen, tags that spell hidden text, and the control characters
+# that ftfy keeps; every kind of blank becomes a space.
+INVISIBLE = dict.fromkeys([0xAD, 0x61C, 0x180E, 0x200B, 0x200E, 0x200F, 0xFEFF, *range(0x1C, 0x20)])
+INVISIBLE |= dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2060, 0x206A)])
+INVISIBLE |= dict.fromkeys(range(0xE0000, 0xE0080)) | {0x0B: "\n", 0x0C: "\n"}
+INVISIBLE |= dict.fromkeys([0xA0, 0x1680, *range(0x2000, 0x200B), 0x202F, 0x205F, 0x3000], " ")
+# Emoji and several scripts are spelled with the zero-width joiners; between other letters they are dirt.
+JOINER = re.compile(
+    r"(?<![\u0600-\u0dff\u1000-\u17ff\u2190-\u2bff\ufe0f\U0001f000-\U0001faff])[\u200c\u200d]+"
+)
+
+
+def visible(text):
+    if not text.isascii():
+        return JOINER.sub("", text.translate(INVISIBLE))
+    return text.translate(INVISIBLE) if CONTROL.search(text) else text
+
+
+def tidy(text):
+    """The text without blanks at the ends of lines, empty lines at its ends, or two of them together."""
+    if " \n" in text or "\t\n" in text or not text.isascii():
+        text = "\n".join(line.rstrip() for line in text.split("\n"))
+    if "\n\n\n" in text:
+        text = re.sub(r"\n{3,}", "\n\n", text)
+    return text.strip("\n").rstrip()
+
+
+# --- Code and web addresses ---------------------------------------------------------------------------------
+
+HOLE = "\0"  # stands for what was taken out, until `closed` has looked around it; `visible` left none
+FENCE = re.compile(r"(?m)^[ \t>]*+(`{3,}+|~{3,}+)[ \t]*+([^`\n]*)$")
+# `words` between backticks on one line, with a plural's s; not the quotations `this' and ``that''
+INLINE = re.compile(r"(?<![\w`\\])(`{1,3}+)(?!\s)[^`\n]{1,200}+(?<!\s)\1(?:e?s\b)?(?![`\w])")
+URL = re.compile(
+    r"[A-Za-z](?<![\w+.-].)(?:[A-Za-z0-9+.-]{1,11}://|(?<=[Ww])ww\.)(?!\s)[^\s<>\[\]{}|\\^`\"\0]+"
+)
+
+
+def without_fenced(text):
+    """Text without its fenced code (CommonMark 4.5); a fence that nothing closes is left alone.
+
+    A text may begin within a block, where it was cut: a fence that names a language always opens one.
+    """
+    kept, start, opened = [], 0, None
+    for fence in FENCE.finditer(text):
+        mark, info = fence[1], fence[2].strip()
+        if opened and mark.startswith(opened[1]) and not info:
+            kept.append(text[start : opened.start()])
+            start, opened = fence.end() + 1, None
+        elif opened is None or (info and mark.startswith(opened[1])):
+            underline = mark[0] == "~" and text[max(0, fence.start() - 2) : fence.start()].strip("\n")
+            opened = None if underline else fence  # tildes under a line are a heading of reStructuredText
+    return "".join([*kept, text[start:]])
+
+
+def url_hole(match):
+    """A hole for a web address, and the punctuation that ends the sentence and not the address."""
+    url = match[0]
+    stem = url.rstrip(".,;:!?'*_~)")
+    if stem.endswith("//"):
+        return url
+    if url.startswith(")", len(stem)) and stem.count("(") > stem.count(")"):
+        stem += ")"
+    return HOLE + url[len(stem) :]
+
+
+HOLES = re.compile(r"\0(?:[ \t]{0,3}[,;|/]?[ \t]{0,3}\0)+")
+LINK = re.compile(r"!?\[([^\[\]\n]{0,300})\]\( ?\0[^()\n]{0,200}\)")
+WRAPPED = re.compile(r"""\([ ]?\0[ ]?\)|\[[ ]?\0[ ]?\]|<\0>|\{\0\}|"\0"|'\0'|\*{1,2}\0\*{1,2}""")
+EMPTY_LINE = re.compile(  # nothing is left but a bullet or the name of a reference
+    r"(?m)^[ \t>]*+(?:(?:[-*+]|\.\.|\d{1,3}[.)])[ \t]++)?(?:\[[^\[\]\n]{1,80}\]:?[ \t]*+)?"
+    r'\0[ \t]*+(?:"[^"\n]{0,200}")?[ \t.,;:]*+(?:\n|\Z)'
+)
+LINE_START = re.compile(r"(?m)^([ \t]*+)\0[ \t]*+(?:[.,;:!?]++[ \t]*+)?")
+GAP = re.compile(r"(?<![ \t])[ \t]*+\0([ \t]*+)(?=(.?))")
+
+
+def closed(text):
+    """Text whose holes are closed: no empty brackets, bullets or double spaces where something was."""
+    text = HOLES.sub(HOLE, text)
+    text = LINK.sub(r"\1", text)
+    text = WRAPPED.sub(HOLE, WRAPPED.sub(HOLE, text))
+    text = LINE_START.sub(r"\1", EMPTY_LINE.sub("", text))
+    return GAP.sub(close_gap, text)
+
+
+def close_gap(match):
+    left, right = match.string[match.start() - 1 : match.start()], match[2]
+    glued = match.group(0) == HOLE and not (left.isalnum() and right.isalnum())
+    return "" if glued or not right or right in ".,;:!?)]}" or left in "([{" else " "
+
+
+# --- Private data -------------------------------------------------------------------------------------------
+
+KEY_MARKS = "sk- ghp_ gho_ ghu_ ghs_ ghr_ github_pat_ glpat- AKIA ASIA xox AIza hf_ eyJ -----BEGIN".split()
+KEY = re.compile(
+    r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----"  # PEM, whole, or as much of it as there is
+    r"(?:(?:[^-]|-(?!----))*+-----END [A-Z ]{0,30}PRIVATE KEY-----|(?:\s++[A-Za-z0-9+/=]{40,}+)*+)"
+    r"|(?<![\w-])(?:"
+    r"sk-(?=[\w-]{0,60}\d)[\w-]{20,}+"  # OpenAI, Anthropic, Stripe-like
+    r"|gh[pousr]_[A-Za-z0-9]{36,}+|github_pat_\w{22,}+|glpat-[\w-]{20,}+"  # GitHub, GitLab
+    r"|(?:AKIA|ASIA)[A-Z0-9]{16}(?!\w)"  # AWS
+    r"|xox[abeoprs]-[\w-]{10,}+|AIza[\w-]{35}(?!\w)|hf_[A-Za-z]{30,}+"  # Slack, Google, Hugging Face
+    r"|eyJ[\w-]{8,}+\.eyJ[\w-]{8,}+\.[\w-]{8,}+)"  # JSON Web Token (RFC 7519)
+)
+# RFC 5321 within reason; not git@host, nor pictures named icon@2x.png
+EMAIL = re.compile(
+    r"(?<![\w.+%-])(?!git@)[\w.+%-]{1,64}+@(?:[A-Za-z0-9-]{1,63}\.){1,8}(?!(?:png|jpg|gif|svg)\b)[A-Za-z]{2,24}\b"
+)
+IPV4 = re.compile(r"[0-9](?<![\w.].)[0-9]{0,2}+(?:\.[0-9]{1,3}+){3}(?!\w|\.\w|-[A-Za-z])")
+IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])")
+LONG_NUMBER = re.compile(r"[0-9](?:[ .()/-]{0,2}[0-9]){5}")
+CARD = re.compile(
+    r"(?<![\w.,-])[2-6](?:[0-9]{12,18}+"
+    r"|[0-9]{3}([ -])(?:[0-9]{4}\1[0-9]{4}\1[0-9]{1,4}(?:\1[0-9]{1,3})?|[0-9]{6}\1[0-9]{4,5}|"
+    r"[0-9]{3}\1[0-9]{3}\1[0-9]{3}))(?!\w|[.,-][0-9])"
+)
+PHONE = re.compile(
+    r"(?<![\w.,/+#$-])(?:"
+    r"\+[1-9](?:[ .()/-]{0,2}[0-9]){7,14}"  # international (E.164, E.123)
+    r"|(?:1[ .-])?(?:\([0-9]{3}\)[ -]?|[0-9]{3}[.-])[0-9]{3}[ .-][0-9]{4}"  # North America
+    r"|(?<![0-9] )(?:1 )?[2-9][0-9]{2} [2-9][0-9]{2} [0-9]{4}"
+    r"|(?<![0-9] )\(?0[1-9][0-9]{0,3}\)?[ /-](?!(?:19|20)[0-9]{2}\b)[0-9]{3,4}[ -]?[0-9]{3,5}"  # 0 before the area
+    r"|(?<![0-9] )0[1-9](?:[ .-][0-9]{2}){4}"  # France
+    r"|00[1-9][0-9]{0,2}(?:[ .-][0-9]{2,5}){2,5}"  # 00 for +
+    r")(?!\w|[.,/-][0-9]| [0-9])"
+)
+NAMED_PHONE = re.compile(  # what is called a telephone number, however it is written
+    r"(?i)\b((?:tel|telephone|phone|mobile|cell|fax|call|whatsapp)s?\b[.:]?(?: (?:no\.?|number|us|me|at|is|on)){0,2}:? {0,2})"
+    r"(?=[(0-9]{1,5}[ .()-]|[0-9]{9})\(?[0-9](?:[ .()-]{0,2}[0-9]){5,13}(?!\w|[.,-][0-9])"
+)
+
+
+def mask_private(text):
+    """Text with e-mail addresses, IP addresses, keys, card and telephone numbers each as a word in brackets."""
+    if any(mark in text for mark in KEY_MARKS):
+        text = KEY.sub("[KEY]", text)
+    if "@" in text:
+        text = EMAIL.sub("[EMAIL]", text)
+    text = IPV4.sub(mask_ipv4, text)
+    if "::" in text or text.count(":") > 6:
+        text = IPV6.sub(mask_ipv6, text)
+    if LONG_NUMBER.search(text):
+        text = CARD.sub(lambda match: "[CARD]" if luhn(match[0]) else match[0], text)
+        text = PHONE.sub(mask_phone, text)
+        text = NAMED_PHONE.sub(r"\1[PHONE]", text)
+    return text
+
+
+VERSION = re.compile(
+    r"(?i)(?:\b(?:v|ver|vers|version|versions|release|rev|revision|build|section|sec|chapter|rfc)[.:]? ?|[<>=~^!]= ?|[<>^~] ?)\Z"
+)
+
+
+def mask_ipv4(match):
+    """Four numbers below 256, unless a word or an operator before them says version, or they name no host."""
+    number, before = match[0], match.string[max(0, match.start() - 12) : match.start()]
+    parts = [int(part) for part in number.split(".")]
+    nobody = parts[0] in (0, 127, 255)  # this host, and masks
+    return number if max(parts) > 255 or nobody or VERSION.search(before) else "[IP]"
+
+
+def mask_ipv6(match):
+    """What Python reads as an address, with a group that makes it no slice and no path of names."""
+    groups = [group for group in match[0].split(":") if group]
+    try:
+        IPv6Address(match[0])
+    except ValueError:
+        return match[0]
+    plain = len(groups) < 3 and match[0].replace(":", "").isdigit()
+    return match[0] if plain or not any(len(group) > 2 for group in groups) else "[IP]"
+
+
+def mask_phone(match):
+    """A number whose groups could be those of a telephone number; not +1.5, not a list of small numbers."""
+    groups = re.findall("[0-9]+", match[0])
+    if match[0][0] == "+":
+        if len(groups) == 1 and len(groups[0]) < 10:
+            return match[0]
+        if max(map(len, groups[1:]), default=2) < 2 or re.fullmatch(r"\+[0-9]+\.[0-9]+", match[0]):
+            return match[0]
+    return "[PHONE]"
+
+
+def luhn(number):
+    """Does the check digit hold (ISO/IEC 7812-1 annex B)?"""
+    digits = [int(digit) for digit in reversed(number) if digit.isdigit()]
+    return sum(digits[::2] + [digit * 2 - 9 * (digit > 4) for digit in digits[1::2]]) % 10 == 0
+
+
+# --- Language -----------------------------------------------------------------------------------------------
+
+# The commonest words of English, then of the languages written in Latin letters; a word of both says nothing.
+ENGLISH_WORDS = """
+    the of and to that is was for it with as his on be at by this had not are but from or have an they which
+    one you were her all she there would their we him been has when who will more no if out so said what up
+    its about into than them can only other new some could time these two may then do first any my now such
+    like our over even most after also did many before must through back where much your well should because
+    each just those how too very make does here while again between under always never see use used using
+    being both same own another every however without against during until though since upon still might
+    shall less few often off down per yet whether either neither else once within around above below given
+    following example examples return returns value values function name names file files set object class
+    type number list need needs way know get gets take made people world years day man good great little
+    think came come went go going us me i am don things something nothing anything work part place right
+    long old different available note default contains means called change information different system
+    """
+FOREIGN_WORDS = """
+    der die das und ist nicht ein eine einen einer eines dem des den von mit sich auf für im auch es wird sind
+    wie oder aber bei nach nur noch aus werden kann wenn sie ihre durch über zur zum vom hat wurde
+    le la les et est une un dans qui pas plus ce il au aux sur ne sont avec cette mais nous vous elle être par
+    pour que du ou se ces leur peut tout si
+    el los las del en y por con una se su al como más pero sus lo ya este esta son o puede fue ha para no
+    os as da do dos das em um uma com não mais ao foi ser são pela pelo nos ou à também seu sua
+    di gli che della per non sono è nel dei delle alla anche questo più come ed i sulla dal
+    de het een van niet zijn voor met op dat te ook maar aan door deze wordt naar worden bij uit
+    och att det som är av för till inte han eller kan om på från ett jag
+    og af ikke hun fra vil blir ikkje frå å eit ein skal og på til
+    ja on ei että hän oli ovat tai kun mutta joka myös ole voi tämä jos sekä see ning või kui oma tema mis
+    un ir ar uz kas vai tas nav yra į su kad kaip iš arba jo jos
+    się na jest w z nie to że jak tak ale przez są jako dla lub oraz po do
+    se je že v jako by byl ve pro k nebo jsou které aby při sa ako pre alebo sú pri ktoré
+    in za ki pri ali kot ili što od koji kao može biti svako ima ovo te iz nije
+    și în cu nu pe sau să care pentru din este
+    az és hogy nem egy van meg ez vagy csak ki minden
+    ve bir bu için ile olarak olan her ne gibi veya daha və üçün
+    dhe të në me një për që nuk është nga eta ez bat dira du ere izan edo duen
+    els amb és va seva dret per als unha non ás
+    yr yn mae gan neu ac wedi bod ei ag agus bhí gach chun tha air nan ar na hag eo
+    að er ekki sem við það eða hann og die wat vir om sy deur word fan yn it foar mei hy déi vun ass
+    kaj estas al ĉiu cum ut quod qui sed ex ab ad esse et non est
+    ta il li jew għandu dan ma kull yang dan di untuk dengan ini itu tidak pada dari dalam adalah atau akan
+    oleh setiap ke ang ng sa mga ay para hindi kung kanyang
+    và của là có được trong cho các người với những một
+    ya wa kwa ni katika kuwa kila haki iyo waa ka ku uu ah oo uga
+    ke o he i nga ko ai hai ka ki mein aur ek
+    blong long mo ol olgeta wan oli hemi kat sipos nomo bilong olsem wanpela dispela narapela mas gat em
+    dey dem wey dat im sey abi una dɛn ɛn fɔ nɔ we an aw tae wi frae hae maun ilka nae fowk aa ony fi yu
+    """
+ENGLISH = frozenset(ENGLISH_WORDS.split()) - frozenset(FOREIGN_WORDS.split())
+FOREIGN = frozenset(FOREIGN_WORDS.split()) - frozenset(ENGLISH_WORDS.split())
+WORD = re.compile(r"[^\W\d_]{2,}")
+SAMPLE = 700  # characters from each of the beginning, the middle and the end
+
+
+def english_score(text):
+    """How English a text is, 0 to 1, from the function words of its beginning, middle and end.
+
+    E / (E + F + 0.03 N): E English words, F foreign ones and letters beyond ASCII, of N words; the last term
+    is what a language that is not listed here has of E by chance. A text in two languages gets about the
+    share of it that is English: at a threshold of 0.7, one with a paragraph in four or more foreign goes.
+    """
+    if len(text) > 3 * SAMPLE:
+        middle = len(text) // 2 - SAMPLE // 2
+        text = f"{text[:SAMPLE]} {text[middle : middle + SAMPLE]} {text[-SAMPLE:]}"
+    words = WORD.findall(text.lower())
+    english = sum(map(ENGLISH.__contains__, words))
+    if not english:
+        return 0.0
+    foreign = sum(map(FOREIGN.__contains__, words))
+    if not text.isascii():
+        foreign += sum(len(word) for word in words if not word.isascii()) / 12
+    return english / (english + foreign + 0.03 * len(words))
+
+
+@cache
+def langid():
+    """py3langid's model, loaded once in each process; UserError without the package."""
+    try:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    except ImportError:
+        raise UserError("language_detector=py3langid needs the package: pip install py3langid") from None
+    return LanguageIdentifier.from_pickled_model(MODEL_FILE, norm_probs=True)
+
+
+def language_score(text, cfg):
+    """How sure the detector is that the text is in cfg.language, 0 to 1."""
+    if cfg.language_detector == "builtin":
+        return english_score(text)
+    scores = dict(langid().rank(text))
+    if cfg.language not in scores:
+        raise UserError(f"language {cfg.language!r}: py3langid knows {', '.join(sorted(scores))}, and off")
+    return float(scores[cfg.language])
+
+
+# --- Filters ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Document:
+    """What the rules of quality look at, made once."""
+
+    text: str
+    words: list  # split at blanks, in lower case
+    lines: list  # without blank ones
+
+    @classmethod
+    def of(cls, text):
+        return cls(text, text.lower().split(), [line for line in map(str.strip, text.split("\n")) if line])
+
+
+def reject(text, cfg):
+    """Why a cleaned document is not kept: too-short, too-long, not-LANGUAGE, a rule of QUALITY; or None."""
+    if len(text) < cfg.min_length:
+        return "too-short"
+    if len(text) > cfg.max_length:
+        return "too-long"
+    if cfg.quality:
+        document = Document.of(text)
+        for name, fails in QUALITY.items():
+            if name not in cfg.quality_off and fails(document):
+                return name
+    if cfg.language != "off" and language_score(text, cfg) < cfg.language_threshold:
+        return "not-english" if cfg.language == "en" else f"not-{cfg.language}"
+    return None
+
+
+def spaced(doc):
+    """Is this text in words of letters known to Gopher's rules, not in a script that writes no spaces?"""
+    return doc.text.isascii() or 2 * len(doc.text.encode("ascii", "ignore")) > len(doc.text)
+
+
+def word_length(doc):
+    """Mean word length outside 3 to 10 characters (Gopher); 20 words or 200 characters at least."""
+    if not spaced(doc) or len(doc.text) < 200:
+        return False
+    return not 3 <= sum(map(len, doc.words)) / len(doc.words) <= 10
+
+
+def few_words(doc):
+    """Fewer than 80% of the words hold a letter (Gopher; 60% here, for tables stand among good prose)."""
+    return len(doc.words) >= 20 and spaced(doc) and sum(map(has_letter, doc.words)) < 0.6 * len(doc.words)
+
+
+def has_letter(word):
+    return word.islower()  # in lower case already: true if any letter has a case
+
+
+def symbols(doc):
+    """More than one # or ellipsis to ten words (Gopher)."""
+    marks = doc.text.count("#") + doc.text.count("...") + doc.text.count("\u2026")
+    return marks > 0.1 * max(20, len(doc.words))
+
+
+def bullets(doc):
+    """Over 90% of the lines begin with a bullet (Gopher)."""
+    starts = sum(line[0] in "-*\u2022\u00b7\u25cf\u25aa\u2023" for line in doc.lines)
+    return len(doc.lines) >= 10 and starts > 0.9 * len(doc.lines)
+
+
+def ellipses(doc):
+    """Over 30% of the lines end with an ellipsis (Gopher)."""
+    ends = sum(line.endswith(("...", "\u2026")) for line in doc.lines)
+    return len(doc.lines) >= 5 and ends > 0.3 * len(doc.lines)
+
+
+def repeated_lines(doc):
+    """Over 30% of the lines, or lines with over 20% of the characters, repeat an earlier one (Gopher)."""
+    lines = doc.lines
+    if len(lines) < 5 or len(distinct := set(lines)) == len(lines):
+        return False
+    characters = sum(map(len, lines))
+    repeated = characters - sum(map(len, distinct))
+    return len(lines) - len(distinct) > 0.3 * len(lines) or repeated > 0.2 * characters
+
+
+def repeated_phrases(doc):
+    """Over 30% of the word 5-grams repeat an earlier one (after Gopher, which counts characters)."""
+    words, count = doc.words, len(doc.words) - 4
+    if count < 50:
+        return False
+    grams = set(zip(words, words[1:], words[2:], words[3:], words[4:], strict=False))
+    return count - len(grams) > 0.3 * count
+
+
+def markup(doc):
+    """More than one closing tag of HTML to 50 words: a page that nothing took the text out of."""
+    return doc.text.count("</") >= 3 and 50 * len(re.findall("</[A-Za-z]", doc.text)) > len(doc.words)
+
+
+def lorem_ipsum(doc):
+    """The typesetters' dummy text (C4)."""
+    return "lorem ipsum" in doc.text.lower()
+
+
+# name -> does this document fail? Gopher: Rae et al. 2021, table A1; C4: Raffel et al. 2020, section 2.2
+QUALITY = {
+    "word-length": word_length,
+    "few-words": few_words,
+    "symbols": symbols,
+    "bullets": bullets,
+    "ellipses": ellipses,
+    "repeated-lines": repeated_lines,
+    "repeated-phrases": repeated_phrases,
+    "markup": markup,
+    "lorem-ipsum": lorem_ipsum,
+}

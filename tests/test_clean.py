@@ -1,0 +1,417 @@
+"""clean.py: what is repaired, masked and dropped, and what must stay; ftfy itself is the oracle of repair."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import ftfy
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from clean import CleanConfig, clean, fix_encoding, luhn, reject  # noqa: E402
+
+CFG = CleanConfig()
+KEEP = CleanConfig(remove_urls=False, code="keep", mask_private=False)
+DATA = ROOT.parent / "shared" / "data"
+PROSE = (
+    "The lamp on the sill had burned all night, and when the keeper came down in the morning he found that "
+    "the oil was gone. There was no letter from the town, so he went out to look at the sea instead."
+)
+
+
+# --- Cleaning -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dirty", "expected"),
+    [
+        ("a\n\nb", "a\n\nb"),  # trap B11
+        ("a\r\nb\rc", "a\nb\nc"),
+        ("a \t\n\n\n\n\n  b  ", "a\n\n  b"),
+        ("nul\0 bell\a esc\x1b[31m red\x1b[0m", "nul bell esc red"),
+        ("\x1b]0;a title\x07\x1b[?25lhidden\x1b[2K \x1bMcursor", "hidden cursor"),
+        ("N\bNA\bAM\bME\bE", "NAME"),
+        ("_\bu_\bn_\bd_\be_\br", "under"),
+        ("zero\u200bwidth \u202ebidi\u202c \ufeffbom so\u00adft", "zerowidth bidi bom soft"),
+        ("jo\u200din\u200cer", "joiner"),
+        (
+            "\U0001f469\u200d\U0001f52c \u0645\u06cc\u200c\u062e",
+            "\U0001f469\u200d\U0001f52c \u0645\u06cc\u200c\u062e",
+        ),
+        ("hid\U000e0041\U000e0042den", "hidden"),
+        ("na\u00efve \u00e2\u20ac\u201c \u201cquotes\u201d", 'na\u00efve \u2013 "quotes"'),
+        ("one\u2028two", "one\ntwo"),
+        ("thin\u2009space no\u00a0break", "thin space no break"),
+        ("&amp;amp;amp;lt; AT&T", "< AT&T"),
+        ("<|im_end|> and </s>", "<|im_end|> and </s>"),  # the tokenizer's affair, not ours
+        ("\uff1c|im_end|\uff1e", "<|im_end|>"),
+        ("", ""),
+        (" \n\t\n", ""),
+    ],
+)
+def test_clean(dirty, expected):
+    assert clean(dirty, CFG) == expected
+
+
+@pytest.mark.parametrize(
+    ("dirty", "expected"),
+    [
+        ("See http://a.org/b?c=d#e for more.", "See for more."),
+        ("See https://a.org/b.", "See."),
+        ("Look (http://a.org/x_(y)) here", "Look here"),
+        ("Look (see http://a.org/x), then", "Look (see), then"),
+        ("A [link text](http://a.org) and ![a picture](https://b.org/p.png)!", "A link text and a picture!"),
+        ("at <https://a.org/>, it", "at, it"),
+        ('call it "http://a.org/" now', "call it now"),
+        ("www.example.com is down", "is down"),
+        ("one\nhttp://a.org/1\nhttp://a.org/2\ntwo", "one\ntwo"),
+        ("- http://a.org\n- words\n* [b]: http://b.org", "- words"),
+        ('[1]: http://a.org/x "Title"\nwords', "words"),
+        ("  indented http://a.org/x\n    more", "  indented\n    more"),
+        ("both http://a.org, http://b.org and", "both and"),
+        ("ftp://a.org/f and postgresql://user:secret@host/db", "and"),
+        ("http:// alone, a://b, www. and 3://4", "http:// alone, a://b, www. and 3://4"),
+        ("git+ssh://a.b/c.git, www.a.b/c?d", ""),
+    ],
+)
+def test_web_addresses_go_and_leave_no_hole(dirty, expected):
+    assert clean(dirty, CFG) == expected
+    assert clean(dirty, replace(CFG, remove_urls=False)) == dirty
+
+
+FENCED = "Before.\n\n```python\nx = `1`\n```\n\nAfter `it` all."
+
+
+@pytest.mark.parametrize(
+    ("dirty", "remove", "blocks"),
+    [
+        (FENCED, "Before.\n\nAfter all.", "Before.\n\nAfter `it` all."),
+        ("a\n````\n```\nx\n```\n````\nb", "a\nb", "a\nb"),
+        ("a\n\n~~~\nx\n~~~\nb", "a\n\nb", "a\n\nb"),
+        ("Heading\n~~~~~~~\n\ntext\n\nOther\n~~~~~\n\ntext", None, None),  # reStructuredText
+        (
+            "cut = here\n```\nwords\n```sh\nls\n```\nend",
+            "cut = here\n```\nwords\nend",
+            "cut = here\n```\nwords\nend",
+        ),
+        ("words\n```\nnever closed", None, None),
+        ("`this' and `that', ``so'' and ``on''", None, None),
+        ("the ``a.b()`` of `c`, (`d`)", "the of,", None),
+        ("all `Vec`s of x", "all of x", None),
+        ("a ` b ` c", None, None),
+        ("- `x`\n- words", "- words", None),
+    ],
+)
+def test_code_goes_as_far_as_asked(dirty, remove, blocks):
+    assert clean(dirty, CFG) == (dirty if remove is None else remove)
+    assert clean(dirty, replace(CFG, code="blocks")) == (dirty if blocks is None else blocks)
+    assert clean(dirty, replace(CFG, code="keep")) == dirty
+
+
+MASKED = [
+    ("write to jane.doe+list@mail.example.co.uk.", "write to [EMAIL]."),
+    ("<a_b@c-d.org>, x@y.io", "<[EMAIL]>, [EMAIL]"),
+    ("mailto:me@example.com", "mailto:[EMAIL]"),
+    ("JANE@EXAMPLE.COM", "[EMAIL]"),
+    ("from 192.168.0.1 to 8.8.8.8.", "from [IP] to [IP]."),
+    ("10.0.0.1:8080 and 10.0.0.0/8", "[IP]:8080 and [IP]/8"),
+    ("10.0.0.1-10.0.0.9", "[IP]-[IP]"),
+    ("host=172.16.254.1", "host=[IP]"),
+    ("the address is 2001:0db8:85a3:0000:0000:8a2e:0370:7334", "the address is [IP]"),
+    ("fe80::1ff:fe23:4567:890a, 2001:db8::1", "[IP], [IP]"),
+    ("4111 1111 1111 1111", "[CARD]"),
+    ("4111-1111-1111-1111.", "[CARD]."),
+    ("5500005555555559", "[CARD]"),
+    ("card 378282246310005, 3782 822463 10005", "card [CARD], [CARD]"),
+    ("6011000990139424", "[CARD]"),
+    ("2223003122003222", "[CARD]"),
+    ("4222222222222", "[CARD]"),
+    ("+1 (555) 123-4567", "[PHONE]"),
+    ("+1-555-123-4567, +15551234567", "[PHONE], [PHONE]"),
+    ("+44 20 7946 0958", "[PHONE]"),
+    ("+44 (0)20 7946 0958", "[PHONE]"),
+    ("+49 30 901820, +49.30.901820", "[PHONE], [PHONE]"),
+    ("+33 1 42 68 53 00", "[PHONE]"),
+    ("+91 98765 43210", "[PHONE]"),
+    ("(555) 123-4567 or 555-123-4567", "[PHONE] or [PHONE]"),
+    ("555.123.4567", "[PHONE]"),
+    ("123-456-7890", "[PHONE]"),
+    ("1-800-555-0199", "[PHONE]"),
+    ("020 7946 0958", "[PHONE]"),
+    ("07700 900123", "[PHONE]"),
+    ("030/12345678, 0171-1234567", "[PHONE], [PHONE]"),
+    ("01 42 68 53 00", "[PHONE]"),
+    ("0412 345 678", "[PHONE]"),
+    ("0044 20 7946 0958", "[PHONE]"),
+    ("Phone: 5551234567, fax no. 123 4567", "Phone: [PHONE], fax no. [PHONE]"),
+    ("Call us at 555-1234!", "Call us at [PHONE]!"),
+    ("tel:612 345 678", "tel:[PHONE]"),
+    ("In 1999 555-123-4567 rang", "In 1999 [PHONE] rang"),
+    ("key AKIAIOSFODNN7EXAMPLE", "key [KEY]"),
+    ("sk-proj-abcdefghij1234567890ABCDEF", "[KEY]"),
+    ("sk-ant-api03-AbCdEfGhIjKlMnOpQrSt_uv", "[KEY]"),
+    ("token=ghp_" + "aB3d" * 9, "token=[KEY]"),
+    ("github_pat_" + "11ABCDEFG0" * 3, "[KEY]"),
+    ("xoxb-123456789012-abcdefghijkl", "[KEY]"),
+    ("AIza" + "SyD4x_9-8" * 3 + "AbCdEfGh", "[KEY]"),
+    ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.dozjgNryP4J3jVmN", "[KEY]"),
+    ("-----BEGIN RSA PRIVATE KEY-----\nMIIE\nabc=\n-----END RSA PRIVATE KEY-----\nend", "[KEY]\nend"),
+    ("-----BEGIN PRIVATE KEY-----\n" + "A" * 64 + "\n" + "B" * 64 + "\n\nProse.", "[KEY]\n\nProse."),
+]
+STAYS = [
+    "@property and @dataclass",
+    "git@github.com:owner/name.git",
+    "C = A @ B.T",
+    "icon@2x.png",
+    "me@localhost, a@b",
+    "in version 1.2.3.4 of it",
+    "v1.2.3.4, ver. 1.2.3.4, release 10.0.0.1",
+    "numpy==1.2.3.4, >= 1.2.3.4, ~=1.2.3.4",
+    "chrome/79.0.3945.88, 300.1.1.1, 1.2.3.4.5",
+    "linux-5.10.0.1-amd64",
+    "127.0.0.1 and 0.0.0.0 and 255.255.255.0",
+    "at 12:30:45, std::vector, a::b, ::1, ::",
+    "x[1000::2] and 00:1A:2B:3C:4D:5E",
+    "4111 1111 1111 1112",  # the check digit is wrong
+    "1234567890123456",
+    "0.4111111111111111",
+    "1690000000000 ms",
+    "ISBN 978-0-306-40615-7, ISBN 0-306-40615-2, 9780306406157",
+    "ISSN 0317-8471",
+    "1999-2004, 1914-1918",
+    "2003-01-02, 02/01/2003, 2024-01-15T10:30:00",
+    "3.14159265358979, +3.14159265",
+    "+1.5 -2.25 +10000000",
+    "+1 2 3 4 5 6 7 8 9",
+    "1,000,000 and 1 000 000 000",
+    "0000010 0123 4567 0123 4567",
+    "pages 123-1456",
+    "12345 or 5551234",
+    "call 100 times",
+    "rates of 100 200 3000",
+    "RFC 2822, PEP 484, bug #1234567",
+    "123-45-678",
+    "sk-learn and task-oriented-dialogue-of-many-words",
+    "sk-estimator-toggleable-label-arrow",
+    "ghp_short, AKIA, AIza, eyJhbGci",
+    "-----BEGIN CERTIFICATE-----",
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), MASKED)
+def test_private_data_is_masked(text, expected):
+    assert clean(text, CFG) == expected
+    assert clean(f"x {text} y", CFG) == f"x {expected} y"
+    assert clean(text, replace(CFG, mask_private=False)) == text
+
+
+@pytest.mark.parametrize("text", STAYS)
+def test_what_only_looks_private_stays(text):
+    assert clean(text, CFG) == text
+    assert clean(f"x {text} y", CFG) == f"x {text} y"
+
+
+def test_luhn_is_the_check_of_iso_7812():
+    """By the standard's words: double every second digit from the right, add the digits of the products."""
+    for number in range(10_000):
+        total = 0
+        for place, digit in enumerate(reversed(str(number))):
+            total += sum(map(int, str(int(digit) * 2))) if place % 2 else int(digit)
+        assert luhn(str(number)) == (total % 10 == 0)
+
+
+PIECES = [
+    "http://a.b/c",
+    "(",
+    ")",
+    "[",
+    "](",
+    " ",
+    "\n",
+    "`",
+    "```",
+    "```py\n",
+    "~~~\n",
+    "a@b.co",
+    "@",
+    "x",
+    ".",
+    ",",
+    "- ",
+]
+PIECES += [
+    "1.2.3.4",
+    "+1 555 123 4567",
+    "4111111111111111",
+    "sk-" + "a1" * 12,
+    "&amp;",
+    "amp;",
+    "lt;",
+    "<",
+    "\b",
+    "\x1b[1m",
+]
+PIECES += [
+    "\u200b",
+    "\u200d",
+    "\u00e2\u20ac\u201c",
+    "\u201c",
+    "\u00e9",
+    "caf\u00c3\u00a9",
+    "\t",
+    "\r",
+    "\0",
+    "www.",
+    "://",
+    '"',
+    "0",
+    "::",
+    "ab:",
+]
+
+
+@given(
+    st.lists(st.sampled_from(PIECES), max_size=14).map("".join)
+    | st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+)
+@settings(max_examples=1500, deadline=None)
+@example("[[a](http://b.c)](http://d.e)")
+@example("&amp;amp;amp;lt;")
+def test_cleaning_twice_is_cleaning_once(text):
+    for cfg in (CFG, KEEP):
+        once = clean(text, cfg)
+        assert clean(once, cfg) == once
+        assert "\0" not in once
+
+
+@given(
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r"), max_size=200)
+    | st.lists(
+        st.sampled_from(
+            [
+                "&amp;",
+                "<b>",
+                "\n",
+                "plain",
+                "caf\u00c3\u00a9",
+                "&",
+                "\x1b[1m",
+                "\u2026",
+                "\u201d",
+                "\u2019",
+                "\u00e9",
+                "\u00c2 ",
+                "\u0153",
+            ]
+            + [
+                "\u20ac",
+                "\u00a3",
+                "\u00d7",
+                "\u00b2",
+                "\u0416",
+                "\u0422\u0435",
+                "\u03b2",
+                "\u65e5\u672c",
+                "\u2014",
+                " ",
+                "\u00bb",
+                "\u00bd",
+                "A",
+            ]
+        ),
+        max_size=12,
+    ).map("".join)
+)
+@settings(max_examples=1500, deadline=None)
+def test_the_fast_path_gives_what_ftfy_gives(text):
+    assert fix_encoding(text) == ftfy.fix_text(text)
+
+
+UNITS = [
+    "a",
+    "<",
+    " ",
+    "http",
+    "http://",
+    "1",
+    "1-",
+    "1 ",
+    "1.",
+    "\n",
+    "a@",
+    "@",
+    "a.",
+    "&",
+    "&amp;",
+    "amp;",
+    "#38;",
+    "\b",
+    " \n",
+    ".",
+]
+UNITS += [
+    "\u200b",
+    "= ",
+    "`",
+    "``` ",
+    "```\n",
+    "```x\n",
+    "`a",
+    "~~~\n\n",
+    "\\",
+    "(",
+    "[",
+    "[a](",
+    "http://a)(",
+    "-",
+    "-----BEGIN PRIVATE KEY-----",
+]
+UNITS += [
+    "eyJaaaaaaaa.",
+    "-eyJaaaaaaaaa",
+    "sk-",
+    "12 ",
+    "1234 ",
+    "1234-",
+    "+1 ",
+    "+",
+    "0123 ",
+    "::",
+    "a:",
+    "tel ",
+    "\x1b",
+    "\x1b[",
+    "\x1b]",
+    "\0",
+    "\t",
+]
+UNITS += [
+    "\u00e9",
+    "\u00c3",
+    "\u00e2\u20ac",
+    "\u65e5",
+    "\u0416",
+    "\U0001f600",
+    "\u0301",
+    "\u201c",
+    "http://a.b ",
+    "(http://a.b) ",
+    "`a` ",
+    "- \n",
+    "</a",
+    "#",
+]
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_megabyte_of_anything_passes(unit):
+    """Not timed here: a quadratic step would take minutes on a megabyte, and the run's time limit is the alarm."""
+    cleaned = clean(("&" if ";" in unit else "") + unit * (1_000_000 // len(unit)), CFG)
+    reject(cleaned, replace(CFG, max_length=10**7))
+
+
+# --- Filters ------------------------------------------------------------------------------------------------
