@@ -8,7 +8,7 @@ out of harmless characters, and it is the tokenizer that keeps text from becomin
 
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from ipaddress import IPv6Address
 from typing import Literal
 
@@ -320,74 +320,89 @@ def luhn(number):
 
 # The commonest words of English, then of the languages written in Latin letters; a word of both says nothing.
 ENGLISH_WORDS = """
-    the of and to that is was for it with as his on be at by this had not are but from or have an they which
-    one you were her all she there would their we him been has when who will more no if out so said what up
-    its about into than them can only other new some could time these two may then do first any my now such
-    like our over even most after also did many before must through back where much your well should because
-    each just those how too very make does here while again between under always never see use used using
-    being both same own another every however without against during until though since upon still might
-    shall less few often off down per yet whether either neither else once within around above below given
-    following example examples return returns value values function name names file files set object class
-    type number list need needs way know get gets take made people world years day man good great little
-    think came come went go going us me i am don things something nothing anything work part place right
-    long old different available note default contains means called change information different system
-    """
+    the of and in he to that is was for it with as his on be at by this had not are but from or have an
+    they which one you were her all she there would their we him been has when who will more no if out so
+    said what up its about into than them can only other new some could time these two may then do first
+    any my now such like our over even most after also did many before must through back where much your
+    well should because each just those how too very make does here while again between under always never
+    see use used using being both same own another every however without against during until though since
+    upon still might shall less few often off down per yet whether either neither else once within around
+    above below given following example examples return returns value values function name names file
+    files set object class type number list need needs way know get gets take made people world years day
+    man good great little think came come went go going us me i am don things something nothing anything
+    work part place right long old different available note default contains means called change
+    information system"""
 FOREIGN_WORDS = """
-    der die das und ist nicht ein eine einen einer eines dem des den von mit sich auf für im auch es wird sind
-    wie oder aber bei nach nur noch aus werden kann wenn sie ihre durch über zur zum vom hat wurde
-    le la les et est une un dans qui pas plus ce il au aux sur ne sont avec cette mais nous vous elle être par
-    pour que du ou se ces leur peut tout si
-    el los las del en y por con una se su al como más pero sus lo ya este esta son o puede fue ha para no
-    os as da do dos das em um uma com não mais ao foi ser são pela pelo nos ou à também seu sua
-    di gli che della per non sono è nel dei delle alla anche questo più come ed i sulla dal
-    de het een van niet zijn voor met op dat te ook maar aan door deze wordt naar worden bij uit
-    och att det som är av för till inte han eller kan om på från ett jag
-    og af ikke hun fra vil blir ikkje frå å eit ein skal og på til
-    ja on ei että hän oli ovat tai kun mutta joka myös ole voi tämä jos sekä see ning või kui oma tema mis
-    un ir ar uz kas vai tas nav yra į su kad kaip iš arba jo jos
-    się na jest w z nie to że jak tak ale przez są jako dla lub oraz po do
-    se je že v jako by byl ve pro k nebo jsou které aby při sa ako pre alebo sú pri ktoré
-    in za ki pri ali kot ili što od koji kao može biti svako ima ovo te iz nije
-    și în cu nu pe sau să care pentru din este
-    az és hogy nem egy van meg ez vagy csak ki minden
-    ve bir bu için ile olarak olan her ne gibi veya daha və üçün
-    dhe të në me një për që nuk është nga eta ez bat dira du ere izan edo duen
-    els amb és va seva dret per als unha non ás
-    yr yn mae gan neu ac wedi bod ei ag agus bhí gach chun tha air nan ar na hag eo
-    að er ekki sem við það eða hann og die wat vir om sy deur word fan yn it foar mei hy déi vun ass
-    kaj estas al ĉiu cum ut quod qui sed ex ab ad esse et non est
-    ta il li jew għandu dan ma kull yang dan di untuk dengan ini itu tidak pada dari dalam adalah atau akan
-    oleh setiap ke ang ng sa mga ay para hindi kung kanyang
-    và của là có được trong cho các người với những một
-    ya wa kwa ni katika kuwa kila haki iyo waa ka ku uu ah oo uga
-    ke o he i nga ko ai hai ka ki mein aur ek
-    blong long mo ol olgeta wan oli hemi kat sipos nomo bilong olsem wanpela dispela narapela mas gat em
-    dey dem wey dat im sey abi una dɛn ɛn fɔ nɔ we an aw tae wi frae hae maun ilka nae fowk aa ony fi yu
-    """
-ENGLISH = frozenset(ENGLISH_WORDS.split()) - frozenset(FOREIGN_WORDS.split())
-FOREIGN = frozenset(FOREIGN_WORDS.split()) - frozenset(ENGLISH_WORDS.split())
+    der die das und nicht ein eine einen einer eines dem des den von sich auf für im auch es wird sind wie
+    oder aber bei nach nur noch aus werden kann wenn sie ihre durch über zur zum vom wurde le la les est
+    une un dans qui pas ce il au aux sur ne sont avec cette mais nous vous elle être par que du ou se ces
+    leur peut tout si el los las del en y por con una su como más pero sus ya este esta o puede fue para
+    no as da do em um uma não ao foi ser são pela pelo nos à também seu sua di gli che della per sono è
+    nel dei delle alla anche questo più come i sulla dal de het een van niet zijn voor dat te ook maar aan
+    deze wordt naar worden bij uit och att det som är av för inte han eller kan om på från ett jag og af
+    ikke hun fra vil blir ikkje frå å eit skal til ja on ei että hän oli ovat tai kun mutta joka myös ole
+    voi tämä jos sekä see ning või kui oma tema mis ir ar uz kas vai tas nav yra į kad kaip iš arba się na
+    jest w z nie to że jak tak ale przez są jako dla oraz po je že v by byl k nebo jsou které aby při sa
+    ako alebo sú pri ktoré in za ki ali kot ili što od koji kao može biti svako ima ovo iz nije și în cu
+    nu pe sau să pentru din az és hogy nem egy ez vagy csak minden bir bu için ile olarak olan her gibi
+    veya daha və üçün dhe të në me një për që nuk është nga eta dira ere izan edo duen els amb va seva
+    dret als unha ás yr yn mae gan neu wedi bod ag agus bhí gach chun tha hag eo að er ekki sem við það
+    eða hann wat vir sy deur it foar mei hy déi vun kaj estas ĉiu cum ut quod sed esse ta li jew għandu
+    dan ma kull yang untuk dengan ini tidak pada dari dalam adalah atau akan oleh setiap ke ang ng mga ay
+    hindi kung kanyang và của là có được trong cho các người với những một wa kwa ni katika kuwa kila haki
+    iyo waa ka ku uu uga he ko hai mein aur ek blong long mo ol olgeta wan hemi kat sipos nomo bilong
+    olsem wanpela dispela narapela mas gat dey wey sey dɛn ɛn fɔ nɔ we an aw tae wi frae hae maun ilka nae
+    fowk aa ony fi yu thir thair richt richts wull whit awbody gie wha oor mair sic shoud anoda pipol
+    wetin everi"""
+SPELLING_MARKS = """
+    _th the he_ ed_ _of of_ nd_ _to tio ly_ _an ing ion to_ is_ on_ and _in his hat _wh thi es_ wit in_
+    her ted _co _wi for tha _it ng_ re_ th_ _be ts_ ith _is st_ you ll_ _fo or_ _on not all ons be_ ld_
+    ry_ _as rs_ use at_ by_ tho ce_ ns_ er_ ati ate _ex ve_ cti ow_ nce it_ whe fro uld ect me_ ct_ our
+    wil _by nt_ whi _ca _yo _us oul ty_ _we ch_ ers ot_ le_ _fr _or ple ble ut_ can eat unc age ss_ ds_
+    _if hic _st was con mpl ack oun oth abl com nct ity ill hav ive rea eve ess are rom se_ ame _fu _sh
+    ere _wa ent sed ght ay_ _wo _ha ure ew_ lly low as_ my_ ter fun out hou cou _ar _he ugh tur _ou ey_
+    now but sio ain exp ded ust ave ear igh ic_ pro nly ssi res hen hey tly oug urn nts _ty we_ ous if_
+    _al sho lue ome enc ge_ ned rou ose new _ea _ev cka eas tic ore int ver tin who onl ces _sp _cl wor
+    ee_ ery equ own ove ide fie _ac ass lf_ cal xam ead jec ary _no rat lso ou_ how ref hes pec als omm
+    wou exa ase omp _so kag ck_ nst _hi war eed ny_ pac cat ely has any act row ace ult ms_ lea ies ule
+    ric pti _up app hon han les uct cod elf pla ard ort _ru duc llo ins req _cr _ch ope met spe eco pre
+    _ho ses tri om_ thr imp mus suc tim ful _my odu pe_ its see gh_ gs_ mor xpr tai uil uch od_ _ot owe
+    nal ork tab _fi _su eth cts hil ild ls_ cla red etu nam din cre add led ory way rn_ ht_ nat ps_ two
+    oin iti ree ws_ ays ict een bec ook fte ept rec bui up_ ize rds lat rd_ gre rop bee sec sin ret nds
+    clu ows iou str anc _wr alu dis she hos rce ppo ner qui som _lo mbe _ag _pl so_ ine rie fir ep_ wn_
+    win cur ood _ab exc fac efo ray eci nin _tw fer ced mes fea art ues def cep tat"""
+ENGLISH, FOREIGN = frozenset(ENGLISH_WORDS.split()), frozenset(FOREIGN_WORDS.split())
+SPELLING = frozenset(mark.replace("_", " ") for mark in SPELLING_MARKS.split())
 WORD = re.compile(r"[^\W\d_]{2,}")
 SAMPLE = 700  # characters from each of the beginning, the middle and the end
 
 
-def english_score(text):
-    """How English a text is, 0 to 1, from the function words of its beginning, middle and end.
+@lru_cache(1 << 16)
+def evidence(word):
+    """How much a word in lower case speaks for English (1: one of its common words) or against it (-2)."""
+    if word in ENGLISH:
+        return 0.5 if word in FOREIGN else 1.0
+    if word in FOREIGN:
+        return -2.0
+    if not word.isascii():
+        return -len(word) / 7
+    grams = [f" {word} "[at : at + 3] for at in range(len(word))]
+    return sum(map(SPELLING.__contains__, grams)) / len(grams) - 0.2
 
-    E / (E + F + 0.03 N): E English words, F foreign ones and letters beyond ASCII, of N words; the last term
-    is what a language that is not listed here has of E by chance. A text in two languages gets about the
-    share of it that is English: at a threshold of 0.7, one with a paragraph in four or more foreign goes.
+
+def english_score(text):
+    """How English a text is, 0 to 1, from the words of its beginning, middle and end.
+
+    E / (E + F + 0.02 N): E the evidence for English, F that against it, of N words; the last term keeps a
+    handful of words from deciding. A text in two languages gets about the share of its words that is English:
+    at a threshold of 0.7, one with a foreign paragraph to two English ones goes.
     """
     if len(text) > 3 * SAMPLE:
         middle = len(text) // 2 - SAMPLE // 2
         text = f"{text[:SAMPLE]} {text[middle : middle + SAMPLE]} {text[-SAMPLE:]}"
-    words = WORD.findall(text.lower())
-    english = sum(map(ENGLISH.__contains__, words))
-    if not english:
-        return 0.0
-    foreign = sum(map(FOREIGN.__contains__, words))
-    if not text.isascii():
-        foreign += sum(len(word) for word in words if not word.isascii()) / 12
-    return english / (english + foreign + 0.03 * len(words))
+    values = list(map(evidence, WORD.findall(text.lower())))
+    english = sum(value for value in values if value > 0)
+    return english and english / (2 * english - sum(values) + 0.02 * len(values))
 
 
 @cache
