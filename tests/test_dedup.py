@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -274,22 +275,48 @@ def test_memory_is_as_stated(tmp_path):
     assert held < 100 * count
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared pairs")
-def test_real_pairs(tmp_path):
+@pytest.fixture(scope="module")
+def real():
+    """{id: (text, digest, signature)} of the shared documents."""
+    if not SHARED.is_dir():
+        pytest.skip("needs the shared pairs")
     with gzip.open(SHARED / "docs.dev.jsonl.gz", "rt", encoding="utf-8") as file:
         docs = {row["id"]: row["text"] for row in map(json.loads, file)}
-    pairs = [json.loads(line) for line in (SHARED / "pairs.dev.jsonl").read_text().splitlines()]
-    prints = dict(zip(docs, zip(*fingerprints(list(docs.values()), 42), strict=True), strict=True))
-    found = {}
-    for number, pair in enumerate(pairs):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        digests, signatures = map(np.stack, zip(prints[pair["a"]], prints[pair["b"]], strict=True))
-        found[number] = Index(folder, 0.8).judge(digests, signatures)[1] is not None
-    alike = [found[n] for n, pair in enumerate(pairs) if pair["w5"] >= 0.9]
-    apart = [found[n] for n, pair in enumerate(pairs) if pair["w5"] < 0.7]
-    assert np.mean(alike) >= 0.995
-    assert np.mean(apart) <= 0.002
+    return dict(
+        zip(docs, zip(docs.values(), *fingerprints(list(docs.values()), 42), strict=True), strict=True)
+    )
+
+
+def test_real_pairs(real, tmp_path):
+    found = {"alike": [], "apart": []}
+    for number, line in enumerate((SHARED / "pairs.dev.jsonl").read_text().splitlines()):
+        pair = json.loads(line)
+        _, digests, signatures = map(np.stack, zip(real[pair["a"]], real[pair["b"]], strict=True))
+        (tmp_path / str(number)).mkdir()
+        goes = Index(tmp_path / str(number), 0.8).judge(digests, signatures)[1] is not None
+        if not 0.7 <= pair["w5"] < 0.9:
+            found["alike" if pair["w5"] >= 0.9 else "apart"].append(goes)
+    assert np.mean(found["alike"]) >= 0.995
+    assert np.mean(found["apart"]) <= 0.002
+
+
+def test_real_documents_in_a_row(real, tmp_path):
+    """Each document against all that were kept before it, by their sets of 5-grams."""
+    texts, digests, signatures = zip(*real.values(), strict=True)
+    reasons = Index(tmp_path, 0.8).judge(np.stack(digests), np.stack(signatures))
+    holders, sizes, best = defaultdict(list), {}, []
+    for place, text in enumerate(texts):
+        own = grams(text)
+        common = Counter(itertools.chain.from_iterable(holders.get(gram, ()) for gram in own))
+        ratios = (count / (len(own) + sizes[other] - count) for other, count in common.items())
+        best.append(max(ratios, default=0))
+        if reasons[place] is None:
+            sizes[place] = len(own)
+            for gram in own:
+                holders[gram].append(place)
+    goes, best = np.array([reason is not None for reason in reasons]), np.array(best)
+    assert goes[best >= 0.9].mean() >= 0.995
+    assert goes[best < 0.7].mean() <= 0.002
 
 
 # --- The index that runs share ------------------------------------------------------------------------------
