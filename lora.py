@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import Fraction, NonNegativeInt, PositiveFloat, UserError, did_you_mean
-from model import load_model, load_weights, save_model
+from model import load_model, load_weights, save_model, weight_files
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -166,11 +166,14 @@ def model_folder(path):
 def identify(folder):
     """Returns the Base that `folder` is, by the sha256 of its weights (an adapter folder's own weights)."""
     folder = model_folder(folder)
-    names = [name for name in (WEIGHTS, "model.safetensors") if (folder / name).is_file()]
-    if not names:
-        raise UserError(f"{folder}: not a model folder (neither model.safetensors nor {WEIGHTS})")
-    with open(folder / names[0], "rb") as file:
-        return Base(folder, hashlib.file_digest(file, "sha256").hexdigest())
+    own = folder / WEIGHTS
+    files, digest = [own] if own.is_file() else weight_files(folder / "model.safetensors"), hashlib.sha256()
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"{folder}: not a model folder (neither {path.name} nor {WEIGHTS})")
+        with open(path, "rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return Base(folder, digest.hexdigest())
 
 
 def save_adapter(model, folder, base):

@@ -531,14 +531,43 @@ def read_config(folder):
     return from_hf(hf, str(path))
 
 
-def load_weights(model, path):
-    """Copies a safetensors file into `model` once every name, shape and value is checked; or UserError."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: not found; expected the model's weights there")
+def weight_files(path):
+    """Returns the files that hold the weights of `path`, a model.safetensors: itself, or its shards.
+
+    Other programs cut large models into shards, and write MODEL.safetensors.index.json to say which.
+    """
+    path = Path(path)
+    index = path.with_name(path.name + ".index.json")
+    if path.is_file() or not index.is_file():
+        return [path]
     try:
-        tensors = safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as problem:
-        raise UserError(f"{path}: not readable as safetensors ({problem})") from None
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f'{index}: expected {{"weight_map": {{tensor: file, ...}}}}') from None
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(
+                f"{index}: illegal file name {name!r:.80}; expected one such as model-00001.safetensors"
+            )
+    return [path.with_name(name) for name in names]
+
+
+def read_weights(path):
+    """Returns {name: tensor} of model.safetensors or its shards; UserError if one is missing or broken."""
+    tensors = {}
+    for file in weight_files(path):
+        if not file.is_file():
+            raise UserError(f"{file}: not found; expected the model's weights there")
+        try:
+            tensors |= safetensors.torch.load_file(file)
+        except (OSError, safetensors.SafetensorError) as problem:
+            raise UserError(f"{file}: not readable as safetensors ({problem})") from None
+    return tensors
+
+
+def load_weights(model, path):
+    """Copies model.safetensors into `model` once every name, shape and value is checked; or UserError."""
+    tensors = read_weights(path)
     # prefixes that torch.compile and DistributedDataParallel leave on other programs' names
     tensors = {name.removeprefix("module.").removeprefix("_orig_mod."): t for name, t in tensors.items()}
     own = model.state_dict()

@@ -136,7 +136,7 @@ class Tokenizer:
     `model` are the bytes of the .model file and `sha256` their hash; `pieces` the vocabulary as SentencePiece
     spells it; `template` the chat template named by the folder it came from, or None. A foreign model may
     lack the chat markers (`im_start_id` and `im_end_id` are None then) and the padding (`pad_id` is the eos
-    id then).
+    id then); `dummy_prefix` says whether it puts a space before every text.
     """
 
     def __init__(self, model: bytes, source: str = "tokenizer.model", template: str | None = None):
@@ -148,7 +148,7 @@ class Tokenizer:
             self.pieces = [sp.id_to_piece(id) for id in range(sp.get_piece_size())]
             self._bytes = [_piece_bytes(sp, id, piece) for id, piece in enumerate(self.pieces)]
             self._space_ids = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-            self._dummy_prefix = sp.encode("a", out_type=str)[0].startswith(SPACE)
+            self.dummy_prefix = sp.encode("a", out_type=str)[0].startswith(SPACE)
         except Exception as error:  # a damaged file fails in many ways, none of them worth telling apart
             raise UserError(f"{source}: not a SentencePiece model, or a damaged one") from error
         self.vocab_size = len(self.pieces)
@@ -205,7 +205,7 @@ class Tokenizer:
         ids = [self._checked(id) for id in ids]
         spelled = (self._bytes[id] or (self.pieces[id].encode() if controls else b"") for id in ids)
         text = b"".join(spelled).decode("utf-8", "replace")
-        return text.removeprefix(" ") if self._dummy_prefix else text
+        return text.removeprefix(" ") if self.dummy_prefix else text
 
     def stream(self) -> "Stream":
         """Return a decoder for ids that arrive one by one."""
@@ -214,6 +214,11 @@ class Tokenizer:
     def token_bytes(self) -> np.ndarray:
         """Return (V,) int64: how many UTF-8 bytes of text an id stands for, 0 for control ids."""
         return np.array([len(spelled) for spelled in self._bytes], dtype=np.int64)
+
+    @property
+    def scores(self) -> list[float]:
+        """SentencePiece's score of each id: of two merges the one that makes the higher goes first."""
+        return [self._spm.get_score(id) for id in range(self.vocab_size)]
 
     def _checked(self, id: int) -> int:
         if not 0 <= id < self.vocab_size:
@@ -257,7 +262,7 @@ class Stream:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._strip = tokenizer._dummy_prefix
+        self._strip = tokenizer.dummy_prefix
 
     def push(self, id: int) -> str:
         """Return the text that `id` completes: whole characters only, so "" in the middle of an emoji."""
@@ -323,7 +328,7 @@ def _hugging_face(tokenizer: Tokenizer) -> dict:
     to_space = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     from_space = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     encoding, decoding = [from_space], [to_space, {"type": "ByteFallback"}, {"type": "Fuse"}]
-    if tokenizer._dummy_prefix:
+    if tokenizer.dummy_prefix:
         encoding.insert(0, {"type": "Prepend", "prepend": SPACE})
         decoding.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}

@@ -34,6 +34,7 @@ ARROWS = {
     "packed": {"model"},
     "engine": {"configurator", "tokenizer", "model", "lora", "packed"},
     "chat": {"configurator", "tokenizer", "engine"},
+    "export": {"configurator", "tokenizer", "model", "lora"},
     "sample": {"configurator", "tokenizer", "engine", "chat"},
     "smoke": {"configurator", "tokenizer", "starter", "engine"},
     "assess": {"configurator"},

@@ -1,0 +1,235 @@
+"""export.py: what it writes is the model, as transformers and gguf read it; and foreign folders open here."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from configurator import UserError
+from engine import open_model
+from export import ExportConfig, main, packed
+from lora import add_lora, identify, open_model_folder, save_adapter
+from model import Llama, ModelConfig, load_model, save_model
+from tokenizer import Tokenizer
+
+gguf = pytest.importorskip("gguf")
+ROOT = Path(__file__).resolve().parent.parent
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+SHAPES = {
+    "plain": {},
+    "tied, grouped": {"tie_word_embeddings": True, "num_key_value_heads": 2},
+    "llama3": {"rope_scaling": LLAMA3},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+}
+
+
+def make(folder, tokenizer, template="chatml", **shape):
+    """A model folder of random weights that are far from uniform."""
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "d_model": 64, "n_head": 4, "d_ff": 96, "sequence_length": 128}
+    model = Llama(ModelConfig(vocab_size=tokenizer.vocab_size, **{**sizes, **shape})).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    folder.mkdir()
+    save_model(model, folder)
+    tokenizer.save(folder, 128, template)
+    return folder
+
+
+def export(source, output, format, dtype="f32"):
+    main(ExportConfig(model_path=str(source), output=str(output), format=format, dtype=dtype))
+    return output
+
+
+IDS = torch.tensor([[1, *range(300, 340)]])
+
+
+@torch.no_grad()
+def logits_of(model):
+    out = model(IDS)
+    return out if isinstance(out, torch.Tensor) else out.logits
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_transformers_reads_both_formats_as_we_do(shape, tiny_tokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    own = make(tmp_path / "own", tiny_tokenizer, **SHAPES[shape])
+    expected = logits_of(load_model(own))
+    hf = export(own, tmp_path / "hf", "hf")
+    assert torch.allclose(
+        logits_of(transformers.AutoModelForCausalLM.from_pretrained(hf)), expected, atol=1e-5
+    )
+    text = "the quick fox 42\n\n  jumps \u00e9\U0001f600"
+    assert transformers.AutoTokenizer.from_pretrained(hf).encode(text, add_special_tokens=False) == (
+        tiny_tokenizer.encode(text)
+    )
+    if "rope_scaling" in SHAPES[shape]:
+        return  # transformers does not read the scaling of a GGUF file
+    export(own, tmp_path / "own.gguf", "gguf")
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="own.gguf")
+    assert torch.allclose(logits_of(read), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
+def test_gguf_holds_every_tensor_as_its_own_writer_would(dtype, tiny_tokenizer, tmp_path):
+    own = make(tmp_path / "own", tiny_tokenizer, **SHAPES["tied, grouped"])
+    reader = gguf.GGUFReader(export(own, tmp_path / "own.gguf", "gguf", dtype))
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    weights = load_model(own).state_dict()
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    kind = gguf.GGMLQuantizationType[dtype.upper()]
+    for name, weight in weights.items():
+        if name == "lm_head.weight":
+            continue  # tied
+        expected = weight.numpy()
+        for part, heads in (("q_proj", 4), ("k_proj", 2)):  # what llama.cpp's converter does to these
+            if part in name:
+                expected = expected.reshape(heads, 2, 8, 64).swapaxes(1, 2).reshape(expected.shape)
+        tensor = found.pop(names.get_name(name, try_suffixes=(".weight",)))
+        assert tensor.tensor_type == (kind if expected.ndim > 1 else gguf.GGMLQuantizationType.F32)
+        assert [int(n) for n in tensor.shape] == list(reversed(expected.shape))
+        wanted = gguf.quants.quantize(np.ascontiguousarray(expected), tensor.tensor_type)
+        assert tensor.data.tobytes() == wanted.tobytes(), name
+    assert not found
+
+
+def test_gguf_says_what_llama_cpp_must_know(tiny_tokenizer, tmp_path):
+    own = make(tmp_path / "own", tiny_tokenizer, **SHAPES["llama3"])
+    reader = gguf.GGUFReader(export(own, tmp_path / "own.gguf", "gguf"))
+    said = {key: field.contents() for key, field in reader.fields.items()}
+    keys = gguf.Keys
+    expected = {
+        keys.General.ARCHITECTURE: "llama",
+        keys.LLM.CONTEXT_LENGTH.format(arch="llama"): 128,
+        keys.LLM.EMBEDDING_LENGTH.format(arch="llama"): 64,
+        keys.LLM.BLOCK_COUNT.format(arch="llama"): 2,
+        keys.LLM.FEED_FORWARD_LENGTH.format(arch="llama"): 96,
+        keys.Attention.HEAD_COUNT.format(arch="llama"): 4,
+        keys.Attention.HEAD_COUNT_KV.format(arch="llama"): 4,
+        keys.Rope.DIMENSION_COUNT.format(arch="llama"): 16,
+        keys.Rope.FREQ_BASE.format(arch="llama"): 10000.0,
+        keys.Tokenizer.MODEL: "llama",
+        keys.Tokenizer.BOS_ID: tiny_tokenizer.bos_id,
+        keys.Tokenizer.EOS_ID: tiny_tokenizer.eos_id,
+        keys.Tokenizer.EOT_ID: tiny_tokenizer.im_end_id,
+        keys.Tokenizer.ADD_BOS: True,
+        keys.Tokenizer.ADD_PREFIX: False,
+        keys.Tokenizer.LIST: tiny_tokenizer.pieces,
+    }
+    assert {key: said[key] for key in expected} == expected
+    types = said[keys.Tokenizer.TOKEN_TYPE]
+    assert [types[id] for id in range(6)] == [3, 3, 3, 2, 3, 3]
+    assert types.count(gguf.TokenType.BYTE) == 256
+    template = json.loads((own / "tokenizer_config.json").read_text())["chat_template"]
+    assert said[keys.Tokenizer.CHAT_TEMPLATE] == template
+    factors = {tensor.name: tensor.data for tensor in reader.tensors}["rope_freqs.weight"]
+    # Llama 3's rule as llama.cpp's converter has it, wavelength by wavelength
+    for factor, i in zip(factors, range(0, 16, 2), strict=True):
+        wave = 2 * np.pi * 10000 ** (i / 16)
+        if wave < 32 / 4:
+            assert factor == 1
+        elif wave > 32 / 1:
+            assert factor == 4
+        else:
+            smooth = (32 / wave - 1) / (4 - 1)
+            assert factor == pytest.approx(1 / ((1 - smooth) / 4 + smooth), rel=1e-6)
+
+
+def test_q8_rounds_as_ggml_does_at_every_edge():
+    rows = np.zeros((6, 32), np.float32)
+    rows[1, 3], rows[2] = 1e-8, np.linspace(-1, 1, 32)
+    rows[3], rows[4] = np.float32(127), np.arange(32) - 15.5
+    rows[5] = np.random.RandomState(0).randn(32) * 1e4
+    assert packed(rows, 8) == gguf.quants.quantize(rows, gguf.GGMLQuantizationType.Q8_0).tobytes()
+
+
+def test_an_adapter_is_merged(tiny_tokenizer, tmp_path):
+    own = make(tmp_path / "own", tiny_tokenizer)
+    model = add_lora(load_model(own), 4, 8.0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_(0.05 * torch.randn_like(p) if "lora_B" in name else 0.0)
+    (tmp_path / "adapter").mkdir()
+    save_adapter(model, tmp_path / "adapter", identify(own))
+    tiny_tokenizer.save(tmp_path / "adapter", 128)
+    hf = export(tmp_path / "adapter", tmp_path / "hf", "hf")
+    assert not (hf / "adapter_config.json").exists()
+    assert torch.allclose(logits_of(load_model(hf)), logits_of(model.eval()), atol=1e-5)
+    assert not torch.allclose(logits_of(load_model(hf)), logits_of(load_model(own)), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format=hf", "--dtype=q8_0", "--output=new"], "q8_0 is for --format=gguf"),
+        (["--output=own"], "exists; name another --output"),
+        (["--output=new", "--model_path=nowhere"], "nowhere: no such folder"),
+        (["--output=new", "--format=ggml"], "format must be one of hf, gguf"),
+        ([], "--output"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(tiny_tokenizer, tmp_path, options, message):
+    make(tmp_path / "own", tiny_tokenizer)
+    words = [sys.executable, str(ROOT / "export.py"), *options]
+    words += [] if any("model_path" in word for word in options) else ["--model_path=own"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert message in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+
+def test_what_half_precision_or_q8_cannot_hold_is_named(tiny_tokenizer, tmp_path):
+    own = make(tmp_path / "own", tiny_tokenizer)
+    model = load_model(own)
+    with torch.no_grad():
+        model.lm_head.weight[5, 5] = 1e5
+    save_model(model, own)
+    with pytest.raises(UserError, match=r"embed_tokens.weight holds 1e\+05, too large for f16; use --dtype=bf16"):
+        export(own, tmp_path / "out", "hf", "f16")
+    odd = make(tmp_path / "odd", tiny_tokenizer, d_ff=100)
+    with pytest.raises(UserError, match=r"down_proj.weight: rows of 100 numbers; q8_0 takes multiples of 32"):
+        export(odd, tmp_path / "out", "gguf", "q8_0")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["odd", "own"]
+
+
+# ---- foreign folders
+
+
+def test_a_sharded_folder_opens_and_its_shards_are_its_identity(tiny_tokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    own = make(tmp_path / "own", tiny_tokenizer)
+    foreign = transformers.AutoModelForCausalLM.from_pretrained(own, dtype=torch.bfloat16)
+    folder = tmp_path / "sharded"
+    foreign.save_pretrained(folder, max_shard_size="100KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    (folder / "tokenizer.model").write_bytes(tiny_tokenizer.model)
+    model, tokenizer = open_model(folder, "cpu", "fp32")
+    assert tokenizer.sha256 == tiny_tokenizer.sha256 == Tokenizer.load(own).sha256
+    assert torch.allclose(logits_of(model), logits_of(foreign.float()), atol=1e-4)
+    before = identify(folder).sha256
+    shard = sorted(folder.glob("model-*.safetensors"))[-1]
+    changed = {name: tensor + 1 for name, tensor in load_file(shard).items()}
+    save_file(changed, shard)
+    assert identify(folder).sha256 != before
+    shard.unlink()
+    with pytest.raises(UserError, match=f"{shard.name}: not found"):
+        open_model_folder(folder)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": "../../etc/passwd"}}))
+    with pytest.raises(UserError, match="illegal file name"):
+        open_model_folder(folder)
+    index.write_text("[]")
+    with pytest.raises(UserError, match="weight_map"):
+        open_model_folder(folder)
