@@ -184,7 +184,7 @@ class Api:
         """Returns the model's entry: OpenAI's four fields, and what a chat page wants to know."""
         limits = {name: knobs(GenerateFields)[name] for name in (f.name for f in fields(Sampling))}
         settings = {
-            name: {"min": knob.limits.low, "max": knob.limits.high, "default": knob.default}
+            name: {"min": lowest(knob.limits), "max": knob.limits.high, "default": knob.default}
             for name, knob in limits.items()
         }
         settings["max_tokens"] = {"min": 1, "max": self.context - 1, "default": None}
@@ -343,7 +343,7 @@ class Api:
         return self._head("chatcmpl", "chat.completion") | {"choices": choices, "usage": usage(call)}
 
     def _chat_chunks(self, call, asked):
-        head, begun = self._head("chatcmpl", "chat.completion.chunk"), set()
+        head, begun = self._head("chatcmpl", "chat.completion.chunk", asked.wants_usage), set()
         top = (asked.top_logprobs or 0) if asked.logprobs else None
 
         def chunk(index, delta, finish=None, logprobs=None):
@@ -416,7 +416,7 @@ class Api:
             start += len(stream.push(id))
 
     def _completion_chunks(self, call, asked):
-        head = self._head("cmpl", "text_completion")
+        head = self._head("cmpl", "text_completion", asked.wants_usage)
         for piece in pieces(call):
             logprobs = None if asked.logprobs is None else self._completion_logprobs(piece.tokens)
             choice = {"index": piece.index, "text": piece.text, "logprobs": logprobs}
@@ -479,9 +479,10 @@ class Api:
             400, f"template {wanted[:60]!r}: this model {own}; leave it out, or say 'none'", "template"
         )
 
-    def _head(self, prefix, kind):
+    def _head(self, prefix, kind, wants_usage=False):
         id = f"{prefix}-{secrets.token_hex(12)}"
-        return {"id": id, "object": kind, "created": int(time.time()), "model": self.name}
+        head = {"id": id, "object": kind, "created": int(time.time()), "model": self.name}
+        return head | {"usage": None} if wants_usage else head  # which only the last chunk of a stream knows
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -535,6 +536,11 @@ def gather(call):
         row = rows[piece.index]
         rows[piece.index] = Piece(row.index, row.text + piece.text, row.tokens + piece.tokens, piece.finish)
     return rows
+
+
+def lowest(limits):
+    """Returns a bound that may be taken itself, for sliders: where 0 may not, a hundredth."""
+    return limits.low + 0.01 if limits.open_low else limits.low
 
 
 def turned_away(problem):

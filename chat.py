@@ -28,6 +28,9 @@ HELP = """\
 /quit           leave; so do Ctrl-C and Ctrl-D. While an answer is written, Ctrl-C ends the answer
 //TEXT          a question that begins with a single /"""
 
+PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
+PICTURES |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)  # DEL, and the second set of controls
+
 
 class Chat:
     """One conversation: `messages`, as {"role", "content"}, a system message first if there is one.
@@ -83,13 +86,15 @@ class Chat:
         try:
             for piece in self.written(request):
                 text += piece
-                print(piece, end="", flush=True)
+                print(visible(piece), end="", flush=True)
         except KeyboardInterrupt:
             request.finish = "stopped"
         print(flush=True)
         if self.template is not None and text:
             self.messages.append({"role": "assistant", "content": text})
         say(self.summary(request, time.perf_counter() - began))
+        if request.finish == "stopped":
+            raise KeyboardInterrupt
 
     def written(self, request):
         """Returns the pieces of an answer as they come; the white space around it is the template's."""
@@ -139,6 +144,14 @@ def trimmed(pieces):
         held, begun = text[len(body) :], begun or bool(body)
         if body:
             yield body
+
+
+def visible(text):
+    """Returns what to print of a model's text: to a terminal no control characters but their pictures.
+
+    A model may write any byte, and some would move the cursor, rename the window or worse.
+    """
+    return text.translate(PICTURES) if sys.stdout.isatty() else text
 
 
 def say(text):
@@ -196,6 +209,8 @@ def typed():
             yield input("> ")
         except (EOFError, KeyboardInterrupt):
             return say("")
+        except UnicodeDecodeError as problem:
+            say(f"error: that is not UTF-8 ({problem.reason}); set the terminal to UTF-8")
 
 
 def piped():
@@ -207,7 +222,7 @@ def piped():
 
 
 def converse(chat):
-    """Reads lines until there are no more. A mistake costs a person a line, and ends what is piped in."""
+    """Reads lines until there are no more. A mistake, or Ctrl-C, costs a person a line, and ends a pipe."""
     person = sys.stdin.isatty()
     if person:
         say("a conversation; /help lists the commands")
@@ -215,7 +230,8 @@ def converse(chat):
         try:
             if not obey(chat, line):
                 return
-        except UserError as problem:
+        except (UserError, KeyboardInterrupt) as problem:
             if not person:
                 raise
-            say(f"error: {problem}")
+            if isinstance(problem, UserError):
+                say(f"error: {problem}")

@@ -89,7 +89,7 @@ def plain_lines(text):
 # What ftfy would repair: character references, control characters, and beyond ASCII whatever does not stand
 # alone (Latin letters and signs), nor among its own kind (quotes and dashes; Greek, Cyrillic, CJK).
 REFERENCE = re.compile(r"&#?[0-9A-Za-z]{1,24};")
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+NO_CONTROL = bytes(set(range(256)) - ({*range(32), 127} - {9, 10}))
 BEYOND = re.compile(r"[^\x00-\x7f]+")
 QUIET = re.compile(
     "[\u00a1-\u00ac\u00ae-\u00c1\u00c4-\u0131\u0134-\u0148\u014a-\u0151\u0154-\u017e\u2022\u20ac\u2122]"
@@ -97,14 +97,13 @@ QUIET = re.compile(
     "|[\u0391-\u03a1\u03a3-\u03a9\u03b1-\u03c9\u0401\u0410-\u044f\u0451"
     "\u3041-\u3096\u30a1-\u30fa\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\u3001\u3002]+"
 )
-UNCURL = dict.fromkeys(map(ord, "\u2018\u2019"), "'") | dict.fromkeys(map(ord, "\u201c\u201d"), '"')
 NESTED = re.compile(r"&(?:(?:amp|#38);){2,}")  # ftfy would take one layer at a time
 
 
 def fix_encoding(text):
     """ftfy.fix_text, with the same result and without its cost for what it would leave alone."""
     if not needs_ftfy(text):
-        return text if text.isascii() else text.translate(UNCURL)
+        return uncurled(text)
     import ftfy
 
     lines, config = text.split("\n"), ftfy.TextFixerConfig(explain=False)
@@ -114,24 +113,32 @@ def fix_encoding(text):
         if needs_ftfy(line):
             line = NESTED.sub("&amp;", line) if config.unescape_html else line
             lines[number] = ftfy.fix_text(line, config)
-        elif not line.isascii():
-            lines[number] = line.translate(UNCURL)
+        else:
+            lines[number] = uncurled(line)
     return "\n".join(lines)
 
 
 def needs_ftfy(text):
     """May ftfy change more of this text than its quotation marks?"""
-    if CONTROL.search(text) or ("&" in text and REFERENCE.search(text)):
+    if text.encode("utf-8", "surrogatepass").translate(None, NO_CONTROL):
+        return True
+    if "&" in text and REFERENCE.search(text):
         return True
     return not (text.isascii() or all(map(QUIET.fullmatch, set(BEYOND.findall(text)))))
 
 
+def uncurled(text):
+    if text.isascii():
+        return text
+    text = text.replace("\u2018", "'").replace("\u2019", "'")
+    return text.replace("\u201c", '"').replace("\u201d", '"')
+
+
 # Zero-width and bidirectional marks, the soft hyphen, tags that spell hidden text, and the control characters
 # that ftfy keeps; every kind of blank becomes a space.
-INVISIBLE = dict.fromkeys([0xAD, 0x61C, 0x180E, 0x200B, 0x200E, 0x200F, 0xFEFF, *range(0x1C, 0x20)])
-INVISIBLE |= dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2060, 0x206A)])
-INVISIBLE |= dict.fromkeys(range(0xE0000, 0xE0080)) | {0x0B: "\n", 0x0C: "\n"}
-INVISIBLE |= dict.fromkeys([0xA0, 0x1680, *range(0x2000, 0x200B), 0x202F, 0x205F, 0x3000], " ")
+INVISIBLE = [0xAD, 0x61C, 0x180E, 0x200B, 0x200E, 0x200F, 0xFEFF, *range(0x80, 0xA0), *range(0x202A, 0x202F)]
+INVISIBLE = dict.fromkeys(map(chr, [*INVISIBLE, *range(0x2060, 0x206A), *range(0xE0000, 0xE0080)]), "")
+INVISIBLE |= dict.fromkeys(map(chr, [0xA0, 0x1680, *range(0x2000, 0x200B), 0x202F, 0x205F, 0x3000]), " ")
 # Emoji and several scripts are spelled with the zero-width joiners; between other letters they are dirt.
 JOINER = re.compile(
     r"(?<![\u0600-\u0dff\u1000-\u17ff\u2190-\u2bff\ufe0f\U0001f000-\U0001faff])[\u200c\u200d]+"
@@ -139,14 +146,20 @@ JOINER = re.compile(
 
 
 def visible(text):
+    """Text with blanks for every kind of blank, and without the characters that show nothing."""
+    text = text.replace("\f", "\n")
     if not text.isascii():
-        return JOINER.sub("", text.translate(INVISIBLE))
-    return text.translate(INVISIBLE) if CONTROL.search(text) else text
+        found = set().union(*BEYOND.findall(text))
+        for char in INVISIBLE.keys() & found:
+            text = text.replace(char, INVISIBLE[char])
+        if found & {"\u200c", "\u200d"}:
+            text = JOINER.sub("", text)
+    return text
 
 
 def tidy(text):
     """The text without blanks at the ends of lines, empty lines at its ends, or two of them together."""
-    if " \n" in text or "\t\n" in text or not text.isascii():
+    if " \n" in text or "\t\n" in text:
         text = "\n".join(line.rstrip() for line in text.split("\n"))
     if "\n\n\n" in text:
         text = re.sub(r"\n{3,}", "\n\n", text)
@@ -220,16 +233,17 @@ def close_gap(match):
 
 # --- Private data -------------------------------------------------------------------------------------------
 
-KEY_MARKS = "sk- ghp_ gho_ ghu_ ghs_ ghr_ github_pat_ glpat- AKIA ASIA xox AIza hf_ eyJ -----BEGIN".split()
+# The shapes that the issuers of keys publish, so that a leaked one is found; each has a digit beside a letter.
+KEYISH = re.compile(r"[0-9](?:[A-Za-z_]|(?<=[A-Za-z_].))")
 KEY = re.compile(
-    r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----"  # PEM, whole, or as much of it as there is
+    r"[-sghAxe](?<![\w-].)(?:"
+    r"(?<=-)----BEGIN [A-Z ]{0,30}PRIVATE KEY-----"  # PEM, whole, or as much of it as there is
     r"(?:(?:[^-]|-(?!----))*+-----END [A-Z ]{0,30}PRIVATE KEY-----|(?:\s++[A-Za-z0-9+/=]{40,}+)*+)"
-    r"|(?<![\w-])(?:"
-    r"sk-(?=[\w-]{0,60}\d)[\w-]{20,}+"  # OpenAI, Anthropic, Stripe-like
-    r"|gh[pousr]_[A-Za-z0-9]{36,}+|github_pat_\w{22,}+|glpat-[\w-]{20,}+"  # GitHub, GitLab
-    r"|(?:AKIA|ASIA)[A-Z0-9]{16}(?!\w)"  # AWS
-    r"|xox[abeoprs]-[\w-]{10,}+|AIza[\w-]{35}(?!\w)|hf_[A-Za-z]{30,}+"  # Slack, Google, Hugging Face
-    r"|eyJ[\w-]{8,}+\.eyJ[\w-]{8,}+\.[\w-]{8,}+)"  # JSON Web Token (RFC 7519)
+    r"|(?<=s)k-(?=[\w-]{0,60}[0-9])[\w-]{20,}+"  # OpenAI, Anthropic
+    r"|(?<=g)(?:h[pousr]_[A-Za-z0-9]{36,}+|ithub_pat_\w{22,}+|lpat-[\w-]{20,}+)"  # GitHub, GitLab
+    r"|(?<=A)(?:(?:KIA|SIA)[A-Z0-9]{16}(?!\w)|Iza[\w-]{35}(?!\w))"  # AWS, Google
+    r"|(?<=x)ox[abeoprs]-[\w-]{10,}+|(?<=h)f_[A-Za-z0-9]{30,}+"  # Slack, Hugging Face
+    r"|(?<=e)yJ[\w-]{8,}+\.eyJ[\w-]{8,}+\.[\w-]{8,}+)"  # JSON Web Token (RFC 7519)
 )
 # RFC 5321 within reason; not git@host, nor pictures named icon@2x.png
 EMAIL = re.compile(
@@ -237,7 +251,7 @@ EMAIL = re.compile(
 )
 IPV4 = re.compile(r"[0-9](?<![\w.].)[0-9]{0,2}+(?:\.[0-9]{1,3}+){3}(?!\w|\.\w|-[A-Za-z])")
 IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])")
-LONG_NUMBER = re.compile(r"[0-9](?:[ .()/-]{0,2}[0-9]){5}")
+NUMBERISH = re.compile(r"[0-9](?:\.[0-9]{1,3}\.[0-9]{1,3}\.|(?:[ .()/-]{0,2}[0-9]){5})")
 CARD = re.compile(
     r"(?<![\w.,-])[2-6](?:[0-9]{12,18}+"
     r"|[0-9]{3}([ -])(?:[0-9]{4}\1[0-9]{4}\1[0-9]{1,4}(?:\1[0-9]{1,3})?|[0-9]{6}\1[0-9]{4,5}|"
@@ -261,14 +275,14 @@ NAMED_PHONE = re.compile(  # what is called a telephone number, however it is wr
 
 def mask_private(text):
     """Text with e-mail addresses, IP addresses, keys, card and telephone numbers each as a word in brackets."""
-    if any(mark in text for mark in KEY_MARKS):
+    if "-----BEGIN" in text or KEYISH.search(text):
         text = KEY.sub("[KEY]", text)
     if "@" in text:
         text = EMAIL.sub("[EMAIL]", text)
-    text = IPV4.sub(mask_ipv4, text)
     if "::" in text or text.count(":") > 6:
         text = IPV6.sub(mask_ipv6, text)
-    if LONG_NUMBER.search(text):
+    if NUMBERISH.search(text):
+        text = IPV4.sub(mask_ipv4, text)
         text = CARD.sub(lambda match: "[CARD]" if luhn(match[0]) else match[0], text)
         text = PHONE.sub(mask_phone, text)
         text = NAMED_PHONE.sub(r"\1[PHONE]", text)
@@ -471,11 +485,7 @@ def word_length(doc):
 
 def few_words(doc):
     """Fewer than 80% of the words hold a letter (Gopher; 60% here, for tables stand among good prose)."""
-    return len(doc.words) >= 20 and spaced(doc) and sum(map(has_letter, doc.words)) < 0.6 * len(doc.words)
-
-
-def has_letter(word):
-    return word.islower()  # in lower case already: true if any letter has a case
+    return len(doc.words) >= 20 and spaced(doc) and sum(map(str.islower, doc.words)) < 0.6 * len(doc.words)
 
 
 def symbols(doc):

@@ -31,7 +31,7 @@ from configurator import Fraction, Range, UserError
 from lora import model_folder, open_model_folder
 from model import KVCache, choose_attention, choose_device
 from packed import pack
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, stop_ids
 
 # ----------------------------------------------------------------------------------------------------------
 # The sampling rules: pure functions of logits, no question to the host, so that a GPU never waits
@@ -254,6 +254,7 @@ class Engine:
         self.joining = []  # slots whose prompts wait to be prefilled, oldest first
         self.burst = 1 if self.device.type == "cpu" else 8  # steps per wait for the device
         self.captured, self.pool = {}, None
+        self.unwritten = getattr(model, "unwritten", None)  # see `silence`
 
     @property
     def free(self):
@@ -368,10 +369,13 @@ class Engine:
         rows = len(self.part.lengths)
         tokens, history = self.tokens[:rows], self.history[:rows]
         logits = forward(self.model, self.part, tokens)
+        known = logits if top is None else logits.clone()  # the model's own, before any rule
+        if self.unwritten is not None:
+            logits.index_fill_(1, self.unwritten, -torch.inf)
         position = self.part.lengths.clamp_(max=self.limit - 1)[:, None]  # where the new token is to stand
         tokens.copy_(pick(logits, self.rules, history, self.uniforms[:rows].gather(1, position)))
         history.scatter_(1, position, tokens)
-        return None if top is None else log_probs(logits, tokens, top)
+        return None if top is None else log_probs(known, tokens, top)
 
     def _launch(self, top):
         """One step: as it is, or as the graph captured for this window and these kernels."""
@@ -544,7 +548,8 @@ def choose_dtype(wanted, device):
 def open_model(folder, device="auto", dtype="auto"):
     """Returns (Llama ready to generate, Tokenizer) of a model or adapter folder; UserError if not a pair.
 
-    On a CPU a float32 model comes packed (see packed.py), with dtype=int8 a fourth as large.
+    On a CPU a float32 model comes packed (see packed.py), with dtype=int8 a fourth as large. No control id is
+    ever written but the ends of an answer.
     """
     device = choose_device(device)
     model = open_model_folder(folder, device, choose_dtype(dtype, device))
@@ -555,6 +560,18 @@ def open_model(folder, device="auto", dtype="auto"):
             "they do not belong together"
         )
     if device.type == "cpu" and model.lm_head.weight.dtype == torch.float32:
-        return pack(model, int8=dtype == "int8"), tokenizer
-    model.use_attention(choose_attention(device, cfg.sequence_length, flash_wanted=False)[0])
+        model = pack(model, int8=dtype == "int8")
+    else:
+        model.use_attention(choose_attention(device, cfg.sequence_length, flash_wanted=False)[0])
+    silence(model, tokenizer)
     return model, tokenizer
+
+
+def silence(model, tokenizer):
+    """Keeps engines from writing control ids, but for those that end an answer: they have no text.
+
+    Log-probabilities are the model's own all the same, and may rank such an id above the one written.
+    """
+    ends, controls = stop_ids(tokenizer, tokenizer.template), (tokenizer.token_bytes() == 0).nonzero()[0]
+    ids = [id for id in controls.tolist() if id not in ends]
+    model.unwritten = torch.tensor(ids, device=model.lm_head.weight.device)

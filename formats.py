@@ -324,7 +324,7 @@ def looks_western(data):
         return False
     plain = sum(map(len, re.findall("[A-Za-z]+", text)))
     runs = [len(run) for run in re.findall("[^\0-\x7f]+", re.sub("([^\0-\x7f])\\1+", r"\1", text))]
-    return sum(runs) <= 0.3 * plain and sum(run for run in runs if run > 2) <= 0.1 * sum(runs)
+    return sum(runs) <= 0.5 * plain and sum(run for run in runs if run > 2) <= 0.1 * sum(runs)
 
 
 def stray_bytes(error):
@@ -376,7 +376,7 @@ def page_text(page):
         if name in UNSEEN and not closing and page[at - 2] != "/":
             end = re.compile(f"</{name}", re.IGNORECASE).search(page, at)
             at = end.start() if end else len(page)
-        elif gap := gap_of(name):
+        elif (gap := gap_of(name)) and not (gap == " " and pieces and pieces[-1].endswith((" ", "\n"))):
             pieces.append(gap)
         pre = max(0, pre + (-1 if closing else 1)) if name == "pre" else pre
     add_text(pieces, page[at:], pre)
@@ -553,8 +553,8 @@ ROWS = 64  # of a table held at once
 def table_rows(path, tally, pick=None):
     """Yield (where, row) of a .parquet or .arrow file, read piece by piece.
 
-    `pick` is given the columns as a row, {name: "" for text, None for others}, and returns the name of the
-    only one to read; without it rows come whole.
+    `pick` is given the names of the columns of text and of all columns, and returns that of the only one to
+    read; without it rows come whole.
     """
     pyarrow, limit, number = arrow(), bomb_limit(path), 0
     batches = parquet_batches if kind_of(path) == "parquet" else arrow_batches
@@ -604,11 +604,11 @@ def chosen(pyarrow, schema, pick):
     types = pyarrow.types
     texts = (types.is_string, types.is_large_string, types.is_string_view)
 
-    def text_or_none(kind):
+    def holds_text(kind):
         kind = kind.value_type if types.is_dictionary(kind) else kind
-        return "" if any(is_text(kind) for is_text in texts) else None
+        return any(is_text(kind) for is_text in texts)
 
-    return [pick({field.name: text_or_none(field.type) for field in schema})] if pick else None
+    return [pick([field.name for field in schema if holds_text(field.type)], schema.names)] if pick else None
 
 
 def batch_rows(batch):

@@ -70,7 +70,8 @@ class DataConfig(CleanConfig, SourceConfig):
     use_minhash: bool = True  # drop near-duplicates; exact ones always go
     # Jaccard similarity of word 5-grams from which the later of two documents is dropped
     minhash_threshold: Annotated[float, Range(0, 1, open_low=True)] = 0.8
-    dedup_storage: str = ""  # an index that several runs share: redis://host:6379/0; empty = this run's own
+    # an index that the preparations of one corpus share: redis://HOST:6379/0#NAME; empty = this run's own
+    dedup_storage: str = ""
     # a .model file to reuse, or to train if it is absent; empty = one for this folder alone
     tokenizer_path: str = ""
     train_tokenizer: bool = True  # may a tokenizer be trained where tokenizer_path holds none?

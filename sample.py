@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
-from chat import Chat, converse
+from chat import Chat, converse, visible
 from configurator import PositiveInt, Range, UserError, narrow, run
 from engine import Engine, Reply, Request, Sampling, generate, open_model
 from tokenizer import stop_ids
@@ -107,7 +107,7 @@ def show(steps, requests, replies):
                 texts[row] += reply.end()
         while turn < len(requests):
             text, texts[turn] = texts[turn], ""
-            print(text, end="", flush=True)
+            print(visible(text), end="", flush=True)
             if not requests[turn].finish:
                 break
             turn += 1

@@ -25,6 +25,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -216,6 +217,10 @@ class Server(socketserver.ThreadingTCPServer):
 
     def _stop(self):
         self.shutdown()
+        self.socket.setblocking(False)
+        with suppress(OSError):  # whoever is in the system's queue already is told, not reset
+            while True:
+                self.process_request(*self.get_request())
         self.server_close()
         while self.api is None:
             time.sleep(0.01)

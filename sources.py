@@ -8,6 +8,7 @@ as a UserError. `formats.py` knows what the files hold, this room which document
 
 import ast
 import copy
+import fnmatch
 import gc
 import glob
 import itertools
@@ -369,7 +370,7 @@ def input_files(pattern, tally=None, tables=False):
     elif os.path.exists(path):
         raise UserError(f"{path}: a pipe or a device; write what it gives to a file, and name that")
     else:
-        found = map(Path, glob.glob(pattern, recursive=True))
+        found = globbed(pattern, tally)
     files = {}
     for file in sorted(found):
         kind = kind_of(file)
@@ -415,6 +416,27 @@ def files_below(folder, tally):
         entered.add(real)
 
 
+def globbed(pattern, tally):
+    """Every path that a pattern matches; `**` is any folders below, which glob would follow in circles."""
+    base, recursive, rest = pattern.partition("**")
+    if not recursive:
+        yield from map(Path, glob.glob(pattern))
+        return
+    patterns = ["**", *Path(rest.lstrip("/\\")).parts]
+    for folder in sorted(glob.glob(base)) if base else ["."]:
+        for file in files_below(folder, tally):
+            if matches(file.relative_to(folder).parts, patterns):
+                yield file
+
+
+def matches(parts, patterns):
+    if not parts or not patterns:
+        return not parts and patterns in ([], ["**"])
+    if patterns[0] == "**":
+        return matches(parts, patterns[1:]) or matches(parts[1:], patterns)
+    return fnmatch.fnmatch(parts[0], patterns[0]) and matches(parts[1:], patterns[1:])
+
+
 def file_size(path):
     try:
         return os.path.getsize(path)
@@ -448,7 +470,7 @@ def file_texts(path, column, max_length, tally, useless):
         pieces = passages(paragraphs(lines, max_length), max_length)
         texts = ((f"{path} [{number}]", text) for number, text in enumerate(pieces))
     else:
-        texts = column_texts(rows(path, tally, partial(choose, column, path)), column, tally)
+        texts = column_texts(rows(path, tally, partial(pick, column, path)), column, tally)
     texts = survived(path, texts, tally, useless)
     if kind in (None, "text", "html"):
         return False, texts
@@ -528,15 +550,25 @@ class NoColumn(UserError):
     """Rows without a column that could be the text."""
 
 
-def choose(column, where, row):
-    """The name of a row's text: `column` if given, else a usual one, else the only one with a string."""
+def choose(column, where, row, names):
+    """The name of a row's text: `column` if given, else a usual one, else the only one with a string.
+
+    Raises NoColumn, which lists all `names`.
+    """
     strings = [key for key, value in row.items() if isinstance(value, str)]
     for name in [column] if column else [*USUAL, *(strings if len(strings) == 1 else ())]:
         if name in row:
             return name
-    columns = ", ".join(map(str, row))[:200]
-    what = f"no column '{column}'" if column else "no column that is surely the text"
-    raise NoColumn(f"{where}: {what} among {columns or 'no columns'}; name it with --text_column=NAME")
+    columns = ", ".join(map(str, names))[:200] or "no columns at all"
+    what = "no column that is surely the text"
+    if column:
+        what = f"no column '{column}'{' of text' if column in names else ''}"
+    raise NoColumn(f"{where}: {what} among {columns}; name it with --text_column=NAME")
+
+
+def pick(column, path, texts, names):
+    """Choose among the columns of a table, by the names of those of text and of all."""
+    return choose(column, path, dict.fromkeys(texts, ""), names)
 
 
 def column_texts(rows, column, tally):
@@ -552,7 +584,7 @@ def column_texts(rows, column, tally):
             union |= {key: value for key, value in row.items() if not isinstance(union.get(key), str)}
             if set(row) & ({column} if column else set(USUAL)):
                 break
-    name = choose(column, held[0][0], union) if union else column or "text"
+    name = choose(column, held[0][0], union, union) if union else column or "text"
     for where, row in itertools.chain(held, rows):
         if not isinstance(row, dict):
             tally.bad("not-an-object", where)

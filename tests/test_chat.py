@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from chat import Chat, obey, trimmed
 from chats import read_chats
@@ -254,6 +255,34 @@ class Terminal:
         return before
 
 
+def test_control_characters_reach_a_pipe_but_no_terminal(tmp_path, tiny_tokenizer):
+    """The model writes ESC and BEL only: of two opposite rows of the head one has the largest logit."""
+    model = build(replace(LONG, tie_word_embeddings=False))
+    with torch.no_grad():
+        row = 99 * torch.randn(32)
+        model.lm_head.weight[[6 + 0x1B, 6 + 0x07]] = torch.stack([row, -row])
+    save_model(model, tmp_path)
+    tiny_tokenizer.save(tmp_path, LONG.sequence_length, "chatml")
+    for chat in (["--chat"], []):
+        words = [
+            sys.executable,
+            str(ROOT / "sample.py"),
+            *chat,
+            f"--model_path={tmp_path}",
+            "--temperature=0",
+        ]
+        words += ["--max_new_tokens=9", "--prompt=why?"]
+        raw = subprocess.run(words, capture_output=True, timeout=120).stdout
+        assert len(raw) == 10
+        assert set(raw) - {0x0A} <= {0x1B, 0x07}
+        shown = Terminal(words).until(b" tokens/s")
+        assert (
+            raw.translate(None, b"\n").replace(b"\x1b", "\u241b".encode()).replace(b"\x07", "\u2407".encode())
+            in shown
+        )
+        assert not {0x1B, 0x07} & set(shown)
+
+
 def test_ctrl_c_ends_the_answer_and_then_the_chat(folders):
     words = command(folders["chatml"], "--max_new_tokens=390", "--temperature=1.5", "--top_k=0", "--seed=3")
     terminal = Terminal(words)
@@ -266,9 +295,11 @@ def test_ctrl_c_ends_the_answer_and_then_the_chat(folders):
         terminal.process.send_signal(signal.SIGINT)
         terminal.until(b"(stopped, ")
         terminal.until(b"> ")
-    terminal.type(b"/nonsense\n")
-    terminal.until(b"error: /nonsense: no such command")
-    terminal.until(b"> ")
+    for line, problem in ((b"/nonsense\n", b"no such command"), (b"\xff?\n", b"not UTF-8")):
+        terminal.type(line)
+        terminal.until(b"error: ")
+        terminal.until(problem)
+        terminal.until(b"> ")
     for _ in range(5):  # one that comes just before input() waits is not seen before the next
         terminal.process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):

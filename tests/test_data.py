@@ -1,20 +1,14 @@
 """data.py: the stream is exact and pure, damaged folders are named, raw text becomes clean shards."""
 
-import bz2
 import contextlib
-import gzip
 import hashlib
-import itertools
 import json
-import lzma
 import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
 from datetime import date
 from pathlib import Path
-from types import SimpleNamespace
 
 import ftfy
 import numpy as np
@@ -30,14 +24,12 @@ from data import DataConfig, Shards, TokenStream, main, read_manifest, unigram_b
 from prepare import (  # noqa: E402
     Deduplicator,
     clean,
-    english_score,
     fix_encoding,
     hash_fraction,
     reject,
     shingles,
     unfinished,
 )
-from sources import Tally, read_documents  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 PAD, BOS, EOS = 0, 1, 2
@@ -673,223 +665,6 @@ def test_length_and_language_filters_count_their_reasons(tmp_path):
     assert german in every(splits)
 
 
-# --- Preparing: sources -------------------------------------------------------------------------------------
-
-
-def texts_of(path, **settings):
-    """(documents read, reasons for what was not) of a source, before cleaning."""
-    tally = Tally()
-    documents = [text for _, text in read_documents(DataConfig(input_path=str(path), **settings), tally)]
-    return documents, {reason: count for _, reason, count, _ in tally.reasons()}
-
-
-@pytest.mark.parametrize("suffix", ["", ".gz", ".bz2", ".xz"])
-def test_every_local_format(tmp_path, suffix):
-    opener = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[suffix]
-    rows = [{"id": 1, "text": "one\nparagraph"}, {"id": 2, "text": "two, \u00fc"}]
-    files = {
-        "a.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
-        "b.json": json.dumps(rows, indent=2),
-        "c.json": json.dumps(rows[0], indent=2),
-        "d.json": "\n".join(json.dumps(row, ensure_ascii=False) for row in rows),
-        "e.csv": 'id,text\n1,"one\nparagraph"\n2,"two, \u00fc"\n',
-        "f.txt": "one\nparagraph\n\nnext",
-        "g.md": "# title\n",
-    }
-    for name, text in files.items():
-        with opener(tmp_path / (name + suffix), "wb") as file:
-            file.write(text.encode())
-    (tmp_path / "ignored.png").write_bytes(b"\x89PNG")
-    both = ["one\nparagraph", "two, \u00fc"]
-    expected = [*both, *both, both[0], *both, *both, "one\nparagraph\n\nnext", "# title\n"]
-    assert texts_of(tmp_path) == (expected, {})
-    assert texts_of(tmp_path / f"[ad].*{suffix}") == ([*both, *both], {})
-    assert texts_of(tmp_path / f"e.csv{suffix}") == (both, {})
-
-
-def test_bom_crlf_and_a_last_line_without_an_end_are_accepted(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}')
-    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree")
-    (tmp_path / "c.json").write_bytes(b'\xef\xbb\xbf[{"text": "c"}]')
-    (tmp_path / "d.csv").write_bytes(b"\xef\xbb\xbftext\r\nd\r\n")
-    assert texts_of(tmp_path) == (["a", "b", "one\ntwo\nthree", "c", "d"], {})
-
-
-BAD_ROWS = [
-    (b"[1, 2]", "not-an-object"),
-    (b'"text"', "not-an-object"),
-    (b'{"title": "x"}', "missing-text"),
-    (b'{"text": null}', "not-a-string"),
-    (b'{"text": 3}', "not-a-string"),
-    (b'{"text": ["a"]}', "not-a-string"),
-    (b'{"text": "\\ud800"}', "bad-unicode"),
-    (b'{"text": "a", "score": NaN}', "not-a-number"),
-    (b'{"text": "a"', "not-json"),
-    (b'{"text": "a"} x', "not-json"),
-    (b'{"text": "\xff"}', "not-utf-8"),
-    (b"[" * 100_000, "too-deep"),
-    (b'{"text": "' + b"a" * (17 << 20) + b'"}', "line-over-16-MiB"),
-    (b"9" * 5000, "not-json"),
-]
-
-
-def test_bad_rows_are_counted_by_reason_and_passed_over(tmp_path):
-    path = tmp_path / "in.jsonl"
-    lines = [b'{"text": "first"}']
-    for row, _ in BAD_ROWS:
-        lines += [row, b'{"text": "good"}']
-    path.write_bytes(b"\n".join(lines))
-    expected = Counter(reason for _, reason in BAD_ROWS)
-    assert texts_of(path) == (["first", *["good"] * len(BAD_ROWS)], dict(expected))
-
-
-def test_bad_elements_of_a_json_list(tmp_path):
-    good = '{"text": "good"}'
-    (tmp_path / "a.json").write_text(
-        f'[{good}, 3, {{"text": "x", "n": NaN}}, {{"text": "\\ud800"}}, {good}, {good}'
-    )
-    documents, bad = texts_of(tmp_path / "a.json")
-    assert documents == ["good"] * 3
-    assert bad == {"not-an-object": 1, "not-a-number": 1, "bad-unicode": 1, "not-json": 1}
-    (tmp_path / "b.json").write_text(
-        "[" + ",".join(f'{{"text": "{n} {"x" * 999}"}}' for n in range(500)) + "]"
-    )
-    assert [text.split()[0] for text in texts_of(tmp_path / "b.json")[0]] == [str(n) for n in range(500)]
-    (tmp_path / "c.json").write_text("[" * 100_000)
-    assert texts_of(tmp_path / "c.json") == ([], {"too-deep": 1})
-
-
-@given(
-    st.binary(max_size=60),
-    st.sampled_from(["x.jsonl", "x.json", "x.csv", "x.txt", "x.jsonl.gz", "wiki.x.raw"]),
-)
-@settings(max_examples=300, deadline=None)
-def test_no_bytes_crash_a_reader(tmp_path_factory, data, name):  # Z1
-    path = tmp_path_factory.mktemp("fuzz") / name
-    path.write_bytes(data)
-    with contextlib.suppress(UserError):
-        assert all(isinstance(text, str) for text in texts_of(path)[0])
-
-
-def test_the_text_column_is_found_or_named_or_asked_for(tmp_path):
-    write = (tmp_path / "in.jsonl").write_text
-    write('{"id": "7", "content": "a"}\n')
-    assert texts_of(tmp_path / "in.jsonl")[0] == ["a"]
-    write('{"n": 7, "verse": "a"}\n')
-    assert texts_of(tmp_path / "in.jsonl")[0] == ["a"]
-    write('{"left": "a", "right": "b"}\n')
-    assert texts_of(tmp_path / "in.jsonl", text_column="right")[0] == ["b"]
-    with pytest.raises(UserError, match="no column that is surely the text among left, right; name it with"):
-        texts_of(tmp_path / "in.jsonl")
-    with pytest.raises(UserError, match="no column 'middle' among left, right"):
-        texts_of(tmp_path / "in.jsonl", text_column="middle")
-
-
-def test_a_decompression_bomb_is_refused(tmp_path):
-    with gzip.open(tmp_path / "bomb.txt.gz", "wb", compresslevel=1) as file:
-        for _ in range(70):
-            file.write(b" " * (1 << 20) + b"\n")
-    with pytest.raises(UserError, match="decompresses to over 67,108,864 bytes"):
-        texts_of(tmp_path / "bomb.txt.gz")
-    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 10_000)[:-20])
-    documents, bad = texts_of(tmp_path / "cut.jsonl.gz")
-    assert set(documents) == {"a"}
-    assert bad == {"damaged-file": 1}
-
-
-def test_long_plain_text_is_cut_at_paragraphs_and_nothing_is_lost(tmp_path):
-    book = "".join(f"{prose(n)}\n\n" for n in range(60))
-    (tmp_path / "book.txt").write_text(book)
-    documents, _ = texts_of(tmp_path / "book.txt", max_length=2000)
-    assert "".join(documents) == book
-    assert max(map(len, documents)) <= 2000
-    assert all(document.startswith("Story") for document in documents)
-
-
-WIKITEXT = """
- = First article =
-
- Its first paragraph .
- = = A section = =
-
- Its second paragraph .
-
- = Second article =
-
- Other text .
-"""
-ARTICLES = [
-    "= First article =\n\nIts first paragraph .\n= = A section = =\n\nIts second paragraph .",
-    "= Second article =\n\nOther text .",
-]
-
-
-def test_wikitext_lines_become_articles(tmp_path):  # trap B10
-    (tmp_path / "wiki.train.raw").write_text(WIKITEXT)
-    assert [text.strip("\n") for text in texts_of(tmp_path / "wiki.train.raw")[0] if text.strip()] == ARTICLES
-
-
-def test_hub_datasets_are_streamed_by_their_real_names(tmp_path, monkeypatch):  # traps B8, B9, B10
-    calls = []
-
-    def load_dataset(*arguments, **settings):
-        calls.append((arguments, settings))
-        return ({"text": line + "\n"} for line in WIKITEXT.split("\n"))
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    names = {
-        "demo_tiny": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
-        "wikitext103": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
-        "openwebtext": ("Skylion007/openwebtext", None),
-        "wikipedia_en": ("wikimedia/wikipedia", "20231101.en"),
-    }
-    for name, arguments in names.items():
-        tally = Tally()
-        documents = [text for _, text in read_documents(configure(DataConfig, [str(preset(name))]), tally)]
-        assert calls.pop() == (arguments, {"split": "train", "streaming": True})
-        if "wikitext" in arguments[0]:
-            assert [text.strip("\n") for text in documents if text.strip()] == ARTICLES
-    texts_of("hf:a/b:c:test")
-    assert calls.pop() == (("a/b", "c"), {"split": "test", "streaming": True})
-
-
-def test_the_hub_absent_or_out_of_reach_is_one_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="pip install datasets"):
-        texts_of("hf:a/b")
-
-    def offline(*arguments, **settings):
-        raise ConnectionError("no route\nto host")
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=offline))
-    with pytest.raises(
-        UserError, match=r"hf:a/b: cannot be read \(ConnectionError: no route\); check the name"
-    ):
-        texts_of("hf:a/b")
-
-
-def test_docstrings_come_by_module_and_class_in_a_fixed_order(tmp_path):
-    package = tmp_path / "pkg"
-    (package / "tests").mkdir(parents=True)
-    (package / "tests" / "t.py").write_text('"""not this"""')
-    (package / "broken.py").write_text('"""x""" (')
-    (package / "__init__.py").write_text('"""About pkg."""\ndef f():\n    """Does f."""\n')
-    (package / "m.py").write_text(
-        'class A:\n    """An A."""\n    def g(self):\n        """Does g.\n\n        Well."""\n'
-    )
-    documents, bad = texts_of(f"docstrings:{tmp_path}")
-    assert documents == [
-        "pkg\n\nAbout pkg.\n\nf\n\nDoes f.\n\n",
-        "pkg.m.A\n\nAn A.\n\ng\n\nDoes g.\n\nWell.\n\n",
-    ]
-    assert bad == {"unreadable-module": 1}
-
-
-def test_this_python_documents_itself():
-    documents = itertools.islice(read_documents(DataConfig(), Tally()), 40)
-    assert all(english_score(text) > 0.5 for _, text in documents if len(text) > 500)
-
-
 # --- Preparing: the command line, and the kill --------------------------------------------------------------
 
 
@@ -900,7 +675,7 @@ def test_this_python_documents_itself():
         ("binary.txt", b"plain so far" + b"\xff\xfe\x00", "byte 0xff at offset 12: not UTF-8"),
         ("bad.jsonl", b"{}\n3\n", "0 usable documents: 1 missing-text"),
         ("short.txt", b"hello", "1 too-short"),
-        ("x.parquet", b"PAR1", ".parquet files are not read"),
+        ("x.zip", b"PK", ".zip files are not read"),
         ("one.txt", prose(1).encode(), "vocab_size 32768 is too large"),
         ("", b"", "not found"),
     ],
@@ -914,11 +689,6 @@ def test_unusable_input_is_one_line_and_exit_2(tmp_path, name, content, message)
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert not list(tmp_path.glob("*out*"))
-
-
-def test_a_folder_without_text_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"holds no file that ends in \.txt"):
-        texts_of(tmp_path)
 
 
 def test_kill_9_leaves_no_dataset_and_the_next_run_gives_the_same_bytes(tmp_path):  # K8
@@ -966,6 +736,3 @@ def test_real_corpora(tmp_path):
     splits, stats = prepare_dataset(raw, tmp_path / "wiki", vocab_size=4096, max_length=300_000)
     assert stats["documents"]["read"] in (60, 61)  # 60 articles, and the blank line before the first
     assert all(text.startswith("= ") for text in every(splits))
-    documents, bad = texts_of(SHARED / "corpora" / "c4_demo.jsonl.gz")
-    assert len(documents) > 100
-    assert not bad

@@ -18,11 +18,12 @@ from engine import (
     draw,
     generate,
     keep,
+    open_model,
     pick,
     score,
     uniforms,
 )
-from model import Llama, ModelConfig
+from model import Llama, ModelConfig, save_model
 
 BASE = ModelConfig(
     n_layer=2,
@@ -335,6 +336,43 @@ def test_draws_follow_the_distribution():
     assert tokens == expected[:2000].tolist()
     share = expected.bincount(minlength=4) / count
     torch.testing.assert_close(share, FOUR.exp(), atol=0.015, rtol=0)  # 4 standard deviations
+
+
+# ---- what is never written
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int8", "bf16"])
+@pytest.mark.parametrize("template", ["chatml", None])
+def test_of_control_ids_only_ends_are_written(tmp_path, tiny_tokenizer, dtype, template):
+    """Everywhere the likeliest id is a control id: of two opposite rows of the head one has a large logit."""
+    source = build(replace(BASE, tie_word_embeddings=False))
+    with torch.no_grad():
+        rows = 9 * torch.randn(3, 32)
+        source.lm_head.weight[[0, 3, 1, 4, 5]] = torch.cat(
+            [rows[:1], -rows[:1], rows[1:2], -rows[1:2], rows[2:]]
+        )
+    save_model(source, tmp_path)
+    tiny_tokenizer.save(tmp_path, BASE.sequence_length, template)
+    model = open_model(tmp_path, "cpu", dtype)[0]
+    never = {0, 1, 3, 4} if template else {0, 1, 3, 4, 5}
+    settings = [
+        GREEDY,
+        PLAIN,
+        EVERY_RULE,
+        replace(GREEDY, repetition_penalty=3.0),
+        replace(PLAIN, temperature=99),
+    ]
+    for graphs in (False, True):
+        asked = [Request(PROMPTS[1], 30, one, top_logprobs=1) for one in settings]
+        list(generate(model, asked, Engine(model, len(asked), graphs=graphs)))
+        assert not never & {id for request in asked for id in request.ids}
+        assert {top[0][0] for request in asked for _, top in request.logprobs} & never  # the model's own
+    exact = exact_log_probs(model, PROMPTS[1] + asked[0].ids)[len(PROMPTS[1]) - 1 :]
+    exact[:, list(never)] = -torch.inf
+    if dtype == "fp32":
+        assert asked[0].ids == exact.argmax(dim=-1).tolist()
+    model.unwritten = None
+    assert never & set(answer(model, PROMPTS[1], GREEDY, 30))  # else this test could not fail
 
 
 # ---- log-probabilities

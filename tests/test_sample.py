@@ -10,7 +10,7 @@ import pytest
 import sample
 from configurator import UserError, configure
 from engine import Sampling, open_model
-from model import load_model, save_model
+from model import save_model
 from sample import SampleConfig
 from tests.test_engine import BASE, GREEDY, answer, build
 
@@ -52,7 +52,7 @@ def runs(folder):
 def expected_text(folder, tokenizer, seed):
     prompt = [tokenizer.bos_id, *tokenizer.encode("Why?  the  dog")]
     sampling = Sampling(temperature=1.5, top_k=0, seed=seed)
-    return tokenizer.decode(answer(load_model(folder), prompt, sampling, 8, stop_ids={tokenizer.eos_id}))
+    return tokenizer.decode(answer(open_model(folder)[0], prompt, sampling, 8, stop_ids={tokenizer.eos_id}))
 
 
 def test_the_response_is_all_that_is_printed(runs, folder, tiny_tokenizer):
@@ -70,7 +70,7 @@ def test_two_samples_are_printed_in_order(runs, folder, tiny_tokenizer):
 
 def test_an_empty_prompt_begins_a_document(folder, tiny_tokenizer, capsys):
     sample.main(configure(SampleConfig, [f"--model_path={folder}", "--max_new_tokens=3", "--temperature=0"]))
-    ids = answer(load_model(folder), [1], GREEDY, 3, stop_ids={tiny_tokenizer.eos_id})
+    ids = answer(open_model(folder)[0], [1], GREEDY, 3, stop_ids={tiny_tokenizer.eos_id})
     assert capsys.readouterr().out == tiny_tokenizer.decode(ids) + "\n"
 
 

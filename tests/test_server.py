@@ -129,6 +129,9 @@ def test_a_stream_is_the_answer_in_pieces(chatty):
         "/v1/chat/completions", fields | {"stream_options": {"include_usage": True}}
     )
     assert (last["choices"], last["usage"]) == ([], whole["usage"])
+    assert {repr(event.get("usage", "none")) for event in events} == {
+        "None"
+    }  # null but in the last, as OpenAI's
     for choice in whole["choices"]:
         mine = [e["choices"][0] for e in events if e["choices"][0]["index"] == choice["index"]]
         assert mine[0]["delta"] == {"role": "assistant", "content": ""}
@@ -172,6 +175,12 @@ def test_models_and_health(chatty, others):
         "chatml",
     )
     assert card["settings"]["temperature"] == {"min": 0, "max": 100, "default": 0.8}
+    for name, limits in card["settings"].items():
+        for bound in ("min", "max"):  # both are values that may be sent
+            fields = {"messages": HELLO, "max_tokens": 1} | {
+                name: limits[bound] if name != "max_tokens" else 1
+            }
+            assert chatty.ask("/v1/chat/completions", fields)[0] == 200, (name, bound)
     assert chatty.get("/v1/models/chatty").json == card
     assert chatty.get("/health").json == {"status": "ok", "model": "chatty", "context_length": 128}
     assert others["plain"].ready().get("/health").json["model"] == "plain"  # final/ says nothing
@@ -657,14 +666,15 @@ def test_streams_end_properly_when_the_server_stops(forks, tmp_path, tiny_tokeni
         begun = [sock.recv(1 << 16) for sock in served]
         waits = stack.enter_context(one.connect(ask))
         one.until(lambda: one.metric("queue_length") == 1)
+        waits = [waits, *(stack.enter_context(one.connect(ask)) for _ in range(20))]  # not yet accepted, some
         one.signal(number)
         texts = [part.decode() + read_all(sock).decode() for part, sock in zip(begun, served)]
-        refused = parse(read_all(waits))
+        refused = [parse(read_all(sock)) for sock in waits]
     for text in texts:
         *_, last, done, nothing = text.split("\n\n")
         assert (done, nothing) == ("data: [DONE]", "")
         assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "shutdown"
-    assert (refused.status, refused.json["error"]["code"]) == (503, "stopping")
+    assert {(answer.status, answer.json["error"]["code"]) for answer in refused} == {(503, "stopping")}
     assert one.wait() == [0]
     with pytest.raises(ConnectionRefusedError):
         one.connect()

@@ -615,6 +615,24 @@ def talk(sock):
         sock.sendall(bytes(8 << 20))
 
 
+def test_gone_beyond_what_select_can_count(pair):
+    """select.select knows descriptors below 1,024."""
+    resource, fcntl = map(pytest.importorskip, ("resource", "fcntl"))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if before[1] != resource.RLIM_INFINITY and before[1] < 2048:
+        pytest.skip("so many files may not be open here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0], 2048), before[1]))
+    wire, client = pair
+    try:
+        with socket.socket(fileno=fcntl.fcntl(wire.sock.fileno(), fcntl.F_DUPFD, 1500)) as high:
+            wire = Wire(high)
+            assert not wire.gone()
+            client.close()
+            wait_until(wire.gone)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
 def test_gone_when_closed_on_our_side(pair):
     pair[0].sock.close()
     assert pair[0].gone()
