@@ -245,11 +245,11 @@ def from_text(text, knob, flag):
         return None
     if knob.choices:
         return next((choice for choice in knob.choices if str(choice) == text), text)
-    if knob.base is tuple and knob.item.base not in (list, dict):
+    if knob.base is tuple:
         return [from_text(part, knob.item, flag) for part in text.split(",")] if text else []
     if knob.base is bool:
         return {"true": True, "false": False}.get(text.lower(), text)
-    if knob.base in (tuple, list, dict):
+    if knob.base in (list, dict):
         return parse_json(text, flag)
     for number in (int, float) if knob.base in (int, float) else ():
         with suppress(ValueError):

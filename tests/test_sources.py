@@ -1,0 +1,995 @@
+"""sources.py and formats.py: every kind of file gives its documents, and no hostile one a traceback."""
+
+import bz2
+import contextlib
+import csv
+import gzip
+import io
+import json
+import lzma
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tracemalloc
+from collections import Counter
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configurator import UserError, configure
+from formats import MAX_LINE, gap_of, page_text, rows
+from sources import Tally, input_bytes, input_files, peek, read_documents
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a reader asks of a configuration."""
+
+    input_path: str = "docstrings:"
+    input_config: str = ""
+    text_column: str = ""
+    licence: str = ""
+    max_length: int = 10000
+    mixture: list | None = None
+
+
+def read(path="docstrings:", **settings):
+    """(documents, tally) of a source."""
+    tally = Tally()
+    documents = [text for _, text in read_documents(Config(str(path), **settings), tally)]
+    return documents, tally
+
+
+def texts_of(path, **settings):
+    """(documents, reasons for what was not read) of a source."""
+    documents, tally = read(path, **settings)
+    return documents, {reason: count for _, reason, count, _ in tally.reasons()}
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+# --- Every kind of file -------------------------------------------------------------------------------------
+
+
+def zstd(data):
+    package = pytest.importorskip("zstandard")
+    return package.ZstdCompressor(write_checksum=True).compress(data)
+
+
+PACKERS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+ROWS = [{"id": 1, "text": "one\nparagraph"}, {"id": 2, "text": "two, \u00fc"}]
+BOTH = [row["text"] for row in ROWS]
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_every_local_format(tmp_path, suffix):
+    files = {
+        "a.jsonl": "".join(json.dumps(row) + "\n" for row in ROWS),
+        "b.json": json.dumps(ROWS, indent=2),
+        "c.json": json.dumps(ROWS[0], indent=2),
+        "d.json": "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS),
+        "e.csv": 'id,text\n1,"one\nparagraph"\n2,"two, \u00fc"\n',
+        "f.txt": "one\nparagraph\n\nnext",
+        "g.md": "# title\n",
+        "h.tsv": 'id\ttext\n1\t"one\nparagraph"\n2\ttwo, \u00fc\n',
+        "i.html": "<title>A</title><p>b &amp; c",
+    }
+    for name, text in files.items():
+        (tmp_path / (name + suffix)).write_bytes(PACKERS[suffix](text.encode()))
+    (tmp_path / "ignored.png").write_bytes(b"\x89PNG")
+    expected = [
+        *BOTH,
+        *BOTH,
+        BOTH[0],
+        *BOTH,
+        *BOTH,
+        "one\nparagraph\n\nnext",
+        "# title\n",
+        *BOTH,
+        "A\n\nb & c",
+    ]
+    assert texts_of(tmp_path) == (expected, {})
+    assert texts_of(tmp_path / f"[ad].*{suffix}") == ([*BOTH, *BOTH], {})
+    assert texts_of(tmp_path / f"e.csv{suffix}") == (BOTH, {})
+
+
+@pytest.mark.parametrize("suffix", ["", ".GZ"])
+def test_suffixes_are_read_whatever_their_case(tmp_path, suffix):
+    pack = gzip.compress if suffix else bytes
+    (tmp_path / f"A.JSONL{suffix}").write_bytes(pack(b'{"text": "a"}\n'))
+    assert texts_of(tmp_path) == (["a"], {})
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_several_members_are_one_file_and_a_cut_one_gives_what_it_has(tmp_path, suffix):
+    noise = random.Random(0)
+    lines = [json.dumps({"text": f"{n} {noise.getrandbits(4000):x}"}) + "\n" for n in range(2000)]
+    parts = [PACKERS[suffix]("".join(lines[start : start + 1000]).encode()) for start in (0, 1000)]
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(b"".join(parts))
+    assert texts_of(tmp_path) == ([json.loads(line)["text"] for line in lines], {})
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(b"".join(parts)[:-1000])
+    documents, bad = texts_of(tmp_path)
+    assert bad == {"damaged-file": 1}
+    assert [text.split()[0] for text in documents] == [str(n) for n in range(len(documents))]
+    assert 1000 <= len(documents) < 2000
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(parts[0][:5000] + b"\0" * 100 + parts[0][5100:])
+    assert texts_of(tmp_path)[1]["damaged-file"] == 1
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(b"")
+    assert not texts_of(tmp_path)[0]
+
+
+@pytest.mark.skipif(not shutil.which("zstd"), reason="needs the command zstd")
+def test_files_of_the_zstd_command_are_read(tmp_path):
+    pytest.importorskip("zstandard")
+    write_jsonl(tmp_path / "a.jsonl", [f"document {n} " * 50 for n in range(5000)])
+    expected = texts_of(tmp_path / "a.jsonl")
+    for options in (["-1"], ["-19", "--long=31"], ["-3", "--rsyncable", "-T2"]):
+        command = [
+            "zstd",
+            "-q",
+            "-f",
+            *options,
+            str(tmp_path / "a.jsonl"),
+            "-o",
+            str(tmp_path / "a.jsonl.zst"),
+        ]
+        subprocess.run(command, check=True)
+        assert texts_of(tmp_path / "a.jsonl.zst") == expected
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_a_decompression_bomb_is_refused(tmp_path, suffix):
+    (tmp_path / f"bomb.txt{suffix}").write_bytes(PACKERS[suffix]((b" " * (1 << 20) + b"\n") * 66))
+    with pytest.raises(UserError, match="decompresses to over 67,108,864 bytes"):
+        texts_of(tmp_path)
+
+
+def test_bom_crlf_and_a_last_line_without_an_end_are_accepted(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}')
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree")
+    (tmp_path / "c.json").write_bytes(b'\xef\xbb\xbf[{"text": "c"}]')
+    (tmp_path / "d.csv").write_bytes(b"\xef\xbb\xbftext\r\nd\r\n")
+    assert texts_of(tmp_path) == (["a", "b", "one\ntwo\nthree", "c", "d"], {})
+
+
+def test_carriage_returns_alone_are_line_ends(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"id,text\r1,one\r2,two\r")
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "a"}\r{"text": "b"}\r')
+    (tmp_path / "c.txt").write_bytes(b"a line of words\r" * 1_100_000)  # over MAX_LINE, were it one line
+    documents, bad = texts_of(tmp_path, max_length=1 << 20)
+    assert documents[:4] == ["one", "two", "a", "b"]
+    assert "".join(documents[4:]) == "a line of words\n" * 1_100_000
+    assert bad == {}
+
+
+def test_long_plain_text_is_cut_at_paragraphs_and_nothing_is_lost(tmp_path):
+    book = "".join(f"Story {n}. {'Words of a paragraph. ' * 20}\n\n" for n in range(60))
+    (tmp_path / "book.txt").write_text(book)
+    documents, _ = texts_of(tmp_path / "book.txt", max_length=2000)
+    assert "".join(documents) == book
+    assert max(map(len, documents)) <= 2000
+    assert all(document.startswith("Story") for document in documents)
+
+
+# --- Tables -------------------------------------------------------------------------------------------------
+
+
+def write_table(path, columns, **settings):
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table(columns)
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(table, path, **settings)
+    else:
+        import pyarrow.ipc
+
+        make = pyarrow.ipc.new_stream if settings.get("stream") else pyarrow.ipc.new_file
+        with pyarrow.OSFile(str(path), "wb") as sink, make(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=3)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("a.parquet", {"row_group_size": 3}),
+        ("a.parquet", {"compression": "gzip", "use_dictionary": False}),
+        ("a.arrow", {}),
+        ("a.arrow", {"stream": True}),
+    ],
+)
+def test_tables_give_their_text_column(tmp_path, name, options):
+    texts = [f"document {n} \u00fc" for n in range(200)]
+    columns = {"id": range(200), "text": [*texts[:-1], None], "meta": [{"a": n} for n in range(200)]}
+    path = write_table(tmp_path / name, columns, **options)
+    documents, tally = read(path)
+    assert documents == texts[:-1]
+    assert {reason: count for _, reason, count, _ in tally.reasons()} == {"not-a-string": 1}
+    assert tally.read_bytes == path.stat().st_size
+    whole = [row for _, row in rows(path, Tally())]
+    assert whole == [{key: values[n] for key, values in columns.items()} for n in range(200)]
+
+
+def test_a_table_without_a_text_column_names_its_columns(tmp_path):
+    path = write_table(tmp_path / "a.parquet", {"n": [1], "text": [{"en": "nested"}], "verse": ["v"]})
+    with pytest.raises(UserError, match="no column 'words' among n, text, verse; name it with --text_column"):
+        texts_of(path, text_column="words")
+    assert texts_of(path, text_column="verse") == (["v"], {})
+    assert texts_of(path) == (["v"], {})  # the only one of text
+    for column in ("text", "n"):
+        with pytest.raises(UserError, match=f"a.parquet: no column '{column}' of text among n, text, verse"):
+            texts_of(path, text_column=column)
+
+
+def test_a_bad_value_or_a_damaged_table_is_counted(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    values = [b"good", b"bad \xff", b"good"] * 50
+    column = pyarrow.array(values, pyarrow.binary()).view(pyarrow.string())
+    path = write_table(tmp_path / "a.parquet", {"text": column})
+    assert texts_of(path) == (["good"] * 100, {"not-utf-8": 50})
+    data = path.read_bytes()
+    for damaged in (data[:-20], data[:30] + b"\xff" * 60 + data[90:], b"PAR1", b""):
+        path.write_bytes(damaged)
+        assert texts_of(path)[1].get("damaged-file") == 1
+
+
+def test_tables_are_read_in_bounded_memory_and_unfold_to_no_bomb(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    word = "x" * 1_000_000
+    path = write_table(tmp_path / "a.parquet", {"text": pyarrow.array([word] * 500).dictionary_encode()})
+    assert path.stat().st_size < 3_000_000
+    with pytest.raises(UserError, match="decompresses to over"):
+        texts_of(path)
+    path = write_table(tmp_path / "b.parquet", {"text": [f"{n} " * 5000 for n in range(4000)]})
+    before, count = pyarrow.total_allocated_bytes(), 0
+    for _ in read_documents(Config(str(path)), Tally()):
+        count += 1
+        assert pyarrow.total_allocated_bytes() - before < 64 << 20
+    assert count == 4000
+
+
+# --- Rows ---------------------------------------------------------------------------------------------------
+
+BAD_ROWS = [
+    (b"[1, 2]", "not-an-object"),
+    (b'"text"', "not-an-object"),
+    (b'{"title": "x"}', "missing-text"),
+    (b'{"text": null}', "not-a-string"),
+    (b'{"text": 3}', "not-a-string"),
+    (b'{"text": ["a"]}', "not-a-string"),
+    (b'{"text": "\\ud800"}', "bad-unicode"),
+    (b'{"text": "a", "score": NaN}', "not-a-number"),
+    (b'{"text": "a"', "not-json"),
+    (b'{"text": "a"} x', "not-json"),
+    (b'{"text": "\xff"}', "not-utf-8"),
+    (b"[" * 100_000, "too-deep"),
+    (b'{"text": "' + b"a" * (17 << 20) + b'"}', "line-over-16-MiB"),
+    (b"9" * 5000, "not-json"),
+]
+
+
+def test_bad_rows_are_counted_by_reason_and_passed_over(tmp_path):
+    path = tmp_path / "in.jsonl"
+    lines = [b'{"text": "first"}']
+    for row, _ in BAD_ROWS:
+        lines += [row, b'{"text": "good"}']
+    path.write_bytes(b"\n".join(lines))
+    expected = Counter(reason for _, reason in BAD_ROWS)
+    assert texts_of(path) == (["first", *["good"] * len(BAD_ROWS)], dict(expected))
+
+
+def test_bad_elements_of_a_json_list(tmp_path):
+    good = '{"text": "good"}'
+    (tmp_path / "a.json").write_text(
+        f'[{good}, 3, {{"text": "x", "n": NaN}}, {{"text": "\\ud800"}}, {good}, {good}'
+    )
+    documents, bad = texts_of(tmp_path / "a.json")
+    assert documents == ["good"] * 3
+    assert bad == {"not-an-object": 1, "not-a-number": 1, "bad-unicode": 1, "not-json": 1}
+    (tmp_path / "b.json").write_text(
+        "[" + ",".join(f'{{"text": "{n} {"x" * 999}"}}' for n in range(500)) + "]"
+    )
+    assert [text.split()[0] for text in texts_of(tmp_path / "b.json")[0]] == [str(n) for n in range(500)]
+    (tmp_path / "c.json").write_text("[" * 100_000)
+    assert texts_of(tmp_path / "c.json") == ([], {"too-deep": 1})
+
+
+NAMES = "x.jsonl x.json x.csv x.tsv x.txt x.html wiki.x.raw x.parquet x.arrow "
+NAMES += "x.jsonl.gz x.txt.bz2 x.txt.xz x.txt.zst"
+DAMAGED = [".gz", ".bz2", ".xz", *([".zst"] if find_spec("zstandard") else [])]
+DAMAGED += [".parquet", ".arrow"] if find_spec("pyarrow") else []
+
+
+@given(st.binary(max_size=60), st.sampled_from(NAMES.split()))
+@settings(max_examples=400, deadline=None)
+def test_no_bytes_crash_a_reader(tmp_path_factory, data, name):  # Z1
+    path = tmp_path_factory.mktemp("fuzz") / name
+    path.write_bytes(data)
+    with contextlib.suppress(UserError):
+        documents, tally = read(path)
+        assert all(text.encode().decode() == text for text in documents)
+        assert tally.read_bytes == len(data)
+        json.dumps(tally.state()).encode()
+
+
+@given(st.data(), st.sampled_from(DAMAGED))
+@settings(max_examples=150, deadline=None)
+def test_no_damage_crashes_a_reader(tmp_path_factory, draws, suffix):
+    folder = tmp_path_factory.mktemp("fuzz")
+    if suffix in PACKERS:
+        path = folder / f"a.jsonl{suffix}"
+        path.write_bytes(PACKERS[suffix](b"".join(b'{"text": "row %d"}\n' % n for n in range(50))))
+    else:
+        path = write_table(folder / f"a{suffix}", {"text": [f"row {n}" for n in range(50)]})
+    data = bytearray(path.read_bytes())
+    for _ in range(draws.draw(st.integers(1, 3))):
+        data[draws.draw(st.integers(0, len(data) - 1))] = draws.draw(st.integers(0, 255))
+    path.write_bytes(data[: draws.draw(st.integers(0, len(data)))])
+    with contextlib.suppress(UserError):
+        assert len(read(path)[0]) <= 50
+
+
+def test_the_text_column_is_found_or_named_or_asked_for(tmp_path):
+    write = (tmp_path / "in.jsonl").write_text
+    write('{"id": "7", "content": "a"}\n')
+    assert texts_of(tmp_path / "in.jsonl")[0] == ["a"]
+    write('{"n": 7, "verse": "a"}\n')
+    assert texts_of(tmp_path / "in.jsonl")[0] == ["a"]
+    write('{"left": "a", "right": "b"}\n')
+    assert texts_of(tmp_path / "in.jsonl", text_column="right")[0] == ["b"]
+    with pytest.raises(UserError, match="no column that is surely the text among left, right; name it with"):
+        texts_of(tmp_path / "in.jsonl")
+    with pytest.raises(UserError, match="no column 'middle' among left, right"):
+        texts_of(tmp_path / "in.jsonl", text_column="middle")
+
+
+def test_an_odd_first_row_or_file_decides_nothing(tmp_path):
+    (tmp_path / "b.jsonl").write_text('{"comment": "made by hand"}\n{"id": 1, "text": "a"}\n')
+    assert texts_of(tmp_path) == (["a"], {"missing-text": 1})
+    (tmp_path / "a.json").write_text('{"version": "3", "name": "not data"}')
+    assert texts_of(tmp_path) == (["a"], {"missing-text": 1, "no-text-column": 1})
+    (tmp_path / "b.jsonl").unlink()
+    with pytest.raises(UserError, match=r"a.json: no column that is surely the text among version, name"):
+        texts_of(tmp_path)
+
+
+# --- Encodings ----------------------------------------------------------------------------------------------
+
+WESTERN = "\u201cCaf\u00e9s\u201d \u2013 the na\u00efve man\u2019s fa\u00e7ade \u2014 cost \u20ac5.\n"
+RUSSIAN = (
+    "\u0412\u0441\u0435 \u043b\u044e\u0434\u0438 \u0440\u043e\u0436\u0434\u0430\u044e\u0442\u0441\u044f.\n"
+)
+JAPANESE = "\u3059\u3079\u3066\u306e\u4eba\u9593\u306f\u3001\u751f\u307e\u308c\u306a\u304c\u3089\u306b.\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-32-le"])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_byte_order_mark_is_believed(tmp_path, encoding, suffix):
+    def encoded(text):
+        return PACKERS[suffix](
+            ("" if encoding in ("utf-16", "utf-32") else "\ufeff").encode(encoding) + text.encode(encoding)
+        )
+
+    text = (WESTERN + RUSSIAN + "\u0a0a\u0d0a \U0001f600\n") * 3000
+    (tmp_path / f"a.txt{suffix}").write_bytes(encoded(text))
+    (tmp_path / f"b.jsonl{suffix}").write_bytes(encoded(json.dumps({"text": RUSSIAN}, ensure_ascii=False)))
+    (tmp_path / f"c.csv{suffix}").write_bytes(encoded(f'id,text\r\n1,"{JAPANESE}"\r\n'))
+    documents, bad = texts_of(tmp_path)
+    assert "".join(documents[:-2]) == text
+    assert (documents[-2:], bad) == ([RUSSIAN, JAPANESE], {})
+    (tmp_path / f"a.txt{suffix}").write_bytes(encoded("one") + (b"" if suffix else b"\x00"))
+    if not suffix:
+        assert texts_of(tmp_path / "a.txt")[1] == {"damaged-file": 1}
+
+
+def test_western_text_keeps_its_letters_and_says_so(tmp_path):
+    plain = "A line of plain letters.\n"
+    (tmp_path / "a.txt").write_bytes(plain.encode() + (WESTERN + plain).encode("cp1252") * 50)
+    documents, tally = read(tmp_path / "a.txt")
+    assert "".join(documents) == plain + (WESTERN + plain) * 50
+    assert tally.notes["decoded-as-cp1252"]["count"] == 50
+    assert "a.txt line 2: byte 0x93 at offset 25" in tally.notes["decoded-as-cp1252"]["examples"][0]
+    assert list(tally.reasons()) == []
+    (tmp_path / "a.txt").write_bytes(WESTERN.encode() * 9 + b"It\x92s " + WESTERN.encode())
+    assert "".join(texts_of(tmp_path / "a.txt")[0]) == WESTERN * 9 + "It\u2019s " + WESTERN
+    (tmp_path / "a.csv").write_bytes(f"id,text\n1,{WESTERN}".encode("cp1252"))
+    assert texts_of(tmp_path / "a.csv")[0] == [WESTERN.strip("\n")]
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        (RUSSIAN, "koi8-r"),
+        (RUSSIAN, "cp1251"),
+        (JAPANESE, "euc-jp"),
+        (JAPANESE, "shift-jis"),
+        ("\u4eba\u4eba\u751f\u800c\u81ea\u7531.\n", "gb2312"),
+        (
+            "\u038c\u03bb\u03bf\u03b9 \u03bf\u03b9 \u03ac\u03bd\u03b8\u03c1\u03c9\u03c0\u03bf\u03b9.\n",
+            "iso8859-7",
+        ),
+    ],
+)
+def test_other_encodings_are_dropped_and_counted_not_turned_to_soup(tmp_path, text, encoding):
+    (tmp_path / "a.txt").write_bytes(b"Title\n" + text.encode(encoding) * 40 + b"plain\n")
+    documents, tally = read(tmp_path / "a.txt")
+    assert ("".join(documents), tally.notes) == ("Title\n", {})
+    ((_, reason, count, example),) = tally.reasons()
+    assert (reason, count) == ("not-utf-8", 1)
+    assert "at offset 6: not UTF-8; the file is dropped from here on" in example
+
+
+def test_one_damaged_line_costs_one_line(tmp_path):
+    lines = [JAPANESE.encode()] * 100
+    lines[40] = lines[40][:20] + b"\n"
+    (tmp_path / "a.txt").write_bytes(b"".join(lines))
+    assert texts_of(tmp_path / "a.txt") == ([JAPANESE * 99], {"not-utf-8": 1})
+    (tmp_path / "b.txt").write_bytes(b"plain so far\xff\xfe\x00")
+    with pytest.raises(AssertionError, match="byte 0xff at offset 12: not UTF-8"):
+        raise AssertionError(next(read(tmp_path / "b.txt")[1].reasons())[3])
+
+
+DIRTY = SHARED / "dirty" / "files"
+
+
+@pytest.mark.skipif(not DIRTY.is_dir(), reason="needs the shared dirty files")
+def test_the_dirty_files_are_read_as_their_manifest_expects():
+    outcome = {path.name: read(path) for path in sorted(DIRTY.iterdir())}
+    for name, (documents, tally) in outcome.items():
+        raw, text = (DIRTY / name).read_bytes(), "".join(documents)
+        assert "\ufffd" not in text
+        if name.startswith("html_"):
+            assert len(text) > len(raw) / 10
+            assert not any(word in text for word in ("<div", "<script", "function("))
+        elif "Latin1" in name or "cp1252" in name:
+            assert text == raw.decode("cp1252").replace("\r\n", "\n")
+            assert raw.isascii() or tally.notes["decoded-as-cp1252"]["count"]
+        elif any(word in name for word in ("Cyrillic", "Greek", "EUC", "GB2312")):
+            assert [reason for _, reason, *_ in tally.reasons()] == ["not-utf-8"]
+        else:
+            assert text == raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+            assert not tally.bad_rows
+
+
+# --- HTML ---------------------------------------------------------------------------------------------------
+
+PAGE = """<!DOCTYPE html><html><head><title>A &amp; B</title><style>p > a { color: red }</style>
+<script type="text/javascript">if (a < b) document.write("<p>not this</p>");</script></head><body>
+<!-- nor > this --><div class="a > b">One&nbsp;<b>bold</b>
+   line.</div><ul><li>first<li>second</ul><p>2 < 3 &lt;tag&gt; &copy; &#x1F600; &unknown;<br/>next</p>
+<pre>
+def f():
+    return 1
+</pre><table><tr><td>a</td><td>b</td></tr></table><svg><text>icon</text></svg>end</body></html>"""
+TEXT = """A & B
+
+One bold line.
+
+first
+second
+
+2 < 3 <tag> \u00a9 \U0001f600 &unknown;
+next
+
+
+def f():
+    return 1
+
+a b
+
+end"""
+
+
+def test_a_page_becomes_its_text(tmp_path):
+    (tmp_path / "a.htm").write_text(PAGE, encoding="utf-8")
+    assert texts_of(tmp_path) == ([TEXT.replace("\n\n\n", "\n\n")], {})
+    (tmp_path / "a.htm").write_bytes(b"<p>It\x92s caf\xe9 time, said the man.")
+    assert texts_of(tmp_path)[0] == ["It\u2019s caf\u00e9 time, said the man."]
+    (tmp_path / "a.htm").write_bytes(b"<p>" + RUSSIAN.encode("koi8-r"))
+    assert texts_of(tmp_path) == ([], {"not-utf-8": 1})
+    (tmp_path / "a.htm").write_bytes(b"a" * (MAX_LINE + 1))
+    assert texts_of(tmp_path) == ([], {"page-over-16-MiB": 1})
+
+
+class Words(HTMLParser):
+    """The words of a page as the standard library sees them."""
+
+    def __init__(self):
+        super().__init__()
+        self.text, self.unseen = [], 0
+
+    def handle_starttag(self, tag, attributes):
+        self.unseen += tag in ("script", "style", "svg", "template")
+        self.text.append(" " * bool(gap_of(tag)))
+
+    def handle_endtag(self, tag):
+        self.unseen -= tag in ("script", "style", "svg", "template")
+        self.text.append(" " * bool(gap_of(tag)))
+
+    def handle_data(self, data):
+        self.text.append(data * (not self.unseen))
+
+
+@pytest.mark.skipif(not DIRTY.is_dir(), reason="needs the shared dirty files")
+def test_pages_give_the_words_that_html_parser_sees():
+    for path in DIRTY.glob("*.html"):
+        page, parser = path.read_text(encoding="utf-8"), Words()
+        parser.feed(page)
+        parser.close()
+        ours, theirs = page_text(page).split(), "".join(parser.text).split()
+        same = sum((Counter(ours) & Counter(theirs)).values())
+        assert same > 0.995 * max(len(ours), len(theirs))
+
+
+UNITS = (
+    '< <a <!-- <! <? </ </a <a" <a"> <a\' & &# &#9 &amp; <script> <svg> <svg/> <pre> </pre> <p> <td> ]]> = "'
+)
+
+
+@pytest.mark.parametrize("unit", [*UNITS.split(), " ", "\n", "<a b=", "<script></script "])
+def test_a_large_page_of_anything_has_a_text(unit):
+    """Not timed here: a quadratic search would take minutes, which is the alarm."""
+    for end in ("", '">-->'):
+        assert len(page_text(unit * (250_000 // len(unit)) + end)) <= 250_005
+
+
+@given(
+    st.lists(
+        st.sampled_from([*UNITS.split(), "a", " ", ">", "/>", "-->", "\n", "&lt;", "&#55555;", "&#x110000;"])
+    )
+)
+@settings(max_examples=200, deadline=None)
+def test_any_page_has_a_text(parts):
+    text = page_text("".join(parts))
+    text.encode()
+    assert "\n\n\n" not in text
+
+
+# --- WikiText -----------------------------------------------------------------------------------------------
+
+WIKITEXT = """
+ = First article =
+
+ Its first paragraph .
+ = = A section = =
+
+ Its second paragraph .
+
+ = Second article =
+
+ Other text .
+"""
+ARTICLES = [
+    "= First article =\n\nIts first paragraph .\n= = A section = =\n\nIts second paragraph .",
+    "= Second article =\n\nOther text .",
+]
+
+
+def stripped(documents):
+    return [text.strip("\n") for text in documents]
+
+
+def wikitext_rows():
+    """The lines as the hub has them: a row each, a blank one empty, else with a space before its end."""
+    return [f"{line} \n" if line.strip() else "" for line in WIKITEXT.split("\n")[:-1]]
+
+
+def test_wikitext_lines_become_articles(tmp_path):  # trap B10
+    (tmp_path / "wiki.train.raw").write_text(WIKITEXT)
+    (tmp_path / "wiki.valid.tokens").write_text(WIKITEXT)
+    assert stripped(texts_of(tmp_path)[0]) == ARTICLES * 2
+
+
+def test_wikitext_rows_become_articles_across_files_and_others_stay_documents(tmp_path):
+    rows, folder = wikitext_rows(), tmp_path / "wikitext"
+    folder.mkdir()
+    write_table(folder / "train-00000-of-00002.parquet", {"text": rows[:5]})  # ends within an article
+    write_table(folder / "train-00001-of-00002.parquet", {"text": rows[5:]})
+    write_jsonl(folder / "whole.jsonl", [" = Title = \nwith its text", "another", "and another"])
+    expected = [text.replace(" .\n", " . \n").replace(" =\n", " = \n") + " " for text in ARTICLES]
+    documents = stripped(texts_of(folder)[0])
+    assert documents == [*expected, " = Title = \nwith its text", "another", "and another"]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared corpora")
+def test_real_wikitext_is_sixty_articles():
+    documents, bad = texts_of(SHARED / "wikitext2" / "wiki.valid.raw")
+    assert (len(documents), bad) == (60, {})
+    assert all(text.startswith("= ") for text in documents)
+    kept = "".join(documents).split()
+    assert kept == (SHARED / "wikitext2" / "wiki.valid.raw").read_text(encoding="utf-8").split()
+
+
+# --- The hub ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A dataset as the hub has them, in a local folder, which the package streams by the same path."""
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "owner" / "name"
+    for config, texts in {"lines": wikitext_rows(), "pages": [f"page {n}" for n in range(300)]}.items():
+        (folder / config).mkdir(parents=True)
+        write_table(folder / config / "train-0.parquet", {"id": range(len(texts)), "text": texts})
+        write_table(folder / config / "test-0.parquet", {"id": [7], "text": [f"the test split of {config}"]})
+    files = "".join(
+        f"- config_name: {config}\n  data_files:\n"
+        + "".join(f"  - split: {split}\n    path: {config}/{split}-*\n" for split in ("train", "test"))
+        for config in ("lines", "pages")
+    )
+    (folder / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
+    return folder
+
+
+def test_hub_datasets_are_streamed_by_config_and_split(hub):  # traps B8, B9, B10
+    expected = [text.replace(" .\n", " . \n").replace(" =\n", " = \n") + " " for text in ARTICLES]
+    assert stripped(texts_of(f"hf:{hub}", input_config="lines")[0]) == expected
+    assert texts_of(f"hf:{hub}:pages") == ([f"page {n}" for n in range(300)], {})
+    assert texts_of(f"hf:{hub}:pages:test") == (["the test split of pages"], {})
+    with pytest.raises(UserError, match="no column 'words' among id, text"):
+        texts_of(f"hf:{hub}:pages", text_column="words")
+
+
+def test_a_hub_dataset_out_of_reach_or_breaking_off_is_one_line(hub):
+    for path in (f"hf:{hub}-not-there", f"hf:{hub}:other", f"hf:{hub}:pages:validation"):
+        with pytest.raises(UserError, match=r"cannot be read \(.*; check the name and the network") as caught:
+            texts_of(path)
+        assert "\n" not in str(caught.value)
+    good = (hub / "pages" / "train-0.parquet").read_bytes()
+    (hub / "pages" / "train-1.parquet").write_bytes(good[:400] + b"\0" * 400 + good[800:])
+    with pytest.raises(UserError, match=r":pages: broke off after 300 rows \("):
+        texts_of(f"hf:{hub}:pages")
+    with pytest.raises(UserError, match="names no dataset; write hf:owner/name"):
+        texts_of("hf:")
+
+
+def test_presets_name_their_datasets():  # traps B8, B9
+    names = {
+        "demo_tiny": ("hf:Salesforce/wikitext", "wikitext-2-raw-v1"),
+        "wikitext103": ("hf:Salesforce/wikitext", "wikitext-103-raw-v1"),
+        "openwebtext": ("hf:Skylion007/openwebtext", ""),
+        "wikipedia_en": ("hf:wikimedia/wikipedia", "20231101.en"),
+        "docstrings": ("docstrings:", ""),
+    }
+    folder = ROOT / "configs" / "datasets"
+    presets = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
+    found = {name: (preset["input_path"], preset.get("input_config", "")) for name, preset in presets.items()}
+    assert found.items() >= names.items()
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "message"),
+    [
+        ("a.parquet", "pyarrow", "pip install pyarrow"),
+        ("a.arrow", "pyarrow", "pip install pyarrow"),
+        ("a.jsonl.zst", "zstandard", "pip install zstandard"),
+        ("hf:a/b", "datasets", "pip install datasets"),
+    ],
+)
+def test_a_package_that_is_not_there_is_told_before_anything_is_read(
+    tmp_path, monkeypatch, name, package, message
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, "compression", None)  # Python 3.14's own zstd
+    path = name if name.startswith("hf:") else tmp_path / name
+    if path != name:
+        path.write_bytes(b"")
+        write_jsonl(tmp_path / "0.jsonl", ["first"])
+        path = tmp_path
+    with pytest.raises(UserError, match=message):
+        read_documents(Config(str(path)), Tally())
+
+
+# --- Mixtures -----------------------------------------------------------------------------------------------
+
+
+def mixture_of(tmp_path, sizes, weights, caps=None):
+    """Entries of sources of so many documents each, named a, b, c..."""
+    entries = []
+    for number, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
+        name = chr(97 + number)
+        path = write_jsonl(tmp_path / f"{name}.jsonl", [f"{name}{n}" for n in range(size)])
+        entries.append({"name": name, "input_path": str(path), "weight": weight})
+        if caps and caps[number]:
+            entries[-1]["max_samples"] = caps[number]
+    return tuple(entries)
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=8))
+@settings(max_examples=50, deadline=None)
+def test_any_beginning_of_a_mixture_keeps_its_weights(tmp_path_factory, weights):
+    mixture = mixture_of(tmp_path_factory.mktemp("m"), [300] * len(weights), weights)
+    counts = Counter()
+    for total, (_, text) in enumerate(read_documents(Config(mixture=mixture), Tally()), 1):
+        counts[text[0]] += 1
+        assert text == f"{text[0]}{counts[text[0]] - 1}"  # each source in its own order
+        for entry, weight in zip(mixture, weights, strict=True):
+            assert abs(counts[entry["name"]] - total * weight / sum(weights)) < 2
+        if total == 300:
+            break
+
+
+def test_sources_that_end_or_are_capped_leave_the_others_in_their_proportions(tmp_path):
+    mixture = mixture_of(tmp_path, [1000, 1000, 10], [3, 1, 1], caps=[None, 100, None])
+    documents, tally = read(mixture=mixture)
+    assert documents == read(mixture=mixture)[0]
+    assert Counter(text[0] for text in documents) == {"a": 1000, "b": 100, "c": 10}
+    middle = Counter(text[0] for text in documents[60:260])  # c has ended, b is not capped yet
+    assert middle["c"] == 0
+    assert abs(middle["a"] - 150) <= 1
+    assert tally.sources["a"] == {
+        "documents": 1000,
+        "bytes": 3890,
+        "weight": 3,
+        "capped": False,
+        "ended": True,
+    }
+    assert (tally.sources["b"]["capped"], tally.sources["b"]["ended"]) == (True, False)
+    assert tally.sources["c"] == {"documents": 10, "bytes": 20, "weight": 1, "capped": False, "ended": True}
+
+
+def test_rows_that_are_not_documents_do_not_count_towards_the_weights(tmp_path):
+    mixture = mixture_of(tmp_path, [100, 100], [1, 1])
+    lines = (tmp_path / "b.jsonl").read_text().split("\n")
+    (tmp_path / "b.jsonl").write_text("\n".join(f'{line}\n{{"text": "\\ud800"}}\n3' for line in lines[:-1]))
+    documents, tally = read(mixture=mixture)
+    assert [text[0] for text in documents] == ["a", "b"] * 100
+    assert tally.bad_rows == 200
+
+
+def test_entries_have_their_own_columns_configs_and_kinds(tmp_path, hub):
+    (tmp_path / "rows.csv").write_text("left,right\na,b\n")
+    mixture = (
+        {
+            "name": "csv",
+            "input_path": str(tmp_path / "rows.csv"),
+            "text_column": "right",
+            "_note": "a comment",
+        },
+        {
+            "name": "hub",
+            "input_path": f"hf:{hub}",
+            "input_config": "pages",
+            "max_samples": 2,
+            "licence": "CC0",
+        },
+    )
+    assert read(mixture=mixture)[0] == ["b", "page 0", "page 1"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"wieght": 1}, r"mixture\[1\]: unknown key 'wieght'; did you mean 'weight'\?"),
+        ({"zzz": 1}, r"mixture\[1\]: unknown key 'zzz'; known are name, input_path, weight"),
+        ({"weight": 0}, r"weight must be a finite number > 0, got 0.0 \(mixture\[1\]\)"),
+        ({"weight": -1.5}, "weight must be a finite number > 0, got -1.5"),
+        ({"weight": float("nan")}, "weight must be a finite number > 0, got nan"),
+        ({"weight": "2"}, "weight must be a finite number, got string"),
+        ({"max_samples": 0}, "max_samples must be an integer >= 1 or none"),
+        ({"name": "a"}, r"mixture\[1\]: a second source with the name 'a'"),
+        ({"name": ""}, r"mixture\[1\]: name is empty"),
+        ({"input_path": "/not/there.txt"}, "/not/there.txt: not found"),
+        (3, r"mixture\[1\] must be a JSON object, got 3"),
+        ({"input_path": None}, "input_path must be a string"),
+    ],
+)
+def test_a_wrong_entry_is_one_line(tmp_path, entry, message):
+    first, second = mixture_of(tmp_path, [1, 1], [1, 1])
+    mixture = (first, {**second, **entry} if isinstance(entry, dict) else entry)
+    with pytest.raises(UserError, match=message) as caught:
+        read_documents(Config(mixture=mixture), Tally())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mixture_comes_from_presets_and_flags_and_stands_alone(tmp_path):
+    mixture = list(mixture_of(tmp_path, [1, 1], [2, 1]))
+    (tmp_path / "preset.json").write_text(json.dumps({"mixture": mixture}))
+    assert configure(Config, [str(tmp_path / "preset.json")]).mixture == mixture
+    assert configure(Config, [f"--mixture={json.dumps(mixture)}"]).mixture == mixture
+    with pytest.raises(UserError, match="mixture: an empty list"):
+        read(mixture=())
+    for other in ({"path": "x.txt"}, {"text_column": "x"}, {"input_config": "x"}):
+        with pytest.raises(UserError, match=r"and .* 'x.*' are both given; keep one"):
+            read(mixture=mixture, **other)
+    with pytest.raises(UserError, match="name is missing"):
+        read(mixture=({"input_path": "x"},))
+
+
+# --- Progress, state, peek ----------------------------------------------------------------------------------
+
+
+def test_bytes_read_grow_to_the_bytes_there_are(tmp_path):
+    (tmp_path / "a").mkdir()
+    for number in range(3):
+        text = "\n".join(json.dumps({"text": f"{n} " * 500}) for n in range(2000))
+        (tmp_path / "a" / f"{number}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+        (tmp_path / "a" / f"{number}.json").write_text(text)  # read twice: it proves to be a row a line
+    for cfg in (
+        Config(str(tmp_path)),
+        Config(mixture=tuple({"name": c, "input_path": f"{tmp_path}/a/*{c}"} for c in ("json", "gz"))),
+    ):
+        tally, seen = Tally(), [0]
+        for _ in read_documents(cfg, tally):
+            seen.append(tally.read_bytes)
+        assert seen == sorted(seen)
+        assert len(set(seen)) > 6
+        assert (
+            tally.read_bytes == input_bytes(cfg) == sum(p.stat().st_size for p in (tmp_path / "a").iterdir())
+        )
+    assert input_bytes(Config()) is None
+    assert input_bytes(Config("hf:a/b")) is None
+
+
+def test_a_tally_survives_a_file(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n3\n' + b'{"text": "b"}\n')
+    (tmp_path / "b.txt").write_bytes(WESTERN.encode("cp1252"))
+    tally = read(tmp_path)[1]
+    again = Tally.from_state(json.loads(json.dumps(tally.state())))
+    assert again.state() == tally.state()
+    again.bad("not-json", "x")
+    assert (again.bad_rows, tally.bad_rows) == (2, 1)
+
+
+def test_peek_shows_what_a_source_holds(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["first", "second", "third"])
+    (tmp_path / "b.txt").write_bytes(WESTERN.encode("cp1252"))
+    seen = peek(Config(str(tmp_path)))
+    assert seen["kinds"] == {"jsonl": 1, "text": 1}
+    assert (seen["documents"], seen["complete"], seen["example"][1]) == (4, True, "first")
+    assert "decoded-as-cp1252" in seen["notes"]
+    assert not peek(Config(str(tmp_path)), count=2)["complete"]
+    assert peek(Config(str(tmp_path / "a.jsonl")))["bytes"] == (tmp_path / "a.jsonl").stat().st_size
+
+
+# --- Hostile folders ----------------------------------------------------------------------------------------
+
+
+def test_a_folder_without_text_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"holds no file that ends in \.txt"):
+        texts_of(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar.gz", "a.pdf", "a.parquet.gz", "a.EPUB"])
+def test_what_is_not_read_is_said(tmp_path, name):
+    (tmp_path / name).write_bytes(b"PK")
+    with pytest.raises(UserError, match="files are not read"):
+        texts_of(tmp_path / name)
+    with pytest.raises(UserError, match="holds no file"):
+        texts_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "path", ["", "no\0where", "x" * 5000, "~nobody/x", "a/../../../../../nothing.txt", "\udcff"]
+)
+def test_paths_that_cannot_be_are_one_line(path):
+    with pytest.raises(UserError):
+        texts_of(path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links, pipes and devices")
+def test_links_pipes_and_devices(tmp_path):
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "in" / ".git").mkdir()
+    (tmp_path / "in" / ".git" / "hidden.txt").write_text("hidden")
+    (tmp_path / "in" / "sub" / "a.txt").write_text("a")
+    (tmp_path / "elsewhere" / "b.txt").write_text("b")
+    for name, target in {"loop": ".", "loop2": "..", "z": "../elsewhere", "c.txt": "sub/a.txt"}.items():
+        (tmp_path / "in" / name).symlink_to(target)
+    assert texts_of(tmp_path / "in") == (["a", "b"], {})  # c.txt is a.txt, the loops lead nowhere new
+    assert texts_of(tmp_path / "in" / "**" / "*.txt")[0] == ["a", "b"]
+    (tmp_path / "in" / "broken.txt").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "in" / "pipe.txt")
+    assert texts_of(tmp_path / "in") == (["a", "b"], {"not-a-file": 2})
+    for path in (tmp_path / "in" / "pipe.txt", "/dev/zero"):
+        with pytest.raises(UserError, match="a pipe or a device"):
+            texts_of(path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that cannot be read")
+def test_a_file_that_cannot_be_read_is_counted(tmp_path):
+    write_jsonl(tmp_path / "b.jsonl", ["b"])
+    (tmp_path / "a.txt").symlink_to("/proc/self/mem")
+    (tmp_path / "gone.txt").write_text("soon gone")
+    documents = read_documents(Config(str(tmp_path)), tally := Tally())
+    (tmp_path / "gone.txt").unlink()
+    assert [text for _, text in documents] == ["b"]
+    assert tally.dropped["read"]["unreadable-file"]["count"] == 2
+    assert "gone.txt: No such file" in tally.dropped["read"]["unreadable-file"]["examples"][1]
+
+
+def test_a_file_that_grows_and_shrinks_while_it_is_read(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [f"{n} " * 1000 for n in range(3000)])
+    documents = read_documents(Config(str(path)), Tally())
+    next(documents)
+    os.truncate(path, 100)
+    assert len(list(documents)) < 3000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes")
+def test_a_name_that_is_no_text_can_be_reported(tmp_path):
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl")).write_bytes(b"3\n")
+    tally = read(tmp_path)[1]
+    json.dumps(tally.state(), ensure_ascii=False).encode()
+    assert r"\udcff.jsonl line 1" in tally.dropped["read"]["not-an-object"]["examples"][0]
+
+
+def test_memory_stays_bounded_on_hostile_lines(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "' + b"x" * (100 << 20) + b'"}\n{"text": "good"}')
+    (tmp_path / "b.csv").write_bytes(b'text\n"' + (b"unclosed " * 1000 + b"\n") * 6000)
+    (tmp_path / "c.txt").write_bytes(b"y" * (60 << 20))
+    tracemalloc.start()
+    documents, tally = read(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "good" in documents
+    assert tally.bad_rows >= 3
+    assert peak < 8 * MAX_LINE
+
+
+# --- This Python's documentation ----------------------------------------------------------------------------
+
+
+def test_docstrings_come_by_module_and_class_in_a_fixed_order(tmp_path):
+    package = tmp_path / "pkg"
+    (package / "tests").mkdir(parents=True)
+    (package / "tests" / "t.py").write_text('"""not this"""')
+    (package / "broken.py").write_text('"""x""" (')
+    (package / "__init__.py").write_text('"""About pkg."""\ndef f():\n    """Does f."""\n')
+    (package / "m.py").write_text(
+        'class A:\n    """An A."""\n    def g(self):\n        """Does g.\n\n        Well."""\n'
+    )
+    (package / "s.py").write_text('"""A lone surrogate: \\ud800."""')
+    documents, bad = texts_of(f"docstrings:{tmp_path}")
+    assert documents == [
+        "pkg\n\nAbout pkg.\n\nf\n\nDoes f.\n\n",
+        "pkg.m.A\n\nAn A.\n\ng\n\nDoes g.\n\nWell.\n\n",
+    ]
+    assert bad == {"unreadable-module": 1, "bad-unicode": 1}
+    with pytest.raises(UserError, match="not a folder"):
+        texts_of(f"docstrings:{tmp_path}/nothing")
+
+
+def test_this_python_documents_itself():
+    documents = read_documents(Config(), Tally())
+    long = [text for _, (_, text) in zip(range(40), documents, strict=False) if len(text) > 500]
+    assert len(long) > 10
+    assert all(" the " in text for text in long)
+
+
+def test_csv_is_what_the_csv_module_writes(tmp_path):
+    texts = ['quotes " and, commas', "two\nlines", "", " spaces ", "\u2028"]
+    sink = io.StringIO()
+    csv.writer(sink).writerows([["n", "text"], *([n, text] for n, text in enumerate(texts))])
+    (tmp_path / "a.csv").write_text(sink.getvalue(), encoding="utf-8", newline="")
+    assert texts_of(tmp_path) == (texts, {})
+
+
+def test_files_come_sorted_and_tables_only_to_who_can_read_them(tmp_path):
+    for name in ("b.txt", "a.txt", "c.parquet", "d.jsonl"):
+        (tmp_path / name).write_text("x")
+    assert [path.name for path in input_files(str(tmp_path), tables=True)] == [
+        "a.txt",
+        "b.txt",
+        "c.parquet",
+        "d.jsonl",
+    ]
+    assert [path.name for path in input_files(str(tmp_path))] == ["a.txt", "b.txt", "d.jsonl"]
+    with pytest.raises(UserError, match=r"\.parquet files are not read"):
+        input_files(str(tmp_path / "c.parquet"))
