@@ -221,8 +221,8 @@ def documents_of(source, max_length, tally):
         hub_package(source.input_path)
         return hub_documents(source, tally)
     files = input_files(source.input_path, tally, tables=True)
-    for suffixes in {tuple(path.suffixes[-2:]): path for path in files}.values():
-        need_packages(suffixes)
+    for path in {tuple(path.suffixes[-2:]): path for path in files}.values():  # one of each kind
+        need_packages(path)
     return file_documents(files, source.text_column, max_length, tally)
 
 
@@ -418,20 +418,21 @@ def files_below(folder, tally):
 
 def globbed(pattern, tally):
     """Every path that a pattern matches; `**` is any folders below, which glob would follow in circles."""
-    base, recursive, rest = pattern.partition("**")
-    if not recursive:
+    parts = Path(pattern).parts
+    if "**" not in parts:
         yield from map(Path, glob.glob(pattern))
         return
-    patterns = ["**", *Path(rest.lstrip("/\\")).parts]
-    for folder in sorted(glob.glob(base)) if base else ["."]:
+    at = parts.index("**")
+    for folder in sorted(glob.glob(str(Path(*parts[:at])))):
         for file in files_below(folder, tally):
-            if matches(file.relative_to(folder).parts, patterns):
+            if matches(file.relative_to(folder).parts, parts[at:]):
                 yield file
 
 
 def matches(parts, patterns):
+    """Whether a path's parts are what a pattern's parts stand for, `**` for any number of them."""
     if not parts or not patterns:
-        return not parts and patterns in ([], ["**"])
+        return not parts and patterns in ((), ("**",))
     if patterns[0] == "**":
         return matches(parts, patterns[1:]) or matches(parts[1:], patterns)
     return fnmatch.fnmatch(parts[0], patterns[0]) and matches(parts[1:], patterns[1:])

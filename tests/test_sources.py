@@ -3,6 +3,7 @@
 import bz2
 import contextlib
 import csv
+import glob
 import gzip
 import io
 import json
@@ -654,6 +655,9 @@ def test_a_hub_dataset_out_of_reach_or_breaking_off_is_one_line(hub):
     (hub / "pages" / "train-1.parquet").write_bytes(good[:400] + b"\0" * 400 + good[800:])
     with pytest.raises(UserError, match=r":pages: broke off after 300 rows \("):
         texts_of(f"hf:{hub}:pages")
+    (hub / "name.py").write_text("# a script that loads the data, which the package no longer runs")
+    with pytest.raises(UserError, match=r"the hub's own copy may do: hf:.*owner/name@refs/convert/parquet"):
+        texts_of(f"hf:{hub}")
     with pytest.raises(UserError, match="names no dataset; write hf:owner/name"):
         texts_of("hf:")
 
@@ -900,6 +904,21 @@ def test_links_pipes_and_devices(tmp_path):
     for path in (tmp_path / "in" / "pipe.txt", "/dev/zero"):
         with pytest.raises(UserError, match="a pipe or a device"):
             texts_of(path)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["**/*.txt", "**", "*/**/*.md", "**/b/*", "**/a/**/c*", "a/**.txt", "[ab]/*"]
+)
+def test_patterns_match_what_glob_matches(tmp_path, pattern):
+    for name in ("a", "a/b", "a/b/c", "b", "b/a", "b/a/x.y"):
+        (tmp_path / name).mkdir()
+        for file in ("a.txt", "c.md", "c.txt"):
+            (tmp_path / name / file).write_text(file)
+    expected = {
+        Path(path) for path in glob.glob(str(tmp_path / pattern), recursive=True) if os.path.isfile(path)
+    }
+    assert input_files(str(tmp_path / pattern)) == sorted(expected)
+    assert expected
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that cannot be read")
