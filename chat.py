@@ -121,7 +121,7 @@ class Chat:
                 break
             del self.messages[turns[0] : turns[1]]
             forgotten += 1
-        if forgotten:
+        if forgotten and len(ids) < self.engine.limit:  # else it is refused, and nothing forgotten
             turns = "turn" if forgotten == 1 else f"{forgotten} turns"
             say(f"(the context of {self.engine.limit} tokens is full: forgot the oldest {turns})")
         return ids
