@@ -89,11 +89,12 @@ def plain_lines(text):
 # What ftfy would repair: character references, control characters, and beyond ASCII whatever does not stand
 # alone (Latin letters and signs), nor among its own kind (quotes and dashes; Greek, Cyrillic, CJK).
 REFERENCE = re.compile(r"&#?[0-9A-Za-z]{1,24};")
+# A pass over bytes costs a tenth of what a pattern costs: tables for bytes.translate.
 NO_CONTROL = bytes(set(range(256)) - ({*range(32), 127} - {9, 10}))
-BEYOND = re.compile(r"[^\x00-\x7f]+")
+BLANK_ASCII = bytes(32 if byte < 128 else byte for byte in range(256))
 QUIET = re.compile(
     "[\u00a1-\u00ac\u00ae-\u00c1\u00c4-\u0131\u0134-\u0148\u014a-\u0151\u0154-\u017e\u2022\u20ac\u2122]"
-    "|[\u2013\u2014\u2026\u2018\u2019\u201c\u201d]+"
+    "|[\u2010-\u2014\u2026\u2018\u2019\u201c\u201d]+"
     "|[\u0391-\u03a1\u03a3-\u03a9\u03b1-\u03c9\u0401\u0410-\u044f\u0451"
     "\u3041-\u3096\u30a1-\u30fa\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\u3001\u3002]+"
 )
@@ -112,7 +113,8 @@ def fix_encoding(text):
             config = config._replace(unescape_html=False)
         if needs_ftfy(line):
             line = NESTED.sub("&amp;", line) if config.unescape_html else line
-            lines[number] = ftfy.fix_text(line, config)
+            end = "\n" if number + 1 < len(lines) else ""  # ftfy looks at a line with its end
+            lines[number] = ftfy.fix_text(line + end, config).removesuffix(end)
         else:
             lines[number] = uncurled(line)
     return "\n".join(lines)
@@ -124,7 +126,13 @@ def needs_ftfy(text):
         return True
     if "&" in text and REFERENCE.search(text):
         return True
-    return not (text.isascii() or all(map(QUIET.fullmatch, set(BEYOND.findall(text)))))
+    return not (text.isascii() or all(map(QUIET.fullmatch, beyond_ascii(text))))
+
+
+def beyond_ascii(text):
+    """The different runs of characters beyond ASCII."""
+    runs = set(text.encode("utf-8", "surrogatepass").translate(BLANK_ASCII).split())
+    return [run.decode("utf-8", "surrogatepass") for run in runs]
 
 
 def uncurled(text):
@@ -149,7 +157,7 @@ def visible(text):
     """Text with blanks for every kind of blank, and without the characters that show nothing."""
     text = text.replace("\f", "\n")
     if not text.isascii():
-        found = set().union(*BEYOND.findall(text))
+        found = set().union(*beyond_ascii(text))
         for char in INVISIBLE.keys() & found:
             text = text.replace(char, INVISIBLE[char])
         if found & {"\u200c", "\u200d"}:
@@ -171,7 +179,7 @@ def tidy(text):
 HOLE = "\0"  # stands for what was taken out, until `closed` has looked around it; `visible` left none
 FENCE = re.compile(r"(?m)^[ \t>]*+(`{3,}+|~{3,}+)[ \t]*+([^`\n]*)$")
 # `words` between backticks on one line, with a plural's s; not the quotations `this' and ``that''
-INLINE = re.compile(r"(?<![\w`\\])(`{1,3}+)(?!\s)[^`\n]{1,200}+(?<!\s)\1(?:e?s\b)?(?![`\w])")
+INLINE = re.compile(r"(`(?<![\w`\\].)`{0,2}+)(?!\s)[^`\n]{1,200}+(?<!\s)\1(?:e?s\b)?(?![`\w])")
 URL = re.compile(
     r"[A-Za-z](?<![\w+.-].)(?:[A-Za-z0-9+.-]{1,11}://|(?<=[Ww])ww\.)(?!\s)[^\s<>\[\]{}|\\^`\"\0]+"
 )
@@ -206,44 +214,62 @@ def url_hole(match):
 
 
 HOLES = re.compile(r"\0(?:[ \t]{0,3}[,;|/]?[ \t]{0,3}\0)+")
-LINK = re.compile(r"!?\[([^\[\]\n]{0,300})\]\( ?\0[^()\n]{0,200}\)")
-WRAPPED = re.compile(r"""\([ ]?\0[ ]?\)|\[[ ]?\0[ ]?\]|<\0>|\{\0\}|"\0"|'\0'|\*{1,2}\0\*{1,2}""")
-EMPTY_LINE = re.compile(  # nothing is left but a bullet or the name of a reference
-    r"(?m)^[ \t>]*+(?:(?:[-*+]|\.\.|\d{1,3}[.)])[ \t]++)?(?:\[[^\[\]\n]{1,80}\]:?[ \t]*+)?"
-    r'\0[ \t]*+(?:"[^"\n]{0,200}")?[ \t.,;:]*+(?:\n|\Z)'
-)
-LINE_START = re.compile(r"(?m)^([ \t]*+)\0[ \t]*+(?:[.,;:!?]++[ \t]*+)?")
-GAP = re.compile(r"(?<![ \t])[ \t]*+\0([ \t]*+)(?=(.?))")
+LINK = r"\[([^\[\]\n]{0,300})\]\( ?\0[^()\n]{0,200}\)"
+IMAGE, LINK = re.compile("!" + LINK), re.compile(LINK)
+WRAPS = ("()", "[]", "{}", "<>", '""', "''", "**", "__")
+# the beginning of a line that holds nothing but a bullet or the name of a reference, and such a line's end
+BULLET = re.compile(r"[ \t>]*+(?:(?:[-*+]|\.\.|\d{1,3}[.)])[ \t]++)?(?:\[[^\[\]\n]{1,80}\]:?[ \t]*+)?")
+LINE_END = re.compile(r'[ \t]*+(?:"[^"\n]{0,200}")?[ \t.,;:]*+(?:\n|\Z)')
 
 
 def closed(text):
     """Text whose holes are closed: no empty brackets, bullets or double spaces where something was."""
-    text = HOLES.sub(HOLE, text)
-    text = LINK.sub(r"\1", text)
-    text = WRAPPED.sub(HOLE, WRAPPED.sub(HOLE, text))
-    text = LINE_START.sub(r"\1", EMPTY_LINE.sub("", text))
-    return GAP.sub(close_gap, text)
+    text = LINK.sub(r"\1", IMAGE.sub(r"\1", HOLES.sub(HOLE, text)))
+    first, *rest = text.split(HOLE)
+    pieces = [first]
+    for right in rest:
+        left = pieces.pop()
+        while pieces and not left:
+            left = pieces.pop()
+        pieces += joined(left, right, first=not pieces)
+    return "".join(pieces)
 
 
-def close_gap(match):
-    left, right = match.string[match.start() - 1 : match.start()], match[2]
-    glued = match.group(0) == HOLE and not (left.isalnum() and right.isalnum())
-    return "" if glued or not right or right in ".,;:!?)]}" or left in "([{" else " "
+def joined(left, right, first):
+    """The two sides of a hole, made to meet; `first`: nothing stands before `left`."""
+    while left and right and left[-1] + right[0] in WRAPS:
+        left, right = left[:-1], right[1:]
+    start = left.rfind("\n") + 1
+    line, rest = left[start:], right.lstrip(" \t")
+    if (start or first) and BULLET.fullmatch(line):
+        if end := LINE_END.match(right):
+            return left[:start], right[end.end() :]
+        return left, rest if line.strip() else rest.lstrip(".,;:!?").lstrip(" \t")
+    if not rest or rest[0] in "\n.,;:!?)]}":
+        return left.rstrip(" \t"), rest
+    if left[-1:] in "([{":
+        return left, rest
+    glued = left[-1:] not in " \t" and rest == right and not (left[-1:].isalnum() and rest[0].isalnum())
+    return left.rstrip(" \t"), rest if glued else " " + rest
 
 
 # --- Private data -------------------------------------------------------------------------------------------
 
-# The shapes that the issuers of keys publish, so that a leaked one is found; each has a digit beside a letter.
-KEYISH = re.compile(r"[0-9](?:[A-Za-z_]|(?<=[A-Za-z_].))")
-KEY = re.compile(
-    r"[-sghAxe](?<![\w-].)(?:"
-    r"(?<=-)----BEGIN [A-Z ]{0,30}PRIVATE KEY-----"  # PEM, whole, or as much of it as there is
+# What any of these needs: a digit beside a letter (keys), digits in a row with a dot, a colon, or five more.
+SUSPECT = re.compile(
+    r"[0-9](?:[A-Za-z_:]|(?<=[A-Za-z_:].)|\.[0-9]{1,3}\.[0-9]{1,3}\.|(?:[ .()/-]{0,2}[0-9]){5})"
+)
+PEM = re.compile(  # whole, or as much of it as there is
+    r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----"
     r"(?:(?:[^-]|-(?!----))*+-----END [A-Z ]{0,30}PRIVATE KEY-----|(?:\s++[A-Za-z0-9+/=]{40,}+)*+)"
-    r"|(?<=s)k-(?=[\w-]{0,60}[0-9])[\w-]{20,}+"  # OpenAI, Anthropic
-    r"|(?<=g)(?:h[pousr]_[A-Za-z0-9]{36,}+|ithub_pat_\w{22,}+|lpat-[\w-]{20,}+)"  # GitHub, GitLab
-    r"|(?<=A)(?:(?:KIA|SIA)[A-Z0-9]{16}(?!\w)|Iza[\w-]{35}(?!\w))"  # AWS, Google
-    r"|(?<=x)ox[abeoprs]-[\w-]{10,}+|(?<=h)f_[A-Za-z0-9]{30,}+"  # Slack, Hugging Face
-    r"|(?<=e)yJ[\w-]{8,}+\.eyJ[\w-]{8,}+\.[\w-]{8,}+)"  # JSON Web Token (RFC 7519)
+)
+KEY = re.compile(  # the shapes that the issuers of keys publish, so that a leaked one is found
+    r"(?<![\w-])(?:"
+    r"sk-(?=[\w-]{0,60}[0-9])[\w-]{20,}+"  # OpenAI, Anthropic
+    r"|gh[pousr]_[A-Za-z0-9]{36,}+|github_pat_\w{22,}+|glpat-[\w-]{20,}+"  # GitHub, GitLab
+    r"|(?:AKIA|ASIA)[A-Z0-9]{16}(?!\w)|AIza[\w-]{35}(?!\w)"  # AWS, Google
+    r"|xox[abeoprs]-[\w-]{10,}+|hf_[A-Za-z0-9]{30,}+"  # Slack, Hugging Face
+    r"|eyJ[\w-]{8,}+\.eyJ[\w-]{8,}+\.[\w-]{8,}+)"  # JSON Web Token (RFC 7519)
 )
 # RFC 5321 within reason; not git@host, nor pictures named icon@2x.png
 EMAIL = re.compile(
@@ -251,7 +277,6 @@ EMAIL = re.compile(
 )
 IPV4 = re.compile(r"[0-9](?<![\w.].)[0-9]{0,2}+(?:\.[0-9]{1,3}+){3}(?!\w|\.\w|-[A-Za-z])")
 IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])")
-NUMBERISH = re.compile(r"[0-9](?:\.[0-9]{1,3}\.[0-9]{1,3}\.|(?:[ .()/-]{0,2}[0-9]){5})")
 CARD = re.compile(
     r"(?<![\w.,-])[2-6](?:[0-9]{12,18}+"
     r"|[0-9]{3}([ -])(?:[0-9]{4}\1[0-9]{4}\1[0-9]{1,4}(?:\1[0-9]{1,3})?|[0-9]{6}\1[0-9]{4,5}|"
@@ -274,19 +299,25 @@ NAMED_PHONE = re.compile(  # what is called a telephone number, however it is wr
 
 
 def mask_private(text):
-    """Text with e-mail addresses, IP addresses, keys, card and telephone numbers each as a word in brackets."""
-    if "-----BEGIN" in text or KEYISH.search(text):
-        text = KEY.sub("[KEY]", text)
-    if "@" in text:
-        text = EMAIL.sub("[EMAIL]", text)
-    if "::" in text or text.count(":") > 6:
-        text = IPV6.sub(mask_ipv6, text)
-    if NUMBERISH.search(text):
-        text = IPV4.sub(mask_ipv4, text)
-        text = CARD.sub(lambda match: "[CARD]" if luhn(match[0]) else match[0], text)
-        text = PHONE.sub(mask_phone, text)
-        text = NAMED_PHONE.sub(r"\1[PHONE]", text)
-    return text
+    """Text with e-mail addresses, IP addresses, keys, card and phone numbers each as a word in brackets."""
+    if "-----BEGIN" in text:
+        text = PEM.sub("[KEY]", text)
+    if "@" not in text and not SUSPECT.search(text):
+        return text
+    lines = text.split("\n")
+    for number, line in enumerate(lines):
+        line = EMAIL.sub("[EMAIL]", line) if "@" in line else line
+        lines[number] = mask_numbers(line) if SUSPECT.search(line) else line
+    return "\n".join(lines)
+
+
+def mask_numbers(line):
+    line = KEY.sub("[KEY]", line)
+    if line.count(":") > 1:
+        line = IPV6.sub(mask_ipv6, line)
+    line = IPV4.sub(mask_ipv4, line)
+    line = CARD.sub(lambda match: "[CARD]" if luhn(match[0]) else match[0], line)
+    return NAMED_PHONE.sub(r"\1[PHONE]", PHONE.sub(mask_phone, line))
 
 
 VERSION = re.compile(
@@ -343,31 +374,30 @@ ENGLISH_WORDS = """
     upon still might shall less few often off down per yet whether either neither else once within around
     above below given following example examples return returns value values function name names file
     files set object class type number list need needs way know get gets take made people world years day
-    man good great little think came come went go going us me i am don things something nothing anything
+    man good great little think came come went go going us me am don things something nothing anything
     work part place right long old different available note default contains means called change
     information system"""
 FOREIGN_WORDS = """
     der die das und nicht ein eine einen einer eines dem des den von sich auf für im auch es wird sind wie
     oder aber bei nach nur noch aus werden kann wenn sie ihre durch über zur zum vom wurde le la les est
     une un dans qui pas ce il au aux sur ne sont avec cette mais nous vous elle être par que du ou se ces
-    leur peut tout si el los las del en y por con una su como más pero sus ya este esta o puede fue para
-    no as da do em um uma não ao foi ser são pela pelo nos à também seu sua di gli che della per sono è
-    nel dei delle alla anche questo più come i sulla dal de het een van niet zijn voor dat te ook maar aan
-    deze wordt naar worden bij uit och att det som är av för inte han eller kan om på från ett jag og af
-    ikke hun fra vil blir ikkje frå å eit skal til ja on ei että hän oli ovat tai kun mutta joka myös ole
-    voi tämä jos sekä see ning või kui oma tema mis ir ar uz kas vai tas nav yra į kad kaip iš arba się na
-    jest w z nie to że jak tak ale przez są jako dla oraz po je že v by byl k nebo jsou které aby při sa
-    ako alebo sú pri ktoré in za ki ali kot ili što od koji kao može biti svako ima ovo iz nije și în cu
-    nu pe sau să pentru din az és hogy nem egy ez vagy csak minden bir bu için ile olarak olan her gibi
-    veya daha və üçün dhe të në me një për që nuk është nga eta dira ere izan edo duen els amb va seva
-    dret als unha ás yr yn mae gan neu wedi bod ag agus bhí gach chun tha hag eo að er ekki sem við það
-    eða hann wat vir sy deur it foar mei hy déi vun kaj estas ĉiu cum ut quod sed esse ta li jew għandu
-    dan ma kull yang untuk dengan ini tidak pada dari dalam adalah atau akan oleh setiap ke ang ng mga ay
-    hindi kung kanyang và của là có được trong cho các người với những một wa kwa ni katika kuwa kila haki
-    iyo waa ka ku uu uga he ko hai mein aur ek blong long mo ol olgeta wan hemi kat sipos nomo bilong
-    olsem wanpela dispela narapela mas gat dey wey sey dɛn ɛn fɔ nɔ we an aw tae wi frae hae maun ilka nae
-    fowk aa ony fi yu thir thair richt richts wull whit awbody gie wha oor mair sic shoud anoda pipol
-    wetin everi"""
+    leur peut tout si el los las del en por con una su como más pero sus ya este esta puede fue para no as
+    da do em um uma não ao foi ser são pela pelo nos também seu sua di gli che della per sono nel dei
+    delle alla anche questo più come sulla dal de het een van niet zijn voor dat te ook maar aan deze
+    wordt naar worden bij uit och att det som är av för inte han eller kan om på från ett jag og af ikke
+    hun fra vil blir ikkje frå eit skal til ja on ei että hän oli ovat tai kun mutta joka myös ole voi
+    tämä jos sekä see ning või kui oma tema mis ir ar uz kas vai tas nav yra kad kaip iš arba się na jest
+    nie to że jak tak ale przez są jako dla oraz po je že by byl nebo jsou které aby při sa ako alebo sú
+    pri ktoré in za ki ali kot ili što od koji kao može biti svako ima ovo iz nije și în cu nu pe sau să
+    pentru din az és hogy nem egy ez vagy csak minden bir bu için ile olarak olan her gibi veya daha və
+    üçün dhe të në me një për që nuk është nga eta dira ere izan edo duen els amb va seva dret als unha ás
+    yr yn mae gan neu wedi bod ag agus bhí gach chun tha hag eo að er ekki sem við það eða hann wat vir sy
+    deur it foar mei hy déi vun kaj estas ĉiu cum ut quod sed esse ta li jew għandu dan ma kull yang untuk
+    dengan ini tidak pada dari dalam adalah atau akan oleh setiap ke ang ng mga ay hindi kung kanyang và
+    của là có được trong cho các người với những một wa kwa ni katika kuwa kila haki iyo waa ka ku uu uga
+    he ko hai mein aur ek blong long mo ol olgeta wan hemi kat sipos nomo bilong olsem wanpela dispela
+    narapela mas gat dey wey sey dɛn ɛn fɔ nɔ we an aw tae wi frae hae maun ilka nae fowk aa ony fi yu
+    thir thair richt richts wull whit awbody gie wha oor mair sic shoud anoda pipol wetin everi"""
 SPELLING_MARKS = """
     _th the he_ ed_ _of of_ nd_ _to tio ly_ _an ing ion to_ is_ on_ and _in his hat _wh thi es_ wit in_
     her ted _co _wi for tha _it ng_ re_ th_ _be ts_ ith _is st_ you ll_ _fo or_ _on not all ons be_ ld_
@@ -388,20 +418,27 @@ SPELLING_MARKS = """
 ENGLISH, FOREIGN = frozenset(ENGLISH_WORDS.split()), frozenset(FOREIGN_WORDS.split())
 SPELLING = frozenset(mark.replace("_", " ") for mark in SPELLING_MARKS.split())
 WORD = re.compile(r"[^\W\d_]{2,}")
-SAMPLE = 700  # characters from each of the beginning, the middle and the end
+LETTERS_AND_BLANKS = bytes(
+    byte for byte in range(256) if byte > 127 or chr(byte).isalpha() or byte in b" \n\t"
+)
+LETTERS = bytes(byte if byte > 127 or chr(byte).isalpha() else 32 for byte in range(256))
+SAMPLE = 500  # characters from each of the beginning, the middle and the end
 
 
 @lru_cache(1 << 16)
 def evidence(word):
     """How much a word in lower case speaks for English (1: one of its common words) or against it (-2)."""
+    if len(word) == 1:
+        return 0.0
     if word in ENGLISH:
         return 0.5 if word in FOREIGN else 1.0
     if word in FOREIGN:
         return -2.0
     if not word.isascii():
-        return -len(word) / 7
-    grams = [f" {word} "[at : at + 3] for at in range(len(word))]
-    return sum(map(SPELLING.__contains__, grams)) / len(grams) - 0.2
+        parts = WORD.findall(word)
+        return -len(word) / 7 if parts == [word] else sum(map(evidence, parts))
+    padded = f" {word} "
+    return sum(padded[at : at + 3] in SPELLING for at in range(len(word))) / len(word) - 0.2
 
 
 def english_score(text):
@@ -414,9 +451,9 @@ def english_score(text):
     if len(text) > 3 * SAMPLE:
         middle = len(text) // 2 - SAMPLE // 2
         text = f"{text[:SAMPLE]} {text[middle : middle + SAMPLE]} {text[-SAMPLE:]}"
-    values = list(map(evidence, WORD.findall(text.lower())))
-    english = sum(value for value in values if value > 0)
-    return english and english / (2 * english - sum(values) + 0.02 * len(values))
+    values = list(map(evidence, text.lower().encode().translate(LETTERS).decode().split()))
+    total = sum(map(abs, values)) + 0.02 * len(values)
+    return (sum(map(abs, values)) + sum(values)) / 2 / total if total else 0.0
 
 
 @cache
@@ -473,19 +510,24 @@ def reject(text, cfg):
 
 def spaced(doc):
     """Is this text in words of letters known to Gopher's rules, not in a script that writes no spaces?"""
-    return doc.text.isascii() or 2 * len(doc.text.encode("ascii", "ignore")) > len(doc.text)
+    return len(doc.text.encode()) < 1.5 * len(doc.text)
 
 
 def word_length(doc):
     """Mean word length outside 3 to 10 characters (Gopher); 20 words or 200 characters at least."""
     if not spaced(doc) or len(doc.text) < 200:
         return False
-    return not 3 <= sum(map(len, doc.words)) / len(doc.words) <= 10
+    return not 3 <= len("".join(doc.words)) / len(doc.words) <= 10
 
 
 def few_words(doc):
-    """Fewer than 80% of the words hold a letter (Gopher; 60% here, for tables stand among good prose)."""
-    return len(doc.words) >= 20 and spaced(doc) and sum(map(str.islower, doc.words)) < 0.6 * len(doc.words)
+    """Under 80% of the words hold a letter (Gopher; 60% here, for tables stand among good prose)."""
+    if len(doc.words) < 20 or not spaced(doc):
+        return False
+    signs = len(
+        doc.text.encode().translate(None, LETTERS_AND_BLANKS)
+    )  # no more words than these lack letters
+    return signs > 0.4 * len(doc.words) and sum(map(str.islower, doc.words)) < 0.6 * len(doc.words)
 
 
 def symbols(doc):
@@ -532,7 +574,7 @@ def markup(doc):
 
 def lorem_ipsum(doc):
     """The typesetters' dummy text (C4)."""
-    return "lorem ipsum" in doc.text.lower()
+    return "orem ipsum" in doc.text
 
 
 # name -> does this document fail? Gopher: Rae et al. 2021, table A1; C4: Raffel et al. 2020, section 2.2
