@@ -1,5 +1,6 @@
 """clean.py: what is repaired, masked and dropped, and what must stay; ftfy itself is the oracle of repair."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from clean import CleanConfig, clean, fix_encoding, luhn, reject  # noqa: E402
+import clean as room  # noqa: E402
+from clean import QUALITY, CleanConfig, clean, english_score, fix_encoding, luhn, reject  # noqa: E402
+from configurator import UserError, configure  # noqa: E402
 
 CFG = CleanConfig()
 KEEP = CleanConfig(remove_urls=False, code="keep", mask_private=False)
@@ -409,9 +412,189 @@ UNITS += [
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_a_megabyte_of_anything_passes(unit):
-    """Not timed here: a quadratic step would take minutes on a megabyte, and the run's time limit is the alarm."""
+    """Not timed here: a quadratic step would take minutes, and the run's time limit is the alarm."""
     cleaned = clean(("&" if ";" in unit else "") + unit * (1_000_000 // len(unit)), CFG)
     reject(cleaned, replace(CFG, max_length=10**7))
 
 
 # --- Filters ------------------------------------------------------------------------------------------------
+
+
+LANGUAGES = {
+    "de": "Der alte Mann ging mit dem Hund durch den Wald und kam erst am Abend wieder nach Hause.",
+    "fr": "La lampe avait brûlé toute la nuit, et quand le gardien descendit il n'y avait plus d'huile.",
+    "es": "No había ninguna carta del pueblo, así que salió a mirar el mar en lugar de esperar.",
+    "nl": "De lamp had de hele nacht gebrand en toen hij naar beneden kwam was er geen olie meer in huis.",
+    "pl": "Nie było żadnego listu z miasta, więc wyszedł popatrzeć na morze, jak to robił co dzień.",
+    "ru": "Лампа горела всю ночь, и письма из города не было.",
+    "zh": "灯烧了一夜，早上看守人下楼时油已经没有了。" * 3,
+    "sw": "Taa iliwaka usiku kucha, na mlinzi alipokuja asubuhi aliona kwamba mafuta yamekwisha kabisa.",
+}
+CODE = """def count(words):
+    # How often each word stands in the list, the most frequent one first.
+    counts = {}
+    for word in words:
+        counts[word] = counts.get(word, 0) + 1
+    return sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+"""
+
+
+def test_english_is_told_from_other_languages_and_from_nothing():
+    assert reject(PROSE, CFG) is None
+    assert reject(PROSE.upper(), CFG) is None
+    assert reject(CODE, CFG) is None
+    for text in LANGUAGES.values():
+        assert reject(text, CFG) == "not-english"
+        assert reject(text, replace(CFG, language="off")) is None
+    assert english_score("") == english_score("1234 5678 !?") == 0.0
+
+
+def test_a_text_in_two_languages_is_judged_by_its_share_wherever_it_stands():
+    foreign = " ".join(LANGUAGES[code] for code in ("de", "fr", "es"))
+    scores = [english_score(" ".join([PROSE] * n + [foreign] * (8 - n))) for n in range(9)]
+    assert scores == sorted(scores)
+    assert scores[2] < 0.7 < scores[7]
+    assert english_score(f"{PROSE} {foreign * 9}") < 0.5  # an English beginning does not carry it
+
+
+@pytest.mark.parametrize("code", ["de", "fr", "ru", "zh"])
+def test_py3langid_keeps_the_language_asked_for(code):
+    pytest.importorskip("py3langid")
+    cfg = replace(CFG, language_detector="py3langid")
+    assert reject(PROSE, cfg) is None
+    assert reject(LANGUAGES[code], cfg) == "not-english"
+    assert reject(LANGUAGES[code], replace(cfg, language=code)) is None
+    assert reject(PROSE, replace(cfg, language=code)) == f"not-{code}"
+    with pytest.raises(UserError, match="language 'xx': py3langid knows af, .*, zu, and off"):
+        reject(PROSE, replace(cfg, language="xx"))
+
+
+def test_mistakes_in_the_settings_are_one_line(monkeypatch):
+    with pytest.raises(UserError, match="no rule 'bullet'; there are word-length, few-words, .*lorem-ipsum"):
+        configure(CleanConfig, ["--quality_off=symbols,bullet"])
+    with pytest.raises(UserError, match="en or off, got 'de'; .* language_detector=py3langid"):
+        configure(CleanConfig, ["--language=de"])
+    monkeypatch.setitem(sys.modules, "py3langid", None)
+    monkeypatch.setitem(sys.modules, "py3langid.langid", None)
+    room.langid.cache_clear()
+    with pytest.raises(UserError, match="pip install -U py3langid"):
+        reject(PROSE, replace(CFG, language_detector="py3langid"))
+
+
+def test_length_is_counted_in_characters_after_cleaning():
+    assert reject("x" * 49, CFG) == "too-short"
+    assert reject(PROSE, replace(CFG, min_length=len(PROSE))) is None
+    assert reject(PROSE, replace(CFG, max_length=len(PROSE))) is None
+    assert reject(PROSE, replace(CFG, max_length=len(PROSE) - 1)) == "too-long"
+
+
+WORDS = PROSE.split()
+JUNK = {
+    "word-length": "a b c d e f " * 60,
+    "few-words": " ".join(f"{n} {n * n} total" for n in range(100, 200)),
+    "symbols": " ".join(f"{word} ..." if n % 5 == 0 else word for n, word in enumerate(WORDS * 3)),
+    "bullets": "\n".join(f"- item {n} of the list here" for n in range(20)),
+    "ellipses": "\n".join(f"{' '.join(WORDS[n : n + 16])}{'...' if n % 3 else ''}" for n in range(20)),
+    "repeated-lines": "\n".join(WORDS[n % 7] + " and the rest of the line" for n in range(30)),
+    "repeated-phrases": " ".join(WORDS[:30] * 3),
+    "markup": f"<div><p>{PROSE}</p><ul><li>one</li><li>two</li></ul></div>",
+    "lorem-ipsum": f"Lorem ipsum dolor sit amet. {PROSE}",
+}
+
+
+@pytest.mark.parametrize("rule", QUALITY)
+def test_each_rule_of_quality_acts_and_can_be_switched_off(rule):
+    everything = replace(CFG, language="off")
+    assert reject(JUNK[rule], everything) is not None
+    others = tuple(name for name in QUALITY if name != rule)
+    assert reject(JUNK[rule], replace(everything, quality_off=others)) == rule
+    assert reject(JUNK[rule], replace(everything, quality_off=tuple(QUALITY))) is None
+    assert reject(JUNK[rule], replace(everything, quality=False)) is None
+    assert reject(PROSE, replace(CFG, quality_off=others)) is None
+
+
+# --- Real text ----------------------------------------------------------------------------------------------
+
+
+def shared(path):
+    """A file of the shared data, if it is there."""
+    if not (DATA / path).exists():
+        pytest.skip("needs the shared data")
+    return DATA / path
+
+
+def rows(path):
+    return [json.loads(line) for line in shared(path).read_text(encoding="utf-8").splitlines()]
+
+
+def test_dev_languages():
+    texts = [row for row in rows("langid/dev.jsonl") if row["is_english"] is not None]
+    kept = [english_score(row["text"]) >= 0.7 for row in texts]
+    for english, share in ((True, 0.97), (False, 0.03)):
+        found = [keep for keep, row in zip(kept, texts, strict=True) if row["is_english"] is english]
+        assert (sum(found) / len(found) >= share) is english
+
+
+def test_cases_of_ftfy():
+    cases = json.loads(shared("dirty/ftfy_cases.json").read_text(encoding="utf-8"))
+    for case in cases:
+        fixed = ftfy.fix_text(case["original"])
+        assert fix_encoding(case["original"]) == fixed
+        invisible = str.maketrans(dict.fromkeys("\x81\u200b\xad", "") | {"\xa0": " ", "\u2800": " "})
+        assert clean(case["original"], KEEP) == fixed.translate(invisible).strip()
+        if case["expect"] == "pass":
+            assert fixed == case["fixed"]
+
+
+def test_mojibake_comes_back_as_often_as_ftfy_brings_it_back():
+    for row in rows("dirty/mojibake_pairs.jsonl"):
+        if ftfy.fix_text(row["damaged"]) == ftfy.fix_text(row["original"]):
+            assert clean(row["damaged"], KEEP) == clean(row["original"], KEEP)
+
+
+def pieces(name, size=9000):
+    """A dirty file in documents of at most `size` characters, as bytes of UTF-8 that may not be."""
+    text = shared(f"dirty/files/{name}").read_bytes().decode("utf-8", "surrogateescape")
+    return [clean(text[at : at + size], CFG) for at in range(0, max(1, len(text)), size)]
+
+
+@pytest.mark.parametrize(
+    ("name", "reasons"),
+    [
+        ("html_secA2.html", {"markup"}),
+        ("html_ch02.en.html", {"markup", "word-length", "repeated-lines"}),
+        ("html_sql-select.html", {"markup", "word-length"}),
+        ("hex_dump.txt", {"word-length"}),
+        ("urls_only.txt", {"too-short"}),
+        ("empty.txt", {"too-short"}),
+        ("pathological_regex.txt", {"word-length", "too-short"}),
+        ("udhr_French_Francais-Latin1.txt", {"not-english"}),
+        ("udhr_Korean_Hankuko-UTF8.txt", {"not-english"}),
+        ("udhr_English-Latin1.txt", {None}),
+        ("cr_only.txt", {None}),
+        ("utf8_bom.txt", {None}),
+        ("overstrike_man.txt", {None}),
+        ("ansi_escapes.txt", {None}),
+        ("zero_width_bidi.txt", {None}),
+    ],
+)
+def test_dirty_files_end_as_their_manifest_says(name, reasons):
+    assert {reject(text, CFG) for text in pieces(name) if text or name == "empty.txt"} <= reasons | {
+        "too-short"
+    }
+    assert reasons == {None} or None not in {reject(text, CFG) for text in pieces(name)}
+
+
+@pytest.mark.parametrize("name", ["cr_only", "utf8_bom", "overstrike_man", "ansi_escapes", "zero_width_bidi"])
+def test_damage_around_the_letters_leaves_the_same_text(name):
+    opening = (
+        "PRESIDENT HARRY S. TRUMAN'S ADDRESS BEFORE A JOINT SESSION OF THE CONGRESS\n\nApril 16, 1945\n\n"
+    )
+    text = "".join(pieces(f"{name}.txt", 10**6))
+    assert text.startswith(opening + "Mr. Speaker, Mr. President, Members of the Congress:")
+    assert "\u200b" not in text
+    assert "[1;31m" not in text
+
+
+def test_accents_are_composed():
+    assert "".join(pieces("nfd_combining.txt")).startswith("Caf\u00e9 na\u00efve fa\u00e7ade r\u00f4le")
