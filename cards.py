@@ -12,13 +12,13 @@ gave it away; names and postal addresses were not."""
 def documents_part(cfg, progress, tally):
     """stats.json on documents: how many, what was dropped and why, how long they are."""
     return {
-        "source": cfg.input_path,
         "sources": tally.sources,
         "cap": {"max_docs": cfg.max_docs, "reached": progress.documents == cfg.max_docs},
         "documents": {
             "read": progress.documents + tally.bad_rows,
             "kept": sum(progress.kept.values()),
             "dropped": tally.dropped,
+            "noted": tally.notes,
         },
         "characters": dict(sorted(progress.lengths.items(), key=lambda bin: int(bin[0]))),
     }
@@ -50,6 +50,8 @@ def report(folder, stats):
     lines += [(f"  {reason}", -count) for _, reason, count in dropped_lines(stats)]
     lines += [("kept", stats["documents"]["kept"])]
     text = [f"{folder}", *(f"  {name:<24}{count:>14,} documents" for name, count in lines)]
+    for reason, entry in stats["documents"]["noted"].items():
+        text.append(f"  {reason:<24}{entry['count']:>14,} times, first: {entry['examples'][0]}")
     for split, total in stats["splits"].items():
         text.append(f"  {split:<24}{total['tokens']:>14,} tokens, {total['bytes'] / 1e6:.2f} MB")
     text.append(f"  {'bytes per token':<24}{stats['bytes_per_token']:>14.2f}")

@@ -11,32 +11,22 @@ with line number and field, and passed over; a file with too many of them, or wi
 """
 
 import glob
-import lzma
 import re
 import sys
-import zlib
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Literal
 
 from configurator import UserError
-from sources import (
-    MAX_LINE,
-    JsonReader,
-    Tally,
-    csv_rows,
-    hub_rows,
-    input_files,
-    json_rows,
-    jsonl_rows,
-    kind_of,
-    open_bounded,
-)
+from formats import MAX_LINE, JsonReader, json_rows, jsonl_rows, kind_of, open_bounded
+from formats import rows as file_rows
+from sources import USUAL, Tally, hub_rows, input_files
 from tokenizer import TEMPLATES, Tokenizer, render
 
+ROW_KINDS = {"json", "jsonl", "csv", "tsv", "parquet", "arrow"}
 MAX_BAD = 0.05  # the share of unusable rows from which a file is refused
 
 DIALOGUE = ("messages", "conversations", "conversation", "dialogue", "dialog")  # fields that hold messages
@@ -122,20 +112,22 @@ def raw_rows(path, tally):
         yield from hub_rows(str(path))
         return
     if not Path(path).exists() and not glob.has_magic(str(path)):
-        raise UserError(f"{path}: not found; give a .jsonl, .json or .csv file, a folder or a glob of them")
-    files = input_files(str(path))
-    files = [file for file in files if len(files) == 1 or kind_of(file) in ("json", "jsonl", "csv")]
+        raise UserError(
+            f"{path}: not found; give a file of rows (.jsonl, .json, .csv ...), a folder or a glob"
+        )
+    files = input_files(str(path), tally, tables=True)
+    files = [file for file in files if len(files) == 1 or kind_of(file) in ROW_KINDS]
     if not files:
-        raise UserError(f"{path}: holds no .jsonl, .json or .csv file")
+        raise UserError(f"{path}: holds no file of rows: .jsonl, .json, .csv, .tsv, .parquet or .arrow")
     for file in files:
         try:
-            if kind_of(file) == "csv":
-                yield from csv_rows(file, tally)
+            if kind_of(file) in ROW_KINDS - {"json", "jsonl"}:
+                yield from file_rows(file, tally)
             elif (opening := json_opening(file)) == "[":
                 yield from whole_list(file, tally)
             else:
                 yield from (json_rows if opening else jsonl_rows)(file, tally)
-        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        except OSError as error:
             raise UserError(f"{file}: cannot be read: damaged, or not permitted ({error})") from None
 
 
@@ -398,7 +390,9 @@ def common(one, other):
 class InspectConfig:
     """What to look at."""
 
-    path: str = ""  # a file of conversations or preference pairs, or the folder of a prepared dataset
+    # a file of conversations or preference pairs, any source of text, or the folder of a prepared dataset
+    path: str = ""
+    text_column: str = ""  # of a source of text: the column that holds it; empty = found by its name
     # how to write the example out; none = as the tokenizer's folder says, else chatml
     template: Literal["chatml", "instruct", "chat"] | None = None
     tokenizer_path: str = ""  # a .model file or a folder with one: lengths are then counted in tokens too
@@ -444,6 +438,19 @@ def holds_pairs(path):
         if isinstance(row, dict):
             return "chosen" in row and "rejected" in row
     return False
+
+
+def holds_text(path):
+    """Is this a source of text, rather than rows of conversations or pairs? The first rows tell."""
+    if str(path).startswith("docstrings:"):
+        return True
+    if not str(path).startswith("hf:"):
+        files = input_files(str(path), tables=True) if Path(path).exists() else []
+        if files and not any(kind_of(file) in ROW_KINDS or kind_of(file) is None for file in files):
+            return True
+    rows = [row for _, row in islice(raw_rows(path, Tally()), 20) if isinstance(row, dict)]
+    usual = any(row.keys() & set(USUAL) for row in rows)
+    return usual and not any(row.keys() & {*DIALOGUE, *QUESTION, "chosen"} for row in rows)
 
 
 def dialogues(value):

@@ -18,7 +18,7 @@ import safetensors
 import torch
 
 from configurator import UserError, save_config
-from data import file_sha256
+from shards import file_sha256
 
 FORMAT = 1  # of a checkpoint; a newer one is refused, not guessed at
 

@@ -19,11 +19,19 @@ from pathlib import Path
 
 import numpy as np
 
-from chats import CONTROLS, InspectConfig, read_chats, read_pairs, say, show_rows  # noqa: F401 - others ask us for rows
+from chats import (  # noqa: F401 - others ask us for rows
+    CONTROLS,
+    InspectConfig,
+    holds_text,
+    read_chats,
+    read_pairs,
+    say,
+    show_rows,
+)
 from configurator import UserError, closest, run
 from prepare import DataConfig, RetokenizeConfig, hash_fraction, main, retokenize
 from shards import AGAIN, Shards, open_all, read_manifest
-from sources import Tally
+from sources import Tally, peek
 from starter import SampleConfig, create
 from tokenizer import Tokenizer
 
@@ -279,7 +287,7 @@ def rows_sha256(rows):
 
 
 def inspect(cfg):
-    """Show what a file of conversations or preference pairs, or a prepared dataset, holds.
+    """Show what a source of text, a file of conversations or preference pairs, or a prepared dataset holds.
 
     python data.py inspect PATH [--tokenizer_path=FOLDER] [--template=chatml|instruct|chat]
     """
@@ -287,6 +295,8 @@ def inspect(cfg):
         raise UserError("inspect needs a path: python data.py inspect PATH")
     if any((Path(cfg.path) / name).is_file() for name in ("manifest.json", "tokenizer.model")):
         say(describe(cfg.path, cfg.tokenizer_path))
+    elif cfg.text_column or holds_text(cfg.path):
+        say(describe_text(cfg.path, cfg.text_column))
     else:
         show_rows(cfg)
 
@@ -319,6 +329,23 @@ def describe(folder, tokenizer_path=""):
     text = Tokenizer.load(folder / "tokenizer.model").decode(ids, controls=True)
     text = text.translate(CONTROLS)
     return "\n".join([*lines, "", f"{name}, the first document from its ids ({len(ids)} shown):", text])
+
+
+def describe_text(path, column):
+    """Return, for people, what the first documents of a source of text show, before anything is cleaned."""
+    seen = peek(DataConfig(input_path=path, text_column=column))
+    lines = [f"{path}: text", *(f"  {count:>10,}  {kind}" for kind, count in seen["kinds"].items())]
+    lines += [f"  {seen['bytes']:>10,}  bytes on disk"] if seen["bytes"] is not None else []
+    read = "documents in all" if seen["complete"] else "documents read to see, there are more"
+    lines.append(f"  {seen['documents']:>10,}  {read}")
+    for sign, entries in ((-1, seen["dropped"]), (1, seen["notes"])):
+        for reason, entry in sorted(entries.items()):
+            lines.append(f"  {sign * entry['count']:>10,}  {reason}, first: {entry['examples'][0]}")
+    if not seen["example"]:
+        raise UserError(f"{path}: 0 usable documents" + "".join(f"; {line.strip()}" for line in lines[1:]))
+    where, text = seen["example"]
+    shown = text.strip()[:600].translate(CONTROLS)
+    return "\n".join([*lines, "", f"{where} ({len(text):,} characters, the beginning):", shown])
 
 
 COMMANDS = {

@@ -21,7 +21,6 @@ import random
 import re
 import sys
 import time
-import zlib
 from dataclasses import dataclass
 from inspect import cleandoc
 from pathlib import Path
@@ -34,6 +33,7 @@ from assess import assess, compare, draw, headline, markdown
 from chats import Bad, raw_rows, read_rows, told
 from configurator import PositiveInt, Range, UserError, run, shown
 from engine import open_model
+from formats import kind_of, open_bounded
 from lora import identify
 from model import count_parameters
 from scoring import (
@@ -48,7 +48,7 @@ from scoring import (
     unigram_nats,
     windows,
 )
-from sources import Tally, Unreachable, kind_of, open_bounded
+from sources import Tally, Unreachable
 from world import tune_cpu
 
 
@@ -260,7 +260,7 @@ def decoded(path):
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise UserError(f"{path}: byte {byte:#04x} at offset {error.start}: not UTF-8") from None
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+    except OSError as error:
         raise UserError(f"{path}: cannot be read: damaged, or not permitted ({error})") from None
 
 

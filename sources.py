@@ -31,19 +31,13 @@ from configurator import (
     knobs_of,
     shown,
 )
-from formats import (  # noqa: F401 - others ask us for some of these
+from formats import (
     KINDS,
     MAX_LINE,
     OPENERS,
     TABLES,
-    Damaged,
-    JsonReader,
-    csv_rows,
-    json_rows,
-    jsonl_rows,
     kind_of,
     need_packages,
-    open_bounded,
     page_lines,
     rows,
     text_lines,

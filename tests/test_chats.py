@@ -448,7 +448,7 @@ def test_a_list_with_a_bad_element_goes_on(tmp_path):
         ("deep.json", DEEP.encode(), "a JSON list that breaks off after 0 elements"),
         ("cut.jsonl.gz", gzip.compress(b'{"prompt": "q", "response": "a"}\n' * 9999)[:80], "cannot be read"),
         ("plain.jsonl.gz", b'{"prompt": "q", "response": "a"}\n', "cannot be read"),
-        ("rows.parquet", b"PAR1", ".parquet files are not read"),
+        ("rows.parquet", b"PAR1", "cannot be read: damaged"),
         ("bomb.jsonl.gz", gzip.compress(b"x" * (70 << 20)), "decompresses to over"),
     ],
 )
@@ -461,13 +461,13 @@ def test_a_file_of_no_use_is_one_line(tmp_path, name, content, told):
 
 
 def test_a_missing_file_and_an_empty_folder(tmp_path):
-    with pytest.raises(UserError, match=r"none.jsonl: not found; give a .jsonl"):
+    with pytest.raises(UserError, match=r"none.jsonl: not found; give a file of rows"):
         read_pairs(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match="holds no file"):
         read_pairs(tmp_path)
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "b.md").write_text("x")
-    with pytest.raises(UserError, match=r"holds no .jsonl, .json or .csv file"):
+    with pytest.raises(UserError, match=r"holds no file of rows: .jsonl, .json, .csv"):
         read_pairs(tmp_path)
 
 
@@ -659,6 +659,31 @@ def test_inspect_shows_a_mostly_unusable_file_and_then_refuses_it(tmp_path):
     assert "1  usable of 3 rows" in done.stdout
     assert done.stderr.startswith("error: ")
     assert "2 of 3 rows are unusable, more than 5%: training refuses it" in done.stderr
+
+
+def test_inspect_a_source_of_text(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "First."}\n{"text": "Second."}\n3\n')
+    done = inspect(tmp_path / "rows.jsonl")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "2  documents in all" in done.stdout
+    assert "-1  not-an-object, first: " in done.stdout
+    assert done.stdout.endswith("First.\n")
+    (tmp_path / "odd.csv").write_text("a,b\nsome words,others\n")
+    done = inspect(tmp_path / "odd.csv", "--text_column=b")
+    assert done.stdout.endswith("others\n"), done.stderr
+    (tmp_path / "page.html").write_text("<p>Only <b>words</b></p>")
+    assert inspect(tmp_path / "page.html").stdout.endswith("Only words\n")
+    (tmp_path / "empty.txt").write_text("")
+    done = inspect(tmp_path / "empty.txt")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "0 usable documents" in done.stderr
+
+
+def test_rows_come_from_parquet_too(tmp_path):
+    table = pytest.importorskip("pyarrow").table({"prompt": ["q"], "response": ["a"]})
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "rows.parquet")
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    assert read_chats(tmp_path / "rows.parquet") == [{"messages": messages}]
 
 
 def test_inspect_a_prepared_dataset(tmp_path, tiny_documents, tiny_tokenizer):

@@ -152,6 +152,33 @@ def test_the_card_names_the_source_and_bears_a_date(prepared, stories):  # traps
     date.fromisoformat(card.split("Prepared ")[1].split(".")[0])
 
 
+def test_a_mixture_keeps_its_proportions_and_the_card_shows_them(tmp_path):
+    for name, numbers in (("many", range(200)), ("few", range(500, 600))):
+        write_jsonl(tmp_path / f"{name}.jsonl", map(prose, numbers))
+    entries = [
+        {"name": "many", "input_path": str(tmp_path / "many.jsonl"), "weight": 3, "licence": "CC0"},
+        {"name": "few", "input_path": str(tmp_path / "few.jsonl"), "max_samples": 40},
+    ]
+    (tmp_path / "mix.json").write_text(json.dumps({"mixture": entries, "input_path": "docstrings:"}))
+    options = [tmp_path / "mix.json", "--vocab_size=400", f"--output_dir={tmp_path / 'd'}", "--quality=false"]
+    done = data_py(*options, "--max_docs=80", "--train_ratio=0.9")
+    assert done.returncode == 0, done.stderr
+    stats = json.loads((tmp_path / "d" / "stats.json").read_text())
+    assert {name: source["documents"] for name, source in stats["sources"].items()} == {"many": 60, "few": 20}
+    texts = sum((read_split(tmp_path / "d", split) for split in ("train", "val")), [])
+    assert sorted(texts) == sorted(map(prose, [*range(60), *range(500, 520)]))
+    card = (tmp_path / "d" / "DATA_CARD.md").read_text()
+    assert f"| many | `{tmp_path / 'many.jsonl'}` | CC0 | 3.0 | 60 |" in card
+    assert "| few |" in card
+    assert "not noted" in card
+
+
+def test_what_was_found_in_bad_order_is_noted(tmp_path):
+    (tmp_path / "in.txt").write_bytes((prose(1, 20) + " caf\u00e9\n\n" + prose(2, 20)).encode("cp1252"))
+    _, stats = prepare_dataset(tmp_path / "in.txt", tmp_path / "d", train_ratio=1, vocab_size=300)
+    assert stats["documents"]["noted"]["decoded-as-cp1252"]["count"] == 1
+
+
 def test_max_docs_caps_and_shows(stories, tmp_path):  # trap B9
     splits, stats = prepare_dataset(stories, tmp_path / "d", max_docs=40)
     assert every(splits) == sorted(map(prose, range(40)))
