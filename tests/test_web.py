@@ -148,7 +148,7 @@ def test_the_page_shows_what_the_server_answers(opened, server):
         reference(server, "What is the sun?", **FIELDS)["message"]["content"],
     ]
     expect(chat.page.locator(".remark").last).to_have_text(
-        re.compile(r"^24 tokens, \d+ per second · reached the length limit$")
+        re.compile(r"^24 tokens(, \d+ per second)? · reached the length limit$")  # all may come at once
     )
     used = reference(server, "What is the sun?", **FIELDS, stream=False)
     assert used["finish_reason"] == "length"
@@ -165,12 +165,14 @@ def test_an_answer_is_written_as_it_comes_and_stops_when_told(opened, server):
     chat = opened().ready()
     chat.ask("Tell me all.")
     expect(chat.go).to_have_accessible_name("Stop")
-    expect(chat.answers).to_have_text(re.compile(".{20}", re.S))
+    expect(chat.answers).to_have_text(re.compile(".{300}", re.S))
     before = chat.answers.text_content()
     chat.go.click()
     chat.settle()
     assert chat.answers.text_content().startswith(before[:20])
-    expect(chat.page.locator(".remark").last).to_contain_text("stopped")
+    expect(chat.page.locator(".remark").last).to_have_text(
+        re.compile(r"^\d+ tokens, \d+ per second · stopped$")
+    )
     end = time.monotonic() + 20
     while server.metric("batch_size") and time.monotonic() < end:
         time.sleep(0.05)
@@ -202,6 +204,31 @@ def test_regenerate_and_edit_replace_what_follows(opened):
     chat.page.get_by_role("button", name="Edit").first.click()
     chat.page.keyboard.press("Escape")
     assert len(chat.texts()) == 4
+
+
+def test_an_edit_outlives_a_drawing_of_the_page(opened, start, folder):
+    port = free_port()
+    one = start(folder, port=port)
+    chat = opened(one).ready().set(Longest_answer=4)
+    chat.ask("One")
+    chat.settle()
+    chat.page.get_by_role("button", name="Edit").click()
+    area = chat.page.get_by_label("New text")
+    area.fill("half of a change")
+    area.evaluate("e => e.setSelectionRange(4, 4)")
+    one.kill()
+    start(folder, port=port, model_name="renamed")
+    chat.page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")  # as on coming back to it
+    expect(chat.page.locator("#model")).to_have_text("renamed", timeout=30_000)
+    chat.page.keyboard.type(" and more")
+    expect(area).to_have_value("half and more of a change")
+    chat.press("Probabilities")
+    expect(area).to_have_value("half and more of a change")
+    area.press("Enter")
+    chat.settle()
+    assert chat.texts()[0] == "half and more of a change"
+    assert len(chat.texts()) == 2
+    expect(area).to_have_count(0)
 
 
 def test_a_reload_keeps_everything_and_a_new_conversation_can_be_undone(opened):
@@ -271,6 +298,26 @@ def test_export_import_and_markup_stays_text(opened, tmp_path):
     assert chat.texts()[0] == XSS
     assert len(chat.texts()) == 2
     assert chat.page.evaluate("window.caught") is None
+
+
+def test_code_and_every_paragraphs_direction(opened, tmp_path):
+    answer = "Here:\n\n```python\nx = '<b>'\n  y\n```\n\nSo.\n```\nhalf"
+    asked = "\u05e9\u05dc\u05d5\u05dd\nwhy"
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    (tmp_path / "code.json").write_text(json.dumps(messages))
+    chat = opened().ready()
+    chat.page.set_input_files("#file", tmp_path / "code.json")
+    expect(chat.answers.locator("code")).to_have_text(["x = '<b>'\n  y", "half"])
+    assert chat.texts()[1] == "Here:x = '<b>'\n  ySo.half"
+    edges = """e => [[0, 4], [5, 8]].map(([from, to]) => {
+        const range = document.createRange();
+        range.setStart(e.firstChild, from);
+        range.setEnd(e.firstChild, to);
+        const { left, right } = range.getBoundingClientRect(), around = e.getBoundingClientRect();
+        return [Math.round(left - around.left), Math.round(around.right - right)];
+    })"""
+    (_, hebrew), (latin, _) = chat.said.first.evaluate(edges)
+    assert (hebrew, latin) == (0, 0)
 
 
 def test_a_file_that_is_no_conversation_changes_nothing(opened, tmp_path):
