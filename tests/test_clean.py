@@ -417,6 +417,10 @@ def test_a_megabyte_of_anything_passes(unit):
     reject(cleaned, replace(CFG, max_length=10**7))
 
 
+def test_brackets_as_deep_as_the_text_is_long_pass():
+    assert len(clean("(" * 400_000 + "http://a.b" + ")" * 400_000, CFG)) < 800_000
+
+
 # --- Filters ------------------------------------------------------------------------------------------------
 
 
@@ -427,7 +431,7 @@ LANGUAGES = {
     "nl": "De lamp had de hele nacht gebrand en toen hij naar beneden kwam was er geen olie meer in huis.",
     "pl": "Nie było żadnego listu z miasta, więc wyszedł popatrzeć na morze, jak to robił co dzień.",
     "ru": "Лампа горела всю ночь, и письма из города не было.",
-    "zh": "灯烧了一夜，早上看守人下楼时油已经没有了。" * 3,
+    "zh": "灯烧了一夜\uff0c早上看守人下楼时油已经没有了。" * 3,
     "sw": "Taa iliwaka usiku kucha, na mlinzi alipokuja asubuhi aliona kwamba mafuta yamekwisha kabisa.",
 }
 CODE = """def count(words):
@@ -465,14 +469,14 @@ def test_py3langid_keeps_the_language_asked_for(code):
     assert reject(LANGUAGES[code], cfg) == "not-english"
     assert reject(LANGUAGES[code], replace(cfg, language=code)) is None
     assert reject(PROSE, replace(cfg, language=code)) == f"not-{code}"
-    with pytest.raises(UserError, match="language 'xx': py3langid knows af, .*, zu, and off"):
+    with pytest.raises(UserError, match=r"language 'xx': py3langid knows .*, de, .* and off"):
         reject(PROSE, replace(cfg, language="xx"))
 
 
 def test_mistakes_in_the_settings_are_one_line(monkeypatch):
-    with pytest.raises(UserError, match="no rule 'bullet'; there are word-length, few-words, .*lorem-ipsum"):
+    with pytest.raises(UserError, match=r"no rule 'bullet'; there are word-length, few-words, .*lorem-ipsum"):
         configure(CleanConfig, ["--quality_off=symbols,bullet"])
-    with pytest.raises(UserError, match="en or off, got 'de'; .* language_detector=py3langid"):
+    with pytest.raises(UserError, match=r"en or off, got 'de'; .* language_detector=py3langid"):
         configure(CleanConfig, ["--language=de"])
     monkeypatch.setitem(sys.modules, "py3langid", None)
     monkeypatch.setitem(sys.modules, "py3langid.langid", None)
@@ -541,7 +545,7 @@ def test_cases_of_ftfy():
         fixed = ftfy.fix_text(case["original"])
         assert fix_encoding(case["original"]) == fixed
         invisible = str.maketrans(dict.fromkeys("\x81\u200b\xad", "") | {"\xa0": " ", "\u2800": " "})
-        assert clean(case["original"], KEEP) == fixed.translate(invisible).strip()
+        assert clean(case["original"], KEEP) == fixed.translate(invisible).rstrip()
         if case["expect"] == "pass":
             assert fixed == case["fixed"]
 
