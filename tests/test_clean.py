@@ -312,6 +312,13 @@ def test_cleaning_twice_is_cleaning_once(text):
             ]
             + [
                 "\u20ac",
+                "\u00a0",
+                "\u00ad",
+                "\u200b",
+                "\u2764\ufe0f",
+                "\U0001f600",
+                "\u00e0",
+                "\u00c3",
                 "\u00a3",
                 "\u00d7",
                 "\u00b2",
