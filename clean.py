@@ -328,17 +328,22 @@ def mask_numbers(line):
 
 
 VERSION = re.compile(
-    r"(?i)(?:\b(?:v|vers?|versions?|release|rev|revision|build|section|sec|chapter|rfc)[.:]? ?"
+    r"(?i)(?:\b(?:v|vers?|versions?|release|rev|revision|build|section|sec|chapter|rfc|kernel)[.:-]? ?"
     r"|[<>=~^!]= ?|[<>^~] ?)\Z"
 )
+TITLE = re.compile(r"\.[ \t]|\.?[ \t]{1,4}[A-Z]")
 
 
 def mask_ipv4(match):
-    """Four numbers below 256, unless a word or an operator before them says version, or they name no host."""
-    number, before = match[0], match.string[max(0, match.start() - 12) : match.start()]
-    parts = [int(part) for part in number.split(".")]
-    nobody = parts[0] in (0, 127, 255)  # this host, and masks
-    return number if max(parts) > 255 or nobody or VERSION.search(before) else "[IP]"
+    """Four numbers below 256, but not a version, which a word or operator before them tells; not the number
+    of a section, small and first in its line, with a title after it; not this host (127), nor a mask (255).
+    """
+    line, start, end = match.string, match.start(), match.end()
+    parts = [int(part) for part in match[0].split(".")]
+    if max(parts) > 255 or parts[0] in (0, 127, 255) or VERSION.search(line[max(0, start - 12) : start]):
+        return match[0]
+    first = start < 12 and not line[:start].strip(" \t#*>")
+    return match[0] if first and max(parts) < 64 and TITLE.match(line, end) else "[IP]"
 
 
 def mask_ipv6(match):
@@ -460,8 +465,8 @@ def english_score(text):
         middle = len(text) // 2 - SAMPLE // 2
         text = f"{text[:SAMPLE]} {text[middle : middle + SAMPLE]} {text[-SAMPLE:]}"
     values = list(map(evidence, text.lower().encode().translate(LETTERS).decode().split()))
-    total = sum(map(abs, values)) + 0.02 * len(values)
-    return (sum(map(abs, values)) + sum(values)) / 2 / total if total else 0.0
+    size, balance = sum(map(abs, values)), sum(values)  # E + F, E - F
+    return (size + balance) / 2 / (size + 0.02 * len(values)) if size else 0.0
 
 
 @cache
@@ -518,6 +523,9 @@ def reject(text, cfg):
     return None
 
 
+BULLETS = ("- ", "* ", "+ ", "\u2022", "\u00b7", "\u25cf", "\u25aa", "\u2023")
+
+
 def spaced(doc):
     """Is this text in words of letters known to Gopher's rules, not in a script that writes no spaces?"""
     return len(doc.text.encode()) < 1.5 * len(doc.text)
@@ -549,14 +557,16 @@ def symbols(doc):
 
 def bullets(doc):
     """Over 90% of the lines begin with a bullet (Gopher)."""
-    starts = sum(line[0] in "-*\u2022\u00b7\u25cf\u25aa\u2023" and line[1:2] in " \t" for line in doc.lines)
-    return len(doc.lines) >= 10 and starts > 0.9 * len(doc.lines)
+    starts = sum(line.startswith(BULLETS) for line in doc.lines) if len(doc.lines) >= 10 else 0
+    return starts > 0.9 * len(doc.lines)
 
 
 def ellipses(doc):
     """Over 30% of the lines end with an ellipsis (Gopher)."""
-    ends = sum(line.endswith(("...", "\u2026")) for line in doc.lines)
-    return len(doc.lines) >= 5 and ends > 0.3 * len(doc.lines)
+    allowed = 0.3 * max(5, len(doc.lines))
+    if doc.text.count("...") + doc.text.count("\u2026") <= allowed:
+        return False
+    return sum(line.endswith(("...", "\u2026")) for line in doc.lines) > allowed
 
 
 def repeated_lines(doc):

@@ -176,6 +176,7 @@ STAYS = [
     "numpy==1.2.3.4, >= 1.2.3.4, ~=1.2.3.4",
     "chrome/79.0.3945.88, 300.1.1.1, 1.2.3.4.5",
     "linux-5.10.0.1-amd64",
+    "section 4.1.2.4, kernel 2.6.18.6",
     "127.0.0.1 and 0.0.0.0 and 255.255.255.0",
     "at 12:30:45, std::vector, a::b, ::1, ::",
     "x[1000::2] and 00:1A:2B:3C:4D:5E",
@@ -216,6 +217,12 @@ def test_private_data_is_masked(text, expected):
 def test_what_only_looks_private_stays(text):
     assert clean(text, CFG) == text
     assert clean(f"x {text} y", CFG) == f"x {text} y"
+
+
+def test_a_section_number_is_no_address():
+    for heading in ("5.14.2.4. Influence of it", "  12.3.2.1 Using a File", "## 4.1.2.5. constants"):
+        assert clean(heading, CFG) == heading
+    assert clean("10.0.0.1 - - GET\n200.46.20.71 Host", CFG) == "[IP] - - GET\n[IP] Host"
 
 
 def test_luhn_is_the_check_of_iso_7812():
