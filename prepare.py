@@ -23,6 +23,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import threading
 import zlib
 from collections import Counter, deque
@@ -37,7 +38,7 @@ from typing import Annotated
 from cards import data_card, documents_part, report, tokenizer_card, tokens_part
 from clean import CleanConfig, clean, reject
 from configurator import Fraction, NonNegativeInt, PositiveInt, Range, UserError
-from dedup import Index, RedisIndex, minhash, sha256
+from dedup import Index, RedisIndex, hidden, minhash, sha256
 from shards import FORMAT, ShardWriter, dtype_name, file_sha256, read_manifest, read_rows, text_row, totals
 from sources import Tally, input_bytes, read_documents
 from tokenizer import Tokenizer, train_tokenizer
@@ -245,7 +246,8 @@ def open_index(cfg, work, state):
     if not cfg.dedup_storage:
         return Index(work, threshold, state)
     url, _, name = cfg.dedup_storage.partition("#")
-    return RedisIndex(url, name or "mini-llm", str(output_folder(cfg)), threshold, cfg.seed, state)
+    owner = f"{socket.gethostname()}:{output_folder(cfg).resolve()}"
+    return RedisIndex(url, name or "mini-llm", owner, threshold, cfg.seed, state)
 
 
 class Intake:
@@ -447,6 +449,8 @@ def output_folder(cfg):
 def lasting(cfg):
     """The settings that the manifest keeps, as JSON has them: not where the result is, nor how it came."""
     settings = json.loads(json.dumps(asdict(cfg)))
+    if "dedup_storage" in settings:  # where a password may be in it
+        settings["dedup_storage"] = hidden(settings["dedup_storage"])
     return {key: value for key, value in settings.items() if key not in ("output_dir", "num_workers")}
 
 
