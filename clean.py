@@ -259,9 +259,9 @@ def joined(left, right, first):
 
 # --- Private data -------------------------------------------------------------------------------------------
 
-# What any of these needs: a digit beside a letter (keys), digits in a row with a dot, a colon, or five more.
+# A line is looked at if it holds an @, a digit beside a letter (as keys do), or digits enough.
 SUSPECT = re.compile(
-    r"[0-9](?:[A-Za-z_:]|(?<=[A-Za-z_:].)|\.[0-9]{1,3}\.[0-9]{1,3}\.|(?:[ .()/-]{0,2}[0-9]){5})"
+    r"[0-9@](?:(?<=@)|[A-Za-z_:]|(?<=[A-Za-z_:].)|\.[0-9]{1,3}\.[0-9]{1,3}\.|(?:[ .()/-]{0,2}[0-9]){5})"
 )
 PEM = re.compile(  # whole, or as much of it as there is
     r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----"
@@ -308,18 +308,23 @@ def mask_private(text):
     """Text with e-mail addresses, IP addresses, keys, card and phone numbers each as a word in brackets."""
     if "-----BEGIN" in text:
         text = PEM.sub("[KEY]", text)
-    digits = text.encode("utf-8", "surrogatepass").translate(None, NO_DIGITS)
-    if "@" not in text and not (digits and SUSPECT.search(text)):
+    if "@" not in text and not text.encode("utf-8", "surrogatepass").translate(None, NO_DIGITS):
         return text
-    lines = text.split("\n")
-    for number, line in enumerate(lines):
-        line = EMAIL.sub("[EMAIL]", line) if "@" in line else line
-        lines[number] = mask_numbers(line) if SUSPECT.search(line) else line
-    return "\n".join(lines)
+    kept, at = [], 0
+    for match in SUSPECT.finditer(text):
+        if match.start() >= at:
+            start, end = text.rfind("\n", at, match.start()) + 1 or at, text.find("\n", match.end())
+            end = len(text) if end < 0 else end
+            kept += [text[at:start], mask_line(text[start:end])]
+            at = end
+    return "".join([*kept, text[at:]])
 
 
-def mask_numbers(line):
+def mask_line(line):
+    """A line with what identifies people masked; the longer shapes first, for they hold the shorter."""
     line = KEY.sub("[KEY]", line)
+    if "@" in line:
+        line = EMAIL.sub("[EMAIL]", line)
     if line.count(":") > 1:
         line = IPV6.sub(mask_ipv6, line)
     line = IPV4.sub(mask_ipv4, line)

@@ -219,6 +219,15 @@ def test_what_only_looks_private_stays(text):
     assert clean(f"x {text} y", CFG) == f"x {text} y"
 
 
+def test_half_a_surrogate_pair_is_replaced():
+    assert clean("a \ud800 b", CFG) == "a \ufffd b"
+
+
+def test_every_line_is_looked_at():
+    lines = [text for text, _ in MASKED] + STAYS
+    assert clean("\n".join(lines), CFG) == "\n".join([masked for _, masked in MASKED] + STAYS)
+
+
 def test_a_section_number_is_no_address():
     for heading in ("5.14.2.4. Influence of it", "  12.3.2.1 Using a File", "## 4.1.2.5. constants"):
         assert clean(heading, CFG) == heading
