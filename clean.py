@@ -53,15 +53,25 @@ def clean(text, cfg):
     that never comes to rest is built to do so, and nothing of it is kept.
     """
     for _ in range(ROUNDS):
-        before, text = text, clean_once(text, cfg)
+        text = repaired(text)
+        rest = without_unwanted(text, cfg)
+        if rest == text:
+            return text
+        text = rest
+    return ""
+
+
+def repaired(text):
+    """Text with its characters and lines in order, whatever else is in it."""
+    for _ in range(ROUNDS):
+        before, text = text, tidy(visible(fix_encoding(plain_lines(text))))
         if text == before:
             return text
     return ""
 
 
-def clean_once(text, cfg):
-    """One round of the steps, each of which may rely on those above it."""
-    text = visible(fix_encoding(plain_lines(text)))
+def without_unwanted(text, cfg):
+    """A repaired text without what the settings name."""
     if cfg.code != "keep" and ("```" in text or "~~~" in text):
         text = without_fenced(text)
     if cfg.code == "remove" and "`" in text:
@@ -70,7 +80,7 @@ def clean_once(text, cfg):
         text = URL.sub(url_hole, text)
     if HOLE in text:
         text = closed(text)
-    return tidy(mask_private(text) if cfg.mask_private else text)
+    return mask_private(text) if cfg.mask_private else text
 
 
 # Terminal control sequences (ECMA-48 5.4): CSI with parameters, OSC up to its end, two-character escapes.
