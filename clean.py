@@ -321,12 +321,11 @@ def mask_private(text):
     if "@" not in text and not text.encode("utf-8", "surrogatepass").translate(None, NO_DIGITS):
         return text
     kept, at = [], 0
-    for match in SUSPECT.finditer(text):
-        if match.start() >= at:
-            start, end = text.rfind("\n", at, match.start()) + 1 or at, text.find("\n", match.end())
-            end = len(text) if end < 0 else end
-            kept += [text[at:start], mask_line(text[start:end])]
-            at = end
+    while match := SUSPECT.search(text, at):
+        start, end = text.rfind("\n", at, match.start()) + 1 or at, text.find("\n", match.end())
+        end = len(text) if end < 0 else end
+        kept += [text[at:start], mask_line(text[start:end])]
+        at = end
     return "".join([*kept, text[at:]])
 
 
