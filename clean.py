@@ -577,8 +577,8 @@ def bullets(doc):
 
 def ellipses(doc):
     """Over 30% of the lines end with an ellipsis (Gopher)."""
-    allowed = 0.3 * max(5, len(doc.lines))
-    if doc.text.count("...") + doc.text.count("\u2026") <= allowed:
+    allowed = 0.3 * len(doc.lines)
+    if len(doc.lines) < 5 or doc.text.count("...") + doc.text.count("\u2026") <= allowed:
         return False
     return sum(line.endswith(("...", "\u2026")) for line in doc.lines) > allowed
 
