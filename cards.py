@@ -20,7 +20,8 @@ def documents_part(cfg, progress, tally):
             "dropped": tally.dropped,
             "noted": tally.notes,
         },
-        "characters": dict(sorted(progress.lengths.items(), key=lambda bin: int(bin[0]))),
+        "characters_of_kept": dict(sorted(progress.lengths.items(), key=lambda bin: int(bin[0]))),
+        "language_scores_of_read": dict(sorted(progress.scores.items())),
     }
 
 

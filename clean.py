@@ -521,8 +521,11 @@ class Document:
         return cls(text, text.lower().split(), [line for line in map(str.strip, text.split("\n")) if line])
 
 
-def reject(text, cfg):
-    """Why a cleaned document is not kept: too-short, too-long, not-LANGUAGE, a rule of QUALITY; or None."""
+def reject(text, cfg, score=None):
+    """Why a cleaned document is not kept: too-short, too-long, not-LANGUAGE, a rule of QUALITY; or None.
+
+    `score`: its language_score, where that is known already.
+    """
     if len(text) < cfg.min_length:
         return "too-short"
     if len(text) > cfg.max_length:
@@ -532,7 +535,7 @@ def reject(text, cfg):
         for name, fails in QUALITY.items():
             if name not in cfg.quality_off and fails(document):
                 return name
-    if cfg.language != "off" and language_score(text, cfg) < cfg.language_threshold:
+    if cfg.language != "off" and (score or language_score(text, cfg)) < cfg.language_threshold:
         return "not-english" if cfg.language == "en" else f"not-{cfg.language}"
     return None
 

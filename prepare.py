@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Annotated
 
 from cards import data_card, documents_part, report, tokenizer_card, tokens_part
-from clean import CleanConfig, clean, reject
+from clean import CleanConfig, clean, language_score, reject
 from configurator import Fraction, NonNegativeInt, PositiveInt, Range, UserError
 from dedup import Index, RedisIndex, hidden, minhash, sha256
 from shards import FORMAT, ShardWriter, dtype_name, file_sha256, read_manifest, read_rows, text_row, totals
@@ -122,6 +122,7 @@ class Progress:
     gathered: bool = False  # there are no more documents
     kept: dict = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))  # documents, by split
     lengths: Counter = field(default_factory=Counter)  # of them, in characters: "256" counts 256 to 511
+    scores: Counter = field(default_factory=Counter)  # of all documents in the language, in tenths
     tally: dict = field(default_factory=dict)
     index: dict = field(default_factory=dict)
     tokenizer: dict = field(default_factory=dict)  # its sha256, and a line on where it is from
@@ -142,7 +143,7 @@ class Progress:
             return progress
         reset = {"settings"} | ({"tokenizer"} if changed else set())
         vars(progress).update({key: value for key, value in old.items() if key not in reset})
-        progress.lengths = Counter(progress.lengths)
+        progress.lengths, progress.scores = Counter(progress.lengths), Counter(progress.scores)
         return progress
 
     def save(self):
@@ -231,13 +232,17 @@ def batches(documents):
 
 
 def refine(batch, cfg):
-    """What can be said of documents each on its own: clean texts, reasons against them, and, of those that
-    have none, digests and signatures (None without use_minhash).
+    """What can be said of documents each on its own: clean texts, language scores, reasons against them, and
+    of those that have none, digests and signatures (None without use_minhash).
     """
     texts = [clean(raw, cfg) for _, raw in batch]
-    reasons = [reject(text, cfg) for text in texts]
+    scores = [
+        language_score(text, cfg) if cfg.language != "off" and len(text) >= cfg.min_length else None
+        for text in texts
+    ]
+    reasons = [reject(text, cfg, score) for text, score in zip(texts, scores, strict=True)]
     good = [text for text, reason in zip(texts, reasons, strict=True) if not reason]
-    return texts, reasons, sha256(good), minhash(good, cfg.seed) if cfg.use_minhash else None
+    return texts, scores, reasons, sha256(good), minhash(good, cfg.seed) if cfg.use_minhash else None
 
 
 def open_index(cfg, work, state):
@@ -258,7 +263,7 @@ class Intake:
         self.index = open_index(cfg, work, progress.index)
         self.files, self.size = {}, 0  # of the part at hand; bytes of raw text that went into it
 
-    def add(self, batch, texts, reasons, digests, signatures):
+    def add(self, batch, texts, scores, reasons, digests, signatures):
         """Take in one batch, and end the part if that filled it."""
         judged = zip(digests, self.index.judge(digests, signatures), strict=True)
         for (where, raw), text, reason in zip(batch, texts, reasons, strict=True):
@@ -273,6 +278,7 @@ class Intake:
             else:
                 self._write(text, "train" if fraction(bytes(digest)) < self.cfg.train_ratio else "val")
         self.progress.documents += len(batch)
+        self.progress.scores.update(f"{int(10 * score) / 10}" for score in scores if score is not None)
         if self.size >= PART_BYTES:
             self.settle()
 

@@ -165,7 +165,7 @@ def test_a_mixture_keeps_its_proportions_and_the_card_shows_them(tmp_path):
     assert done.returncode == 0, done.stderr
     stats = json.loads((tmp_path / "d" / "stats.json").read_text())
     assert {name: source["documents"] for name, source in stats["sources"].items()} == {"many": 60, "few": 20}
-    texts = sum((read_split(tmp_path / "d", split) for split in ("train", "val")), [])
+    texts = read_split(tmp_path / "d", "train") + read_split(tmp_path / "d", "val")
     assert sorted(texts) == sorted(map(prose, [*range(60), *range(500, 520)]))
     card = (tmp_path / "d" / "DATA_CARD.md").read_text()
     assert f"| many | `{tmp_path / 'many.jsonl'}` | CC0 | 3.0 | 60 |" in card
@@ -177,6 +177,20 @@ def test_what_was_found_in_bad_order_is_noted(tmp_path):
     (tmp_path / "in.txt").write_bytes((prose(1, 20) + " caf\u00e9\n\n" + prose(2, 20)).encode("cp1252"))
     _, stats = prepare_dataset(tmp_path / "in.txt", tmp_path / "d", train_ratio=1, vocab_size=300)
     assert stats["documents"]["noted"]["decoded-as-cp1252"]["count"] == 1
+
+
+def test_the_histograms_count_what_they_say(tmp_path):
+    texts = [prose(n, 6 + 3 * (n % 5)) for n in range(60)] + [
+        "Das ist nicht der Text, den wir haben wollen. " * 4
+    ]
+    splits, stats = prepare_dataset(write_jsonl(tmp_path / "in.jsonl", texts), tmp_path / "d")
+    sizes = [len(text) for text in every(splits)]
+    for low, count in stats["characters_of_kept"].items():
+        assert count == sum(int(low) <= size < 2 * int(low) for size in sizes)
+    assert sum(stats["characters_of_kept"].values()) == len(sizes) == 60
+    scores = stats["language_scores_of_read"]
+    assert sum(scores.values()) == 61
+    assert sum(count for low, count in scores.items() if float(low) < 0.7) == 1
 
 
 def test_max_docs_caps_and_shows(stories, tmp_path):  # trap B9
