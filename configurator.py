@@ -31,6 +31,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 class UserError(Exception):
     """A mistake its user can mend; str() is one line: what, the value, what was expected, the remedy."""
 
+    exit_code = 2  # what `run` ends the process with
+
     def __str__(self):
         return " ".join(super().__str__().splitlines())  # one line, whatever path or message was quoted in it
 
@@ -413,7 +415,7 @@ def run(main, cls, doc=None, **kw):
         sys.stdout.flush()  # a closed pipe shall show here, not while the interpreter shuts down
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:

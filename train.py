@@ -3,11 +3,12 @@
     python train.py configs/tiny.json --data_path=data/processed/docstrings --output_dir=checkpoints/tiny
     torchrun --nproc_per_node=2 train.py configs/tiny.json --batch_size=8
     python train.py configs/tiny.json --resume_from_checkpoint=auto
+    python train.py curves checkpoints/a checkpoints/b
 
-Read from the top: the configuration, the world (ranks, device, precision), optimizer and schedule,
-checkpoints, the log, `fit`, pretraining. Data parallelism is done by hand - weights broadcast once, gradients
-summed each step - so there is no wrapper around the model; losses are sums, divided by the count of
-supervised tokens of the whole step, so that neither accumulation nor the number of ranks changes the result.
+Read from the top: the configuration, optimizer and schedule, the training state, signals, `fit`, pretraining.
+Data parallelism is done by hand - weights broadcast once, gradients summed each step - so there is no wrapper
+around the model; losses are sums, divided by the count of supervised tokens of the whole step, so that
+neither accumulation nor the number of ranks changes the result.
 """
 
 import contextlib
@@ -15,9 +16,9 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import shutil
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,18 +48,18 @@ from configurator import (
     narrow,
     run,
 )
+from curves import command_line as draw_curves
 from data import TokenStream, unigram_bits_per_byte
+from log import Log
 from losses import next_token_loss
-from model import KVCache, Llama, ModelConfig, choose_attention, flops_per_token, load_weights, save_model
+from model import KVCache, Llama, ModelConfig, choose_attention, load_weights, save_model
 from scoring import score
 from tokenizer import Tokenizer
 from world import (
     autocast,
     choose_dtype,
     compile_model,
-    memory_used,
     open_world,
-    peak_flops,
     rng_state,
     seed_everything,
     set_rng_state,
@@ -101,9 +102,10 @@ class LoopConfig:
     logging_steps: PositiveInt = 10  # steps between log lines
     eval_steps: PositiveInt = 500  # steps between validations
     save_steps: PositiveInt = 500  # steps between checkpoints
-    keep_last: PositiveInt = 3  # checkpoints kept; older ones are deleted
+    keep_last: PositiveInt = 3  # checkpoints kept beside the best validated one; older ones are deleted
     early_stopping_patience: PositiveInt | None = None  # stop after so many validations without a better one
     early_stopping_metric: str = "val_loss"  # better is lower, of accuracies higher; final/ is then the best
+    report_to: tuple[Literal["wandb", "tensorboard"], ...] = ()  # who else is told what metrics.jsonl is
 
     def __post_init__(self):
         if not self.output_dir.strip():
@@ -122,7 +124,7 @@ class LoopConfig:
 FREE_ON_RESUME = {
     *("output_dir", "resume_from_checkpoint", "allow_config_change", "allow_world_size_change", "device"),
     *("compile", "flash_attn", "deterministic", "max_bad_steps", "logging_steps", "eval_steps", "save_steps"),
-    *("keep_last", "eval_rows", "sample_prompt", "sample_tokens"),
+    *("keep_last", "eval_rows", "sample_prompt", "sample_tokens", "report_to"),
     # these may move: read_model compares what they hold, see check_data
     *("data_path", "dataset_path", "model_path"),
 }
@@ -246,16 +248,20 @@ class State:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
         self.step, self.seconds, self.tokens, self.bad_steps, self.evaluated = 0, 0.0, 0, 0, 0
         self.best, self.best_step, self.stale = None, 0, 0  # of the validations: see judge
+        self.recent = []  # losses of the last steps: see Log.read
 
     def counters(self):
-        names = ("step", "seconds", "tokens", "bad_steps", "evaluated", "best", "best_step", "stale")
-        return {k: getattr(self, k) for k in names}
+        names = "step seconds tokens bad_steps evaluated best best_step stale recent"
+        return {k: getattr(self, k) for k in names.split()}
 
     def judge(self, cfg, metrics):
-        """Takes note of whether a validation is the best so far, or how many have gone by since the best."""
-        if not cfg.early_stopping_patience:
-            return
+        """Takes note of whether a validation is the best so far, or how many have gone by since the best.
+
+        Early stopping has every best one saved; without it those count that are saved anyway.
+        """
         name = cfg.early_stopping_metric
+        if not cfg.early_stopping_patience and (self.step % cfg.save_steps or name not in metrics):
+            return
         if not isinstance(metrics.get(name), float):
             there = ", ".join(k for k, v in metrics.items() if isinstance(v, float)) or "none at all"
             raise UserError(f"early_stopping_metric {name!r} is not validated; there is {there}")
@@ -344,20 +350,20 @@ def load_optimizer(optimizer, saved):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Signals and the log
+# Signals
 
 
 class StopSignals:
     """While entered, SIGINT and SIGTERM ask for a stop at the next step; a second SIGINT is Python's own."""
 
-    asked = False
+    asked = 0  # the signal's number
 
     def __enter__(self):
         self.old = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _ask(self, number, frame):
-        self.asked = True
+        self.asked = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __exit__(self, *_):
@@ -365,76 +371,10 @@ class StopSignals:
             signal.signal(s, handler)
 
 
-class Log:
-    """One aligned line a log step for people, one JSON object in metrics.jsonl for programs; rank 0 only."""
+class Diverged(UserError):
+    """The run learns no more, and starting it again as it is would not help."""
 
-    def __init__(self, cfg, model, world, state):
-        self.world, self.flops = world, flops_per_token(model.cfg)
-        self.peak = peak_flops(world.device)
-        self.path = Path(cfg.output_dir) / "metrics.jsonl"
-        if world.rank == 0:
-            try:
-                self._drop_after(state)
-            except OSError as problem:
-                why = f"cannot be rewritten ({problem.strerror})"
-                raise UserError(f"{self.path}: {why}; mend that, or choose another --output_dir") from None
-        self.mark = (time.monotonic(), state.tokens)
-
-    def _drop_after(self, state):
-        """Forgets what a run that died logged beyond its checkpoint: it is about to happen again."""
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text().splitlines(keepends=True):
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a full disk leaves half a line
-                record = json.loads(line)
-                known = record["step"] <= (state.step if "grad_norm" in record else state.evaluated)
-                if known and line.endswith("\n"):
-                    kept.append(line)
-        tmp = self.path.with_name(".tmp-metrics.jsonl")
-        tmp.write_text("".join(kept))
-        os.replace(tmp, self.path)
-
-    def write(self, record):
-        """Appends one line, NaN and infinity as null: JSON has neither."""
-        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        if self.world.rank == 0:
-            try:
-                with open(self.path, "a") as f:
-                    f.write(json.dumps(plain, allow_nan=False) + "\n")
-            except OSError as problem:
-                raise UserError(f"{self.path}: could not be written ({problem.strerror})") from None
-
-    def step(self, state, clock, shares, lr, norm):
-        """Logs one optimizer step, `shares` summed over ranks; tokens per second since the last line."""
-        loss, *others = self.world.sum(*(share.item() for share in shares.values()))
-        stats = dict(zip([*shares][1:], others, strict=True))
-        (then, tokens), now = self.mark, time.monotonic()
-        rate = (state.tokens - tokens) / max(1e-9, now - then)
-        self.mark = (now, state.tokens)
-        record = {"step": state.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": state.tokens}
-        memory = memory_used(self.world.device)
-        self.write(record | stats | {"tokens_per_second": rate, "memory": memory})
-        done = clock.progress(state.step, state.seconds)
-        left = int(state.seconds * (1 - done) / done) if done else 0
-        mfu = f" | mfu {self.flops * rate / self.world.size / self.peak:5.1%}" if self.peak else ""
-        self.world.say(
-            f"step {state.step:>7,}{f'/{clock.total:,}' if clock.total else ''} | loss {loss:7.4f} "
-            f"| lr {lr:.2e} | norm {norm:6.3f} | {rate:>9,.0f} tok/s{mfu} "
-            f"| {memory / 1e9:5.2f} GB | {done:4.0%}, {left // 60}:{left % 60:02d} left"
-        )
-        if stats:
-            self.world.say("    " + " | ".join(f"{k} {v:.4f}" for k, v in stats.items()))
-
-    def evaluation(self, state, metrics):
-        """Logs a validation: numbers on one line, texts quoted below it."""
-        self.write({"step": state.step} | metrics)
-        numbers = " | ".join(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
-        self.world.say(f"  eval {state.step:>6,} | {numbers}")
-        for name, text in metrics.items():
-            if isinstance(text, str):
-                self.world.say(f"    {name}: {text!r}")
-        self.mark = (time.monotonic(), state.tokens)
+    exit_code = 4
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -453,9 +393,10 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
     write_model   (model, folder): what a checkpoint holds besides the training state; read_model is its
                   inverse, and write_final writes final/ where that is to hold something else
 
-    Raises UserError for what its user can mend. Stops at SIGINT or SIGTERM with a checkpoint.
+    Raises UserError for what its user can mend. Stops at SIGINT or SIGTERM with a checkpoint and SystemExit,
+    128 + the signal's number as shells count: status 0 means that final/ is there.
     """
-    with locked(cfg.output_dir, world), StopSignals() as stop:
+    with locked(cfg.output_dir, world), StopSignals() as stop, contextlib.ExitStack() as until_end:
         model.to(world.device)
         dtype, _ = announce(cfg, model, world)
         state = State(cfg, model, world, dtype)
@@ -464,15 +405,17 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
         state.check_space(cfg.output_dir)
         resume(cfg, state, world, read_model)
         world.broadcast(model.parameters())
-        log, clock = Log(cfg, model, world, state), Clock(cfg, total, state.seconds)
+        clock = Clock(cfg, total, state.seconds)
         output, accumulation = Path(cfg.output_dir), cfg.gradient_accumulation_steps
         complete = clock.progress(state.step, state.seconds) >= 1 or state.enough(cfg)
         if complete and problem_with(output / "final", FINAL_FILES) is None:
             world.say(f"this run is complete: its model is in {output / 'final'}; nothing to do")
             return {}
+        log = until_end.enter_context(Log(cfg, model, world, state))
         metrics, saved_at = {}, state.step or None
 
         def checkpoint():
+            log.read(state)
             state.save(output / f"step_{state.step:06d}", cfg, world, write_model)
 
         while True:
@@ -480,7 +423,7 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
             count, tokens, stopping, state.seconds = world.sum(
                 sum(b["count"] for b in batches),
                 sum(b.get("tokens", b["count"]) for b in batches),
-                stop.asked,
+                stop.asked > 0,
                 clock.seconds * (world.rank == 0),
             )
             progress = clock.progress(state.step, state.seconds)
@@ -490,6 +433,7 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
             sums = forward_backward(state, batches, loss_fn, max(1, count), world.device, dtype)
             norm = state.update(cfg, lr, world, count)
             state.step, state.tokens = state.step + 1, state.tokens + int(tokens)
+            log.watch(state, sums["loss"], norm)
             check_applied(cfg, state, norm, count, log)
 
             if state.step % cfg.logging_steps == 0 or state.step == 1:
@@ -504,9 +448,11 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
             checkpoint()
         if stopping:
             world.say(f"stopped at step {state.step:,}, saved; continue with --resume_from_checkpoint=auto")
-            return metrics
+            raise SystemExit(128 + (stop.asked or signal.SIGTERM))  # asked of another rank: as torchrun would
         if state.evaluated != state.step:
             metrics = evaluate(cfg, state, validate, dtype, world, log)
+            if world.rank == 0:
+                prune(output, cfg.keep_last, state)  # another one is the best now
         take_best(cfg, state, world, read_model)
         finish(cfg, model, world, write_final or write_model)
         return metrics
@@ -563,7 +509,7 @@ def forward_backward(state, batches, loss_fn, count, device, dtype):
 
 
 def check_applied(cfg, state, norm, count, log):
-    """Reports a step that was not applied (see State.update); UserError after too many in a row."""
+    """Reports a step that was not applied (see State.update); Diverged after too many in a row."""
     if state.bad_steps == 0:
         return
     why = f"gradient norm is {norm}" if count else "no token of it is supervised"
@@ -571,7 +517,7 @@ def check_applied(cfg, state, norm, count, log):
     log.world.say(f"warning: step {state.step:,} skipped: {why} ({state.bad_steps} in a row)")
     if state.bad_steps >= cfg.max_bad_steps:
         last = next(iter(checkpoints(cfg.output_dir)), None)
-        raise UserError(
+        raise Diverged(
             f"{state.bad_steps} steps in a row were skipped, the last because {why}; "
             f"the last good checkpoint is {last or 'none'}; lower --learning_rate or use --dtype=fp32"
         )
@@ -734,4 +680,7 @@ def greedy(model, ids, count, stop_ids):
 
 
 if __name__ == "__main__":
-    run(main, PretrainConfig, __doc__)
+    if sys.argv[1:2] == ["curves"]:
+        draw_curves(sys.argv[2:])
+    else:
+        run(main, PretrainConfig, __doc__)

@@ -208,9 +208,10 @@ def records(out):
 
 def losses(out, after=0):
     """Returns those lines past step `after`, without what is measured and not computed."""
-    measured = ("tokens_per_second", "memory")
+    measured = ("tokens_per_second", "memory", "seconds")
     return [{k: v for k, v in r.items() if k not in measured} for r in records(out) if r["step"] > after]
 
 
 def names(out):
-    return sorted(p.name for p in Path(out).iterdir())
+    """Returns what lies in an output folder, but for the picture of its curves."""
+    return sorted(p.name for p in Path(out).iterdir() if p.stem != "curves")

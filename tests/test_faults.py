@@ -399,7 +399,7 @@ def signalled(launcher, out, knobs, number):
 def test_a_signal_saves_and_ends_and_the_rest_is_as_if_it_never_came(tmp_path, knobs, long, number):
     knobs, out = knobs | LONG, tmp_path / "out"
     code, text = signalled([sys.executable], out, knobs, number)
-    assert code == 0, text
+    assert code == 128 + number, text
     last = text.splitlines()[-1]
     assert last.startswith("stopped at step ")
     assert last.endswith(", saved; continue with --resume_from_checkpoint=auto")
@@ -412,7 +412,7 @@ def test_a_signal_saves_and_ends_and_the_rest_is_as_if_it_never_came(tmp_path, k
 def test_a_signal_before_the_first_step_saves_that_too(tmp_path, knobs, straight):
     out = tmp_path / "out"
     one = begin(out, before=signalled_early, **knobs)
-    assert one.wait() == [0], one.text
+    assert one.wait() == [143], one.text
     assert "stopped at step 0, saved" in one.text
     assert names(out) == ["run.lock", "step_000000"]
     resumed(out, **knobs)
@@ -455,7 +455,7 @@ def test_a_signal_to_one_rank_saves_and_stops_both(tmp_path, knobs):
     straight, out = trained(tmp_path / "straight", ranks=2, **knobs), tmp_path / "out"
     one = begin(out, ranks=2, **knobs).until(lambda: logged(out, 3))
     one.signal(signal.SIGTERM, rank=1)
-    assert one.wait() == [0, 0], one.text
+    assert one.wait() == [143, 143], one.text
     assert one.text.count("stopped at step ") == 1
     trained(out, ranks=2, resume_from_checkpoint="auto", **knobs)
     assert not differences(out / "final", straight / "final")

@@ -242,7 +242,7 @@ def finished(tmp_path_factory, tiny_dataset):
 def test_the_log_holds_a_line_for_each_step_and_each_validation(finished):
     steps = [r for r in records(finished) if "loss" in r]
     assert [r["step"] for r in steps] == list(range(1, 9))
-    expected = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "memory"}
+    expected = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "memory", "seconds"}
     assert all(r.keys() == expected for r in steps)
     assert [r["tokens"] for r in steps] == [32 * n for n in range(1, 9)]
     assert [r["lr"] for r in steps][:3] == pytest.approx([0.005, 0.01, 0.01])
@@ -380,7 +380,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_as_they_were(tmp_path,
 def test_too_many_such_steps_in_a_row_end_the_run_and_name_the_last_good_checkpoint(tmp_path):
     knobs = {"vocab_size": 32, "max_steps": 50, "save_steps": 2, "max_bad_steps": 3, "warmup_steps": 0}
     one = fit(tmp_path, Counting(), PoisonedLoss(6, always=True), **knobs)
-    assert one.wait() == [2]
+    assert one.wait() == [4]
     assert "Traceback" not in one.text
     last = one.text.splitlines()[-1]
     assert last.startswith("error: 3 steps in a row were skipped, the last because gradient norm is nan")
@@ -397,7 +397,7 @@ def poisoned_on_rank_one(model, batch):
 def test_a_bad_gradient_on_one_rank_is_skipped_on_all(tmp_path):
     knobs = {"vocab_size": 32, "max_steps": 50, "max_bad_steps": 2, "warmup_steps": 0}
     one = fit(tmp_path, Counting(), poisoned_on_rank_one, ranks=2, **knobs)
-    assert one.wait() == [2, 2], one.text
+    assert one.wait() == [4, 4], one.text
     assert "2 steps in a row were skipped" in one.text
 
 

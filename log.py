@@ -1,0 +1,226 @@
+"""What a run tells of itself while it lasts: a line for people, a record for programs, an alarm.
+
+Every log step prints one aligned line and appends one JSON object to metrics.jsonl; wandb and tensorboard get
+the same records where they were asked for. The loss of every step is watched, but stays on its device until
+the next log step: reading it would make the CPU wait for the GPU. When the run ends, its curves are drawn.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import threading
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from configurator import UserError
+from curves import draw_run
+from model import flops_per_token
+from world import memory_used, peak_flops
+
+WINDOW, ENOUGH = 100, 20  # steps whose losses a new one is held against, and how few of them say nothing
+PATIENCE = 60  # seconds that an upload may take when the run is over
+
+
+class Log:
+    """The log of one run, on rank 0; the other ranks add their shares. Entered while the run lasts."""
+
+    def __init__(self, cfg, model, world, state):
+        self.world, self.flops = world, flops_per_token(model.cfg)
+        self.peak = peak_flops(world.device)
+        self.path = Path(cfg.output_dir) / "metrics.jsonl"
+        self.unread = []  # (step, this rank's share of its loss, gradient norm)
+        self.trackers = []
+        if world.rank == 0:
+            try:
+                self._drop_after(state)
+            except OSError as problem:
+                why = f"cannot be rewritten ({problem.strerror})"
+                raise UserError(f"{self.path}: {why}; mend that, or choose another --output_dir") from None
+            self.trackers = [Tracker(name, cfg, state, world.say) for name in installed(cfg.report_to)]
+        self.mark = (time.monotonic(), state.tokens)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if self.world.rank == 0 and kind is not KeyboardInterrupt:  # who presses Ctrl-C twice is in a hurry
+            for tracker in self.trackers:
+                tracker.close()
+            draw_run(self.path.parent, self.world.say)
+
+    def _drop_after(self, state):
+        """Forgets what a run that died logged beyond its checkpoint: it is about to happen again."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines(keepends=True):
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a full disk leaves half a line
+                record = json.loads(line)
+                known = record["step"] <= (state.step if "grad_norm" in record else state.evaluated)
+                if known and line.endswith("\n"):
+                    kept.append(line)
+        tmp = self.path.with_name(".tmp-metrics.jsonl")
+        tmp.write_text("".join(kept))
+        os.replace(tmp, self.path)
+
+    def write(self, record):
+        """Appends one line, NaN and infinity as null: JSON has neither."""
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        if self.world.rank == 0:
+            try:
+                with open(self.path, "a") as f:
+                    f.write(json.dumps(plain, allow_nan=False) + "\n")
+            except OSError as problem:
+                raise UserError(f"{self.path}: could not be written ({problem.strerror})") from None
+        for tracker in self.trackers:
+            tracker.send(plain)
+
+    def watch(self, state, share, norm):
+        """Remembers the loss of a step, this rank's share of it, without reading it."""
+        self.unread.append((state.step, share, norm))
+
+    def read(self, state):
+        """Reads the losses that wait, at once, and says where one is a spike; every rank calls it.
+
+        Returns the last one's value, None where none waits. What a loss is held against is part of `state`: a
+        resumed run says what the uninterrupted one would have said.
+        """
+        if not self.unread:
+            return None
+        steps, shares, norms = zip(*self.unread, strict=True)
+        losses = self.world.sum(*torch.stack(shares).tolist())
+        for step, loss, norm in zip(steps, losses, norms, strict=True):
+            if 0 < norm < math.inf:  # else the step was not applied, and that has been said
+                self._alarm(state, step, loss, norm)
+                state.recent = [*state.recent, loss][-WINDOW:]
+        self.unread = []
+        return losses[-1]
+
+    def _alarm(self, state, step, loss, norm):
+        middle, limit = spike_limit(state.recent)
+        if loss > limit >= state.recent[-1]:  # said once, not as long as it lasts
+            self.write({"step": step, "spike": loss, "median": middle, "grad_norm": norm})
+            self.world.say(
+                f"warning: loss spike at step {step:,}: {loss:.4f}, with a median of {middle:.4f} in the "
+                f"{len(state.recent)} steps before; gradient norm {norm:.3f}"
+            )
+
+    def step(self, state, clock, shares, lr, norm):
+        """Logs one optimizer step, `shares` summed over ranks; tokens per second since the last line."""
+        loss, names = self.read(state), [*shares][1:]
+        stats = dict(zip(names, self.world.sum(*(shares[name].item() for name in names)), strict=True))
+        (then, tokens), now = self.mark, time.monotonic()
+        rate = (state.tokens - tokens) / max(1e-9, now - then)
+        self.mark = (now, state.tokens)
+        record = {"step": state.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": state.tokens}
+        memory = memory_used(self.world.device)
+        measured = {"tokens_per_second": rate, "memory": memory, "seconds": round(clock.seconds, 3)}
+        self.write(record | stats | measured)
+        done = clock.progress(state.step, state.seconds)
+        left = int(state.seconds * (1 - done) / done) if done else 0
+        mfu = f" | mfu {self.flops * rate / self.world.size / self.peak:5.1%}" if self.peak else ""
+        self.world.say(
+            f"step {state.step:>7,}{f'/{clock.total:,}' if clock.total else ''} | loss {loss:7.4f} "
+            f"| lr {lr:.2e} | norm {norm:6.3f} | {rate:>9,.0f} tok/s{mfu} "
+            f"| {memory / 1e9:5.2f} GB | {done:4.0%}, {left // 60}:{left % 60:02d} left"
+        )
+        if stats:
+            self.world.say("    " + " | ".join(f"{k} {v:.4f}" for k, v in stats.items()))
+
+    def evaluation(self, state, metrics):
+        """Logs a validation: numbers on one line, texts quoted below it."""
+        self.write({"step": state.step} | metrics)
+        numbers = " | ".join(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
+        self.world.say(f"  eval {state.step:>6,} | {numbers}")
+        for name, text in metrics.items():
+            if isinstance(text, str):
+                self.world.say(f"    {name}: {text!r}")
+        self.mark = (time.monotonic(), state.tokens)
+
+
+def spike_limit(recent):
+    """Returns (median of the losses `recent`, what a loss has to exceed to be called a spike).
+
+    It has to be half as large again as the median, and to stand out from the scatter: by six times the median
+    absolute deviation, about four standard deviations where the scatter is Gaussian.
+    """
+    if len(recent) < ENOUGH:
+        return None, math.inf
+    middle = median(recent)
+    return middle, max(1.5 * middle, middle + 6 * median(abs(loss - middle) for loss in recent))
+
+
+# ---- other people's logs
+
+
+def installed(names):
+    """Returns `names`; UserError, before anything is trained, if the package of one is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"report_to={name}: needs a package that is not installed: pip install {name}")
+    return names
+
+
+class Tracker:
+    """wandb or tensorboard, told every record; whatever fails in there is one warning, and the end of it."""
+
+    def __init__(self, name, cfg, state, say):
+        self.name, self.say, self.send_, self.close_ = name, say, None, None
+        opener = {"wandb": open_wandb, "tensorboard": open_tensorboard}[name]
+        self.send_, self.close_ = self._try(opener, cfg, state) or (None, None)
+
+    def _try(self, call, *args):
+        try:
+            return call(*args)
+        except Exception as problem:  # a stranger's code, over a network: nothing in it may end a run
+            self.send_ = None
+            lines = str(problem).splitlines() or [type(problem).__name__]
+            self.say(f"warning: {self.name} failed ({lines[0]:.120}); training goes on without it")
+
+    def send(self, record):
+        if self.send_:
+            self._try(self.send_, record)
+
+    def close(self):
+        """Lets what was sent arrive, and gives up after a minute."""
+        if self.send_:
+            thread = threading.Thread(target=self._try, args=(self.close_,), daemon=True)
+            thread.start()
+            thread.join(PATIENCE)
+            if thread.is_alive():
+                self.say(f"warning: {self.name} did not finish within {PATIENCE} seconds; not waiting longer")
+
+
+def open_tensorboard(cfg, state):
+    """Returns (send, close); events go to OUTPUT_DIR/tensorboard, those that a resume repeats are voided."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder = str(Path(cfg.output_dir) / "tensorboard")
+    writer = SummaryWriter(folder, purge_step=state.step + 1 if state.step else None)
+
+    def send(record):
+        for name, value in record.items():
+            if isinstance(value, str):
+                writer.add_text(name, value, record["step"])
+            elif value is not None and name != "step":
+                writer.add_scalar(name, value, record["step"])
+
+    return send, writer.close
+
+
+def open_wandb(cfg, state):
+    """Returns (send, close); the project is WANDB_PROJECT or mini-llm, WANDB_MODE=offline stays local."""
+    import wandb
+
+    os.environ.setdefault("WANDB_PROJECT", "mini-llm")
+    quiet = wandb.Settings(silent=True, console="off")
+    config = dataclasses.asdict(cfg)
+    one = wandb.init(name=cfg.output_dir, dir=cfg.output_dir, config=config, settings=quiet)
+    one.define_metric("*", step_metric="step")  # wandb's own step refuses to stand still or go back
+    return one.log, one.finish
