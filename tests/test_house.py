@@ -28,7 +28,12 @@ ARROWS = {
     "scoring": {"model", "losses"},
     "world": {"configurator", "model", "losses"},
     "checkpoint": {"configurator", "shards"},
-    "train": {"configurator", "tokenizer", "model", "losses", "scoring", "data", "world", "checkpoint"},
+    "curves": {"configurator"},
+    "log": {"configurator", "model", "world", "curves"},
+    "train": {
+        *("configurator", "tokenizer", "model", "losses", "scoring", "data", "world", "checkpoint"),
+        *("curves", "log"),
+    },
     "sft": {"configurator", "tokenizer", "model", "losses", "lora", "data", "world", "train"},
     "dpo": {"configurator", "tokenizer", "model", "losses", "lora", "data", "world", "train"},
     "packed": {"model"},
