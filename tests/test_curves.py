@@ -6,6 +6,7 @@ import json
 import math
 import re
 import statistics
+import struct
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -392,20 +393,32 @@ def offline():
     os.environ["WANDB_MODE"] = "offline"
 
 
+def messages(path):
+    """What a .wandb file holds: LevelDB's log, blocks of 32 KiB, pieces of (crc, length, kind) in front."""
+    content, at, message = path.read_bytes(), 7, b""
+    while at + 7 <= len(content):
+        length, kind = struct.unpack_from("<HB", content, at + 4)
+        message += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        at += 32768 - at % 32768 if 32768 - at % 32768 < 7 else 0
+        if kind in (1, 4):  # whole, or its last piece
+            yield message
+            message = b""
+
+
 @pytest.mark.usefixtures("forks")
 def test_wandb_offline_holds_what_metrics_jsonl_says(tmp_path, tiny_dataset):
     pytest.importorskip("wandb")
     from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
 
     out = trained(tmp_path / "out", data_path=tiny_dataset, report_to="wandb", before=offline)
     (path,) = out.glob("wandb/offline-run-*/*.wandb")
-    store, read = DataStore(), {}
-    store.open_for_scan(str(path))
-    while (data := store.scan_data()) is not None:
-        record = Record()
-        record.ParseFromString(data)
-        row = {".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+    read = {}
+    for message in messages(path):
+        row = {
+            (".".join(i.nested_key) or i.key): i.value_json for i in Record.FromString(message).history.item
+        }
+        row = {k: json.loads(v) for k, v in row.items()}
         read |= {(row["step"], k): v for k, v in row.items() if (row["step"], k) in told(out)}
     assert read == pytest.approx(told(out))
 
