@@ -60,6 +60,9 @@ ARROWS = {
     "wire": set(),
     "api": {"configurator", "tokenizer", "engine", "scheduler"},
     "server": {"configurator", "engine", "lora", "scheduler", "wire", "api"},
+    "workspace": {"configurator", "shards", "checkpoint"},
+    "host": {"configurator", "model", "workspace"},
+    "session": {"configurator", "model", "shards", "host", "workspace"},
 }
 ROOMS = sorted(path.stem for path in ROOT.glob("*.py"))
 CODE = [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")]
