@@ -6,20 +6,21 @@
     python benchmarks/train_speed.py --programs=ours_fp32,ours_fp32_plain,ours_fp32_active,ours_fp32_onednn
 
 A program's name says what it is, word by word. `ours` goes through open_world, announce, State,
-forward_backward and update of train.py; `transformers` is the straight loop over model(input_ids, labels).loss.
-Then the precision. `compile`: torch.compile. `muon`: instead of AdamW. `tuned` gives transformers our allocator
-and thread settings, `plain` takes them from ours. `active`: OpenMP's threads spin while they wait. `onednn`
-multiplies float32 with oneDNN instead of MKL. `sdpa`: torch's attention kernel in ours.
+forward_backward and update of train.py; `transformers` is the straight loop over model(input_ids,
+labels).loss. Then the precision. `compile`: torch.compile. `muon`: instead of AdamW. `tuned` gives
+transformers our allocator and thread settings, `plain` takes them from ours. `active`: OpenMP's threads
+spin while they wait. `onednn` multiplies float32 with oneDNN instead of MKL. `sdpa`: torch's attention
+kernel in ours.
 
-Weights and batches are the same for all, and so are learning rate, betas, clipping and what decays. Each program
-is a process of its own that waits for its turn; turns alternate, in reverse order every second round. A turn is
---steps optimizer steps: forward, backward, clipping, optimizer. The first one warms up and compiles, and its
-losses have to be transformers' (AdamW: to 1e-3 in fp32, 2e-2 in bf16): else it is not the same training, and
-nothing is printed. Figures are medians over rounds, with the least and the most.
+Weights and batches are the same for all, and so are learning rate, betas, clipping and what decays. Each
+program is a process of its own that waits for its turn; turns alternate, in reverse order every second
+round. A turn is --steps optimizer steps: forward, backward, clipping, optimizer. The first one warms up and
+compiles, and its losses have to be transformers' (AdamW: to 1e-3 in fp32, 2e-2 in bf16): else it is not the
+same training, and nothing is printed. Figures are medians over rounds, with the least and the most.
 
 MFU is over the best matrix product (2048 x 2048 x 2048, into a buffer) that this machine gave between those
-turns; FLOPs are 6 N + 12 L C T a token, head counted, attention in full. Memory is what three steps add, at their
-peak, to a process that has imported what it needs and built its model. One JSON line is printed.
+turns; FLOPs are 6 N + 12 L C T a token, head counted, attention in full. Memory is what three steps add, at
+their peak, to a process that has imported what it needs and built its model. One JSON line is printed.
 """
 
 import argparse
@@ -258,7 +259,7 @@ def speed(size, length, folder, args):
             "MFU": round(flops * middle / result[f"peak_{name.split('_')[1]}"], 3),
             "CPU ms a token": round(1000 * statistics.median(t["cpu"] for t in done) / per_turn, 3),
             "first turn, seconds": round(first["seconds"], 1),
-            "loss": [round(done[-1]["losses"][-1], 4), round(first["losses"][0], 4)][::-1],
+            "loss, first and last": [round(first["losses"][0], 4), round(done[-1]["losses"][-1], 4)],
         }
     return result | {peak: round(result[peak] / 1e9) for peak in peaks}
 

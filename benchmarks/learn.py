@@ -1,0 +1,286 @@
+"""What is learned in a fixed time: train.py against transformers' Trainer, and the recipe's own choices.
+
+    python benchmarks/learn.py                                   ours and transformers, 30 minutes each
+    python benchmarks/learn.py --runs=adamw,muon,adamw+lr_6e-3   by name; + joins choices
+    python benchmarks/learn.py --runs=recipes --minutes=10       every choice of RECIPES by itself
+    python benchmarks/learn.py --runs=none                       the table of what has been measured
+
+Same model shape, tokenizer, data, batch tokens, minutes, threads. `ours` is `python train.py RECIPE
+--max_minutes`, another name is that with what RECIPES says. `transformers` is LlamaForCausalLM under
+Trainer with its defaults (AdamW, learning rate 5e-5, falling linearly, no warmup), `transformers_fair` has
+our learning rate, warmup, cosine, betas and decay, and bf16 or torch.compile where ours has them. Its
+schedules follow the clock, as ours does: no guess of how many steps there will be. Clocks run while
+training, validations included, not while programs start.
+
+Afterwards each model folder is measured in the same way: `wikitext2`, bits per byte of eval.py on
+WikiText-2's validation text, stride half a context; `held_out`, those of the prepared dataset's validation
+documents. One JSON line a run is appended to OUTPUT_DIR/results.jsonl; what is in there is not run again,
+and an interrupted run of ours goes on where it was. The data is prepared once, into --data, from
+Gutenberg's books and documentation in --corpora. "steps / adamw" is how many steps `adamw` took to its last
+validation loss over those that a run took to come below it, a line drawn between its validations.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+
+from configurator import configure, narrow
+from data import TokenStream
+from engine import open_model
+from model import ModelConfig, to_hf
+from scoring import cores, score
+from tokenizer import Tokenizer
+from train import PretrainConfig, lr_at
+from world import choose_dtype, to_device
+
+SHARED = ROOT.parent / "shared/data"
+DOCS = ["debian_handbook", "debian_manuals", "git_doc", "peps", "postgresql_docs", "python_docs", "rust_rfcs"]
+TEXTS = {"gutenberg_books": 2.0} | dict.fromkeys(DOCS, 0.3)
+PROOF = ["ours", "transformers", "transformers_fair"]
+RECIPES = {
+    "adamw": ["--optimizer=adamw"],
+    "muon": ["--optimizer=muon"],
+    "lr_1e-3": ["--learning_rate=1e-3"],
+    "lr_2e-3": ["--learning_rate=2e-3"],
+    "lr_6e-3": ["--learning_rate=6e-3"],
+    "lr_1e-2": ["--learning_rate=1e-2"],
+    "warmup_0": ["--warmup_steps=0"],
+    "warmup_200": ["--warmup_steps=200"],
+    "min_lr_tenth": ["--min_lr=none"],
+    "batch_4": ["--batch_size=4"],
+    "batch_16": ["--batch_size=16"],
+    "init_0.01": ["--initializer_range=0.01"],
+    "init_0.04": ["--initializer_range=0.04"],
+    "untied": ["--no_tie_word_embeddings"],
+    "document_mask": ["--document_mask"],
+    "decay_0": ["--weight_decay=0"],
+    "decay_0.3": ["--weight_decay=0.3"],
+    "beta2_0.99": ["--beta2=0.99"],
+    "compile": ["--compile"],
+}
+
+
+def prepare(args):
+    """Prepares the dataset of --data, if it is not there."""
+    data = Path(args.data)
+    if (data / "manifest.json").is_file():
+        return
+    entries = [
+        {"name": name, "input_path": f"{args.corpora}/{name}.jsonl.gz", "weight": weight}
+        for name, weight in TEXTS.items()
+    ]
+    preset = {"mixture": entries, "output_dir": str(data), "vocab_size": 4096, "sequence_length": 256}
+    data.parent.mkdir(parents=True, exist_ok=True)
+    path = data.with_name(f"{data.name}.json")
+    path.write_text(
+        json.dumps(preset | {"code": "keep", "min_length": 200, "max_length": 200_000}, indent=2) + "\n"
+    )
+    subprocess.run([sys.executable, ROOT / "data.py", path], check=True, stdout=sys.stderr)
+
+
+# ---- a training each
+
+
+def flags_of(name):
+    """Returns the flags of `ours` or of choices joined by +; SystemExit for what is neither."""
+    parts = [part for part in name.split("+") if part != "ours"]
+    if unknown := [part for part in parts if part not in RECIPES]:
+        raise SystemExit(f"error: --runs: {unknown[0]!r} is none of {', '.join([*PROOF, *RECIPES])}")
+    return [flag for part in parts for flag in RECIPES[part]]
+
+
+def our_command(name, folder, args):
+    own = {"data_path": args.data, "output_dir": folder, "max_minutes": args.minutes, "save_steps": 1000}
+    own |= {"keep_last": 1, "sample_tokens": 0, "resume_from_checkpoint": "auto"}
+    return [str(ROOT / "train.py"), args.recipe, *(f"--{k}={v}" for k, v in own.items()), *flags_of(name)]
+
+
+class Blocks(torch.utils.data.Dataset):
+    """Rows of T tokens from the shards as they lie there: transformers shifts the labels itself."""
+
+    def __init__(self, folder, length):
+        shards = [np.memmap(path, np.uint16, mode="r") for path in sorted(Path(folder).glob("train_*.bin"))]
+        self.tokens, self.length = np.concatenate(shards), length
+
+    def __len__(self):
+        return len(self.tokens) // self.length
+
+    def __getitem__(self, number):
+        row = self.tokens[number * self.length : (number + 1) * self.length].astype(np.int64)
+        return {"input_ids": row, "labels": row}
+
+
+def train_transformers(fair, folder, args):
+    """Trains LlamaForCausalLM with Trainer for --minutes; leaves folder/final/, with the tokenizer."""
+    import transformers
+
+    cfg = replace(configure(PretrainConfig, [args.recipe]), max_minutes=args.minutes)
+    began = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            began.append(time.monotonic())
+
+        def on_step_end(self, arguments, state, control, **_):
+            control.should_training_stop = progress() >= 1
+
+    def progress():
+        return (time.monotonic() - began[0]) / (60 * args.minutes) if began else 0.0
+
+    def share(step):
+        return lr_at(cfg, step, progress(), None) / cfg.learning_rate if fair else max(0.0, 1 - progress())
+
+    class OnTheClock(transformers.Trainer):
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, share)
+            return self.lr_scheduler
+
+    ours = {
+        "learning_rate": cfg.learning_rate, "weight_decay": cfg.weight_decay, "adam_beta1": cfg.beta1,
+        "adam_beta2": cfg.beta2, "torch_compile": bool(cfg.compile),
+        "bf16": choose_dtype(cfg.dtype, torch.device("cpu"))[0] == torch.bfloat16,
+    }  # fmt: skip
+    settings = transformers.TrainingArguments(
+        str(folder), max_steps=10**9, per_device_train_batch_size=cfg.batch_size, save_strategy="no",
+        gradient_accumulation_steps=cfg.gradient_accumulation_steps, logging_steps=50, report_to="none",
+        disable_tqdm=True, use_cpu=True, seed=cfg.seed, **(ours if fair else {}),
+    )  # fmt: skip
+    torch.manual_seed(cfg.seed)
+    llama = transformers.LlamaConfig.from_dict(to_hf(narrow(cfg, ModelConfig)))
+    model = transformers.LlamaForCausalLM(llama)
+    trainer = OnTheClock(
+        model, settings, train_dataset=Blocks(args.data, cfg.sequence_length), callbacks=[Clock()]
+    )
+    trainer.train()
+    model.save_pretrained(folder / "final")
+    Tokenizer.load(Path(args.data) / "tokenizer.model").save(folder / "final", cfg.sequence_length)
+    (folder / "steps.json").write_text(json.dumps({"step": trainer.state.global_step}) + "\n")
+
+
+# ---- what came of it
+
+
+def held_out(folder, args):
+    """Returns bits per byte on the prepared dataset's validation documents, every one of them."""
+    model, tokenizer = open_model(folder, "cpu", "fp32")
+    stream = TokenStream((args.data,), "val", model.cfg.sequence_length, 8)
+    batches = (stream.rows(at, at + 8) for at in range(0, stream.blocks, 8))
+    batches = (to_device(batch, torch.device("cpu")) for batch in batches)
+    nats, _, size = score(model, batches, tokenizer.token_bytes(), cores(model))
+    return nats / np.log(2) / size
+
+
+def wikitext2(folder, args):
+    """Returns eval.py's bits per byte on --text."""
+    words = [f"--model_path={folder}", f"--perplexity_path={args.text}", f"--output_dir={folder.parent}/eval"]
+    subprocess.run([sys.executable, ROOT / "eval.py", *words, "--skip_boolq"], check=True, stdout=sys.stderr)
+    return json.loads((folder.parent / "eval/results.json").read_text())["perplexity"]["bits_per_byte"]
+
+
+def history(folder):
+    """Returns (steps taken, [[step, validation loss], ...]) of a run's folder."""
+    if (folder / "steps.json").is_file():
+        return json.loads((folder / "steps.json").read_text())["step"], []
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    curve = [[record["step"], round(record["val_loss"], 5)] for record in records if "val_loss" in record]
+    return records[-1]["step"], curve
+
+
+def one_run(name, args):
+    """Trains and measures `name`; returns its line for results.jsonl."""
+    folder = Path(args.output_dir) / f"{name}-{args.minutes:g}"
+    own = [__file__, f"--train={name}", *(f"--{k}={getattr(args, k)}" for k in ("minutes", "data", "recipe"))]
+    theirs = [*own, f"--output_dir={folder}"]
+    words = theirs if name.startswith("transformers") else our_command(name, folder, args)
+    subprocess.run([sys.executable, *words], check=True, stdout=sys.stderr)
+    steps, curve = history(folder)
+    cfg = configure(PretrainConfig, [args.recipe, *([] if "transformers" in name else flags_of(name))])
+    tokens = steps * cfg.batch_size * cfg.gradient_accumulation_steps * cfg.sequence_length
+    figures = {"wikitext2": wikitext2, "held_out": held_out}
+    return {
+        "name": name, "minutes": args.minutes, "steps": steps, "tokens": tokens,
+        **{key: round(float(measure(folder / "final", args)), 4) for key, measure in figures.items()},
+        "recipe": Path(args.recipe).name, "dataset": dataset(args), "validations": curve,
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def dataset(args):
+    """Returns what tells one prepared dataset from another, as 12 digits."""
+    return hashlib.sha256((Path(args.data) / "manifest.json").read_bytes()).hexdigest()[:12]
+
+
+def measured(args):
+    """Returns the lines of results.jsonl that are of these minutes, this recipe and this dataset, by name."""
+    path = Path(args.output_dir) / "results.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    same = {"minutes": args.minutes, "recipe": Path(args.recipe).name, "dataset": dataset(args)}
+    return {line["name"]: line for line in lines if same.items() <= line.items()}
+
+
+def steps_to(curve, loss):
+    """Returns the step at which a run's validation loss comes down to `loss`, None if it never does."""
+    for (before, high), (step, low) in zip([curve[0], *curve], curve):
+        if low <= loss:
+            return step - (step - before) * (loss - low) / (high - low) if high > low else step
+    return None
+
+
+def table(lines):
+    """Returns the measured runs as a table, best on held-out text first."""
+    base = lines.get("adamw", {}).get("validations")
+    rows = ["| run | steps | tokens | wikitext2 | held out | steps / adamw |", "|---|---|---|---|---|---|"]
+    for line in sorted(lines.values(), key=lambda line: line["held_out"]):
+        curve = line["validations"]
+        needed = steps_to(curve, base[-1][1]) if base and curve else None
+        ratio = f"{base[-1][0] / needed:.2f}" if needed else ""
+        rows.append(
+            f"| {line['name']} | {line['steps']:,} | {line['tokens']:,} "
+            f"| {line['wikitext2']:.4f} | {line['held_out']:.4f} | {ratio} |"
+        )
+    return "\n".join(rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", default=",".join(PROOF))
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--recipe", default=str(ROOT / "configs/demo.json"))
+    parser.add_argument("--data", default="data/processed/learn")
+    parser.add_argument("--corpora", default=str(SHARED / "corpora"))
+    parser.add_argument("--text", default=str(SHARED / "wikitext2/wiki.valid.raw"))
+    parser.add_argument("--output_dir", default="checkpoints/learn")
+    parser.add_argument("--train", help=argparse.SUPPRESS)  # the child's side
+    args = parser.parse_args()
+    if args.train:
+        return train_transformers(args.train.endswith("fair"), Path(args.output_dir), args)
+    names = {"recipes": ["ours", *RECIPES], "none": []}.get(args.runs, args.runs.split(","))
+    for name in names:
+        name in PROOF or flags_of(name)  # a wrong one is told before anything runs
+    prepare(args)
+    os.makedirs(args.output_dir, exist_ok=True)
+    for name in names:
+        if name not in measured(args):
+            line = json.dumps(one_run(name, args))
+            with open(Path(args.output_dir) / "results.jsonl", "a") as file:
+                file.write(line + "\n")
+            print(line, flush=True)
+    print(table(measured(args)))
+
+
+if __name__ == "__main__":
+    main()
