@@ -219,7 +219,7 @@ def log_ticks(low, high):
     inside = [m * p for p in powers for m in (1, 2, 5) if low <= m * p <= high]
     if len(inside) > 6:
         inside = [p for p in powers if low <= p <= high]
-    return inside if len(inside) > 1 else ticks(low, high, 4)
+    return inside if len(inside) > 1 else ticks(low, high, 5)
 
 
 def short(value):
@@ -257,7 +257,7 @@ class Place(NamedTuple):
 
     def y_ticks(self):
         low, high = self.panel.low, self.panel.high
-        return log_ticks(low, high) if self.panel.log else ticks(low, high, 4)
+        return log_ticks(low, high) if self.panel.log else ticks(low, high, 5)
 
 
 WIDTH, HEAD, CELL, MARGIN, GAP = 1200, 92, 268, 36, 28  # pixels
@@ -344,7 +344,7 @@ def svg_axes(place, x):
         yield f'<path d="M{left:.1f} {y:.1f}H{right:.1f}" stroke="{GRID}"/>'
         yield words(left - 8, y + 4, short(value), anchor="end")
     yield f'<path d="M{left:.1f} {bottom:.1f}H{right:.1f}" stroke="{AXIS}"/>'
-    for value in ticks(0, place.end, max(4, place.width // 90)):
+    for value in ticks(0, place.end, max(5, place.width // 90)):
         at = float(place.to_x(value))
         yield f'<path d="M{at:.1f} {bottom:.1f}v4" stroke="{AXIS}"/>'
         if value:
@@ -395,7 +395,7 @@ def png(runs, x, path):
         )
         axes.set_yscale("log" if place.panel.log else "linear")
         axes.set(xlim=(0, place.end), ylim=(place.panel.low, place.panel.high))
-        axes.set_xticks(marks := ticks(0, place.end, max(4, place.width // 90)), list(map(short, marks)))
+        axes.set_xticks(marks := ticks(0, place.end, max(5, place.width // 90)), list(map(short, marks)))
         axes.set_yticks(marks := place.y_ticks(), list(map(short, marks)))
         axes.minorticks_off()
         axes.set_xlabel(x, loc="right", size=7, color=GREY)
