@@ -46,9 +46,13 @@ def token_nats(x, weight, labels):
 
 
 def row_groups(x, labels, vocab_size):
-    """Splits the rows so that a group has 2^25 logits (CPU: caches, page faults) or 2^27 (GPU: launches)."""
-    rows = max(1, (1 << (25 if x.device.type == "cpu" else 27)) // vocab_size)
+    rows = group_rows(vocab_size, x.device.type)
     return zip(x.split(rows), labels.split(rows), strict=True)
+
+
+def group_rows(vocab_size, device):
+    """Returns how many rows' logits stand at once: 2^25 numbers (CPU: caches) or 2^27 (GPU: launches)."""
+    return max(1, (1 << (25 if device == "cpu" else 27)) // vocab_size)
 
 
 def nats(logits, labels):

@@ -3,6 +3,7 @@
     python train.py configs/tiny.json --data_path=data/processed/docstrings --output_dir=checkpoints/tiny
     torchrun --nproc_per_node=2 train.py configs/tiny.json --batch_size=8
     python train.py configs/tiny.json --resume_from_checkpoint=auto
+    python train.py configs/base.json --plan         needs and hours; --plan_gpu=rtx4090 for a card elsewhere
     python train.py curves checkpoints/a checkpoints/b
 
 Read from the top: the configuration, optimizer and schedule, the training state, signals, `fit`, pretraining.
@@ -53,13 +54,16 @@ from data import TokenStream, unigram_bits_per_byte
 from log import Log
 from losses import next_token_loss
 from model import KVCache, Llama, ModelConfig, choose_attention, load_weights, save_model
+from plan import Means, RandomTokens, card_plan, framework_bytes, local_plan, time_lines, timed
 from scoring import score
 from tokenizer import Tokenizer
 from world import (
     autocast,
     choose_dtype,
     compile_model,
+    free_memory,
     open_world,
+    out_of_memory,
     rng_state,
     seed_everything,
     set_rng_state,
@@ -82,6 +86,7 @@ class LoopConfig:
     gradient_checkpointing: bool = False  # recompute blocks in the backward: less memory, a quarter slower
     deterministic: bool = True  # refuse kernels whose result changes from run to run
     seed: int = 42  # initial weights, data order and dropout
+    plan: bool = False  # say what the run would need and take, after a few timed steps, and write nothing
 
     batch_size: PositiveInt = 8  # rows per micro-batch and rank
     gradient_accumulation_steps: PositiveInt = 1  # micro-batches per step and rank
@@ -124,7 +129,7 @@ class LoopConfig:
 FREE_ON_RESUME = {
     *("output_dir", "resume_from_checkpoint", "allow_config_change", "allow_world_size_change", "device"),
     *("compile", "flash_attn", "deterministic", "max_bad_steps", "logging_steps", "eval_steps", "save_steps"),
-    *("keep_last", "eval_rows", "sample_prompt", "sample_tokens", "report_to"),
+    *("keep_last", "eval_rows", "sample_prompt", "sample_tokens", "report_to", "plan", "plan_gpu"),
     # these may move: read_model compares what they hold, see check_data
     *("data_path", "dataset_path", "model_path"),
 }
@@ -219,9 +224,9 @@ def check_same_run(cfg, world, folder):
     size_then = then.pop("_world_size")
     now = json.loads(json.dumps(dataclasses.asdict(cfg)))
     changed = [k for k in now if k not in FREE_ON_RESUME and then.get(k) != now[k]]
+    rows_then = then["batch_size"] * then["gradient_accumulation_steps"] * size_then
+    rows_now = cfg.batch_size * cfg.gradient_accumulation_steps * world.size
     if world.size != size_then:
-        rows_then = then["batch_size"] * then["gradient_accumulation_steps"] * size_then
-        rows_now = cfg.batch_size * cfg.gradient_accumulation_steps * world.size
         if not cfg.allow_world_size_change:
             raise UserError(
                 f"{folder}: was made with {size_then} ranks, now {world.size}; "
@@ -229,6 +234,7 @@ def check_same_run(cfg, world, folder):
             )
         if rows_then != rows_now:
             raise UserError(f"{folder}: global batch was {rows_then} rows, now {rows_now}; it must stay")
+    if rows_then == rows_now:  # in smaller pieces, as after running out of memory: the same steps
         changed = [k for k in changed if k not in ("batch_size", "gradient_accumulation_steps")]
     if changed and not cfg.allow_config_change:
         each = [f"{k} was {json.dumps(then.get(k))}, now {json.dumps(now[k])}" for k in changed[:5]]
@@ -386,7 +392,7 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
 
     loader        .batch(step, micro, rank, accumulation) -> dict of numpy arrays and "count", the supervised
                   terms, and "tokens", if not as many; a pure function of its arguments, so a resume has
-                  nothing to rewind. .blocks: rows in one pass
+                  nothing to rewind. .blocks: rows in one pass; .batch_size: lowered if memory runs out
     loss_fn       (model, batch of tensors) -> (sum over the supervised terms, {name: sum of what to log});
                   fit divides by the count of the whole step over all ranks
     validate      (model) -> dict of floats and texts; what it draws of the random numbers is given back
@@ -396,6 +402,8 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
     Raises UserError for what its user can mend. Stops at SIGINT or SIGTERM with a checkpoint and SystemExit,
     128 + the signal's number as shells count: status 0 means that final/ is there.
     """
+    if cfg.plan:
+        return say_plan(cfg, model, loader, loss_fn, world)
     with locked(cfg.output_dir, world), StopSignals() as stop, contextlib.ExitStack() as until_end:
         model.to(world.device)
         dtype, _ = announce(cfg, model, world)
@@ -430,7 +438,10 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
             if stopping or progress >= 1 or state.enough(cfg):
                 break
             lr = lr_at(cfg, state.step, progress, total)
-            sums = forward_backward(state, batches, loss_fn, max(1, count), world.device, dtype)
+            sums = attempt(state, batches, loss_fn, max(1, count), world, dtype)
+            if sums is None:
+                accumulation = smaller_batches(cfg, loader, accumulation, state, world)
+                continue
             norm = state.update(cfg, lr, world, count)
             state.step, state.tokens = state.step + 1, state.tokens + int(tokens)
             log.watch(state, sums["loss"], norm)
@@ -458,6 +469,34 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
         return metrics
 
 
+def say_plan(cfg, model, loader, loss_fn, world):
+    """Says what `fit` would need and take: counted, then timed on a few steps. Nothing is written."""
+    model.to(world.device).train()
+    dtype, backend = announce(cfg, model, world)
+    state = State(cfg, model, world, dtype)
+    means = Means(world.device.type, dtype, backend, compiles(cfg, world.device))
+    total = total_steps(cfg, loader.blocks, world.size) if loader.blocks else cfg.max_steps
+    framework = framework_bytes(world.device, 4 * sum(p.numel() for p in model.parameters()))
+    world.say("\n".join(local_plan(cfg, model, means, world, total, loader.blocks, framework)))
+
+    def one_step(micros):
+        batches = [loader.batch(0, m, world.rank, micros) for m in range(micros)]
+        count, began = sum(b["count"] for b in batches), time.perf_counter()
+        sums = attempt(state, batches, loss_fn, max(1, count), world, dtype)
+        if sums is None:
+            raise UserError(
+                f"a micro-batch of {loader.batch_size} rows does not fit into this machine's memory"
+            )
+        sums["loss"].item()  # waits for a GPU
+        middle = time.perf_counter()
+        state.update(cfg, cfg.floor, world, count)
+        return middle - began, time.perf_counter() - middle
+
+    seconds, rows = timed(one_step, loader, cfg.gradient_accumulation_steps)
+    world.say("\n".join(time_lines(cfg, seconds, total, world, rows)))
+    return {}
+
+
 def announce(cfg, model, world):
     """Chooses precision, attention and compilation and says so, with reasons. Returns (dtype, backend)."""
     dtype, why = choose_dtype(cfg.dtype, world.device)
@@ -466,7 +505,7 @@ def announce(cfg, model, world):
     model.model.gradient_checkpointing = cfg.gradient_checkpointing
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
     threads = f", {torch.get_num_threads()} threads" if world.device.type == "cpu" else ""
-    compiled = world.device.type == "cuda" if cfg.compile is None else cfg.compile
+    compiled = compiles(cfg, world.device)
     if compiled:
         compile_model(model)
     world.say(
@@ -474,6 +513,10 @@ def announce(cfg, model, world):
         f"attention {backend} ({reason}) | torch.compile {'on' if compiled else 'off'}"
     )
     return dtype, backend
+
+
+def compiles(cfg, device):
+    return device.type == "cuda" if cfg.compile is None else cfg.compile
 
 
 def resume(cfg, state, world, read_model):
@@ -506,6 +549,50 @@ def forward_backward(state, batches, loss_fn, count, device, dtype):
         for name, value in stats.items():
             shares[name] = shares.get(name, 0.0) + value.detach() / count
     return shares
+
+
+def attempt(state, batches, loss_fn, count, world, dtype):
+    """Returns forward_backward's shares, or None if memory ran out on any rank: then the step never began.
+
+    Random numbers are put back as well, so that the run is the same whenever it is resumed.
+    """
+    numbers, shares = rng_state(world.device), None
+    try:
+        shares = forward_backward(state, batches, loss_fn, count, world.device, dtype)
+    except (RuntimeError, MemoryError) as problem:
+        if not out_of_memory(problem):
+            raise
+    # here nobody waits for gradients yet: one rank's failure can still be everyone's
+    if not world.sum(shares is None)[0]:
+        return shares
+    shares = None
+    for p in state.parameters:
+        p.grad = torch.zeros_like(p) if state.fixed_gradients else None
+    free_memory(world.device)
+    set_rng_state(numbers, world.device)
+    return None
+
+
+def smaller_batches(cfg, loader, accumulation, state, world):
+    """Has `loader` give micro-batches half as large, or the next size that divides the step's rows.
+
+    Returns how many of them now make a step, of the same rows: tokens and learning stay what they were.
+    UserError if one row is too much already.
+    """
+    rows, size = loader.batch_size * accumulation, loader.batch_size
+    if size == 1:
+        off = "" if cfg.gradient_checkpointing else "--gradient_checkpointing, "
+        raise UserError(
+            f"out of memory at step {state.step + 1:,} with one row in a micro-batch; use {off}a shorter "
+            "--sequence_length or a smaller model (--plan shows what takes how much)"
+        )
+    loader.batch_size = next(n for n in range(size // 2, 0, -1) if rows % n == 0)
+    now = rows // loader.batch_size
+    world.say(
+        f"out of memory at step {state.step + 1:,}: from here micro-batches of {loader.batch_size} rows "
+        f"instead of {size}, {now} a step instead of {accumulation}; a step's rows and loss stay the same"
+    )
+    return now
 
 
 def check_applied(cfg, state, norm, count, log):
@@ -574,6 +661,7 @@ class PretrainConfig(LoopConfig, ModelConfig):
     eval_rows: PositiveInt = 128  # rows of the validation set that are scored at each evaluation
     sample_prompt: str = "The"  # continued greedily at each evaluation
     sample_tokens: Annotated[int, Range(0, 1000)] = 48  # length of that continuation
+    plan_gpu: str | None = None  # say what the run would need on such a card, as h100; nothing is trained
 
     def __post_init__(self):
         LoopConfig.__post_init__(self)
@@ -581,7 +669,13 @@ class PretrainConfig(LoopConfig, ModelConfig):
 
 
 def main(cfg):
+    if cfg.plan_gpu:
+        print("\n".join(card_plan(cfg, cfg.plan_gpu)))
+        return
     with open_world(cfg) as world:
+        if cfg.plan and not all((Path(path) / "manifest.json").is_file() for path in cfg.data_path):
+            model = Llama(narrow(cfg, ModelConfig))
+            return fit(cfg, model, RandomTokens(cfg), next_token_loss, world, None, None, None)
         stream = TokenStream(
             cfg.data_path, "train", cfg.sequence_length, cfg.batch_size, cfg.seed, world.size,
             weights=cfg.data_weights, document_mask=cfg.document_mask,

@@ -6,6 +6,7 @@ around the model and no prefix on any name.
 
 import contextlib
 import ctypes
+import gc
 import os
 import random
 import re
@@ -172,14 +173,51 @@ def set_rng_state(state, device):
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-# dense bf16 FLOP/s by datasheet, for model FLOPs utilization
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165.2e12}
-PEAK_FLOPS |= {"RTX 3090": 71e12}
+@dataclass(frozen=True)
+class Card:
+    """A GPU by its datasheet: dense bf16 FLOP/s (sums in fp32), bytes of memory, bytes per second."""
+
+    label: str  # occurs in torch's name of it
+    flops: float
+    memory: float
+    bandwidth: float
+
+
+CARDS = {
+    # NVIDIA's datasheets of the data center cards; those that print sparse figures halved
+    "b200": Card("B200", 2250e12, 180e9, 8000e9),
+    "h200": Card("H200", 989e12, 141e9, 4800e9),
+    "h100": Card("H100", 989e12, 80e9, 3350e9),
+    "h100-pcie": Card("H100 PCIe", 756e12, 80e9, 2000e9),
+    "a100": Card("A100", 312e12, 80e9, 2039e9),
+    "a100-40gb": Card("A100-SXM4-40GB", 312e12, 40e9, 1555e9),
+    "l40s": Card("L40S", 362e12, 48e9, 864e9),
+    "l4": Card("L4", 121e12, 24e9, 300e9),
+    "a10": Card("A10", 125e12, 24e9, 600e9),
+    "a6000": Card("RTX A6000", 154.8e12, 48e9, 768e9),
+    # the appendices of the architecture whitepapers: RTX Blackwell, Ada, Ampere GA102
+    "rtx5090": Card("RTX 5090", 209.5e12, 32e9, 1792e9),
+    "rtx5080": Card("RTX 5080", 112.6e12, 16e9, 960e9),
+    "rtx4090": Card("RTX 4090", 165.2e12, 24e9, 1008e9),
+    "rtx4080": Card("RTX 4080", 97.5e12, 16e9, 716.8e9),
+    "rtx4070ti": Card("RTX 4070 Ti", 80.2e12, 12e9, 504e9),
+    "rtx3090": Card("RTX 3090", 71e12, 24e9, 936e9),
+    "rtx3080": Card("RTX 3080", 59.5e12, 10e9, 760e9),
+    "rtx3070": Card("RTX 3070", 40.6e12, 8e9, 448e9),
+    # computed as those papers' figures are, 4 FLOPs a clock and core: cores and boost clock of NVIDIA's pages
+    "rtx4090-16gb": Card("RTX 4090 Laptop", 4 * 9728 * 2.04e9, 16e9, 576e9),  # the laptop's
+    "rtx4070": Card("RTX 4070", 4 * 5888 * 2.475e9, 12e9, 504e9),
+    "rtx4060ti-16gb": Card("RTX 4060 Ti", 4 * 4352 * 2.535e9, 16e9, 288e9),
+    "rtx4060": Card("RTX 4060", 4 * 3072 * 2.46e9, 8e9, 272e9),
+    "rtx3060": Card("RTX 3060", 4 * 3584 * 1.777e9, 12e9, 360e9),
+}
 
 
 def peak_flops(device):
+    """Returns the dense bf16 FLOP/s of the card at hand by its datasheet, or None if it is unknown."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)
+    known = [card for card in CARDS.values() if re.search(rf"\b{card.label}\b", name)]
+    return max(known, key=lambda card: len(card.label)).flops if known else None
 
 
 def memory_used(device):
@@ -193,6 +231,21 @@ def memory_used(device):
         return peak if sys.platform == "darwin" else peak * 1024
     except ImportError:  # Windows
         return 0
+
+
+def out_of_memory(problem):
+    """Is an exception an allocator's, of whichever library? torch has a type of its own on CUDA only."""
+    said = "(?i)out of memory|can't allocate memory|not enough memory|bad_alloc|ALLOC_FAILED"
+    return isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or bool(re.search(said, str(problem)))
+
+
+def free_memory(device):
+    """Gives back what a failed step leaves: cycles, compiled graphs and their pools, cached blocks."""
+    gc.collect()
+    if "torch._dynamo" in sys.modules:  # else nothing was compiled
+        torch.compiler.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def autocast(device, dtype):
