@@ -30,9 +30,10 @@ ARROWS = {
     "checkpoint": {"configurator", "shards"},
     "curves": {"configurator"},
     "log": {"configurator", "model", "world", "curves"},
+    "plan": {"configurator", "model", "losses", "world"},
     "train": {
         *("configurator", "tokenizer", "model", "losses", "scoring", "data", "world", "checkpoint"),
-        *("curves", "log"),
+        *("curves", "log", "plan"),
     },
     "sft": {"configurator", "tokenizer", "model", "losses", "lora", "data", "world", "train"},
     "dpo": {"configurator", "tokenizer", "model", "losses", "lora", "data", "world", "train"},
