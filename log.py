@@ -148,12 +148,13 @@ def spike_limit(recent):
     """Returns (median of the losses `recent`, what a loss has to exceed to be called a spike).
 
     It has to be half as large again as the median, and to stand out from the scatter: by six times the median
-    absolute deviation, about four standard deviations where the scatter is Gaussian.
+    absolute deviation, about four standard deviations. Of logarithms: losses near 0 scatter by factors.
     """
     if len(recent) < ENOUGH:
         return None, math.inf
-    middle = median(recent)
-    return middle, max(1.5 * middle, middle + 6 * median(abs(loss - middle) for loss in recent))
+    logs = [math.log(max(loss, 1e-9)) for loss in recent]
+    middle = median(logs)
+    return math.exp(middle), math.exp(middle + max(math.log(1.5), 6 * median(abs(x - middle) for x in logs)))
 
 
 # ---- other people's logs
