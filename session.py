@@ -42,7 +42,7 @@ from workspace import (
 
 LOGS_KEPT = 20
 RESERVED = 0.1  # of a box: what trainings leave to the stages after them
-STARTING = 0.15  # minutes that a training takes to start, to validate and to save
+STARTING = 0.1  # minutes that a training takes to start, to validate and to save
 SAMPLES = Path("data/samples")
 QUESTION = "What is the plural of tree?"
 

@@ -302,15 +302,16 @@ def worth_keeping():
     for one in trainings():
         roots += [one.folder / "final", *newest_steps(one.folder)[:1]]
         roots += [p for p in one.folder.iterdir() if p.name.startswith(("metrics", "curves"))]
-    files, links = [], []
+    files, links = [], set()
     for root in roots:
-        inside = [Path(folder) / name for folder, below, names in os.walk(root) for name in [*below, *names]]
-        for path in [root, *inside]:
-            if path.is_symlink():
-                links.append(path)
+        below = [Path(folder) / name for folder, dirs, names in os.walk(root) for name in [*dirs, *names]]
+        for path in [root, *below]:
+            link = next((p for p in [*reversed(path.parents), path] if p.is_symlink()), None)
+            if link:
+                links.add(link)
             elif path.is_file() and not any(part.startswith(".") for part in path.parts):
                 files.append(path)
-    return sorted(set(files)), links
+    return sorted(set(files)), sorted(links)
 
 
 @contextlib.contextmanager
@@ -422,6 +423,11 @@ def refuse_if_in_use():
                 ) from None
 
 
+def inside(folder):
+    """Returns what lies in a folder; of a folder that is a link, the link."""
+    return [folder] if folder.is_symlink() else sorted(folder.glob("*"))
+
+
 def throw_away(paths, cfg):
     """Lists `paths` with their sizes, asks, and deletes them; of a link only the link."""
     paths = [path for path in paths if path.exists() or path.is_symlink()]
@@ -451,12 +457,12 @@ def clean(cfg):
 def clean_checkpoints(cfg):
     """Delete every training, its models included: python workspace.py clean-checkpoints"""
     refuse_if_in_use()
-    throw_away(sorted(CHECKPOINTS.glob("*")), cfg)
+    throw_away(inside(CHECKPOINTS), cfg)
 
 
 def clean_sessions(cfg):
     """Delete the logs of sessions and the toys of session-debug: python workspace.py clean-sessions"""
-    throw_away(sorted(SESSIONS.glob("*")), cfg)
+    throw_away(inside(SESSIONS), cfg)
 
 
 COMMANDS: dict[str, tuple[Callable, type]] = {

@@ -1,0 +1,250 @@
+"""make: every target's command as it is given, to a Python that notes its words; then the chain for real."""
+
+import io
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import tarfile
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(not shutil.which("make") or os.name == "nt", reason="needs make and a shell")
+
+ORIGINAL = """help install install-flash check-env prepare prepare-owt prepare-wiki prepare-wt103 prepare-demo
+pretrain-tiny pretrain-small pretrain-base sft dpo evaluate evaluate-quick evaluate-detailed
+assess-performance serve session-status session-cleanup session-quick session-prototype session-experiment
+session-evaluation session-debug session-architecture pipeline-full resume-pretrain-tiny
+create-sample-datasets test-pipeline backup clean clean-checkpoints monitor config-rtx4090"""
+ORIGINAL = set(ORIGINAL.split())
+SCRIPTLESS = {"help", "install", "install-flash"}  # awk and pip
+
+NASTY = "a b\"c'd $(touch pwned) `touch pwned` $HOME ;touch pwned #x"
+REACHES = {  # target: {variable: the words it becomes}
+    "prepare": {"RAW_DATASET": "--input_path={}", "CONFIG": "{}", "OUTPUT": "--output_dir={}"},
+    "prepare-demo": {"OUTPUT": "--output_dir={}"},
+    "pretrain-tiny": {
+        **{"CONFIG": "{}", "DATA_PATH": "--data_path={}", "BATCH_SIZE": "--batch_size={}"},
+        **{"LEARNING_RATE": "--learning_rate={}", "MAX_STEPS": "--max_steps={}", "OUTPUT": "--output_dir={}"},
+        **{"MAX_MINUTES": "--max_minutes={}", "WARMUP_STEPS": "--warmup_steps={}"},
+        "GRADIENT_ACCUMULATION_STEPS": "--gradient_accumulation_steps={}",
+    },
+    "pretrain-base": {"BATCH_SIZE": "--batch_size={}"},
+    "resume-pretrain-tiny": {"DATA_PATH": "--data_path={}"},
+    "sft": {
+        "SFT_DATASET": "--dataset_path={}",
+        "MODEL_PATH": "--model_path={}",
+        "BATCH_SIZE": "--batch_size={}",
+    }
+    | {"TEMPLATE": "--prompt_template={}", "CONFIG": "{}"},
+    "dpo": {"DPO_DATASET": "--dataset_path={}", "MODEL_PATH": "--model_path={}", "CONFIG": "{}"},
+    "evaluate": {"MODEL_PATH": "--model_path={}", "OUTPUT": "--output_dir={}", "CONFIG": "{}"},
+    "assess-performance": {"OUTPUT": "{}"},
+    "serve": {"MODEL_PATH": "--model_path={}"},
+    "server": {"MODEL_PATH": "--model_path={}", "HOST": "--host={}", "PORT": "--port={}"},
+    "export": {"MODEL_PATH": "--model_path={}", "OUTPUT": "--output={}", "FORMAT": "--format={}"},
+    "session-quick": {"SESSION_TIME": "--minutes={}", "CONFIG": "--config={}"},
+    "session-evaluation": {"SESSION_TIME": "--minutes={}", "MODEL_PATH": "--model_path={}"},
+    "test-pipeline": {"SESSION_TIME": "--minutes={}"},
+    "session-cleanup": {"YES": "--yes={}"},
+    "clean": {"YES": "--yes={}"},
+    "clean-checkpoints": {"YES": "--yes={}"},
+    "backup": {"OUTPUT": "--output={}"},
+    "config-rtx4090": {"CONFIG": "--config={}", "GPU_GB": "--gpu_gb={}", "OUTPUT": "--output={}"},
+}
+
+NOTING = """#!{python}
+import json, os, sys
+words = sys.argv[1:]
+if words[1:2] in (["newest"], ["vocab"]):
+    print("checkpoints/new est" if words[1] == "newest" else 400)
+else:
+    with open("calls.jsonl", "a") as file:
+        file.write(json.dumps(words) + "\\n")
+sys.exit(7 if os.environ.get("FAILS") in (words[0], *words[1:2]) else 0)
+"""
+
+
+def fresh_clone(folder, python):
+    """The files of a clone, and a .venv whose python is the text `python`."""
+    for path in (p for kind in ("*.py", "*.md", "*.txt", "configs", "Makefile") for p in ROOT.glob(kind)):
+        (folder / path.name).symlink_to(path)
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / ".venv" / "bin" / "python").write_text(python)
+    (folder / ".venv" / "bin" / "python").chmod(0o755)
+    for name in ("installed", "installed-dev"):
+        (folder / ".venv" / name).touch()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    return fresh_clone(tmp_path_factory.mktemp("noting"), NOTING.format(python=sys.executable))
+
+
+def make(folder, *words, **variables):
+    """Runs make with nothing of our own environment that it would pass on."""
+    known = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "OMP_NUM_THREADS": "1"}
+    call = ["make", *words]
+    return subprocess.run(
+        call, cwd=folder, env=known | variables, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+
+
+def calls(folder, *words, **variables):
+    """Returns the words of every Python that make called."""
+    (folder / "calls.jsonl").unlink(missing_ok=True)
+    done = make(folder, *words, **variables)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in (folder / "calls.jsonl").read_text().splitlines()]
+
+
+def targets():
+    return re.findall(r"^([a-z0-9-]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.M)
+
+
+@pytest.fixture(scope="module")
+def flags_of():
+    """What `python SCRIPT [WORD] --help` lists, each asked once, in this process."""
+    found = {}
+
+    def flags(script, word):
+        if (script, word) not in found:
+            argv, text = sys.argv, io.StringIO()
+            sys.argv = [script, *([word] if word else []), "--help"]
+            with redirect_stdout(text), pytest.raises(SystemExit) as end:
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            sys.argv = argv
+            assert end.value.code == 0
+            found[script, word] = set(re.findall(r"^(--\w+)", text.getvalue(), flags=re.M))
+        return found[script, word]
+
+    return flags
+
+
+def test_every_target_of_the_original_is_there_and_help_lists_all(clone):
+    assert len(ORIGINAL) == 35
+    assert set(targets()) >= ORIGINAL
+    text = make(clone, "help").stdout
+    assert re.findall(r"^  make ([a-z0-9-]+)", text, flags=re.M) == targets()
+    assert make(clone).stdout == text
+    listed = (
+        (ROOT / "Makefile").read_text().split("TARGETS :=")[1].split(".PHONY")[0].replace("\\", "").split()
+    )
+    assert sorted(listed) == sorted(targets())
+
+
+@pytest.mark.parametrize("target", [t for t in targets() if t not in SCRIPTLESS])
+def test_a_recipe_calls_a_script_with_flags_that_it_knows(target, clone, flags_of):
+    variables = dict.fromkeys(REACHES.get(target, {}), "x")
+    for words in [*calls(clone, target), *calls(clone, target, **variables)]:
+        assert "" not in words
+        if words[0] == "-m":
+            assert words[1] in ("pytest", "ruff")
+            continue
+        assert (ROOT / words[0]).is_file()
+        word = words[1] if words[1:2] and re.fullmatch(r"[a-z_-]+", words[1]) and words[1][0] != "-" else None
+        word = None if word == "x" else word
+        known = flags_of(words[0], word)
+        for flag in (w.split("=")[0] for w in words if w.startswith("--")):
+            assert flag in known, (words[0], word, flag)
+        for preset in (w for w in words if w.endswith(".json") and "=" not in w):
+            assert (ROOT / preset).is_file()
+
+
+@pytest.mark.parametrize("target", REACHES)
+@pytest.mark.parametrize("way", ["command line", "environment"])
+def test_a_variable_reaches_its_command_as_it_is_and_only_when_set(target, way, clone):
+    bare = calls(clone, target)[-1]
+    for variable, form in REACHES[target].items():
+        given = [f"{variable}={NASTY}"] if way == "command line" else []
+        exported = {} if given else {variable: NASTY}
+        words = calls(clone, target, *given, **exported)[-1]
+        assert form.format(NASTY) in words, words
+        assert form.format(NASTY) not in bare
+        assert not (clone / "pwned").exists()
+
+
+def test_the_newest_model_is_taken_where_none_is_named(clone):
+    assert "--model_path=checkpoints/new est" in calls(clone, "sft")[0]
+    assert "--model_path=checkpoints/new est" in calls(clone, "evaluate")[0]
+    words = calls(clone, "pretrain-tiny")[0]
+    assert words[:2] == ["train.py", "configs/tiny.json"]
+    assert {"--data_path=checkpoints/new est", "--vocab_size=400"} <= set(words)
+
+
+@pytest.mark.parametrize("target", [t for t in targets() if t not in SCRIPTLESS])
+def test_a_target_fails_when_its_command_fails(target, clone):
+    (script, *_), *_ = calls(clone, target)
+    assert make(clone, target, FAILS=script).returncode == 2
+
+
+@pytest.mark.parametrize("target", ["pretrain-tiny", "sft", "evaluate", "serve"])
+def test_a_target_fails_when_there_is_nothing_newest(target, clone):
+    (clone / "calls.jsonl").unlink(missing_ok=True)
+    assert make(clone, target, FAILS="newest").returncode == 2
+    assert not (clone / "calls.jsonl").exists()
+
+
+TINY = {"n_layer": 1, "d_model": 32, "n_head": 2, "d_ff": 64, "sequence_length": 128, "batch_size": 2}
+TINY |= {
+    "gradient_accumulation_steps": 1,
+    "eval_rows": 4,
+    "sample_tokens": 2,
+    "dtype": "fp32",
+    "warmup_steps": 1,
+}
+
+
+def test_the_chain_from_text_to_backup_in_an_empty_folder(tmp_path, tiny_documents):
+    folder = tmp_path / "a clone"
+    folder.mkdir()
+    fresh_clone(folder, f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    rows = [{"prompt": f"Say {n}.", "response": str(n)} for n in range(40)]
+    pairs = [{"prompt": f"Say {n}.", "chosen": str(n), "rejected": "no, no"} for n in range(40)]
+    files = {"tiny.json": TINY, "rows.json": rows, "pairs.json": pairs}
+    files["eval.json"] = {"perplexity_path": "README.md", "skip_boolq": True, "max_new_tokens": 2}
+    files["texts.json"] = [{"text": text} for text in tiny_documents]
+    files["data.json"] = {"input_path": "texts.json", "output_dir": "data/processed/t", "vocab_size": 384}
+    files["data.json"] |= {"train_ratio": 0.75, "use_minhash": False}
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    steps = {"MAX_STEPS": "2", "WARMUP_STEPS": "1", "BATCH_SIZE": "2"}
+    told = {}
+    for target, variables in {
+        "prepare": {"CONFIG": "data.json"},
+        "pretrain-tiny": {"CONFIG": "tiny.json", "MAX_STEPS": "2"},
+        "sft": {"SFT_DATASET": "rows.json", **steps},
+        "dpo": {"DPO_DATASET": "pairs.json", **steps},
+        "evaluate-quick": {"CONFIG": "eval.json"},
+        "assess-performance": {},
+        "session-status": {},
+        "backup": {"OUTPUT": "kept.tar.gz"},
+    }.items():
+        done = make(folder, target, **variables)
+        assert done.returncode == 0, (target, done.stdout[-2000:], done.stderr[-2000:])
+        told[target] = done.stdout
+    status = told["session-status"]
+    assert re.search(r"data/processed/t: \d+ documents, [\d,]+ tokens, vocabulary 384, verified", status)
+    for name in ("checkpoints/pretrain/tiny (pretrain)", "checkpoints/sft (sft)", "checkpoints/dpo (dpo)"):
+        assert f"{name}: complete, step 2 of 2" in status
+    assert "evaluation_results: checkpoints/dpo" in status
+    assert "sample.py --chat --model_path=checkpoints/dpo" in status
+    with tarfile.open(folder / "kept.tar.gz") as tar:
+        for entry in (e for e in tar if e.isfile()):
+            assert tar.extractfile(entry).read() == (folder / entry.name).read_bytes()
+        names = tar.getnames()
+    assert {"checkpoints/dpo/final/model.safetensors", "checkpoints/sft/step_000002/manifest.json"} <= set(
+        names
+    )
+    assert make(folder, "clean-checkpoints").returncode == 2  # nobody to ask
+    assert (folder / "checkpoints" / "dpo" / "final").is_dir()
+    assert make(folder, "clean-checkpoints", YES="1").returncode == 0
+    assert list((folder / "checkpoints").iterdir()) == []
+    assert make(folder, "evaluate").returncode == 2  # and there is no model any more

@@ -1,0 +1,370 @@
+"""Sessions, status, backup, deleting and the machine's report: as a user starts them, against the disk."""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+import host
+import session
+import workspace
+from configurator import UserError, configure
+from model import ModelConfig
+from tests.runs import DEFAULTS, ROOT, train_to_end
+
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+STAGES = ["data", "pretrain", "samples", "sft", "dpo", "evaluate", "assess", "ask"]
+
+TOY = {"n_layer": 1, "d_model": 32, "n_head": 2, "d_ff": 64, "sequence_length": 128, "batch_size": 2}
+TOY |= {"eval_rows": 4, "sample_tokens": 2, "dtype": "fp32", "logging_steps": 1, "save_steps": 100000}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, tiny_documents):
+    """An empty clone to stand in, with presets of toys."""
+    for path in (p for kind in ("*.py", "configs") for p in ROOT.glob(kind)):
+        (tmp_path / path.name).symlink_to(path)
+    texts = [{"text": text} for text in tiny_documents]
+    data = {"input_path": "texts.json", "output_dir": "data/processed/toy", "vocab_size": 384}
+    data |= {"train_ratio": 0.75, "use_minhash": False}
+    for name, content in {"texts.json": texts, "data.json": data, "toy.json": TOY}.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def start(*words):
+    return subprocess.Popen(
+        [sys.executable, *words], env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def run(*words, **env):
+    call = [sys.executable, *map(str, words)]
+    return subprocess.run(
+        call, env=ONE_THREAD | env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300
+    )
+
+
+def outcomes(text):
+    """The table at a session's end, as {stage: outcome}."""
+    return dict(re.findall(r"^  (\w[\w +]*?) +[\d.]+ min  (.*)$", text, flags=re.M))
+
+
+# ---- time boxes
+
+
+def test_a_session_is_stopped_by_ctrl_c_and_goes_on_where_it_was(folder):
+    one = start("session.py", "quick", "--minutes=5", "--data=data.json", "--config=toy.json")
+    seen = ""
+    for line in one.stdout:
+        seen += line
+        if re.match(r"step +5 ", line):
+            one.send_signal(signal.SIGINT)  # to the session alone, which passes it on, once
+            break
+    text = seen + one.stdout.read()
+    assert one.wait() == 130, text
+    assert "stopped at step" in text
+    assert "Traceback" not in text
+    table = outcomes(text)
+    assert [*table] == STAGES
+    assert (table["data"], table["pretrain"]) == ("done", "stopped")
+    assert {table[name] for name in STAGES[2:]} == {"skipped: stopped"}
+    log = next(folder.glob("sessions/*.log"))
+    assert re.fullmatch(r"\d{8}_\d{6}\.log", log.name)
+    assert log.read_text() == text
+    resume = re.search(r"^  \S+ (train\.py .*run\.json --resume_from_checkpoint=auto)$", text, flags=re.M)
+    assert Path(resume[1].split()[1]).is_file()
+
+    again = run("session.py", "quick", "--minutes=0.5", "--data=data.json", "--config=toy.json")
+    assert again.returncode == 0, again.stdout[-3000:]
+    table = outcomes(again.stdout)
+    assert [*table] == STAGES
+    assert table["data"] == "done before"
+    assert "resumed from checkpoints/pretrain/quick/step_" in again.stdout
+    assert table["pretrain"] == "done"
+    assert {table[name] for name in ("samples", "evaluate", "assess", "ask")} == {"done"}
+    assert {table[name] for name in ("sft", "dpo")} <= {"done", "skipped: no time left", "skipped: needs sft"}
+    assert Path("evaluation_results/quick/report.md").is_file()
+
+
+def test_a_failed_stage_takes_along_what_needs_it_and_the_exit_status_says_so(folder):
+    Path("toy.json").write_text(json.dumps(TOY | {"n_head": 3}))
+    done = run("session.py", "quick", "--data=data.json", "--config=toy.json")
+    assert done.returncode == 1
+    table = outcomes(done.stdout)
+    assert table["data"] == "done"
+    assert table["pretrain"] == "failed: status 2"
+    assert table["sft"] == "skipped: needs pretrain, samples"
+    assert "failed: pretrain" in done.stdout
+
+
+def test_trainings_share_what_the_other_stages_leave(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shares = {"data": 0, "a": 0.6, "between": 0, "b": 0.3, "c": 0.1}
+    box = session.Box("x", 100, [session.Stage(name, list, (), share) for name, share in shares.items()])
+    left = 100 * (1 - session.RESERVED)
+    box.rows = [("data", "done", 10.0)]
+    box.began -= 60 * 10
+    assert box.training_minutes() == pytest.approx((left - 10 - 3 * session.STARTING) * 0.6, abs=0.01)
+    box.rows += [("a", "done", 1.0), ("between", "done", 1.0)]  # a ended early: its time is the others'
+    box.began -= 60 * 2
+    assert box.training_minutes() == pytest.approx((left - 12 - 2 * session.STARTING) * 0.75, abs=0.01)
+    box.began -= 60 * 80
+    assert box.reason_to_skip(box.stages[3]) == "skipped: no time left"
+    assert box.reason_to_skip(session.Stage("short", list)) is None
+    box.log.close()
+
+
+def test_the_newest_twenty_logs_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("sessions").mkdir()
+    for n in range(30):
+        Path(f"sessions/20200101_0000{n:02}.log").touch()
+    Path("sessions/notes.log").touch()  # not ours
+    session.open_log().close()
+    names = sorted(path.name for path in Path("sessions").iterdir())
+    assert len(names) == session.LOGS_KEPT + 1
+    assert "20200101_000011.log" in names
+    assert not {"20200101_000010.log"} & set(names)
+
+
+def test_a_session_says_what_it_trains_on_when_the_hub_is_out_of_reach(folder, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    wanted = "configs/datasets/demo_tiny.json"
+    preset, note = session.choose_data(session.BoxConfig(), wanted)
+    assert preset == "configs/datasets/docstrings.json"
+    assert re.search("documentation, in place of .*demo_tiny.json: (HF_HUB_OFFLINE is set|the package)", note)
+    Path("data/processed/demo_tiny").mkdir(parents=True)
+    Path("data/processed/demo_tiny/manifest.json").touch()
+    assert session.choose_data(session.BoxConfig(), wanted)[0] == wanted
+
+
+def test_the_proof_of_a_resume_can_fail(tmp_path):
+    for name, data in {"a": b"1", "b": b"1", "c": b"2"}.items():
+        (tmp_path / name / "final").mkdir(parents=True)
+        (tmp_path / name / "final" / "model.safetensors").write_bytes(data)
+    session.same(session.SameConfig(str(tmp_path / "a"), str(tmp_path / "b")))
+    with pytest.raises(UserError, match="differ"):
+        session.same(session.SameConfig(str(tmp_path / "a"), str(tmp_path / "c")))
+
+
+def test_a_preset_is_run_forward_and_backward(tmp_path, capsys):
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps({k: TOY[k] for k in ("n_layer", "d_model", "n_head", "d_ff")}))
+    session.smoke(session.SmokeConfig(str(path)))
+    loss, uniform = re.search(r"loss ([\d.]+) \(ln 32,768 = ([\d.]+)\)", capsys.readouterr().out).groups()
+    assert float(loss) == pytest.approx(float(uniform), abs=0.5)
+
+
+# ---- status
+
+
+@pytest.fixture
+def trained(folder, tiny_dataset, forks):
+    """The folder with a dataset and a finished training of eight steps."""
+    shutil.copytree(tiny_dataset, "data/processed/tiny")
+    train_to_end(folder / "checkpoints/pretrain/toy", data_path=str(folder / "data/processed/tiny"))
+    (folder / "checkpoints/pretrain/toy.log").unlink()
+    return folder
+
+
+def told(capsys):
+    workspace.status()
+    return capsys.readouterr().out
+
+
+def test_status_tells_what_is_whole_and_what_is_not(trained, capsys):
+    manifest = json.loads(Path("data/processed/tiny/manifest.json").read_text())
+    entries = [entry for split in manifest["splits"].values() for entry in split]
+    documents, tokens = (sum(entry[key] for entry in entries) for key in ("documents", "tokens"))
+    text, home = told(capsys), Path("checkpoints/pretrain/toy")
+    assert f"tiny: {documents:,} documents, {tokens:,} tokens, vocabulary 384, verified" in text
+    last = [json.loads(line) for line in (home / "metrics.jsonl").read_text().splitlines()]
+    bits = [record["val_bits_per_byte"] for record in last if "val_bits_per_byte" in record][-1]
+    assert f"(pretrain): complete, step {DEFAULTS['max_steps']} of 8, val_bits_per_byte {bits:.4f}" in text
+    assert "create_sample_datasets" in text
+
+    weights = home / "final" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert "final/ is BROKEN: model.safetensors: checksum mismatch" in told(capsys)
+    with pytest.raises(UserError, match="no complete pretrain model"):
+        workspace.newest("pretrain")
+    shutil.rmtree(home / "final")
+    text = told(capsys)
+    assert "not complete, step 8 of 8" in text
+    assert f"train.py {home}/step_000008/run.json --resume_from_checkpoint=auto" in text
+    shard = Path("data/processed/tiny") / entries[0]["bin"]
+    shard.write_bytes(shard.read_bytes()[:-2])
+    assert "data/processed/tiny: BROKEN" in told(capsys)
+
+
+def test_status_of_nothing(folder, capsys):
+    text = told(capsys)
+    assert text.count("  none") == 3
+    assert "data.py configs/datasets/docstrings.json" in text
+
+
+# ---- backup
+
+
+def test_a_backup_holds_what_cannot_be_made_again_and_follows_no_link(trained, capsys):
+    Path("secret").write_text("not of this project")
+    Path("checkpoints/pretrain/toy/final/link").symlink_to("../../../../secret")
+    workspace.backup(workspace.BackupConfig("b/one.tar.gz"))
+    with tarfile.open("b/one.tar.gz") as tar:
+        names = tar.getnames()
+    toy = "checkpoints/pretrain/toy"
+    assert {f"{toy}/final/model.safetensors", f"{toy}/step_000008/train_state/state.pt"} <= set(names)
+    assert f"{toy}/metrics.jsonl" in names
+    assert not [name for name in names if "step_000004" in name or "link" in name or "configs" in name]
+    out = capsys.readouterr().out
+    assert "left out: checkpoints/pretrain/toy/final/link, a link" in out
+    assert "left out: configs, a link" in out
+    with pytest.raises(UserError, match="exists"):
+        workspace.backup(workspace.BackupConfig("b/one.tar.gz"))
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
+def test_an_encrypted_backup_opens_with_its_passphrase_alone(folder, monkeypatch, capsys):
+    Path("evaluation_results").mkdir()
+    Path("evaluation_results/results.json").write_text("{}")
+    monkeypatch.setenv("BACKUP_PASSPHRASE", "a b\"c' $d")
+    workspace.backup(workspace.BackupConfig("kept.enc"))
+    command = capsys.readouterr().out.split("to unpack: ")[1]
+    assert "a b" not in command
+    assert not tarfile.is_tarfile("kept.enc")
+    Path("there").mkdir()
+    subprocess.run(command.replace("kept.enc", "../kept.enc"), shell=True, check=True, cwd="there")
+    assert Path("there/evaluation_results/results.json").read_text() == "{}"
+    monkeypatch.setenv("BACKUP_PASSPHRASE", "another")
+    failed = subprocess.run(
+        command.replace("kept.enc", "../kept.enc"), shell=True, cwd="there", capture_output=True
+    )
+    assert failed.returncode != 0
+
+
+# ---- deleting
+
+
+def test_nothing_is_deleted_without_a_yes(folder):
+    Path("checkpoints/sft").mkdir(parents=True)
+    Path("sessions").mkdir()
+    for word in ("clean-checkpoints", "clean"):
+        Path("__pycache__").mkdir(exist_ok=True)
+        done = run("workspace.py", word)
+        assert done.returncode == 2
+        assert "YES=1" in done.stderr
+    assert Path("checkpoints/sft").is_dir()
+    assert run("workspace.py", "clean-checkpoints", "--yes=1").returncode == 0
+    assert not Path("checkpoints/sft").exists()
+    assert run("workspace.py", "clean-sessions").stdout == "nothing to delete\n"
+
+
+@pytest.mark.parametrize("place", ["checkpoints", "checkpoints/pretrain"])
+def test_of_a_link_only_the_link_is_deleted(place, folder, capsys):
+    Path("elsewhere/a").mkdir(parents=True)
+    Path(place).parent.mkdir(exist_ok=True)
+    Path(place).symlink_to(folder / "elsewhere")
+    workspace.clean_checkpoints(workspace.CleanConfig("1"))
+    assert not Path(place).is_symlink()
+    assert Path("elsewhere/a").is_dir()
+
+
+def test_a_training_that_runs_is_not_deleted(folder):
+    Path("checkpoints/pretrain/a").mkdir(parents=True)
+    with open("checkpoints/pretrain/a/run.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="in use"):
+            workspace.clean_checkpoints(workspace.CleanConfig("1"))
+    assert Path("checkpoints/pretrain/a").is_dir()
+
+
+# ---- the machine
+
+
+def test_check_env_names_what_is_missing_and_fails_then(folder):
+    whole = run("host.py", "check-env")
+    assert whole.returncode == 0, whole.stdout
+    assert re.search(rf"^cores +{host.cores()}$", whole.stdout, flags=re.M)
+    bare = run("-S", "host.py", "check-env", PYTHONPATH="")  # without site-packages
+    assert bare.returncode == 1
+    assert re.search(r"missing: torch, numpy, .*pip install -r requirements.txt", bare.stdout)
+
+
+def test_monitor_shows_the_newest_training_and_ends_without_a_trace(trained):
+    one = start("host.py", "monitor")
+    line = one.stdout.readline()
+    one.send_signal(signal.SIGINT)
+    assert one.wait(30) == 130
+    assert one.stdout.read().count("Traceback") == 0
+    assert "checkpoints/pretrain/toy: step 8 | loss" in line
+    assert re.search(r"cpu +\d+% of \d+ cores \| memory [\d.]+ GB of", line)
+    done = run("host.py", "monitor", "--once")
+    assert len(done.stdout.splitlines()) == 1
+
+
+# peak memory of the presets' own batches on an H100, GB: README.md and benchmarks/RESULTS.md
+@pytest.mark.parametrize(
+    ("name", "rows", "measured"), [("tiny", 16, 1.62), ("small", 8, 3.22), ("base", 4, 11.63)]
+)
+def test_what_is_said_to_fit_a_card_is_no_less_than_was_measured(name, rows, measured):
+    shape = configure(ModelConfig, [str(ROOT / f"configs/{name}.json")], foreign_keys=True)
+    fitting, need = host.rows_that_fit(shape, 1e15, rows)
+    assert fitting == rows
+    assert measured < (need + host.RESERVE) / 1e9 < 2.5 * measured
+
+
+def test_a_preset_fits_its_card_at_the_same_tokens_per_step(folder):
+    sizes = {}
+    for memory in (24, 12, 8):
+        out = f"card{memory}.json"
+        host.config_gpu(host.GpuConfig("configs/small.json", memory, out))
+        written = json.loads(Path(out).read_text())
+        sizes[memory] = written["batch_size"]
+        assert written["batch_size"] * written["gradient_accumulation_steps"] == 64
+    assert sizes[24] > sizes[8]
+    assert run("model.py", "card24.json").returncode == 0
+    with pytest.raises(UserError, match="take a smaller preset"):
+        host.config_gpu(host.GpuConfig("configs/base.json", 2, "no.json"))
+    with pytest.raises(UserError, match="exists"):
+        host.config_gpu(host.GpuConfig("configs/small.json", 24, "card24.json"))
+
+
+def test_a_preset_for_a_card_that_is_not_there_is_refused(folder):
+    done = run("host.py", "config-gpu", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2
+    assert "--gpu_gb=24" in done.stderr
+    assert not Path("configs/rtx4090.json").exists()
+
+
+# ---- the page
+
+
+def test_every_command_of_sessions_md_exists(folder):
+    page = (ROOT / "SESSIONS.md").read_text()
+    targets = set(re.findall(r"^([a-z0-9-]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.M))
+    assert set(re.findall(r"make ([a-z0-9-]+)", page)) <= targets
+    helps = {}
+    for script, word, rest in re.findall(r"python (\w+\.py) ([a-z-]+)(.*)$", page, flags=re.M):
+        key = (script, word)
+        helps[key] = helps.get(key) or run(script, word, "--help").stdout
+        for flag in re.findall(r"--\w+", rest):
+            assert re.search(rf"^{flag}\b", helps[key], flags=re.M), (script, word, flag)
+    assert len(helps) >= 3
+    minutes = dict(re.findall(r"^\| `make session-(\w+)` \| (\d+) min", page, flags=re.M))
+    source = (ROOT / "session.py").read_text()
+    assert len(minutes) == 5
+    for name, count in minutes.items():
+        body = source.split(f"def {name}(cfg)")[1].split("\n\n\n")[0]
+        assert f"or {count}" in body, name
