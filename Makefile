@@ -37,7 +37,8 @@ TARGETS := help install install-flash check-env demo prepare prepare-owt prepare
 help: ## this list
 	@awk -F ':.*## ' '/^##@/ {printf "\n%s\n", substr($$0, 5)} \
 	  /^[a-z0-9-]+:.*## / {printf "  make %-24s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
-	@printf '\nvariables, as in make pretrain-tiny BATCH_SIZE=8:\n  %s\n' "$(VARIABLES)" | fold -s -w 100
+	@printf '\nVariables, as in make pretrain-tiny BATCH_SIZE=8\n'
+	@printf '  %s %s %s %s %s %s\n' $(VARIABLES)
 
 install: .venv/installed ## a virtual environment in .venv with what requirements.txt names
 

@@ -15,10 +15,11 @@ import importlib.util
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -228,10 +229,13 @@ def hub():
         return "the package `datasets` is not installed"
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         return "HF_HUB_OFFLINE is set"
+    address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
-        socket.create_connection(("huggingface.co", 443), timeout=3).close()
-    except OSError as error:
-        return f"huggingface.co is out of reach ({error})"
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=5).close()
+    except urllib.error.HTTPError:
+        pass  # it answers
+    except (OSError, ValueError) as error:
+        return f"{address} is out of reach ({error})"
     return None
 
 
@@ -381,14 +385,15 @@ def evaluation(cfg):
     """1 hour: the newest model, or --model_path, measured in full, held against its size, sampled."""
     model = cfg.model_path or str(newest())
     out = f"evaluation_results/{Path(model).name if Path(model).name != 'final' else Path(model).parent.name}"
-    folder = next(iter(datasets()), None)
-    why = hub()
+    folder, why = next(iter(datasets()), None), hub()
     flags = (f"--model_path={model}", f"--output_dir={out}", *(text_and_questions(folder) if folder else ()))
-    note = (
-        f"text: held out of {folder}, no questions, for {why}"
-        if why and folder
-        else "text: WikiText-2, BoolQ"
-    )
+    note = "text: WikiText-2, BoolQ, from the hub"
+    if why:
+        note = (
+            f"text: held out of {folder}, no questions: {why}"
+            if folder
+            else f"text: none, prompts only: {why}"
+        )
     prompts = ("--prompt=The", "--num_samples=3", "--seed=1")
     stages = [
         Stage("evaluate", lambda: ["eval.py", *flags, "--detailed_output"]),

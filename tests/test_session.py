@@ -1,6 +1,5 @@
 """Sessions, status, backup, deleting and the machine's report: as a user starts them, against the disk."""
 
-import fcntl
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from configurator import UserError, configure
 from model import ModelConfig
 from tests.runs import DEFAULTS, ROOT, train_to_end
 
+fcntl = pytest.importorskip("fcntl")  # signals, links and locks as POSIX has them
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 STAGES = ["data", "pretrain", "samples", "sft", "dpo", "evaluate", "assess", "ask"]
 
