@@ -4,8 +4,8 @@
     python train.py configs/base.json --plan_gpu=rtx4090   a card that is elsewhere, by its datasheet
 
 Memory is counted, not guessed: `block_bytes` lists what autograd keeps of a block, `memory` adds what stands
-beside it in the moments that can be the fullest, and tests compare both with what torch really does. A machine
-at hand is timed. Of a card that is not, `card_seconds` knows two limits: arithmetic and memory traffic.
+beside it in the moments that can be the fullest, and tests compare both with what torch really does. A
+machine at hand is timed. Of a card that is not, `card_seconds` knows two limits, arithmetic and bandwidth.
 """
 
 import os
@@ -91,7 +91,9 @@ def memory(cfg, means, framework=0):
     copies of the logits and a mask. backward: the gradient of the head's weight is scaled into another copy,
     or the last block is computed anew and its gradients begin. update: nothing is saved any more, and every
     weight has its gradient. Gradients stand in the other two as well, where accumulation adds to them or a
-    CUDA graph needs them to keep their place.
+    CUDA graph needs them to keep their place. `framework` is given for a process on a CPU, whose heap never
+    shrinks (world.tune_cpu): its holes are a third of the tensors, as measured (benchmarks/RESULTS.md), and
+    more with gradient checkpointing.
     """
     N, s, counts = cfg.batch_size * cfg.sequence_length, means.size, count_parameters(cfg)
     total, table = counts["total"], cfg.vocab_size * cfg.d_model
@@ -105,13 +107,15 @@ def memory(cfg, means, framework=0):
     again = block + N * cfg.d_ff * s if cfg.gradient_checkpointing else 0
     flight = stream + 4 * table + max(4 * table, again)
     standing = 4 * total * (cfg.gradient_accumulation_steps > 1 or means.device == "cuda")
-    always = 4 * total + moment_bytes(cfg) + framework
+    always = 4 * total + moment_bytes(cfg)
     moments = {
         "head": saved + low + logits + head + standing,
         "backward": saved + low + flight + standing,
         "update": 4 * total + 4 * table,
     }
     fullest = max(moments, key=moments.get)
+    tensors = always + moments[fullest]
+    holes = tensors / 3 if framework else 0
     return {
         "weights (fp32)": 4 * total,
         "gradients (fp32)": 4 * total,
@@ -120,8 +124,9 @@ def memory(cfg, means, framework=0):
         "logits of a group of rows": logits,
         "gradients on their way": head if fullest == "head" else flight,
         "framework": framework,
+        "holes in the heap": holes,
         "fullest": fullest,
-        "peak": always + moments[fullest],
+        "peak": tensors + framework + holes,
     }
 
 

@@ -428,12 +428,7 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
 
         while True:
             batches = [loader.batch(state.step, m, world.rank, accumulation) for m in range(accumulation)]
-            count, tokens, stopping, state.seconds = world.sum(
-                sum(b["count"] for b in batches),
-                sum(b.get("tokens", b["count"]) for b in batches),
-                stop.asked > 0,
-                clock.seconds * (world.rank == 0),
-            )
+            count, tokens, stopping, state.seconds = agree(batches, stop, clock, world)
             progress = clock.progress(state.step, state.seconds)
             if stopping or progress >= 1 or state.enough(cfg):
                 break
@@ -549,6 +544,12 @@ def forward_backward(state, batches, loss_fn, count, device, dtype):
         for name, value in stats.items():
             shares[name] = shares.get(name, 0.0) + value.detach() / count
     return shares
+
+
+def agree(batches, stop, clock, world):
+    """Returns what steers the step, over all ranks: its count and tokens, stops asked for, rank 0's clock."""
+    count, tokens = sum(b["count"] for b in batches), sum(b.get("tokens", b["count"]) for b in batches)
+    return world.sum(count, tokens, stop.asked > 0, clock.seconds * (world.rank == 0))
 
 
 def attempt(state, batches, loss_fn, count, world, dtype):

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py --out=results.jsonl                       everything, in order of worth
     python benchmarks/gpu.py --items=train:tiny,hf:tiny:eager          some of it
-    python benchmarks/gpu.py --small                    the same code on a CPU, toy sizes
+    python benchmarks/gpu.py --small --device=cpu       every kind of item once, at toy size: some minutes
 
 Every item runs in a process of its own with its own time limit and appends one JSON line at once, so an item
 that hangs or runs out of memory costs only itself. Speeds are medians over timed optimizer steps after warm-
@@ -309,7 +309,7 @@ def saved(cfg, folder):
 
 def decode(small, name, *batches):
     """Our engine, greedy, prompt 64, 192 new tokens per row: as it is, and compiled into CUDA graphs."""
-    from sample import Engine, Request, Sampling, generate
+    from engine import Engine, Request, Sampling, generate
 
     device = choose_device("auto")
     cuda = device.type == "cuda"
@@ -398,13 +398,20 @@ def main():
     )
     parser.add_argument("--limit", type=float, default=150, help="seconds for one item")
     parser.add_argument("--small", action="store_true", help="toy sizes, to try this file without a GPU")
+    parser.add_argument("--device", choices=["auto", "cpu"], default="auto", help="cpu: hide the GPU")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # the child's side
     args = parser.parse_args()
     if args.one:
         print(json.dumps(run_item(args.one, args.small)))
         return
+    if args.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before CUDA is asked anything, here and in the children
+    items = args.items.split(",")
+    if args.small:  # where all presets are one toy, tiny stands for them
+        items = [item for item in items if not {"small", "base"} & set(item.split(":"))] + ITEMS[-1:]
+        args.budget, args.limit = max(args.budget, 1800), max(args.limit, 600)
     began, known = time.monotonic(), environment()
-    for item in args.items.split(","):
+    for item in items:
         left = args.budget - (time.monotonic() - began)
         if left < 10:
             print(f"{item}: left out, the budget is spent")
