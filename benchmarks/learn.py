@@ -23,6 +23,7 @@ validation loss over those that a run took to come below it, a line drawn betwee
 import argparse
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -38,7 +39,6 @@ import torch
 
 from configurator import configure, narrow
 from data import TokenStream
-from engine import open_model
 from model import ModelConfig, to_hf
 from scoring import cores, score
 from tokenizer import Tokenizer
@@ -172,21 +172,19 @@ def train_transformers(fair, folder, args):
 # ---- what came of it
 
 
-def held_out(folder, args):
-    """Returns bits per byte on the prepared dataset's validation documents, every one of them."""
+def measure(folder, args):
+    """Prints {"wikitext2", "held_out"} of a model folder, bits per byte, as one line; the child's side."""
+    import eval
+    from engine import open_model  # tells OpenMP how to wait: not to be inherited by what trains
+
     model, tokenizer = open_model(folder, "cpu", "fp32")
+    cfg = eval.EvalConfig(model_path=str(folder), perplexity_path=args.text)
+    text = eval.text_result(cfg, model, tokenizer, eval.prepare_text(cfg, model, tokenizer))
     stream = TokenStream((args.data,), "val", model.cfg.sequence_length, 8)
     batches = (stream.rows(at, at + 8) for at in range(0, stream.blocks, 8))
     batches = (to_device(batch, torch.device("cpu")) for batch in batches)
     nats, _, size = score(model, batches, tokenizer.token_bytes(), cores(model))
-    return nats / np.log(2) / size
-
-
-def wikitext2(folder, args):
-    """Returns eval.py's bits per byte on --text."""
-    words = [f"--model_path={folder}", f"--perplexity_path={args.text}", f"--output_dir={folder.parent}/eval"]
-    subprocess.run([sys.executable, ROOT / "eval.py", *words, "--skip_boolq"], check=True, stdout=sys.stderr)
-    return json.loads((folder.parent / "eval/results.json").read_text())["perplexity"]["bits_per_byte"]
+    print(json.dumps({"wikitext2": text["bits_per_byte"], "held_out": nats / math.log(2) / size}))
 
 
 def history(folder):
@@ -201,17 +199,19 @@ def history(folder):
 def one_run(name, args):
     """Trains and measures `name`; returns its line for results.jsonl."""
     folder = Path(args.output_dir) / f"{name}-{args.minutes:g}"
-    own = [__file__, f"--train={name}", *(f"--{k}={getattr(args, k)}" for k in ("minutes", "data", "recipe"))]
-    theirs = [*own, f"--output_dir={folder}"]
-    words = theirs if name.startswith("transformers") else our_command(name, folder, args)
+    own = {"minutes": args.minutes, "data": args.data, "recipe": args.recipe, "text": args.text}
+    child = [__file__, *(f"--{k}={v}" for k, v in own.items()), f"--output_dir={folder}"]
+    theirs = name.startswith("transformers")
+    words = [*child, f"--child={name}"] if theirs else our_command(name, folder, args)
     subprocess.run([sys.executable, *words], check=True, stdout=sys.stderr)
+    words = [sys.executable, *child, "--child=measure"]
+    figures = json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout)
     steps, curve = history(folder)
-    cfg = configure(PretrainConfig, [args.recipe, *([] if "transformers" in name else flags_of(name))])
+    cfg = configure(PretrainConfig, [args.recipe, *([] if theirs else flags_of(name))])
     tokens = steps * cfg.batch_size * cfg.gradient_accumulation_steps * cfg.sequence_length
-    figures = {"wikitext2": wikitext2, "held_out": held_out}
     return {
         "name": name, "minutes": args.minutes, "steps": steps, "tokens": tokens,
-        **{key: round(float(measure(folder / "final", args)), 4) for key, measure in figures.items()},
+        **{key: round(value, 4) for key, value in figures.items()},
         "recipe": Path(args.recipe).name, "dataset": dataset(args), "validations": curve,
         "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
@@ -264,10 +264,12 @@ def main():
     parser.add_argument("--corpora", default=str(SHARED / "corpora"))
     parser.add_argument("--text", default=str(SHARED / "wikitext2/wiki.valid.raw"))
     parser.add_argument("--output_dir", default="checkpoints/learn")
-    parser.add_argument("--train", help=argparse.SUPPRESS)  # the child's side
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.train:
-        return train_transformers(args.train.endswith("fair"), Path(args.output_dir), args)
+    if args.child == "measure":
+        return measure(Path(args.output_dir) / "final", args)
+    if args.child:
+        return train_transformers(args.child == "transformers_fair", Path(args.output_dir), args)
     names = {"recipes": ["ours", *RECIPES], "none": []}.get(args.runs, args.runs.split(","))
     for name in names:
         name in PROOF or flags_of(name)  # a wrong one is told before anything runs
