@@ -8,7 +8,7 @@ RUN := .venv/bin/python
 # through the environment: whatever it holds, neither make nor the shell looks into it.
 VARIABLES := CONFIG RAW_DATASET DATA_PATH SFT_DATASET DPO_DATASET MODEL_PATH OUTPUT BATCH_SIZE LEARNING_RATE \
   GRADIENT_ACCUMULATION_STEPS MAX_STEPS WARMUP_STEPS MAX_MINUTES TEMPLATE FORMAT \
-  HOST PORT SESSION_TIME GPU_GB BACKUP_PASSPHRASE YES
+  HOST PORT SESSION_TIME GPU BACKUP_PASSPHRASE YES
 $(foreach v,$(VARIABLES),$(if $(value $v),$(eval override $v := $$(value $v))$(eval export $v)))
 
 flag = $${$(1):+"--$(2)=$$$(1)"}
@@ -174,8 +174,8 @@ test-pipeline: .venv/installed ## session-quick in ten minutes
 monitor: .venv/installed ## processor, memory, GPU and the newest training, once a second
 	$(RUN) host.py monitor
 
-config-rtx4090: .venv/installed ## a preset fitted to this machine's card: configs/rtx4090.json; CONFIG, GPU_GB, OUTPUT
-	$(RUN) host.py config-gpu $(call flag,CONFIG,config) $(call flag,GPU_GB,gpu_gb) $(call flag,OUTPUT,output)
+config-rtx4090: .venv/installed ## a preset fitted to this machine's card: configs/rtx4090.json; CONFIG, GPU, OUTPUT
+	$(RUN) host.py config-gpu $(call flag,CONFIG,config) $(call flag,GPU,gpu) $(call flag,OUTPUT,output)
 
 backup: .venv/installed ## presets, models, newest checkpoints, evaluations in one file; BACKUP_PASSPHRASE encrypts, OUTPUT names it
 	$(RUN) workspace.py backup $(call flag,OUTPUT,output)

@@ -2,7 +2,7 @@
 
 python host.py check-env
 python host.py monitor --once
-python host.py config-gpu --config=configs/small.json --gpu_gb=24
+python host.py config-gpu --config=configs/small.json --gpu=rtx4090
 """
 
 import json
@@ -12,11 +12,11 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
-from configurator import PositiveFloat, UserError, configure, read_object
+from configurator import UserError, configure, read_object
 from workspace import dispatch, shown_bytes, trainings
 
 REQUIRED = ("torch", "numpy", "sentencepiece", "datasketch", "ftfy", "tqdm", "safetensors")
@@ -187,71 +187,77 @@ def monitor(cfg):
 # ----------------------------------------------------------------------------------------------------------
 # What fits
 
-RESERVE = 1e9  # bytes that CUDA and the allocator take; an assumption
-EAGER = 1.6  # activations of eager torch against those of a compiler, as model.memory_parts says
-
 
 @dataclass(frozen=True)
 class GpuConfig:
     """Which preset for which card."""
 
     config: str = "configs/small.json"  # the preset to fit: its batch and accumulation are chosen anew
-    gpu_gb: PositiveFloat | None = (
-        None  # the card's memory in GB, where it is elsewhere; none = the card found
-    )
+    gpu: str | None = None  # a card that is elsewhere, as rtx4090; none = the card found
     output: str = "configs/rtx4090.json"  # the preset to write; it must not exist
 
 
-def card_memory(cfg):
-    """Returns (bytes of the card, its name); UserError where there is none."""
-    if cfg.gpu_gb:
-        return cfg.gpu_gb * 1e9, f"a card of {cfg.gpu_gb:g} GB"
+def find_card(cfg):
+    """Returns (name, bytes of memory) of the card to fit; UserError where there is none."""
     import torch
 
+    from world import CARDS
+
+    if cfg.gpu:
+        if cfg.gpu not in CARDS:
+            raise UserError(f"gpu: {cfg.gpu!r} is not known; use one of {', '.join(CARDS)}")
+        return cfg.gpu, CARDS[cfg.gpu].memory
     if not torch.cuda.is_available():
+        plan = f"python train.py {cfg.config} --plan_gpu=rtx4090 plans for one"
         raise UserError(
-            f"no CUDA card ({describe_cuda(torch)[0]}); for one elsewhere: --gpu_gb=24, with make GPU_GB=24"
+            f"no CUDA card ({describe_cuda(torch)[0]}); --gpu=rtx4090 fits to one elsewhere, {plan}"
         )
     card = torch.cuda.get_device_properties(0)
-    return card.total_memory, card.name
+    return card.name, card.total_memory
 
 
-def rows_that_fit(model, bytes_there, most):
-    """Returns (the most rows, a power of two, that fit, their bytes); (0, the bytes of one) if none do."""
-    from model import memory_parts
+def rows_that_fit(shape, room):
+    """Returns (the most rows that fit, a power of two that divides a step; their bytes), as plan.py counts.
 
-    fitting, rows = (0, None), 1
-    while rows <= most:
-        parts = [value for name, value in memory_parts(model, rows).items() if not name.startswith("KV")]
-        need = sum(parts) + (EAGER - 1) * parts[3]
-        if need + RESERVE > bytes_there:
-            return fitting if fitting[0] else (0, need)
-        fitting, rows = (rows, need), rows * 2
-    return fitting
+    shape: a PretrainConfig. (0, the bytes of one row) if not even that fits into `room` bytes.
+    """
+    import torch
+
+    from plan import Means, memory
+
+    means = Means("cuda", torch.bfloat16, "sdpa", shape.compile is not False)
+    step = shape.batch_size * shape.gradient_accumulation_steps
+    sizes = [2**k for k in range(step.bit_length()) if step % 2**k == 0]
+    needs = {n: memory(rows_of(shape, n), means)["peak"] for n in sizes}
+    fitting = [n for n, need in needs.items() if need <= room]
+    return (max(fitting), needs[max(fitting)]) if fitting else (0, needs[1])
+
+
+def rows_of(shape, rows):
+    """Returns the same step in micro-batches of `rows`."""
+    step = shape.batch_size * shape.gradient_accumulation_steps
+    return replace(shape, batch_size=rows, gradient_accumulation_steps=step // rows)
 
 
 def config_gpu(cfg):
     """A preset with the largest micro-batch that fits a card, at the tokens per step that it had."""
-    from model import ModelConfig
+    from plan import RESERVE
+    from train import PretrainConfig
 
     output, values = Path(cfg.output), read_object(cfg.config)
     if output.exists():
         raise UserError(f"{output}: exists; name another --output, or delete it")
-    there, name = card_memory(cfg)
-    model = configure(ModelConfig, [cfg.config], foreign_keys=True)
-    total = values.get("batch_size", 8) * values.get("gradient_accumulation_steps", 1)
-    rows, need = rows_that_fit(
-        model, there, total & -total
-    )  # a power of two that divides total: no row is lost
+    name, there = find_card(cfg)
+    shape = configure(PretrainConfig, [cfg.config])
+    rows, need = rows_that_fit(shape, there - RESERVE)
+    told = f"about {shown_bytes(need)} needed of {shown_bytes(there)}, {RESERVE / 1e9:g} GB left to CUDA"
     if not rows:
-        raise UserError(
-            f"{cfg.config}: one row needs about {shown_bytes(need)}, {name} has {shown_bytes(there)}; "
-            "take a smaller preset"
-        )
-    why = f"{cfg.config} for {name}, {shown_bytes(there)}: about {shown_bytes(need)} needed"
-    values |= {"_why": why, "batch_size": rows, "gradient_accumulation_steps": total // rows}
+        raise UserError(f"{cfg.config}: one row does not fit {name}: {told}; take a smaller preset")
+    fitted = rows_of(shape, rows)
+    values |= {"_why": f"{cfg.config} for {name}: {told}", "batch_size": rows}
+    values |= {"gradient_accumulation_steps": fitted.gradient_accumulation_steps}
     output.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    print(f"{output}: batch_size {rows}, gradient_accumulation_steps {total // rows}; {why}")
+    print(f"{output}: batch_size {rows}, as often as makes the same step; {told}")
 
 
 COMMANDS = {

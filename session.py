@@ -295,6 +295,10 @@ def chain(box, name, data, pretrain, tuning, boxed=True, fast=False):
         vocab = f"--vocab_size={read_manifest(folder)['vocab_size']}"
         return training(box, base, boxed, "train.py", *pretrain, f"--data_path={folder}", vocab)
 
+    def plan():
+        words = pretraining()
+        return words and [*words, "--plan"]
+
     def tune(kind, model, out):
         files = (f"--{key}_path={SAMPLES / f'{kind}_{part}.jsonl'}" for key, part in PARTS.items())
         return training(box, out, boxed, f"{kind}.py", tuning[kind], f"--model_path={model}", *files)
@@ -313,6 +317,7 @@ def chain(box, name, data, pretrain, tuning, boxed=True, fast=False):
 
     return [
         Stage("data", lambda: None if (folder / "manifest.json").is_file() else ["data.py", data]),
+        *([] if fast else [Stage("plan", plan, ("data",))]),
         Stage("pretrain", pretraining, ("data",), 0.6),
         Stage("samples", lambda: ["data.py", "create_sample_datasets"], ("pretrain",)),
         Stage("sft", lambda: tune("sft", base, sft), ("pretrain", "samples"), 0.25),
@@ -354,7 +359,7 @@ def long_session(cfg, name, minutes, preset, tuning, boxed=True):
         pretrain += [] if cfg.config else CPU
         sized = f", with {' '.join(CPU)}" if not cfg.config else ""
         notes.append(
-            f"no CUDA here: the CPU trains it{sized}; it will not get far, the log lines say how far"
+            f"no CUDA here: the CPU trains it{sized}; it will not get far; the plan before it says how far"
         )
     if not boxed:
         pretrain += ["--num_train_epochs=3", "--warmup_steps=20"]

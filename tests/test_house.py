@@ -62,7 +62,7 @@ ARROWS = {
     "api": {"configurator", "tokenizer", "engine", "scheduler"},
     "server": {"configurator", "engine", "lora", "scheduler", "wire", "api"},
     "workspace": {"configurator", "shards", "checkpoint"},
-    "host": {"configurator", "model", "workspace"},
+    "host": {"configurator", "workspace", "world", "plan", "train"},
     "session": {"configurator", "model", "shards", "host", "workspace"},
 }
 ROOMS = sorted(path.stem for path in ROOT.glob("*.py"))

@@ -56,7 +56,7 @@ REACHES = {  # target: {variable: the words it becomes}
     "clean": {"YES": "--yes={}"},
     "clean-checkpoints": {"YES": "--yes={}"},
     "backup": {"OUTPUT": "--output={}"},
-    "config-rtx4090": {"CONFIG": "--config={}", "GPU_GB": "--gpu_gb={}", "OUTPUT": "--output={}"},
+    "config-rtx4090": {"CONFIG": "--config={}", "GPU": "--gpu={}", "OUTPUT": "--output={}"},
 }
 
 NOTING = """#!{python}
