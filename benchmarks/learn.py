@@ -174,12 +174,12 @@ def train_transformers(fair, folder, args):
 
 def measure(folder, args):
     """Prints {"wikitext2", "held_out"} of a model folder, bits per byte, as one line; the child's side."""
-    import eval
     from engine import open_model  # tells OpenMP how to wait: not to be inherited by what trains
+    from eval import EvalConfig, prepare_text, text_result
 
     model, tokenizer = open_model(folder, "cpu", "fp32")
-    cfg = eval.EvalConfig(model_path=str(folder), perplexity_path=args.text)
-    text = eval.text_result(cfg, model, tokenizer, eval.prepare_text(cfg, model, tokenizer))
+    cfg = EvalConfig(model_path=str(folder), perplexity_path=args.text)
+    text = text_result(cfg, model, tokenizer, prepare_text(cfg, model, tokenizer))
     stream = TokenStream((args.data,), "val", model.cfg.sequence_length, 8)
     batches = (stream.rows(at, at + 8) for at in range(0, stream.blocks, 8))
     batches = (to_device(batch, torch.device("cpu")) for batch in batches)
