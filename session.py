@@ -122,9 +122,8 @@ class Box:
         self.forward()
 
     def forward(self):
-        if (
-            self.process and self.process.poll() is None and os.name == "posix"
-        ):  # on Windows a console tells all
+        runs = self.process and self.process.poll() is None
+        if runs and os.name == "posix":  # on Windows the console tells every process itself
             self.process.send_signal(self.stopped)
 
     def run(self, stage):
