@@ -52,7 +52,7 @@ QUESTION = "What is the plural of tree?"
 class BoxConfig:
     """A session of trainings."""
 
-    minutes: PositiveFloat | None = None  # the box; none = as long as this session usually is
+    minutes: PositiveFloat | None = None  # the box; none = its usual length
     config: str = ""  # a preset of yours for the pretraining, after the session's own
     data: str = ""  # a dataset preset in place of the session's
 
