@@ -33,11 +33,11 @@ def score(model, batches, token_bytes, threads=1):
         labels = batch["labels"]
         known = labels >= 0
         size = torch.where(known, token_bytes[labels.clamp(min=0)], 0).sum()
-        return next_token_loss(model, batch)[0], known.sum(), size
+        # as plain numbers: a tensor that is kept, however small, would lie behind a batch's logits in the
+        # heap and keep the next batch's from taking their place
+        return float(next_token_loss(model, batch)[0]), int(known.sum()), int(size)
 
-    found = [
-        (float(loss), int(count), int(size)) for loss, count, size in side_by_side(totals, batches, threads)
-    ]
+    found = side_by_side(totals, batches, threads)
     return tuple(map(sum, zip(*found))) if found else (0.0, 0, 0)
 
 
