@@ -15,7 +15,6 @@ import shutil
 from pathlib import Path
 
 import safetensors
-import torch
 
 from configurator import UserError, save_config
 from shards import file_sha256
@@ -132,6 +131,8 @@ def find_checkpoint(cfg, say):
 
 def write_tensors(value, path):
     """Writes tensors and builtins; OSError where the disk does not take them."""
+    import torch  # here, as in read_tensors: who only looks at folders need not wait for it
+
     try:
         torch.save(value, path)
     except RuntimeError as problem:  # so torch says it: "unexpected pos 64 vs 0", "iostream error"
@@ -140,6 +141,8 @@ def write_tensors(value, path):
 
 def read_tensors(path):
     """Returns what torch.save wrote to `path`; only tensors and builtins are ever loaded."""
+    import torch
+
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # torch raises six different types for a foreign file

@@ -40,9 +40,10 @@ import torch
 from configurator import configure, narrow
 from data import TokenStream
 from model import ModelConfig, to_hf
+from schedule import lr_at
 from scoring import cores, score
 from tokenizer import Tokenizer
-from train import PretrainConfig, lr_at
+from train import PretrainConfig
 from world import choose_dtype, to_device
 
 SHARED = ROOT.parent / "shared/data"

@@ -33,8 +33,9 @@ ARROWS = {
     "plan": {"configurator", "model", "losses", "world"},
     "train": {
         *("configurator", "tokenizer", "model", "losses", "scoring", "data", "world", "checkpoint"),
-        *("curves", "log", "plan"),
+        *("schedule", "curves", "log", "plan"),
     },
+    "schedule": {"configurator"},
     "sft": {"configurator", "tokenizer", "model", "losses", "lora", "data", "world", "train"},
     "dpo": {"configurator", "tokenizer", "model", "losses", "lora", "data", "world", "train"},
     "packed": {"model"},

@@ -12,7 +12,8 @@ from configurator import UserError, configure
 from losses import next_token_loss
 from model import Llama, ModelConfig
 from plan import Means, block_bytes, card_plan, card_seconds, end_bytes, memory, tokens_per_step
-from train import PretrainConfig, make_optimizers
+from schedule import make_optimizers
+from train import PretrainConfig
 from world import CARDS
 
 ROOT = Path(__file__).resolve().parent.parent

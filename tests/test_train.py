@@ -17,6 +17,7 @@ from configurator import UserError, configure
 from data import TokenStream
 from losses import next_token_loss, token_nats
 from model import ModelConfig, load_model
+from schedule import Clock, lr_at, total_steps
 from tests.runs import (
     Run,
     differences,
@@ -30,7 +31,7 @@ from tests.runs import (
 )
 from tests.runs import train_to_end as trained
 from tokenizer import Tokenizer
-from train import Clock, LoopConfig, PretrainConfig, lr_at, total_steps
+from train import LoopConfig, PretrainConfig
 from world import open_world
 
 pytestmark = pytest.mark.usefixtures("forks")
