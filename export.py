@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from configurator import UserError, run
 from lora import model_folder, open_model_folder
@@ -50,6 +51,7 @@ def main(cfg):
     check_range(model, cfg.dtype)
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(f".{output.name}.partial")
+    remove(unfinished)  # of an export that was killed
     try:
         if cfg.format == "hf":
             write_folder(unfinished, model, tokenizer, cfg.dtype)
@@ -58,13 +60,20 @@ def main(cfg):
             write_gguf(unfinished, model, tokenizer, cfg.dtype)
             proof = compare(model, read_model(unfinished, model.cfg), cfg.dtype)
         os.replace(unfinished, output)
+    except SafetensorError as problem:  # what it makes of the system's errors
+        raise UserError(f"{output}: could not be written ({problem})") from None
     finally:
-        if unfinished.is_dir():
-            shutil.rmtree(unfinished)
-        unfinished.unlink(missing_ok=True)
+        remove(unfinished)
     files = [output] if output.is_file() else [*output.iterdir()]
     size, count = sum(file.stat().st_size for file in files), sum(p.numel() for p in model.parameters())
     print(f"{output}: {count / 1e6:.1f}M parameters in {cfg.dtype}, {size / 1e6:.1f} MB\n{proof}")
+
+
+def remove(path):
+    """Deletes a file or folder, if there is one."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
 
 
 def check_range(model, dtype):

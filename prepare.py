@@ -39,7 +39,17 @@ from cards import data_card, documents_part, report, tokenizer_card, tokens_part
 from clean import CleanConfig, clean, language_score, reject
 from configurator import Fraction, NonNegativeInt, PositiveInt, Range, UserError
 from dedup import Index, RedisIndex, hidden, minhash, sha256
-from shards import FORMAT, ShardWriter, dtype_name, file_sha256, read_manifest, read_rows, text_row, totals
+from shards import (
+    AGAIN,
+    FORMAT,
+    ShardWriter,
+    dtype_name,
+    file_sha256,
+    read_manifest,
+    read_rows,
+    text_row,
+    totals,
+)
 from sources import Tally, input_bytes, read_documents
 from tokenizer import Tokenizer, train_tokenizer
 
@@ -133,9 +143,9 @@ class Progress:
     def open(cls, path, settings):
         """What an earlier run wrote there, as far as these settings can use it."""
         progress = cls(path, settings)
-        if not path.is_file():
+        old = read_progress(path)
+        if not old:
             return progress
-        old = json.loads(path.read_text(encoding="utf-8"))
         changed = sorted(key for key in settings.keys() - NOTES if settings[key] != old["settings"].get(key))
         if set(changed) - ENCODING or (changed and any(old["splits"].values())):
             was = f"{changed[0]} was {old['settings'].get(changed[0])!r}, now {settings[changed[0]]!r}"
@@ -158,6 +168,15 @@ class Progress:
     def reset(self):
         """Forget it all."""
         vars(self).update(vars(Progress(self.path, self.settings)))
+
+
+def read_progress(path):
+    """What `Progress.save` wrote; {} where there is nothing, or nothing that could be used."""
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return old if isinstance(old, dict) and vars(Progress(path, {})).keys() - {"path"} == old.keys() else {}
 
 
 # --- From documents to parts --------------------------------------------------------------------------------
@@ -525,8 +544,7 @@ def unfinished(output):
 
 def parts_done(work):
     """How many parts an unfinished preparation has behind it."""
-    path = work / "progress.json"
-    return json.loads(path.read_text(encoding="utf-8"))["parts"] if path.is_file() else 0
+    return read_progress(work / "progress.json").get("parts", 0)
 
 
 def take(lock):
@@ -630,7 +648,11 @@ def retokenize(cfg):
     if already_there(output, settings, shared_tokenizer(cfg)):
         return
     check_files(folder, itertools.chain.from_iterable(source["splits"].values()), ("text",), {})
-    stats = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
+    try:
+        stats = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
+        report(output, stats)  # so that what is missing in it shows now
+    except (OSError, ValueError, LookupError, TypeError):
+        raise UserError(f"{folder / 'stats.json'}: not readable as data.py writes it; {AGAIN}") from None
     with unfinished(output) as work:
         progress = Progress.open(work / "progress.json", settings)
         progress.kept = {split: totals(entries)["documents"] for split, entries in source["splits"].items()}

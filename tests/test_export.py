@@ -204,6 +204,30 @@ def test_what_half_precision_or_q8_cannot_hold_is_named(tiny_tokenizer, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["odd", "own"]
 
 
+def test_what_a_killed_export_left_is_no_hindrance_and_a_full_disk_is_one_line(tiny_tokenizer, tmp_path):
+    own, small = make(tmp_path / "own", tiny_tokenizer), tmp_path / "small"
+    for path in (tmp_path / ".hf.partial", tmp_path / ".own.gguf.partial", small):
+        path.mkdir()
+    (tmp_path / ".hf.partial" / "config.json").write_text("{")
+    export(own, tmp_path / "hf", "hf")
+    export(own, tmp_path / "own.gguf", "gguf")
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=100k", "x", small], capture_output=True
+    ).returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        for format in ("hf", "gguf"):
+            words = [f"--model_path={own}", f"--output={small / 'out'}", f"--format={format}"]
+            done = subprocess.run(
+                [sys.executable, ROOT / "export.py", *words], capture_output=True, text=True
+            )
+            assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+            assert "o space left" in done.stderr
+            assert not list(small.iterdir())
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
 # ---- foreign folders
 
 

@@ -569,6 +569,24 @@ def test_retokenize_gives_what_preparing_with_that_tokenizer_gives(stories, prep
     assert TokenStream(tmp_path / "again", "train", 32, 1).vocab_size == 500
 
 
+@pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"documents": 3}'])
+def test_retokenize_needs_the_statistics(prepared, tmp_path, content):
+    path = shutil.copytree(prepared[0], tmp_path / "d") / "stats.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(UserError, match=r"stats.json: not readable as data.py writes it"):
+        retokenize(RetokenizeConfig(str(path.parent), str(tmp_path / "again"), vocab_size=300))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"settings": 3}', "\0"])
+def test_unusable_leftovers_of_an_unfinished_run_are_no_hindrance(stories, prepared, tmp_path, content):
+    (tmp_path / ".d.partial").mkdir()
+    (tmp_path / ".d.partial" / "progress.json").write_text(content)
+    (tmp_path / ".d.partial" / "part_00000.train.jsonl").write_text("{")
+    (tmp_path / ".d.partial" / "digests.bin").write_bytes(b"xyz")
+    prepare_dataset(stories, tmp_path / "d", shard_tokens=4000)
+    assert contents(tmp_path / "d") == contents(prepared[0])
+
+
 def test_retokenize_refuses_changed_text(prepared, tmp_path):
     folder = shutil.copytree(prepared[0], tmp_path / "d")
     (folder / "train_00001.jsonl").write_bytes(b"{}\n")
