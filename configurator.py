@@ -19,7 +19,7 @@ import sys
 import textwrap
 import tokenize
 from collections import deque
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
@@ -400,7 +400,36 @@ def save_config(cfg, path):
 
 
 def run(main, cls, doc=None, **kw):
-    """Configure (`kw` goes there) and call `main(cfg)`; a UserError prints `error: ...` and exits 2.
+    """Configure (`kw` goes there) and call `main(cfg)`, with a command's manners."""
+    with manners():
+        main(configure(cls, doc=doc, **kw))
+
+
+def dispatch(commands, argv, doc):
+    """Run the one of `commands`, {word: (function, configuration)}, that the first word names."""
+    word, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    if word in ("--help", "-h"):
+        lines = (
+            f"  {name:<18}{inspect.cleandoc(f.__doc__).splitlines()[0]}" for name, (f, _) in commands.items()
+        )
+        with manners():
+            print(inspect.cleandoc(doc), "", *lines, sep="\n")
+    elif word in commands:
+        function, config = commands[word]
+        for field in [field.name for field in fields(config) if field.default is MISSING]:
+            at = next((n for n, text in enumerate(rest) if not text.startswith("-")), None)
+            rest = rest if at is None else [*rest[:at], f"--{field}={rest[at]}", *rest[at + 1 :]]
+        run(function, config, argv=rest, doc=inspect.cleandoc(function.__doc__))
+    else:
+        near = closest(word, commands)
+        hint = f"did you mean {near}?" if near else f"expected one of {', '.join(commands)}"
+        print(f"error: unknown command {word!r}; {hint}", file=sys.stderr)
+        sys.exit(2)
+
+
+@contextmanager
+def manners():
+    """How a command ends: a UserError prints `error: ...` and exits 2, or with a status of its own.
 
     Ctrl-C exits 130, a reader gone from our pipe (`| head`) 141, as shells count, both without a traceback.
     What the terminal has no character for becomes a question mark, and a closed stdout swallows what it is
@@ -411,7 +440,7 @@ def run(main, cls, doc=None, **kw):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
     try:
-        main(configure(cls, doc=doc, **kw))
+        yield
         sys.stdout.flush()  # a closed pipe shall show here, not while the interpreter shuts down
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
-from configurator import UserError, configure, read_object
-from workspace import dispatch, shown_bytes, trainings
+from configurator import UserError, configure, dispatch, read_object
+from workspace import shown_bytes, trainings
 
 REQUIRED = ("torch", "numpy", "sentencepiece", "datasketch", "ftfy", "tqdm", "safetensors")
 OPTIONAL = {

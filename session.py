@@ -26,13 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from configurator import PositiveFloat, UserError, configure, read_object
+from configurator import PositiveFloat, UserError, configure, dispatch, read_object
 from shards import read_manifest
 from workspace import (
     SESSIONS,
     command,
     datasets,
-    dispatch,
     evaluations,
     newest,
     newest_steps,

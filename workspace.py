@@ -19,12 +19,11 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
-from inspect import cleandoc
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from configurator import UserError, closest, run
+from configurator import UserError, dispatch
 
 DATA, CHECKPOINTS, RESULTS = Path("data/processed"), Path("checkpoints"), Path("evaluation_results")
 SESSIONS, BACKUPS = Path("sessions"), Path("backups")
@@ -95,10 +94,7 @@ class Training(NamedTuple):
     @property
     def final(self):
         """None if final/ is a whole model by its manifest's hashes, else what is wrong with it."""
-        from checkpoint import (
-            FINAL_FILES,
-            problem_with,
-        )  # imports torch, which `backup` and `clean` do not need
+        from checkpoint import FINAL_FILES, problem_with  # needs packages, whose want check-env is to tell
 
         return problem_with(self.folder / "final", FINAL_FILES)
 
@@ -474,29 +470,6 @@ COMMANDS: dict[str, tuple[Callable, type]] = {
     "clean-checkpoints": (clean_checkpoints, CleanConfig),
     "clean-sessions": (clean_sessions, CleanConfig),
 }
-
-
-def dispatch(commands, argv, doc):
-    """Runs the one of `commands`, {word: (function, configuration)}, that the first word names."""
-    word, rest = (argv[0], argv[1:]) if argv else ("--help", [])
-    if word in ("--help", "-h"):
-        print(
-            cleandoc(doc),
-            "",
-            *(f"  {name:<18}{cleandoc(f.__doc__).splitlines()[0]}" for name, (f, _) in commands.items()),
-            sep="\n",
-        )
-    elif word in commands:
-        function, config = commands[word]
-        for field in [field.name for field in fields(config) if field.default is MISSING]:
-            at = next((n for n, text in enumerate(rest) if not text.startswith("-")), None)
-            rest = rest if at is None else [*rest[:at], f"--{field}={rest[at]}", *rest[at + 1 :]]
-        run(function, config, argv=rest, doc=cleandoc(function.__doc__))
-    else:
-        near = closest(word, commands)
-        hint = f"did you mean {near}?" if near else f"expected one of {', '.join(commands)}"
-        print(f"error: unknown command {word!r}; {hint}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -364,3 +364,13 @@ def test_every_command_of_sessions_md_exists(folder):
     for name, count in minutes.items():
         body = source.split(f"def {name}(cfg)")[1].split("\n\n\n")[0]
         assert f"or {count}" in body, name
+
+
+@pytest.mark.parametrize("script", ["session.py", "workspace.py", "host.py"])
+def test_a_reader_that_has_seen_enough_of_the_help_is_no_failure_to_tell(script):
+    process = subprocess.Popen(
+        [sys.executable, ROOT / script, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert process.wait(60) == 141
+    assert process.stderr.read() == b""
