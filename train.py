@@ -348,8 +348,11 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
             log.read(state)
             state.save(output / f"step_{state.step:06d}", cfg, world, write_model)
 
+        def batches_of(step):
+            return [loader.batch(step, m, world.rank, accumulation) for m in range(accumulation)]
+
+        batches = batches_of(state.step)
         while True:
-            batches = [loader.batch(state.step, m, world.rank, accumulation) for m in range(accumulation)]
             count, tokens, stopping, state.seconds = agree(batches, stop, clock, world)
             progress = clock.progress(state.step, state.seconds)
             if stopping or progress >= 1 or state.enough(cfg):
@@ -358,7 +361,9 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
             sums = attempt(state, batches, loss_fn, max(1, count), world, dtype)
             if sums is None:
                 accumulation = smaller_batches(cfg, loader, accumulation, state, world)
+                batches = batches_of(state.step)
                 continue
+            batches = batches_of(state.step + 1)  # while a GPU still computes
             norm = state.update(cfg, lr, world, count)
             state.step, state.tokens = state.step + 1, state.tokens + int(tokens)
             log.watch(state, sums["loss"], norm)

@@ -56,6 +56,9 @@ ITEMS = [
         "hfdecode:base",
     ),
     *("train:tiny:muon", "train:small:muon", "train:base:muon", "train:base:checkpointing"),
+    *("train:tiny:fp16", "aligned:tiny:sft", "aligned:tiny:dpo", "aligned:small:sft", "aligned:small:dpo"),
+    *("memory:tiny", "memory:tiny:eager", "memory:small", "memory:base", "memory:base:checkpointing"),
+    *("profile:tiny", "profile:small", "profile:tiny:decode"),
 ]
 
 
@@ -190,28 +193,46 @@ def exact(small):
     return result
 
 
-def steps(cfg, count, device, model=None):
-    """Runs `count` optimizer steps exactly as fit does; returns (model, seconds of each step, losses)."""
-    dtype, _ = choose_dtype("bf16" if device.type == "cuda" else "fp32", device)
-    world, loader = World(0, 1, device), RandomRows(cfg)
+def stepper(cfg, device, model=None, loss_fn=next_token_loss, batch=None):
+    """Returns (model, a function that takes optimizer step N as fit does and returns its loss).
+
+    Every step has a fresh random batch, or always `batch`.
+    """
+    dtype, _ = choose_dtype(cfg.dtype if device.type == "cuda" else "fp32", device)
+    world, loader, accumulation = World(0, 1, device), RandomRows(cfg), cfg.gradient_accumulation_steps
     seed_everything(cfg.seed)
     model = model or Llama(narrow(cfg, ModelConfig)).to(device)
     model.train().model.gradient_checkpointing = cfg.gradient_checkpointing
     if cfg.compile:
         compile_model(model)
-    state, seconds, losses = State(cfg, model, world, dtype), [], []
+    state = State(cfg, model, world, dtype)
+
+    def batches(step):
+        return [batch or loader.batch(step, m) for m in range(accumulation)]
+
+    coming = [batches(0)]
+
+    def take(step):
+        now = coming.pop()
+        count = sum(b["count"] for b in now)
+        loss = forward_backward(state, now, loss_fn, count, device, dtype)["loss"]
+        coming.append(batches(step + 1))  # while the GPU computes, as in fit
+        state.update(cfg, cfg.learning_rate, world, count)
+        return loss
+
+    return model, take
+
+
+def steps(cfg, count, device, **others):
+    """Runs `count` optimizer steps; returns (model, seconds of each step, losses)."""
+    model, take = stepper(cfg, device, **others)
+    seconds, losses = [], []
     for step in range(count):
         wait(device)
         began = time.perf_counter()
-        accumulation = cfg.gradient_accumulation_steps
-        batches = [loader.batch(step, m) for m in range(accumulation)]
-        made = time.perf_counter()
-        tokens = sum(b["count"] for b in batches)
-        shares = forward_backward(state, batches, next_token_loss, tokens, device, dtype)
-        losses.append(shares["loss"])
-        state.update(cfg, cfg.learning_rate, world, tokens)
+        losses.append(take(step))
         wait(device)
-        seconds.append(time.perf_counter() - made if step else time.perf_counter() - began)
+        seconds.append(time.perf_counter() - began)
     return model, seconds, [loss.item() for loss in losses]
 
 
@@ -233,7 +254,7 @@ def determinism(small):
 
 
 def train(small, name, *options):
-    """Optimizer steps of a preset at its own batch: compiled unless `eager`; also muon, rows=N ..."""
+    """Optimizer steps of a preset at its own batch: compiled unless `eager`; also muon, fp16, rows=N ..."""
     device = choose_device("auto")
     if "deterministic" in options:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
@@ -244,6 +265,7 @@ def train(small, name, *options):
         "gradient_checkpointing": "checkpointing" in options,
     }
     changes["optimizer"] = "muon" if "muon" in options else "adamw"
+    changes["dtype"] = "fp16" if "fp16" in options else "bf16"
     for option in options:
         if option.startswith("rows="):  # the same tokens per step in bigger or smaller pieces
             rows, base = int(option[5:]), preset(name, small)
@@ -260,6 +282,89 @@ def train(small, name, *options):
         "all_seconds": round(time.perf_counter() - began, 1),
     }
     return result | {"first_loss": round(losses[0], 4), "last_loss": round(losses[-1], 4)}
+
+
+def aligned(small, name, stage):
+    """SFT or DPO steps of a rank 16 adapter: 16 sequences of 512 (8 pairs), the second half an answer."""
+    from data import supervised_rows
+    from dpo import DPOConfig, Pair, drop_nothing, pair_rows, preference_loss
+    from lora import add_lora
+
+    device, rows, length = choose_device("auto"), 4 if small else 16, 32 if small else 512
+    loop = {"batch_size": rows, "gradient_accumulation_steps": 1, "compile": not small, "dtype": "bf16"}
+    cfg = preset(name, small, sequence_length=length, **loop)
+    torch.manual_seed(0)
+    model = add_lora(Llama(narrow(cfg, ModelConfig)), 16, 32.0).to(device)
+    ids = np.random.default_rng(0).integers(10, cfg.vocab_size, (rows, length + 1))
+    examples = [(row, (np.arange(length + 1) >= length // 2).astype(np.int64)) for row in ids]
+    batch, loss_fn = supervised_rows([[e] for e in examples], length, cfg.pad_token_id), next_token_loss
+    if stage == "dpo":
+        drop_nothing(model)
+        pairs = [Pair(chosen, rejected, ()) for chosen, rejected in zip(examples[::2], examples[1::2])]
+        batch = pair_rows(pairs, length, cfg.pad_token_id)
+        loss_fn = preference_loss(DPOConfig(model_path="", dataset_path=""))
+    warm, timed = (1, 2) if small else (5, 20)
+    _, seconds, losses = steps(cfg, warm + timed, device, model=model, loss_fn=loss_fn, batch=batch)
+    return summary(cfg, seconds[warm:], rows * length, device) | {
+        "milliseconds": round(1000 * statistics.median(seconds[warm:]), 2),
+        "first_step_seconds": round(seconds[0], 1),
+        "losses": [round(losses[0], 4), round(losses[-1], 4)],
+    }
+
+
+def memory(small, name, *options):
+    """Peak memory of three steps as torch counts it, beside what train.py --plan predicts."""
+    from plan import Means
+    from plan import memory as planned
+
+    device = choose_device("auto")
+    changes = {"compile": "eager" not in options and not small, "dtype": "bf16"}
+    changes |= {"gradient_checkpointing": "checkpointing" in options}
+    changes["optimizer"] = "muon" if "muon" in options else "adamw"
+    cfg = preset(name, small, **changes)
+    steps(cfg, 3, device)
+    means = Means(device.type, choose_dtype(cfg.dtype, device)[0], "sdpa", cfg.compile)
+    predicted, seen = planned(cfg, means)["peak"], peak_memory(device)
+    return {
+        "predicted_gb": round(predicted / 1e9, 3),
+        "peak_memory_gb": seen and round(seen / 1e9, 3),
+        "predicted / seen": seen and round(predicted / seen, 3),
+    }
+
+
+def profile(small, name, *options):
+    """The kernels of two optimizer steps, or of 32 decoded tokens with `decode`, the dearest first."""
+    from engine import Engine, Request, Sampling, generate
+
+    device = choose_device("auto")
+    if "decode" in options:
+        with tempfile.TemporaryDirectory() as folder:
+            saved(preset(name, small), folder)
+            model = load_model(folder, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        engine = Engine(model, 1, 48 if small else 256, graphs=device.type == "cuda")
+
+        def work(_):
+            for _ in generate(model, [Request(list(range(10, 26)), 32, Sampling(temperature=0.0))], engine):
+                pass
+    else:
+        _, work = stepper(preset(name, small, compile=not small), device)
+    for number in range(5):
+        work(number)
+    wait(device)
+    activity = torch.profiler.ProfilerActivity
+    kinds = [activity.CUDA] if device.type == "cuda" else [activity.CPU]
+    with torch.profiler.profile(activities=kinds) as record:
+        began = time.perf_counter()
+        work(5), work(6)
+        wait(device)
+        wall = time.perf_counter() - began
+    table = sorted(record.key_averages(), key=lambda k: -k.self_device_time_total)
+    return {
+        "wall_ms": round(1000 * wall, 2),
+        "busy_ms": round(sum(k.self_device_time_total for k in table) / 1000, 2),
+        "kernels": sum(k.count for k in table),
+        "dearest": [[k.key[:90], k.count, round(k.self_device_time_total / 1000, 3)] for k in table[:24]],
+    }
 
 
 def hf(small, name, mode):
@@ -381,7 +486,7 @@ def run_item(item, small):
     name, *options = item.split(":")
     if choose_device("auto").type == "cpu":
         tune_cpu()
-    kinds = (floors, exact, determinism, train, hf, decode, hfdecode)
+    kinds = (floors, exact, determinism, train, aligned, memory, profile, hf, decode, hfdecode)
     return {kind.__name__: kind for kind in kinds}[name](small, *options)
 
 
@@ -408,7 +513,7 @@ def main():
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before CUDA is asked anything, here and in the children
     items = args.items.split(",")
     if args.small:  # where all presets are one toy, tiny stands for them
-        items = [item for item in items if not {"small", "base"} & set(item.split(":"))] + ITEMS[-1:]
+        items = [item for item in items if not {"small", "base"} & set(item.split(":"))]
         args.budget, args.limit = max(args.budget, 1800), max(args.limit, 600)
     began, known = time.monotonic(), environment()
     for item in items:

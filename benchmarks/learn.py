@@ -3,6 +3,7 @@
     python benchmarks/learn.py                                   ours and transformers, 30 minutes each
     python benchmarks/learn.py --runs=adamw,muon,adamw+lr_6e-3   by name; + joins choices
     python benchmarks/learn.py --runs=recipes --minutes=10       every choice of RECIPES by itself
+    python benchmarks/learn.py --runs=recipes --steps=2400 --jobs=12 --device=cuda      as many steps each
     python benchmarks/learn.py --runs=none                       the table of what has been measured
 
 Same model shape, tokenizer, data, batch tokens, minutes, threads. `ours` is `python train.py RECIPE
@@ -15,9 +16,11 @@ training, validations included, not while programs start.
 Afterwards each model folder is measured in the same way: `wikitext2`, bits per byte of eval.py on
 WikiText-2's validation text, stride half a context; `held_out`, those of the prepared dataset's validation
 documents. One JSON line a run is appended to OUTPUT_DIR/results.jsonl; what is in there is not run again,
-and an interrupted run of ours goes on where it was. The data is prepared once, into --data, from
-Gutenberg's books and documentation in --corpora. "steps / adamw" is how many steps `adamw` took to its last
-validation loss over those that a run took to come below it, a line drawn between its validations.
+and an interrupted run of ours goes on where it was. With --steps (of the recipe's batch) only ours can run,
+in float32, and `held_out` is its last validation: a machine may then run several at once. The data is
+prepared once, into --data, from Gutenberg's books and documentation in --corpora. "steps / adamw" is how many
+steps `adamw` took to its last validation loss over those that a run took to come below it, a line drawn
+between its validations.
 """
 
 import argparse
@@ -28,6 +31,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,6 +61,7 @@ RECIPES = {
     "lr_2e-3": ["--learning_rate=2e-3"],
     "lr_6e-3": ["--learning_rate=6e-3"],
     "lr_1e-2": ["--learning_rate=1e-2"],
+    "lr_2e-2": ["--learning_rate=2e-2"],
     "warmup_0": ["--warmup_steps=0"],
     "warmup_200": ["--warmup_steps=200"],
     "min_lr_tenth": ["--min_lr=none"],
@@ -104,7 +109,12 @@ def flags_of(name):
 
 def our_command(name, folder, args):
     own = {"data_path": args.data, "output_dir": folder, "max_minutes": args.minutes, "save_steps": 1000}
-    own |= {"keep_last": 1, "sample_tokens": 0, "resume_from_checkpoint": "auto"}
+    own |= {"keep_last": 1, "sample_tokens": 0, "resume_from_checkpoint": "auto", "device": args.device}
+    if args.steps:  # as many tokens, whatever the batch
+        rows = [configure(PretrainConfig, [args.recipe, *flags]).batch_size for flags in ([], flags_of(name))]
+        steps = args.steps * rows[0] // rows[1]
+        own |= {"max_minutes": "none", "max_steps": steps, "eval_rows": 512, "dtype": "fp32"}
+        own |= {"compile": "false"}
     return [str(ROOT / "train.py"), args.recipe, *(f"--{k}={v}" for k, v in own.items()), *flags_of(name)]
 
 
@@ -189,29 +199,40 @@ def measure(folder, args):
 
 
 def history(folder):
-    """Returns (steps taken, [[step, validation loss], ...]) of a run's folder."""
+    """Returns (steps taken, [[step, validation loss, its bits per byte], ...]) of a run's folder."""
     if (folder / "steps.json").is_file():
         return json.loads((folder / "steps.json").read_text())["step"], []
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    curve = [[record["step"], round(record["val_loss"], 5)] for record in records if "val_loss" in record]
+    curve = [
+        [record["step"], round(record["val_loss"], 5), round(record["val_bits_per_byte"], 5)]
+        for record in records
+        if "val_loss" in record
+    ]
     return records[-1]["step"], curve
+
+
+def length_of(args):
+    return f"{args.steps} steps" if args.steps else f"{args.minutes:g} minutes"
 
 
 def one_run(name, args):
     """Trains and measures `name`; returns its line for results.jsonl."""
-    folder = Path(args.output_dir) / f"{name}-{args.minutes:g}"
+    folder = Path(args.output_dir) / f"{name}-{length_of(args).replace(' ', '-')}"
     own = {"minutes": args.minutes, "data": args.data, "recipe": args.recipe, "text": args.text}
     child = [__file__, *(f"--{k}={v}" for k, v in own.items()), f"--output_dir={folder}"]
     theirs = name.startswith("transformers")
     words = [*child, f"--child={name}"] if theirs else our_command(name, folder, args)
     subprocess.run([sys.executable, *words], check=True, stdout=sys.stderr)
-    words = [sys.executable, *child, "--child=measure"]
-    figures = json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout)
     steps, curve = history(folder)
+    if args.steps:
+        figures = {"held_out": curve[-1][2]}
+    else:
+        words = [sys.executable, *child, "--child=measure"]
+        figures = json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout)
     cfg = configure(PretrainConfig, [args.recipe, *([] if theirs else flags_of(name))])
     tokens = steps * cfg.batch_size * cfg.gradient_accumulation_steps * cfg.sequence_length
     return {
-        "name": name, "minutes": args.minutes, "steps": steps, "tokens": tokens,
+        "name": name, "length": length_of(args), "steps": steps, "tokens": tokens,
         **{key: round(value, 4) for key, value in figures.items()},
         "recipe": Path(args.recipe).name, "dataset": dataset(args), "validations": curve,
         "threads": torch.get_num_threads(), "torch": torch.__version__,
@@ -224,16 +245,16 @@ def dataset(args):
 
 
 def measured(args):
-    """Returns the lines of results.jsonl that are of these minutes, this recipe and this dataset, by name."""
+    """Returns the lines of results.jsonl that are of this length, this recipe and this dataset, by name."""
     path = Path(args.output_dir) / "results.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    same = {"minutes": args.minutes, "recipe": Path(args.recipe).name, "dataset": dataset(args)}
+    same = {"length": length_of(args), "recipe": Path(args.recipe).name, "dataset": dataset(args)}
     return {line["name"]: line for line in lines if same.items() <= line.items()}
 
 
 def steps_to(curve, loss):
     """Returns the step at which a run's validation loss comes down to `loss`, None if it never does."""
-    for (before, high), (step, low) in zip([curve[0], *curve], curve):
+    for (before, high, _), (step, low, _) in zip([curve[0], *curve], curve):
         if low <= loss:
             return step - (step - before) * (loss - low) / (high - low) if high > low else step
     return None
@@ -249,7 +270,7 @@ def table(lines):
         ratio = f"{base[-1][0] / needed:.2f}" if needed else ""
         rows.append(
             f"| {line['name']} | {line['steps']:,} | {line['tokens']:,} "
-            f"| {line['wikitext2']:.4f} | {line['held_out']:.4f} | {ratio} |"
+            f"| {line.get('wikitext2', '')} | {line['held_out']:.4f} | {ratio} |"
         )
     return "\n".join(rows)
 
@@ -260,6 +281,9 @@ def main():
     )
     parser.add_argument("--runs", default=",".join(PROOF))
     parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--steps", type=int, help="instead of minutes, of ours alone")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--device", default="cpu", help="of ours")
     parser.add_argument("--recipe", default=str(ROOT / "configs/demo.json"))
     parser.add_argument("--data", default="data/processed/learn")
     parser.add_argument("--corpora", default=str(SHARED / "corpora"))
@@ -276,12 +300,15 @@ def main():
         name in PROOF or flags_of(name)  # a wrong one is told before anything runs
     prepare(args)
     os.makedirs(args.output_dir, exist_ok=True)
-    for name in names:
-        if name not in measured(args):
-            line = json.dumps(one_run(name, args))
-            with open(Path(args.output_dir) / "results.jsonl", "a") as file:
-                file.write(line + "\n")
-            print(line, flush=True)
+
+    def run(name):
+        line = json.dumps(one_run(name, args))
+        with open(Path(args.output_dir) / "results.jsonl", "a") as file:
+            file.write(line + "\n")
+        print(line, flush=True)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(run, [name for name in dict.fromkeys(names) if name not in measured(args)]))
     print(table(measured(args)))
 
 
