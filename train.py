@@ -169,7 +169,9 @@ class State:
     def __init__(self, cfg, model, world, dtype):
         self.model = model
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizers = make_optimizers(cfg, model, world.device)
+        native = choose_dtype("auto", world.device)[0]  # Muon's matmuls are not autocast's
+        low = dtype == native == torch.bfloat16
+        self.optimizers = make_optimizers(cfg, model, world.device, dtype if low else torch.float32)
         self.fixed_gradients = world.device.type == "cuda"  # a CUDA graph adds to them where they are
         for p in self.parameters if self.fixed_gradients else ():
             p.grad = torch.zeros_like(p)

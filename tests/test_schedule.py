@@ -1,0 +1,71 @@
+"""Muon, against torch's own and against singular values by decomposition."""
+
+import pytest
+import torch
+
+from schedule import Muon, orthogonalized
+
+SHAPES = [(16, 48), (48, 16), (16, 48), (32, 32), (16, 48)]
+
+
+def matrices(seed, dtype=torch.float32):
+    torch.manual_seed(seed)
+    return [torch.randn(shape, dtype=dtype) for shape in SHAPES]
+
+
+def walked(make, steps=4):
+    """The parameters after some steps along gradients that depend on nothing else."""
+    params = [torch.nn.Parameter(m) for m in matrices(0)]
+    optimizer = make(params)
+    for step in range(steps):
+        for p, grad in zip(params, matrices(step + 1)):
+            p.grad = grad
+        optimizer.param_groups[0]["lr"] = 0.02 / (step + 1)
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in params]), optimizer
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9")
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_muon_is_that_of_torch_in_the_same_precision(monkeypatch, dtype, off):
+    start = torch.cat([m.flatten() for m in matrices(0)])
+    ours, _ = walked(lambda params: Muon(params, 0.02, 0.1, dtype))
+    if dtype == torch.float32:  # torch knows no other precision than this
+        monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    theirs, _ = walked(lambda params: torch.optim.Muon(params, 0.02, 0.1, adjust_lr_fn="match_rms_adamw"))
+    assert torch.norm(ours - theirs) < off * torch.norm(theirs - start)
+
+
+def test_the_size_of_a_batch_changes_nothing(monkeypatch):
+    whole, _ = walked(lambda params: Muon(params, 0.02, 0.1))
+    monkeypatch.setattr(Muon, "TOGETHER", 2 * 16 * 48)
+    torch.testing.assert_close(walked(lambda params: Muon(params, 0.02, 0.1))[0], whole)
+
+
+def test_its_state_is_one_tensor_a_matrix_and_a_matrix_without_gradient_stays():
+    still = torch.nn.Parameter(torch.ones(3, 4))
+    _, optimizer = walked(lambda params: Muon([*params, still], 0.02, 0.1))
+    assert torch.equal(still, torch.ones(3, 4))
+    state = optimizer.state_dict()["state"]
+    assert [tuple(state[n].pop("momentum_buffer").shape) for n in range(len(SHAPES))] == SHAPES
+    assert not any(state.values())
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (24, 24)])
+def test_singular_values_go_through_the_polynomial_and_their_vectors_stay(shape):
+    torch.manual_seed(1)
+    x = torch.randn(5, *shape, dtype=torch.float64)
+    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    s = s / s.norm(dim=1, keepdim=True)
+    large = s > 0.02
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    torch.testing.assert_close(orthogonalized(x), u @ torch.diag_embed(s) @ v)
+    found = torch.linalg.svdvals(orthogonalized(x))
+    assert large.sum() > 50
+    assert s[large].min() > 0.68
+    assert found.max() < 1.21
+
+
+def test_a_matrix_of_zeros_stays_one():
+    assert torch.equal(orthogonalized(torch.zeros(2, 3, 4)), torch.zeros(2, 3, 4))
