@@ -29,7 +29,7 @@ import torch
 
 from configurator import Fraction, Range, UserError
 from lora import model_folder, open_model_folder
-from model import KVCache, choose_attention, choose_device
+from model import KVCache, choose_device
 from packed import pack
 from tokenizer import Tokenizer, stop_ids
 
@@ -95,11 +95,11 @@ def pick(logits, rules, history, uniform):
     logits (B, V); history (B, N) the ids a row holds so far, unused places repeating one of them; uniform
     (B, 1) in (0, 1], the only chance there is.
     """
-    logits = logits.float()
     if rules.penalized:
-        logits = penalize(logits, history, rules.penalty)
+        logits = penalize(logits.float(), history, rules.penalty)
     if rules.all_greedy:
         return logits.argmax(dim=-1, keepdim=True)
+    logits = logits.float()
     weights, ids = keep(logits, rules)
     drawn = ids.gather(1, draw(weights, uniform))
     if rules.any_greedy:
@@ -548,8 +548,8 @@ def choose_dtype(wanted, device):
 def open_model(folder, device="auto", dtype="auto"):
     """Returns (Llama ready to generate, Tokenizer) of a model or adapter folder; UserError if not a pair.
 
-    On a CPU a float32 model comes packed (see packed.py), with dtype=int8 a fourth as large. No control id is
-    ever written but the ends of an answer.
+    It comes packed (see packed.py), with dtype=int8 a fourth as large. No control id is ever written but the
+    ends of an answer.
     """
     device = choose_device(device)
     model = open_model_folder(folder, device, choose_dtype(dtype, device))
@@ -559,10 +559,7 @@ def open_model(folder, device="auto", dtype="auto"):
             f"{folder}: the model has {cfg.vocab_size} tokens, its tokenizer {tokenizer.vocab_size}; "
             "they do not belong together"
         )
-    if device.type == "cpu" and model.lm_head.weight.dtype == torch.float32:
-        model = pack(model, int8=dtype == "int8")
-    else:
-        model.use_attention(choose_attention(device, cfg.sequence_length, flash_wanted=False)[0])
+    model = pack(model, int8=dtype == "int8")
     silence(model, tokenizer)
     return model, tokenizer
 

@@ -1,10 +1,10 @@
-"""A built model rearranged, from outside, to generate on a CPU: half the operations, or int8.
+"""A built model rearranged, from outside, to generate: half the operations, or int8 on a CPU.
 
 A decode step reads every weight to multiply it with one row, or a few. Two things decide its speed: how many
 bytes the weights are, and how many small operations stand between the large ones. `pack` lays queries, keys
 and values in one matrix, gate and up in another, all of them input-major, which BLAS reads fastest for few
-rows, and puts one plain loop in place of the modules. It computes the same function; `int8=True` quarters
-the bytes and computes nearly the same.
+rows, and puts one plain loop in place of the modules. It computes the same function (in 16 bit with norms and
+rotations in float32, as model.py does); `int8=True` quarters the bytes and computes nearly the same.
 """
 
 import math
@@ -80,13 +80,15 @@ class PackedDecoder(nn.Module):
         self.cfg, self.table, self.norm = cfg, table, decoder.norm
         self.cos = torch.cat((decoder.cos, decoder.cos), dim=-1)  # x cos + (x turned by half a head) sin
         self.sin = torch.cat((-decoder.sin, decoder.sin), dim=-1)
-        self.radius = torch.tensor(math.sqrt(cfg.d_model * cfg.layer_norm_epsilon))
+        radius = math.sqrt(cfg.d_model * cfg.layer_norm_epsilon)
+        self.radius = torch.tensor(radius, device=decoder.cos.device)
         self.layers, self.norms, self.matrices = [], nn.ParameterList(), nn.ModuleList()
         while decoder.layers:  # one by one, so that no more than a layer stands in memory twice
             block = decoder.layers.pop(0)
             attention, mlp = block.self_attn, block.mlp
             norms = [norm.weight for norm in (block.input_layernorm, block.post_attention_layernorm)]
-            norms = [nn.Parameter(w.detach() * math.sqrt(cfg.d_model), requires_grad=False) for w in norms]
+            norms = [w.detach().float() * math.sqrt(cfg.d_model) for w in norms]
+            norms = [nn.Parameter(w, requires_grad=False) for w in norms]
             qkv, out = matrix(attention.q_proj, attention.k_proj, attention.v_proj), matrix(attention.o_proj)
             gate_up, down = matrix(mlp.gate_proj, mlp.up_proj), matrix(mlp.down_proj)
             self.layers.append((norms[0], qkv, out, norms[1], gate_up, down))
@@ -97,15 +99,18 @@ class PackedDecoder(nn.Module):
         B, T = ids.shape
         H, K, D = self.cfg.n_head, self.cfg.kv_heads, self.cfg.head_dim
         if positions is None:
-            positions = torch.arange(T)[None] if cache is None else cache.positions(T)
+            positions = torch.arange(T, device=ids.device)[None] if cache is None else cache.positions(T)
         mask = document_mask(documents) if cache is None else cache.mask(positions)
         causal = cache is None or cache.start == 0
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # (B or 1, 1, T, D)
         x = self.table.rows(ids.flatten())  # (B T, C) from here on
+        if mask is not None and x.device.type == "cuda":  # once, not in every layer
+            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -torch.inf)
         for layer, (norm, qkv, out, second_norm, gate_up, down) in enumerate(self.layers):
             heads = qkv.times(self._normed(x, norm)).view(B, T, H + 2 * K, D).transpose(1, 2)
             qk, v = heads.split([H + K, K], dim=1)
-            q, k = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin).split([H, K], dim=1)
+            qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin).to(x.dtype)
+            q, k = qk.split([H, K], dim=1)
             if cache is not None:
                 k, v = cache.append(layer, k, v, positions)
             y = attend(q, k, v, mask, causal).transpose(1, 2).reshape(B * T, H * D)
@@ -118,13 +123,13 @@ class PackedDecoder(nn.Module):
 
     def _normed(self, x, weight):
         """RMSNorm in four calls: x sqrt(C) / hypot(|x|, sqrt(C epsilon)); `weight` holds the sqrt(C)."""
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return (x / torch.hypot(length, self.radius)).mul_(weight)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return (x / torch.hypot(length, self.radius)).mul_(weight).to(x.dtype)
 
 
 def pack(model, int8=False):
-    """Rearranges a float32 `model` in place and returns it: it computes on, but can't be saved or trained."""
-    assert model.lm_head.weight.dtype == torch.float32
+    """Rearranges `model` in place and returns it: it computes on, but can't be saved or trained."""
+    assert not int8 or model.lm_head.weight.dtype == torch.float32
     decoder, matrix = model.model, Int8Matrix if int8 else Matrix
     model.lm_head = matrix(model.lm_head)
     table = model.lm_head if model.cfg.tie_word_embeddings else matrix(decoder.embed_tokens)

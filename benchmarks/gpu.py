@@ -31,6 +31,7 @@ import torch
 from configurator import configure, narrow
 from losses import next_token_loss
 from model import Llama, ModelConfig, choose_device, flops_per_token, load_model, save_model
+from packed import pack
 from train import PretrainConfig, State, forward_backward
 from world import World, autocast, choose_dtype, compile_model, seed_everything, tune_cpu
 
@@ -338,9 +339,7 @@ def profile(small, name, *options):
 
     device = choose_device("auto")
     if "decode" in options:
-        with tempfile.TemporaryDirectory() as folder:
-            saved(preset(name, small), folder)
-            model = load_model(folder, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        model = ready_to_generate(preset(name, small), device)
         engine = Engine(model, 1, 48 if small else 256, graphs=device.type == "cuda")
 
         def work(_):
@@ -412,6 +411,13 @@ def saved(cfg, folder):
     save_model(Llama(narrow(cfg, ModelConfig)), Path(folder))
 
 
+def ready_to_generate(cfg, device):
+    """Returns what engine.open_model makes of a model folder, in 16 bit on a GPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        saved(cfg, folder)
+        return pack(load_model(folder, device, torch.bfloat16 if device.type == "cuda" else torch.float32))
+
+
 def decode(small, name, *batches):
     """Our engine, greedy, prompt 64, 192 new tokens per row: as it is, and compiled into CUDA graphs."""
     from engine import Engine, Request, Sampling, generate
@@ -419,9 +425,7 @@ def decode(small, name, *batches):
     device = choose_device("auto")
     cuda = device.type == "cuda"
     prompt, new, result = (16, 8, {}) if small else (64, 192, {})
-    with tempfile.TemporaryDirectory() as folder:
-        saved(preset(name, small), folder)
-        model = load_model(folder, device, torch.bfloat16 if cuda else torch.float32)
+    model = ready_to_generate(preset(name, small), device)
     for batch in map(int, batches or (1,)):
         prompts = np.random.default_rng(0).integers(10, 500, (batch, prompt)).tolist()
         for graphs in (True, False) if cuda else (False,):

@@ -24,6 +24,7 @@ from engine import (
     uniforms,
 )
 from model import Llama, ModelConfig, save_model
+from packed import pack
 
 BASE = ModelConfig(
     n_layer=2,
@@ -225,8 +226,9 @@ def test_static_shapes_cross_a_window():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_cuda_graphs_change_nothing():
-    model = build(replace(BASE, n_layer=2, d_model=128, d_ff=256, sequence_length=600)).cuda()
+@pytest.mark.parametrize("arranged", [lambda model: model, pack])
+def test_cuda_graphs_change_nothing(arranged):
+    model = arranged(build(replace(BASE, n_layer=2, d_model=128, d_ff=256, sequence_length=600)).cuda())
     prompts = [(PROMPTS[6] * 13)[: 230 + 3 * row] for row in range(8)]  # the window of 256 is left on the way
     for sampling in (GREEDY, EVERY_RULE, PLAIN):
         rows, same = ([Request(prompt, 40, sampling) for prompt in prompts] for _ in range(2))

@@ -32,6 +32,17 @@ def test_packed_computes_the_same(cfg):
     torch.testing.assert_close(model(IDS, documents=documents), expected, atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("cfg", SHAPES)
+def test_packed_in_16_bit_is_no_rougher(cfg):
+    exact = build(cfg)(IDS)
+    plain = (build(cfg).bfloat16()(IDS).float() - exact).norm()
+    cache, model = KVCache(cfg, 2, 40, dtype=torch.bfloat16), pack(build(cfg).bfloat16())
+    parts = [model(part, cache=cache) for part in IDS.split([20, 1, 15], dim=1)]
+    assert parts[0].dtype == torch.bfloat16
+    assert 0 < (torch.cat(parts, dim=1).float() - exact).norm() < 1.2 * plain < 0.05 * exact.norm()
+
+
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("cfg", SHAPES)
 def test_no_parameter_is_lost_or_doubled(cfg, int8):
