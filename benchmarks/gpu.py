@@ -418,17 +418,18 @@ def ready_to_generate(cfg, device):
         return pack(load_model(folder, device, torch.bfloat16 if device.type == "cuda" else torch.float32))
 
 
-def decode(small, name, *batches):
-    """Our engine, greedy, prompt 64, 192 new tokens per row: as it is, and compiled into CUDA graphs."""
+def decode(small, name, *options):
+    """Our engine, greedy, prompt 64, 192 new tokens per row: in CUDA graphs, and as it is unless `graphs`."""
     from engine import Engine, Request, Sampling, generate
 
     device = choose_device("auto")
     cuda = device.type == "cuda"
     prompt, new, result = (16, 8, {}) if small else (64, 192, {})
     model = ready_to_generate(preset(name, small), device)
-    for batch in map(int, batches or (1,)):
+    kinds = ([True] if "graphs" in options else [True, False]) if cuda else [False]
+    for batch in [int(option) for option in options if option.isdigit()] or [1]:
         prompts = np.random.default_rng(0).integers(10, 500, (batch, prompt)).tolist()
-        for graphs in (True, False) if cuda else (False,):
+        for graphs in kinds:
             engine, rates = Engine(model, batch, prompt + new, graphs=graphs), []
             began = time.perf_counter()
             for _ in range(2 if small else 4):  # the first compiles and captures
