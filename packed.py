@@ -17,11 +17,13 @@ from model import attend, document_mask
 
 
 class Matrix(nn.Module):
-    """Linear layers side by side. `weight` is (N, K) as theirs, but stored input-major."""
+    """Linear layers side by side. `weight` is (N, K) as theirs, on a CPU stored input-major."""
 
     def __init__(self, *linears):
         super().__init__()
-        weight = torch.cat([linear.weight.detach() for linear in linears]).t().contiguous().t()
+        weight = torch.cat([linear.weight.detach() for linear in linears])
+        if weight.device.type == "cpu":
+            weight = weight.t().contiguous().t()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.turned = self.weight.t()
 
@@ -30,10 +32,16 @@ class Matrix(nn.Module):
 
     def times(self, x):
         """Returns what it makes of x (R, K): (R, N)."""
+        if (
+            len(x) == 1 and x.is_cuda and torch.compiler.is_compiling()
+        ):  # a sum the compiler fuses with others
+            return (self.weight * x).sum(dim=1, dtype=torch.float32).to(x.dtype)[None]
         return torch.mm(x, self.turned)
 
     def onto(self, y, x):
         """Returns y (R, N) + what it makes of x (R, K)."""
+        if x.is_cuda:  # addmm would begin by copying y
+            return y + self.times(x)
         return torch.addmm(y, x, self.turned)
 
     def rows(self, ids):

@@ -255,7 +255,7 @@ def determinism(small):
 
 
 def train(small, name, *options):
-    """Optimizer steps of a preset at its own batch: compiled unless `eager`; also muon, fp16, rows=N ..."""
+    """Optimizer steps of a preset at its own batch, compiled unless `eager`; muon, fp16, rows=N, vocab=N."""
     device = choose_device("auto")
     if "deterministic" in options:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
@@ -268,6 +268,8 @@ def train(small, name, *options):
     changes["optimizer"] = "muon" if "muon" in options else "adamw"
     changes["dtype"] = "fp16" if "fp16" in options else "bf16"
     for option in options:
+        if option.startswith("vocab="):
+            changes["vocab_size"] = int(option[6:])
         if option.startswith("rows="):  # the same tokens per step in bigger or smaller pieces
             rows, base = int(option[5:]), preset(name, small)
             total = base.batch_size * base.gradient_accumulation_steps

@@ -65,6 +65,7 @@ RECIPES = {
     "warmup_0": ["--warmup_steps=0"],
     "warmup_200": ["--warmup_steps=200"],
     "min_lr_tenth": ["--min_lr=none"],
+    "min_lr_third": ["--min_lr=1e-3"],
     "batch_4": ["--batch_size=4"],
     "batch_16": ["--batch_size=16"],
     "init_0.01": ["--initializer_range=0.01"],
