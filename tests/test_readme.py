@@ -112,9 +112,8 @@ def flags_of(script, word):
 def makefile():
     """The targets and the variables of make."""
     text = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
-    return set(re.findall(r"^([a-z0-9-]+):.*## ", text, flags=re.M)), set(
-        re.search(r"^VARIABLES := (.*)$", text, flags=re.M)[1].split()
-    )
+    variables = re.search(r"^VARIABLES := (.*)$", text, flags=re.M)[1].split()
+    return set(re.findall(r"^([a-z0-9-]+):.*## ", text, flags=re.M)), {*variables, "PYTHON"}
 
 
 def problem_with(command):
@@ -124,7 +123,7 @@ def problem_with(command):
         settings = {w.partition("=")[0] for w in words if SETTING.match(w)}
         targets, variables = makefile()
         wanted = {w for w in words if not SETTING.match(w)}
-        return sorted(wanted - targets - {"make"}) + sorted(settings - variables - {"PYTHON"}) or None
+        return sorted(wanted - targets - {"make"}) + sorted(settings - variables) or None
     script = next((w for w in words if w.endswith(".py")), None)
     if script is None or not set(words) & {"python", "torchrun", ".venv/bin/python"}:
         return None
@@ -200,9 +199,10 @@ def shorter(found):
     return f"{found[1][:5]}{count:06}" if found[1].startswith("step_") else f"{found[1]}{count}"
 
 
-def script(folder, words):
-    """`python WORDS`, in a child of the fork server."""
+def python(folder, words, env):
+    """`python WORDS` in a folder, on the CPU; in a child of the fork server."""
     os.chdir(folder)
+    os.environ.update({"CUDA_VISIBLE_DEVICES": ""} | env)
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")
 
@@ -224,7 +224,7 @@ class Walk:
         ranks = 2 if "torchrun" in words else 1
         self.count += 1
         log = self.folder.parent / "logs" / f"{self.count}.log"
-        return Run(log, with_environment, (env, self.folder, words[at:]), ranks)
+        return Run(log, python, (self.folder, words[at:], env), ranks)
 
     def other(self, command):
         """Runs a program that is not ours, curl at the server; returns (status, what it printed)."""
@@ -252,11 +252,6 @@ class Walk:
                 self.server, self.url = run, re.search(r"http://[\d.:]+", run.text)[0]
                 return 0, run.text
         return max(run.wait()), run.text
-
-
-def with_environment(env, folder, words):
-    os.environ.update(env)
-    script(folder, words)
 
 
 def missing(expected, text):
@@ -299,10 +294,13 @@ def test_every_test_that_is_named_exists():
 
 
 def names_of(room):
-    """What stands at the top level of a room."""
-    tree = ast.parse((ROOT / f"{room}.py").read_text(encoding="utf-8"))
-    stored = (n for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
-    return {node.id for node in stored} | {node.name for node in tree.body if hasattr(node, "name")}
+    """What stands at the top level of a room: its functions, classes and variables."""
+    for node in ast.parse((ROOT / f"{room}.py").read_text(encoding="utf-8")).body:
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        yield from (
+            name.id for target in targets for name in ast.walk(target or ast.Pass()) if hasattr(name, "id")
+        )
+        yield getattr(node, "name", None)
 
 
 def test_every_place_in_a_room_that_is_named_exists():
@@ -310,7 +308,7 @@ def test_every_place_in_a_room_that_is_named_exists():
     found = {pair for page in WALKED for pair in re.findall(rf"`({rooms})\.(\w+)`", PAGES[page])}
     found -= {(room, end) for room, end in found if end in ("py", "model")}  # files
     assert len(found) > 20
-    assert [f"{room}.{name}" for room, name in sorted(found) if name not in names_of(room)] == []
+    assert [f"{room}.{name}" for room, name in sorted(found) if name not in [*names_of(room)]] == []
 
 
 def test_the_counts_in_the_table_are_true():
