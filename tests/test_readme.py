@@ -6,6 +6,7 @@ come, in that order, numbers aside. Lines of a `text` block that stand for a mes
 """
 
 import ast
+import importlib
 import io
 import json
 import os
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import pytest
 
+from configurator import configure
 from tests.runs import Run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -170,6 +172,28 @@ def test_every_command_has_its_script_flags_target_and_variables(page):
     assert {command: wrong for command in told if (wrong := problem_with(command))} == {}
 
 
+def config_of(script):
+    """The configuration of a script's main command, by the last line that runs it."""
+    room = importlib.import_module(script.removesuffix(".py"))
+    source = (ROOT / script).read_text(encoding="utf-8")
+    return getattr(room, re.findall(r"\brun\(main, (\w+)", source)[-1])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_is_a_sound_configuration_as_it_stands(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    told = [c for _, c, printed in commands(page) if "error: " not in "".join(printed or ())]
+    for command in [*told, *mentions(page)]:
+        words = shlex.split(command, comments=True)
+        script = next((w for w in words if w in SHRUNK or w in ("export.py", "model.py")), None)
+        rest = words[words.index(script) + 1 :] if script else []
+        presets = [w for w in rest if w.endswith(".json") and "=" not in w]
+        if {"...", "--help"} & {*words} or not script or not all(map(os.path.isfile, presets)):
+            continue
+        if not rest or rest[0].startswith("--") or presets:  # no subcommand
+            configure(config_of(script), rest, foreign_keys=script == "model.py")
+
+
 # ---- running them
 
 
@@ -312,7 +336,6 @@ def test_every_place_in_a_room_that_is_named_exists():
 
 
 def test_the_counts_in_the_table_are_true():
-    from configurator import configure
     from model import ModelConfig, count_parameters
 
     pattern = r"^\| (\w+) \| (\d+) x (\d+) \|.*\| ([\d,]+) \| ([\d,]+) \|$"
