@@ -1,148 +1,355 @@
-"""The README's commands, read out of README.md and run in order in an empty directory, shrunk to seconds."""
+"""Every command of every document, read out of it: run in an empty folder on toy sizes, or parsed and marked.
 
+A line of a `sh` block is run, in the order of the documents, unless a comment at its end says that it wants
+the network, a GPU or time. A `console` block is a command after `$ ` and what it prints: those lines have to
+come, in that order, numbers aside. Lines of a `text` block that stand for a message have to be in the code.
+"""
+
+import ast
+import importlib
+import io
 import json
+import os
 import re
+import runpy
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+from contextlib import redirect_stdout, suppress
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
-COMMANDS = list(dict.fromkeys(line for block in BLOCKS for line in block.strip().splitlines()))
+from configurator import configure
+from tests.runs import Run
 
-# Flags added to, or put in place of, what the README says: the same commands, on toy sizes.
-SHAPE = "--n_layer=1 --d_model=32 --n_head=2 --d_ff=64 --sequence_length=64 --batch_size=2 --eval_rows=4"
+ROOT = Path(__file__).resolve().parent.parent
+WALKED = ("README.md", "SESSIONS.md", "ARCHITECTURE.md", "TROUBLESHOOTING.md", "PROMISES.md")
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in (*WALKED, "benchmarks/RESULTS.md")}
+MARK = re.compile(r"#.*\b(network|GPU|minutes|hours|days)\b")  # why a line of a `sh` block is not run
+SETTING = re.compile(r"[A-Z][A-Z0-9_]*=")
+ROOMS = sorted(ROOT.glob("*.py"))
+
+# Flags added to, or put in place of, what the page says: the same commands, on toy sizes.
+SHAPE = "--n_layer=1 --d_model=32 --n_head=2 --d_ff=64 --sequence_length=64 --vocab_size=400"
+STEPS = "--batch_size=2 --gradient_accumulation_steps=1 --warmup_steps=1 --sample_tokens=4 --dtype=fp32"
 SHRUNK = {
-    "data.py": "--max_docs=60 --min_length=50",
-    "train.py": f"{SHAPE} --gradient_accumulation_steps=1 --sample_tokens=4 --warmup_steps=1 --dtype=fp32",
-    "sft.py": "--max_steps=2 --warmup_steps=1 --batch_size=2 --sample_tokens=4 --dtype=fp32",
-    "dpo.py": "--max_steps=2 --warmup_steps=1 --batch_size=2 --dtype=fp32",
+    "data.py": "--max_docs=60 --min_length=50 --num_workers=1",
+    "train.py": f"{SHAPE} {STEPS} --eval_rows=4 --max_minutes=none",
+    "sft.py": STEPS,
+    "dpo.py": STEPS.replace("--sample_tokens=4 ", ""),
     "sample.py": "--max_new_tokens=4",
-    "eval.py": "--max_new_tokens=2 --custom_prompts=prompts.txt",  # ours do not fit 32 positions
+    "eval.py": "--max_new_tokens=2 --custom_prompts=prompts.txt --context=64",  # ours do not fit 64 positions
     "server.py": "--port=0",
 }
-NEEDS_NETWORK = ("venv", "data/processed/demo_tiny")
+OTHERS = {"cmp", "curl", "mv", "rm", "truncate"}  # programs beside ours that a page may call
 
 
-def shrink(command):
-    """The words of a command with SHRUNK's flags instead of its own of the same name."""
-    words = shlex.split(command)
-    script = next((w for w in words if w in SHRUNK), None)
-    if script is None or words[2] in ("inspect", "create_sample_datasets", "compare", "assess"):
-        return words
-    extra = shlex.split(SHRUNK[script])
-    if script == "data.py" and "docstrings" in command:
-        extra += ["--vocab_size=400"]  # 60 documents support no more
-    if script == "train.py" and "--max_steps" not in command:
-        extra += ["--max_steps=2", "--max_minutes=none"]
-    if script == "train.py":
-        extra += ["--vocab_size=400"]
-        words = [
-            re.sub(r"(max_steps|save_steps)=(100|50)$", lambda m: f"{m[1]}={int(m[2]) // 25}", w)
-            for w in words
-        ]
-        words = [w.replace("step_000050", "step_000002") for w in words]
-    names = {flag.split("=")[0] for flag in extra}
-    return [w for w in words if w.split("=")[0] not in names] + extra
+# ---- what a page says
 
 
-def run(words, folder):
-    if words[0] == "python":
-        words = [sys.executable, *words[1:]]
-    elif words[0] == "torchrun":
-        words = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
-    return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300)
+def blocks(page, kind):
+    """Yields (line number, text) of the fenced blocks of a kind."""
+    for found in re.finditer(rf"^```{kind}\n(.*?)^```$", PAGES[page], flags=re.S | re.M):
+        yield PAGES[page].count("\n", 0, found.start()) + 2, found[1]
 
 
-def start(words, folder):
-    """Starts a server; returns its process, and the address it prints."""
-    process = subprocess.Popen([sys.executable, *words[1:]], cwd=folder, stdout=subprocess.PIPE, text=True)
-    return process, process.stdout.readline().split()[0]
+def commands(page):
+    """Yields (line number, command with its comment, None or the lines it prints), top to bottom."""
+    found = [(n, line, None) for n, text in blocks(page, "sh") for n, line in lines_of(n, text)]
+    for number, text in blocks(page, "console"):
+        for part in re.split(r"^\$ ", text, flags=re.M)[1:]:
+            command, *printed = part.replace("\\\n", "").splitlines()
+            found.append((number, command, printed))
+    return sorted(found, key=lambda entry: entry[0])
 
 
-def ask(command, url):
-    """The answer to the page's curl line, for four tokens."""
-    words = shlex.split(command.replace("http://127.0.0.1:8000", url).replace('tokens": 100', 'tokens": 4'))
-    return json.loads(subprocess.run(words, capture_output=True, check=True, timeout=60).stdout)
+def lines_of(number, text):
+    joined = re.sub(r"\\\n", lambda _: "\\\0", text)  # a continued line is one, and counts as two
+    for line in joined.splitlines():
+        if line.strip() and not line.startswith("#"):
+            yield number, line.replace("\\\0", "")
+        number += 1 + line.count("\0")
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory):
-    """A directory with the code and nothing else, as after git clone."""
-    folder = tmp_path_factory.mktemp("clone")
-    kinds = ("*.py", "*.md", "*.txt", "configs", "Makefile")
-    for path in (path for kind in kinds for path in ROOT.glob(kind)):
-        (folder / path.name).symlink_to(path)
-    (folder / "prompts.txt").write_text("a\n")
-    return folder
+def mentions(page):
+    """Every command between backquotes, and those of indented blocks."""
+    prose = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.S | re.M)
+    spans = [" ".join(text.split()) for text in re.findall(r"`([^`]+)`", prose)]
+    spans += re.findall(r"^    (.+)$", prose, flags=re.M)
+    start = re.compile(r"(\w+=\S* )*(make|python|torchrun|pytest|\.venv/bin/python) ")
+    return [text.replace("\\|", "|") for text in spans if start.match(text)]
 
 
-def test_the_commands_run_in_the_order_of_the_page(clone):
-    ran, server = [], None
-    for command in COMMANDS:
-        if command.startswith("make ") or any(word in command for word in NEEDS_NETWORK):
+# ---- what there is
+
+
+@cache
+def help_of(script, word):
+    """What `python SCRIPT [WORD] --help` prints, None if it fails; in this process, which has torch."""
+    argv, text = sys.argv, io.StringIO()
+    sys.argv = [script, *([word] if word else []), "--help"]
+    try:
+        with redirect_stdout(text):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as end:
+        return None if end.code else text.getvalue()
+    finally:
+        sys.argv = argv
+    return text.getvalue()
+
+
+def flags_of(script, word):
+    """The flags of a script, or of one of its subcommands; None for a word that is none."""
+    text = help_of(script, word)
+    if text is None or (word and text == help_of(script, None)):
+        return None
+    return set(re.findall(r"^--(\w+)", text, flags=re.M))
+
+
+def makefile():
+    """The targets and the variables of make."""
+    text = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    variables = re.search(r"^VARIABLES := (.*)$", text, flags=re.M)[1].split()
+    return set(re.findall(r"^([a-z0-9-]+):.*## ", text, flags=re.M)), {*variables, "PYTHON"}
+
+
+def problem_with(command):
+    """None for a command whose script, subcommand, flags, target and variables there are."""
+    words = [w for w in shlex.split(command, comments=True) if w not in ("...", "|")]
+    if "make" in words:
+        settings = {w.partition("=")[0] for w in words if SETTING.match(w)}
+        targets, variables = makefile()
+        wanted = {w for w in words if not SETTING.match(w)}
+        return sorted(wanted - targets - {"make"}) + sorted(settings - variables) or None
+    script = next((w for w in words if w.endswith(".py")), None)
+    if script is None or not set(words) & {"python", "torchrun", ".venv/bin/python"}:
+        return None
+    if not (ROOT / script).is_file():
+        return f"no {script}"
+    rest = words[words.index(script) + 1 :]
+    given = [w.partition("=")[0].removeprefix("--") for w in rest if w.startswith("--") and w != "--help"]
+    if script.startswith("benchmarks"):
+        text = (ROOT / script).read_text(encoding="utf-8")
+        return [flag for flag in given if f'"--{flag}"' not in text and not passed_on(flag)] or None
+    word = rest[0] if rest and re.fullmatch(r"[a-z][a-z_-]*", rest[0]) else None
+    listed = flags_of(script, word)
+    if listed is None:
+        return f"{script} knows no {word}"
+    return [flag for flag in given if flag not in listed and flag.removeprefix("no_") not in listed] or None
+
+
+def passed_on(flag):
+    """Is it --sft.KEY or --dpo.KEY of a benchmark, a flag of that script?"""
+    script, dot, key = flag.partition(".")
+    return dot and key in flags_of(f"{script}.py", None)
+
+
+def sentences():
+    """A pattern for every text in the code that says enough, with anything in place of its values."""
+    for node in (node for path in ROOMS for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))):
+        parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+        texts = [p.value if isinstance(p, ast.Constant) and isinstance(p.value, str) else None for p in parts]
+        if sum(len(text) for text in texts if text) >= 20:
+            yield "".join(".+" if text is None else re.escape(text) for text in texts)
+
+
+def test_every_message_that_is_not_provoked_here_is_in_the_code():
+    known = re.compile("|".join(f"(?:{form})" for form in sentences()), flags=re.S)
+    lines = [line for page in WALKED for _, text in blocks(page, "text") for line in text.splitlines()]
+    assert [line for line in lines if not known.fullmatch(line.removeprefix("error: "))] == []
+    assert len(lines) > 10
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_has_its_script_flags_target_and_variables(page):
+    told = [c for _, c, printed in commands(page) if "error: " not in "".join(printed or ())]
+    told += mentions(page)
+    assert {command: wrong for command in told if (wrong := problem_with(command))} == {}
+
+
+def config_of(script):
+    """The configuration of a script's main command, by the last line that runs it."""
+    room = importlib.import_module(script.removesuffix(".py"))
+    source = (ROOT / script).read_text(encoding="utf-8")
+    return getattr(room, re.findall(r"\brun\(main, (\w+)", source)[-1])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_is_a_sound_configuration_as_it_stands(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    told = [c for _, c, printed in commands(page) if "error: " not in "".join(printed or ())]
+    for command in [*told, *mentions(page)]:
+        words = shlex.split(command, comments=True)
+        script = next((w for w in words if w in SHRUNK or w in ("export.py", "model.py")), None)
+        rest = words[words.index(script) + 1 :] if script else []
+        presets = [w for w in rest if w.endswith(".json") and "=" not in w]
+        if {"...", "--help"} & {*words} or not script or not all(map(os.path.isfile, presets)):
             continue
+        if not rest or rest[0].startswith("--") or presets:  # no subcommand
+            configure(config_of(script), rest, foreign_keys=script == "model.py")
+
+
+# ---- running them
+
+
+def shrink(command, keep=False):
+    """The words of a command with SHRUNK's flags instead of its own of the same name, or only beside them."""
+    words = shlex.split(command, comments=True)
+    words = [re.sub(r"(_steps=|step_0+)(100|50)\b", shorter, word) for word in words]
+    script = next((w for w in words if w in SHRUNK), None)
+    at = words.index(script) + 1 if script else 0
+    if script is None or re.fullmatch("[a-z_]+", words[at] if at < len(words) else "-"):
+        return words
+    extra = SHRUNK[script].split()
+    if script == "data.py" and "docstrings" in command:
+        extra.append("--vocab_size=400")  # 60 documents support no more
+    if script in ("train.py", "sft.py", "dpo.py"):
+        steps = re.search(r"--(?:max|save)_steps=(\d+)", command)
+        extra += [] if steps else ["--max_steps=2"]
+    own, ours = ({w.partition("=")[0] for w in some} for some in (words, extra))
+    if keep:
+        return words + [flag for flag in extra if flag.partition("=")[0] not in own]
+    return [w for w in words if w.partition("=")[0] not in ours] + extra
+
+
+def shorter(found):
+    """100 steps are 4, 50 are 2."""
+    count = int(found[2]) // 25
+    return f"{found[1][:5]}{count:06}" if found[1].startswith("step_") else f"{found[1]}{count}"
+
+
+def python(folder, words, env):
+    """`python WORDS` in a folder, on the CPU; in a child of the fork server."""
+    os.chdir(folder)
+    os.environ.update({"CUDA_VISIBLE_DEVICES": ""} | env)
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+class Walk:
+    """A folder with the code and nothing else, as after git clone, and the server that runs there."""
+
+    def __init__(self, folder):
+        self.folder, self.count, self.server, self.url = folder, 0, None, ""
+        folder.mkdir()
+        for path in (p for kind in ("*.py", "*.md", "*.txt", "configs", "Makefile") for p in ROOT.glob(kind)):
+            (folder / path.name).symlink_to(path)
+        (folder / "prompts.txt").write_text("a\n")
+
+    def begin(self, words):
+        """Starts `[NAME=VALUE ...] python SCRIPT ...`; returns the Run."""
+        env = dict(w.split("=", 1) for w in words if SETTING.match(w))
+        at = next(n for n, w in enumerate(words) if w.endswith(".py"))
+        ranks = 2 if "torchrun" in words else 1
+        self.count += 1
+        log = self.folder.parent / "logs" / f"{self.count}.log"
+        return Run(log, python, (self.folder, words[at:], env), ranks)
+
+    def other(self, command):
+        """Runs a program that is not ours, curl at the server; returns (status, what it printed)."""
+        if command.startswith("curl "):
+            command = command.replace("http://127.0.0.1:8000", self.url).replace('s": 100', 's": 4')
+        words = shrink(command)
+        assert words[0] in OTHERS, command
+        if not shutil.which(words[0]):
+            return 0, None
+        done = subprocess.run(words, cwd=self.folder, capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stdout
+
+    def run(self, command, keep):
+        """Runs a command to its end, a server until the next command but curl; returns (status, output)."""
+        if self.server and not command.startswith("curl "):
+            self.server.signal(signal.SIGTERM)
+            assert self.server.wait() == [0]
+            self.server = None
+        if ".py" not in command:
+            return self.other(command)
+        run = self.begin(shrink(command, keep))
         if " server.py " in command:
-            server, url = start(shrink(command), clone)
-        elif command.startswith("curl "):
-            if shutil.which("curl"):
-                assert ask(command, url).keys() >= {"response", "prompt", "generation_config"}
-            server.terminate()
-            assert server.wait(60) == 0
-        else:
-            done = run(shrink(command), clone)
-            assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-        ran.append(command)
-    scripts = {word for command in ran for word in shlex.split(command) if word.endswith(".py")}
-    assert scripts >= {
-        "data.py",
-        "train.py",
-        "sft.py",
-        "dpo.py",
-        "sample.py",
-        "eval.py",
-        "server.py",
-        "model.py",
-    }
+            with suppress(AssertionError):  # it may be a mistake, and end
+                run.until(lambda: "http://" in run.text)
+                self.server, self.url = run, re.search(r"http://[\d.:]+", run.text)[0]
+                return 0, run.text
+        return max(run.wait()), run.text
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
-def test_make_targets_of_the_page_exist(command, clone):
-    done = subprocess.run([*shlex.split(command), "--dry-run"], cwd=clone, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "python" in done.stdout
+def missing(expected, text):
+    """The first of the expected lines that does not come in `text` after those before it; None if all do."""
+    lines = iter(text.splitlines())
+    for line in (line for line in expected if line.strip() not in ("", "...")):
+        form = re.sub(r"\d[\d,.]*", "\0", line).replace("...", "\1")
+        form = re.escape(form).replace("\0", r"\d[\d,.]*").replace("\1", ".*")
+        if not any(re.fullmatch(form.replace(r"\ ", r"\s+"), found.strip()) for found in lines):
+            return line
+    return None
 
 
-def test_every_flag_on_the_page_is_a_flag_of_its_script(clone):
-    helps = {}
-    for command in COMMANDS:
-        words = shlex.split(command)
-        script = next((w for w in words if w.endswith(".py")), None)
-        if script:
-            help_text = helps.get(script) or run(["python", script, "--help"], clone).stdout
-            helps[script] = help_text
-            for word in words[words.index(script) :]:
-                if word.startswith("--"):
-                    assert re.search(rf"^\s*{re.escape(word.split('=')[0])}\b", help_text, flags=re.M), word
+def test_every_command_runs_in_the_order_of_the_pages(tmp_path, forks):
+    walk, ran = Walk(tmp_path / "clone"), []
+    with socket.socket() as other:  # either we hold the port that the pages speak of, or someone else does
+        with suppress(OSError):
+            other.bind(("127.0.0.1", 8000))
+            other.listen()
+        for page in WALKED:
+            for number, command, printed in commands(page):
+                if command.startswith("make ") or MARK.search(command):
+                    continue
+                status, text = walk.run(command, printed is not None)
+                told = f"{page} line {number}: {command}\n{(text or '')[-3000:]}"
+                assert (status != 0) == ("error: " in "".join(printed or ())), told
+                assert text is None or missing(printed or (), text) is None, (missing(printed, text), told)
+                if command.startswith("curl ") and text:
+                    assert json.loads(text).keys() >= {"response", "prompt", "generation_config"}
+                ran.append(command)
+    assert len(ran) > 60
+
+
+def test_every_test_that_is_named_exists():
+    named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", "".join(PAGES[page] for page in WALKED))
+    assert len(named) > 100
+    for file, name in sorted(set(named)):
+        text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert not name or f"\ndef {name}(" in text, f"{file}::{name}"
+
+
+def names_of(room):
+    """What stands at the top level of a room: its functions, classes and variables."""
+    for node in ast.parse((ROOT / f"{room}.py").read_text(encoding="utf-8")).body:
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        yield from (
+            name.id for target in targets for name in ast.walk(target or ast.Pass()) if hasattr(name, "id")
+        )
+        yield getattr(node, "name", None)
+
+
+def test_every_place_in_a_room_that_is_named_exists():
+    rooms = "|".join(path.stem for path in ROOMS)
+    found = {pair for page in WALKED for pair in re.findall(rf"`({rooms})\.(\w+)`", PAGES[page])}
+    found -= {(room, end) for room, end in found if end in ("py", "model")}  # files
+    assert len(found) > 20
+    assert [f"{room}.{name}" for room, name in sorted(found) if name not in [*names_of(room)]] == []
 
 
 def test_the_counts_in_the_table_are_true():
-    from configurator import configure
     from model import ModelConfig, count_parameters
 
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
     pattern = r"^\| (\w+) \| (\d+) x (\d+) \|.*\| ([\d,]+) \| ([\d,]+) \|$"
-    rows = re.findall(pattern, page, flags=re.M)
+    rows = re.findall(pattern, PAGES["README.md"], flags=re.M)
     assert len(rows) == 5
     for name, layers, width, bare, total in rows:
         cfg = configure(ModelConfig, [str(ROOT / f"configs/{name}.json")], foreign_keys=True)
         counts = count_parameters(cfg)
         assert (cfg.n_layer, cfg.d_model) == (int(layers), int(width))
-        assert (counts["non_embedding"], counts["total"]) == (
-            int(bare.replace(",", "")),
-            int(total.replace(",", "")),
-        )
+        assert [f"{counts[key]:,}" for key in ("non_embedding", "total")] == [bare, total]
+
+
+def test_the_python_on_the_pages_is_python():
+    found = [text for page in WALKED for _, text in blocks(page, "python")]
+    assert found
+    for text in found:
+        compile(text, "page", "exec")
