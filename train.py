@@ -384,7 +384,8 @@ def say_plan(cfg, model, loader, loss_fn, world):
     state = State(cfg, model, world, dtype)
     means = Means(world.device.type, dtype, backend, compiles(cfg, world.device))
     total = total_steps(cfg, loader.blocks, world.size) if loader.blocks else cfg.max_steps
-    framework = framework_bytes(world.device, 4 * sum(p.numel() for p in model.parameters()))
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    framework = framework_bytes(world.device, weights, cfg.gradient_checkpointing)
     world.say("\n".join(local_plan(cfg, model, means, world, total, loader.blocks, framework)))
 
     def one_step(micros):

@@ -30,7 +30,7 @@ ARROWS = {
     "checkpoint": {"configurator", "shards"},
     "curves": {"configurator"},
     "log": {"configurator", "model", "world", "curves"},
-    "plan": {"configurator", "model", "losses", "world"},
+    "plan": {"configurator", "model", "losses", "schedule", "world"},
     "train": {
         *("configurator", "tokenizer", "model", "losses", "scoring", "data", "world", "checkpoint"),
         *("schedule", "survival", "curves", "log", "plan"),
