@@ -136,6 +136,8 @@ def write_tensors(value, path):
     try:
         torch.save(value, path)
     except RuntimeError as problem:  # so torch says it: "unexpected pos 64 vs 0", "iostream error"
+        if "alloc" in str(problem):  # it is memory that is full
+            raise
         raise OSError(errno.EIO, f"disk full or failing: {problem!s:.60}") from None
 
 
@@ -173,8 +175,10 @@ def whole_folder(folder, cfg, world):
             os.rename(tmp, folder)
             fsync(folder.parent)
         world.barrier()
-    except (OSError, safetensors.SafetensorError) as problem:
+    except (OSError, RuntimeError, MemoryError, safetensors.SafetensorError) as problem:
         shutil.rmtree(tmp, ignore_errors=True)
+        if isinstance(problem, (RuntimeError, MemoryError)):
+            raise
         why = getattr(problem, "strerror", None) or problem
         raise UserError(f"{folder}: not written ({why}); earlier checkpoints are untouched") from None
 

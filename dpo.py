@@ -35,6 +35,7 @@ from data import IGNORE, ExampleStream, read_aloud, read_pairs, rows_sha256, spl
 from lora import LoRAConfig, files_for, lora_off, model_folder, open_base
 from losses import supervised_hidden, token_nats
 from model import choose_attention
+from survival import Walk
 from tokenizer import Tokenizer, render, stop_ids
 from train import LoopConfig, check_data, check_tokenizer, fit
 from world import autocast, choose_dtype, open_world, to_device
@@ -171,13 +172,13 @@ def main(cfg):
         loader, held_out = stream(pairs, "to train on"), stream(held_out, "held out")
         if not loader.blocks:
             raise UserError(f"{cfg.dataset_path}: no two different answers within {length} positions")
-        loss_fn = preference_loss(cfg)
+        loss_fn, walk = preference_loss(cfg), Walk("the reference", cfg.batch_size, world)
         with as_in_training(cfg, world, model) as precise:
             if precomputed(cfg, loader, world):
                 world.say(f"the reference: {loader.blocks + held_out.blocks:,} pairs, computed once")
                 for one in (loader, held_out):
-                    one.examples = with_reference(model, one, world)
-            check_start(cfg, loss_fn, model, loader.rows(0, cfg.batch_size), world, precise)
+                    one.examples = with_reference(model, one, world, walk)
+            check_start(cfg, loss_fn, model, loader, world, walk, precise)
         files = files_for(cfg, base, tokenizer, template, stop_ids(tokenizer, template), data, check)
         fit(cfg, model, loader, loss_fn, world, validation(cfg, world, held_out, loss_fn), *files)
 
@@ -268,21 +269,29 @@ def precomputed(cfg, loader, world):
     return not cfg.max_minutes and (cfg.num_train_epochs or 1) >= 1
 
 
-def with_reference(model, stream, world):
+def with_reference(model, stream, world, walk):
     """Returns the pairs of `stream` with the reference's log-probabilities; each rank computes a share."""
-    values, size = np.zeros((stream.blocks, 2)), stream.batch_size
-    for start in range(world.rank * size, stream.blocks, world.size * size):
+
+    def known(batch):
         with lora_off(model):
-            known, _ = answer_log_probs(model, to_device(stream.rows(start, start + size), world.device))
-        values[start : start + size] = known.view(2, -1).T.cpu()
+            return answer_log_probs(model, to_device(batch, world.device))[0].view(2, -1).T.cpu()
+
+    values = np.zeros((stream.blocks, 2))
+    for first, found in walk.each(known, stream, stream.blocks):
+        values[first : first + len(found)] = found
     values = np.reshape(world.sum(*values.flat), values.shape)
     return [pair._replace(reference=tuple(value)) for pair, value in zip(stream.examples, values)]
 
 
-def check_start(cfg, loss_fn, model, batch, world, precise):
+def check_start(cfg, loss_fn, model, stream, world, walk, precise):
     """Asserts that policy and reference begin as one: margin 0, so a loss of ln 2 (IPO: 1 / (2 beta)^2)."""
-    loss, metrics = loss_fn(model, to_device(batch, world.device))
-    loss, margin = loss.item() / batch["count"], metrics["rewards/margins"].item() / batch["count"]
+
+    def begun(batch):
+        loss, metrics = loss_fn(model, to_device(batch, world.device))
+        return loss.item(), metrics["rewards/margins"].item(), batch["count"]
+
+    loss, margin, pairs = walk.total(begun, stream, min(cfg.batch_size, stream.blocks), 3)
+    loss, margin = loss / pairs, margin / pairs
     expected = math.log(2) if cfg.loss == "sigmoid" else 1 / (2 * cfg.beta) ** 2
     assert abs(margin) < cfg.beta * (1e-2 if precise else 1.0), f"the margin begins at {margin}, not at 0"
     assert math.isclose(loss, expected, rel_tol=1e-3 if precise else 0.1), f"the loss begins at {loss}"
@@ -295,15 +304,14 @@ def check_start(cfg, loss_fn, model, batch, world, precise):
 def validation(cfg, world, stream, loss_fn):
     """Returns validate(model): loss and metrics of the held-out pairs, each with val_ before its name."""
 
-    def validate(model):
-        names = ["loss", *metrics_of(torch.zeros(2), torch.zeros(2)), "pairs"]
-        totals = dict.fromkeys(names, 0.0)
-        for start in range(world.rank * cfg.batch_size, stream.blocks, world.size * cfg.batch_size):
-            batch = stream.rows(start, start + cfg.batch_size)
+    names = ["loss", *metrics_of(torch.zeros(2), torch.zeros(2))]
+
+    def validate(model, walk):
+        def scored(batch):
             loss, metrics = loss_fn(model, to_device(batch, world.device))
-            for name, value in ({"loss": loss, "pairs": torch.tensor(batch["count"])} | metrics).items():
-                totals[name] += value.item()
-        *sums, pairs = world.sum(*totals.values())
+            return [loss.item(), *map(float, metrics.values()), batch["count"]]
+
+        *sums, pairs = walk.total(scored, stream, stream.blocks, len(names) + 1)
         if not pairs:
             return {}
         metrics = {f"val_{name}": value / pairs for name, value in zip(names, sums)}

@@ -19,6 +19,7 @@ import torch
 from configurator import UserError
 from losses import group_rows
 from model import Llama, ModelConfig, count_parameters, flops_per_token
+from schedule import Muon
 from world import CARDS, memory_used
 
 TIMED = 3  # optimizer steps that are timed after the warm-up
@@ -90,10 +91,9 @@ def memory(cfg, means, framework=0):
     of the head's weight and that of its input; in 16 bit, where no compiler fuses them, also four float32
     copies of the logits and a mask. backward: the gradient of the head's weight is scaled into another copy,
     or the last block is computed anew and its gradients begin. update: nothing is saved any more, and every
-    weight has its gradient. Gradients stand in the other two as well, where accumulation adds to them or a
-    CUDA graph needs them to keep their place. `framework` is given for a process on a CPU, whose heap never
-    shrinks (world.tune_cpu): its holes are a third of the tensors, as measured (benchmarks/RESULTS.md), and
-    more with gradient checkpointing.
+    weight has its gradient; Muon holds a batch of matrices four times. Gradients stand in the other two as
+    well, where accumulation adds to them or a CUDA graph needs them to keep their place. `framework` is given
+    for a process on a CPU: see `heap_holes`.
     """
     N, s, counts = cfg.batch_size * cfg.sequence_length, means.size, count_parameters(cfg)
     total, table = counts["total"], cfg.vocab_size * cfg.d_model
@@ -108,14 +108,16 @@ def memory(cfg, means, framework=0):
     flight = stream + 4 * table + max(4 * table, again)
     standing = 4 * total * (cfg.gradient_accumulation_steps > 1 or means.device == "cuda")
     always = 4 * total + moment_bytes(cfg)
+    together = min(Muon.TOGETHER, 2 * cfg.n_layer * cfg.d_ff * cfg.d_model)  # gate and up
+    muon = 16 * together * (cfg.optimizer == "muon")
     moments = {
         "head": saved + low + logits + head + standing,
         "backward": saved + low + flight + standing,
-        "update": 4 * total + 4 * table,
+        "update": 4 * total + max(4 * table, muon),
     }
     fullest = max(moments, key=moments.get)
     tensors = always + moments[fullest]
-    holes = tensors / 3 if framework else 0
+    holes = heap_holes(tensors, again, total) if framework else 0
     return {
         "weights (fp32)": 4 * total,
         "gradients (fp32)": 4 * total,
@@ -130,16 +132,31 @@ def memory(cfg, means, framework=0):
     }
 
 
-def framework_bytes(device, others):
+def heap_holes(tensors, again, total):
+    """Returns bytes of a CPU process's heap, which never shrinks (world.tune_cpu), that hold nothing.
+
+    Read off measurements (benchmarks/RESULTS.md), not derived: glibc before 2.38 does not give the place of
+    an aligned block to another of its size once the few bytes cut off it are in use. A third of the tensors;
+    where blocks are computed `again`, layer after layer in the holes of the one before, twice what one takes
+    and one and a half times the gradients.
+    """
+    return 2 * again + 6 * total if again else tensors / 3
+
+
+def framework_bytes(device, others, checkpointing=False):
     """Returns what this process takes without `others`, the bytes of the model that it holds already.
 
-    A toy is trained for a step first, because libraries load their kernels when they are first asked. Nothing
-    on a GPU, where torch counts tensors only.
+    A toy is trained for a step first, because libraries load their kernels when they are first asked, and
+    torch its compiler with the first optimizer. Nothing on a GPU, where torch counts tensors only.
     """
     if device.type != "cpu":
         return 0
-    toy = Llama(ModelConfig(n_layer=1, vocab_size=512, sequence_length=256))
+    toy = Llama(ModelConfig(n_layer=1, vocab_size=512, sequence_length=256)).train()
+    toy.model.gradient_checkpointing = checkpointing
+    optimizer = torch.optim.AdamW(toy.parameters(), fused=True)
     toy(torch.zeros(1, 256, dtype=torch.long)).sum().backward()
+    torch.nn.utils.clip_grad_norm_(toy.parameters(), 1.0)
+    optimizer.step()
     with suppress(OSError, ValueError), open("/proc/self/statm") as f:
         return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") - others
     return memory_used(device) - others

@@ -83,7 +83,7 @@ def main(cfg):
         if not loader.blocks:
             raise UserError(f"{cfg.dataset_path}: no answer begins within {length} positions")
         show = answer_to(cfg, tokenizer, template, (held_out or chats)[0]["messages"])
-        validate = validation(cfg, world, stream(make_examples(held_out, "held out", *maker)), show)
+        validate = validation(world, stream(make_examples(held_out, "held out", *maker)), show)
         world.say(f"{loader.blocks:,} rows of up to {length} positions in a pass; template {template}")
         fit(cfg, model, loader, next_token_loss, world, validate, *files)
 
@@ -142,16 +142,14 @@ def answer_to(cfg, tokenizer, template, messages):
     return show
 
 
-def validation(cfg, world, stream, show):
+def validation(world, stream, show):
     """Returns validate(model): nats per supervised token of the held-out rows, and an answer to look at."""
 
-    def validate(model):
-        nats, count = 0.0, 0
-        for start in range(world.rank * cfg.batch_size, stream.blocks, world.size * cfg.batch_size):
-            batch = stream.rows(start, start + cfg.batch_size)
-            nats += next_token_loss(model, to_device(batch, world.device))[0].item()
-            count += batch["count"]
-        nats, count = world.sum(nats, count)
+    def validate(model, walk):
+        def scored(batch):
+            return next_token_loss(model, to_device(batch, world.device))[0].item(), batch["count"]
+
+        nats, count = walk.total(scored, stream, stream.blocks, 2)
         return ({"val_loss": nats / count} if count else {}) | show(model)
 
     return validate

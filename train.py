@@ -6,7 +6,7 @@
     python train.py configs/base.json --plan         needs and hours; --plan_gpu=rtx4090 for a card elsewhere
     python train.py curves checkpoints/a checkpoints/b
 
-Read from the top: the configuration, the training state, signals, `fit`, pretraining.
+Read from the top: the configuration, the training state, `fit`, pretraining.
 Data parallelism is done by hand - weights broadcast once, gradients summed each step - so there is no wrapper
 around the model; losses are sums, divided by the count of supervised tokens of the whole step, so that
 neither accumulation nor the number of ranks changes the result.
@@ -57,14 +57,13 @@ from model import KVCache, Llama, ModelConfig, choose_attention, load_weights, s
 from plan import Means, RandomTokens, card_plan, framework_bytes, local_plan, time_lines, timed
 from schedule import Clock, lr_at, make_optimizers, total_steps
 from scoring import score
+from survival import Stopped, StopSignals, Walk, attempt, enough_memory, smaller_batches, smaller_update
 from tokenizer import Tokenizer
 from world import (
     autocast,
     choose_dtype,
     compile_model,
-    free_memory,
     open_world,
-    out_of_memory,
     rng_state,
     seed_everything,
     set_rng_state,
@@ -217,7 +216,7 @@ class State:
     def save(self, folder, cfg, world, write_model):
         """Writes this state as checkpoint `folder`, whole or not at all, then prunes. Every rank calls it."""
         self.check_space(folder.parent)
-        with whole_folder(folder, cfg, world) as tmp:
+        with enough_memory(f"while {folder} was written"), whole_folder(folder, cfg, world) as tmp:
             own = tmp / "train_state"
             own.mkdir(exist_ok=True)
             write_tensors(rng_state(world.device), own / f"rng_{world.rank:05d}.pt")
@@ -251,17 +250,18 @@ class State:
         A norm that is not finite on any rank is so on all, because the sum came first: then nothing is
         applied, nor when `count` is 0, because then no token said where to go.
         """
-        world.sum_gradients(self.parameters)
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, cfg.max_grad_norm).item()
-        self.bad_steps = 0 if count and math.isfinite(norm) else self.bad_steps + 1
-        if self.bad_steps == 0:
+        with enough_memory(f"in the update of step {self.step + 1:,}", smaller_update(cfg, self)):
+            world.sum_gradients(self.parameters)
             for optimizer in self.optimizers:
-                self.scaler.step(optimizer)
-        self.scaler.update()
+                self.scaler.unscale_(optimizer)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, cfg.max_grad_norm).item()
+            self.bad_steps = 0 if count and math.isfinite(norm) else self.bad_steps + 1
+            if self.bad_steps == 0:
+                for optimizer in self.optimizers:
+                    self.scaler.step(optimizer)
+            self.scaler.update()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=not self.fixed_gradients)
         return norm
@@ -280,35 +280,13 @@ def load_optimizer(optimizer, saved):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Signals
-
-
-class StopSignals:
-    """While entered, SIGINT and SIGTERM ask for a stop at the next step; a second SIGINT is Python's own."""
-
-    asked = 0  # the signal's number
-
-    def __enter__(self):
-        self.old = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _ask(self, number, frame):
-        self.asked = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __exit__(self, *_):
-        for s, handler in self.old.items():
-            signal.signal(s, handler)
+# The loop
 
 
 class Diverged(UserError):
     """The run learns no more, and starting it again as it is would not help."""
 
     exit_code = 4
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The loop
 
 
 def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, write_final=None):
@@ -319,7 +297,9 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
                   nothing to rewind. .blocks: rows in one pass; .batch_size: lowered if memory runs out
     loss_fn       (model, batch of tensors) -> (sum over the supervised terms, {name: sum of what to log});
                   fit divides by the count of the whole step over all ranks
-    validate      (model) -> dict of floats and texts; what it draws of the random numbers is given back
+    validate      (model, walk) -> dict of floats and texts; what it draws of the random numbers is given
+                  back. walk (survival.Walk) goes over held-out rows on all ranks, in memory there is, and
+                  ends where a stop is asked for: then this validation comes again when the run is resumed
     write_model   (model, folder): what a checkpoint holds besides the training state; read_model is its
                   inverse, and write_final writes final/ where that is to hold something else
 
@@ -344,6 +324,7 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
             world.say(f"this run is complete: its model is in {output / 'final'}; nothing to do")
             return {}
         log = until_end.enter_context(Log(cfg, model, world, state))
+        walk = Walk("the validation", cfg.batch_size, world, stop)
         metrics, saved_at = {}, state.step or None
 
         def checkpoint():
@@ -355,12 +336,20 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
 
         batches = batches_of(state.step)
         while True:
+            if state.step % cfg.eval_steps == 0 and state.evaluated != state.step:
+                metrics = evaluate(cfg, state, validate, walk, dtype, world, log)
+                saved_at = saved_at if metrics is None else None  # a resumed run's checkpoint lacked it
+            wanted = state.step % cfg.save_steps == 0 or state.step == state.best_step
+            if wanted and saved_at != state.step > 0:
+                checkpoint()
+                saved_at = state.step
             count, tokens, stopping, state.seconds = agree(batches, stop, clock, world)
             progress = clock.progress(state.step, state.seconds)
             if stopping or progress >= 1 or state.enough(cfg):
                 break
             lr = lr_at(cfg, state.step, progress, total)
-            sums = attempt(state, batches, loss_fn, max(1, count), world, dtype)
+            work = (batches, loss_fn, max(1, count), world.device, dtype)
+            sums = attempt(state, world, forward_backward, *work)
             if sums is None:
                 accumulation = smaller_batches(cfg, loader, accumulation, state, world)
                 batches = batches_of(state.step)
@@ -373,21 +362,16 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
 
             if state.step % cfg.logging_steps == 0 or state.step == 1:
                 log.step(state, clock, sums, lr, norm)
-            if state.step % cfg.eval_steps == 0:
-                metrics = evaluate(cfg, state, validate, dtype, world, log)
-            if state.step % cfg.save_steps == 0 or state.step == state.best_step:
-                checkpoint()
-                saved_at = state.step
 
         if saved_at != state.step:
             checkpoint()
-        if stopping:
-            world.say(f"stopped at step {state.step:,}, saved; continue with --resume_from_checkpoint=auto")
-            raise SystemExit(128 + (stop.asked or signal.SIGTERM))  # asked of another rank: as torchrun would
-        if state.evaluated != state.step:
-            metrics = evaluate(cfg, state, validate, dtype, world, log)
+        if not stopping and state.evaluated != state.step:
+            metrics = evaluate(cfg, state, validate, walk, dtype, world, log)
             if world.rank == 0:
                 prune(output, cfg.keep_last, state)  # another one is the best now
+        if stopping or metrics is None:
+            world.say(f"stopped at step {state.step:,}, saved; continue with --resume_from_checkpoint=auto")
+            raise SystemExit(128 + (stop.asked or signal.SIGTERM))  # asked of another rank: as torchrun would
         take_best(cfg, state, world, read_model)
         finish(cfg, model, world, write_final or write_model)
         return metrics
@@ -400,13 +384,14 @@ def say_plan(cfg, model, loader, loss_fn, world):
     state = State(cfg, model, world, dtype)
     means = Means(world.device.type, dtype, backend, compiles(cfg, world.device))
     total = total_steps(cfg, loader.blocks, world.size) if loader.blocks else cfg.max_steps
-    framework = framework_bytes(world.device, 4 * sum(p.numel() for p in model.parameters()))
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    framework = framework_bytes(world.device, weights, cfg.gradient_checkpointing)
     world.say("\n".join(local_plan(cfg, model, means, world, total, loader.blocks, framework)))
 
     def one_step(micros):
         batches = [loader.batch(0, m, world.rank, micros) for m in range(micros)]
         count, began = sum(b["count"] for b in batches), time.perf_counter()
-        sums = attempt(state, batches, loss_fn, max(1, count), world, dtype)
+        sums = attempt(state, world, forward_backward, batches, loss_fn, max(1, count), world.device, dtype)
         if sums is None:
             raise UserError(
                 f"a micro-batch of {loader.batch_size} rows does not fit into this machine's memory"
@@ -481,50 +466,6 @@ def agree(batches, stop, clock, world):
     return world.sum(count, tokens, stop.asked > 0, clock.seconds * (world.rank == 0))
 
 
-def attempt(state, batches, loss_fn, count, world, dtype):
-    """Returns forward_backward's shares, or None if memory ran out on any rank: then the step never began.
-
-    Random numbers are put back as well, so that the run is the same whenever it is resumed.
-    """
-    numbers, shares = rng_state(world.device), None
-    try:
-        shares = forward_backward(state, batches, loss_fn, count, world.device, dtype)
-    except (RuntimeError, MemoryError) as problem:
-        if not out_of_memory(problem):
-            raise
-    # here nobody waits for gradients yet: one rank's failure can still be everyone's
-    if not world.sum(shares is None)[0]:
-        return shares
-    shares = None
-    for p in state.parameters:
-        p.grad = torch.zeros_like(p) if state.fixed_gradients else None
-    free_memory(world.device)
-    set_rng_state(numbers, world.device)
-    return None
-
-
-def smaller_batches(cfg, loader, accumulation, state, world):
-    """Has `loader` give micro-batches half as large, or the next size that divides the step's rows.
-
-    Returns how many of them now make a step, of the same rows: tokens and learning stay what they were.
-    UserError if one row is too much already.
-    """
-    rows, size = loader.batch_size * accumulation, loader.batch_size
-    if size == 1:
-        off = "" if cfg.gradient_checkpointing else "--gradient_checkpointing, "
-        raise UserError(
-            f"out of memory at step {state.step + 1:,} with one row in a micro-batch; use {off}a shorter "
-            "--sequence_length or a smaller model (--plan shows what takes how much)"
-        )
-    loader.batch_size = next(n for n in range(size // 2, 0, -1) if rows % n == 0)
-    now = rows // loader.batch_size
-    world.say(
-        f"out of memory at step {state.step + 1:,}: from here micro-batches of {loader.batch_size} rows "
-        f"instead of {size}, {now} a step instead of {accumulation}; a step's rows and loss stay the same"
-    )
-    return now
-
-
 def check_applied(cfg, state, norm, count, log):
     """Reports a step that was not applied (see State.update); Diverged after too many in a row."""
     if state.bad_steps == 0:
@@ -540,14 +481,20 @@ def check_applied(cfg, state, norm, count, log):
         )
 
 
-def evaluate(cfg, state, validate, dtype, world, log):
-    """Returns validate(model), logged, with dropout off and the training's random numbers untouched."""
-    numbers = rng_state(world.device)
+def evaluate(cfg, state, validate, walk, dtype, world, log):
+    """Returns validate(model, walk), logged, with dropout off and the training's random numbers untouched.
+
+    None if a stop was asked for meanwhile: then nothing came of it.
+    """
+    numbers, metrics = rng_state(world.device), None
     state.model.eval()
-    with torch.no_grad(), autocast(world.device, dtype):
-        metrics = validate(state.model)
+    memory = enough_memory(f"in {walk.what} of step {state.step:,}")
+    with contextlib.suppress(Stopped), memory, torch.no_grad(), autocast(world.device, dtype):
+        metrics = validate(state.model, walk)
     state.model.train()
     set_rng_state(numbers, world.device)
+    if metrics is None:
+        return None
     state.evaluated = state.step
     log.evaluation(state, metrics)
     state.judge(cfg, metrics)
@@ -570,7 +517,7 @@ def take_best(cfg, state, world, read_model):
 def finish(cfg, model, world, write_model):
     """Writes OUTPUT_DIR/final/, the model folder that everything else reads."""
     final = Path(cfg.output_dir) / "final"
-    with whole_folder(final, cfg, world) as tmp:
+    with enough_memory(f"while {final} was written"), whole_folder(final, cfg, world) as tmp:
         if world.rank == 0:
             write_model(model, tmp)
     world.say(f"model in {final}")
@@ -665,13 +612,13 @@ def language_validation(cfg, world, tokenizer):
     stream = TokenStream(
         cfg.data_path, "val", cfg.sequence_length, cfg.batch_size, document_mask=cfg.document_mask
     )
-    rows = min(cfg.eval_rows, stream.blocks)
+    rows, token_bytes = min(cfg.eval_rows, stream.blocks), torch.from_numpy(tokenizer.token_bytes())
 
-    def validate(model):
-        starts = range(world.rank * cfg.batch_size, rows, world.size * cfg.batch_size)
-        batches = (stream.rows(at, min(at + cfg.batch_size, rows)) for at in starts)
-        batches = (to_device(batch, world.device) for batch in batches)
-        nats, count, size = world.sum(*score(model, batches, tokenizer.token_bytes()))
+    def validate(model, walk):
+        def scored(batch):
+            return score(model, [to_device(batch, world.device)], token_bytes)
+
+        nats, count, size = walk.total(scored, stream, rows, 3)
         metrics = {"val_loss": nats / max(1, count), "val_bits_per_byte": nats / math.log(2) / max(1, size)}
         if cfg.sample_tokens:
             more = continuation(model, tokenizer, cfg.sample_prompt, cfg.sample_tokens)

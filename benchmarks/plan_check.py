@@ -44,7 +44,7 @@ def measure(case):
     if device.type == "cpu":
         tune_cpu()
     world = World(0, 1, device)
-    framework = plan.framework_bytes(device, 0)
+    framework = plan.framework_bytes(device, 0, cfg.gradient_checkpointing)
     model = Llama(narrow(cfg, ModelConfig)).to(device).train()
     dtype, backend = announce(cfg, model, world)
     means = plan.Means(device.type, dtype, backend, bool(cfg.compile))

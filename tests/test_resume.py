@@ -143,7 +143,7 @@ class Recorded:
         return batch
 
 
-def note_weights(folder, model):
+def note_weights(folder, model, walk):
     """A validation that notes the weights of its rank."""
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters()))
     with open(folder / f"weights{torch.distributed.get_rank()}", "a") as f:

@@ -69,3 +69,22 @@ def test_singular_values_go_through_the_polynomial_and_their_vectors_stay(shape)
 
 def test_a_matrix_of_zeros_stays_one():
     assert torch.equal(orthogonalized(torch.zeros(2, 3, 4)), torch.zeros(2, 3, 4))
+
+
+def test_gradients_may_keep_their_place_in_memory():
+    """As those that a CUDA graph adds to must (train.State.fixed_gradients)."""
+    fresh, _ = walked(lambda params: Muon(params, 0.02, 0.1))
+    params = [torch.nn.Parameter(m) for m in matrices(0)]
+    optimizer = Muon(params, 0.02, 0.1)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    places = [p.grad.data_ptr() for p in params]
+    for step in range(4):
+        for p, grad in zip(params, matrices(step + 1)):
+            p.grad += grad
+        optimizer.param_groups[0]["lr"] = 0.02 / (step + 1)
+        optimizer.step()
+        assert all(torch.equal(p.grad, grad) for p, grad in zip(params, matrices(step + 1)))
+        optimizer.zero_grad(set_to_none=False)
+    assert [p.grad.data_ptr() for p in params] == places
+    assert torch.equal(torch.cat([p.detach().flatten() for p in params]), fresh)

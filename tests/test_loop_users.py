@@ -1,0 +1,212 @@
+"""What `fit` promises holds for each of its users: without memory, at a stop, in a plan, in a time box."""
+
+import functools
+import os
+import re
+import signal
+
+import pytest
+import torch
+
+import model
+from checkpoint import checkpoints, problem_with
+from tests import align, runs
+from tests.runs import differences, losses, names, records
+
+pytestmark = pytest.mark.usefixtures("forks")
+
+PAIRS = [{"prompt": f"what is {n}?", "chosen": f"a {n}", "rejected": "I won't say"} for n in range(40)]
+CHATS = [{"prompt": row["prompt"], "response": row["chosen"]} for row in PAIRS]
+USERS = ("pretraining", "sft", "dpo")
+everyone = pytest.mark.parametrize("user", USERS)
+
+
+@pytest.fixture(scope="module")
+def begin(tmp_path_factory, tiny_dataset, tiny_tokenizer):
+    """begin(user, out, ranks=1, before=None, **knobs) starts a training of 8 steps, 4 rows in each."""
+    folder = tmp_path_factory.mktemp("users")
+    base = align.make_base(folder / "base", tiny_tokenizer, "chatml")
+    chats, pairs = (
+        align.write_rows(folder / name, rows) for name, rows in (("c.jsonl", CHATS), ("p.jsonl", PAIRS))
+    )
+    knobs = {"model_path": base, "val_ratio": 0.4, "batch_size": 4, "max_steps": 8}
+    return {
+        "pretraining": functools.partial(
+            runs.begin, data_path=tiny_dataset, batch_size=4, eval_rows=24, sample_tokens=0, dropout=0.1
+        ),
+        "sft": functools.partial(
+            align.begin, "sft", dataset_path=chats, packing=False, sample_tokens=0, **knobs
+        ),
+        "dpo": functools.partial(align.begin, "dpo", dataset_path=pairs, **knobs),
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, begin):
+    """Returns the folder of a user's training that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    @functools.cache
+    def trained(user, ranks):
+        return finished(begin[user], folder / f"{user}{ranks}", ranks=ranks)
+
+    return trained
+
+
+def finished(start, out, ranks=1, **knobs):
+    one = start(out, ranks=ranks, **knobs)
+    assert one.wait() == [0] * ranks, one.text
+    return out
+
+
+def said(out):
+    return out.with_suffix(".log").read_text()
+
+
+def at_passes(learning, act, rank=None):
+    """Has act(number, rows) called in each forward pass, from 1, that learns - or in each that validates."""
+    seen = []
+
+    def hook(module, inputs, output):
+        if isinstance(module, model.MLP) and (torch.is_grad_enabled() if learning else not module.training):
+            seen.append(1)
+            if len(seen) % 2 == 0:  # of the second of two blocks
+                act(len(seen) // 2, len(output))
+
+    if rank in (None, int(os.environ.get("RANK", 0))):
+        torch.nn.modules.module.register_module_forward_hook(hook)
+
+
+# ---- memory
+
+
+def no_memory(above, after, number, rows):
+    if rows > above and number > after:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize(("user", "ranks"), [*((user, 1) for user in USERS), ("sft", 2)])
+def test_a_validation_without_memory_takes_fewer_rows_and_finds_the_same(tmp_path, begin, whole, user, ranks):
+    rows = 4 if user == "dpo" else 2  # two for each pair
+    before = functools.partial(at_passes, False, functools.partial(no_memory, rows, 1), ranks - 1)
+    out = finished(begin[user], tmp_path / "out", ranks, before=before)
+    told = "out of memory in the validation: from here 2 rows at a time instead of 4; what it finds stays"
+    assert said(out).count(told) == said(out).count("out of memory") == 1
+    for ours, theirs in zip(records(out), records(whole(user, ranks)), strict=True):
+        for key in {"loss", "val_loss", "val_bits_per_byte", "val_rewards/margins"} & theirs.keys():
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-6)
+    assert not differences(out / "final", whole(user, ranks) / "final") if user == "pretraining" else True
+
+
+@pytest.mark.parametrize("user", ["sft", "dpo"])
+def test_training_without_memory_halves_its_batches_and_a_resumed_run_again(tmp_path, begin, user):
+    act = functools.partial(no_memory, 2 if user == "dpo" else 1, 0)
+    knobs = {"lora_dropout": 0, "eval_steps": 100}
+    straight = finished(begin[user], tmp_path / "straight", **knobs)
+    knobs["before"] = functools.partial(at_passes, True, act)
+    out = finished(begin[user], tmp_path / "out", **knobs)
+    assert "micro-batches of 1 rows instead of 2, 4 a step instead of 2" in said(out)
+    ours, theirs = ([r["loss"] for r in records(run) if "grad_norm" in r] for run in (out, straight))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    rest = finished(begin[user], tmp_path / "rest", resume_from_checkpoint=out / "step_000004", **knobs)
+    assert losses(rest) == losses(out, after=4)
+
+
+def fails_in(moment):
+    """No memory for the sixth update, or for the last checkpoint's second file."""
+    owner, name, call = {"update": (torch.optim.AdamW, "step", 6), "save": (torch, "save", 4)}[moment]
+    original, calls = getattr(owner, name), []
+
+    def patched(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+        return original(*args, **kwargs)
+
+    setattr(owner, name, patched)
+
+
+@everyone
+@pytest.mark.parametrize("moment", ["update", "save"])
+def test_without_memory_elsewhere_it_ends_in_one_line_and_goes_on_from_the_last_checkpoint(
+    tmp_path, begin, whole, user, moment
+):
+    expected = {
+        "update": "in the update of step 6; checkpoints are untouched; smaller batches would not help",
+        "save": "/step_000008 was written; checkpoints are untouched; free some, and continue",
+    }[moment]
+    out = tmp_path / "out"
+    one = begin[user](out, before=functools.partial(fails_in, moment))
+    assert one.wait() == [2], one.text
+    last = one.text.splitlines()[-1]
+    assert last.startswith("error: out of memory ")
+    assert expected in last
+    assert "Traceback" not in one.text
+    assert not [name for name in names(out) if name.startswith(".tmp")]
+    assert [folder.name for folder in checkpoints(out)] == ["step_000004"]
+    assert problem_with(checkpoints(out)[0]) is None
+    finished(begin[user], out, resume_from_checkpoint="auto")
+    assert losses(out) == losses(whole(user, 1))
+
+
+# ---- a stop
+
+
+def stop_and_tell(number, rows):
+    """A signal in the second batch of the validation; the one after the next must not come."""
+    if number == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+    if number == 4:
+        os.write(1, b"the validation went on")
+
+
+@pytest.mark.parametrize(("user", "ranks"), [*((user, 1) for user in USERS), ("pretraining", 2)])
+@pytest.mark.parametrize("eval_steps", [4, 100], ids=["amid the run", "at its end"])
+def test_a_stop_ends_a_validation_which_then_comes_again(tmp_path, begin, whole, user, ranks, eval_steps):
+    out, step = tmp_path / "out", 4 if eval_steps == 4 else 8
+    knobs = {"ranks": ranks, "eval_steps": eval_steps, "batch_size": 4 // ranks}
+    before = functools.partial(at_passes, False, stop_and_tell, ranks - 1)
+    one = begin[user](out, before=before, **knobs)
+    assert one.wait() == [143] * ranks, one.text
+    last = one.text.splitlines()[-1]
+    assert last == f"stopped at step {step}, saved; continue with --resume_from_checkpoint=auto"
+    assert "went on" not in one.text
+    assert checkpoints(out)[0].name == f"step_00000{step}"
+    assert not any("val_loss" in r for r in records(out))
+    finished(begin[user], out, resume_from_checkpoint="auto", **knobs)
+    straight = (
+        whole(user, 1) if ranks == 1 and step == 4 else finished(begin[user], tmp_path / "straight", **knobs)
+    )
+    assert losses(out) == losses(straight)
+    for folder in checkpoints(straight):
+        if user == "pretraining":
+            found = differences(out / folder.name, folder)
+            assert not [name for name in found if not name.endswith(".lr")]  # set before every update
+        else:
+            for path in folder.rglob("*.*t*"):
+                same = path.read_bytes() == (out / path.relative_to(straight)).read_bytes()
+                assert same or path.name in ("state.pt", "manifest.json", "run.json"), path
+
+
+# ---- a plan, a time box
+
+
+@pytest.mark.parametrize("user", ["sft", "dpo"])
+def test_a_plan_times_some_steps_and_writes_nothing(tmp_path, begin, user):
+    out = tmp_path / "out"
+    one = begin[user](out, plan=True)
+    assert one.wait() == [0], one.text
+    assert re.search(r"of which [\d,]+ are trained", one.text)
+    assert re.search(r"seconds a step +\d", one.text)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("user", ["sft", "dpo"])
+def test_a_time_box_ends_with_a_model_at_the_floor_of_the_learning_rate(tmp_path, begin, user):
+    knobs = {"max_minutes": 0.03, "max_steps": None, "num_train_epochs": None}
+    out = finished(begin[user], tmp_path / "out", **knobs, save_steps=1000, eval_steps=1000)
+    rates = [r["lr"] for r in records(out) if "lr" in r]
+    assert rates[-1] < 0.2 * max(rates)
+    assert (out / "final" / "config.json").is_file()
+    finished(begin[user], out, resume_from_checkpoint="auto", **knobs)
+    assert "this run is complete" in said(out)
