@@ -198,8 +198,8 @@ def save_adapter(model, folder, base):
         "use_dora": False,
     }
     home = {"relative_path": _relative(base.path, folder), "sha256": base.sha256}
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "base.json").write_text(json.dumps(home, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "base.json").write_text(json.dumps(home, indent=2) + "\n", encoding="utf-8")
     tensors = {PREFIX + name: tensor.detach().contiguous() for name, tensor in _tensors(model).items()}
     safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
@@ -333,7 +333,7 @@ def files_for(cfg, base, tokenizer, template, stop_ids, data, check):
         save_trained(model, folder, base, stop_ids, merge)
         for place in filter(Path.is_dir, (folder, folder / "adapter")):
             tokenizer.save(place, model.cfg.sequence_length, template)
-        (folder / "data.json").write_text(json.dumps(data, indent=2) + "\n")
+        (folder / "data.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
     def read_model(model, folder):
         check(folder)

@@ -484,8 +484,8 @@ def save_model(model, folder, stop_ids=None):
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
     stops = sorted(stop_ids or [cfg.eos_token_id])
     generation = {"bos_token_id": cfg.bos_token_id, "eos_token_id": stops, "pad_token_id": cfg.pad_token_id}
-    (folder / "config.json").write_text(json.dumps(to_hf(cfg, dtype), indent=2) + "\n")
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    for name, content in (("config", to_hf(cfg, dtype)), ("generation_config", generation)):
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 

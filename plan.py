@@ -140,7 +140,7 @@ def framework_bytes(device, others):
         return 0
     toy = Llama(ModelConfig(n_layer=1, vocab_size=512, sequence_length=256))
     toy(torch.zeros(1, 256, dtype=torch.long)).sum().backward()
-    with suppress(OSError, ValueError), open("/proc/self/statm") as f:
+    with suppress(OSError, ValueError), open("/proc/self/statm", "rb") as f:
         return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") - others
     return memory_used(device) - others
 
