@@ -7,7 +7,6 @@ would change the answer and are not supported are refused, never ignored.
 
 import functools
 import math
-import re
 import secrets
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -566,6 +565,5 @@ def usage(call):
 
 def spell(tokenizer, id):
     """Returns the text of one id (control ids by name, U+FFFD for a part of a character), and its bytes."""
-    text = tokenizer.decode([id], controls=True)
-    byte = re.fullmatch("<0x([0-9A-F]{2})>", tokenizer.pieces[id])
-    return text, bytes.fromhex(byte[1]) if byte else text.encode()
+    spelled = tokenizer.spelled(id)
+    return spelled.decode("utf-8", "replace"), spelled

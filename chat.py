@@ -193,7 +193,7 @@ def save(messages, path):
     if not any(message["role"] == "assistant" for message in messages):
         raise UserError("/save: nothing has been answered yet")
     try:
-        with open(path, "a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
     except OSError as problem:
         raise UserError(f"/save: {path}: {problem.strerror}; name another file") from None

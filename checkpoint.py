@@ -17,15 +17,15 @@ from pathlib import Path
 import safetensors
 
 from configurator import UserError, save_config
-from shards import file_sha256
+from shards import file_sha256, lock_file
 
 FORMAT = 1  # of a checkpoint; a newer one is refused, not guessed at
 
 
 def fsync(path):
     """Forces a file or folder to the disk, where the system can."""
-    with contextlib.suppress(OSError):  # Windows opens no folders
-        handle = os.open(path, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # Windows opens no folders, and flushes only what it may write
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
         try:
             os.fsync(handle)
         finally:
@@ -39,7 +39,8 @@ def seal(folder):
         fsync(path)
         size, digest = path.stat().st_size, file_sha256(path)
         entries[path.relative_to(folder).as_posix()] = {"bytes": size, "sha256": digest}
-    (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1) + "\n")
+    manifest = json.dumps({"format": FORMAT, "files": entries}, indent=1) + "\n"
+    (folder / "manifest.json").write_text(manifest, encoding="utf-8")
     for path in (folder / "manifest.json", *(p for p in folder.iterdir() if p.is_dir()), folder):
         fsync(path)
 
@@ -54,7 +55,7 @@ def problem_with(folder, needed=CHECKPOINT_FILES):
     if not folder.is_dir():
         return "no such folder"
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             return f"format {manifest['format']!r:.40}, this program reads {FORMAT}"
         files = {k: (int(entry["bytes"]), str(entry["sha256"])) for k, entry in manifest["files"].items()}
@@ -172,7 +173,7 @@ def whole_folder(folder, cfg, world):
             write_run_json(cfg, world, tmp)
             seal(tmp)
             remove(folder)
-            os.rename(tmp, folder)
+            os.replace(tmp, folder)
             fsync(folder.parent)
         world.barrier()
     except (OSError, RuntimeError, MemoryError, safetensors.SafetensorError) as problem:
@@ -187,8 +188,8 @@ def write_run_json(cfg, world, folder):
     """Writes the resolved configuration, itself a preset: `train.py FOLDER/run.json` runs it from step 0."""
     asked = {"resume_from_checkpoint": None, "allow_config_change": False, "allow_world_size_change": False}
     save_config(dataclasses.replace(cfg, **asked), folder / "run.json")
-    values = json.loads((folder / "run.json").read_text()) | {"_world_size": world.size}
-    (folder / "run.json").write_text(json.dumps(values, indent=2) + "\n")
+    values = json.loads((folder / "run.json").read_text(encoding="utf-8")) | {"_world_size": world.size}
+    (folder / "run.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def remove(folder):
@@ -211,20 +212,15 @@ def locked(output_dir, world):
     folder = Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / "run.lock", "a+") if world.rank == 0 else None  # noqa: SIM115 - held while we train
+        lock = folder / "run.lock"
+        handle = open(lock, "a+", encoding="utf-8") if world.rank == 0 else None  # noqa: SIM115 - held while we train
     except OSError as problem:
         raise UserError(f"output_dir {output_dir}: {problem.strerror}; choose another --output_dir") from None
     if handle:
-        try:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows: no advisory locks, no protection
-            pass
-        except OSError:
-            handle.seek(0)
-            raise UserError(f"{output_dir} is in use by process {handle.read().strip()}") from None
+        held = not lock_file(handle)
         handle.seek(0)
+        if held:
+            raise UserError(f"{output_dir} is in use by process {handle.read().strip()}")
         handle.truncate()
         handle.write(f"{os.getpid()}\n")
         handle.flush()

@@ -392,7 +392,7 @@ def save_config(cfg, path):
     text = json.dumps(values, indent=2, allow_nan=False) + "\n"
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # in the same folder: there a rename is atomic
-    with part.open("w", encoding="utf-8") as file:
+    with part.open("w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -437,6 +437,10 @@ def manners():
     """
     if sys.stdout is None:  # `>&-`
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the rest of the process
+    if os.name == "nt":  # where a pipe or a file would get the letters of one part of the world
+        for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):
+            if not stream.isatty():
+                stream.reconfigure(encoding="utf-8")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
     try:

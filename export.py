@@ -48,6 +48,12 @@ def main(cfg):
         raise UserError(f"{output}: exists; name another --output, or delete it")
     model = open_model_folder(cfg.model_path)
     tokenizer = Tokenizer.load(model_folder(cfg.model_path))
+    tokenizer.match(model.cfg.vocab_size, cfg.model_path)
+    if cfg.format == "gguf" and tokenizer.file != "tokenizer.model":
+        raise UserError(
+            f"{cfg.model_path}: its tokenizer is a {tokenizer.file}, and GGUF is written from "
+            "SentencePiece's tokenizer.model; use --format=hf and llama.cpp's own converter"
+        )
     check_range(model, cfg.dtype)
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(f".{output.name}.partial")

@@ -53,7 +53,7 @@ def cores():
 def memory():
     """Returns (bytes in all, bytes available), None where the system does not say (no /proc)."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     known = {name: int(rest.split()[0]) * 1024 for name, rest in (line.split(":") for line in lines)}
@@ -131,9 +131,10 @@ class MonitorConfig:
 def busy():
     """Returns (ticks the processors worked, ticks in all), None where the system does not say."""
     try:
-        ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        first = Path("/proc/stat").read_text(encoding="utf-8").splitlines()[0]
     except OSError:
         return None
+    ticks = [int(word) for word in first.split()[1:9]]
     return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
 
 
@@ -146,9 +147,10 @@ def processor(before, now):
 
 def cards():
     """Returns a text for each NVIDIA card; without nvidia-smi that there is none."""
-    query = ["nvidia-smi", "--query-gpu=name,utilization.gpu,memory.used,memory.total,temperature.gpu"]
+    what = "--query-gpu=name,utilization.gpu,memory.used,memory.total,temperature.gpu"
+    query = ["nvidia-smi", what, "--format=csv,noheader"]
     try:
-        done = subprocess.run([*query, "--format=csv,noheader"], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(query, capture_output=True, encoding="utf-8", timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return ["no gpu (nvidia-smi does not answer)"]
     return [f"gpu {line}" for line in done.stdout.splitlines()] or ["no gpu"]

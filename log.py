@@ -59,14 +59,14 @@ class Log:
         if not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text().splitlines(keepends=True):
+        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
             with contextlib.suppress(ValueError, KeyError, TypeError):  # a full disk leaves half a line
                 record = json.loads(line)
                 known = record["step"] <= (state.step if "grad_norm" in record else state.evaluated)
                 if known and line.endswith("\n"):
                     kept.append(line)
         tmp = self.path.with_name(".tmp-metrics.jsonl")
-        tmp.write_text("".join(kept))
+        tmp.write_text("".join(kept), encoding="utf-8", newline="\n")
         os.replace(tmp, self.path)
 
     def write(self, record):
@@ -74,7 +74,7 @@ class Log:
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         if self.world.rank == 0:
             try:
-                with open(self.path, "a") as f:
+                with open(self.path, "a", encoding="utf-8", newline="\n") as f:
                     f.write(json.dumps(plain, allow_nan=False) + "\n")
             except OSError as problem:
                 raise UserError(f"{self.path}: could not be written ({problem.strerror})") from None

@@ -170,7 +170,9 @@ def identify(folder):
     files, digest = [own] if own.is_file() else weight_files(folder / "model.safetensors"), hashlib.sha256()
     for path in files:
         if not path.is_file():
-            raise UserError(f"{folder}: not a model folder (neither {path.name} nor {WEIGHTS})")
+            raise UserError(
+                f"{folder}: not a model folder, or a part of one (neither {path.name} nor {WEIGHTS})"
+            )
         with open(path, "rb") as file:
             hashlib.file_digest(file, lambda: digest)
     return Base(folder, digest.hexdigest())
@@ -196,8 +198,8 @@ def save_adapter(model, folder, base):
         "use_dora": False,
     }
     home = {"relative_path": _relative(base.path, folder), "sha256": base.sha256}
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "base.json").write_text(json.dumps(home, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "base.json").write_text(json.dumps(home, indent=2) + "\n", encoding="utf-8")
     tensors = {PREFIX + name: tensor.detach().contiguous() for name, tensor in _tensors(model).items()}
     safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
@@ -286,11 +288,7 @@ def _read_config(folder):
 def open_base(cfg, tokenizer):
     """Returns (model to train, its Base, positions of a row): cfg.model_path with a LoRAConfig's adapter."""
     base, model = identify(cfg.model_path), open_model_folder(cfg.model_path)
-    if tokenizer.vocab_size != model.cfg.vocab_size:
-        raise UserError(
-            f"{cfg.model_path}: the model has {model.cfg.vocab_size} tokens, its tokenizer "
-            f"{tokenizer.vocab_size}; they do not belong together"
-        )
+    tokenizer.match(model.cfg.vocab_size, cfg.model_path)
     length = cfg.sequence_length or model.cfg.sequence_length
     if length > model.cfg.sequence_length:
         raise UserError(f"sequence_length {length} is more than the model's {model.cfg.sequence_length}")
@@ -335,7 +333,7 @@ def files_for(cfg, base, tokenizer, template, stop_ids, data, check):
         save_trained(model, folder, base, stop_ids, merge)
         for place in filter(Path.is_dir, (folder, folder / "adapter")):
             tokenizer.save(place, model.cfg.sequence_length, template)
-        (folder / "data.json").write_text(json.dumps(data, indent=2) + "\n")
+        (folder / "data.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
     def read_model(model, folder):
         check(folder)

@@ -421,6 +421,7 @@ def from_hf(hf, where="config.json"):
     """Returns the ModelConfig of a Llama's config.json dict; UserError on what this model can't compute."""
     refused = {
         "model_type": hf.get("model_type") != "llama",
+        "quantization_config": bool(hf.get("quantization_config")),
         "hidden_act": hf.get("hidden_act", "silu") != "silu",
         "attention_bias": bool(hf.get("attention_bias")),
         "mlp_bias": bool(hf.get("mlp_bias")),
@@ -428,7 +429,8 @@ def from_hf(hf, where="config.json"):
     for key, bad in refused.items():
         if bad:
             raise UserError(
-                f"{where}: {key} is {json.dumps(hf.get(key))}; only a Llama with silu and no bias loads"
+                f"{where}: {key} is {json.dumps(hf.get(key)):.60}; what loads is a Llama with silu, without "
+                "biases, in 16 or 32 bits"
             )
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if not isinstance(rope, dict):
@@ -457,7 +459,7 @@ def from_hf(hf, where="config.json"):
             "tie_word_embeddings": hf.get("tie_word_embeddings", False),
             "bos_token_id": hf.get("bos_token_id", 1),
             "eos_token_id": eos[0] if isinstance(eos, list) and eos else eos,
-            "pad_token_id": hf.get("pad_token_id") or 0,
+            "pad_token_id": max(hf.get("pad_token_id") or 0, 0),  # -1 once meant none
         }
         knobs = knobs_of(ModelConfig)  # checked as a preset's are: 100,000 layers would build for hours
         cfg = ModelConfig(**{name: accept(name, value, knobs[name], where) for name, value in values.items()})
@@ -482,8 +484,8 @@ def save_model(model, folder, stop_ids=None):
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
     stops = sorted(stop_ids or [cfg.eos_token_id])
     generation = {"bos_token_id": cfg.bos_token_id, "eos_token_id": stops, "pad_token_id": cfg.pad_token_id}
-    (folder / "config.json").write_text(json.dumps(to_hf(cfg, dtype), indent=2) + "\n")
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    for name, content in (("config", to_hf(cfg, dtype)), ("generation_config", generation)):
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -538,7 +540,14 @@ def weight_files(path):
     """
     path = Path(path)
     index = path.with_name(path.name + ".index.json")
-    if path.is_file() or not index.is_file():
+    if path.is_file():
+        return [path]
+    if not index.is_file():
+        if pickled := sorted(path.parent.glob("pytorch_model*.bin")):
+            raise UserError(
+                f"{pickled[0]}: a pickle may run any code, so it is not read; if you trust it, transformers "
+                "makes safetensors of it: LlamaForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            )
         return [path]
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -552,6 +561,9 @@ def weight_files(path):
     return [path.with_name(name) for name in names]
 
 
+READABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
 def read_weights(path):
     """Returns {name: tensor} of model.safetensors or its shards; UserError if one is missing or broken."""
     tensors = {}
@@ -562,6 +574,9 @@ def read_weights(path):
             tensors |= safetensors.torch.load_file(file)
         except (OSError, safetensors.SafetensorError) as problem:
             raise UserError(f"{file}: not readable as safetensors ({problem})") from None
+    for name, tensor in tensors.items():
+        if tensor.dtype not in READABLE:
+            raise UserError(f"{path}: {name} holds {tensor.dtype} numbers; 16, 32 or 64 bits of float load")
     return tensors
 
 
@@ -570,6 +585,8 @@ def load_weights(model, path):
     tensors = read_weights(path)
     # prefixes that torch.compile and DistributedDataParallel leave on other programs' names
     tensors = {name.removeprefix("module.").removeprefix("_orig_mod."): t for name, t in tensors.items()}
+    # and tables of frequencies, which older programs stored
+    tensors = {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     own = model.state_dict()
     if model.cfg.tie_word_embeddings:
         own.pop("lm_head.weight")

@@ -157,7 +157,7 @@ def framework_bytes(device, others, checkpointing=False):
     toy(torch.zeros(1, 256, dtype=torch.long)).sum().backward()
     torch.nn.utils.clip_grad_norm_(toy.parameters(), 1.0)
     optimizer.step()
-    with suppress(OSError, ValueError), open("/proc/self/statm") as f:
+    with suppress(OSError, ValueError), open("/proc/self/statm", "rb") as f:
         return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") - others
     return memory_used(device) - others
 

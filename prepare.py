@@ -45,6 +45,7 @@ from shards import (
     ShardWriter,
     dtype_name,
     file_sha256,
+    lock_file,
     read_manifest,
     read_rows,
     text_row,
@@ -159,7 +160,7 @@ class Progress:
     def save(self):
         """Write it down, whole or not at all."""
         temporary = self.path.with_suffix(".new")
-        with open(temporary, "w", encoding="utf-8") as file:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
             json.dump({key: value for key, value in vars(self).items() if key != "path"}, file)
             file.flush()
             os.fsync(file.fileno())
@@ -521,11 +522,11 @@ def unfinished(output):
     work = output.parent / f".{output.name}.partial"
     try:
         work.mkdir(parents=True, exist_ok=True)
-        lock = (work / "lock").open("w")
+        lock = (work / "lock").open("wb")
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror}); name another output_dir") from None
     with lock:
-        if not take(lock):
+        if not lock_file(lock):
             raise UserError(f"{output}: another run is preparing it now; wait, or name another output_dir")
         try:
             yield work
@@ -539,28 +540,12 @@ def unfinished(output):
     (work / "lock").unlink()
     if output.is_dir():
         output.rmdir()  # empty, or already_there would have refused it
-    os.rename(work, output)
+    os.replace(work, output)
 
 
 def parts_done(work):
     """How many parts an unfinished preparation has behind it."""
     return read_progress(work / "progress.json").get("parts", 0)
-
-
-def take(lock):
-    """Lock an open file without waiting; False if another process holds it."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def check_usable(cfg, tally, kept):
@@ -609,7 +594,7 @@ def finish(work, name, settings, tokenizer, progress, stats, T):
 
 def write_text(path, text):
     """A file that is on the disk when this returns."""
-    with open(path, "w", encoding="utf-8") as file:
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -442,7 +442,7 @@ def debug(cfg):
 
 def architecture(cfg):
     """30 minutes: the report of every preset; a forward and backward pass of each that fits the memory."""
-    found = [path for path in sorted(Path("configs").glob("*.json")) if "n_layer" in path.read_text()]
+    found = [path for path in sorted(Path("configs").glob("*.json")) if "n_layer" in path.read_text("utf-8")]
     presets = [*found, *([Path(cfg.config)] if cfg.config else [])]
     stages = [Stage(f"report {path.stem}", functools.partial(list, ["model.py", path])) for path in presets]
     stages += [

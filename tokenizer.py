@@ -20,8 +20,9 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +34,9 @@ PAD, BOS, EOS, UNK = 0, 1, 2, 3
 NAMES = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "unk": "<unk>"}
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
+NO_DUMMY_PREFIX = (
+    b"\x1a\x02\x18\0"  # protobuf: normalizer_spec {add_dummy_prefix: false}; the last word counts
+)
 
 # ---- training
 
@@ -136,55 +140,116 @@ class Tokenizer:
     `model` are the bytes of the .model file and `sha256` their hash; `pieces` the vocabulary as SentencePiece
     spells it; `template` the chat template named by the folder it came from, or None. A foreign model may
     lack the chat markers (`im_start_id` and `im_end_id` are None then) and the padding (`pad_id` is the eos
-    id then); `dummy_prefix` says whether it puts a space before every text.
+    id then); `dummy_prefix` says whether it puts a space before every text. A foreign folder may have `added`
+    control symbols, {id: symbol}, and name the symbols of `roles`.
     """
 
-    def __init__(self, model: bytes, source: str = "tokenizer.model", template: str | None = None):
-        self.model, self.template = model, template
+    file = "tokenizer.model"  # what `model` is called in a folder
+    unreadable = "not a SentencePiece model, or a damaged one"
+
+    def __init__(
+        self,
+        model: bytes,
+        source: str = "tokenizer.model",
+        template: str | None = None,
+        added: Mapping[int, str] = MappingProxyType({}),
+        roles: Mapping[str, object] = MappingProxyType({}),
+    ):
+        self.model, self.template, self.source, self.exact = model, template, source, False
         self.sha256 = hashlib.sha256(model).hexdigest()
         try:
-            self._spm = sp = spm.SentencePieceProcessor()
-            sp.load_from_serialized_proto(model)
-            self.pieces = [sp.id_to_piece(id) for id in range(sp.get_piece_size())]
-            self._bytes = [_piece_bytes(sp, id, piece) for id, piece in enumerate(self.pieces)]
-            self._space_ids = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-            self.dummy_prefix = sp.encode("a", out_type=str)[0].startswith(SPACE)
+            self._roles = self._open(model)
+            self.dummy_prefix = self._bytes[self.encode("a")[0]].startswith(b" ")
+        except UserError:
+            raise
         except Exception as error:  # a damaged file fails in many ways, none of them worth telling apart
-            raise UserError(f"{source}: not a SentencePiece model, or a damaged one") from error
-        self.vocab_size = len(self.pieces)
-        self.bos_id, self.eos_id, self.unk_id = sp.bos_id(), sp.eos_id(), sp.unk_id()
-        if min(self.bos_id, self.eos_id, self.unk_id) < 0:
-            raise UserError(f"{source}: lacks one of the symbols <s>, </s>, <unk>")
-        self.pad_id = sp.pad_id() if sp.pad_id() >= 0 else self.eos_id
-        self._specials = {piece: id for id, piece in enumerate(self.pieces) if not self._bytes[id]}
-        self.im_start_id, self.im_end_id = self._specials.get(IM_START), self._specials.get(IM_END)
+            raise UserError(f"{source}: {self.unreadable}") from error
+        self._size = len(self.pieces)
+        self._add(max(added, default=-1) + 1, added)
+        self._name(roles)
+
+    def _open(self, model: bytes) -> dict[str, int]:
+        """Read `pieces` and the text of each, `_bytes`; returns {role: id}, -1 for a role without one."""
+        self._spm = sp = spm.SentencePieceProcessor()
+        sp.load_from_serialized_proto(model)
+        self.pieces = [sp.id_to_piece(id) for id in range(sp.get_piece_size())]
+        self._bytes = [_piece_bytes(sp, id, piece) for id, piece in enumerate(self.pieces)]
+        self._inner = spm.SentencePieceProcessor()
+        self._inner.load_from_serialized_proto(model + NO_DUMMY_PREFIX)
+        self._space_ids = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        return {role: getattr(sp, f"{role}_id")() for role in NAMES}
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Open a .model file, or the tokenizer.model of a folder; raises UserError if missing or broken.
+        """Open a .model file, or the tokenizer of a folder; raises UserError if missing or broken.
 
         A folder that `save` wrote also names its chat template, and the hash of its model, which is verified.
+        In one that transformers wrote, symbols may lie beyond tokenizer.model, and others may open and end a
+        text. A tokenizer.json alone is read by the `tokenizers` package.
         """
-        path, config = Path(path), {}
-        if path.is_dir():
-            config = _read_config(path / "tokenizer_config.json")
-            path = path / "tokenizer.model"
-        tokenizer = cls(_read(path), str(path), config.get("chat_template_name"))
-        expected = str(config.get("tokenizer_model_sha256", tokenizer.sha256))
-        if tokenizer.sha256 != expected:
+        path = Path(path)
+        if not path.is_dir():
+            return cls(_read(path), str(path))
+        config = _read_config(path / "tokenizer_config.json")
+        sha256, (added, words) = config.get("tokenizer_model_sha256"), _added_tokens(path, config)
+        if not (path / cls.file).exists() and (path / JSONTokenizer.file).exists():
+            cls = JSONTokenizer
+        path /= cls.file
+        roles = {role: config.get(f"{role}_token") for role in NAMES}
+        tokenizer = cls(_read(path), str(path), config.get("chat_template_name"), added, roles)
+        if words := [added[id] for id in sorted(words) if id >= tokenizer._size]:
             raise UserError(
-                f"{path}: checksum mismatch (expected {expected[:12]}, got {tokenizer.sha256[:12]}): "
+                f"{path}: the folder adds the word {words[0]!r}, which only the tokenizers package finds in "
+                "a text: pip install tokenizers, and delete this file beside a tokenizer.json"
+            )
+        tokenizer.exact = cls is Tokenizer and sha256 is not None
+        if tokenizer.exact and tokenizer.sha256 != sha256:
+            raise UserError(
+                f"{path}: checksum mismatch (expected {str(sha256)[:12]}, got {tokenizer.sha256[:12]}): "
                 "the file is damaged, or from another model"
             )
         return tokenizer
 
-    def encode(self, text: str) -> list[int]:
+    def _add(self, size: int, symbols: Mapping[int, str] = MappingProxyType({})) -> None:
+        """Take control symbols beyond the file's own pieces, up to `size` ids in all; the rest are unused."""
+        for id in range(len(self.pieces), size):
+            self.pieces.append(symbols.get(id, f"<unused_{id}>"))
+            self._bytes.append(b"")
+        self.vocab_size = len(self.pieces)
+        self._specials = {piece: id for id, piece in enumerate(self.pieces) if not self._bytes[id]}
+        self.im_start_id, self.im_end_id = self._specials.get(IM_START), self._specials.get(IM_END)
+
+    def _name(self, roles: Mapping[str, object]) -> None:
+        """Take the symbols of roles from a tokenizer_config.json; raises UserError if none ends a text."""
+        for role, symbol in roles.items():
+            symbol = symbol.get("content") if isinstance(symbol, dict) else symbol
+            self._roles[role] = self._specials.get(str(symbol), self._roles[role])
+        self.bos_id, self.eos_id, self.unk_id = (self._roles[role] for role in ("bos", "eos", "unk"))
+        if min(self.bos_id, self.eos_id) < 0:
+            raise UserError(f"{self.source}: lacks one of the symbols <s>, </s>: what opens and ends a text")
+        self.pad_id = self._roles["pad"] if self._roles["pad"] >= 0 else self.eos_id
+
+    def match(self, size: int, folder: str | Path) -> None:
+        """Become the tokenizer of the model of `size` ids in `folder`; raises UserError if it can't be that.
+
+        Other programs round a model's vocabulary up: the ids beyond are symbols that nothing reads or writes.
+        """
+        if size < self.vocab_size or (size > self.vocab_size and self.exact):
+            raise UserError(
+                f"{folder}: the model has {size} tokens, its tokenizer {self.vocab_size}; "
+                "they do not belong together"
+            )
+        self._add(size)
+
+    def encode(self, text: str, after: int | None = None) -> list[int]:
         """Return the ids of `text`, never a control id; raises UserError for a lone surrogate.
 
-        SentencePiece takes a literal U+2581 for a space; here its three bytes are encoded, and decode to it.
+        `after`: the id it follows; what follows text gets no dummy prefix. SentencePiece takes a literal
+        U+2581 for a space; here its three bytes are encoded, and decode to it.
         """
         try:
-            first, *rest = (self._spm.encode(part) for part in text.split(SPACE))
+            sp = self._inner if after is not None and self._bytes[after] else self._spm
+            first, *rest = (sp.encode(part) for part in text.split(SPACE))
         except RuntimeError as error:
             raise _text_error(text) or error from None
         return first + [id for ids in rest for id in self._space_ids + ids]
@@ -202,14 +267,16 @@ class Tokenizer:
 
         Bytes that are no UTF-8 become U+FFFD. Raises UserError for an id outside the vocabulary.
         """
-        ids = [self._checked(id) for id in ids]
-        spelled = (self._bytes[id] or (self.pieces[id].encode() if controls else b"") for id in ids)
-        text = b"".join(spelled).decode("utf-8", "replace")
+        text = b"".join(self.spelled(id, controls) for id in ids).decode("utf-8", "replace")
         return text.removeprefix(" ") if self.dummy_prefix else text
 
-    def stream(self) -> "Stream":
-        """Return a decoder for ids that arrive one by one."""
-        return Stream(self)
+    def spelled(self, id: int, controls: bool = True) -> bytes:
+        """Return the UTF-8 of one id as it stands amid a text; of a control id its name, or nothing."""
+        return self._bytes[self._checked(id)] or (self.pieces[id].encode() if controls else b"")
+
+    def stream(self, begun: bool = False) -> "Stream":
+        """Return a decoder for ids that arrive one by one; `begun`: to continue a text, not to begin one."""
+        return Stream(self, begun)
 
     def token_bytes(self) -> np.ndarray:
         """Return (V,) int64: how many UTF-8 bytes of text an id stands for, 0 for control ids."""
@@ -218,7 +285,8 @@ class Tokenizer:
     @property
     def scores(self) -> list[float]:
         """SentencePiece's score of each id: of two merges the one that makes the higher goes first."""
-        return [self._spm.get_score(id) for id in range(self.vocab_size)]
+        own = [self._spm.get_score(id) for id in range(self._size)]
+        return own + [0.0] * (self.vocab_size - self._size)
 
     def _checked(self, id: int) -> int:
         if not 0 <= id < self.vocab_size:
@@ -234,7 +302,8 @@ class Tokenizer:
         """
         template = template or self.template
         offered = template or ("chatml" if self.im_start_id is not None else None)
-        specials = {f"{role}_token": self.pieces[getattr(self, f"{role}_id")] for role in NAMES}
+        ids = {role: getattr(self, f"{role}_id") for role in NAMES}
+        specials = {f"{role}_token": self.pieces[id] for role, id in ids.items() if id >= 0}
         markers = [marker for marker in (IM_START, IM_END) if marker in self._specials]
         specials["additional_special_tokens"] = markers
         config = {
@@ -245,13 +314,16 @@ class Tokenizer:
             "model_input_names": ["input_ids", "attention_mask"],
             "tokenizer_model_sha256": self.sha256,
         }
+        if added := range(self._size, self.vocab_size):
+            config["added_tokens_decoder"] = {id: {"content": self.pieces[id], **CONTROL} for id in added}
         if offered:
             config["chat_template"] = jinja(_template(self, offered))
         if template:
             config["chat_template_name"] = template
         folder = Path(folder)
-        _write(folder / "tokenizer.model", self.model)
-        _write(folder / "tokenizer.json", _json(_hugging_face(self)))
+        _write(folder / self.file, self.model)
+        if self.file != JSONTokenizer.file:
+            _write(folder / JSONTokenizer.file, _json(_hugging_face(self)))
         _write(folder / "special_tokens_map.json", _json(specials))
         _write(folder / "tokenizer_config.json", _json(config))
 
@@ -259,14 +331,14 @@ class Tokenizer:
 class Stream:
     """Decodes ids as they arrive: what it gives out, flush included, is `decode` of all the ids pushed."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, begun: bool = False):
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._strip = tokenizer.dummy_prefix
+        self._strip = tokenizer.dummy_prefix and not begun
 
     def push(self, id: int) -> str:
         """Return the text that `id` completes: whole characters only, so "" in the middle of an emoji."""
-        return self._emit(self._utf8.decode(self._tokenizer._bytes[self._tokenizer._checked(id)]))
+        return self._emit(self._utf8.decode(self._tokenizer.spelled(id, controls=False)))
 
     def flush(self) -> str:
         """Return what is left at the end: "", or U+FFFD for a character that was never completed."""
@@ -280,11 +352,12 @@ class Stream:
 
 def _piece_bytes(sp: spm.SentencePieceProcessor, id: int, piece: str) -> bytes:
     """The UTF-8 text an id stands for: none for a control symbol, a byte for "<0x41>", else the piece."""
-    if sp.is_control(id) or sp.is_unknown(id):
-        return b""
-    if sp.is_byte(id):
-        return bytes([int(piece[3:5], 16)])
-    return piece.replace(SPACE, " ").encode()
+    return b"" if sp.is_control(id) or sp.is_unknown(id) else _spelled(piece)
+
+
+def _spelled(piece: str) -> bytes:
+    byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
+    return bytes.fromhex(byte[1]) if byte else piece.replace(SPACE, " ").encode()
 
 
 def _text_error(text: str) -> Exception | None:
@@ -302,23 +375,135 @@ def _read(path: Path) -> bytes:
         raise UserError(f"{path}: {error.strerror}; a tokenizer is {expected}") from error
 
 
-def _read_config(path: Path) -> dict:
-    """The tokenizer_config.json of a folder, {} if it has none; raises UserError if it is broken."""
+def _read_json(path: Path) -> dict:
+    """The object in a JSON file, {} if there is no file; raises UserError if it is broken."""
     if not path.exists():
         return {}
     try:
-        config = json.loads(_read(path))
+        content = json.loads(_read(path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from error
-    if not isinstance(config, dict):
+    if not isinstance(content, dict):
         raise UserError(f"{path}: must hold an object")
+    return content
+
+
+def _read_config(path: Path) -> dict:
+    """The tokenizer_config.json of a folder, {} if it has none; raises UserError if it is broken."""
+    config = _read_json(path)
     name = config.get("chat_template_name")
     if name is not None and name not in list(TEMPLATES):
         raise UserError(f"{path}: chat_template_name {name!r} is not one of {', '.join(TEMPLATES)}")
     return config
 
 
+def _added_tokens(folder: Path, config: dict) -> tuple[dict[int, str], set[int]]:
+    """What a folder adds to its vocabulary: ({id: symbol}, ids of those that are words of a text).
+
+    Each generation of transformers wrote it into another file; this program: into tokenizer_config.json.
+    Raises UserError for nonsense.
+    """
+    try:
+        added = {int(id): token for id, token in config.get("added_tokens_decoder", {}).items()}
+        if "tokenizer_model_sha256" not in config and (folder / Tokenizer.file).exists():
+            older = _read_json(folder / "added_tokens.json")
+            newer = _read_json(folder / JSONTokenizer.file).get("added_tokens", [])
+            added = {id: {"content": symbol} for symbol, id in older.items()} | added
+            added |= {token["id"]: token for token in newer}
+        symbols = {id: token["content"] for id, token in added.items()}
+        words = {id for id, token in added.items() if not token.get("special", True)}
+        if not all(0 <= id < 1 << 20 for id in added):
+            raise ValueError(added)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{folder}: the tokens added to its vocabulary are no list of symbols and ids"
+        ) from None
+    return symbols, {id for id in words if not re.fullmatch(r"<.+>|\[.+\]", symbols[id])}
+
+
 # ---- the Hugging Face files
+
+CONTROL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+
+
+class JSONTokenizer(Tokenizer):
+    """A tokenizer.json as the `tokenizers` package reads it: byte-level BPE as Llama 3's, or SentencePiece's.
+
+    `model` are the bytes of that file. No text makes a control symbol here either.
+    """
+
+    file = "tokenizer.json"
+    unreadable = (
+        "not a byte-level or SentencePiece BPE, the kinds of tokenizer.json that load, or a damaged one"
+    )
+
+    def _open(self, model: bytes) -> dict[str, int]:
+        try:
+            import tokenizers
+        except ImportError:
+            raise UserError(
+                f"{self.source}: takes the tokenizers package: pip install tokenizers (or put beside it the "
+                "SentencePiece tokenizer.model that it was made from)"
+            ) from None
+        spec = json.loads(model)
+        inner = spec | {part: _without_prefix(spec.get(part)) for part in ("normalizer", "pre_tokenizer")}
+        self._json, self._inner = (tokenizers.Tokenizer.from_str(json.dumps(one)) for one in (spec, inner))
+        for one in (self._json, self._inner):
+            one.encode_special_tokens = True  # as the text they are
+            one.no_truncation()
+            one.no_padding()
+        self._prefix_after_symbols = "Prepend" in json.dumps(spec.get("normalizer"))
+        ids, spell = self._json.get_vocab(with_added_tokens=True), _spelling(spec)
+        texts = {token["content"]: b"" if token["special"] else token["content"].encode()
+                 for token in spec["added_tokens"]}  # fmt: skip
+        names = {id: name for name, id in ids.items()}
+        self.pieces = [names.get(id, f"<unused_{id}>") for id in range(max(names) + 1)]
+        self._bytes = [
+            b"" if id not in names else texts[name] if name in texts else spell(name)
+            for id, name in enumerate(self.pieces)
+        ]
+        own = {role: name for role, name in NAMES.items() if texts.get(name) == b""}
+        return {role: ids.get(own.get(role), -1) for role in NAMES}
+
+    def encode(self, text: str, after: int | None = None) -> list[int]:
+        if error := _text_error(text):
+            raise error
+        begins = after is None or (self._prefix_after_symbols and not self._bytes[after])
+        return (self._json if begins else self._inner).encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+
+def _without_prefix(part: object) -> object:
+    """A normalizer or pre-tokenizer of a tokenizer.json, but without a space before the text."""
+    if isinstance(part, list):
+        return [_without_prefix(one) for one in part if one.get("type") != "Prepend"]
+    if not isinstance(part, dict):
+        return part
+    if part.get("type") == "Prepend":
+        return None
+    off = {"prepend_scheme": "never", "add_prefix_space": False}
+    return {key: off.get(key, _without_prefix(value)) for key, value in part.items()}
+
+
+def _spelling(spec: dict) -> Callable[[str], bytes]:
+    """How a piece of a tokenizer.json is spelled in bytes; KeyError for a kind that is unknown here."""
+    decoder = spec["decoder"]
+    kinds = (
+        {part["type"] for part in decoder.get("decoders", [decoder])}
+        if spec["model"]["type"] == "BPE"
+        else {}
+    )
+    if "ByteFallback" in kinds:
+        return _spelled
+    if "ByteLevel" not in kinds:
+        raise KeyError("decoder")
+    # GPT-2's alphabet (Radford et al. 2019): what Latin-1 prints is its own byte, others are U+0100 onwards
+    plain = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
+    others = sorted(set(range(256)) - set(plain))
+    letters = {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    return lambda piece: bytes(letters[letter] for letter in piece)
 
 
 def _hugging_face(tokenizer: Tokenizer) -> dict:
@@ -331,10 +516,9 @@ def _hugging_face(tokenizer: Tokenizer) -> dict:
     if tokenizer.dummy_prefix:
         encoding.insert(0, {"type": "Prepend", "prepend": SPACE})
         decoding.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
         "version": "1.0",
-        "added_tokens": [{"id": id, "content": piece, **plain} for piece, id in tokenizer._specials.items()],
+        "added_tokens": [{"id": id, "content": name, **CONTROL} for name, id in tokenizer._specials.items()],
         "normalizer": {"type": "Sequence", "normalizers": encoding},
         "pre_tokenizer": None,
         "post_processor": None,
@@ -408,10 +592,11 @@ def render(
     `messages` are {"role": system | user | assistant, "content": text}. Whitespace around a content is
     trimmed, so that it meets the template's line breaks at a safe place (see the top of this file). The ids
     begin with BOS and are those of `apply_chat_template` on the saved folder, except that a marker spelled
-    out in a content stays text. `add_generation_prompt` opens the next answer. The line break before
-    `<|im_end|>` in chatml, and the space after "Assistant:" in chat, are the model's to write: strip its
-    answers. Returns (ids, mask), lists of one length. Raises UserError naming the message that is not well
-    formed.
+    out in a content stays text - and where a foreign vocabulary joins line breaks to other characters, which
+    training and chat, both here, do not feel. `add_generation_prompt` opens the next answer. The line break
+    before `<|im_end|>` in chatml, and the space after "Assistant:" in chat, are the model's to write: strip
+    its answers. Returns (ids, mask), lists of one length. Raises UserError naming the message that is not
+    well formed.
     """
     shape = _template(tokenizer, template)
     _check(messages)
@@ -425,12 +610,11 @@ def render(
         role = message["role"]
         head = shape.heads[role].rstrip(" ")
         space = shape.heads[role].removeprefix(head)
-        write(_template_ids(tokenizer, shape.between if index else "") + _template_ids(tokenizer, head))
-        content = tokenizer.encode(space + message["content"].strip())
-        write(content + _template_ids(tokenizer, shape.ends[role]), supervised=role == "assistant")
+        write(_template_ids(tokenizer, (shape.between if index else "") + head, ids[-1]))
+        content = tokenizer.encode(space + message["content"].strip(), ids[-1])
+        write(content + _template_ids(tokenizer, shape.ends[role], content[-1]), role == "assistant")
     if add_generation_prompt:
-        write(_template_ids(tokenizer, shape.between))
-        write(_template_ids(tokenizer, shape.heads["assistant"].rstrip(" ")))
+        write(_template_ids(tokenizer, shape.between + shape.heads["assistant"].rstrip(" "), ids[-1]))
     return ids, mask
 
 
@@ -438,7 +622,7 @@ def stop_ids(tokenizer: Tokenizer, template: str | None) -> list[int]:
     """Return the ids that end an answer: EOS, and the template's own end (None, plain text, has none)."""
     if template is None:
         return [tokenizer.eos_id]
-    end = _template_ids(tokenizer, _template(tokenizer, template).ends["assistant"])
+    end = _template_ids(tokenizer, _template(tokenizer, template).ends["assistant"], tokenizer.bos_id)
     return sorted({tokenizer.eos_id, end[-1]})
 
 
@@ -446,6 +630,8 @@ def jinja(shape: Template) -> str:
     """Return the template for `apply_chat_template`, with what every Jinja dialect knows: for, if, trim."""
 
     def put(text: str) -> str:
+        if text == NAMES["eos"]:
+            return "{{ eos_token }}"
         return f"{{{{ {json.dumps(text)} }}}}" if text else ""
 
     opening = shape.heads["assistant"].rstrip(" ")
@@ -465,15 +651,20 @@ def _template(tokenizer: Tokenizer, name: str) -> Template:
     if name not in TEMPLATES:
         raise UserError(f"unknown template {name!r}: choose one of {', '.join(TEMPLATES)}")
     if name == "chatml" and None in (tokenizer.im_start_id, tokenizer.im_end_id):
-        raise UserError(f"this tokenizer has no {IM_START}, which chatml needs: choose instruct or chat")
+        raise UserError(
+            f"this tokenizer has no {IM_START}, which chatml needs: choose prompt_template=instruct, or =chat"
+        )
     return TEMPLATES[name]
 
 
-def _template_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a template's own text, its markers as control ids."""
+def _template_ids(tokenizer: Tokenizer, text: str, after: int) -> list[int]:
+    """The ids of a template's own text, its markers as control ids, where it follows the id `after`."""
     markers = {IM_START: tokenizer.im_start_id, IM_END: tokenizer.im_end_id, NAMES["eos"]: tokenizer.eos_id}
     parts = re.split(f"({'|'.join(map(re.escape, markers))})", text)
-    return [id for part in parts for id in ([markers[part]] if part in markers else tokenizer.encode(part))]
+    ids = [after]
+    for part in filter(None, parts):
+        ids += [markers[part]] if part in markers else tokenizer.encode(part, ids[-1])
+    return ids[1:]
 
 
 def _check(messages: Sequence[dict]) -> None:

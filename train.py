@@ -141,7 +141,7 @@ FREE_ON_RESUME = {
 
 def check_same_run(cfg, world, folder):
     """Raises UserError if the run that wrote `folder` was configured otherwise, in a way that matters."""
-    then = json.loads((folder / "run.json").read_text())
+    then = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     size_then = then.pop("_world_size")
     now = json.loads(json.dumps(dataclasses.asdict(cfg)))
     changed = [k for k in now if k not in FREE_ON_RESUME and then.get(k) != now[k]]
@@ -572,7 +572,8 @@ def main(cfg):
         def write_model(model, folder):
             save_model(model, folder)
             tokenizer.save(folder, cfg.sequence_length)
-            (folder / "data.json").write_text(json.dumps(data, indent=2) + "\n")  # what it was trained on
+            what = json.dumps(data, indent=2) + "\n"
+            (folder / "data.json").write_text(what, encoding="utf-8")  # what it was trained on
 
         def read_model(model, folder):
             check_tokenizer(tokenizer, folder)
@@ -601,7 +602,7 @@ def fingerprint(manifest):
 def check_data(cfg, data, folder):
     """Raises UserError if `folder` was trained on datasets of other contents, wherever they lay."""
     path = folder / "data.json"
-    then = json.loads(path.read_text()) if path.is_file() else {}
+    then = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if list(then.values()) != list(data.values()) and not cfg.allow_config_change:
         was, now = (", ".join(f"{k} ({v[:8]}..)" for k, v in d.items()) for d in (then, data))
         raise UserError(f"{folder}: its data is {was}, now {now}; --allow_config_change accepts it")

@@ -405,18 +405,14 @@ class CleanConfig:
 
 def refuse_if_in_use():
     """UserError if a training holds one of the folders below checkpoints/."""
-    try:
-        import fcntl
-    except ImportError:  # Windows, where a file in use cannot be deleted anyway
-        return
+    from shards import lock_file  # numpy, as above
+
     for lock in CHECKPOINTS.rglob("run.lock"):
-        with lock.open() as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(
-                    f"{lock.parent} is in use by process {handle.read().strip()}; stop it first"
-                ) from None
+        with lock.open(encoding="utf-8") as handle:
+            held = not lock_file(handle)
+            handle.seek(0)
+            if held:
+                raise UserError(f"{lock.parent} is in use by process {handle.read().strip()}; stop it first")
 
 
 def inside(folder):

@@ -86,6 +86,8 @@ def open_world(cfg):
     if size > 1 and "MASTER_ADDR" not in os.environ:  # set by a cluster's shell, or left over
         raise UserError(f"WORLD_SIZE is {size}, but MASTER_ADDR is not set; start with torchrun, or unset it")
     device = choose_device(cfg.device)
+    if size > 1 and device.type == "mps":
+        raise UserError("device=mps is one GPU, which ranks can't share; leave torchrun out, or --device=cpu")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -143,10 +145,12 @@ def choose_dtype(wanted, device):
         if torch.cuda.get_device_capability(device)[0] >= 8:
             return torch.bfloat16, "the GPU multiplies bf16 natively"
         return torch.float16, "the GPU has fp16 units but no bf16"
+    if device.type == "mps":
+        return torch.float32, "its 16 bits are there for the asking: --dtype=bf16"
     flags = cpu_flags()
     if flags.get("avx512_bf16") or flags.get("amx_bf16"):
         return torch.bfloat16, "the CPU multiplies bf16 natively"
-    return torch.float32, f"no 16-bit units on this {device.type}"
+    return torch.float32, "no 16-bit units on this cpu"
 
 
 def seed_everything(seed):
@@ -162,6 +166,8 @@ def rng_state(device):
     state["torch"] = torch.get_rng_state()
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
@@ -171,6 +177,8 @@ def set_rng_state(state, device):
     torch.set_rng_state(state["torch"])
     if "cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
+    if "mps" in state and device.type == "mps":
+        torch.mps.set_rng_state(state["mps"])
 
 
 @dataclass(frozen=True)
@@ -244,8 +252,8 @@ def free_memory(device):
     gc.collect()
     if "torch._dynamo" in sys.modules:  # else nothing was compiled
         torch.compiler.reset()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).empty_cache()
 
 
 def autocast(device, dtype):

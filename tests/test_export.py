@@ -250,6 +250,8 @@ def test_a_sharded_folder_opens_and_its_shards_are_its_identity(tiny_tokenizer, 
     shard.unlink()
     with pytest.raises(UserError, match=f"{shard.name}: not found"):
         open_model_folder(folder)
+    with pytest.raises(UserError, match=f"or a part of one.*{shard.name}"):
+        identify(folder)
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"x": "../../etc/passwd"}}))
     with pytest.raises(UserError, match="illegal file name"):
@@ -257,3 +259,112 @@ def test_a_sharded_folder_opens_and_its_shards_are_its_identity(tiny_tokenizer, 
     index.write_text("[]")
     with pytest.raises(UserError, match="weight_map"):
         open_model_folder(folder)
+
+
+LLAMA = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+LLAMA |= {"num_attention_heads": 4, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def make_foreign(folder, tokenizer, **changes):
+    """A folder as transformers writes it, with a SentencePiece model. Returns transformers' model."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    foreign = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA | changes)).eval()
+    with torch.no_grad():
+        for p in foreign.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    foreign.save_pretrained(folder)
+    (folder / "tokenizer.model").write_bytes(tokenizer.model)
+    return foreign
+
+
+def rewrite(path, **changes):
+    """Changes keys of a JSON file; None removes one."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+@pytest.mark.parametrize("spelling", [4, 5])
+@pytest.mark.parametrize("scaling", [LLAMA3, {"rope_type": "linear", "factor": 2.0}, None])
+def test_positions_are_read_as_both_generations_write_them(spelling, scaling, tiny_tokenizer, tmp_path):
+    rope = {"rope_theta": 5000.0, "rope_type": "default"} | (scaling or {})
+    foreign = make_foreign(tmp_path / "f", tiny_tokenizer, rope_parameters=rope)
+    config = tmp_path / "f" / "config.json"
+    assert "rope_theta" not in json.loads(config.read_text())
+    if spelling == 4:
+        old = scaling and scaling | {"type": scaling["rope_type"]}  # 4.45 wrote both names
+        rewrite(config, rope_parameters=None, rope_theta=5000.0, rope_scaling=old)
+    assert torch.allclose(logits_of(load_model(tmp_path / "f")), logits_of(foreign), atol=1e-5)
+
+
+def test_odd_folders_that_transformers_reads_open_here(tiny_tokenizer, tmp_path):
+    changes = {"num_key_value_heads": 2, "vocab_size": 448, "head_dim": 16, "pad_token_id": None}
+    folder = tmp_path / "f"
+    foreign = make_foreign(folder, tiny_tokenizer, **changes)
+    rewrite(folder / "config.json", pad_token_id=-1, eos_token_id=[2, 7], something_new={"a": 1})
+    tensors = load_file(folder / "model.safetensors")
+    old = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(2)}
+    save_file(tensors | old, folder / "model.safetensors", metadata={"format": "pt"})
+    model, tokenizer = open_model(folder, "cpu", "fp32")
+    assert torch.allclose(logits_of(model), logits_of(foreign), atol=1e-5)
+    assert tokenizer.vocab_size == 448  # more than its SentencePiece model has
+    assert set(range(384, 448)) <= set(model.unwritten.tolist())
+    fields = gguf.GGUFReader(export(folder, tmp_path / "f.gguf", "gguf")).fields
+    tokens, types = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type"))
+    assert (len(tokens), len(set(tokens)), types[400]) == (448, 448, gguf.TokenType.CONTROL)
+
+
+def pickled(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def as_type(dtype):
+    def change(folder):
+        tensors = load_file(folder / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["lm_head.weight"].to(dtype)
+        save_file(tensors, folder / "model.safetensors")
+
+    return change
+
+
+def configured(**changes):
+    return lambda folder: rewrite(folder / "config.json", **changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (pickled, "a pickle may run any code, so it is not read.*save_pretrained"),
+        (as_type(torch.int8), "lm_head.weight holds torch.int8 numbers"),
+        (as_type(torch.float8_e4m3fn), "lm_head.weight holds torch.float8_e4m3fn numbers"),
+        (
+            configured(quantization_config={"quant_method": "gptq", "bits": 4}),
+            "quantization_config is .*gptq",
+        ),
+        (
+            configured(model_type="mistral", sliding_window=64),
+            'model_type is "mistral"; what loads is a Llama',
+        ),
+        (configured(model_type="qwen2"), 'model_type is "qwen2"'),
+        (configured(mlp_bias=True), "mlp_bias is true"),
+        (configured(head_dim=32), "head_dim 32 is not hidden_size / heads = 16"),
+        (configured(intermediate_size=128), "down_proj.weight is 64x96, the model wants 64x128"),
+        (configured(vocab_size=380), "is 384x64, the model wants 380x64"),
+        (lambda folder: (folder / "tokenizer.model").unlink(), r"tokenizer\.model: No such file"),
+    ],
+)
+def test_foreign_folders_that_cannot_be_are_refused_in_one_line(change, message, tiny_tokenizer, tmp_path):
+    make_foreign(tmp_path / "f", tiny_tokenizer)
+    change(tmp_path / "f")
+    with pytest.raises(UserError, match=message) as refusal:
+        open_model(tmp_path / "f", "cpu", "fp32")
+    assert "\n" not in str(refusal.value)
+
+
+def test_gguf_is_refused_where_the_tokenizer_is_a_json(tiny_tokenizer, tmp_path):
+    pytest.importorskip("tokenizers")
+    own = make(tmp_path / "own", tiny_tokenizer)
+    (own / "tokenizer.model").unlink()
+    export(own, tmp_path / "hf", "hf")
+    with pytest.raises(UserError, match=r"GGUF is written from SentencePiece's tokenizer\.model"):
+        export(own, tmp_path / "own.gguf", "gguf")

@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -321,7 +322,6 @@ def test_an_unknown_template_is_named(tok, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("tokenizer.model", None),
         ("tokenizer.model", b""),
         ("tokenizer.model", b"not a model"),
         ("tokenizer.model", b"\xff\xfe" * 500),
@@ -336,9 +336,7 @@ def test_an_unknown_template_is_named(tok, tmp_path):
 )
 def test_a_broken_folder_is_one_line(tok, tmp_path, name, content):
     tok.save(tmp_path, 512)
-    (tmp_path / name).unlink()
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=name) as caught:
         Tokenizer.load(tmp_path)
     assert "\n" not in str(caught.value)
@@ -644,3 +642,132 @@ def test_a_foreign_model_is_saved_for_transformers(foreign, tmp_path):
     assert other(lines)["input_ids"] == tokenizer.encode_batch(lines)
     assert other.chat_template is None
     assert other.decode(tokenizer.encode("Hello there")) == "Hello there"
+
+
+# ---- foreign folders
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_symbols_beyond_the_file_are_control_symbols_whoever_wrote_them(foreign, tmp_path):
+    """As fine-tuners add chat markers: in added_tokens.json (old), tokenizer_config.json, tokenizer.json."""
+    plain = Tokenizer.load(foreign)
+    start, end = {"id": 1001, "content": IM_START, "special": False}, {"id": 1000, "content": IM_END}
+    ways = {
+        "added_tokens.json": {IM_START: 1001, IM_END: 1000},
+        "tokenizer_config.json": {"added_tokens_decoder": {"1000": end, "1001": start}},
+        "tokenizer.json": {"added_tokens": [{"id": 2, "content": "</s>", "special": True}, end, start]},
+    }
+    for number, (name, content) in enumerate(ways.items()):
+        folder = tmp_path / str(number)
+        shutil.copytree(foreign, folder)
+        write_json(folder / name, content)
+        tokenizer = Tokenizer.load(folder)
+        assert (tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.vocab_size) == (1000, 1001, 1002)
+        assert tokenizer.encode(f"a {IM_END} b") == plain.encode(f"a {IM_END} b")  # text stays text
+        assert tokenizer.decode([1000, *plain.encode("a")]) == "a"
+    config = {"eos_token": {"__type": "AddedToken", "content": IM_END}, "bos_token": "<s>", "pad_token": None}
+    write_json(folder / "tokenizer_config.json", config)
+    tokenizer = Tokenizer.load(folder)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 1000, 1000)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("size", [1002, 1024])
+def test_a_foreign_model_with_markers_and_padding_is_saved_for_transformers(
+    foreign, tmp_path, template, size
+):
+    folder = tmp_path / "foreign"
+    shutil.copytree(foreign, folder)
+    write_json(folder / "added_tokens.json", {IM_START: 1001, IM_END: 1000})
+    write_json(folder / "tokenizer_config.json", {"eos_token": IM_END})
+    tokenizer = Tokenizer.load(folder)
+    tokenizer.match(size, folder)
+    tokenizer.save(tmp_path / "saved", 512, template)
+    back, other = Tokenizer.load(tmp_path / "saved"), hugging_face(tmp_path / "saved")
+    assert (back.pieces, back.eos_id, back.vocab_size) == (tokenizer.pieces, 1000, size)
+    assert len(other) == size
+    # no line break: this vocabulary joins them to what stands before
+    messages = [{"role": "user", "content": "Why so"}, {"role": "assistant", "content": "It is so"}] * 2
+    assert other.apply_chat_template(messages, return_dict=False) == render(back, messages, template)[0]
+    with pytest.raises(UserError, match=f"the model has {size + 1} tokens, its tokenizer {size}"):
+        back.match(size + 1, "folder")  # ours, and so all there is
+    with pytest.raises(UserError, match="do not belong together"):
+        Tokenizer.load(folder).match(1001, "folder")
+
+
+def test_a_word_that_a_folder_adds_and_nonsense_are_refused(foreign, tmp_path):
+    shutil.copytree(foreign, tmp_path / "foreign")
+    path = tmp_path / "foreign" / "tokenizer.json"
+    write_json(path, {"added_tokens": [{"id": 1000, "content": "lamp", "special": False}]})
+    with pytest.raises(UserError, match=r"adds the word 'lamp'.*pip install tokenizers"):
+        Tokenizer.load(path.parent)
+    for nonsense in ([1], [{"id": "x", "content": "<a>"}], [{"id": 10**9, "content": "<a>"}], {"a": 1}):
+        write_json(path, {"added_tokens": nonsense})
+        with pytest.raises(UserError, match="no list of symbols and ids"):
+            Tokenizer.load(path.parent)
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory):
+    """A folder as SmolLM's or Llama 3's: byte-level BPE in tokenizer.json, and no tokenizer.model."""
+    transformers, library = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    bpe = library.Tokenizer(library.models.BPE())
+    bpe.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = library.decoders.ByteLevel()
+    alphabet = library.pre_tokenizers.ByteLevel.alphabet()
+    specials = ["<|endoftext|>", IM_START, IM_END]
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=900, initial_alphabet=alphabet, special_tokens=specials, show_progress=False
+    )
+    bpe.train_from_iterator(topics.values(), trainer)
+    roles = {"bos_token": IM_START, "eos_token": IM_END, "unk_token": "<|endoftext|>"}
+    folder = tmp_path_factory.mktemp("byte_level")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **roles).save_pretrained(folder)
+    return folder
+
+
+def test_a_tokenizer_json_alone_gives_the_ids_of_transformers(byte_level, tok, tmp_path):
+    tok.save(tmp_path / "ours", 512, "chatml")
+    again = hugging_face(tmp_path / "ours")
+    again.save_pretrained(tmp_path / "again")  # what is left of ours after a training elsewhere
+    assert not (tmp_path / "again" / "tokenizer.model").exists()
+    texts = [*topics["assert"].splitlines(), "caf\u00e9 \U0001f600", "", "  a\t\n", f"a {IM_START} b"]
+    for folder in (byte_level, tmp_path / "again"):
+        tokenizer, other = Tokenizer.load(folder), hugging_face(folder)
+        plain = [other(text, add_special_tokens=False)["input_ids"] for text in texts[:-1]]
+        assert tokenizer.encode_batch(texts)[:-1] == plain
+        assert tokenizer.im_start_id not in tokenizer.encode(texts[-1])
+        for text, ids in zip(texts, tokenizer.encode_batch(texts)):
+            stream = tokenizer.stream()
+            assert tokenizer.decode(ids) == "".join([*map(stream.push, ids), stream.flush()]) == text
+    assert (tokenizer.template, tokenizer.pieces) == ("chatml", tok.pieces)
+    with pytest.raises(UserError, match="lone surrogate"):
+        tokenizer.encode("\ud800")
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_tokenizer_json_is_saved_with_a_template(byte_level, tmp_path, template):
+    tokenizer = Tokenizer.load(byte_level)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id) == (1, 2, 2, 0)
+    tokenizer.match(960, byte_level)
+    tokenizer.save(tmp_path, 512, template)
+    back, other = Tokenizer.load(tmp_path), hugging_face(tmp_path)
+    assert (back.template, back.vocab_size, len(other)) == (template, 960, 960)
+    messages = [{"role": "user", "content": "Why so"}, {"role": "assistant", "content": "It is so"}] * 2
+    assert other.apply_chat_template(messages, return_dict=False) == render(back, messages, template)[0]
+
+
+def test_what_reads_no_tokenizer_json_is_one_line(byte_level, tmp_path, monkeypatch):
+    for name, content in (("words", {"type": "WordLevel"}), ("none", None)):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "tokenizer.json", {"model": content, "decoder": None})
+        with pytest.raises(UserError, match="not a byte-level or SentencePiece BPE"):
+            Tokenizer.load(tmp_path / name)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(
+        UserError, match=r"tokenizer\.json: takes the tokenizers package: pip install tokenizers"
+    ):
+        Tokenizer.load(byte_level)
