@@ -554,20 +554,8 @@ def open_model(folder, device="auto", dtype="auto"):
     device = choose_device(device)
     model = open_model_folder(folder, device, choose_dtype(dtype, device))
     cfg, tokenizer = model.cfg, Tokenizer.load(model_folder(folder))
-<<<<<<< HEAD
-    if cfg.vocab_size != tokenizer.vocab_size:
-        raise UserError(
-            f"{folder}: the model has {cfg.vocab_size} tokens, its tokenizer {tokenizer.vocab_size}; "
-            "they do not belong together"
-        )
-    model = pack(model, int8=dtype == "int8")
-=======
     tokenizer.match(cfg.vocab_size, folder)
-    if device.type == "cpu" and model.lm_head.weight.dtype == torch.float32:
-        model = pack(model, int8=dtype == "int8")
-    else:
-        model.use_attention(choose_attention(device, cfg.sequence_length, flash_wanted=False)[0])
->>>>>>> w-opens
+    model = pack(model, int8=dtype == "int8")
     silence(model, tokenizer)
     return model, tokenizer
 
