@@ -553,8 +553,8 @@ def open_model(folder, device="auto", dtype="auto"):
     """
     device = choose_device(device)
     model = open_model_folder(folder, device, choose_dtype(dtype, device))
-    cfg, tokenizer = model.cfg, Tokenizer.load(model_folder(folder))
-    tokenizer.match(cfg.vocab_size, folder)
+    tokenizer = Tokenizer.load(model_folder(folder))
+    tokenizer.match(model.cfg.vocab_size, folder)
     model = pack(model, int8=dtype == "int8")
     silence(model, tokenizer)
     return model, tokenizer
