@@ -184,7 +184,8 @@ def card_seconds(cfg, card):
 
     Arithmetic at 61 % of the datasheet's peak, and memory traffic of 8.6 times what autograd keeps and the
     logits, in 16 bit: the two constants that give what tiny and small measured on an H100
-    (benchmarks/RESULTS.md). base, also measured, comes out 6 % too slow. Elsewhere it is an extrapolation.
+    (benchmarks/RESULTS.md). base, also measured, comes out 8 % too slow, larger micro-batches up to 20 %.
+    Elsewhere it is an extrapolation.
     A block that is computed again costs a third more; deterministic kernels cost tiny 9 %.
     """
     means = Means("cuda", torch.bfloat16, "sdpa", True)

@@ -123,17 +123,24 @@ def test_the_predicted_peak_is_that_of_the_tensors_of_a_real_step(checkpointing)
     assert predicted == pytest.approx(peak_of_a_step(cfg), rel=0.05)
 
 
-# benchmarks/RESULTS.md, H100, compiled, bf16: tokens per second, peak bytes
-H100 = {"tiny": (1_987_641, 1.62e9), "small": (629_097, 3.22e9), "base": (200_291, 11.63e9)}
+# benchmarks/RESULTS.md, H100, compiled, bf16: rows, tokens per second, peak bytes
+H100 = [
+    ("tiny", 16, 1_987_641, 1.62e9),
+    ("small", 8, 628_084, 3.22e9),
+    ("small", 32, 756_028, 9.65e9),
+    ("base", 4, 204_947, 9.39e9),
+    ("base", 16, 233_846, 28.55e9),
+]
 
 
-@pytest.mark.parametrize("name", H100)
-def test_what_an_h100_measured_is_predicted_within_15_percent(name):
+@pytest.mark.parametrize(("name", "rows", "speed", "peak"), H100)
+def test_what_an_h100_measured_is_predicted(name, rows, speed, peak):
     cfg = replace(configure(PretrainConfig, [str(ROOT / f"configs/{name}.json")]), deterministic=False)
-    speed, peak = H100[name]
-    assert tokens_per_step(cfg) / card_seconds(cfg, CARDS["h100"]) == pytest.approx(speed, rel=0.15)
-    means = Means("cuda", torch.bfloat16, "sdpa", True)
-    assert memory(cfg, means)["peak"] == pytest.approx(peak, rel=0.15)
+    accumulation = cfg.gradient_accumulation_steps * cfg.batch_size // rows
+    cfg = replace(cfg, batch_size=rows, gradient_accumulation_steps=accumulation)
+    # larger pieces are faster than predicted, which knows nothing of launches
+    assert 0.78 * speed < tokens_per_step(cfg) / card_seconds(cfg, CARDS["h100"]) < 1.02 * speed
+    assert 0.98 * peak < memory(cfg, Means("cuda", torch.bfloat16, "sdpa", True))["peak"] < 1.18 * peak
 
 
 def test_a_plan_for_a_card_says_whether_it_fits_and_an_unknown_card_what_is_known():
