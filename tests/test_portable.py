@@ -342,16 +342,30 @@ def bare(tmp_path_factory):
     rooms = [path.stem for path in ROOMS]
     text = PLATFORM.format(modules=MODULES, lacking=LACKING, rooms=rooms, root=str(ROOT))
     (folder / "sitecustomize.py").write_text(text, encoding="utf-8")
-    env = os.environ | {"PYTHONPATH": str(folder), "PYTHONWARNDEFAULTENCODING": "1", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(folder), str(ROOT)])
+    env = os.environ | {"PYTHONPATH": path, "PYTHONWARNDEFAULTENCODING": "1", "OMP_NUM_THREADS": "1"}
     return env, folder
 
 
-def command(bare, *words):
+SEVERAL = """
+import json, runpy, sys
+
+for words in json.loads(sys.argv[1]):
+    sys.argv = words
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, (words, end.code)
+"""
+
+
+def commands(bare, *lines):
+    """Runs a command, or several in one process: importing torch takes longer than any of them."""
     env, folder = bare
-    words = [sys.executable, ROOT / words[0], *words[1:]]
+    lines = [[str(ROOT / program), *words] for program, *words in lines]
+    words = [sys.executable, *(lines[0] if len(lines) == 1 else ("-c", SEVERAL, json.dumps(lines)))]
     done = subprocess.run(words, cwd=folder, env=env, capture_output=True, encoding="utf-8", timeout=240)
-    assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
 
 def test_the_platform_lacks_what_it_should_and_locks_files_its_own_way(bare):
@@ -366,9 +380,8 @@ print(room.forks, shards.lock_file(one), shards.lock_file(other))
 one.close()
 print(shards.lock_file(other))
 """
-    env = bare[0] | {"PYTHONPATH": os.pathsep.join([bare[0]["PYTHONPATH"], str(ROOT)])}
     words = [sys.executable, "-c", code]
-    done = subprocess.run(words, cwd=bare[1], env=env, capture_output=True, encoding="utf-8")
+    done = subprocess.run(words, cwd=bare[1], env=bare[0], capture_output=True, encoding="utf-8")
     assert done.stdout.split() == ["False", "True", "False", "True"], done.stderr
 
 
@@ -381,17 +394,27 @@ def test_from_raw_text_to_a_server_without_posix(bare, tiny_documents):
     (folder / "chats.jsonl").write_text(rows, encoding="utf-8")
     size = ("--vocab_size=384", "--sequence_length=32")
     data = ("--input_path=docs.jsonl", "--output_dir=data", "--use_minhash=false", "--train_ratio=0.7")
-    command(bare, "data.py", *size, *data, "--num_workers=2")
+    commands(bare, ("data.py", *size, *data, "--num_workers=2"))
     steps = ("--max_steps=2", "--warmup_steps=1", "--save_steps=1", "--eval_steps=2", "--sample_tokens=2")
     steps += ("--batch_size=2", "--device=cpu")
-    shape = ("--n_layer=1", "--d_model=32", "--n_head=2", "--d_ff=64")
-    command(bare, "train.py", *size, *shape, *steps, "--data_path=data", "--output_dir=base")
+    shape = (
+        "--n_layer=1",
+        "--d_model=32",
+        "--n_head=2",
+        "--d_ff=64",
+        "--data_path=data",
+        "--output_dir=base",
+    )
     begun = ("--model_path=base", "--dataset_path=chats.jsonl", "--output_dir=sft", "--lora_r=2")
-    command(bare, "sft.py", *begun, *steps, "--num_train_epochs=none")
-    assert (folder / "sft" / "final" / "model.safetensors").is_file()
     chat = ("--chat", "--prompt=What is 7?", "--max_new_tokens=4", "--device=cpu")
-    command(bare, "sample.py", "--model_path=sft", *chat)
-    command(bare, "workspace.py", "status")
+    commands(
+        bare,
+        ("train.py", *size, *shape, *steps),
+        ("sft.py", *begun, *steps, "--num_train_epochs=none"),
+        ("sample.py", "--model_path=sft", *chat),
+        ("workspace.py", "status"),
+    )
+    assert (folder / "sft" / "final" / "model.safetensors").is_file()
     serve(bare, "sft")
 
 
