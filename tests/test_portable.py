@@ -313,6 +313,7 @@ def import_(name, *args, **kwargs):
 def open_(file, *args, **kwargs):
     if str(file).startswith(("/proc/", "/sys/")):
         raise FileNotFoundError(2, "No such file", file)
+    assert not ours() or "encoding" in kwargs or "b" in str([*args, *kwargs.values()]), (file, "encoding=")
     return real_open(file, *args, **kwargs)
 
 def os_open(path, *args, **kwargs):
@@ -330,7 +331,7 @@ def locking(descriptor, mode, count):
 
 msvcrt = types.SimpleNamespace(locking=locking, LK_NBLCK=2)
 builtins.__import__, builtins.open, io.open, os.open, os.rename = import_, open_, open_, os_open, rename
-# text without encoding= ends the program where a room does it
+# so does text read or written by pathlib without encoding=
 warnings.filterwarnings("error", category=EncodingWarning, module="^(" + "|".join(ROOMS) + "|__main__)$")
 """
 
