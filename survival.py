@@ -18,6 +18,11 @@ class StopSignals:
 
     asked = 0  # the signal's number
 
+    @property
+    def status(self):
+        """The exit status, as shells count; where another rank was asked, what torchrun would send."""
+        return 128 + (self.asked or signal.SIGTERM)
+
     def __enter__(self):
         self.old = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
         return self

@@ -18,7 +18,6 @@ import hashlib
 import json
 import math
 import shutil
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -178,6 +177,7 @@ class State:
         self.step, self.seconds, self.tokens, self.bad_steps, self.evaluated = 0, 0.0, 0, 0, 0
         self.best, self.best_step, self.stale = None, 0, 0  # of the validations: see judge
         self.recent = []  # losses of the last steps: see Log.read
+        self.saved_at = None  # the step of the checkpoint that holds all this
 
     def counters(self):
         names = "step seconds tokens bad_steps evaluated best best_step stale recent"
@@ -199,6 +199,9 @@ class State:
             self.best, self.best_step, self.stale = value, self.step, 0
         else:
             self.stale += 1
+
+    def to_be_saved(self, cfg):
+        return self.step > 0 and (self.step % cfg.save_steps == 0 or self.step == self.best_step)
 
     def enough(self, cfg):
         return bool(cfg.early_stopping_patience) and self.stale >= cfg.early_stopping_patience
@@ -225,6 +228,7 @@ class State:
                 state = self.counters() | {"scaler": self.scaler.state_dict()}
                 state["optimizers"] = [o.state_dict() for o in self.optimizers]
                 write_tensors(state, own / "state.pt")
+        self.saved_at = self.step
         if world.rank == 0:
             prune(folder.parent, cfg.keep_last, self)
 
@@ -239,6 +243,7 @@ class State:
             self.scaler.load_state_dict(state["scaler"])
             for name in self.counters():
                 setattr(self, name, state[name])
+            self.saved_at = self.step
             if own.is_file():  # a rank that did not exist then keeps the numbers it was seeded with
                 set_rng_state(read_tensors(own), world.device)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as problem:
@@ -324,8 +329,7 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
             world.say(f"this run is complete: its model is in {output / 'final'}; nothing to do")
             return {}
         log = until_end.enter_context(Log(cfg, model, world, state))
-        walk = Walk("the validation", cfg.batch_size, world, stop)
-        metrics, saved_at = {}, state.step or None
+        walk, metrics = Walk("the validation", cfg.batch_size, world, stop), {}
 
         def checkpoint():
             log.read(state)
@@ -338,11 +342,8 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
         while True:
             if state.step % cfg.eval_steps == 0 and state.evaluated != state.step:
                 metrics = evaluate(cfg, state, validate, walk, dtype, world, log)
-                saved_at = saved_at if metrics is None else None  # a resumed run's checkpoint lacked it
-            wanted = state.step % cfg.save_steps == 0 or state.step == state.best_step
-            if wanted and saved_at != state.step > 0:
+            if state.saved_at != state.step and state.to_be_saved(cfg):
                 checkpoint()
-                saved_at = state.step
             count, tokens, stopping, state.seconds = agree(batches, stop, clock, world)
             progress = clock.progress(state.step, state.seconds)
             if stopping or progress >= 1 or state.enough(cfg):
@@ -359,11 +360,10 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
             state.step, state.tokens = state.step + 1, state.tokens + int(tokens)
             log.watch(state, sums["loss"], norm)
             check_applied(cfg, state, norm, count, log)
-
             if state.step % cfg.logging_steps == 0 or state.step == 1:
                 log.step(state, clock, sums, lr, norm)
 
-        if saved_at != state.step:
+        if state.saved_at != state.step:
             checkpoint()
         if not stopping and state.evaluated != state.step:
             metrics = evaluate(cfg, state, validate, walk, dtype, world, log)
@@ -371,7 +371,7 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
                 prune(output, cfg.keep_last, state)  # another one is the best now
         if stopping or metrics is None:
             world.say(f"stopped at step {state.step:,}, saved; continue with --resume_from_checkpoint=auto")
-            raise SystemExit(128 + (stop.asked or signal.SIGTERM))  # asked of another rank: as torchrun would
+            raise SystemExit(stop.status)
         take_best(cfg, state, world, read_model)
         finish(cfg, model, world, write_final or write_model)
         return metrics
@@ -495,7 +495,7 @@ def evaluate(cfg, state, validate, walk, dtype, world, log):
     set_rng_state(numbers, world.device)
     if metrics is None:
         return None
-    state.evaluated = state.step
+    state.evaluated, state.saved_at = state.step, None
     log.evaluation(state, metrics)
     state.judge(cfg, metrics)
     return metrics
