@@ -21,6 +21,7 @@ import world
 from checkpoint import checkpoints, problem_with, seal
 from tests.runs import ONE_THREAD, PATIENCE, ROOT, begin, differences, losses, names, refused, words
 from tests.runs import train_to_end as trained
+from tests.warm import python
 
 pytestmark = pytest.mark.usefixtures("forks")
 
@@ -464,7 +465,7 @@ def test_a_signal_to_one_rank_saves_and_stops_both(tmp_path, knobs):
 
 def test_a_signal_to_torchrun_saves_too(tmp_path, knobs):
     out = tmp_path / "out"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    torchrun = [python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     _, text = signalled(torchrun, out, knobs | ENDLESS, signal.SIGTERM)  # it exits 1 whatever its ranks did
     assert "saved; continue with --resume_from_checkpoint=auto" in text
     (saved,) = checkpoints(out)
