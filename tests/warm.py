@@ -49,18 +49,19 @@ def python():
 
 def ask(address, plain, *words):
     """Has `python WORDS` run by the server, or becomes a plain one where that would not be the same."""
-    rest = words[1:] if words[:1] == ("-u",) else words
+    rest = words[next((n for n, word in enumerate(words) if word not in ("-u", "-B")), len(words)) :]
     known = rest and (os.path.isfile(rest[0]) or (rest[0] in ("-c", "-m") and len(rest) > 1))
+    files = sorted(n for n in map(int, os.listdir("/dev/fd")) if n < 3 or is_inherited(n))
     conn = socket.socket(socket.AF_UNIX)
     try:
-        if not known or any(name in os.environ for name in SETTLED):
+        if not known or files[:3] != [0, 1, 2] or any(name in os.environ for name in SETTLED):
             raise OSError
         conn.connect(address)
-        socket.send_fds(conn, [b"+"], [0, 1, 2])  # fails if one is closed
     except OSError:
         os.execv(plain, [plain, *words])
-    unbuffered = rest != words or bool(os.environ.get("PYTHONUNBUFFERED"))
-    conn.sendall(json.dumps([rest, os.getcwd(), dict(os.environ), unbuffered]).encode() + b"\n")
+    unbuffered = "-u" in words[: -len(rest)] or bool(os.environ.get("PYTHONUNBUFFERED"))
+    socket.send_fds(conn, [b"+"], files)
+    conn.sendall(json.dumps([rest, os.getcwd(), dict(os.environ), unbuffered, files]).encode() + b"\n")
     for name in PASSED_ON:
         signal.signal(getattr(signal, name), lambda number, frame: conn.sendall(bytes([number])))
     status = int(conn.makefile().readline())
@@ -69,6 +70,13 @@ def ask(address, plain, *words):
             signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     os._exit(status)
+
+
+def is_inherited(number):
+    try:
+        return os.get_inheritable(number)
+    except OSError:  # the listing's own, closed by now
+        return False
 
 
 # ---- the server
@@ -115,12 +123,12 @@ def serve(address):
 
 def fork(conn):
     """Returns the fork's pid, or None if nothing was asked, and in the fork 0; and there the request."""
-    _, streams, *_ = socket.recv_fds(conn, 1, 3)
+    _, received, *_ = socket.recv_fds(conn, 1, 250)
     text = conn.makefile().readline()
     pid = os.fork() if text else None
     if pid == 0:
-        return 0, [*json.loads(text), streams]
-    for number in streams:
+        return 0, [*json.loads(text), received]
+    for number in received:
         os.close(number)
     return pid, None
 
@@ -149,11 +157,14 @@ def hear(conn, pid, selector):
         selector.unregister(conn)
 
 
-def become(words, folder, env, unbuffered, streams):
-    """Makes this process what `python WORDS` would be, and runs it."""
-    for number, stream in enumerate(streams):
-        os.dup2(stream, number)
-        os.close(stream)
+def become(words, folder, env, unbuffered, files, received):
+    """Makes this process what `python WORDS` would be, with open `files` of those numbers, and runs it."""
+    aside = [fcntl.fcntl(number, fcntl.F_DUPFD, 200) for number in received]  # out of each other's way
+    for number in received:
+        os.close(number)
+    for number, file in zip(files, aside):
+        os.dup2(file, number)
+        os.close(file)
     manner = {"encoding": sys.stdin.encoding, "errors": sys.stdin.errors, "closefd": False}
     sys.stdin, sys.stdout = os.fdopen(0, **manner), os.fdopen(1, "w", **manner)
     sys.stderr = os.fdopen(2, "w", **manner | {"buffering": 1, "errors": "backslashreplace"})
@@ -164,6 +175,7 @@ def become(words, folder, env, unbuffered, streams):
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)
+    multiprocessing.set_executable(sys.executable)
     sys.path[:0] = filter(None, env.get("PYTHONPATH", "").split(os.pathsep))
     if words[0] == "-m":
         sys.path.insert(0, folder)
@@ -210,8 +222,10 @@ def end(run):
 if __name__ == "__main__" and sys.argv[1] == "ask":
     ask(*sys.argv[2:])
 elif __name__ == "__main__":
+    import fcntl
     import gc
     import importlib.machinery
+    import multiprocessing
     import runpy
     import threading
     import types
