@@ -531,7 +531,7 @@ def sound(messages):
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(rows=st.lists(ROWS, min_size=1, max_size=4), as_list=st.booleans())
 def test_junk_never_crashes_and_what_comes_out_is_sound(tmp_path_factory, tiny_tokenizer, rows, as_list):
     path = tmp_path_factory.getbasetemp() / "junk.jsonl"

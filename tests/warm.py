@@ -18,11 +18,8 @@ import sys
 import tempfile
 
 PASSED_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-SETTLED = (
-    "PYTHONHASHSEED",
-    "PYTHONIOENCODING",
-    "PYTHONUTF8",
-)  # when an interpreter starts, so a plain one does
+AT_START = ("PYTHONHASHSEED", "PYTHONIOENCODING", "PYTHONUTF8")  # what a fork would read too late
+SERVERS = []  # ours, once it runs; it ends when we do, and takes its folder along
 
 
 @functools.cache
@@ -30,17 +27,16 @@ def python():
     """Starts the server. Returns the path of its Python; without fork(), of the plain one."""
     if not hasattr(os, "fork"):
         return sys.executable
-    folder = tempfile.TemporaryDirectory(prefix="warm")
-    path, address = os.path.join(folder.name, "python"), os.path.join(folder.name, "socket")
+    folder = tempfile.mkdtemp(prefix="warm")
+    path, address = os.path.join(folder, "python"), os.path.join(folder, "socket")
     words = shlex.join([sys.executable, "-IS", __file__, "ask", address, sys.executable])
     with open(path, "w") as file:
         file.write(f'#!/bin/sh\nexec {words} "$@"\n')
     os.chmod(path, 0o755)
     env = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True, "env": env}
-    server = subprocess.Popen([sys.executable, __file__, "serve", address, path], **pipes)
-    assert server.stdout.readline() == b"ready\n"
-    atexit.register(lambda: (server.stdin.close(), server.wait(), folder.cleanup()))
+    SERVERS.append(subprocess.Popen([sys.executable, __file__, "serve", address, path], **pipes))
+    assert SERVERS[0].stdout.readline() == b"ready\n"
     return path
 
 
@@ -54,7 +50,7 @@ def ask(address, plain, *words):
     files = sorted(n for n in map(int, os.listdir("/dev/fd")) if n < 3 or is_inherited(n))
     conn = socket.socket(socket.AF_UNIX)
     try:
-        if not known or files[:3] != [0, 1, 2] or any(name in os.environ for name in SETTLED):
+        if not known or files[:3] != [0, 1, 2] or any(name in os.environ for name in AT_START):
             raise OSError
         conn.connect(address)
     except OSError:
@@ -116,6 +112,7 @@ def serve(address):
             elif key.fileobj is sys.stdin:
                 for pid in forks:
                     os.kill(pid, signal.SIGKILL)
+                shutil.rmtree(os.path.dirname(address))
                 os._exit(0)
             elif key.data in forks:  # else it was reaped a moment ago
                 hear(key.fileobj, key.data, selector)
@@ -227,6 +224,7 @@ elif __name__ == "__main__":
     import importlib.machinery
     import multiprocessing
     import runpy
+    import shutil
     import threading
     import types
     from pathlib import Path
