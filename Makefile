@@ -186,8 +186,8 @@ clean: .venv/installed ## caches of Python and of the tools
 clean-checkpoints: .venv/installed ## delete checkpoints/
 	$(RUN) workspace.py clean-checkpoints $(call flag,YES,yes)
 
-test: .venv/installed-dev ## every test
-	$(RUN) -m pytest -q tests
+test: .venv/installed-dev ## every test, in a process for each core but four at most
+	$(RUN) -m pytest -q tests --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 lint: .venv/installed-dev ## style: ruff's checks and its format
 	$(RUN) -m ruff check .

@@ -1,6 +1,7 @@
 """What several rooms' tests share."""
 
 import json
+import os
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -8,6 +9,10 @@ import pytest
 
 from data import DataConfig, main
 from tokenizer import train_tokenizer
+
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch is imported: models this small only wait for threads
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ import gzip
 import json
 import lzma
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from chats import marked, read_chats, read_pairs, rendered, tokens_of
 from configurator import UserError
 from sources import Tally
 from tests.conftest import prepare_dataset
+from tests.warm import python
 from tokenizer import render
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -531,7 +531,7 @@ def sound(messages):
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(rows=st.lists(ROWS, min_size=1, max_size=4), as_list=st.booleans())
 def test_junk_never_crashes_and_what_comes_out_is_sound(tmp_path_factory, tiny_tokenizer, rows, as_list):
     path = tmp_path_factory.getbasetemp() / "junk.jsonl"
@@ -589,7 +589,7 @@ def test_the_same_dialogue_in_every_format_reads_the_same(tmp_path_factory, turn
 
 def inspect(*args):
     done = subprocess.run(
-        [sys.executable, "data.py", "inspect", *map(str, args)],
+        [python(), "data.py", "inspect", *map(str, args)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -734,7 +734,7 @@ def test_inspect_of_a_mistake_is_one_line(args, told):
 
 
 def test_a_misspelled_command_is_named():
-    done = subprocess.run([sys.executable, "data.py", "inspekt"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([python(), "data.py", "inspekt"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "error: unknown command 'inspekt'; did you mean inspect?\n"
 

@@ -297,7 +297,7 @@ PIECES += [
     st.lists(st.sampled_from(PIECES), max_size=14).map("".join)
     | st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 )
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=500, deadline=None)
 @example("[[a](http://b.c)](http://d.e)")
 @example("&amp;amp;amp;lt;")
 def test_cleaning_twice_is_cleaning_once(text):
@@ -352,7 +352,7 @@ def test_cleaning_twice_is_cleaning_once(text):
         max_size=12,
     ).map("".join)
 )
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=500, deadline=None)
 def test_the_fast_path_gives_what_ftfy_gives(text):
     assert fix_encoding(text) == ftfy.fix_text(text)
 

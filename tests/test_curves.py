@@ -8,7 +8,6 @@ import re
 import statistics
 import struct
 import subprocess
-import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from losses import next_token_loss
 from tests.runs import ROOT, Run, fitting, losses, names, records, refused
 from tests.runs import train_to_end as trained
 from tests.test_train import Counting, no_validation
+from tests.warm import python
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -221,7 +221,7 @@ def test_a_png_by_matplotlib(tmp_path):
 
 def test_the_command_draws_and_says_in_a_line_how_far_each_run_came(tmp_path):
     write_run(tmp_path / "a")
-    call = [sys.executable, ROOT / "train.py", "curves"]
+    call = [python(), ROOT / "train.py", "curves"]
     done = subprocess.run([*call, "a", "--output=a.svg"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.match(r"a: 200 steps, 102k tokens, 5 minutes, last loss \d.\d{4}, best val_loss", done.stdout)

@@ -22,6 +22,7 @@ from lora import add_lora, identify, merge_lora, save_adapter
 from model import Llama, ModelConfig, count_parameters, load_model, save_model
 from scoring import answer_scores
 from tests.align import make_base
+from tests.warm import python
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPECTED = ROOT / "configs" / "eval" / "expected.json"
@@ -397,7 +398,7 @@ def test_a_range_for_another_text_is_no_verdict(place, tmp_path):
 
 
 def eval_py(*words):
-    done = subprocess.run([sys.executable, str(ROOT / "eval.py"), *words], capture_output=True, text=True)
+    done = subprocess.run([python(), str(ROOT / "eval.py"), *words], capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from engine import open_model
 from export import ExportConfig, main, packed
 from lora import add_lora, identify, open_model_folder, save_adapter
 from model import Llama, ModelConfig, load_model, save_model
+from tests.warm import python
 from tokenizer import Tokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -182,7 +182,7 @@ def test_an_adapter_is_merged(tiny_tokenizer, tmp_path):
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(tiny_tokenizer, tmp_path, options, message):
     make(tmp_path / "own", tiny_tokenizer)
-    words = [sys.executable, str(ROOT / "export.py"), *options]
+    words = [python(), str(ROOT / "export.py"), *options]
     words += [] if any("model_path" in word for word in options) else ["--model_path=own"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
@@ -218,9 +218,7 @@ def test_what_a_killed_export_left_is_no_hindrance_and_a_full_disk_is_one_line(t
     try:
         for format in ("hf", "gguf"):
             words = [f"--model_path={own}", f"--output={small / 'out'}", f"--format={format}"]
-            done = subprocess.run(
-                [sys.executable, ROOT / "export.py", *words], capture_output=True, text=True
-            )
+            done = subprocess.run([python(), ROOT / "export.py", *words], capture_output=True, text=True)
             assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
             assert "o space left" in done.stderr
             assert not list(small.iterdir())

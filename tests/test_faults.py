@@ -12,6 +12,7 @@ import sys
 import time
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ import world
 from checkpoint import checkpoints, problem_with, seal
 from tests.runs import ONE_THREAD, PATIENCE, ROOT, begin, differences, losses, names, refused, words
 from tests.runs import train_to_end as trained
+from tests.warm import python
 
 pytestmark = pytest.mark.usefixtures("forks")
 
@@ -285,16 +287,24 @@ def damaged(tmp_path, straight):
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_checkpoint_is_found_and_named_and_the_previous_one_used(damaged, knobs, straight, damage):
+def test_a_damaged_checkpoint_is_found_and_named_and_the_previous_one_used(damaged, damage):
     damage.do(damaged / "step_000008")
     assert damage.says in problem_with(damaged / "step_000008")
+    told, cfg = [], SimpleNamespace(resume_from_checkpoint="auto", output_dir=damaged)
+    assert checkpoint.find_checkpoint(cfg, told.append) == damaged / "step_000006"
+    (warning,) = told
+    assert warning.startswith("warning: step_000008: ")
+    assert warning.endswith("; going back to step_000006")
+    assert damage.says in warning
+
+
+@pytest.mark.parametrize("name", ["cut in half", "a deep manifest", "a folder for a file", "nothing left"])
+def test_a_run_goes_on_from_before_the_damage_and_ends_the_same(damaged, knobs, straight, name):
+    DAMAGES[name].do(damaged / "step_000008")
     resumed(damaged, **knobs)
-    text = damaged.with_suffix(".log").read_text()
-    warnings = [line for line in text.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == 1
-    assert warnings[0].startswith("warning: step_000008: ")
-    assert warnings[0].endswith("; going back to step_000006")
-    assert damage.says in warnings[0]
+    lines = damaged.with_suffix(".log").read_text().splitlines()
+    assert len([line for line in lines if line.startswith("warning: step_000008: ")]) == 1
+    assert len([line for line in lines if line.startswith("warning: ")]) == 1
     assert_as_if_nothing_happened(damaged, straight)
 
 
@@ -464,7 +474,7 @@ def test_a_signal_to_one_rank_saves_and_stops_both(tmp_path, knobs):
 
 def test_a_signal_to_torchrun_saves_too(tmp_path, knobs):
     out = tmp_path / "out"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    torchrun = [python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     _, text = signalled(torchrun, out, knobs | ENDLESS, signal.SIGTERM)  # it exits 1 whatever its ranks did
     assert "saved; continue with --resume_from_checkpoint=auto" in text
     (saved,) = checkpoints(out)

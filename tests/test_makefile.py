@@ -59,7 +59,7 @@ REACHES = {  # target: {variable: the words it becomes}
     "config-rtx4090": {"CONFIG": "--config={}", "GPU": "--gpu={}", "OUTPUT": "--output={}"},
 }
 
-NOTING = """#!{python}
+NOTING = """#!{python} -IS
 import json, os, sys
 words = sys.argv[1:]
 if words[1:2] in (["newest"], ["vocab"]):

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from model import (
     save_model,
     to_hf,
 )
+from tests.warm import python
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ModelConfig(
@@ -413,7 +413,7 @@ def test_rotary_tables_stay_exact_in_bf16(tmp_path):
 
 def report(*args):
     return subprocess.run(
-        [sys.executable, "model.py", *args], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [python(), "model.py", *args], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
 
 

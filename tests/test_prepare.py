@@ -15,6 +15,7 @@ import pytest
 from configurator import UserError, configure
 from data import DataConfig, Shards, TokenStream, main, read_manifest, unigram_bits_per_byte
 from prepare import RetokenizeConfig, hash_fraction, in_order, retokenize, unfinished
+from tests.warm import python
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,7 +88,7 @@ def reasons(stats):
 
 def data_py(*arguments, **settings):
     return subprocess.run(
-        [sys.executable, str(ROOT / "data.py"), *map(str, arguments)],
+        [python(), str(ROOT / "data.py"), *map(str, arguments)],
         capture_output=True,
         text=True,
         **settings,
@@ -338,9 +339,9 @@ SMALL = "import sys, prepare, data; prepare.PART_BYTES = 60_000; prepare.BATCH_C
 RUN = SMALL + "data.command_line(sys.argv[1:])"
 
 
-def preparing(*arguments, code=RUN, **settings):
+def preparing(*arguments, code=RUN, executable=None, **settings):
     """A process that prepares in parts of 60 kB, so that small data has many."""
-    words = [sys.executable, "-c", code, *map(str, arguments)]
+    words = [executable or python(), "-c", code, *map(str, arguments)]
     return subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, **settings
     )
@@ -387,7 +388,11 @@ def straight(options, tmp_path_factory):
 def test_the_result_does_not_depend_on_parts_nor_workers(options, straight, tmp_path):
     for name, code, workers in (("a", RUN, 3), ("b", "import sys, data; data.command_line(sys.argv[1:])", 1)):
         process = preparing(
-            *options, f"--output_dir={tmp_path / name}", f"--num_workers={workers}", code=code
+            *options,
+            f"--output_dir={tmp_path / name}",
+            f"--num_workers={workers}",
+            code=code,
+            executable=sys.executable,
         )
         _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
@@ -505,7 +510,8 @@ def workers_of(pid):
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
 def test_workers_end_with_their_parent(options, tmp_path):
-    process, workers = preparing(*options, f"--output_dir={tmp_path / 'd'}", "--num_workers=2"), []
+    words, workers = [*options, f"--output_dir={tmp_path / 'd'}", "--num_workers=2"], []
+    process = preparing(*words, executable=sys.executable)
     while len(workers) < 2 and process.poll() is None:
         workers = workers_of(process.pid)
     process.kill()

@@ -1,7 +1,6 @@
 """sample.py: what is asked in the terminal is answered there, and a mistake is one line."""
 
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from engine import Sampling, open_model
 from model import save_model
 from sample import SampleConfig
 from tests.test_engine import BASE, GREEDY, answer, build
+from tests.warm import python
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,7 +39,7 @@ COMMANDS = {
 @pytest.fixture(scope="module")
 def runs(folder):
     """{name: (exit status, stdout, stderr)} of COMMANDS, run side by side: most of it is importing torch."""
-    begin = [sys.executable, str(ROOT / "sample.py")]
+    begin = [python(), str(ROOT / "sample.py")]
     started = {}
     for name, words in COMMANDS.items():
         path = [] if name == "no folder" else [f"--model_path={folder}"]

@@ -18,6 +18,7 @@ import workspace
 from configurator import UserError, configure
 from plan import card_plan
 from tests.runs import DEFAULTS, ROOT, train_to_end
+from tests.warm import python
 from train import PretrainConfig
 
 fcntl = pytest.importorskip("fcntl")  # signals, links and locks as POSIX has them
@@ -44,12 +45,12 @@ def folder(tmp_path, monkeypatch, tiny_documents):
 
 def start(*words):
     return subprocess.Popen(
-        [sys.executable, *words], env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [python(), *words], env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
 def run(*words, **env):
-    call = [sys.executable, *map(str, words)]
+    call = [python(), *map(str, words)]
     return subprocess.run(
         call, env=ONE_THREAD | env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300
     )

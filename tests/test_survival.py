@@ -42,6 +42,7 @@ from tests.runs import (
 from tests.runs import train_to_end as trained
 from tests.test_faults import assert_as_if_nothing_happened, resumed
 from tests.test_train import Counting, no_validation
+from tests.warm import python
 
 pytestmark = pytest.mark.usefixtures("forks")
 
@@ -148,8 +149,10 @@ def test_sigterm_to_torchrun_in_the_middle_of_it_saves(tmp_path, knobs, phase):
         "from tests.blows import strike, tell_torchrun\n"
         f"training(sys.argv[1:], lambda: strike({phase!r}, 1, 50, tell_torchrun, rank=1))\n"
     )
-    call = [*TORCHRUN, "--standalone", "--nproc_per_node=2", script, *words(output_dir=out, **knobs)]
-    done = subprocess.run(call, env=os.environ | ONE_THREAD, capture_output=True, text=True, timeout=PATIENCE)
+    torchrun = [python(), *TORCHRUN[1:], "--standalone", "--nproc_per_node=2"]
+    env = os.environ | ONE_THREAD | {"PYTHON_EXEC": sys.executable}  # the ranks' parent shall be torchrun
+    call = [*torchrun, script, *words(output_dir=out, **knobs)]
+    done = subprocess.run(call, env=env, capture_output=True, text=True, timeout=PATIENCE)
     step = {"evaluation": 4, "checkpoint": 2}[phase]
     assert f"stopped at step {step}, saved" in done.stdout, done.stdout + done.stderr
     assert next(p.name for p in checkpoints(out)) == f"step_{step:06d}"
