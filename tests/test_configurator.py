@@ -307,7 +307,8 @@ def test_preset_errors(preset, content, sentence):
     assert error_of(preset(content)) == sentence
 
 
-def test_a_missing_preset_names_its_neighbour(preset):
+def test_a_missing_preset_names_its_neighbour(preset, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["program/here.py"])  # whose own configs/ are asked as well
     preset({}, "configs/tiny.json")
     preset({}, "configs/dpo.json")
     assert (

@@ -117,7 +117,6 @@ PLACES = {
     "save": (torch, "save"),
     "seal": (checkpoint, "seal"),
     "write_text": (Path, "write_text"),
-    "rename": (os, "rename"),
     "unlink": (os, "unlink"),
     "rmtree": (shutil, "rmtree"),
     "replace": (os, "replace"),
@@ -129,14 +128,14 @@ IN_A_CHECKPOINT = {
     "before the manifest": ("seal", ".tmp-step", "before"),
     "in the middle of the manifest": ("write_text", "manifest.json", "amid"),
     "after the manifest": ("seal", ".tmp-step", "after"),
-    "before the rename": ("rename", ".tmp-step", "before"),
-    "after the rename": ("rename", ".tmp-step", "after"),
+    "before the rename": ("replace", ".tmp-step", "before"),
+    "after the rename": ("replace", ".tmp-step", "after"),
 }
 AFTERWARDS = {
     "after the manifest of an old one is deleted": ("unlink", "manifest.json", "after"),
     "in the middle of deleting an old one": ("rmtree", "/step_", "amid"),
-    "before the model folder is renamed": ("rename", ".tmp-final", "before"),
-    "after the model folder is renamed": ("rename", ".tmp-final", "after"),
+    "before the model folder is renamed": ("replace", ".tmp-final", "before"),
+    "after the model folder is renamed": ("replace", ".tmp-final", "after"),
 }
 AFTERWARDS_AT = [(p, n) for p in AFTERWARDS for n in (1, 2) if n == 1 or "old one" in p]  # 4 is the last save
 CUTTING = {

@@ -340,8 +340,8 @@ def test_no_damage_crashes_a_reader(tmp_path_factory, draws, suffix):
     for _ in range(draws.draw(st.integers(1, 3))):
         data[draws.draw(st.integers(0, len(data) - 1))] = draws.draw(st.integers(0, 255))
     path.write_bytes(data[: draws.draw(st.integers(0, len(data)))])
-    with contextlib.suppress(UserError):
-        assert len(read(path)[0]) <= 50
+    with contextlib.suppress(UserError):  # a damaged end may decode to a few rows before its checksum tells
+        assert len(read(path)[0]) <= 100
 
 
 def test_the_text_column_is_found_or_named_or_asked_for(tmp_path):
