@@ -45,8 +45,12 @@ def closest(word, choices, cutoff=0.6):
 
 
 def did_you_mean(word, choices, form="'{}'"):
-    """Return how an error about an unknown `word` ends: '; did you mean ...?', or '' if no choice is near."""
-    near = closest(word, choices)
+    """Return how an error about an unknown `word` ends: '; did you mean ...?', or '' if no choice is near.
+
+    Near is a like spelling, or the one choice that `word` is a word of: epochs, of num_train_epochs.
+    """
+    holding = [choice for choice in choices if len(word) > 3 and word.lower() in choice.lower().split("_")]
+    near = closest(word, choices) or (holding[0] if len(holding) == 1 else None)
     return f"; did you mean {form.format(near)}?" if near else ""
 
 
@@ -368,9 +372,11 @@ def configure(cls, argv=None, *, foreign_keys=False, doc=None):
     for path in presets:
         values |= read_preset(path, knobs, foreign)
     values |= flags
-    for name, knob in knobs.items():
-        if knob.default is REQUIRED and name not in values:
-            raise UserError(f"{name} is required: --{name}=VALUE")
+    needed = [name for name, knob in knobs.items() if knob.default is REQUIRED]
+    if lacking := [name for name in needed if values.get(name, "") == ""]:  # "": of a shell's unset variable
+        verb = "is" if len(lacking) == 1 else "are"
+        told = " ".join(f"--{name}=VALUE" for name in lacking)
+        raise UserError(f"{' and '.join(lacking)} {verb} required: {told}")
     try:
         cfg = cls(**values)
     except ValueError as error:

@@ -332,6 +332,7 @@ def test_a_long_or_many_lined_value_stays_one_short_line():
 def test_a_field_without_default_is_required(preset):
     assert error_of(cls=Needy) == "model_path is required: --model_path=VALUE"
     assert error_of("--model_path", cls=Needy) == "--model_path needs a value: --model_path=VALUE"
+    assert error_of("--model_path=", cls=Needy) == "model_path is required: --model_path=VALUE"
     assert read("--model_path=x", cls=Needy) == Needy("x")
     assert read(preset({"model_path": "x"}), cls=Needy) == Needy("x")
 
@@ -366,6 +367,7 @@ def test_open_and_one_sided_ranges():
 
 def test_did_you_mean():
     assert did_you_mean("chatm", ["chatml", "instruct"]) == "; did you mean 'chatml'?"
+    assert did_you_mean("epochs", ["num_train_epochs", "seed"]) == "; did you mean 'num_train_epochs'?"
     assert did_you_mean("N-Layer", ["n_layer"], "--{}") == "; did you mean --n_layer?"
     assert did_you_mean("pile_cc", ["PILE-CC"]) == "; did you mean 'PILE-CC'?"
     assert did_you_mean("zzz", ["chatml", "instruct"]) == did_you_mean("zzz", []) == ""
