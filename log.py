@@ -122,8 +122,9 @@ class Log:
         memory = memory_used(self.world.device)
         measured = {"tokens_per_second": rate, "memory": memory, "seconds": round(clock.seconds, 3)}
         self.write(record | stats | measured)
-        done = clock.progress(state.step, state.seconds)
-        left = int(state.seconds * (1 - done) / done) if done else 0
+        seconds = clock.seconds  # state.seconds are those before this step, none before the first
+        done = min(1, clock.progress(state.step, seconds))
+        left = int(seconds * (1 - done) / done) if done else 0
         mfu = f" | mfu {self.flops * rate / self.world.size / self.peak:5.1%}" if self.peak else ""
         self.world.say(
             f"step {state.step:>7,}{f'/{clock.total:,}' if clock.total else ''} | loss {loss:7.4f} "
