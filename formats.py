@@ -529,9 +529,16 @@ def list_elements(buffer, file, path, tally):
 
 
 def csv_rows(path, tally, delimiter=","):
-    """The rows of a CSV file with a header line, as objects."""
+    """The rows of a CSV file with a header line, as objects.
+
+    Where a comma stands in decimal numbers spreadsheets put semicolons between fields; the header tells.
+    """
     csv.field_size_limit(MAX_LINE)
-    rows = csv.DictReader((line for _, line in text_lines(path, tally)), delimiter=delimiter)
+    lines = (line for _, line in text_lines(path, tally))
+    header = next(lines, "")
+    if delimiter == "," and "," not in header and ";" in header:
+        delimiter = ";"
+    rows = csv.DictReader(itertools.chain([header] if header else [], lines), delimiter=delimiter)
     while True:
         try:
             row = next(rows)
