@@ -95,16 +95,22 @@ def checkpoints(output_dir):
     return sorted(found, key=step_of, reverse=True)
 
 
+def check_unused(cfg):
+    """Raises UserError if a fresh start is asked for where a run already lies."""
+    there = checkpoints(cfg.output_dir) or (Path(cfg.output_dir) / "final").exists()
+    if there and cfg.resume_from_checkpoint is None and not cfg.plan:
+        raise UserError(
+            f"{cfg.output_dir} already holds a run; continue it with --resume_from_checkpoint=auto, "
+            "or choose another --output_dir"
+        )
+
+
 def find_checkpoint(cfg, say):
     """Returns the folder to resume from, None for a fresh start; UserError rather than a silent restart."""
     wanted, there = cfg.resume_from_checkpoint, checkpoints(cfg.output_dir)
     finished = (Path(cfg.output_dir) / "final").exists()
     if wanted is None:
-        if there or finished:
-            raise UserError(
-                f"{cfg.output_dir} already holds a run; continue it with --resume_from_checkpoint=auto, "
-                "or choose another --output_dir"
-            )
+        check_unused(cfg)
         return None
     if wanted != "auto":
         folder = Path(wanted)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from checkpoint import check_unused
 from configurator import (
     Fraction,
     NonNegativeFloat,
@@ -153,10 +154,12 @@ def main(cfg):
         tokenizer = Tokenizer.load(model_folder(cfg.model_path))
         template = tokenizer.template
         if template is None:
-            raise UserError(f"{cfg.model_path}: names no chat template; train it with sft.py first")
+            raise UserError(f"{cfg.model_path}: names no chat template of ours; train it with sft.py first")
+        check_unused(cfg)
+        pairs, held_out, sha256 = read_preferences(cfg, world)
         model, base, length = open_base(cfg, tokenizer)
+        data = {cfg.model_path: base.sha256, cfg.dataset_path: sha256}  # all that the training depends on
         drop_nothing(model)
-        pairs, held_out, data = read_preferences(cfg, base, world)
 
         def stream(rows, purpose):
             pairs = make_pairs(rows, purpose, tokenizer, template, length, world.say)
@@ -192,13 +195,13 @@ def drop_nothing(model):
         block.self_attn.dropout = 0.0
 
 
-def read_preferences(cfg, base, world):
-    """Returns (pairs, those held out, the hashes of all that the training depends on)."""
+def read_preferences(cfg, world):
+    """Returns (pairs, those held out, the sha256 of what dataset_path holds)."""
     pairs = read_aloud(read_pairs, cfg.dataset_path, world.say)
-    data = {cfg.model_path: base.sha256, cfg.dataset_path: rows_sha256(pairs)}
+    sha256 = rows_sha256(pairs)
     if cfg.val_path:
-        return pairs, read_aloud(read_pairs, cfg.val_path, world.say), data
-    return *split_rows(pairs, cfg.val_ratio, "prompt"), data
+        return pairs, read_aloud(read_pairs, cfg.val_path, world.say), sha256
+    return *split_rows(pairs, cfg.val_ratio, "prompt"), sha256
 
 
 class Pair(NamedTuple):

@@ -174,7 +174,9 @@ def write_gguf(path, model, tokenizer, dtype):
             array = interleaved(array, cfg.n_head if "q_proj" in name else cfg.kv_heads)
         tensors[gguf_name(name)] = array, TENSOR_TYPES[dtype] if array.ndim > 1 else F32
         if dtype == "q8_0" and array.ndim > 1 and array.shape[1] % 32:
-            raise UserError(f"{name}: rows of {array.shape[1]} numbers; q8_0 takes multiples of 32, use f16")
+            raise UserError(
+                f"{name}: rows of {array.shape[1]} numbers; q8_0 takes multiples of 32; use --dtype=f16"
+            )
     if (cfg.rope_scaling or {}).get("rope_type") == "llama3":
         tensors["rope_freqs.weight"] = frequency_factors(cfg), F32
     with open(path, "wb") as file:

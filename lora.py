@@ -155,12 +155,23 @@ class Base(NamedTuple):
 
 
 def model_folder(path):
-    """Returns `path`, or the final/ in it where that is what it holds; UserError if there is no `path`."""
+    """Returns `path`, or the final/ in it where that is what it holds; UserError if it can't be a model."""
     path = Path(path)
     if not path.exists():
-        raise UserError(f"{path}: no such folder; give the output_dir of a training, or its final/")
-    known = any((path / name).is_file() for name in ("config.json", CONFIG))
-    return path / "final" if not known and (path / "final").is_dir() else path
+        raise UserError(
+            f"{path}: no such folder; give a training's output_dir, or a folder fetched with `hf download`"
+        )
+    if path.is_file():
+        raise UserError(f"{path}: a file, and not a model folder, which holds a config.json")
+    if any((path / name).is_file() for name in ("config.json", CONFIG, WEIGHTS)):
+        return path
+    if not (path / "final").is_dir():
+        below = sorted(
+            {str(file.parent) for name in ("config.json", CONFIG) for file in path.glob(f"*/{name}")}
+        )
+        hint = f"; there is one in {below[-1]}" if below else ""
+        raise UserError(f"{path}: not a model folder (no config.json){hint}")
+    return path / "final"
 
 
 def identify(folder):

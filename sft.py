@@ -15,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 
+from checkpoint import check_unused
 from configurator import (
     Fraction,
     NonNegativeFloat,
@@ -27,7 +28,7 @@ from configurator import (
 from data import ExampleStream, pack, read_aloud, read_chats, rows_sha256, split_rows, supervised_rows
 from lora import LoRAConfig, files_for, model_folder, open_base
 from losses import next_token_loss
-from tokenizer import Tokenizer, render, stop_ids
+from tokenizer import Tokenizer, render, stop_ids, usual_template
 from train import LoopConfig, check_data, check_tokenizer, fit, greedy
 from world import open_world, to_device
 
@@ -40,7 +41,8 @@ class SFTConfig(LoopConfig, LoRAConfig):
     dataset_path: str  # conversations: a file, a folder or a glob
     val_path: str | None = None  # held-out conversations; none = a share of dataset_path, see val_ratio
     val_ratio: Fraction = 0.05  # that share; a row falls into it by its hash
-    prompt_template: Literal["chatml", "instruct", "chat"] | None = None  # none = the model's, else chatml
+    # none = the model's own; without one chatml, or instruct where the tokenizer lacks chatml's markers
+    prompt_template: Literal["chatml", "instruct", "chat"] | None = None
     sequence_length: PositiveInt | None = None  # positions of a row; none = the model's context
     packing: bool = True  # several conversations in a row, which do not see each other
     sample_tokens: NonNegativeInt = 48  # length of an answer shown at each evaluation
@@ -63,8 +65,11 @@ def main(cfg):
     with open_world(cfg) as world:
         tokenizer = Tokenizer.load(model_folder(cfg.model_path))
         template = choose_template(cfg, tokenizer)
+        ends = stop_ids(tokenizer, template)
+        check_unused(cfg)
+        chats, held_out, sha256 = read_conversations(cfg, world)
         model, base, length = open_base(cfg, tokenizer)
-        chats, held_out, data = read_conversations(cfg, base, world)
+        data = {cfg.model_path: base.sha256, cfg.dataset_path: sha256}  # all that the training depends on
         maker = (tokenizer, template, length, world.say)
 
         def stream(examples):
@@ -78,10 +83,14 @@ def main(cfg):
             check_tokenizer(tokenizer, folder)
             check_data(cfg, data, folder)
 
-        files = files_for(cfg, base, tokenizer, template, stop_ids(tokenizer, template), data, check)
+        files = files_for(cfg, base, tokenizer, template, ends, data, check)
         loader = stream(make_examples(chats, "to train on", *maker))
         if not loader.blocks:
-            raise UserError(f"{cfg.dataset_path}: no answer begins within {length} positions")
+            longer = f", or --sequence_length={most}" if length < (most := model.cfg.sequence_length) else ""
+            raise UserError(
+                f"{cfg.dataset_path}: no answer begins within {length} positions; "
+                f"shorten the questions{longer}"
+            )
         show = answer_to(cfg, tokenizer, template, (held_out or chats)[0]["messages"])
         validate = validation(world, stream(make_examples(held_out, "held out", *maker)), show)
         world.say(f"{loader.blocks:,} rows of up to {length} positions in a pass; template {template}")
@@ -96,19 +105,19 @@ def choose_template(cfg, tokenizer):
             f"prompt_template={asked}: {cfg.model_path} was trained in {own!r} and knows no other template; "
             f"use --prompt_template={own}, or begin from a model without one"
         )
-    return asked or own or "chatml"
+    return asked or usual_template(tokenizer)
 
 
-def read_conversations(cfg, base, world):
-    """Returns (conversations, those held out, the hashes of all that the training depends on)."""
+def read_conversations(cfg, world):
+    """Returns (conversations, those held out, the sha256 of what dataset_path holds)."""
     chats = read_aloud(read_chats, cfg.dataset_path, world.say)
-    data = {cfg.model_path: base.sha256, cfg.dataset_path: rows_sha256(chats)}
+    sha256 = rows_sha256(chats)
     if cfg.val_path:
-        return chats, read_aloud(read_chats, cfg.val_path, world.say), data
+        return chats, read_aloud(read_chats, cfg.val_path, world.say), sha256
     chats, held_out = split_rows(chats, cfg.val_ratio, "messages")
     if not chats:
         raise UserError(f"{cfg.dataset_path}: every row is held out at val_ratio {cfg.val_ratio}; lower it")
-    return chats, held_out, data
+    return chats, held_out, sha256
 
 
 def make_examples(chats, purpose, tokenizer, template, length, say):

@@ -618,6 +618,15 @@ def render(
     return ids, mask
 
 
+def usual_template(tokenizer: Tokenizer) -> str:
+    """Return the template to take where none is asked for: the folder's own, else chatml, else instruct.
+
+    Chatml where the vocabulary has its markers; a foreign one seldom has.
+    """
+    marked = None not in (tokenizer.im_start_id, tokenizer.im_end_id)
+    return tokenizer.template or ("chatml" if marked else "instruct")
+
+
 def stop_ids(tokenizer: Tokenizer, template: str | None) -> list[int]:
     """Return the ids that end an answer: EOS, and the template's own end (None, plain text, has none)."""
     if template is None:
@@ -652,7 +661,7 @@ def _template(tokenizer: Tokenizer, name: str) -> Template:
         raise UserError(f"unknown template {name!r}: choose one of {', '.join(TEMPLATES)}")
     if name == "chatml" and None in (tokenizer.im_start_id, tokenizer.im_end_id):
         raise UserError(
-            f"this tokenizer has no {IM_START}, which chatml needs: choose prompt_template=instruct, or =chat"
+            f"the template chatml needs {IM_START}, and this tokenizer has none: choose instruct or chat"
         )
     return TEMPLATES[name]
 

@@ -375,7 +375,7 @@ def test_mistakes_are_told_on_one_line(tmp_path, base, pairs, tiny_tokenizer):
         return refused("dpo", tmp_path / "out", **({"model_path": base, "dataset_path": pairs} | knobs))
 
     plain = make_base(tmp_path / "plain", tiny_tokenizer)
-    assert "names no chat template; train it with sft.py first" in line(model_path=plain)
+    assert "names no chat template of ours; train it with sft.py first" in line(model_path=plain)
     assert "no two different answers within 4 positions" in line(sequence_length=4)
     same = write_rows(tmp_path / "same.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "b"}])
     assert "0 usable rows" in line(dataset_path=same)

@@ -37,8 +37,11 @@ ARROWS = {
     },
     "schedule": {"configurator"},
     "survival": {"configurator", "world"},
-    "sft": {"configurator", "tokenizer", "model", "losses", "lora", "data", "world", "train"},
-    "dpo": {"configurator", "tokenizer", "model", "losses", "lora", "data", "world", "survival", "train"},
+    "sft": {"configurator", "tokenizer", "model", "losses", "lora", "data", "world", "checkpoint", "train"},
+    "dpo": {
+        *("configurator", "tokenizer", "model", "losses", "lora", "data", "world", "checkpoint"),
+        *("survival", "train"),
+    },
     "packed": {"model"},
     "engine": {"configurator", "tokenizer", "model", "lora", "packed"},
     "chat": {"configurator", "tokenizer", "engine"},

@@ -346,8 +346,13 @@ def test_mistakes_are_told_on_one_line(tmp_path, base, rows, many, tiny_tokenize
         return refused("sft", tmp_path / "out", **({"model_path": base, "dataset_path": rows} | knobs))
 
     assert "not a model folder" in line(model_path=tmp_path) or "tokenizer" in line(model_path=tmp_path)
+    assert f"{base.parent}: not a model folder (no config.json); there is one in {base}" in line(
+        model_path=base.parent
+    )
+    assert f"{rows}: a file, and not a model folder" in line(model_path=rows)
     assert f"{tmp_path / 'no.jsonl'}: not found" in line(dataset_path=tmp_path / "no.jsonl")
-    assert "no answer begins within 3 positions" in line(sequence_length=3)
+    assert "dataset_path is required" in line(dataset_path="")
+    assert "within 3 positions; shorten the questions, or --sequence_length=64" in line(sequence_length=3)
     assert "sequence_length 65 is more than the model's 64" in line(sequence_length=65)
     assert "every row is held out" in line(val_ratio=1)
     assert "did you mean 'q_proj'" in line(lora_target_modules="q_prj")
@@ -372,11 +377,23 @@ def test_a_checkpoint_of_other_data_or_another_base_is_refused(tmp_path, base, r
 
 
 @pytest.mark.usefixtures("forks")
+def test_a_used_folder_is_refused_before_any_work(tmp_path, base, rows):
+    (tmp_path / "out" / "final").mkdir(parents=True)
+    for name in ("sft", "dpo"):
+        model = make_base(tmp_path / name, Tokenizer.load(base), "chat")
+        one = begin(name, tmp_path / "out", model_path=model, dataset_path=rows)
+        assert one.wait() == [2], one.text
+        assert one.text.startswith(f"error: {tmp_path / 'out'} already holds a run"), (
+            one.text
+        )  # and only that
+
+
+@pytest.mark.usefixtures("forks")
 def test_bad_rows_are_passed_over_aloud(tmp_path, base):
     path = write_rows(tmp_path / "rows.jsonl", MANY + [{"prompt": "no answer"}])
     one = begin("sft", tmp_path / "out", model_path=base, dataset_path=path, max_steps=2)
     assert one.wait() == [0], one.text
-    assert f"1 rows of {path} passed over: missing-field ({path} line 41" in one.text
+    assert f"1 row of {path} passed over: missing-field (line 41: missing " in one.text
 
 
 @pytest.mark.parametrize("program", ["sft.py", "dpo.py"])
@@ -396,5 +413,5 @@ def test_the_presets_are_sound(name, config):
     cls = {"sft": sft.SFTConfig, "dpo": dpo.DPOConfig}[name]
     cfg = configure(cls, [str(ROOT / "configs" / f"{name}.json"), "--model_path=a", "--dataset_path=b"])
     assert (cfg.lora_r, cfg.lora_alpha, len(cfg.lora_target_modules)) == (16, 32.0, 7)
-    with pytest.raises(UserError, match="model_path is required"):
+    with pytest.raises(UserError, match="model_path and dataset_path are required"):
         configure(cls, [])

@@ -633,6 +633,7 @@ def test_a_foreign_model_loads(foreign):
     with pytest.raises(UserError, match="chatml needs"):
         render(tokenizer, CONVERSATION, "chatml")
     assert stop_ids(tokenizer, "instruct") == [2]
+    assert room.usual_template(tokenizer) == "instruct"  # which needs no markers
 
 
 def test_a_foreign_model_is_saved_for_transformers(foreign, tmp_path):
