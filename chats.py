@@ -24,7 +24,7 @@ from configurator import UserError
 from formats import MAX_LINE, JsonReader, json_rows, jsonl_rows, kind_of, open_bounded
 from formats import rows as file_rows
 from sources import USUAL, Tally, hub_rows, input_files
-from tokenizer import TEMPLATES, Tokenizer, render
+from tokenizer import TEMPLATES, Tokenizer, render, usual_template
 
 ROW_KINDS = {"json", "jsonl", "csv", "tsv", "parquet", "arrow"}
 MAX_BAD = 0.05  # the share of unusable rows from which a file is refused
@@ -91,18 +91,21 @@ def read_rows(path, convert, tally=None, max_bad=MAX_BAD):
     tally.kept += len(rows)
     bad = tally.bad_rows - bad
     if not rows:
-        raise UserError(f"{path}: 0 usable rows of {bad + seen}{told(tally)}")
+        raise UserError(f"{path}: 0 usable rows of {bad + seen}{told(tally, path) or ': it is empty'}")
     if bad > max_bad * (bad + seen):
         share = f"{bad} of {bad + seen} rows are unusable ({bad / (bad + seen):.1%}, allowed {max_bad:.1%})"
-        raise UserError(f"{path}: {share}{told(tally)}")
+        raise UserError(f"{path}: {share}{told(tally, path)}")
     return rows
 
 
-def told(tally):
-    """What was dropped, as the end of an error: ': 3 not-json (sft.jsonl line 7, ...), ...', or ''."""
+def told(tally, path):
+    """What was dropped, as the end of an error on `path`: ': 3 not-json (line 7: ...); ...', or ''.
+
+    Of each reason the first example; the file is named where it is another, as in a folder.
+    """
     entries = [entry for stage in tally.dropped.values() for entry in stage.items()]
     entries.sort(key=lambda entry: -entry[1]["count"])
-    parts = [f"{e['count']} {reason} ({', '.join(e['examples'])})" for reason, e in entries]
+    parts = [f"{e['count']} {reason} ({e['examples'][0].removeprefix(f'{path} ')})" for reason, e in entries]
     return f": {'; '.join(parts)}" if parts else ""
 
 
@@ -111,6 +114,8 @@ def raw_rows(path, tally):
     if str(path).startswith("hf:"):
         yield from hub_rows(str(path))
         return
+    if (Path(path) / "config.json").is_file():
+        raise UserError(f"{path}: the folder of a model, which holds no rows; give a file of them")
     if not Path(path).exists() and not glob.has_magic(str(path)):
         raise UserError(
             f"{path}: not found; give a file of rows (.jsonl, .json, .csv ...), a folder or a glob"
@@ -200,9 +205,10 @@ def to_pair(row):
     """Return (format, {"prompt", "chosen", "rejected"}) of a row, each a list of messages; raises Bad."""
     if not isinstance(row, dict):
         raise Bad("not-an-object", f"a pair must be an object, got {kind_name(row)}")
-    for name in ("chosen", "rejected"):
-        if name not in row:
-            raise Bad("missing-field", f'missing "{name}"')
+    if lacking := [name for name in ("chosen", "rejected") if name not in row]:
+        told = len(lacking) == 2 and any(row.get(name) for name in ANSWER + DIALOGUE)
+        chat = "; conversations are for sft.py" if told else ""
+        raise Bad("missing-field", f'missing "{lacking[0]}"{chat}')
     explicit = first(row, QUESTION + DIALOGUE)
     prompt = dialogue(row)[1] if explicit else system_message(row)
     if isinstance(row["chosen"], str) and isinstance(row["rejected"], str) and not explicit:
@@ -393,7 +399,7 @@ class InspectConfig:
     # a file of conversations or preference pairs, any source of text, or the folder of a prepared dataset
     path: str = ""
     text_column: str = ""  # of a source of text: the column that holds it; empty = found by its name
-    # how to write the example out; none = as the tokenizer's folder says, else chatml
+    # how to write the example out; none = what sft.py would take with that tokenizer
     template: Literal["chatml", "instruct", "chat"] | None = None
     tokenizer_path: str = ""  # a .model file or a folder with one: lengths are then counted in tokens too
 
@@ -404,7 +410,7 @@ def show_rows(cfg):
     Raises UserError as reading does; for too many unusable rows only after all else was printed.
     """
     tokenizer = Tokenizer.load(cfg.tokenizer_path) if cfg.tokenizer_path else None
-    template = cfg.template or (tokenizer and tokenizer.template) or "chatml"
+    template = cfg.template or (usual_template(tokenizer) if tokenizer else "chatml")
     paired, tally = holds_pairs(cfg.path), Tally()
     rows = read_rows(cfg.path, to_pair if paired else to_chat, tally, max_bad=1)
     total = tally.documents + tally.bad_rows

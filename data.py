@@ -266,7 +266,8 @@ def read_aloud(read, path, say):
     tally = Tally()
     rows = read(path, tally)
     for _, reason, count, example in tally.reasons():
-        say(f"{count} rows of {path} passed over: {reason} ({example})")
+        number = "1 row" if count == 1 else f"{count:,} rows"
+        say(f"{number} of {path} passed over: {reason} ({example.removeprefix(f'{path} ')})")
     return rows
 
 
@@ -293,6 +294,10 @@ def inspect(cfg):
     """
     if not cfg.path:
         raise UserError("inspect needs a path: python data.py inspect PATH")
+    if (Path(cfg.path) / "config.json").is_file():
+        raise UserError(
+            f"{cfg.path}: the folder of a model; inspect shows data, sample.py what a model writes"
+        )
     if any((Path(cfg.path) / name).is_file() for name in ("manifest.json", "tokenizer.model")):
         say(describe(cfg.path, cfg.tokenizer_path))
     elif cfg.text_column or holds_text(cfg.path):

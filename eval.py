@@ -250,7 +250,7 @@ def row_texts(path):
             raise UserError(f'{where}: expected an object with a "text" of whole Unicode characters')
         yield text
     if tally.bad_rows:
-        raise UserError(f"{path}: {tally.bad_rows} rows cannot be read{told(tally)}")
+        raise UserError(f"{path}: {tally.bad_rows} rows cannot be read{told(tally, path)}")
 
 
 def decoded(path):

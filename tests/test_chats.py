@@ -406,12 +406,30 @@ def test_too_many_unusable_rows_are_an_error_that_lists_them(tmp_path):
     with pytest.raises(UserError) as caught:
         read_chats(path)
     text = str(caught.value)
-    assert text.startswith(f"{path}: 6 of 100 rows are unusable (6.0%, allowed 5.0%): 5 missing-field (")
-    assert f'{path} line 1: missing "response", {path} line 2:' in text
-    assert f"1 not-json ({path} line 6)" in text
+    assert text.startswith(f"{path}: 6 of 100 rows are unusable (6.0%, allowed 5.0%): ")
+    assert '5 missing-field (line 1: missing "response"); 1 not-json (line 6)' in text
+    assert text.count(str(path)) == 1
     assert len(read_chats(path, max_bad=0.06)) == 94
     write(path, *bad[:5], *GOOD[:95])  # exactly 5 %
     assert len(read_chats(path)) == 95
+
+
+def test_rows_of_the_other_training_and_folders_of_models_are_named(tmp_path):
+    with pytest.raises(UserError, match=r'missing "chosen"; conversations are for sft\.py'):
+        read_pairs(write(tmp_path / "chats.jsonl", ROW))
+    with pytest.raises(UserError, match=r"1 preference-pair \(line 1: .*for dpo.py\)$"):
+        read_chats(write(tmp_path / "pairs.jsonl", {"prompt": "q", "chosen": "a", "rejected": "b"}))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="the folder of a model"):
+        read_chats(tmp_path)
+
+
+def test_a_spreadsheet_may_part_fields_by_semicolons(tmp_path):
+    (tmp_path / "faq.csv").write_text(
+        "prompt;response\nWas, bitte?;Ja; so\nq;a\n".replace("Ja; so", '"Ja; so"')
+    )
+    told = [[m["content"] for m in chat["messages"]] for chat in read_chats(tmp_path / "faq.csv")]
+    assert told == [["Was, bitte?", "Ja; so"], ["q", "a"]]
 
 
 def test_a_tally_may_serve_several_files(tmp_path):
@@ -433,7 +451,7 @@ def test_a_list_with_a_bad_element_goes_on(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("empty.jsonl", b"", "0 usable rows of 0"),
+        ("empty.jsonl", b"", "0 usable rows of 0: it is empty"),
         ("blank.jsonl", b"\n \n", "0 usable rows of 0"),
         ("list.json", b"[]", "0 usable rows of 0"),
         ("open.json", b"[", "a JSON list that breaks off after 0 elements"),
