@@ -138,7 +138,7 @@ class Log:
         """Logs a validation: numbers on one line, texts quoted below it."""
         self.write({"step": state.step} | metrics)
         numbers = " | ".join(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
-        self.world.say(f"  eval {state.step:>6,} | {numbers}")
+        self.world.say(f"  eval {state.step:>6,} | {numbers or 'nothing is held out'}")
         for name, text in metrics.items():
             if isinstance(text, str):
                 self.world.say(f"    {name}: {text!r}")
