@@ -71,10 +71,7 @@ def talk(cfg, model, tokenizer):
     length = cfg.max_new_tokens or 512
     chat = Chat(model, tokenizer, narrow(cfg, Sampling), length, cfg.stop, cfg.system, cfg.compile)
     if tokenizer.template is None:
-        print(
-            f"{cfg.model_path} names no chat template of ours: each text is continued as it stands",
-            file=sys.stderr,
-        )
+        print(tokenizer.without_template(cfg.model_path), file=sys.stderr)
     if cfg.prompt:
         return chat.ask(cfg.prompt)
     converse(chat)

@@ -124,7 +124,10 @@ def total_steps(cfg, rows, world_size):
     rows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * world_size
     total = max(1, math.ceil((cfg.num_train_epochs or 1) * rows / rows_per_step))
     if cfg.warmup_steps > total and not cfg.max_minutes:
-        raise UserError(f"warmup_steps {cfg.warmup_steps} is more than the {total} steps of this run")
+        raise UserError(
+            f"warmup_steps {cfg.warmup_steps} is more than the {total} steps of this run; use a time box "
+            f"(--max_minutes=30), a shorter warmup (--warmup_steps={total // 10}) or more data"
+        )
     return total
 
 

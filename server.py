@@ -210,6 +210,8 @@ class Server(socketserver.ThreadingTCPServer):
 
     def stop(self):
         """Begins to stop, on a signal: no more connections, and the scheduler ends. Asked twice: at once."""
+        if self.api is None:  # the model is being loaded, which may take minutes, and nobody waits for a word
+            os._exit(0)
         if self.stopping:
             raise KeyboardInterrupt
         self.stopping = True
@@ -222,8 +224,8 @@ class Server(socketserver.ThreadingTCPServer):
             while True:
                 self.process_request(*self.get_request())
         self.server_close()
-        while self.api is None:
-            time.sleep(0.01)
+        if self.api.scheduler.seated:
+            sys.stderr.write(f"stopping; answers under way have {GRACE_SECONDS} seconds\n")
         self.api.scheduler.close(GRACE_SECONDS)
 
     # ---- connections
@@ -483,7 +485,13 @@ def main(cfg):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: server.stop())
         threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
+        patience = threading.Timer(2, sys.stderr.write, [f"loading {cfg.model_path}\n"])
+        patience.daemon = True
+        patience.start()
         model, tokenizer = open_model(cfg.model_path, cfg.device, cfg.dtype)
+        patience.cancel()
+        if tokenizer.template is None:
+            sys.stderr.write(f"{tokenizer.without_template(cfg.model_path)}\n")
         scheduler = Scheduler(model, cfg.slots, cfg.queue)
         server.api = Api(scheduler, tokenizer, cfg.model_name or name_of(cfg.model_path), cfg.request_seconds)
         print(summary(server, model), flush=True)

@@ -141,7 +141,7 @@ class Tokenizer:
     spells it; `template` the chat template named by the folder it came from, or None. A foreign model may
     lack the chat markers (`im_start_id` and `im_end_id` are None then) and the padding (`pad_id` is the eos
     id then); `dummy_prefix` says whether it puts a space before every text. A foreign folder may have `added`
-    control symbols, {id: symbol}, and name the symbols of `roles`.
+    control symbols, {id: symbol}, name the symbols of `roles`, and have a `foreign_template`, not read here.
     """
 
     file = "tokenizer.model"  # what `model` is called in a folder
@@ -156,6 +156,7 @@ class Tokenizer:
         roles: Mapping[str, object] = MappingProxyType({}),
     ):
         self.model, self.template, self.source, self.exact = model, template, source, False
+        self.foreign_template = False
         self.sha256 = hashlib.sha256(model).hexdigest()
         try:
             self._roles = self._open(model)
@@ -203,6 +204,8 @@ class Tokenizer:
                 "a text: pip install tokenizers, and delete this file beside a tokenizer.json"
             )
         tokenizer.exact = cls is Tokenizer and sha256 is not None
+        jinja_file = path.with_name("chat_template.jinja")
+        tokenizer.foreign_template = sha256 is None and ("chat_template" in config or jinja_file.exists())
         if tokenizer.exact and tokenizer.sha256 != sha256:
             raise UserError(
                 f"{path}: checksum mismatch (expected {str(sha256)[:12]}, got {tokenizer.sha256[:12]}): "
@@ -228,6 +231,12 @@ class Tokenizer:
         if min(self.bos_id, self.eos_id) < 0:
             raise UserError(f"{self.source}: lacks one of the symbols <s>, </s>: what opens and ends a text")
         self.pad_id = self._roles["pad"] if self._roles["pad"] >= 0 else self.eos_id
+
+    def without_template(self, folder: str | Path) -> str:
+        """Return the sentence that says of a model whose `template` is None what becomes of a chat."""
+        known = ", ".join(TEMPLATES)
+        why = f"a chat template that is none of {known}" if self.foreign_template else "no chat template"
+        return f"{folder} has {why}: each text is continued as it stands"
 
     def match(self, size: int, folder: str | Path) -> None:
         """Become the tokenizer of the model of `size` ids in `folder`; raises UserError if it can't be that.

@@ -217,6 +217,7 @@ def test_a_base_model_continues_what_the_chat_says(others, plain_folder, tiny_to
     status, answer = plain.ask("/generate", fields | {"template": "chatml"})
     assert (status, answer["error"]["param"]) == (400, "template")
     assert "has no chat template" in answer["error"]["message"]
+    assert f"{plain_folder} has no chat template: each text is continued" in plain.text
 
 
 def test_another_template_than_the_models_own_is_refused(chatty, model, tiny_tokenizer):
@@ -692,7 +693,8 @@ class WaitsFor:
         return open_model(*args)
 
 
-def test_while_the_model_loads(forks, tmp_path, folder):
+def loading(tmp_path, folder):
+    """Returns a server whose model is loaded once the file tmp_path/go is there."""
     patches = [("server", "open_model", WaitsFor(tmp_path / "go"))]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -700,6 +702,11 @@ def test_while_the_model_loads(forks, tmp_path, folder):
     one = Served(tmp_path / "log", folder, patches, port=port)
     one.port = port
     one.until(lambda: can_connect(one))
+    return one
+
+
+def test_while_the_model_loads(forks, tmp_path, folder):
+    one = loading(tmp_path, folder)
     for path in ("/health", "/v1/models", "/v1/models/chatty", "/metrics"):
         answer = one.get(path)
         assert (answer.status, answer.headers["retry-after"]) == (503, "1"), path
@@ -707,6 +714,15 @@ def test_while_the_model_loads(forks, tmp_path, folder):
     (tmp_path / "go").touch()
     assert one.ready().get("/health").status == 200
     one.kill()
+
+
+def test_stopping_while_the_model_loads(forks, tmp_path, folder):
+    one = loading(tmp_path, folder)
+    one.until(lambda: "loading" in one.text)  # a slow model is told of
+    assert one.get("/health").status == 503
+    one.signal(signal.SIGINT)
+    assert one.wait() == [0]  # at once: this model never comes
+    assert str(folder) in one.text.splitlines()[0]
 
 
 def can_connect(one):
@@ -777,7 +793,7 @@ def test_the_log_is_short_and_holds_no_contents(chatty):
     chatty.get("/" + "x" * 500)
     assert "secret" not in chatty.text
     pattern = r"\d\d:\d\d:\d\d 127\.0\.0\.1 (\w+ \S+|-) \d{3} \d+\.\d{3} s"
-    lines = chatty.text.splitlines()[1:]
+    lines = chatty.text[chatty.text.index("http://") :].splitlines()[1:]
     assert [line for line in lines if not re.fullmatch(pattern, line)] == []
     assert max(map(len, lines)) < 140
 

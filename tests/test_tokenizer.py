@@ -675,6 +675,18 @@ def test_symbols_beyond_the_file_are_control_symbols_whoever_wrote_them(foreign,
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 1000, 1000)
 
 
+def test_a_template_that_is_not_read_is_told_of(foreign, tok, tmp_path):
+    """transformers writes it into tokenizer_config.json, since version 5 into a file of its own."""
+    tok.save(tmp_path / "ours", 64)  # which offers chatml, as a base model that was not trained in it
+    for number, name in enumerate(("tokenizer_config.json", "chat_template.jinja")):
+        shutil.copytree(foreign, tmp_path / str(number))
+        write_json(tmp_path / str(number) / name, {"chat_template": "{{ messages[0].content }}"})
+        told = Tokenizer.load(tmp_path / str(number)).without_template("x")
+        assert told.startswith("x has a chat template that is none of chatml, instruct, chat: each text")
+    for folder in (foreign, tmp_path / "ours"):
+        assert "has no chat template:" in Tokenizer.load(folder).without_template("x")
+
+
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("size", [1002, 1024])
 def test_a_foreign_model_with_markers_and_padding_is_saved_for_transformers(
