@@ -154,7 +154,7 @@ def accept(name, value, knob, source):
         return None
     if knob.choices:  # compared with their types, or true would pass for 1
         if (type(value), value) not in [(type(choice), choice) for choice in knob.choices]:
-            refuse("one of " + ", ".join(map(str, knob.choices)))
+            refuse("one of " + ", ".join(str(choice) or "''" for choice in knob.choices))
         return value
     if knob.base is tuple and isinstance(value, list):
         return tuple(accept(f"{name}[{i}]", entry, knob.item, source) for i, entry in enumerate(value))

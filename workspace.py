@@ -240,9 +240,8 @@ def newest(kind="any"):
         folder = next(
             (one.folder for one in trainings() if kind in (one.kind, "any") and not one.final), None
         )
-        hint = (
-            f"no complete {'' if kind == 'any' else kind + ' '}model in {CHECKPOINTS}; name one by MODEL_PATH"
-        )
+        which = "" if kind == "any" else f"{kind} "
+        hint = f"no complete {which}model in {CHECKPOINTS}; name one by MODEL_PATH, or train one: make demo"
     if folder is None:
         raise UserError(hint)
     return folder
@@ -372,6 +371,7 @@ def backup(cfg):
     if path.exists():
         raise UserError(f"{path}: exists; name another --output")
     files, links = worth_keeping()
+    print(f"packing {shown_bytes(sum(map(size_of, files)))} into {path}", flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".tmp-{path.name}")
     try:
@@ -428,7 +428,7 @@ def throw_away(paths, cfg):
         return
     for path in paths:
         note = "  (a link; what it points to stays)" if path.is_symlink() else ""
-        print(f"  {shown_bytes(size_of(path)):>12}  {path}{note}")
+        print(f"  {shown_bytes(size_of(path)):>12}  {path}{note}", flush=True)  # before an error
     if not cfg.yes:
         if not sys.stdin.isatty():
             raise UserError("deleting needs a yes and there is no terminal to ask; YES=1 (--yes=1) says it")

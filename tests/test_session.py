@@ -220,6 +220,11 @@ def test_status_of_nothing(folder, capsys):
 # ---- backup
 
 
+def test_a_yes_that_is_none_is_told_what_there_is():
+    with pytest.raises(UserError, match=r"yes must be one of '', 1, got string \"yes\""):
+        configure(workspace.CleanConfig, ["--yes=yes"])
+
+
 def test_a_backup_holds_what_cannot_be_made_again_and_follows_no_link(trained, capsys):
     Path("secret").write_text("not of this project")
     Path("checkpoints/pretrain/toy/final/link").symlink_to("../../../../secret")
