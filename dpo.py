@@ -305,7 +305,7 @@ def check_start(cfg, loss_fn, model, stream, world, walk, precise):
 
 
 def validation(cfg, world, stream, loss_fn):
-    """Returns validate(model): loss and metrics of the held-out pairs, each with val_ before its name."""
+    """Returns validate(model, walk): loss and metrics of held-out pairs, each with val_ before its name."""
 
     names = ["loss", *metrics_of(torch.zeros(2), torch.zeros(2))]
 

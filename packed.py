@@ -32,9 +32,8 @@ class Matrix(nn.Module):
 
     def times(self, x):
         """Returns what it makes of x (R, K): (R, N)."""
-        if (
-            len(x) == 1 and x.is_cuda and torch.compiler.is_compiling()
-        ):  # a sum the compiler fuses with others
+        if len(x) == 1 and x.is_cuda and torch.compiler.is_compiling():
+            # a sum, which the compiler fuses with its neighbours
             return (self.weight * x).sum(dim=1, dtype=torch.float32).to(x.dtype)[None]
         return torch.mm(x, self.turned)
 

@@ -152,7 +152,7 @@ def answer_to(cfg, tokenizer, template, messages):
 
 
 def validation(world, stream, show):
-    """Returns validate(model): nats per supervised token of the held-out rows, and an answer to look at."""
+    """Returns validate(model, walk): nats per supervised token of held-out rows, and an answer to look at."""
 
     def validate(model, walk):
         def scored(batch):

@@ -34,9 +34,8 @@ PAD, BOS, EOS, UNK = 0, 1, 2, 3
 NAMES = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "unk": "<unk>"}
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
-NO_DUMMY_PREFIX = (
-    b"\x1a\x02\x18\0"  # protobuf: normalizer_spec {add_dummy_prefix: false}; the last word counts
-)
+# protobuf: normalizer_spec {add_dummy_prefix: false}; the last word counts
+NO_DUMMY_PREFIX = b"\x1a\x02\x18\0"
 
 # ---- training
 

@@ -609,7 +609,7 @@ def check_data(cfg, data, folder):
 
 
 def language_validation(cfg, world, tokenizer):
-    """Returns validate(model): nats per token and bits per byte of the first rows, and a sample."""
+    """Returns validate(model, walk): nats per token and bits per byte of the first rows, and a sample."""
     stream = TokenStream(
         cfg.data_path, "val", cfg.sequence_length, cfg.batch_size, document_mask=cfg.document_mask
     )

@@ -10,9 +10,7 @@ import pytest
 from data import DataConfig, main
 from tokenizer import train_tokenizer
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch is imported: models this small only wait for threads
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is there: small models only wait for threads
 
 
 @pytest.fixture(scope="session")
