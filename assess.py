@@ -335,13 +335,17 @@ def judged(metric, results, entry):
     return [metric.name, metric.shown(value), expected, word, str(entry.get("source", "not named"))]
 
 
+STRANGE = "is this the tokenizer it was trained with?"
+OVERWRITTEN = (
+    "fine-tuning overwrote the rest; a smaller --learning_rate, fewer epochs or --lora_r=16 keep more"
+)
 PARTS = {  # of smoke.py's scores: what helps where one is low
     "order": "words stand in no English order: train longer, or on more text",
     "english": "few English function words: look at what the model was trained on",
     "repetition": "it goes round in circles: train longer; sample with --repetition_penalty=1.1",
     "length": "responses are too short: look at the answers in the fine-tuning data",
     "completeness": "responses break off: fine-tune on answers that end, or raise --max_new_tokens",
-    "relevance": "responses are beside the point: fine-tune (sft.py), as a base model only continues text",
+    "relevance": "responses are off the point: fine-tune a base model (sft.py), a tuned one with more data",
     "answer": "checkable answers are wrong: more and more varied examples of such tasks in sft.py",
 }
 
@@ -352,9 +356,10 @@ def advice(results, rows):
     for name, part in (("perplexity", text), ("BoolQ", boolq)):
         if part.get("verdict") == "not measured":
             yield f"{name} was not measured: {part.get('reason')}"
+    tuned = results["model"].get("template")
     bits, unigram = METRICS[0].of(results), dig(text, "baselines", "unigram", "bits_per_byte")
     if bits is not None and unigram is not None and bits >= unigram:
-        yield "token frequencies alone predict the text as well: is this the tokenizer it was trained with?"
+        yield f"token frequencies alone predict the text as well: {OVERWRITTEN if tuned else STRANGE}"
     elif any(
         row[0].endswith("per byte") or row[0].endswith("perplexity") for row in rows if row[3] == "worse"
     ):

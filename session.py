@@ -304,10 +304,10 @@ def chain(box, name, data, pretrain, tuning, boxed=True, fast=False):
     def best():
         return next(p for p in (dpo, sft, base) if (Path(p) / "final").is_dir())
 
-    def evaluate():
+    def evaluate(model, results):
         text = f"--perplexity_path={folder / 'val_00000.jsonl'}"
         flags = ("--fast_mode", "--skip_boolq", text) if fast else text_and_questions(folder)
-        return ["eval.py", f"--model_path={best()}", *flags, "--detailed_output", f"--output_dir={results}"]
+        return ["eval.py", f"--model_path={model}", *flags, "--detailed_output", f"--output_dir={results}"]
 
     def ask():
         words = ("--chat", f"--prompt={QUESTION}", "--temperature=0", "--max_new_tokens=24")
@@ -316,11 +316,13 @@ def chain(box, name, data, pretrain, tuning, boxed=True, fast=False):
     return [
         Stage("data", lambda: None if (folder / "manifest.json").is_file() else ["data.py", data]),
         *([] if fast else [Stage("plan", plan, ("data",))]),
-        Stage("pretrain", pretraining, ("data",), 0.6),
+        Stage("pretrain", pretraining, ("data",), 0.7),
         Stage("samples", lambda: ["data.py", "create_sample_datasets"], ("pretrain",)),
-        Stage("sft", lambda: tune("sft", base, sft), ("pretrain", "samples"), 0.25),
-        Stage("dpo", lambda: tune("dpo", sft, dpo), ("sft",), 0.15),
-        Stage("evaluate", evaluate, ("pretrain",)),
+        Stage("sft", lambda: tune("sft", base, sft), ("pretrain", "samples"), 0.2),
+        Stage("dpo", lambda: tune("dpo", sft, dpo), ("sft",), 0.1),
+        Stage("evaluate base", lambda: evaluate(base, f"{results}_base"), ("sft",)),
+        Stage("evaluate", lambda: evaluate(best(), results), ("pretrain",)),
+        Stage("compare", lambda: ["eval.py", "compare", f"{results}_base", results], ("evaluate base",)),
         Stage("assess", lambda: ["eval.py", "assess", results], ("evaluate",)),
         Stage("ask", ask, ("pretrain",)),
     ]
