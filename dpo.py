@@ -257,7 +257,8 @@ def as_in_training(cfg, world, model):
     """Inside, the model computes as `fit` will let it, without learning. Yields whether in float32."""
     dtype, _ = choose_dtype(cfg.dtype, world.device)
     model.to(world.device)
-    model.use_attention(choose_attention(world.device, model.cfg.sequence_length, cfg.flash_attn)[0])
+    length = model.cfg.sequence_length
+    model.use_attention(choose_attention(world.device, length, dtype, cfg.flash_attn)[0])
     with torch.no_grad(), autocast(world.device, dtype):
         yield dtype == torch.float32
 

@@ -409,7 +409,7 @@ def say_plan(cfg, model, loader, loss_fn, world):
 def announce(cfg, model, world):
     """Chooses precision, attention and compilation and says so, with reasons. Returns (dtype, backend)."""
     dtype, why = choose_dtype(cfg.dtype, world.device)
-    backend, reason = choose_attention(world.device, model.cfg.sequence_length, cfg.flash_attn)
+    backend, reason = choose_attention(world.device, model.cfg.sequence_length, dtype, cfg.flash_attn)
     model.use_attention(backend)
     model.model.gradient_checkpointing = cfg.gradient_checkpointing
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type

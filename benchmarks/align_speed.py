@@ -55,7 +55,7 @@ def examples(cfg, seed=0):
 def ours(cfg):
     torch.manual_seed(0)
     model = add_lora(Llama(cfg), 16, 32.0).train()
-    model.use_attention(choose_attention(CPU, LENGTH)[0])
+    model.use_attention(choose_attention(CPU, LENGTH, torch.float32)[0])
     loop, world = LoopConfig(learning_rate=RATE), World(0, 1, CPU)
     return model, loop, world, State(loop, model, world, torch.float32)
 

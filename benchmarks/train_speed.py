@@ -9,8 +9,8 @@ A program's name says what it is, word by word. `ours` goes through open_world, 
 forward_backward and update of train.py; `transformers` is the straight loop over model(input_ids,
 labels).loss. Then the precision. `compile`: torch.compile. `muon`: instead of AdamW. `tuned` gives
 transformers our allocator and thread settings, `plain` takes them from ours. `active`: OpenMP's threads
-spin while they wait. `onednn` multiplies float32 with oneDNN instead of MKL. `sdpa`: torch's attention
-kernel in ours.
+spin while they wait. `onednn` multiplies float32 with oneDNN instead of MKL. `math`: attention
+as explicit matmuls in ours, which is what 16 bits take.
 
 Weights and batches are the same for all, and so are learning rate, betas, clipping and what decays. Each
 program is a process of its own that waits for its turn; turns alternate, in reverse order every second
@@ -89,8 +89,8 @@ def ours(words, cfg, folder, until_end):
     model = Llama(cfg).train()
     load_weights(model, Path(folder) / "model.safetensors")
     dtype, _ = train.announce(loop, model, world)
-    if "sdpa" in words:
-        model.use_attention("sdpa")
+    if "math" in words:
+        model.use_attention("math")
     state = train.State(loop, model, world, dtype)
 
     def step(batch):
