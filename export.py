@@ -10,6 +10,7 @@ GGUF, version 3, as llama.cpp documents it (ggml/docs/gguf.md): a header of type
 tensors, then their data, each aligned to 32 bytes. Written with numpy alone.
 """
 
+import copy
 import os
 import shutil
 import struct
@@ -49,12 +50,8 @@ def main(cfg):
     model = open_model_folder(cfg.model_path)
     tokenizer = Tokenizer.load(model_folder(cfg.model_path))
     tokenizer.match(model.cfg.vocab_size, cfg.model_path)
-    if cfg.format == "gguf" and tokenizer.file != "tokenizer.model":
-        raise UserError(
-            f"{cfg.model_path}: its tokenizer is a {tokenizer.file}, and GGUF is written from "
-            "SentencePiece's tokenizer.model; use --format=hf and llama.cpp's own converter"
-        )
     check_range(model, cfg.dtype)
+    warning = check_tokenizer(cfg, tokenizer)
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(f".{output.name}.partial")
     remove(unfinished)  # of an export that was killed
@@ -72,7 +69,7 @@ def main(cfg):
         remove(unfinished)
     files = [output] if output.is_file() else [*output.iterdir()]
     size, count = sum(file.stat().st_size for file in files), sum(p.numel() for p in model.parameters())
-    print(f"{output}: {count / 1e6:.1f}M parameters in {cfg.dtype}, {size / 1e6:.1f} MB\n{proof}")
+    print(f"{output}: {count / 1e6:.1f}M parameters in {cfg.dtype}, {size / 1e6:.1f} MB\n{proof}{warning}")
 
 
 def remove(path):
@@ -90,6 +87,67 @@ def check_range(model, dtype):
             raise UserError(f"{name} holds {p.abs().max():.3g}, too large for {dtype}; use --dtype=bf16")
 
 
+def check_tokenizer(cfg, tokenizer):
+    """Returns a line on where other programs will read a text otherwise, or "".
+
+    UserError for a tokenizer that cannot be written in cfg.format.
+    """
+    if tokenizer.file != "tokenizer.model":
+        if cfg.format == "hf":
+            return ""  # it is copied
+        raise UserError(
+            f"{cfg.model_path}: its tokenizer is a {tokenizer.file}, and GGUF is written from "
+            "SentencePiece's tokenizer.model; use --format=hf and llama.cpp's own converter"
+        )
+    kind, habits = sentencepiece_kind(tokenizer.model)
+    if kind != "BPE":
+        raise UserError(
+            f"{cfg.model_path}: its tokenizer.model is a {kind} model; what export writes for other programs "
+            "is BPE and would give other ids; use the folder itself, with its base model's tokenizer files"
+        )
+    where = "tokenizer.json" if cfg.format == "hf" else "the tokenizer in the file"
+    told = f"\nwarning: {where} is not exact: it does not {' or '.join(habits)}, as tokenizer.model does"
+    return told if habits else ""
+
+
+def sentencepiece_kind(model):
+    """Returns (kind, what it does to a text besides) of a .model file, by sentencepiece_model.proto."""
+    parts = {1: [], 2: [], 3: []}
+    for number, value in protobuf(model):
+        parts.setdefault(number, []).append(value)
+    trainer, normalizer = (dict(protobuf(b"".join(parts[number]))) for number in (2, 3))
+    habits = {
+        "normalize characters": normalizer.get(2),
+        "drop superfluous spaces": normalizer.get(4, 1),
+        "keep user-defined symbols whole": any(dict(protobuf(piece)).get(3) == 4 for piece in parts[1]),
+    }
+    kind = {1: "unigram", 2: "BPE", 3: "word", 4: "character"}[trainer.get(3, 1)]
+    return kind, [habit for habit, on in habits.items() if on]
+
+
+def protobuf(data):
+    """Yields (number, value) of a message's fields: integers, or bytes for what is not one."""
+    at = 0
+
+    def integer():
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte, at = data[at], at + 1
+            value, shift = value | (byte & 127) << shift, shift + 7
+            if byte < 128:
+                return value
+
+    while at < len(data):
+        key = integer()
+        if key & 7 == 0:
+            yield key >> 3, integer()
+        else:
+            size = {1: 8, 5: 4}.get(key & 7) or integer()
+            yield key >> 3, data[at : at + size]
+            at += size
+
+
 @torch.no_grad()
 def compare(model, written, dtype):
     """Returns a line on how `written`, read back, differs from `model`; fails if by more than rounding."""
@@ -98,10 +156,8 @@ def compare(model, written, dtype):
         assert own[name].shape == expected.shape, f"{name}: {own[name].shape}, not {expected.shape}"
         difference = (own[name] - expected).abs()
         if dtype == "q8_0" and expected.ndim > 1:
-            blocks = expected.reshape(-1, 32)
-            allowed = blocks.abs().amax(dim=1, keepdim=True) * (
-                0.5 / 127 + 2**-11
-            )  # half a step; its scale's
+            largest = expected.reshape(-1, 32).abs().amax(dim=1, keepdim=True)
+            allowed = (0.5 / 127 + 2**-11) * largest  # half a step, and the rounding of its scale
             same = (difference.reshape(-1, 32) <= allowed).all()
         else:
             rounded = expected.to(DTYPES.get(dtype, torch.float32)).float()
@@ -125,9 +181,8 @@ def compare(model, written, dtype):
 def write_folder(folder, model, tokenizer, dtype):
     """Writes what AutoModelForCausalLM and AutoTokenizer open."""
     folder.mkdir()
-    half = Llama(model.cfg)
-    half.load_state_dict(model.state_dict())
-    save_model(half.to(DTYPES[dtype]), folder, stop_ids(tokenizer, tokenizer.template))
+    half = copy.deepcopy(model).to(DTYPES[dtype])
+    save_model(half, folder, stop_ids(tokenizer, tokenizer.template))
     tokenizer.save(folder, model.cfg.sequence_length)
 
 
@@ -249,7 +304,8 @@ def metadata(cfg, tokenizer, dtype):
     chat = {}
     if tokenizer.template:
         chat["tokenizer.chat_template"] = STRING, jinja(TEMPLATES[tokenizer.template])
-        words["eot_token_id"] = UINT32, max(stop_ids(tokenizer, tokenizer.template))
+        ends = stop_ids(tokenizer, tokenizer.template)
+        words["eot_token_id"] = UINT32, next((id for id in ends if id != tokenizer.eos_id), tokenizer.eos_id)
     return {
         "general.architecture": (STRING, "llama"),
         "general.name": (STRING, cfg.model_name),
@@ -265,7 +321,7 @@ def token_type(tokenizer, id):
     """Returns what kind of token an id is."""
     if id == tokenizer.unk_id:
         return UNKNOWN
-    if not tokenizer.token_bytes()[id]:
+    if not tokenizer.spelled(id, controls=False):
         return CONTROL
     piece = tokenizer.pieces[id]
     return BYTE if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">") else NORMAL

@@ -1,17 +1,19 @@
 """export.py: what it writes is the model, as transformers and gguf read it; and foreign folders open here."""
 
+import io
 import json
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 
 from configurator import UserError
 from engine import open_model
-from export import ExportConfig, main, packed
+from export import ExportConfig, main, metadata, packed
 from lora import add_lora, identify, open_model_folder, save_adapter
 from model import Llama, ModelConfig, load_model, save_model
 from tests.warm import python
@@ -366,3 +368,55 @@ def test_gguf_is_refused_where_the_tokenizer_is_a_json(tiny_tokenizer, tmp_path)
     export(own, tmp_path / "hf", "hf")
     with pytest.raises(UserError, match=r"GGUF is written from SentencePiece's tokenizer\.model"):
         export(own, tmp_path / "own.gguf", "gguf")
+
+
+def sentencepiece_model(texts, **recipe):
+    """A .model file's bytes, by default BPE that leaves texts as they are."""
+    model = io.BytesIO()
+    plain = {"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    ids = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, "byte_fallback": True, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, vocab_size=384, **ids, **plain | recipe
+    )
+    return model.getvalue()
+
+
+ODD = {  # a recipe, a text that it makes other ids of than what is written, what is said of it
+    "plain": ({}, "  a  \ufb01ne b<sep>", ""),
+    "nmt_nfkc": ({"normalization_rule_name": "nmt_nfkc"}, "a \ufb01ne b", "it does not normalize characters,"),
+    "spaces": ({"remove_extra_whitespaces": True}, "a  b ", "it does not drop superfluous spaces,"),
+    "symbols": ({"user_defined_symbols": ["<sep>"]}, "a<sep>b", "not keep user-defined symbols whole,"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_tokenizer_of_which_other_programs_get_a_part_is_told_of(name, tiny_documents, tmp_path, capsys):
+    tokenizers = pytest.importorskip("tokenizers")
+    recipe, text, words = ODD[name]
+    tokenizer = Tokenizer(sentencepiece_model(tiny_documents, **recipe))
+    own = make(tmp_path / "own", tokenizer, template=None)
+    written = tokenizers.Tokenizer.from_file(str(export(own, tmp_path / "hf", "hf") / "tokenizer.json"))
+    assert (written.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)) == (not words)
+    export(own, tmp_path / "own.gguf", "gguf")
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    if words:
+        assert ["tokenizer.json is not exact" in line for line in warnings] == [True, False]
+    assert len(warnings) == 2 * bool(words)
+    assert all(words in line for line in warnings)
+
+
+@pytest.mark.parametrize("format", ["hf", "gguf"])
+def test_a_tokenizer_that_is_no_bpe_is_refused(format, tiny_documents, tmp_path):
+    tokenizer = Tokenizer(sentencepiece_model(tiny_documents, model_type="unigram"))
+    own = make(tmp_path / "own", tokenizer, template=None)
+    with pytest.raises(UserError, match=r"tokenizer\.model is a unigram model.*would give other ids"):
+        export(own, tmp_path / "out", format)
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+
+def test_the_end_of_a_turn_is_the_templates_whatever_its_number(tiny_tokenizer):
+    added, roles = {384: "<end>"}, {"eos": "<end>"}
+    tokenizer = Tokenizer(tiny_tokenizer.model, template="chatml", added=added, roles=roles)
+    said = metadata(ModelConfig(vocab_size=385), tokenizer, "f32")
+    assert said["tokenizer.ggml.eos_token_id"][1] == 384
+    assert said["tokenizer.ggml.eot_token_id"][1] == tiny_tokenizer.im_end_id
