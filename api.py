@@ -6,7 +6,6 @@ would change the answer and are not supported are refused, never ignored.
 """
 
 import functools
-import math
 import secrets
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -61,6 +60,12 @@ class ApiError(Exception):
         message = " ".join(str(self).split("\n"))
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
+    def reason(self):
+        """Returns why in words that a log may hold: ours, none of the client's."""
+        if self.param is None or self.code == "unknown_parameter":  # which is the client's word
+            return self.code or str(self)
+        return f"{self.param}: {self.code or 'not accepted'}"
+
 
 # ----------------------------------------------------------------------------------------------------------
 # The fields
@@ -114,8 +119,12 @@ class GenerateFields(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizeFields:
+class DetokenizeFields:
     model: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizeFields(DetokenizeFields):
     add_special_tokens: bool = False
 
 
@@ -161,6 +170,13 @@ def needed(body, name):
     return body[name]
 
 
+def string(value, name):
+    """Returns the value of a field that must be a text."""
+    if not isinstance(value, str):
+        raise ApiError(400, f"{name} must be a string", name)
+    return value
+
+
 # ----------------------------------------------------------------------------------------------------------
 # The routes
 
@@ -198,8 +214,7 @@ class Api:
 
     def tokenize(self, body, gone):
         """Returns the ids of `prompt`, or of `messages` as a chat request would put them."""
-        asked = read(TokenizeFields, body, "prompt", "messages")
-        self._check_model(asked)
+        asked = self._read(TokenizeFields, body, "prompt", "messages")
         if body.get("messages") is not None:
             ids = self._conversation(body["messages"])
         else:
@@ -208,7 +223,7 @@ class Api:
         return {"tokens": ids, "count": len(ids), "max_model_len": self.context}
 
     def detokenize(self, body, gone):
-        read(TokenizeFields, body, "tokens")
+        self._read(DetokenizeFields, body, "tokens")
         ids = self._checked_ids(needed(body, "tokens"), "tokens")
         return {"prompt": self.tokenizer.decode(ids)}
 
@@ -219,18 +234,21 @@ class Api:
         message = f"the model {name[:60]!r} is not served here, only {self.name!r} is"
         return ApiError(404, message, "model", "model_not_found")
 
-    def _check_model(self, asked):
+    def _read(self, cls, body, *own):
+        """Returns `read`'s fields of a request that is for this model."""
+        asked = read(cls, body, *own)
         if asked.model not in (None, self.name):
             raise self.not_served(asked.model)
+        return asked
 
-    def _encode(self, text, param, limit=math.inf):
-        """Returns the ids of a text; ApiError at once, before the work, if they must be more than `limit`."""
-        if not isinstance(text, str):
-            raise ApiError(400, f"{param} must be a string", param)
-        if len(text) > limit * self.longest:
-            raise self._overflow(f"{param} has more than {limit}: shorten it", param)
+    def _check_length(self, length, param):
+        """Refuses at once, before the work, so many characters that they must overflow the context."""
+        if length > self.context * self.longest:
+            raise self._overflow(f"{param} has more than {self.context}: shorten it", param)
+
+    def _encode(self, text, param):
         try:
-            return self.tokenizer.encode(text)
+            return self.tokenizer.encode(string(text, param))
         except UserError as problem:
             raise ApiError(400, f"{param}: {problem}", param) from None
 
@@ -248,19 +266,20 @@ class Api:
         if not isinstance(messages, list) or not 1 <= len(messages) <= 256:
             raise ApiError(400, "messages must be a list of 1 to 256 messages", "messages")
         messages = [flat(message, number) for number, message in enumerate(messages, start=1)]
+        text = "".join(message["content"] for message in messages)
         # an empty system prompt is none, and an answer that was empty is no reason to end the conversation
         messages = [one for one in messages if one["content"].strip() or one["role"] == "user"]
-        if sum(len(message["content"]) for message in messages) > self.context * self.longest:
-            raise self._overflow(f"the messages have more than {self.context}: shorten them", "messages")
         if not messages or messages[-1]["role"] != "user":
             raise ApiError(400, "the last message must be the user's: it is what is answered", "messages")
-        if self.template is None:
-            text = "".join(message["content"] for message in messages)
-            return [self.tokenizer.bos_id, *self._encode(text, "messages")]
+        return self._rendered(messages, "messages") if self.template else self._text(text, "messages")
+
+    def _rendered(self, messages, param):
+        """Returns the ids of messages in the model's template, up to where the answer begins."""
+        self._check_length(sum(len(message["content"]) for message in messages), param)
         try:
             return render(self.tokenizer, messages, self.template, add_generation_prompt=True)[0]
         except UserError as problem:
-            raise ApiError(400, str(problem), "messages") from None
+            raise ApiError(400, str(problem), param) from None
 
     def _prompts(self, prompt):
         """Returns rows of ids from a text, ids, or a list of texts or of lists of ids."""
@@ -275,8 +294,10 @@ class Api:
             raise ApiError(400, "prompt: an empty list of token ids; give at least BOS", "prompt")
         return rows
 
-    def _text(self, text):
-        return [self.tokenizer.bos_id, *self._encode(text, "prompt", self.context)]
+    def _text(self, text, param="prompt"):
+        """Returns BOS and the ids of a text to continue."""
+        self._check_length(len(string(text, param)), param)
+        return [self.tokenizer.bos_id, *self._encode(text, param)]
 
     def _room(self, prompt, wanted, param):
         """Returns how many tokens the answer may have; ApiError if prompt and answer overflow the context."""
@@ -320,8 +341,7 @@ class Api:
 
     def chat(self, body, gone):
         """POST /v1/chat/completions: the answer, or with `stream` a generator of its chunks."""
-        asked = read(ChatFields, body, "messages")
-        self._check_model(asked)
+        asked = self._read(ChatFields, body, "messages")
         if asked.top_logprobs is not None and not asked.logprobs:
             raise ApiError(400, "top_logprobs is given, but logprobs is not true", "top_logprobs")
         prompt = self._conversation(needed(body, "messages"))
@@ -377,8 +397,7 @@ class Api:
 
     def completions(self, body, gone):
         """POST /v1/completions: prompts as text or ids; `echo` with `logprobs` also scores them."""
-        asked = read(CompletionFields, body, "prompt")
-        self._check_model(asked)
+        asked = self._read(CompletionFields, body, "prompt")
         if asked.echo and asked.stream:
             raise ApiError(400, "echo is not supported with stream", "echo", "unsupported_parameter")
         if asked.max_tokens == 0 and not asked.echo:
@@ -443,13 +462,12 @@ class Api:
 
     def generate(self, body, gone):
         """POST /generate: one prompt, by default in the model's own template, and the settings used."""
-        asked = read(GenerateFields, body, "prompt")
-        self._check_model(asked)
-        text, template = needed(body, "prompt"), self._template(asked.template)
-        if template:
-            prompt = self._conversation([{"role": "user", "content": text}])
-        else:
-            prompt = self._text(text)
+        asked = self._read(GenerateFields, body, "prompt")
+        text, template = string(needed(body, "prompt"), "prompt"), self._template(asked.template)
+        if template and not text.strip():
+            raise ApiError(400, "prompt is empty: there is nothing to answer", "prompt")
+        message = {"role": "user", "content": text}
+        prompt = self._rendered([message], "prompt") if template else self._text(text)
         limit = self._room(prompt, asked.max_new_tokens, "max_new_tokens")
         if asked.max_new_tokens is None:
             limit = min(limit, 128)
@@ -473,10 +491,10 @@ class Api:
             return self.template
         if wanted == "none":
             return None
-        own = f"was trained in {self.template!r}" if self.template else "has no chat template"
-        raise ApiError(
-            400, f"template {wanted[:60]!r}: this model {own}; leave it out, or say 'none'", "template"
-        )
+        own = f"{self.name} was trained in {self.template!r}"
+        own = own if self.template else self.tokenizer.without_template(self.name)
+        message = f"template {wanted[:60]!r}: {own}; leave it out, or say 'none'"
+        raise ApiError(400, message, "template")
 
     def _head(self, prefix, kind, wants_usage=False):
         id = f"{prefix}-{secrets.token_hex(12)}"

@@ -57,23 +57,31 @@ class Chat:
         self.messages = [{"role": "system", "content": text}, *rest]
 
     def ask(self, text):
-        """Prints the answer to `text` as it is written. UserError if there is none, and nothing is kept."""
-        before = list(self.messages)
-        if before and before[-1]["role"] == "user":
-            self.messages.pop()
-        self.messages.append({"role": "user", "content": text})
-        try:
+        """Prints the answer to `text` as it is written. UserError if there is none, and nothing changes."""
+        with self.unless_refused():
+            if self.messages and self.messages[-1]["role"] == "user":
+                self.messages.pop()
+            self.messages.append({"role": "user", "content": text})
             self.answer()
+
+    def retry(self):
+        """Prints another answer to the last question. UserError if there is none, and nothing changes."""
+        with self.unless_refused():
+            if self.messages and self.messages[-1]["role"] == "assistant":
+                self.messages.pop()
+            if not self.messages or self.messages[-1]["role"] != "user":
+                raise UserError("/retry: no question has been asked yet")
+            self.answer()
+
+    @contextlib.contextmanager
+    def unless_refused(self):
+        """Whatever is done to the messages inside, a UserError undoes it."""
+        before = list(self.messages)
+        try:
+            yield
         except UserError:
             self.messages = before
             raise
-
-    def retry(self):
-        if self.messages and self.messages[-1]["role"] == "assistant":
-            self.messages.pop()
-        if not self.messages or self.messages[-1]["role"] != "user":
-            raise UserError("/retry: no question has been asked yet")
-        self.answer()
 
     def clear(self):
         self.messages = [message for message in self.messages if message["role"] == "system"]
@@ -182,7 +190,7 @@ def obey(chat, line):
     elif command.startswith("/") and not command.startswith("//"):
         raise UserError(f"{command}: no such command; /help lists them, // begins a question with a /")
     elif command:
-        chat.ask(line[1:] if command.startswith("//") else line)
+        chat.ask(line.replace("//", "/", 1) if command.startswith("//") else line)
     return True
 
 
@@ -191,7 +199,7 @@ def save(messages, path):
     if not path:
         raise UserError("/save: name a file, as /save chat.jsonl")
     if not any(message["role"] == "assistant" for message in messages):
-        raise UserError("/save: nothing has been answered yet")
+        raise UserError("/save: nothing has been answered yet; without a chat template no answer is kept")
     try:
         with open(path, "a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")

@@ -36,7 +36,7 @@ class SampleConfig(Sampling):
         if not all(self.stop):
             raise ValueError("stop: an empty text would stop everything; give at least one character")
         if self.chat and self.num_samples > 1:
-            raise ValueError("num_samples: a chat gives one answer at a time; leave it out, or --chat")
+            raise ValueError("num_samples, chat: a chat gives one answer at a time; leave one of them out")
         if self.system and not self.chat:
             raise ValueError("system is for --chat: a prompt alone is continued as it stands")
 

@@ -269,7 +269,8 @@ class Server(socketserver.ThreadingTCPServer):
         with self.lock:
             self.requests[visit.route, status] += 1
         what = f"{visit.head.method} {visit.head.path[:80]}" if visit.head else "-"
-        line = f"{time.strftime('%H:%M:%S')} {peer} {what} {status} {time.monotonic() - begun:.3f} s\n"
+        why = f" ({visit.reason})" if visit.reason else ""
+        line = f"{time.strftime('%H:%M:%S')} {peer} {what} {status} {time.monotonic() - begun:.3f} s{why}\n"
         sys.stderr.write(line)  # in one piece, as other threads write too
 
     def _respond(self, wire, visit):
@@ -287,6 +288,7 @@ class Server(socketserver.ThreadingTCPServer):
             error = ApiError(problem.status, str(problem))
         except Exception:  # the boundary: whatever it was, the client is answered and the server lives on
             error = internal_error()
+        visit.reason = error.reason()
         return self._send(wire, visit, error.status, error.fields(), error.headers)
 
     def _send(self, wire, visit, status, answer, more=NOTHING):
@@ -307,12 +309,12 @@ class Server(socketserver.ThreadingTCPServer):
             for fields in answer:
                 wire.send_more(event(fields))
             wire.send_more(b"data: [DONE]\n\n")
-        except ApiError as problem:
-            wire.send_more(event(problem.fields()))
         except OSError:
             raise
-        except Exception:
-            wire.send_more(event(internal_error().fields()))
+        except Exception as problem:
+            error = problem if isinstance(problem, ApiError) else internal_error()
+            visit.reason = error.reason()
+            wire.send_more(event(error.fields()))
         finally:
             answer.close()
         return 200
@@ -409,10 +411,10 @@ class Server(socketserver.ThreadingTCPServer):
 
 
 class Visit:
-    """What is known of a request so far: its Head, its route, and headers that its answer needs."""
+    """What is known of a request so far: Head, route, headers that its answer needs, why it is refused."""
 
     def __init__(self):
-        self.head, self.route, self.headers = None, "other", {}
+        self.head, self.route, self.headers, self.reason = None, "other", {}, None
 
 
 def read_json(wire, head):

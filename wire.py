@@ -44,7 +44,7 @@ class Refused(Exception):
 
 
 class Gone(Exception):
-    """The client hung up before it had asked anything."""
+    """The client hung up before its request was whole, or never sent a byte."""
 
 
 class Head(NamedTuple):
@@ -59,10 +59,9 @@ class Wire:
     """A connection."""
 
     def __init__(self, sock):
-        sock.setsockopt(
-            socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
-        )  # or each token waits for the last one's ACK
-        self.sock, self.buffer, self.discarded = sock, bytearray(), 0
+        # or each token waits for the last one's ACK
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock, self.buffer, self.begun, self.discarded = sock, bytearray(), False, 0
         self.deadline = time.monotonic() + READ_SECONDS
 
     def _more(self):
@@ -73,11 +72,12 @@ class Wire:
             self.sock.settimeout(left)
             data = self.sock.recv(1 << 16)
         except TimeoutError:
-            if not self.buffer:
+            if not self.begun:
                 raise Gone from None  # browsers open connections in advance
             raise Refused(408, f"the request took longer than {READ_SECONDS} seconds to arrive") from None
         if not data:
             raise Gone
+        self.begun = True
         self.buffer += data
 
     def read_head(self):

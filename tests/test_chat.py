@@ -160,6 +160,16 @@ def test_retry_asks_again_with_another_seed(folders):
     assert again.messages == chat.messages
 
 
+def test_a_retry_without_room_loses_nothing(folders):
+    chat = begin(folders["chatml"])
+    chat.ask("why?")
+    obey(chat, "/system " + "9" * 500)
+    before = list(chat.messages)
+    with pytest.raises(UserError, match=r"context of 400; shorten it"):
+        obey(chat, "/retry")
+    assert chat.messages == before
+
+
 def test_commands(folders, tmp_path, capsys):
     chat = begin(folders["chatml"])
     for line, problem in [("/retry", "no question"), ("/foo", "/help lists"), ("/save", "name a file"),
@@ -167,6 +177,9 @@ def test_commands(folders, tmp_path, capsys):
         with pytest.raises(UserError, match=problem):
             obey(chat, line)
     assert obey(chat, "  ")
+    assert obey(chat, "  //clear is a word")
+    assert chat.messages[0]["content"] == "  /clear is a word"
+    obey(chat, "/clear")
     assert obey(chat, "//clear is a word")
     assert chat.messages[0]["content"] == "/clear is a word"
     obey(chat, "/system  be brief")

@@ -383,8 +383,8 @@ def sentencepiece_model(texts, **recipe):
 
 ODD = {  # a recipe, a text that it makes other ids of than what is written, what is said of it
     "plain": ({}, "  a  \ufb01ne b<sep>", ""),
-    "nmt_nfkc": ({"normalization_rule_name": "nmt_nfkc"}, "a \ufb01ne b", "it does not normalize characters,"),
-    "spaces": ({"remove_extra_whitespaces": True}, "a  b ", "it does not drop superfluous spaces,"),
+    "nmt_nfkc": ({"normalization_rule_name": "nmt_nfkc"}, "a \ufb01ne b", "does not normalize characters,"),
+    "spaces": ({"remove_extra_whitespaces": True}, "a  b ", "does not drop superfluous spaces,"),
     "symbols": ({"user_defined_symbols": ["<sep>"]}, "a<sep>b", "not keep user-defined symbols whole,"),
 }
 

@@ -22,12 +22,12 @@ import pytest
 import torch
 
 import server
-from api import Api
+from api import Api, ApiError
 from configurator import UserError
 from engine import Reply, Request, Sampling, generate, open_model, score
 from scheduler import Call, Closed, Failed, Full, Job, Scheduler
 from tests.serving import Served, make_model, parse, read_all
-from tokenizer import IM_END, render, stop_ids
+from tokenizer import IM_END, Tokenizer, render, stop_ids
 
 ROOT = Path(__file__).resolve().parent.parent
 HELLO = [{"role": "user", "content": "why not"}]
@@ -193,6 +193,7 @@ def test_tokenize_and_back(chatty, tiny_tokenizer):
     ids = [1, *tiny_tokenizer.encode(text)]
     assert (status, answer) == (200, {"tokens": ids, "count": len(ids), "max_model_len": 128})
     assert chatty.ask("/detokenize", {"tokens": ids}) == (200, {"prompt": text})
+    assert chatty.ask("/detokenize", {"tokens": ids, "model": "gpt-4"})[0] == 404
     assert chatty.ask("/tokenize", {"messages": HELLO})[1]["tokens"] == chat_ids(tiny_tokenizer)
     silent = [{"role": "system", "content": ""}, *HELLO, {"role": "assistant", "content": "\n"}, *HELLO]
     assert chatty.ask("/tokenize", {"messages": silent})[1]["tokens"] == chat_ids(
@@ -214,10 +215,22 @@ def test_a_base_model_continues_what_the_chat_says(others, plain_folder, tiny_to
     assert chat["choices"][0]["message"]["content"] == expected
     fields = {"prompt": "once upon a time", "max_new_tokens": 10} | SAMPLING
     assert plain.ask("/generate", fields)[1]["response"] == expected
+    parts = [("system", "\n"), ("user", "the"), ("assistant", "\n\n"), ("user", "dog")]
+    messages = [{"role": role, "content": text} for role, text in parts]
+    ids = plain.ask("/tokenize", {"messages": messages})[1]["tokens"]
+    assert ids == [1, *tiny_tokenizer.encode("\nthe\n\ndog")]
     status, answer = plain.ask("/generate", fields | {"template": "chatml"})
     assert (status, answer["error"]["param"]) == (400, "template")
     assert "has no chat template" in answer["error"]["message"]
     assert f"{plain_folder} has no chat template: each text is continued" in plain.text
+
+
+def test_a_template_that_is_not_read_is_not_called_none(solo, tmp_path, tiny_tokenizer):
+    (tmp_path / "tokenizer.model").write_bytes(tiny_tokenizer.model)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    api = Api(solo.scheduler, Tokenizer.load(tmp_path), "foreign", 60)
+    with pytest.raises(ApiError, match="foreign has a chat template that is none of chatml, instruct, chat"):
+        api.generate({"prompt": "a", "template": "chatml"}, None)
 
 
 def test_another_template_than_the_models_own_is_refused(chatty, model, tiny_tokenizer):
@@ -791,8 +804,25 @@ def test_metrics_are_prometheus(chatty):
 def test_the_log_is_short_and_holds_no_contents(chatty):
     chatty.ask("/generate", {"prompt": "a secret of mine", "max_new_tokens": 1})
     chatty.get("/" + "x" * 500)
+    chatty.ask("/generate", {"prompt": "a secret of mine", "temperature": "secret"})
+    chatty.ask("/generate", {"prompt": "a", "secret": 1})
+    chatty.ask("/generate", {"prompt": "a secret of mine" * 2000})
+    chatty.ask("/generate", {"prompt": "a", "model": "secret"})
+    chatty.raw(chatty.post("/generate", b'{"secret": 1, "secret": 2}'))
+    chatty.raw(chatty.post("/generate", b"{}").replace(b"Content-Length", b"X"))
+    chatty.raw(b"\x16\x03\x01 secret\r\n\r\n")
     assert "secret" not in chatty.text
-    pattern = r"\d\d:\d\d:\d\d 127\.0\.0\.1 (\w+ \S+|-) \d{3} \d+\.\d{3} s"
+    reasons = re.findall(r"(\d{3}) \d+\.\d{3} s \((.*)\)$", chatty.text, flags=re.M)[-7:]
+    assert reasons == [
+        ("400", "temperature: not accepted"),
+        ("400", "unknown_parameter"),
+        ("400", "prompt: context_length_exceeded"),
+        ("404", "model: model_not_found"),
+        ("400", "invalid_json"),
+        ("411", "Content-Length is missing"),
+        ("400", "not HTTP; if this is HTTPS: the server speaks plain HTTP"),
+    ]
+    pattern = r"\d\d:\d\d:\d\d 127\.0\.0\.1 (\w+ \S+|-) \d{3} \d+\.\d{3} s( \(.+\))?"
     lines = chatty.text[chatty.text.index("http://") :].splitlines()[1:]
     assert [line for line in lines if not re.fullmatch(pattern, line)] == []
     assert max(map(len, lines)) < 140

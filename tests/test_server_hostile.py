@@ -525,6 +525,18 @@ def test_sixty_slow_clients(impatient):
     assert impatient.get("/health").status == 200
 
 
+def test_a_body_that_never_begins(impatient):
+    """Whoever has sent a head is told why nothing comes of it."""
+    assert impatient.raw(impatient.post(CHAT, ASK).partition(b"{")[0]).status == 408
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n", 7, ["a"], [{"type": "text", "text": "a"}], "why " * 5000])
+def test_of_generate_the_prompt_is_named_not_the_messages_it_becomes(target, prompt):
+    status, answer = target.ask("/generate", {"prompt": prompt})
+    assert (status, answer["error"]["param"]) == (400, "prompt")
+    assert "message " not in answer["error"]["message"]
+
+
 def test_too_many_connections(impatient):
     with ExitStack() as stack:
         for _ in range(64):

@@ -659,3 +659,16 @@ def test_a_base_model_continues_a_text(opened, start, tiny_tokenizer, tmp_path):
     assert chat.texts() == ["there was" + written]
     chat.press("Probabilities")
     assert "".join(chat.page.locator(".token").all_text_contents()) == written
+
+
+def test_a_text_that_fills_the_context_goes_on_without_its_beginning(opened, start, tiny_tokenizer, tmp_path):
+    chat = opened(start(talkative(tmp_path / "short", tiny_tokenizer, sequence_length=64))).ready()
+    chat.ask("7" * 55)
+    chat.settle()
+    written = chat.texts()[0][55:]
+    chat.go.click()
+    expect(chat.notice).to_contain_text("which leave no room for an answer")
+    chat.press("Leave out the beginning")
+    chat.settle()
+    assert chat.texts()[0].startswith(written)
+    assert len(chat.texts()[0]) > len(written)
