@@ -22,7 +22,8 @@ MODEL = model="$${MODEL_PATH:-$$($(RUN) workspace.py newest$(1))}" &&
 PREPARED = $(call flag,RAW_DATASET,input_path) $(call flag,OUTPUT,output_dir)
 EVALUATE = $(call MODEL) $(RUN) eval.py $(PRESET) --model_path="$$model" --output_dir="$${OUTPUT:-evaluation_results}"
 SESSION = $(RUN) session.py
-BOX = $(call flag,SESSION_TIME,minutes) $(call flag,CONFIG,config)
+BOX = $(call flag,SESSION_TIME,minutes)
+PRESET_BOX = $(BOX) $(call flag,CONFIG,config)
 
 .DEFAULT_GOAL := help
 TARGETS := help install install-flash check-env demo prepare prepare-owt prepare-wiki prepare-wt103 prepare-demo \
@@ -115,7 +116,7 @@ dpo: .venv/installed ## preferences; DPO_DATASET=a file
 	  --dataset_path="$${DPO_DATASET:-data/samples/dpo_train.jsonl}" $(FIT)
 
 pipeline-full: .venv/installed ## all of it with a tiny model, without a clock: data, pretraining, SFT, DPO, evaluation
-	$(SESSION) full $(BOX)
+	$(SESSION) full $(PRESET_BOX)
 
 ##@ Evaluation and use
 
@@ -146,13 +147,13 @@ session-status: .venv/installed ## datasets, trainings, evaluations, and what to
 	$(RUN) workspace.py status
 
 session-quick: .venv/installed ## 30 min: everything once, small
-	$(SESSION) quick $(BOX)
+	$(SESSION) quick $(PRESET_BOX)
 
 session-prototype: .venv/installed ## 2 h: a tiny model, complete
-	$(SESSION) prototype $(BOX)
+	$(SESSION) prototype $(PRESET_BOX)
 
 session-experiment: .venv/installed ## 4 h: a small model and its fine-tuning
-	$(SESSION) experiment $(BOX)
+	$(SESSION) experiment $(PRESET_BOX)
 
 session-evaluation: .venv/installed ## 1 h: the newest model, or MODEL_PATH, looked at closely
 	$(SESSION) evaluation $(BOX) $(call flag,MODEL_PATH,model_path)
@@ -161,7 +162,7 @@ session-debug: .venv/installed ## does everything work here? a training, a resum
 	$(SESSION) debug $(BOX)
 
 session-architecture: .venv/installed ## 30 min: report, forward and backward pass of every preset
-	$(SESSION) architecture $(BOX)
+	$(SESSION) architecture $(PRESET_BOX)
 
 session-cleanup: .venv/installed ## delete sessions/
 	$(RUN) workspace.py clean-sessions $(call flag,YES,yes)

@@ -536,7 +536,7 @@ def one_limit(asked):
 
 
 def pieces(call):
-    """Yields the Pieces of a call; ApiError if it came to nothing, OSError if nobody is there any more."""
+    """Yields the Pieces of a call; ApiError if the call failed, OSError if the client has gone."""
     try:
         for piece in call.pieces():
             if piece.finish == "gone":
@@ -556,12 +556,12 @@ def gather(call):
 
 
 def lowest(limits):
-    """Returns a bound that may be taken itself, for sliders: where 0 may not, a hundredth."""
+    """Returns the lowest value that a slider may take: a hundredth above a bound that is itself excluded."""
     return limits.low + 0.01 if limits.open_low else limits.low
 
 
 def turned_away(problem):
-    """Returns the ApiError for what befell a call."""
+    """Returns the ApiError for a call that was refused, or failed."""
     if isinstance(problem, Full):
         message = "too many requests are waiting; try again in a moment"
         return ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})

@@ -153,8 +153,8 @@ def protocol(cfg, model):
     """Returns how the numbers were measured, in the words of report.md."""
     return {
         "perplexity": "every token once, the first after BOS; windows of `context` tokens move by `stride`; "
-        "bytes are those of the text in UTF-8; words are parted by whitespace, as lm-eval counts them, and "
-        "line ends are none (the published counts of WikiText add one a line)",
+        "bytes are those of the text in UTF-8; words are separated by whitespace, as lm-eval counts them; "
+        "line ends are not words (the published counts of WikiText add one per line)",
         "baselines": "uniform: every token equally likely; unigram: token frequencies of this very text, so "
         "the best any model without context could do; gzip -9 and xz -6 of its bytes",
         "questions": "answers compared by log-likelihood after BOS and the context, tokenized as in lm-eval; "
@@ -389,7 +389,7 @@ def to_boolq(row):
 
 def to_choices(row):
     context, choices, answer = text_field(row, "context", empty=True), row["choices"], row.get("answer")
-    if not isinstance(choices, list) or len(choices) < 2 or not all(is_text(choice) for choice in choices):
+    if not isinstance(choices, list) or len(choices) < 2 or not all(map(smoke.is_text, choices)):
         raise Bad("no-choices", '"choices" must be a list of at least two texts')
     if isinstance(answer, str) and answer in choices:
         answer = choices.index(answer)
@@ -399,13 +399,9 @@ def to_choices(row):
     return Question(context, tuple(c if c[0].isspace() else joint + c for c in choices), answer)
 
 
-def is_text(value):
-    return isinstance(value, str) and value.strip() != ""
-
-
 def text_field(row, name, empty=False):
     value = row.get(name)
-    if not (is_text(value) or (empty and isinstance(value, str))):
+    if not (smoke.is_text(value) or (empty and isinstance(value, str) and not value.strip())):
         raise Bad(f"missing-{name}", f'"{name}" must be a text')
     return value
 

@@ -80,7 +80,7 @@ def remove(path):
 
 
 def check_range(model, dtype):
-    """UserError if a weight is too large for the numbers it shall be written in."""
+    """UserError if a weight is too large for the dtype it is to be written in."""
     largest = torch.finfo(torch.float16).max if dtype in ("f16", "q8_0") else torch.inf
     for name, p in model.named_parameters():
         if not p.abs().max() <= largest * (127 if dtype == "q8_0" else 1):

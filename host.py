@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from configurator import UserError, configure, dispatch, read_object
-from workspace import shown_bytes, trainings
+from workspace import command, shown_bytes, trainings
 
 REQUIRED = ("torch", "numpy", "sentencepiece", "datasketch", "ftfy", "tqdm", "safetensors")
 OPTIONAL = {
@@ -32,7 +32,6 @@ OPTIONAL = {
     "tensorboard": "--report_to=tensorboard",
     "matplotlib": "curves and pictures in reports",
 }
-REMEDY = f"{Path(sys.executable).name} -m pip install -r requirements.txt"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -99,12 +98,8 @@ def check_env(cfg=None):
         rows += [("CUDA", line) for line in describe_cuda(torch)]
     space, there = shutil.disk_usage("."), memory()
     rows.append(("cores", str(cores())))
-    rows.append(
-        (
-            "memory",
-            f"{shown_bytes(there[0])}, {shown_bytes(there[1])} free" if there else "not told by this system",
-        )
-    )
+    free = f"{shown_bytes(there[0])}, {shown_bytes(there[1])} free" if there else "not told by this system"
+    rows.append(("memory", free))
     rows.append(("disk here", f"{shown_bytes(space.free)} free of {shown_bytes(space.total)}"))
     rows += [
         (f"{name} (optional)", f"{version_of(name) or 'not installed'}: {what}")
@@ -112,7 +107,8 @@ def check_env(cfg=None):
     ]
     print("\n".join(f"{name:<24}{value}" for name, value in rows))
     if missing:
-        print(f"\nmissing: {', '.join(missing)}; {REMEDY}")
+        remedy = command("-m", "pip", "install", "-r", "requirements.txt")
+        print(f"\nmissing: {', '.join(missing)}; {remedy}")
         raise SystemExit(1)
     print("\nall that is required is there")
 
@@ -146,7 +142,7 @@ def processor(before, now):
 
 
 def cards():
-    """Returns a text for each NVIDIA card; without nvidia-smi that there is none."""
+    """Returns a line for each NVIDIA card, or one that says that there is none."""
     what = "--query-gpu=name,utilization.gpu,memory.used,memory.total,temperature.gpu"
     query = ["nvidia-smi", what, "--format=csv,noheader"]
     try:
@@ -172,15 +168,11 @@ def monitor(cfg):
     while True:
         time.sleep(1)
         now, there = busy(), memory()
-        used = (
-            f"memory {shown_bytes(there[0] - there[1])} of {shown_bytes(there[0])}"
-            if there
-            else "memory not told"
-        )
-        print(
-            " | ".join([time.strftime("%H:%M:%S"), processor(before, now), used, *cards(), last_line()]),
-            flush=True,
-        )
+        used = "memory not told"
+        if there:
+            used = f"memory {shown_bytes(there[0] - there[1])} of {shown_bytes(there[0])}"
+        parts = [time.strftime("%H:%M:%S"), processor(before, now), used, *cards(), last_line()]
+        print(" | ".join(parts), flush=True)
         if cfg.once:
             return
         before = now
@@ -243,23 +235,25 @@ def rows_of(shape, rows):
 
 def config_gpu(cfg):
     """A preset with the largest micro-batch that fits a card, at the tokens per step that it had."""
-    from plan import RESERVE
-    from train import PretrainConfig
-
     output, values = Path(cfg.output), read_object(cfg.config)
     if output.exists():
         raise UserError(f"{output}: exists; name another --output, or delete it")
     name, there = find_card(cfg)
+
+    from plan import RESERVE
+    from train import PretrainConfig
+
     shape = configure(PretrainConfig, [cfg.config])
     rows, need = rows_that_fit(shape, there - RESERVE)
     told = f"about {shown_bytes(need)} needed of {shown_bytes(there)}, {RESERVE / 1e9:g} GB left to CUDA"
     if not rows:
         raise UserError(f"{cfg.config}: one row does not fit {name}: {told}; take a smaller preset")
-    fitted = rows_of(shape, rows)
-    values |= {"_why": f"{cfg.config} for {name}: {told}", "batch_size": rows}
-    values |= {"gradient_accumulation_steps": fitted.gradient_accumulation_steps}
+    times = rows_of(shape, rows).gradient_accumulation_steps
+    values |= {"_why": f"{cfg.config} for {name}: {told}"}
+    values |= {"batch_size": rows, "gradient_accumulation_steps": times}
+    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    print(f"{output}: batch_size {rows}, as often as makes the same step; {told}")
+    print(f"{output}: batch_size {rows}, gradient_accumulation_steps {times}, the same step; {told}")
 
 
 COMMANDS = {

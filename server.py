@@ -98,7 +98,7 @@ def health(server, path):
 
 
 def chat_page(server, path):
-    """The chat page: read from the tree once, the only file there is."""
+    """The chat page, the only file that is served, read when the server starts."""
     if server.page is None:
         raise ApiError(404, "this copy of the code has no chat page (chat.html)", code="not_found")
     policy = {"Content-Security-Policy": page_policy(server.page)}
@@ -439,7 +439,7 @@ def read_json(wire, head):
 
 
 def internal_error():
-    """Tells stderr what happened; returns an ApiError that only names the place there."""
+    """Writes the traceback to stderr under a number; returns an ApiError that gives only the number."""
     number = secrets.token_hex(4)
     sys.stderr.write(f"error {number}: {traceback.format_exc()}")
     return ApiError(500, f"internal error {number}; the server's log tells more", code="internal_error")

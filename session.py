@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configurator import PositiveFloat, UserError, configure, dispatch, read_object
+from host import memory
 from shards import read_manifest
 from workspace import (
     SESSIONS,
@@ -61,8 +62,20 @@ class LookConfig:
     """A session that trains nothing to keep."""
 
     minutes: PositiveFloat | None = None  # the box: no stage begins after it
-    model_path: str = ""  # the model looked at by `evaluation`; empty = the newest
-    config: str = ""  # a preset of yours, looked at by `architecture` beside the others
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(LookConfig):
+    """A session that looks at a model."""
+
+    model_path: str = ""  # which; empty = the newest
+
+
+@dataclass(frozen=True)
+class ArchitectureConfig(LookConfig):
+    """A session that looks at presets."""
+
+    config: str = ""  # one of yours, beside those in configs/
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -177,7 +190,7 @@ class Box:
         for name, outcome, minutes in self.rows:
             self.say(f"  {name:<{width}}  {minutes:6.1f} min  {outcome}")
         found = trainings()
-        todo, why = next_command(found, [one for one in found if not one.final], evaluations())
+        todo, why = next_command(found, [one for one in found if not one.problem], evaluations())
         failed = [name for name, outcome, _ in self.rows if outcome.startswith("failed")]
         if self.stopped:
             self.say("stopped; the same session again goes on where it was")
@@ -265,7 +278,7 @@ def training(box, out, boxed, *words):
     would have been. Otherwise it gets what is left, which is a change of its configuration.
     """
     one = read_training(Path(out))
-    if one.folder.is_dir() and one.final is None:
+    if one.folder.is_dir() and not one.problem:
         return None
     words = [*words, f"--output_dir={out}", "--resume_from_checkpoint=auto"]
     if not boxed:
@@ -306,8 +319,11 @@ def chain(box, name, data, pretrain, tuning, boxed=True, fast=False):
 
     def evaluate(model, results):
         text = f"--perplexity_path={folder / 'val_00000.jsonl'}"
-        flags = ("--fast_mode", "--skip_boolq", text) if fast else text_and_questions(folder)
+        flags = ("--fast_mode", "--skip_boolq", text) if fast else text_and_questions(folder, hub())
         return ["eval.py", f"--model_path={model}", *flags, "--detailed_output", f"--output_dir={results}"]
+
+    def compare():
+        return ["eval.py", "compare", f"{results}_base", results]
 
     def ask():
         words = ("--chat", f"--prompt={QUESTION}", "--temperature=0", "--max_new_tokens=24")
@@ -322,7 +338,7 @@ def chain(box, name, data, pretrain, tuning, boxed=True, fast=False):
         Stage("dpo", lambda: tune("dpo", sft, dpo), ("sft",), 0.1),
         Stage("evaluate base", lambda: evaluate(base, f"{results}_base"), ("sft",)),
         Stage("evaluate", lambda: evaluate(best(), results), ("pretrain",)),
-        Stage("compare", lambda: ["eval.py", "compare", f"{results}_base", results], ("evaluate base",)),
+        Stage("compare", compare, ("evaluate base", "evaluate")),
         Stage("assess", lambda: ["eval.py", "assess", results], ("evaluate",)),
         Stage("ask", ask, ("pretrain",)),
     ]
@@ -333,11 +349,9 @@ DEMO = {"sft": "configs/demo_sft.json", "dpo": "configs/demo_dpo.json"}
 LORA = {"sft": "configs/sft.json", "dpo": "configs/dpo.json"}
 
 
-def text_and_questions(folder):
-    """Returns what to evaluate on: the hub's texts, where out of reach the dataset's own held-out part."""
-    if hub() is None:
-        return ()
-    return ("--skip_boolq", f"--perplexity_path={folder / 'val_00000.jsonl'}")
+def text_and_questions(folder, away):
+    """Returns what to evaluate on: the hub's texts, or if those are `away` what a dataset holds out."""
+    return ("--skip_boolq", f"--perplexity_path={folder / 'val_00000.jsonl'}") if away and folder else ()
 
 
 def quick(cfg):
@@ -361,9 +375,14 @@ def long_session(cfg, name, minutes, preset, tuning, boxed=True):
         notes.append(
             f"no CUDA here: the CPU trains it{sized}; it will not get far; the plan before it says how far"
         )
-    if not boxed:
-        pretrain += ["--num_train_epochs=3", "--warmup_steps=20"]
+    pretrain += [] if boxed else unboxed(cfg.config)
     run_box(name, minutes, lambda box: chain(box, name, data, pretrain, tuning, boxed), notes)
+
+
+def unboxed(config):
+    """Returns what a run without a clock is told of its length, but for what a user's preset says itself."""
+    own, length = read_object(config) if config else {}, {"num_train_epochs": 3, "warmup_steps": 20}
+    return [f"--{key}={value}" for key, value in length.items() if key not in own]
 
 
 def prototype(cfg):
@@ -391,14 +410,12 @@ def evaluation(cfg):
     model = cfg.model_path or str(newest())
     out = f"evaluation_results/{Path(model).name if Path(model).name != 'final' else Path(model).parent.name}"
     folder, why = next(iter(datasets()), None), hub()
-    flags = (f"--model_path={model}", f"--output_dir={out}", *(text_and_questions(folder) if folder else ()))
+    flags = (f"--model_path={model}", f"--output_dir={out}", *text_and_questions(folder, why))
     note = "text: WikiText-2, BoolQ, from the hub"
-    if why:
-        note = (
-            f"text: held out of {folder}, no questions: {why}"
-            if folder
-            else f"text: none, prompts only: {why}"
-        )
+    if why and folder:
+        note = f"text: held out of {folder}, no questions: {why}"
+    elif why:
+        note = f"text: none, prompts only: {why}"
     prompts = ("--prompt=The", "--num_samples=3", "--seed=1")
     stages = [
         Stage("evaluate", lambda: ["eval.py", *flags, "--detailed_output"]),
@@ -408,15 +425,9 @@ def evaluation(cfg):
     run_box("evaluation", cfg.minutes or 60, stages, [f"model: {model}", note])
 
 
-TOY_DATA = ("--max_docs=80", "--min_length=50", "--vocab_size=400", "--sequence_length=32")
-TOY_SHAPE = (
-    "--n_layer=2",
-    "--d_model=32",
-    "--n_head=2",
-    "--d_ff=64",
-    "--sequence_length=32",
-    "--vocab_size=400",
-)
+TOY = ("--vocab_size=400", "--sequence_length=32")
+TOY_DATA = ("--max_docs=80", "--min_length=50", *TOY)
+TOY_SHAPE = ("--n_layer=2", "--d_model=32", "--n_head=2", "--d_ff=64", *TOY)
 TOY_STEPS = ("--max_steps=20", "--save_steps=10", "--eval_steps=20", "--warmup_steps=2", "--eval_rows=8")
 
 
@@ -464,6 +475,9 @@ class SameConfig:
 def same(cfg):
     """Are the final weights of two trainings the same, bit for bit? python session.py same A B"""
     first, second = (Path(folder) / "final" / "model.safetensors" for folder in (cfg.one, cfg.other))
+    for path in (first, second):
+        if not path.is_file():
+            raise UserError(f"{path}: not found; name the folders of two finished trainings")
     if first.read_bytes() != second.read_bytes():
         raise UserError(f"{first} and {second} differ: a resume changed the result")
     print(f"{first} and {second}: the same, bit for bit")
@@ -480,7 +494,6 @@ def smoke(cfg):
     """A forward and backward pass of a preset on random ids: python session.py smoke configs/tiny.json"""
     import torch
 
-    from host import memory
     from model import Llama, ModelConfig, count_parameters
 
     shape = configure(ModelConfig, [cfg.path], foreign_keys=True)
@@ -505,9 +518,9 @@ COMMANDS = {
     "prototype": (prototype, BoxConfig),
     "experiment": (experiment, BoxConfig),
     "full": (full, BoxConfig),
-    "evaluation": (evaluation, LookConfig),
+    "evaluation": (evaluation, EvaluationConfig),
     "debug": (debug, LookConfig),
-    "architecture": (architecture, LookConfig),
+    "architecture": (architecture, ArchitectureConfig),
     "same": (same, SameConfig),
     "smoke": (smoke, SmokeConfig),
 }

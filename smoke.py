@@ -54,12 +54,13 @@ HEAD = 30  # words in which a right answer has to come
 CHECKS = ("exact", "word", "number", "overlap", "regex")  # but for regex those of starter.passes
 
 
-def _is_text(value):
+def is_text(value):
+    """Is it a text with something in it, of whole Unicode characters?"""
     return isinstance(value, str) and value.strip() != "" and not re.search("[\ud800-\udfff]", value)
 
 
 def _is_check(value):
-    if not isinstance(value, dict) or value.get("kind") not in CHECKS or not _is_text(value.get("answer")):
+    if not isinstance(value, dict) or value.get("kind") not in CHECKS or not is_text(value.get("answer")):
         return False
     if value["kind"] == "overlap":
         share = value.get("share")
@@ -71,14 +72,14 @@ def _is_check(value):
 
 
 FIELDS = {
-    "prompt": (_is_text, "a text"),
-    "base": (_is_text, "the text that a model without a chat template is to continue"),
-    "category": (_is_text, "a text"),
+    "prompt": (is_text, "a text"),
+    "base": (is_text, "the text that a model without a chat template is to continue"),
+    "category": (is_text, "a text"),
     "check": (
         _is_check,
         f'an object {{"kind": one of {", ".join(CHECKS)}, "answer": a text}} ("share": 0..1 for overlap)',
     ),
-    "keywords": (lambda v: isinstance(v, list) and v and all(map(_is_text, v)), "a list of words"),
+    "keywords": (lambda v: isinstance(v, list) and v and all(map(is_text, v)), "a list of words"),
     "min_words": (lambda v: type(v) is int and 1 <= v <= 1000, "1..1000"),
     "quick": (lambda v: type(v) is bool, "true or false"),
 }

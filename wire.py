@@ -118,7 +118,7 @@ class Wire:
         return body
 
     def send(self, status, headers, body=b""):
-        """Sends a whole response; what follows on the wire is `send_more`'s."""
+        """Sends a response; of a stream the head, which `send_more` continues."""
         lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         lines += ["Connection: close", "", ""]

@@ -5,8 +5,8 @@
     python workspace.py backup --output=backups/monday.tar.gz
     python workspace.py clean | clean-checkpoints | clean-sessions
 
-Everything is looked for where the commands put it, below the folder one stands in: data/processed,
-checkpoints, evaluation_results, sessions. No link is followed, neither to keep nor to delete what is behind.
+Everything is looked for where the commands put it, below the current folder: data/processed, checkpoints,
+evaluation_results, sessions. No link is followed, neither to keep nor to delete what is behind it.
 """
 
 import contextlib
@@ -92,8 +92,8 @@ class Training(NamedTuple):
     when: float  # of the newest file that says something
 
     @property
-    def final(self):
-        """None if final/ is a whole model by its manifest's hashes, else what is wrong with it."""
+    def problem(self):
+        """What is wrong with final/, None if it is a whole model by its manifest's hashes."""
         from checkpoint import FINAL_FILES, problem_with  # needs packages, whose want check-env is to tell
 
         return problem_with(self.folder / "final", FINAL_FILES)
@@ -126,7 +126,7 @@ def trainings():
 
 
 def describe_training(one, problem):
-    """Returns a line: how far a training is, how good, since when. problem: what Training.final says."""
+    """Returns a line: how far a training is, how good, since when. problem: its Training.problem."""
     steps = newest_steps(one.folder)
     step = one.last.get("step", int(steps[0].name[5:]) if steps else None)
     goal, minutes = one.config.get("max_steps"), one.config.get("max_minutes")
@@ -177,20 +177,11 @@ def next_command(found, sound, seen):
         return command(*words) if words else "make prepare", "there is no model yet"
     newest = sound[0]
     if newest.kind != "dpo":
-        script, nouns = (
-            ("sft", "an answer") if newest.kind == "pretrain" else ("dpo", "the better of two answers")
-        )
+        lessons = {"pretrain": ("sft", "an answer"), "sft": ("dpo", "the better of two answers")}
+        script, nouns = lessons[newest.kind]
         file = Path("data/samples") / f"{script}_train.jsonl"
-        if not file.exists():
-            return command(
-                "data.py", "create_sample_datasets"
-            ), f"{newest.folder} has not learned to give {nouns}"
-        words = (
-            f"{script}.py",
-            f"configs/{script}.json",
-            f"--model_path={newest.folder}",
-            f"--dataset_path={file}",
-        )
+        words = (f"{script}.py", f"configs/{script}.json", f"--model_path={newest.folder}")
+        words = (*words, f"--dataset_path={file}") if file.exists() else ("data.py", "create_sample_datasets")
         return command(*words), f"{newest.folder} has not learned to give {nouns}"
     paths = {Path(read_json(p / "results.json").get("model", {}).get("path", "")) for p in seen}
     if not paths & {newest.folder, newest.folder / "final"}:
@@ -209,7 +200,7 @@ class StatusConfig:
 def status(cfg=None):
     """What is in this folder, as it is on the disk, and what to do next: python workspace.py status"""
     found, seen = trainings(), evaluations()
-    problems = [one.final for one in found]
+    problems = [one.problem for one in found]
     sound = [one for one, problem in zip(found, problems, strict=True) if problem is None]
     parts = {
         "datasets": [describe_dataset(folder) for folder in datasets()],
@@ -238,7 +229,7 @@ def newest(kind="any"):
         hint = f"no dataset in {DATA}; {command('data.py', 'configs/datasets/docstrings.json')} makes it"
     else:
         folder = next(
-            (one.folder for one in trainings() if kind in (one.kind, "any") and not one.final), None
+            (one.folder for one in trainings() if kind in (one.kind, "any") and not one.problem), None
         )
         which = "" if kind == "any" else f"{kind} "
         hint = f"no complete {which}model in {CHECKPOINTS}; name one by MODEL_PATH, or train one: make demo"
@@ -271,17 +262,8 @@ def say_vocab(cfg):
 # ----------------------------------------------------------------------------------------------------------
 # Kept in one file
 
-OPENSSL = (
-    "openssl",
-    "enc",
-    "-aes-256-cbc",
-    "-pbkdf2",
-    "-iter",
-    "600000",
-    "-salt",
-    "-pass",
-    "env:BACKUP_PASSPHRASE",
-)
+OPENSSL = ("openssl", "enc", "-aes-256-cbc", "-pbkdf2", "-iter", "600000", "-salt")
+OPENSSL += ("-pass", "env:BACKUP_PASSPHRASE")
 
 
 @dataclass(frozen=True)
@@ -318,10 +300,12 @@ def filtered(words, stdin, stdout):
         raise UserError(
             f"BACKUP_PASSPHRASE is set, but {words[0]} is not installed; install it, or unset that"
         ) from None
-    yield process.stdin if stdin is subprocess.PIPE else process.stdout
-    if stdin is subprocess.PIPE:
-        process.stdin.close()
-    if process.wait():
+    whole = False
+    with contextlib.suppress(BrokenPipeError, tarfile.ReadError):  # it ended early, and its status says why
+        with process:  # closes the pipe and waits
+            yield process.stdin if stdin is subprocess.PIPE else process.stdout
+        whole = True
+    if process.returncode or not whole:
         raise UserError(f"{words[0]} failed with status {process.returncode}; nothing was kept")
 
 

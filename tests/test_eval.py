@@ -291,6 +291,10 @@ BAD = {
     "other rows": ({"tasks": ("c.jsonl", b'{"foo": 1}')}, ["expected {question", "found the fields foo"]),
     "one choice": ({"tasks": ("c.jsonl", b'{"context": "a", "choices": ["b"], "answer": 0}')}, ["two texts"]),
     "which": ({"tasks": ("c.jsonl", b'{"context": "a", "choices": ["b", "c"], "answer": 2}')}, ["0..1"]),
+    "half a character in it": (
+        {"tasks": ("c.jsonl", b'{"context": "a", "choices": ["b", "\\ud800"], "answer": 0}')},
+        ["c.jsonl", "line 1", "two texts"],
+    ),
     "one word": ({"tasks": ("c.jsonl", b'{"text": "fox"}')}, ["last word"]),
     "two kinds": (
         {"tasks": ("c.jsonl", b'{"text": "a fox"}\n{"context": "a", "choices": ["b", "c"], "answer": 1}')},

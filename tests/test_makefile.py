@@ -51,6 +51,8 @@ REACHES = {  # target: {variable: the words it becomes}
     "export": {"MODEL_PATH": "--model_path={}", "OUTPUT": "--output={}", "FORMAT": "--format={}"},
     "session-quick": {"SESSION_TIME": "--minutes={}", "CONFIG": "--config={}"},
     "session-evaluation": {"SESSION_TIME": "--minutes={}", "MODEL_PATH": "--model_path={}"},
+    "session-architecture": {"SESSION_TIME": "--minutes={}", "CONFIG": "--config={}"},
+    "session-debug": {"SESSION_TIME": "--minutes={}"},
     "test-pipeline": {"SESSION_TIME": "--minutes={}"},
     "session-cleanup": {"YES": "--yes={}"},
     "clean": {"YES": "--yes={}"},

@@ -159,6 +159,20 @@ def test_the_proof_of_a_resume_can_fail(tmp_path):
     session.same(session.SameConfig(str(tmp_path / "a"), str(tmp_path / "b")))
     with pytest.raises(UserError, match="differ"):
         session.same(session.SameConfig(str(tmp_path / "a"), str(tmp_path / "c")))
+    with pytest.raises(UserError, match=r"d/final/model.safetensors: not found"):
+        session.same(session.SameConfig(str(tmp_path / "a"), str(tmp_path / "d")))
+
+
+def test_a_session_without_a_clock_leaves_a_presets_own_length_alone(tmp_path):
+    (tmp_path / "own.json").write_text('{"num_train_epochs": 1, "n_layer": 2}')
+    assert session.unboxed("") == ["--num_train_epochs=3", "--warmup_steps=20"]
+    assert session.unboxed(str(tmp_path / "own.json")) == ["--warmup_steps=20"]
+
+
+def test_a_flag_of_another_session_is_refused():
+    for word, flag in (("debug", "--model_path=x"), ("debug", "--config=x"), ("evaluation", "--config=x")):
+        with pytest.raises(UserError, match="unknown option"):
+            configure(session.COMMANDS[word][1], [flag])
 
 
 def test_a_preset_is_run_forward_and_backward(tmp_path, capsys):
@@ -263,6 +277,19 @@ def test_an_encrypted_backup_opens_with_its_passphrase_alone(folder, monkeypatch
     assert failed.returncode != 0
 
 
+@pytest.mark.parametrize(("when", "status"), [("exit 3", 3), ('case "$*" in *" -d"*) exit 4;; esac', 4)])
+def test_a_backup_that_cannot_be_encrypted_or_read_back_leaves_nothing(when, status, folder):
+    Path("evaluation_results").mkdir()
+    Path("evaluation_results/results.json").write_bytes(os.urandom(200_000))  # more than a pipe holds
+    Path("bin").mkdir()
+    Path("bin/openssl").write_text(f"#!/bin/sh\n{when}\nexec cat\n")
+    Path("bin/openssl").chmod(0o755)
+    path = f"{Path('bin').resolve()}:{os.environ['PATH']}"
+    done = run("workspace.py", "backup", "--output=b/one", PATH=path, BACKUP_PASSPHRASE="x")
+    assert (done.returncode, [*Path("b").iterdir()]) == (2, [])
+    assert done.stderr == f"error: openssl failed with status {status}; nothing was kept\n"
+
+
 # ---- deleting
 
 
@@ -308,6 +335,12 @@ def test_check_env_names_what_is_missing_and_fails_then(folder):
     assert re.search(rf"^cores +{host.cores()}$", whole.stdout, flags=re.M)
     bare = run("-S", "host.py", "check-env", PYTHONPATH="")  # without site-packages
     assert bare.returncode == 1
+    (folder / ".venv/bin").mkdir(parents=True)
+    (folder / ".venv/bin/python").symlink_to(sys.executable)
+    (folder / ".venv/pyvenv.cfg").write_text(f"home = {Path(sys.base_prefix) / 'bin'}\n")
+    words = [".venv/bin/python", "host.py", "check-env"]
+    inside = subprocess.run(words, capture_output=True, text=True).stdout
+    assert "; .venv/bin/python -m pip install -r requirements.txt" in inside
     assert re.search(r"missing: torch, numpy, .*pip install -r requirements.txt", bare.stdout)
 
 
@@ -326,19 +359,19 @@ def test_monitor_shows_the_newest_training_and_ends_without_a_trace(trained):
 def test_a_preset_fits_its_card_at_the_same_tokens_per_step(folder):
     sizes = {}
     for card in ("rtx4090", "rtx3080"):
-        host.config_gpu(host.GpuConfig("configs/base.json", card, f"{card}.json"))
-        written = json.loads(Path(f"{card}.json").read_text())
+        host.config_gpu(host.GpuConfig("configs/base.json", card, f"new/{card}.json"))
+        written = json.loads(Path(f"new/{card}.json").read_text())
         sizes[card] = written["batch_size"]
         assert written["batch_size"] * written["gradient_accumulation_steps"] == 64
         assert written["n_layer"] == 24
-        plan = "\n".join(card_plan(configure(PretrainConfig, [f"{card}.json"]), card))
+        plan = "\n".join(card_plan(configure(PretrainConfig, [f"new/{card}.json"]), card))
         assert re.search(r"fits +yes", plan)
         twice = ["--batch_size=" + str(2 * written["batch_size"])]
-        plan = "\n".join(card_plan(configure(PretrainConfig, [f"{card}.json", *twice]), card))
+        plan = "\n".join(card_plan(configure(PretrainConfig, [f"new/{card}.json", *twice]), card))
         assert re.search(r"fits +NO", plan)
     assert sizes["rtx4090"] > sizes["rtx3080"]
     with pytest.raises(UserError, match="exists"):
-        host.config_gpu(host.GpuConfig("configs/small.json", "rtx4090", "rtx4090.json"))
+        host.config_gpu(host.GpuConfig("configs/small.json", "rtx4090", "new/rtx4090.json"))
     with pytest.raises(UserError, match="not known"):
         host.config_gpu(host.GpuConfig("configs/small.json", "abacus", "new.json"))
     shape = configure(PretrainConfig, ["configs/base.json"])
