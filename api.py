@@ -491,10 +491,10 @@ class Api:
             return self.template
         if wanted == "none":
             return None
-        own = f"{self.name} was trained in {self.template!r}"
-        own = own if self.template else self.tokenizer.without_template(self.name)
-        message = f"template {wanted[:60]!r}: {own}; leave it out, or say 'none'"
-        raise ApiError(400, message, "template")
+        own = self.tokenizer.without_template(self.name)
+        if self.template:
+            own = f"{self.name} was trained in {self.template!r}"
+        raise ApiError(400, f"template {wanted[:60]!r}: {own}; leave it out, or say 'none'", "template")
 
     def _head(self, prefix, kind, wants_usage=False):
         id = f"{prefix}-{secrets.token_hex(12)}"
