@@ -176,7 +176,7 @@ def band_shape(threshold):
     """
 
     def bands(rows):
-        chance = threshold**rows  # that one band of such a pair is equal
+        chance = max(threshold**rows, 1e-9)  # that one band of such a pair is equal; 0 has no logarithm
         return 2 if chance == 1 else max(2, math.ceil(math.log(0.02) / math.log1p(-chance)))
 
     def cost(shape):
@@ -440,10 +440,9 @@ class RedisIndex:
             here = f"{self.url}: the index '{self.namespace}' has {found}, this run {settings}"
             raise UserError(f"{here}; set the same, or name another index")
         if (found := self.server.hlen(self.verdicts)) < self.documents:
-            lost = (
-                f"{found:,} documents of '{self.owner}', {self.documents:,} were there at the last checkpoint"
-            )
-            raise UserError(f"{self.url}: the index '{self.namespace}' has {lost}; prepare all of it again")
+            there = f"{self.documents:,} were there at the last checkpoint; prepare all of it again"
+            has = f"the index '{self.namespace}' has {found:,} documents of '{self.owner}'"
+            raise UserError(f"{self.url}: {has}, {there}")
 
     def _name(self, *words):
         return ":".join((self.namespace, *words))
@@ -552,4 +551,4 @@ class RedisIndex:
 
 def hidden(url):
     """A URL to show: without its password."""
-    return re.sub(r"//[^/@]*@", "//***@", url)
+    return re.sub(r"//.*@", "//***@", url)

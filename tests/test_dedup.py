@@ -30,6 +30,7 @@ from dedup import (  # noqa: E402
     RedisIndex,
     band_shape,
     fingerprints,
+    hidden,
     minhash,
     sha256,
     shingles,
@@ -169,7 +170,7 @@ def test_what_goes_and_what_stays(tmp_path):
     assert index.bytes_per_document <= 8
 
 
-@pytest.mark.parametrize("threshold", [1.0, 0.9, 0.8, 0.7, 0.5, 0.3, 0.1, 0.001])
+@pytest.mark.parametrize("threshold", [1.0, 0.9, 0.8, 0.7, 0.5, 0.3, 0.1, 0.001, 1e-6])
 def test_bands_fit_the_threshold(threshold, tmp_path):
     bands, rows = band_shape(threshold)
     assert bands * rows <= PERMUTATIONS
@@ -352,6 +353,12 @@ def test_a_shared_index_decides_as_brute_force_does(server):
     expected = brute_force(digests, signatures, 0.8)
     assert judge_prints(near, digests, signatures, (7, 300, 64)) == expected
     assert exact.judge(digests) == [EXACT if reason == EXACT else None for reason in expected]
+
+
+def test_a_password_is_never_shown():
+    for password in ("secret", "sec@ret", "sec/ret@1"):
+        assert hidden(f"redis://me:{password}@host:6379/0#name") == "redis://***@host:6379/0#name"
+    assert hidden("redis://host:6379/0#name") == "redis://host:6379/0#name"
 
 
 CHILD = """
