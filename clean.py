@@ -535,8 +535,10 @@ def reject(text, cfg, score=None):
         for name, fails in QUALITY.items():
             if name not in cfg.quality_off and fails(document):
                 return name
-    if cfg.language != "off" and (score or language_score(text, cfg)) < cfg.language_threshold:
-        return "not-english" if cfg.language == "en" else f"not-{cfg.language}"
+    if cfg.language != "off":
+        score = language_score(text, cfg) if score is None else score
+        if score < cfg.language_threshold:
+            return "not-english" if cfg.language == "en" else f"not-{cfg.language}"
     return None
 
 
@@ -559,9 +561,8 @@ def few_words(doc):
     """Under 80% of the words hold a letter (Gopher; 60% here, for tables stand among good prose)."""
     if len(doc.words) < 20 or not spaced(doc):
         return False
-    signs = len(
-        doc.text.encode().translate(None, LETTERS_AND_BLANKS)
-    )  # no more words than these lack letters
+    # characters that are no letters: so many words at most lack one
+    signs = len(doc.text.encode().translate(None, LETTERS_AND_BLANKS))
     return signs > 0.4 * len(doc.words) and sum(map(str.islower, doc.words)) < 0.6 * len(doc.words)
 
 

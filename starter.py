@@ -68,9 +68,8 @@ def passes(check, answer):
         return re.findall(r"\d+", given) == [right] and not re.search(r"[-.,]\d", given)
     assert kind == "overlap", f"no such check: {kind}"
     wanted, found = (re.findall(r"\w+", text.lower()) for text in (right, given))
-    return len(found) < 2 * len(wanted) and (Counter(wanted) & Counter(found)).total() >= check[
-        "share"
-    ] * len(wanted)
+    shared = (Counter(wanted) & Counter(found)).total()
+    return len(found) < 2 * len(wanted) and shared >= check["share"] * len(wanted)
 
 
 def exact(prompt, answer, *wrong):
@@ -346,7 +345,8 @@ SUMMARY = re.compile(r"[A-Z][a-z]+( [A-Za-z0-9'(),/-]+){2,14}\.")  # one plain l
 
 def python_functions(rng):
     put = ways("What does {} do?", "Explain {} in one sentence.", "In Python, what is {} for?")
-    chosen = rng.sample(found := sorted(summaries().items()), min(len(found), MOST // 3))
+    found = sorted(summaries().items())
+    chosen = rng.sample(found, min(len(found), MOST // 3))
     for name, summary in chosen:
         check = {"kind": "overlap", "answer": summary, "share": 0.6}
         others = [other for _, other in rng.sample(chosen, min(3, len(chosen)))]
@@ -471,16 +471,14 @@ def create(cfg):
         present = {name for name in files if (folder / name).exists()}
         for name in sorted(present):
             if (folder / name).read_bytes() != files[name]:
-                raise UserError(
-                    f"{folder / name}: exists, with other contents; name another --output_dir, or delete it"
-                )
+                there = f"{folder / name}: exists, with other contents"
+                raise UserError(f"{there}; name another --output_dir, or delete it")
         folder.mkdir(parents=True, exist_ok=True)
         for name in sorted(files.keys() - present):
             write(folder / name, files[name])
     except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be written ({error.strerror}); name another --output_dir"
-        ) from None
+        why = f"cannot be written ({error.strerror}); name another --output_dir"
+        raise UserError(f"{folder}: {why}") from None
     for name, content in files.items():
         note = "  (was there)" if name in present else ""
         print(f"{folder / name}{content.count(10):>8,} rows{note}")
@@ -490,7 +488,7 @@ def make_rows(seed):
     """Return {"sft_train": rows, ...} for each of FILES."""
     files, used = {name: [] for name in FILES}, set()
     for generate in GENERATORS:
-        rng = random.Random(f"{seed} {generate.__name__}")  # its own, so that kinds do not hang together
+        rng = random.Random(f"{seed} {generate.__name__}")  # its own, so that no kind depends on another
         tasks = {task.prompt: task for task in generate(rng) if task.prompt not in used}
         used |= tasks.keys()
         tasks = list(tasks.values())

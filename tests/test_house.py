@@ -18,7 +18,7 @@ ARROWS = {
     "formats": {"configurator"},
     "sources": {"configurator", "formats"},
     "chats": {"configurator", "tokenizer", "formats", "sources"},
-    "starter": {"configurator", "sources", "chats"},
+    "starter": {"configurator", "sources"},
     "clean": {"configurator"},
     "dedup": {"configurator"},
     "shards": {"configurator"},
