@@ -11,6 +11,7 @@ with line number and field, and passed over; a file with too many of them, or wi
 """
 
 import glob
+import os
 import re
 import sys
 from collections import Counter
@@ -32,8 +33,13 @@ MAX_BAD = 0.05  # the share of unusable rows from which a file is refused
 DIALOGUE = ("messages", "conversations", "conversation", "dialogue", "dialog")  # fields that hold messages
 QUESTION = ("prompt", "instruction", "question")
 ANSWER = ("response", "completion", "output", "answer")
-ANSWER_TO = {"prompt": "response", "instruction": "output", "question": "answer"}  # which one to miss aloud
+ANSWER_TO = {"prompt": "response", "instruction": "output", "question": "answer"}  # the one called missing
 FORMATS = {"prompt": "prompt/response", "instruction": "alpaca", "question": "question/answer"}
+KNOWN = {*DIALOGUE, *QUESTION, *ANSWER, "system", "history", "input", "chosen", "rejected"}
+RENAME = (  # the remedy where one is missing and others have names of their own
+    f"rename its fields: prompt ({', '.join(QUESTION[1:])}) and response ({', '.join(ANSWER[1:])}), or "
+    f"messages ({', '.join(DIALOGUE[1:])}); in a pair prompt, chosen and rejected"
+)
 ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 ROLES |= dict.fromkeys(("human", "prompter"), "user") | dict.fromkeys(("gpt", "bot", "chatgpt"), "assistant")
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -114,13 +120,14 @@ def raw_rows(path, tally):
     if str(path).startswith("hf:"):
         yield from hub_rows(str(path))
         return
+    path = os.path.expanduser(path)
     if (Path(path) / "config.json").is_file():
         raise UserError(f"{path}: the folder of a model, which holds no rows; give a file of them")
-    if not Path(path).exists() and not glob.has_magic(str(path)):
+    if not os.path.exists(path) and not glob.has_magic(path):
         raise UserError(
             f"{path}: not found; give a file of rows (.jsonl, .json, .csv ...), a folder or a glob"
         )
-    files = input_files(str(path), tally, tables=True)
+    files = input_files(path, tally, tables=True)
     files = [file for file in files if len(files) == 1 or kind_of(file) in ROW_KINDS]
     if not files:
         raise UserError(f"{path}: holds no file of rows: .jsonl, .json, .csv, .tsv, .parquet or .arrow")
@@ -155,19 +162,19 @@ def json_opening(path):
 
 
 def whole_list(path, tally):
-    """The (where, element) of a JSON list; raises UserError where its text breaks off, or is none."""
+    """The (where, element) of a JSON list; raises UserError where it breaks off, or text follows its end."""
 
-    def breaks():
-        return sum(tally.dropped["read"].get(why, {"count": 0})["count"] for why in ("not-json", "too-deep"))
+    def problems():
+        found = tally.dropped["read"]
+        return [found.get(why, {}).get("count", 0) for why in ("not-json", "too-deep", "after-the-list")]
 
-    before, count = breaks(), 0
+    before, count = problems(), 0
     for entry in json_rows(path, tally):
         count += 1
         yield entry
-    if breaks() > before:
-        raise UserError(
-            f"{path}: a JSON list that breaks off after {count} elements; mend it, or write .jsonl"
-        )
+    if (after := problems()) != before:
+        what = "with more text behind it" if after[:2] == before[:2] else "that breaks off"
+        raise UserError(f"{path}: a JSON list {what} after {count} elements; mend it, or write .jsonl")
 
 
 def complete(line):
@@ -192,7 +199,7 @@ def to_chat(row):
         question = next(name for name, value in FORMATS.items() if value == kind)
         name = first(row, ANSWER) or next((name for name in ANSWER if name in row), None)
         if name is None:
-            raise Bad("missing-field", f'missing "{ANSWER_TO[question]}"')
+            raise Bad("missing-field", f'missing "{ANSWER_TO[question]}"{foreign(row)}')
         messages += said(row[name], name, "assistant")
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
@@ -207,7 +214,7 @@ def to_pair(row):
         raise Bad("not-an-object", f"a pair must be an object, got {kind_name(row)}")
     if lacking := [name for name in ("chosen", "rejected") if name not in row]:
         told = len(lacking) == 2 and any(row.get(name) for name in ANSWER + DIALOGUE)
-        chat = "; conversations are for sft.py" if told else ""
+        chat = "; conversations are for sft.py" if told else foreign(row)
         raise Bad("missing-field", f'missing "{lacking[0]}"{chat}')
     explicit = first(row, QUESTION + DIALOGUE)
     prompt = dialogue(row)[1] if explicit else system_message(row)
@@ -240,7 +247,7 @@ def dialogue(row):
     names = DIALOGUE + QUESTION if "chosen" not in row else QUESTION + DIALOGUE
     name = first(row, names) or next((name for name in names if name in row), None)
     if name is None:
-        raise Bad("missing-field", f'missing "prompt" (or "messages", ...) among {fields_of(row)}')
+        raise Bad("missing-field", f'missing "prompt" (or "messages", ...){foreign(row)}')
     messages = system_message(row) + history(row) + said(row[name], name, "user")
     if name in DIALOGUE:
         head = next((m for m in row[name] if isinstance(m, dict)), {}) if isinstance(row[name], list) else {}
@@ -258,9 +265,14 @@ def first(row, names):
     return next((name for name in names if row.get(name) is not None), None)
 
 
-def fields_of(row):
-    """The names of a row's fields, for people; foreign text, so nothing that moves a terminal's cursor."""
-    return CONTROL.sub("?", ", ".join(map(str, row))[:80]) or "no fields at all"
+def foreign(row):
+    """How the error on a row with unknown field names goes on: all its names, and the remedy.
+
+    Names are foreign text: what would move a terminal's cursor is shown as a question mark.
+    """
+    if row.keys() - KNOWN:
+        return f" among {CONTROL.sub('?', ', '.join(map(str, row))[:80])}; {RENAME}"
+    return "" if row else " among no fields at all"
 
 
 def system_message(row):
@@ -426,16 +438,10 @@ def show_rows(cfg):
     lines.append(f"\n{where} as {template}; {'dim' if terminal else 'in [ ]'}: what the model does not learn")
     for name, messages, start in dialogues(value):
         lines += [f"-- {name}", marked(rendered(messages, start, tokenizer, template), terminal)]
-    say("\n".join(lines))
+    print("\n".join(lines))
     if tally.bad_rows > MAX_BAD * total:
         share = f"{tally.bad_rows} of {total} rows are unusable, more than {MAX_BAD:.0%}"
         raise UserError(f"{cfg.path}: {share}: training refuses it")
-
-
-def say(text):
-    """Print a text that may hold anything, on a terminal that may not know its letters."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def holds_pairs(path):
@@ -491,18 +497,17 @@ def length_table(rows, tokenizer, template):
 def tokens_of(messages, start, tokenizer, template):
     """(ids, mask) of a dialogue, the mask 0 before message number `start`."""
     ids, mask = render(tokenizer, messages, template)
-    opening = (
-        len(render(tokenizer, messages[:start], template, add_generation_prompt=True)[0]) if start else 0
-    )
+    if not start:
+        return ids, mask
+    opening = len(render(tokenizer, messages[:start], template, add_generation_prompt=True)[0])
     return ids, [0] * opening + mask[opening:]
 
 
 def rendered(messages, start, tokenizer, template):
     """[(text, is it learned?)] of a dialogue: decoded from its ids, or without a tokenizer as it would be."""
     if tokenizer:
-        runs = groupby(
-            zip(*tokens_of(messages, start, tokenizer, template), strict=True), lambda pair: pair[1]
-        )
+        pairs = zip(*tokens_of(messages, start, tokenizer, template), strict=True)
+        runs = groupby(pairs, lambda pair: pair[1])
         return [(tokenizer.decode([id for id, _ in run], controls=True), bool(bit)) for bit, run in runs]
     shape, pieces = TEMPLATES[template], []
     for number, message in enumerate(messages):

@@ -47,11 +47,16 @@ TABLES = ("parquet", "arrow")
 
 def kind_of(path):
     """How to read a file, by its suffix (before .gz and the like); None if the suffix says nothing."""
-    inner = path.with_suffix("") if path.suffix.lower() in OPENERS else path
+    inner = unpacked(path)
     if inner.name.startswith("wiki.") and inner.suffix in (".raw", ".tokens"):
         return "wikitext"
     kind = KINDS.get(inner.suffix.lower())
     return None if kind in TABLES and inner != path else kind
+
+
+def unpacked(path):
+    """The path of a file without the ending of its compression."""
+    return path.with_suffix("") if path.suffix.lower() in OPENERS else path
 
 
 def need_packages(path):
@@ -505,6 +510,8 @@ def list_elements(buffer, file, path, tally):
         while True:
             start = gap.match(buffer, start).end()
             if buffer.startswith("]", start):
+                if (buffer[start + 1 :] + file.read(1 << 16)).strip():
+                    tally.bad("after-the-list", f"{path}: what follows the end of its JSON list is dropped")
                 return
             try:
                 value, end = reader.read(buffer, start)
@@ -512,17 +519,18 @@ def list_elements(buffer, file, path, tally):
                 problem, end = error.args[0], (error.args + (len(buffer),))[1]
             if end < len(buffer) or problem == "too-deep":
                 break  # an element that reaches the end of the buffer may go on
-            more = file.read(max(len(buffer) - start, 1 << 16)) if len(buffer) - start < MAX_LINE else ""
+            held = len(buffer) - start
+            more = file.read(max(held, 1 << 16)) if held < MAX_LINE else ""
             if not more:
                 if problem is None:
                     yield where, value
-                tally.bad(problem or "not-json", f"{where} (the file is dropped from here on)")
-                return
+                why = "broken, or over 16 MiB; " if held >= MAX_LINE else ""
+                return tally.bad(problem or "not-json", f"{where} ({why}the file is dropped from here on)")
             buffer, start, problem = buffer[start:] + more, 0, None
+        if problem == "too-deep":  # nothing tells where it ends
+            return tally.bad(problem, f"{where} (the file is dropped from here on)")
         if problem:
             tally.bad(problem, where)
-            if problem == "too-deep":
-                return
         else:
             yield where, value
         start = end

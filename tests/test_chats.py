@@ -414,6 +414,35 @@ def test_too_many_unusable_rows_are_an_error_that_lists_them(tmp_path):
     assert len(read_chats(path)) == 95
 
 
+@pytest.mark.parametrize(
+    ("read", "row", "told"),
+    [
+        (
+            read_chats,
+            {"frage": "q", "antwort": "a"},
+            'missing "prompt" (or "messages", ...) among frage, antwort; ',
+        ),
+        (read_chats, {"prompt": "q", "reply": "a"}, 'missing "response" among prompt, reply; '),
+        (
+            read_pairs,
+            {"frage": "q", "gut": "a", "schlecht": "b"},
+            'missing "chosen" among frage, gut, schlecht; ',
+        ),
+    ],
+)
+def test_fields_of_other_names_are_told_with_ours_and_a_renamed_file_is_read(tmp_path, read, row, told):
+    path = write(tmp_path / "rows.jsonl", row)
+    remedy = (
+        "rename its fields: prompt (instruction, question) and response (completion, output, answer), or "
+        "messages (conversations, conversation, dialogue, dialog); in a pair prompt, chosen and rejected"
+    )
+    with pytest.raises(UserError) as caught:
+        read(path)
+    assert str(caught.value) == f"{path}: 0 usable rows of 1: 1 missing-field (line 1: {told}{remedy})"
+    ours = ("prompt", "response") if read is read_chats else ("prompt", "chosen", "rejected")
+    assert len(read(write(path, dict(zip(ours, row.values(), strict=True))))) == 1
+
+
 def test_rows_of_the_other_training_and_folders_of_models_are_named(tmp_path):
     with pytest.raises(UserError, match=r'missing "chosen"; conversations are for sft\.py'):
         read_pairs(write(tmp_path / "chats.jsonl", ROW))
@@ -464,6 +493,11 @@ def test_a_list_with_a_bad_element_goes_on(tmp_path):
         ("binary.jsonl", bytes(range(256)) * 20, "0 usable rows"),
         ("nul.jsonl", b"\0" * 5000, "0 usable rows"),
         ("deep.json", DEEP.encode(), "a JSON list that breaks off after 0 elements"),
+        (
+            "two.json",
+            b"[\n%s\n]\n" % json.dumps(ROW).encode() * 2,
+            "with more text behind it after 1 elements",
+        ),
         ("cut.jsonl.gz", gzip.compress(b'{"prompt": "q"}\n' * 9999, mtime=0)[:80], "cannot be read"),
         ("plain.jsonl.gz", b'{"prompt": "q", "response": "a"}\n', "cannot be read"),
         ("rows.parquet", b"PAR1", "cannot be read: damaged"),
