@@ -41,6 +41,7 @@ from formats import (
     page_lines,
     rows,
     text_lines,
+    unpacked,
 )
 
 # --- What was read, what was dropped, and why ---------------------------------------------------------------
@@ -135,8 +136,7 @@ def read_documents(cfg, tally):
 
 def sources_of(cfg):
     """The Sources that a configuration names: its mixture's, or the one of its input_path."""
-    entries = getattr(cfg, "mixture", None)
-    if entries is None:
+    if cfg.mixture is None:
         if not cfg.input_path:
             raise UserError(
                 "input_path is empty; give a file, a folder, a glob, hf:owner/name or docstrings:"
@@ -144,12 +144,15 @@ def sources_of(cfg):
         return [
             Source(cfg.input_path, cfg.input_path, 1.0, None, cfg.input_config, cfg.text_column, cfg.licence)
         ]
-    if not entries:
+    if not cfg.mixture:
         raise UserError('mixture: an empty list; give entries {"name": ..., "input_path": ..., "weight": 1}')
     for name, default in {"input_path": "docstrings:", "input_config": "", "text_column": ""}.items():
         if getattr(cfg, name) != default:
-            raise UserError(f"mixture and {name} {getattr(cfg, name)!r} are both given; keep one of the two")
-    sources = [source_of(f"mixture[{number}]", entry) for number, entry in enumerate(entries)]
+            raise UserError(
+                f"mixture and {name} {getattr(cfg, name)!r} are both given; keep one of the two "
+                f"(each entry of mixture has a {name} of its own)"
+            )
+    sources = [source_of(f"mixture[{number}]", entry) for number, entry in enumerate(cfg.mixture)]
     for number, source in enumerate(sources):
         if source.name in [other.name for other in sources[:number]]:
             raise UserError(f"mixture[{number}]: a second source with the name {source.name!r}; rename one")
@@ -214,19 +217,25 @@ def documents_of(source, max_length, tally):
     if source.input_path.startswith("hf:"):
         hub_package(source.input_path)
         return hub_documents(source, tally)
-    files = input_files(source.input_path, tally, tables=True)
+    files = local_files(source, tally)
     for path in {tuple(path.suffixes[-2:]): path for path in files}.values():  # one of each kind
         need_packages(path)
     return file_documents(files, source.text_column, max_length, tally)
 
 
+def local_files(source, tally=None):
+    """The files that a source reads; None for one that is no files."""
+    if source.input_path.startswith(("docstrings:", "hf:")):
+        return None
+    return input_files(source.input_path, tally, tables=True)
+
+
 def input_bytes(cfg):
     """The sizes on disk of all the files that a configuration names; None if it names other sources too."""
-    sources = sources_of(cfg)
-    if any(source.input_path.startswith(("docstrings:", "hf:")) for source in sources):
+    files = [local_files(source) for source in sources_of(cfg)]
+    if None in files:
         return None
-    files = (path for source in sources for path in input_files(source.input_path, tables=True))
-    return sum(file_size(path) for path in files)
+    return sum(file_size(path) for path in itertools.chain.from_iterable(files))
 
 
 def peek(cfg, count=1000):
@@ -238,11 +247,8 @@ def peek(cfg, count=1000):
     first = next(documents, None)
     read = sum(1 for _ in documents) + (first is not None)
     for source in sources_of(cfg):
-        if source.input_path.startswith(("docstrings:", "hf:")):
-            kinds[source.input_path] = 1
-            continue
-        for path in input_files(source.input_path, tables=True):
-            kind = kind_of(path) or "text"
+        files = local_files(source)
+        for kind in [source.input_path] if files is None else [kind_of(path) or "text" for path in files]:
             kinds[kind] = kinds.get(kind, 0) + 1
     return {
         "kinds": kinds,
@@ -265,9 +271,8 @@ UNDOCUMENTED = {"test", "tests", "testing", "idle_test", "site-packages", "__pyc
 def docstring_documents(folder, max_length, tally):
     """This Python's documentation: language reference, standard library, packages; or a folder's."""
     if folder and not os.path.isdir(folder):
-        raise UserError(
-            f"docstrings:{folder}: not a folder; docstrings: alone is this Python's documentation"
-        )
+        alone = "docstrings: alone is this Python's documentation"
+        raise UserError(f"docstrings:{folder}: not a folder; {alone}")
     roots = [Path(folder)]
     if not folder:
         from pydoc_data.topics import topics
@@ -320,9 +325,9 @@ def docstrings(node, title, prefix):
     """The docstring of a node under its title, then those of its functions (in a class, of classes too)."""
     if text := ast.get_docstring(node):
         yield f"{title}\n\n{text}\n\n"
-    inner = (ast.FunctionDef, ast.AsyncFunctionDef) + (
-        (ast.ClassDef,) if isinstance(node, ast.ClassDef) else ()
-    )
+    inner = ast.FunctionDef | ast.AsyncFunctionDef
+    if isinstance(node, ast.ClassDef):
+        inner |= ast.ClassDef
     for child in getattr(node, "body", ()):
         if isinstance(child, inner):
             yield from docstrings(child, f"{prefix}{child.name}", f"{prefix}{child.name}.")
@@ -385,14 +390,13 @@ def input_files(pattern, tally=None, tables=False):
 
 def refuse_unreadable(path, tables):
     """Raise UserError for a single file that no reader takes."""
-    inner = path.with_suffix("") if path.suffix.lower() in OPENERS else path
+    inner = unpacked(path)
     suffix = inner.suffix.lower()
     if suffix in ARCHIVES:
         raise UserError(f"{path}: {suffix} files are not read; unpack it, or convert it to .txt or .jsonl")
     if KINDS.get(suffix) in TABLES and not (tables and inner == path):
-        raise UserError(
-            f"{path}: {''.join(path.suffixes[-2:])} files are not read; convert to .jsonl or .csv"
-        )
+        ending = "".join(path.suffixes[-2:])
+        raise UserError(f"{path}: {ending} files are not read; convert to .jsonl or .csv")
 
 
 def files_below(folder, tally):
@@ -457,17 +461,17 @@ def file_documents(files, column, max_length, tally):
 
 def file_texts(path, column, max_length, tally, useless):
     """Return whether a file holds lines of WikiText, and its (where, text)."""
-    kind = kind_of(path)
+    kind = kind_of(path) or "text"
     if kind == "wikitext":
         texts = ((f"{path} line {number}", line) for number, line in text_lines(path, tally))
-    elif kind in (None, "text", "html"):
+    elif kind in ("text", "html"):
         lines = page_lines(path, tally) if kind == "html" else (line for _, line in text_lines(path, tally))
         pieces = passages(paragraphs(lines, max_length), max_length)
         texts = ((f"{path} [{number}]", text) for number, text in enumerate(pieces))
     else:
         texts = column_texts(rows(path, tally, partial(pick, column, path)), column, tally)
     texts = survived(path, texts, tally, useless)
-    if kind in (None, "text", "html"):
+    if kind in ("text", "html"):
         return False, texts
     return (True, texts) if kind == "wikitext" else lines_or_not(texts)
 
@@ -612,9 +616,11 @@ def hub_rows(path, config=""):
 
     Whatever breaks, in the middle too, is raised as Unreachable: no dataset comes out shorter than it is.
     """
-    name, own, split = (path.removeprefix("hf:").split(":") + ["", ""])[:3]
+    name, own, split = (path.removeprefix("hf:").split(":", 2) + ["", ""])[:3]
     if not name.strip("/ "):
         raise UserError(f"{path!r} names no dataset; write hf:owner/name")
+    if own and config not in ("", own):
+        raise UserError(f"{path} names another configuration than input_config {config!r}; keep one")
     name, _, revision = name.partition("@")
     number, load_dataset = 0, hub_package(path)
     try:  # anything may come from there; none of it is worth a traceback
@@ -628,7 +634,8 @@ def hub_rows(path, config=""):
         where = f"{path}: broke off after {number} rows" if number else f"{path}: cannot be read"
         remedy = "check the name and the network, or give local files"
         if "scripts are no longer supported" in reason:
-            remedy = f"the hub's own copy may do: hf:{name}@refs/convert/parquet"
+            _, colon, rest = path.removeprefix("hf:").partition(":")
+            remedy = f"the hub's own copy may do: hf:{name}@refs/convert/parquet{colon}{rest}"
         raise Unreachable(f"{where} ({reason}); {remedy}") from None
 
 

@@ -309,6 +309,24 @@ def test_bad_elements_of_a_json_list(tmp_path):
     assert texts_of(tmp_path / "c.json") == ([], {"too-deep": 1})
 
 
+def test_what_is_lost_of_a_json_list_is_said(tmp_path):
+    good = '{"text": "good"}'
+    for text, reason, told in (
+        (f"[{good}]\n[{good}]", "after-the-list", "what follows the end of its JSON list is dropped"),
+        (f"[{good}, {'[' * 100_000}", "too-deep", "element 2 (the file is dropped from here on)"),
+        (
+            f'[{good}, {{"text": "{"x" * 2 * MAX_LINE}"}}, {good}]',
+            "not-json",
+            "element 2 (broken, or over 16 MiB; ",
+        ),
+    ):
+        (tmp_path / "a.json").write_text(text)
+        documents, tally = read(tmp_path / "a.json")
+        assert documents == ["good"]
+        assert [(found, count) for _, found, count, _ in tally.reasons()] == [(reason, 1)]
+        assert told in tally.dropped["read"][reason]["examples"][0]
+
+
 NAMES = "x.jsonl x.json x.csv x.tsv x.txt x.html wiki.x.raw x.parquet x.arrow "
 NAMES += "x.jsonl.gz x.txt.bz2 x.txt.xz x.txt.zst"
 DAMAGED = [".gz", ".bz2", ".xz", *([".zst"] if find_spec("zstandard") else [])]
@@ -644,6 +662,9 @@ def test_hub_datasets_are_streamed_by_config_and_split(hub):  # traps B8, B9, B1
     assert texts_of(f"hf:{hub}:pages:test") == (["the test split of pages"], {})
     with pytest.raises(UserError, match="no column 'words' among id, text"):
         texts_of(f"hf:{hub}:pages", text_column="words")
+    assert len(texts_of(f"hf:{hub}:pages", input_config="pages")[0]) == 300
+    with pytest.raises(UserError, match="names another configuration than input_config 'lines'; keep one"):
+        texts_of(f"hf:{hub}:pages", input_config="lines")
 
 
 def test_a_hub_dataset_out_of_reach_or_breaking_off_is_one_line(hub):
@@ -658,6 +679,8 @@ def test_a_hub_dataset_out_of_reach_or_breaking_off_is_one_line(hub):
     (hub / "name.py").write_text("# a script that loads the data, which the package no longer runs")
     with pytest.raises(UserError, match=r"the hub's own copy may do: hf:.*owner/name@refs/convert/parquet"):
         texts_of(f"hf:{hub}")
+    with pytest.raises(UserError, match=r"hf:.*owner/name@refs/convert/parquet:pages:test$"):
+        texts_of(f"hf:{hub}:pages:test")
     with pytest.raises(UserError, match="names no dataset; write hf:owner/name"):
         texts_of("hf:")
 
