@@ -93,15 +93,14 @@ def origin(settings, stats):
     licence = settings["licence"] or "not noted; ask the source before passing the text or a model on"
     if not settings["mixture"]:
         return f"- Source: `{settings['input_path']}`{config} ({cap})\n- Licence: {licence}"
-    # by source: what the mixture asked for, and what came of it
-    entries = {entry["name"]: entry for entry in settings["mixture"]}
-    rows = [
-        (name, f"`{entries[name]['input_path']}`", entries[name].get("licence") or "not noted")
-        + tuple(f"{source[key]:,}" for key in ("weight", "documents", "bytes"))
-        for name, source in stats["sources"].items()
-    ]
+    entries, rows = {entry["name"]: entry for entry in settings["mixture"]}, []
+    for name, source in stats["sources"].items():  # what the mixture asked for, and what came of it
+        licence = entries[name].get("licence") or settings["licence"] or "not noted"
+        read = f"{source['documents']:,}" + " (capped)" * source["capped"]
+        row = (name, f"`{entries[name]['input_path']}`", licence, source["weight"], read)
+        rows.append((*row, f"{source['bytes']:,}"))
     head = ("source", "path", "licence", "weight", "documents read", "bytes read")
-    return f"A mixture ({cap}):\n\n{table(head, rows)}\n"
+    return f"A mixture{f' ({cap})' if stats['cap']['reached'] else ''}:\n\n{table(head, rows)}\n"
 
 
 def data_card(name, settings, stats):
@@ -139,14 +138,19 @@ some that was dropped was fine.
 """
 
 
+OURS = """SentencePiece BPE with byte fallback, no normalization, digits one by one; any text survives the
+  way to ids and back"""
+
+
 def tokenizer_card(tokenizer, made, stats):
     """TOKENIZER_CARD.md: which tokenizer this is. `made`: a line on what it was trained on, or is from."""
+    ours = tokenizer.im_start_id is not None and not tokenizer.dummy_prefix
+    controls = int((tokenizer.token_bytes() == 0).sum())
     return f"""# Tokenizer {tokenizer.sha256[:12]}
 
 - sha256 of `tokenizer.model`: `{tokenizer.sha256}`
-- Entries: {tokenizer.vocab_size:,}, of these 6 control tokens and the 256 bytes
-- Kind: SentencePiece BPE with byte fallback, no normalization, digits one by one; any text survives the
-  way to ids and back
+- Entries: {tokenizer.vocab_size:,}, of these {controls} control tokens
+- Kind: {OURS if ours else "a SentencePiece model of another program"}
 - {made}
 - On this dataset: {stats["bytes_per_token"]:.2f} bytes of text per token (BOS and EOS included)
 """

@@ -25,7 +25,6 @@ from chats import (  # noqa: F401 - others ask us for rows
     holds_text,
     read_chats,
     read_pairs,
-    say,
     show_rows,
 )
 from configurator import UserError, closest, run
@@ -163,9 +162,8 @@ def _mixture_table(weights, names, seed):
     missing = MIXTURE_PERIOD - int(counts.sum())
     counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
     if not counts.all():
-        raise UserError(
-            f"{names[int(counts.argmin())]}: its weight is below 1/{MIXTURE_PERIOD} of the mixture"
-        )
+        least = f"{names[int(counts.argmin())]}: its weight is below 1/{MIXTURE_PERIOD} of the mixture"
+        raise UserError(f"{least}; raise it, or leave the dataset out")
     table = np.repeat(np.arange(len(names)), counts)
     return np.random.RandomState(seed & 0xFFFFFFFF).permutation(table)
 
@@ -299,9 +297,9 @@ def inspect(cfg):
             f"{cfg.path}: the folder of a model; inspect shows data, sample.py what a model writes"
         )
     if any((Path(cfg.path) / name).is_file() for name in ("manifest.json", "tokenizer.model")):
-        say(describe(cfg.path, cfg.tokenizer_path))
+        print(describe(cfg.path, cfg.tokenizer_path))
     elif cfg.text_column or holds_text(cfg.path):
-        say(describe_text(cfg.path, cfg.text_column))
+        print(describe_text(cfg.path, cfg.text_column))
     else:
         show_rows(cfg)
 
@@ -320,8 +318,9 @@ def describe(folder, tokenizer_path=""):
     splits = {name: Shards(folder, name) for name, entries in manifest["splits"].items() if entries}
     if not splits:
         raise UserError(f"{folder}: holds no documents; {AGAIN}")
-    lines = [f"{folder}: a prepared dataset", f"  {'source':<17}{config.get('input_path')}"]
-    lines += [f"  {'':<17}{entry}" for entry in config.get("mixture") or ()]
+    first, *others = config.get("mixture") or [config.get("input_path")]
+    lines = [f"{folder}: a prepared dataset", f"  {'source':<17}{first}"]
+    lines += [f"  {'':<17}{other}" for other in others]
     for name, split in splits.items():
         counts = f"{split.documents:>12,} documents {split.tokens:>15,} tokens"
         lines.append(f"  {name:<8}{counts} {split.bytes / 1e6:>11,.2f} MB in {len(split.names)} shards")

@@ -92,12 +92,11 @@ class DataConfig(CleanConfig, SourceConfig):
     train_ratio: Fraction = 0.98  # share of documents for training; the rest is val
     shard_tokens: PositiveInt = 100_000_000  # a shard ends with the document that reaches this
     seed: NonNegativeInt = 42  # of the tokenizer's sample and of the MinHash permutations
-    num_workers: PositiveInt = (
-        2  # processes that clean, threads that encode; the result does not depend on it
-    )
+    # processes that clean, threads that encode; the result does not depend on it
+    num_workers: PositiveInt = 2
 
 
-ENCODING = {"tokenizer_path", "train_tokenizer", "vocab_size", "shard_tokens"}  # settings not of the text
+ENCODING = {"tokenizer_path", "train_tokenizer", "vocab_size", "shard_tokens"}  # settings of the ids alone
 NOTES = {"sequence_length", "licence"}  # settings that only the report heeds
 
 
@@ -123,7 +122,7 @@ def main(cfg):
 
 @dataclass
 class Progress:
-    """What of a preparation is whole, in WORK/progress.json: what a killed run need not do again."""
+    """What a preparation has done, as WORK/progress.json holds it: a killed run need not do it again."""
 
     path: Path
     settings: dict
@@ -147,9 +146,10 @@ class Progress:
         old = read_progress(path)
         if not old:
             return progress
-        changed = sorted(key for key in settings.keys() - NOTES if settings[key] != old["settings"].get(key))
+        then, keys = old["settings"], (settings.keys() | old["settings"].keys()) - NOTES
+        changed = sorted(key for key in keys if settings.get(key) != then.get(key))
         if set(changed) - ENCODING or (changed and any(old["splits"].values())):
-            was = f"{changed[0]} was {old['settings'].get(changed[0])!r}, now {settings[changed[0]]!r}"
+            was = f"{changed[0]} was {then.get(changed[0])!r:.80}, now {settings.get(changed[0])!r:.80}"
             print(f"starting over: an unfinished preparation is of no use, {was}", flush=True)
             return progress
         reset = {"settings"} | ({"tokenizer"} if changed else set())
@@ -201,7 +201,7 @@ def gather(cfg, work, progress):
         if int(path.name[5:10]) >= progress.parts:
             path.unlink()
     intake = Intake(cfg, work, progress, tally)
-    rows = batches(watched(source, cfg, tally))
+    rows = batches(watched(source, cfg, tally, progress.documents))
     for batch, refined in in_order(partial(refine, cfg=cfg), rows, cfg.num_workers):
         intake.add(batch, *refined)
     progress.gathered = True
@@ -210,23 +210,19 @@ def gather(cfg, work, progress):
 
 
 def passed_over(source, progress):
-    """Skip the documents that are done; whether they are the same as then."""
+    """Skip the documents that are done; returns whether they are still the same."""
     checksum = count = 0
     for _, raw in itertools.islice(source, progress.documents):
-        checksum, count = crc(raw, checksum), count + 1
+        checksum, count = zlib.crc32(raw.encode(), checksum), count + 1
     return (checksum, count) == (progress.checksum, progress.documents)
 
 
-def crc(text, before):
-    return zlib.crc32(text.encode("utf-8", "surrogatepass"), before)
-
-
-def watched(source, cfg, tally):
+def watched(source, cfg, tally, done):
     """The documents of `source`, with a progress bar: of bytes where they can be known, else of documents."""
     size = None if cfg.max_docs else input_bytes(cfg)
     unit = {"total": size, "unit": "B"} if size else {"total": cfg.max_docs, "unit": " documents"}
     with progress_bar("read", **unit) as bar:
-        for count, document in enumerate(source):
+        for count, document in enumerate(source, start=done):
             if count % BATCH == 0:
                 bar.update((tally.read_bytes if size else count) - bar.n)
             yield document
@@ -287,8 +283,9 @@ class Intake:
         """Take in one batch, and end the part if that filled it."""
         judged = zip(digests, self.index.judge(digests, signatures), strict=True)
         for (where, raw), text, reason in zip(batch, texts, reasons, strict=True):
-            self.progress.checksum = crc(raw, self.progress.checksum)
-            self.size += len(raw)
+            data = raw.encode()
+            self.progress.checksum = zlib.crc32(data, self.progress.checksum)
+            self.size += len(data)
             if reason:
                 self.tally.drop("filter", reason, where, text)
                 continue
@@ -376,9 +373,16 @@ def follow_parent():
 
 
 def shared_tokenizer(cfg):
-    """The .model file that tokenizer_path names, itself or by its folder; None if it names none."""
+    """The .model file that tokenizer_path names, itself or by its folder; None if it names none.
+
+    UserError for a folder without one: a model may lie there, among whose files a new tokenizer is no help.
+    """
     path = Path(cfg.tokenizer_path)
-    return (path / "tokenizer.model" if path.is_dir() else path) if cfg.tokenizer_path else None
+    if cfg.tokenizer_path and path.is_dir():
+        path /= "tokenizer.model"
+        if not path.is_file():
+            raise UserError(f"{path}: not found; name a folder that holds one, or a .model file to train")
+    return path if cfg.tokenizer_path else None
 
 
 def make_tokenizer(cfg, work, files, progress):
@@ -392,7 +396,8 @@ def make_tokenizer(cfg, work, files, progress):
         elif cfg.train_tokenizer:
             tokenizer, made = train(cfg, own, files)
         else:
-            raise UserError(f"tokenizer_path '{shared or ''}': not found, and train_tokenizer is off")
+            off = "not found, and train_tokenizer is off; name a .model file that is there"
+            raise UserError(f"tokenizer_path '{shared or ''}': {off}")
         if tokenizer.vocab_size != cfg.vocab_size:
             sizes = f"its vocab_size is {tokenizer.vocab_size}, not {cfg.vocab_size}"
             raise UserError(f"{shared}: {sizes}; set that, or name another tokenizer_path")
@@ -400,11 +405,9 @@ def make_tokenizer(cfg, work, files, progress):
         progress.save()
     tokenizer = Tokenizer.load(own)
     if shared and not shared.exists():
-        shared.parent.mkdir(
-            parents=True, exist_ok=True
-        )  # then a copy that a crash leaves whole or not at all
+        shared.parent.mkdir(parents=True, exist_ok=True)
         temporary = shared.with_name(f".{shared.name}.{os.getpid()}")
-        shutil.copyfile(own, temporary)
+        shutil.copyfile(own, temporary)  # which a crash leaves whole under its own name, or not at all
         os.replace(temporary, shared)
     return tokenizer
 
@@ -433,10 +436,8 @@ def encode(cfg, work, tokenizer, files, progress, spent=lambda file: None):
         for split, left in files.items():
             writer = ShardWriter(work, split, tokenizer.vocab_size, cfg.shard_tokens, progress.splits[split])
             for batch in rows_from(tuple(left), *progress.places[split]):
-                texts = [text for text, _ in batch]
-                for (text, place), ids in zip(
-                    batch, tokenizer.encode_batch(texts, num_threads=cfg.num_workers)
-                ):
+                encoded = tokenizer.encode_batch([text for text, _ in batch], cfg.num_workers)
+                for (text, place), ids in zip(batch, encoded, strict=True):
                     if writer.add(text, [tokenizer.bos_id, *ids, tokenizer.eos_id]):
                         progress.places[split] = place
                         progress.save()
@@ -464,9 +465,11 @@ def rows_from(files, name, start):
 
 
 def output_folder(cfg):
-    """cfg.output_dir, or data/processed/ and a name made from the input."""
+    """cfg.output_dir, or data/processed/ and a name made from the input (of a mixture, "mixture")."""
     if cfg.output_dir:
         return Path(cfg.output_dir)
+    if cfg.mixture:
+        return Path("data/processed/mixture")
     source = cfg.input_path.removeprefix("hf:").split(":")[0]
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(source).name.split(".")[0]).strip("_")
     return Path("data/processed") / (name or "dataset")
@@ -490,7 +493,7 @@ def already_there(output, settings, tokenizer):
     for key in settings | manifest["config"]:
         old, new = manifest["config"].get(key), settings.get(key)
         if old != new:
-            was = f"was prepared with {key} {old!r}, now it is {new!r}"
+            was = f"was prepared with {key} {old!r:.80}, now it is {new!r:.80}"
             raise UserError(f"{output}: {was}; name another output_dir, or delete this one")
     if tokenizer and tokenizer.is_file() and file_sha256(tokenizer) != manifest["tokenizer_sha256"]:
         encoded = f"was encoded by the tokenizer of sha256 {manifest['tokenizer_sha256']}"
@@ -531,11 +534,11 @@ def unfinished(output):
         try:
             yield work
         except BaseException as error:
-            if not (kept := parts_done(work) > 1):
+            if not (kept := worth_keeping(work)):
                 shutil.rmtree(work, ignore_errors=True)
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                done = "free some, and the same command goes on" if kept else "nothing was kept"
-                raise UserError(f"{work}: no space left on the disk; {done}") from None
+                done = "the same command goes on" if kept else "begin again"
+                raise UserError(f"{work}: no space left on the disk; free some, and {done}") from None
             raise
     (work / "lock").unlink()
     if output.is_dir():
@@ -543,22 +546,22 @@ def unfinished(output):
     os.replace(work, output)
 
 
-def parts_done(work):
-    """How many parts an unfinished preparation has behind it."""
-    return read_progress(work / "progress.json").get("parts", 0)
+def worth_keeping(work):
+    """Has an unfinished preparation more behind it than one part, which is made again in a moment?"""
+    done = read_progress(work / "progress.json")
+    return bool(done) and (done["parts"] > 1 or any(done["splits"].values()))
 
 
 def check_usable(cfg, tally, kept):
     """Raises UserError, with the main reasons, if nothing is left to train on."""
     if kept["train"]:
         return
+    where = "mixture" if cfg.mixture else cfg.input_path
     if kept["val"]:
-        raise UserError(
-            f"{cfg.input_path}: all {kept['val']} usable documents fell to val; raise train_ratio"
-        )
+        raise UserError(f"{where}: all {kept['val']} usable documents fell to val; raise train_ratio")
     reasons = sorted(tally.reasons(), key=lambda entry: -entry[2])[:3]
     told = "; ".join(f"{count} {reason} ({example})" for _, reason, count, example in reasons)
-    raise UserError(f"{cfg.input_path}: 0 usable documents{': ' if told else ''}{told}")
+    raise UserError(f"{where}: 0 usable documents{': ' if told else ''}{told}")
 
 
 def finish(work, name, settings, tokenizer, progress, stats, T):

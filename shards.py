@@ -114,7 +114,8 @@ def read_manifest(folder):
     if isinstance(manifest, dict) and "files" in manifest:  # never to be deleted as a damaged dataset
         raise UserError(f"{folder}: a model or checkpoint, not a prepared dataset; name a folder of data.py")
     if isinstance(manifest, dict) and manifest.get("format") != FORMAT:
-        raise UserError(f"{path}: format {manifest.get('format')!r:.80}, this program reads {FORMAT}")
+        found = f"format {manifest.get('format')!r:.80}, this program reads {FORMAT}"
+        raise UserError(f"{path}: {found}; prepare the text again, or use the version that wrote it")
     _check_fields(manifest, MANIFEST_FIELDS, path)
     for split, shards in manifest["splits"].items():
         for number, shard in enumerate(shards):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sentencepiece import SentencePieceTrainer
 
 from configurator import UserError, configure
 from data import DataConfig, Shards, TokenStream, main, read_manifest, unigram_bits_per_byte
@@ -174,6 +175,25 @@ def test_a_mixture_keeps_its_proportions_and_the_card_shows_them(tmp_path):
     assert "not noted" in card
 
 
+def test_a_mixture_is_called_one_and_its_caps_and_licence_stand_on_the_card(tmp_path):
+    for name, numbers in (("many", range(200)), ("few", range(500, 540))):
+        write_jsonl(tmp_path / f"{name}.jsonl", map(prose, numbers))
+    entries = [{"name": name, "input_path": f"{name}.jsonl"} for name in ("many", "few")]
+    entries[0] |= {"max_samples": 30}
+    options = [f"--mixture={json.dumps(entries)}", "--licence=CC BY", "--vocab_size=400", "--no_quality"]
+    done = data_py(*options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    card = (tmp_path / "data" / "processed" / "mixture" / "DATA_CARD.md").read_text()
+    assert "| many | `many.jsonl` | CC BY | 1.0 | 30 (capped) |" in card
+    assert "| few | `few.jsonl` | CC BY | 1.0 | 40 |" in card
+    assert "not capped" not in card
+    shown = data_py("inspect", "data/processed/mixture", cwd=tmp_path).stdout
+    assert all(f"{name}.jsonl" in shown for name in ("many", "few"))
+    assert "docstrings" not in shown
+    done = data_py(f"--mixture={json.dumps(entries)}", "--min_length=9999", "--output_dir=d", cwd=tmp_path)
+    assert done.stderr.startswith("error: mixture: 0 usable documents: 70 too-short")
+
+
 def test_what_was_found_in_bad_order_is_noted(tmp_path):
     (tmp_path / "in.txt").write_bytes((prose(1, 20) + " caf\u00e9\n\n" + prose(2, 20)).encode("cp1252"))
     _, stats = prepare_dataset(tmp_path / "in.txt", tmp_path / "d", train_ratio=1, vocab_size=300)
@@ -272,6 +292,27 @@ def test_a_tokenizer_is_trained_once_and_then_reused(stories, tmp_path):  # trap
     model.write_bytes((tmp_path / "b" / "tokenizer.model").read_bytes() + b"\n")
     with pytest.raises(UserError, match="was encoded by the tokenizer of sha256"):
         prepare_dataset(stories, tmp_path / "a", tokenizer_path=str(model))
+
+
+def test_a_folder_without_tokenizer_model_is_refused_and_left_as_it_is(stories, tmp_path):
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"llama/tokenizer.model: not found; name a folder that holds one"):
+        prepare_dataset(stories, tmp_path / "d", tokenizer_path=str(tmp_path / "llama"))
+    assert [path.name for path in (tmp_path / "llama").iterdir()] == ["tokenizer.json"]
+
+
+def test_the_card_of_a_foreign_tokenizer_says_no_more_than_is_known(stories, prepared, tmp_path):
+    options = {"model_prefix": str(tmp_path / "other"), "vocab_size": 400, "byte_fallback": True}
+    texts = [prose(number) for number in range(100)]
+    SentencePieceTrainer.train(sentence_iterator=iter(texts), minloglevel=2, **options)
+    prepare_dataset(stories, tmp_path / "d", tokenizer_path=str(tmp_path / "other.model"))
+    card = (tmp_path / "d" / "TOKENIZER_CARD.md").read_text()
+    assert "of these 3 control tokens" in card  # <unk>, <s>, </s>
+    assert "a SentencePiece model of another program" in card
+    card = (prepared[0] / "TOKENIZER_CARD.md").read_text()
+    assert "of these 6 control tokens" in card
+    assert "any text survives" in card
 
 
 def test_the_tokenizer_learns_from_training_documents_alone(tmp_path):  # and from long lines: trap B15
@@ -591,6 +632,41 @@ def test_unusable_leftovers_of_an_unfinished_run_are_no_hindrance(stories, prepa
     (tmp_path / ".d.partial" / "digests.bin").write_bytes(b"xyz")
     prepare_dataset(stories, tmp_path / "d", shard_tokens=4000)
     assert contents(tmp_path / "d") == contents(prepared[0])
+
+
+@pytest.fixture
+def retokenizing(prepared, tmp_path):
+    """Begins to retokenize into a folder, and ends by a signal after its second shard; returns the status."""
+
+    def begun(name, options=("--vocab_size=350", "--shard_tokens=4000")):
+        words = ["retokenize", prepared[0], f"--output_dir={tmp_path / 'again'}", *options, "14"]
+        process = preparing(*words, code=DYING.replace("SIGKILL", name))
+        process.communicate(timeout=120)
+        assert (tmp_path / ".again.partial" / "train_00001.bin").exists()
+        return process.returncode
+
+    return begun
+
+
+def test_an_interrupted_retokenize_goes_on_where_it_was(prepared, retokenizing, tmp_path):
+    assert retokenizing("SIGINT") == 130
+    first = (tmp_path / ".again.partial" / "train_00000.bin").stat()
+    knobs = {"vocab_size": 350, "shard_tokens": 4000}
+    retokenize(RetokenizeConfig(str(prepared[0]), str(tmp_path / "again"), **knobs))
+    assert (tmp_path / "again" / "train_00000.bin").stat().st_mtime_ns == first.st_mtime_ns
+    retokenize(RetokenizeConfig(str(prepared[0]), str(tmp_path / "straight"), **knobs))
+    assert contents(tmp_path / "again") == contents(tmp_path / "straight")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
+def test_a_killed_retokenize_is_not_taken_for_a_preparation(
+    stories, prepared, retokenizing, tmp_path, capsys
+):
+    settings = ("--vocab_size=400", "--shard_tokens=4000", "--sequence_length=32")
+    assert retokenizing("SIGKILL", settings) == -9
+    prepare_dataset(stories, tmp_path / "again", shard_tokens=4000)
+    assert "starting over" in capsys.readouterr().out
+    assert contents(tmp_path / "again") == contents(prepared[0])
 
 
 def test_retokenize_refuses_changed_text(prepared, tmp_path):
