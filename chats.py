@@ -144,9 +144,9 @@ def raw_rows(path, tally):
 
 
 def json_opening(path):
-    """How a file opens that is one JSON value: "[", a list of rows, or "{", one row; "" with one a line.
+    """What a file that is one JSON value begins with: "[", a list of rows, or "{", one row; else "".
 
-    Two names lie often: a .json with a row a line, and a .jsonl that is a list. The first two lines tell. A
+    Suffixes mislead: a .json often has a row a line, a .jsonl may be a list. The first two lines tell. A
     line that is a list of messages is a conversation, so a row; any other list is the list of rows.
     """
     with open_bounded(path) as file:

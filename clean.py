@@ -43,14 +43,14 @@ class CleanConfig:
 
 # --- Cleaning -----------------------------------------------------------------------------------------------
 
-ROUNDS = 8  # a repair may bring to light what another repairs; text that is not still by then is no text
+ROUNDS = 8  # one repair may expose what another repairs; what still changes after so many is no text
 
 
 def clean(text, cfg):
     """Text repaired by ftfy, without what nobody sees, code, web addresses and private data; paragraphs stay.
 
     The steps are repeated until they find nothing more to do, hence clean(clean(text)) == clean(text); a text
-    that never comes to rest is built to do so, and nothing of it is kept.
+    that never stops changing was made that way, and nothing of it is kept.
     """
     for _ in range(ROUNDS):
         text = repaired(text)

@@ -87,7 +87,7 @@ class TokenStream:
         self.tokenizer_sha256 = first.tokenizer_sha256
         self.tokens = sum(source.tokens for source in self.sources)
         self.bytes = sum(source.bytes for source in self.sources)  # UTF-8 bytes of the text behind the tokens
-        # One target less than tokens, in steps of T: 8 tokens at T 4 are two blocks, the second with 3
+        # One target fewer than tokens, in steps of T: 8 tokens at T 4 are two blocks, the second with 3
         # labels.
         sizes = [-(-(source.tokens - 1) // sequence_length) for source in self.sources]
         self.block_ends = np.cumsum(sizes)

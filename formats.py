@@ -268,9 +268,9 @@ def bounded_lines(path, tally):
 def text_lines(path, tally):
     """Yield (number, line) of a text file, whatever its line ends; each line but the last ends in a newline.
 
-    A line that is not UTF-8 is judged by the SAMPLE of text that it opens: it is read as Windows' cp1252
-    where that looks like Western text (noted in the tally), else dropped, and all that follows too where more
-    than a tenth of it is not UTF-8 either.
+    A line that is not UTF-8 is judged together with the SAMPLE bytes after it. Where they look like Western
+    text it is read as Windows' cp1252, which the tally notes. Otherwise it is dropped, and with it the rest
+    of the file if more than a tenth of those lines are not UTF-8 either.
     """
     lines, ahead, judged, foreign = bounded_lines(path, tally), deque(), 0, None
     while line := ahead.popleft() if ahead else next(lines, None):
@@ -305,7 +305,7 @@ def sample(lines, size):
 
 
 def judge(lines):
-    """What lines are of which the first is not UTF-8: "Western" text, "another encoding", or "damaged"."""
+    """What lines are, the first of which is not UTF-8: "Western" text, "another encoding", or "damaged"."""
     strays = []
     for line in lines:
         try:
@@ -437,9 +437,7 @@ def rows(path, tally, pick=None):
 
 
 class JsonReader:
-    """json.JSONDecoder, with what a row may do wrong as a reason to count: read() gives (value, end) or
-    raises Bad.
-    """
+    """json.JSONDecoder that says what is wrong with a row: read() gives (value, end) or raises Bad."""
 
     class Bad(Exception):
         pass

@@ -248,8 +248,8 @@ def batches(documents):
 
 
 def refine(batch, cfg):
-    """What can be said of documents each on its own: clean texts, language scores, reasons against them, and
-    of those that have none, digests and signatures (None without use_minhash).
+    """What each document tells without the others: clean texts, language scores, reasons against them;
+    and of those with no reason, digests and signatures (None without use_minhash).
     """
     texts = [clean(raw, cfg) for _, raw in batch]
     scores = [
@@ -335,7 +335,7 @@ def hash_fraction(text, seed=""):
 def in_order(function, items, workers):
     """Yield (item, function(item)) in the order of items, computed by as many processes, a few items ahead.
 
-    For no more items than keep them busy no process is started: that takes longer than the work.
+    With too few items to keep them busy no process is started: that would take longer than the work.
     """
     items, ahead = iter(items), 4 * workers
     waiting = deque(itertools.islice(items, ahead))

@@ -50,7 +50,7 @@ from formats import (
 class Tally:
     """Counts by stage and reason, each with its first three examples: what stats.json shows.
 
-    `notes` are counted as drops are, but nothing was dropped. `sources` holds for each source, by its name,
+    `notes` are counted the same way, but nothing was dropped. `sources` holds for each source, by its name,
     the documents and bytes of text read, its weight, and whether max_samples capped it or it ended.
     `read_bytes` of the input files' sizes on disk were read so far.
     """
@@ -211,7 +211,7 @@ def interleaved(streams, tally):
 
 
 def documents_of(source, max_length, tally):
-    """The documents of one source; what is missing from the start is told before anything is read."""
+    """The documents of one source; a missing file or package is an error before anything is read."""
     if source.input_path.startswith("docstrings:"):
         return docstring_documents(source.input_path.removeprefix("docstrings:"), max_length, tally)
     if source.input_path.startswith("hf:"):
@@ -477,7 +477,7 @@ def file_texts(path, column, max_length, tally, useless):
 
 
 def survived(path, texts, tally, useless):
-    """Yield `texts` of a file until it ends or proves damaged, which is counted; it then is done."""
+    """Yield the `texts` of a file to its end or to where it is damaged, which is counted."""
     try:
         yield from texts
     except NoColumn as error:
@@ -506,7 +506,7 @@ def paragraphs(lines, max_length):
 
 
 def lines_or_not(texts):
-    """Return whether (where, text) begin as the lines of WikiText do, and all of them.
+    """Return whether (where, text) are the lines of WikiText, judged by the first of them, and all of them.
 
     Each line is a row of its own there, and among the first hundred is a heading ` = Title = `.
     """
