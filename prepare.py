@@ -405,10 +405,14 @@ def make_tokenizer(cfg, work, files, progress):
         progress.save()
     tokenizer = Tokenizer.load(own)
     if shared and not shared.exists():
-        shared.parent.mkdir(parents=True, exist_ok=True)
-        temporary = shared.with_name(f".{shared.name}.{os.getpid()}")
-        shutil.copyfile(own, temporary)  # which a crash leaves whole under its own name, or not at all
-        os.replace(temporary, shared)
+        try:
+            shared.parent.mkdir(parents=True, exist_ok=True)
+            temporary = shared.with_name(f".{shared.name}.{os.getpid()}")
+            shutil.copyfile(own, temporary)  # which a crash leaves whole under its own name, or not at all
+            os.replace(temporary, shared)
+        except OSError as error:
+            why = f"cannot be written ({error.strerror}); name another tokenizer_path"
+            raise UserError(f"{shared}: {why}") from None
     return tokenizer
 
 

@@ -266,6 +266,8 @@ def test_what_a_newcomer_types_first_is_answered_by_name(stories, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=f"^{tmp_path / 'file' / 'd'}: cannot be written"):
         prepare_dataset(stories, tmp_path / "file" / "d")
+    with pytest.raises(UserError, match=r"file/t.model: cannot be written .*; name another tokenizer_path"):
+        prepare_dataset(stories, tmp_path / "d", tokenizer_path=str(tmp_path / "file" / "t.model"))
 
 
 def test_the_split_of_a_document_does_not_depend_on_its_neighbours(prepared, stories, tmp_path):
