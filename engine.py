@@ -184,9 +184,8 @@ class Request:
     stop_ids: Collection[int] = ()
     top_logprobs: int | None = None  # record log-probabilities, with those of this many likeliest ids
     ids: list[int] = field(default_factory=list)  # the answer so far, without the id that stopped it
-    logprobs: list[tuple] = field(
-        default_factory=list
-    )  # per id: (its own, [(id, logprob), ...] likeliest first)
+    # per id: (its own, [(id, log-probability), ...] likeliest first)
+    logprobs: list[tuple] = field(default_factory=list)
     finish: str | None = None  # stop, length, context; error: the engine failed; or a reader's own word
 
     def take(self, id, limit, logprob=None):
@@ -357,7 +356,9 @@ class Engine:
             self.part.window = min(window_for(longest), self.cache.capacity)
             return
         even = len(set(self.fed[:size])) == 1 and not any(slot < size for slot in self.joining)
-        self.part.window, self.part.start = longest, self.fed[0] if even else None
+        # in a burst a row that is ending may seem longer than there is room for
+        self.part.window = min(longest, self.cache.capacity)
+        self.part.start = self.fed[0] if even else None
 
     def _rule(self, requests, idle):
         """Sets the rules anew if these are other requests than before; ended ones get the rules `idle`."""
@@ -567,4 +568,4 @@ def silence(model, tokenizer):
     """
     ends, controls = stop_ids(tokenizer, tokenizer.template), (tokenizer.token_bytes() == 0).nonzero()[0]
     ids = [id for id in controls.tolist() if id not in ends]
-    model.unwritten = torch.tensor(ids, device=model.lm_head.weight.device)
+    model.unwritten = torch.tensor(ids, dtype=torch.long, device=model.lm_head.weight.device)

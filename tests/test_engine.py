@@ -1,5 +1,6 @@
 """engine.py: neither cache nor neighbours change a token, the rules are transformers', the text is whole."""
 
+import json
 import random
 from dataclasses import replace
 
@@ -377,6 +378,24 @@ def test_of_control_ids_only_ends_are_written(tmp_path, tiny_tokenizer, dtype, t
     assert never & set(answer(model, PROMPTS[1], GREEDY, 30))  # else this test could not fail
 
 
+def test_a_vocabulary_with_one_control_id_may_write_it_and_all_others(tmp_path):
+    """As GPT-2's: what ends a text is the only symbol there is, and opens it, too."""
+    library = pytest.importorskip("tokenizers")
+    alphabet = sorted(library.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {piece: id for id, piece in enumerate(["<|endoftext|>", *alphabet])}
+    bpe = library.Tokenizer(library.models.BPE(vocabulary, []))
+    bpe.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = library.decoders.ByteLevel()
+    bpe.add_special_tokens(["<|endoftext|>"])
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    roles = dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(roles))
+    save_model(build(replace(BASE, vocab_size=257, bos_token_id=0, eos_token_id=0)), tmp_path)
+    model, tokenizer = open_model(tmp_path, "cpu", "fp32")
+    assert (tokenizer.bos_id, tokenizer.eos_id, model.unwritten.tolist()) == (0, 0, [])
+    assert answer(model, [0, 5], GREEDY) == uncached(model, [0, 5], GREEDY)
+
+
 # ---- log-probabilities
 
 
@@ -474,6 +493,16 @@ def test_rows_end_each_at_its_own_place(model):
     list(generate(model, rows))
     assert [len(row.ids) for row in rows] == [48 - 21, 47, 3]
     assert [row.finish for row in rows] == ["context", "context", "length"]
+
+
+def test_in_a_burst_a_row_may_end_at_the_context(model):
+    """Several steps at a time, as on a GPU, where they end long before the other row does."""
+    rows = [Request(PROMPTS[6], 99, GREEDY), Request(PROMPTS[0], 99, PLAIN)]
+    engine = Engine(model, len(rows))
+    engine.burst = 8
+    list(generate(model, rows, engine))
+    assert [row.finish for row in rows] == ["context", "context"]
+    assert [row.ids for row in rows] == [answer(model, row.prompt, row.sampling, 99) for row in rows]
 
 
 def test_a_reader_ends_a_row(model):
