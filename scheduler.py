@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from engine import Engine, Reply, score
+from engine import Engine, Reply, ending, score
 
 PACE = 0.02  # seconds between two pieces of a stream, at least
 FIRST_TOKEN = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # seconds: upper bounds of the histogram's buckets
@@ -246,11 +246,8 @@ class Scheduler:
             _, job = self.waiting[0] if self.waiting else (None, None)
         if job is None or job.score is None or job.scored is not None:
             return
-        try:
+        with ending([job.request]):
             job.scored = next(score(self.model, [job.request.prompt], job.score))
-        except BaseException:
-            job.request.finish = "error"
-            raise
         if job.request.max_new_tokens == 0:
             self.prompt_tokens += len(job.request.prompt)
             job.request.finish = "length"
@@ -263,7 +260,8 @@ class Scheduler:
                 rows.append(self.waiting.popleft())
         if rows:
             self.seated |= dict(zip(free, rows))  # before the next line, which may fail
-            assert self.engine.join([job.request for _, job in rows]) == free[: len(rows)]
+            slots = self.engine.join([job.request for _, job in rows])
+            assert slots == free[: len(rows)]
             self.prompt_tokens += sum(len(job.request.prompt) for _, job in rows)
 
     def _step(self):
@@ -295,7 +293,8 @@ class Scheduler:
         """Tells stderr what happened, and under which number the rows it ended are told."""
         self.failure = Failed(secrets.token_hex(4))
         sys.stderr.write(f"error {self.failure} in the model: {traceback.format_exc()}")
-        rows = [job for _, job in self.seated.values()]
-        if not any(job.request.finish == "error" for job in rows):
-            for job in rows:  # not the engine's failure, so whose is unknown
+        with self.changed:
+            rows = [*self.waiting, *self.seated.values()]
+        if not any(job.request.finish == "error" for _, job in rows):
+            for _, job in self.seated.values():  # no row's own failure, so whose is unknown
                 job.request.finish = "error"

@@ -549,6 +549,25 @@ def test_a_failure_ends_its_own_calls_only(model, tiny_tokenizer, capsys):
         solo.close()
 
 
+def test_a_failing_score_leaves_the_rows_under_way_alone(model, tiny_tokenizer, capsys):
+    def breaks(module, args):
+        if (args[0] == 99).any():
+            raise RuntimeError("a broken kernel")
+
+    handle = model.model.register_forward_pre_hook(breaks)
+    solo = Solo(model, tiny_tokenizer)
+    try:
+        running = solo.call(count=120, gone=lambda: time.sleep(0.001))
+        while not running.jobs[0].request.ids:
+            time.sleep(0.001)
+        with pytest.raises(Failed):
+            finishes(solo.call(prompts=[(1, 99, 70)], score=1))
+        assert finishes(running) == ["length"]
+    finally:
+        handle.remove()
+        solo.close()
+
+
 # ---- who may ask
 
 
