@@ -202,7 +202,7 @@ def read_object(path):
     try:
         values = parse_json(Path(path).read_text(encoding="utf-8-sig"), path)
     except FileNotFoundError:
-        raise UserError(f"{path}: not found{elsewhere(path)}") from None
+        raise UserError(f"{path}: not found{elsewhere(str(path))}") from None
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise UserError(f"{path}: byte {byte:#04x} at offset {error.start}: not UTF-8") from None
@@ -296,11 +296,16 @@ def read_flag(word, rest, knobs):
     return name, accept(name, from_text(text, knobs[name], flag), knobs[name], flag)
 
 
-def read_words(argv, knobs):
-    """Sort a command line into the paths of its presets, in order, and {name: value} of its flags."""
-    presets, flags, rest = [], {}, deque(argv)
+def read_words(argv, knobs, places=()):
+    """Sort a command line into the paths of its presets, in order, and {name: value} of its flags.
+
+    The first words that are no flags are the values of the fields `places`; presets come after them.
+    """
+    presets, flags, rest, places = [], {}, deque(argv), deque(places)
     while rest:
         word = rest.popleft()
+        if places and not word.startswith("-"):
+            word = f"--{places.popleft()}={word}"
         if word.startswith("-"):
             name, value = read_flag(word, rest, knobs)
             if name in flags:
@@ -320,7 +325,7 @@ def read_words(argv, knobs):
 def comments_of(cls):
     """Return {field: comment} from the source of `cls` and its bases, each in its own module.
 
-    A field's comment ends its line, else stands right above it; redeclared bare, it keeps its base's.
+    A field's comment stands beside it, else right above it; redeclared without one, it keeps its base's.
     """
     found = {}
     for owner in reversed(cls.__mro__):
@@ -333,12 +338,18 @@ def comments_of(cls):
         lines = source.splitlines()
         for node in ast.parse(source).body[0].body:
             if isinstance(node, ast.AnnAssign):
-                first = node.lineno
-                while first - 1 in comments and lines[first - 2].lstrip().startswith("#"):
-                    first -= 1
-                above, name = " ".join(comments[line] for line in range(first, node.lineno)), node.target.id
-                found[name] = comments.get(node.end_lineno) or above or found.get(name, "")
+                name = node.target.id
+                found[name] = comment_of(node, comments, lines) or found.get(name, "")
     return found
+
+
+def comment_of(node, comments, lines):
+    """Return the comment on a field's own lines, else what stands on the lines right above it."""
+    beside = [comments[line] for line in range(node.lineno, node.end_lineno + 1) if line in comments]
+    first = node.lineno
+    while first - 1 in comments and lines[first - 2].lstrip().startswith("#"):
+        first -= 1
+    return " ".join(beside or [comments[line] for line in range(first, node.lineno)])
 
 
 def usage(cls, knobs, doc):
@@ -355,12 +366,13 @@ def usage(cls, knobs, doc):
 # ---- what the other rooms call
 
 
-def configure(cls, argv=None, *, foreign_keys=False, doc=None):
+def configure(cls, argv=None, *, foreign_keys=False, places=(), doc=None):
     """Build the dataclass `cls` from presets in order, then flags (by default those of this process).
 
     With `foreign_keys` presets may hold keys of other rooms; the result then carries their names, a tuple, in
-    its attribute `foreign_keys`, which is no field. Raises UserError for any mistake, `__post_init__`'s
-    ValueError among them, and SystemExit after --help, which opens with `doc`.
+    its attribute `foreign_keys`, which is no field. `places` names the fields that may be given as words
+    without a flag, in their order. Raises UserError for any mistake, `__post_init__`'s ValueError among them,
+    and SystemExit after --help, which opens with `doc`.
     """
     argv = sys.argv[1:] if argv is None else argv
     knobs = knobs_of(cls)
@@ -368,7 +380,7 @@ def configure(cls, argv=None, *, foreign_keys=False, doc=None):
         print(usage(cls, knobs, doc), flush=True)
         raise SystemExit(0)
     values, foreign = {}, [] if foreign_keys else None
-    presets, flags = read_words(argv, knobs)
+    presets, flags = read_words(argv, knobs, places)
     for path in presets:
         values |= read_preset(path, knobs, foreign)
     values |= flags
@@ -392,45 +404,52 @@ def narrow(cfg, cls):
     return cls(**{name: getattr(cfg, name) for name in names})
 
 
-def save_config(cfg, path):
-    """Write the resolved `cfg` as a preset that gives its equal; a crash leaves the old file or the new."""
-    values = {field.name: getattr(cfg, field.name) for field in fields(cfg) if field.init}
-    text = json.dumps(values, indent=2, allow_nan=False) + "\n"
+def write_whole(path, content):
+    """Write bytes to a file, in a folder made if need be; a crash leaves the old file or the new one."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # in the same folder: there a rename is atomic
-    with part.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_config(cfg, path):
+    """Write the resolved `cfg` as a preset that gives its equal, whole or not at all."""
+    values = {field.name: getattr(cfg, field.name) for field in fields(cfg) if field.init}
+    write_whole(path, (json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
 
 
 def run(main, cls, doc=None, **kw):
-    """Configure (`kw` goes there) and call `main(cfg)`, with a command's manners."""
+    """Call `main(cfg)` on what `configure(cls, doc=doc, **kw)` gives, with a command's manners."""
     with manners():
         main(configure(cls, doc=doc, **kw))
 
 
 def dispatch(commands, argv, doc):
-    """Run the one of `commands`, {word: (function, configuration)}, that the first word names."""
+    """Run the one of `commands`, {word: (function, configuration)}, that the first word names.
+
+    Fields without a default may be given as words without a flag, in their order, as in `same A B`.
+    """
     word, rest = (argv[0], argv[1:]) if argv else ("--help", [])
-    if word in ("--help", "-h"):
-        lines = (
-            f"  {name:<18}{inspect.cleandoc(f.__doc__).splitlines()[0]}" for name, (f, _) in commands.items()
-        )
-        with manners():
-            print(inspect.cleandoc(doc), "", *lines, sep="\n")
-    elif word in commands:
+    if word in commands:
         function, config = commands[word]
-        for field in [field.name for field in fields(config) if field.default is MISSING]:
-            at = next((n for n, text in enumerate(rest) if not text.startswith("-")), None)
-            rest = rest if at is None else [*rest[:at], f"--{field}={rest[at]}", *rest[at + 1 :]]
-        run(function, config, argv=rest, doc=inspect.cleandoc(function.__doc__))
-    else:
-        near = closest(word, commands)
-        hint = f"did you mean {near}?" if near else f"expected one of {', '.join(commands)}"
-        print(f"error: unknown command {word!r}; {hint}", file=sys.stderr)
-        sys.exit(2)
+        places = [name for name, knob in knobs_of(config).items() if knob.default is REQUIRED]
+        run(function, config, inspect.cleandoc(function.__doc__), argv=rest, places=places)
+        return
+    with manners():
+        if word not in ("--help", "-h"):
+            near = closest(word, commands)
+            hint = f"did you mean {near}?" if near else f"expected one of {', '.join(commands)}"
+            raise UserError(f"unknown command {word!r}; {hint}")
+        print(inspect.cleandoc(doc), "", sep="\n")
+        for name, (function, _) in commands.items():
+            print(f"  {name:<18}{inspect.cleandoc(function.__doc__).splitlines()[0]}")
 
 
 @contextmanager

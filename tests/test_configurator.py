@@ -1,6 +1,7 @@
 """The configurator as its users meet it: presets, flags, the sentence of every error, and --help."""
 
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -20,8 +21,10 @@ from configurator import (
     PositiveFloat,
     Range,
     UserError,
+    comments_of,
     configure,
     did_you_mean,
+    dispatch,
     narrow,
     run,
     save_config,
@@ -550,6 +553,34 @@ def test_help_reads_comments_of_a_base_in_its_own_module(tmp_path, monkeypatch, 
     assert ["--y", "int", "3", "by", "the", "leaf"] in lines
 
 
+def test_help_finds_the_comment_of_a_wrapped_field(capsys):
+    @dataclass
+    class Wrapped:
+        width: Annotated[int, Range(1, 512)] | None = (
+            None  # a formatter puts it here, inside the parentheses, where a line would be too long
+        )
+        height: int = 1
+
+    with pytest.raises(SystemExit):
+        read("--help", cls=Wrapped)
+    lines = capsys.readouterr().out.splitlines()
+    assert "a formatter puts it here, inside the parentheses" in lines[-2]
+    assert lines[-1].split() == ["--height", "int", "1"]
+
+
+def test_every_knob_of_every_command_has_its_line_in_help():
+    rooms = [importlib.import_module(path.stem) for path in ROOT.glob("*.py")]
+    classes = [one for room in rooms for name, one in vars(room).items() if name.endswith("Config")]
+    assert len(classes) > 20
+    silent = {
+        f"{cls.__name__}.{f.name}"
+        for cls in classes
+        for f in dataclasses.fields(cls)
+        if f.init and not comments_of(cls).get(f.name)
+    }
+    assert silent == set()
+
+
 def test_help_without_source_goes_without_comments(capsys):
     with pytest.raises(SystemExit):
         read("--help", cls=dataclasses.make_dataclass("Typed", [("x", int, 1)]))
@@ -639,6 +670,49 @@ def test_run_is_quiet_when_its_reader_has_left(script, word):
     os.close(writing)
     assert process.communicate(timeout=60)[1] == ""
     assert process.returncode == 141
+
+
+@dataclass(frozen=True)
+class Two:
+    one: str
+    other: str
+    size: int = 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "a.json B --size=3",
+        "--size 3 a.json B",
+        "a.json --size 3 B",
+        "--one a.json --other B --size 3",
+        "a.json --other B --size 3",
+    ],
+)
+def test_a_command_takes_its_required_fields_as_words_or_flags(words):
+    seen = []
+
+    def same(cfg):
+        """Compares two."""
+        seen.append(cfg)
+
+    dispatch({"same": (same, Two)}, ["same", *words.split()], "Commands.")
+    assert seen == [Two("a.json", "B", 3)]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        ("sane", 2, "error: unknown command 'sane'; did you mean same?\n"),
+        ("x", 2, "error: unknown command 'x'; expected one of same\n"),
+        ("same A", 2, "error: other is required: --other=VALUE\n"),
+        ("same A B C", 2, "error: expected a preset (a .json file) or --key=value, got 'C'\n"),
+    ],
+)
+def test_a_command_that_is_mistaken_exits_2_with_one_line(words, code, told, capsys):
+    with pytest.raises(SystemExit) as caught:
+        dispatch({"same": (print, Two)}, words.split(), "Commands.")
+    assert (caught.value.code, *capsys.readouterr()) == (code, "", told)
 
 
 def test_run_passes_foreign_keys_on(tmp_path):
