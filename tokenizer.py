@@ -17,9 +17,7 @@ import codecs
 import hashlib
 import io
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -28,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import sentencepiece as spm
 
-from configurator import UserError
+from configurator import UserError, read_object, write_whole
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 NAMES = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "unk": "<unk>"}
@@ -93,7 +91,7 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int) -> 
     except RuntimeError as error:
         raise failure or _training_error(str(error), vocab_size, size) from None
     tokenizer = Tokenizer(model.getvalue(), str(path))
-    _write(path, tokenizer.model)
+    write_whole(path, tokenizer.model)
     return tokenizer
 
 
@@ -114,33 +112,18 @@ def _training_error(message: str, vocab_size: int, size: int) -> Exception:
     return RuntimeError(message)
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".tmp-{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's files are for their owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 # ---- text and ids
 
 
 class Tokenizer:
     """A trained SentencePiece model: ours, or a foreign one such as Llama's `tokenizer.model`.
 
-    `model` are the bytes of the .model file and `sha256` their hash; `pieces` the vocabulary as SentencePiece
-    spells it; `template` the chat template named by the folder it came from, or None. A foreign model may
-    lack the chat markers (`im_start_id` and `im_end_id` are None then) and the padding (`pad_id` is the eos
-    id then); `dummy_prefix` says whether it puts a space before every text. A foreign folder may have `added`
-    control symbols, {id: symbol}, name the symbols of `roles`, and have a `foreign_template`, not read here.
+    `model` is the .model file as bytes, `sha256` their hash, `pieces` the vocabulary as SentencePiece spells
+    it, `template` the chat template named by the folder it came from, or None. A foreign model may lack the
+    chat markers (`im_start_id` and `im_end_id` are then None) and padding (`pad_id` is then the eos id);
+    `dummy_prefix` says whether it puts a space before every text. A foreign folder may bring more control
+    symbols (`added`, {id: symbol}), name those that open and end a text (`roles`), and have a chat template
+    that is not read here (`foreign_template`). `exact`: `save` wrote the folder, so there are no other ids.
     """
 
     file = "tokenizer.model"  # what `model` is called in a folder
@@ -192,17 +175,17 @@ class Tokenizer:
             return cls(_read(path), str(path))
         config = _read_config(path / "tokenizer_config.json")
         sha256, (added, words) = config.get("tokenizer_model_sha256"), _added_tokens(path, config)
-        if not (path / cls.file).exists() and (path / JSONTokenizer.file).exists():
-            cls = JSONTokenizer
-        path /= cls.file
+        only_json = not (path / cls.file).exists() and (path / JSONTokenizer.file).exists()
+        kind = JSONTokenizer if only_json else cls
+        path /= kind.file
         roles = {role: config.get(f"{role}_token") for role in NAMES}
-        tokenizer = cls(_read(path), str(path), config.get("chat_template_name"), added, roles)
+        tokenizer = kind(_read(path), str(path), config.get("chat_template_name"), added, roles)
         if words := [added[id] for id in sorted(words) if id >= tokenizer._size]:
             raise UserError(
                 f"{path}: the folder adds the word {words[0]!r}, which only the tokenizers package finds in "
-                "a text: pip install tokenizers, and delete this file beside a tokenizer.json"
+                "a text: pip install tokenizers, and move this file away for its tokenizer.json to be read"
             )
-        tokenizer.exact = cls is Tokenizer and sha256 is not None
+        tokenizer.exact = not only_json and sha256 is not None
         jinja_file = path.with_name("chat_template.jinja")
         tokenizer.foreign_template = sha256 is None and ("chat_template" in config or jinja_file.exists())
         if tokenizer.exact and tokenizer.sha256 != sha256:
@@ -225,20 +208,26 @@ class Tokenizer:
         """Take the symbols of roles from a tokenizer_config.json; raises UserError if none ends a text."""
         for role, symbol in roles.items():
             symbol = symbol.get("content") if isinstance(symbol, dict) else symbol
-            self._roles[role] = self._specials.get(str(symbol), self._roles[role])
+            if str(symbol) in self._specials:
+                self._roles[role] = self._specials[str(symbol)]
+            elif symbol is not None and role in ("bos", "eos"):
+                raise UserError(
+                    f"{self.source}: {role}_token in tokenizer_config.json is {symbol!r:.60}, which is no "
+                    "control symbol of this vocabulary"
+                )
         self.bos_id, self.eos_id, self.unk_id = (self._roles[role] for role in ("bos", "eos", "unk"))
         if min(self.bos_id, self.eos_id) < 0:
             raise UserError(f"{self.source}: lacks one of the symbols <s>, </s>: what opens and ends a text")
         self.pad_id = self._roles["pad"] if self._roles["pad"] >= 0 else self.eos_id
 
     def without_template(self, folder: str | Path) -> str:
-        """Return the sentence that says of a model whose `template` is None what becomes of a chat."""
+        """Return the sentence that says what becomes of a chat where `template` is None."""
         known = ", ".join(TEMPLATES)
         why = f"a chat template that is none of {known}" if self.foreign_template else "no chat template"
         return f"{folder} has {why}: each text is continued as it stands"
 
     def match(self, size: int, folder: str | Path) -> None:
-        """Become the tokenizer of the model of `size` ids in `folder`; raises UserError if it can't be that.
+        """Become the tokenizer of the model in `folder`, which has `size` ids; UserError if they do not fit.
 
         Other programs round a model's vocabulary up: the ids beyond are symbols that nothing reads or writes.
         """
@@ -257,10 +246,13 @@ class Tokenizer:
         """
         try:
             sp = self._inner if after is not None and self._bytes[after] else self._spm
-            first, *rest = (sp.encode(part) for part in text.split(SPACE))
+            first, *rest = text.split(SPACE)
+            ids = sp.encode(first)
+            for part in rest:
+                ids += self._space_ids + self._inner.encode(part)
+            return ids
         except RuntimeError as error:
             raise _text_error(text) or error from None
-        return first + [id for ids in rest for id in self._space_ids + ids]
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
         """Return the ids of each text, as `encode` does, on `num_threads` threads."""
@@ -329,11 +321,11 @@ class Tokenizer:
         if template:
             config["chat_template_name"] = template
         folder = Path(folder)
-        _write(folder / self.file, self.model)
+        write_whole(folder / self.file, self.model)
         if self.file != JSONTokenizer.file:
-            _write(folder / JSONTokenizer.file, _json(_hugging_face(self)))
-        _write(folder / "special_tokens_map.json", _json(specials))
-        _write(folder / "tokenizer_config.json", _json(config))
+            write_whole(folder / JSONTokenizer.file, _json(_hugging_face(self)))
+        write_whole(folder / "special_tokens_map.json", _json(specials))
+        write_whole(folder / "tokenizer_config.json", _json(config))
 
 
 class Stream:
@@ -385,15 +377,7 @@ def _read(path: Path) -> bytes:
 
 def _read_json(path: Path) -> dict:
     """The object in a JSON file, {} if there is no file; raises UserError if it is broken."""
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(_read(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: must hold an object")
-    return content
+    return read_object(path) if path.exists() else {}
 
 
 def _read_config(path: Path) -> dict:
@@ -420,12 +404,11 @@ def _added_tokens(folder: Path, config: dict) -> tuple[dict[int, str], set[int]]
             added |= {token["id"]: token for token in newer}
         symbols = {id: token["content"] for id, token in added.items()}
         words = {id for id, token in added.items() if not token.get("special", True)}
-        if not all(0 <= id < 1 << 20 for id in added):
+        if not all(0 <= id < 1 << 20 and isinstance(symbol, str) for id, symbol in symbols.items()):
             raise ValueError(added)
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(
-            f"{folder}: the tokens added to its vocabulary are no list of symbols and ids"
-        ) from None
+        told = "the tokens added to its vocabulary are no list of symbols and ids"
+        raise UserError(f"{folder}: {told}") from None
     return symbols, {id for id in words if not re.fullmatch(r"<.+>|\[.+\]", symbols[id])}
 
 
@@ -498,15 +481,11 @@ def _without_prefix(part: object) -> object:
 def _spelling(spec: dict) -> Callable[[str], bytes]:
     """How a piece of a tokenizer.json is spelled in bytes; KeyError for a kind that is unknown here."""
     decoder = spec["decoder"]
-    kinds = (
-        {part["type"] for part in decoder.get("decoders", [decoder])}
-        if spec["model"]["type"] == "BPE"
-        else {}
-    )
+    kinds = {part["type"] for part in decoder.get("decoders", [decoder])}
+    if spec["model"]["type"] != "BPE" or not kinds & {"ByteFallback", "ByteLevel"}:
+        raise KeyError("decoder")
     if "ByteFallback" in kinds:
         return _spelled
-    if "ByteLevel" not in kinds:
-        raise KeyError("decoder")
     # GPT-2's alphabet (Radford et al. 2019): what Latin-1 prints is its own byte, others are U+0100 onwards
     plain = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
     others = sorted(set(range(256)) - set(plain))
@@ -600,11 +579,12 @@ def render(
     `messages` are {"role": system | user | assistant, "content": text}. Whitespace around a content is
     trimmed, so that it meets the template's line breaks at a safe place (see the top of this file). The ids
     begin with BOS and are those of `apply_chat_template` on the saved folder, except that a marker spelled
-    out in a content stays text - and where a foreign vocabulary joins line breaks to other characters, which
-    training and chat, both here, do not feel. `add_generation_prompt` opens the next answer. The line break
-    before `<|im_end|>` in chatml, and the space after "Assistant:" in chat, are the model's to write: strip
-    its answers. Returns (ids, mask), lists of one length. Raises UserError naming the message that is not
-    well formed.
+    out in a content stays text, and that a foreign vocabulary may join line breaks to other characters; as
+    training and chat both render here, they agree even then.
+
+    `add_generation_prompt` opens the next answer. The line break before `<|im_end|>` in chatml, and the space
+    after "Assistant:" in chat, are the model's to write: strip its answers. Returns (ids, mask), lists of one
+    length. Raises UserError naming the message that is not well formed.
     """
     shape = _template(tokenizer, template)
     _check(messages)
@@ -619,8 +599,9 @@ def render(
         head = shape.heads[role].rstrip(" ")
         space = shape.heads[role].removeprefix(head)
         write(_template_ids(tokenizer, (shape.between if index else "") + head, ids[-1]))
-        content = tokenizer.encode(space + message["content"].strip(), ids[-1])
-        write(content + _template_ids(tokenizer, shape.ends[role], content[-1]), role == "assistant")
+        supervised = role == "assistant"
+        write(tokenizer.encode(space + message["content"].strip(), ids[-1]), supervised)
+        write(_template_ids(tokenizer, shape.ends[role], ids[-1]), supervised)
     if add_generation_prompt:
         write(_template_ids(tokenizer, shape.between + shape.heads["assistant"].rstrip(" "), ids[-1]))
     return ids, mask

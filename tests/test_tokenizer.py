@@ -630,6 +630,8 @@ def test_a_foreign_model_loads(foreign):
     for text in ["Hello  there", " led by a space", "\U0001f600"]:
         ids, stream = tokenizer.encode(text), tokenizer.stream()
         assert tokenizer.decode(ids) == "".join([stream.push(id) for id in ids] + [stream.flush()]) == text
+    for text in ["x\u2581y", "\u2581y", " \u2581 y", "\u2581\u2581"]:  # the only dummy prefix is the first
+        assert tokenizer.decode(tokenizer.encode(text)) == text
     with pytest.raises(UserError, match="chatml needs"):
         render(tokenizer, CONVERSATION, "chatml")
     assert stop_ids(tokenizer, "instruct") == [2]
@@ -673,6 +675,10 @@ def test_symbols_beyond_the_file_are_control_symbols_whoever_wrote_them(foreign,
     write_json(folder / "tokenizer_config.json", config)
     tokenizer = Tokenizer.load(folder)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 1000, 1000)
+    for role in ("bos", "eos"):  # what the folder names is not to be replaced by what the file has
+        write_json(folder / "tokenizer_config.json", {f"{role}_token": "lamp"})
+        with pytest.raises(UserError, match=f"{role}_token in .* is 'lamp', which is no control symbol"):
+            Tokenizer.load(folder)
 
 
 def test_a_template_that_is_not_read_is_told_of(foreign, tok, tmp_path):
@@ -717,7 +723,8 @@ def test_a_word_that_a_folder_adds_and_nonsense_are_refused(foreign, tmp_path):
     write_json(path, {"added_tokens": [{"id": 1000, "content": "lamp", "special": False}]})
     with pytest.raises(UserError, match=r"adds the word 'lamp'.*pip install tokenizers"):
         Tokenizer.load(path.parent)
-    for nonsense in ([1], [{"id": "x", "content": "<a>"}], [{"id": 10**9, "content": "<a>"}], {"a": 1}):
+    wrong = {"id": "x"}, {"id": 10**9}, {"content": 5}, {"content": 5, "special": False}
+    for nonsense in ([1], {"a": 1}, *([{"id": 1000, "content": "<a>"} | one] for one in wrong)):
         write_json(path, {"added_tokens": nonsense})
         with pytest.raises(UserError, match="no list of symbols and ids"):
             Tokenizer.load(path.parent)
