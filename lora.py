@@ -25,8 +25,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from configurator import Fraction, NonNegativeInt, PositiveFloat, UserError, did_you_mean
-from model import load_model, load_weights, save_model, weight_files
+from configurator import Fraction, NonNegativeInt, PositiveFloat, UserError, did_you_mean, read_object
+from model import load_model, load_weights, placed, save_model, weight_files
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -233,7 +233,7 @@ def load_adapter(model, folder, base=None):
     is something else than the plain LoRA that this file computes.
     """
     folder = Path(folder)
-    config, home = _read_config(folder), _read_json(folder / "base.json", {})
+    config, home = _read_config(folder), _read_home(folder)
     wanted = home.get("sha256")
     if base and wanted and wanted != base.sha256:
         raise UserError(_other_base(folder, wanted, base))
@@ -265,21 +265,14 @@ def _other_base(folder, wanted, base):
     )
 
 
-def _read_json(path, default=None):
-    if default is not None and not path.is_file():
-        return default
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as problem:
-        raise UserError(f"{path}: not readable as JSON ({problem})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return value
+def _read_home(folder):
+    """Returns base.json's dict, empty in a folder of PEFT's own."""
+    return read_object(folder / "base.json") if (folder / "base.json").is_file() else {}
 
 
 def _read_config(folder):
     """Returns adapter_config.json's dict; UserError where it describes what this file does not compute."""
-    config = _read_json(folder / CONFIG)
+    config = read_object(folder / CONFIG)
     plain = {"peft_type": "LORA", "bias": "none"}
     odd = [key for key, value in plain.items() if config.get(key, value) != value]
     extras = ("use_rslora", "use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern")
@@ -302,7 +295,8 @@ def open_base(cfg, tokenizer):
     tokenizer.match(model.cfg.vocab_size, cfg.model_path)
     length = cfg.sequence_length or model.cfg.sequence_length
     if length > model.cfg.sequence_length:
-        raise UserError(f"sequence_length {length} is more than the model's {model.cfg.sequence_length}")
+        most = model.cfg.sequence_length
+        raise UserError(f"sequence_length {length} is more than the model's {most}; lower it")
     torch.manual_seed(cfg.seed)
     if cfg.lora_r:
         add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_target_modules)
@@ -358,7 +352,7 @@ def files_for(cfg, base, tokenizer, template, stop_ids, data, check):
 
 def find_base(folder):
     """Returns the Base of an adapter folder: looked for beside it first, then where it once was."""
-    home, named = _read_json(folder / "base.json", {}), _read_config(folder).get("base_model_name_or_path")
+    home, named = _read_home(folder), _read_config(folder).get("base_model_name_or_path")
     places = [folder / home["relative_path"]] if home.get("relative_path") else []
     places += [Path(named), folder / named] if named else []
     there = [identify(place) for place in places if place.exists()]
@@ -387,6 +381,4 @@ def open_model_folder(folder, device="cpu", dtype=torch.float32):
         raise UserError(f"{folder / CONFIG}: names its own folder as the base")
     model = load_adapter(open_model_folder(base.path), folder, base)
     merge_lora(model)
-    for p in model.parameters():
-        p.data = p.data.to(dtype)
-    return model.to(device).eval()
+    return placed(model, device, dtype)

@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from configurator import Fraction, PositiveFloat, Range, UserError, accept, knobs_of, run
+from configurator import Fraction, PositiveFloat, Range, UserError, accept, knobs_of, read_object, run
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,8 @@ class ModelConfig:
     n_layer: Annotated[int, Range(1, 512)] = 6  # transformer blocks
     d_model: Annotated[int, Range(2, 65536)] = 256  # width C of the residual stream
     n_head: Annotated[int, Range(1, 1024)] = 4  # query heads H; the head width is d_model / n_head
-    num_key_value_heads: Annotated[int, Range(1, 1024)] | None = (
-        None  # K; fewer than n_head is GQA, none = n_head
-    )
+    # K; fewer than n_head is grouped-query attention, none = n_head
+    num_key_value_heads: Annotated[int, Range(1, 1024)] | None = None
     d_ff: Annotated[int, Range(1, 1 << 20)] = 1024  # inner width of the SwiGLU
     vocab_size: Annotated[int, Range(8, 1 << 20)] = 32768  # V, the tokenizer's size
     sequence_length: Annotated[int, Range(1, 1 << 20)] = 1024  # longest context, in tokens
@@ -41,9 +40,8 @@ class ModelConfig:
     attention_dropout: Fraction | None = None  # on attention probabilities; none = dropout
     hidden_dropout: Fraction | None = None  # on what each block adds to the residual stream; none = dropout
     rope_theta: PositiveFloat = 10000.0  # base of the rotary frequencies
-    rope_scaling: dict | None = (
-        None  # {"rope_type": "linear", "factor": 2.0}, or "llama3" with its four numbers
-    )
+    # {"rope_type": "linear", "factor": 2.0}, or "llama3" with its four numbers
+    rope_scaling: dict | None = None
     layer_norm_epsilon: PositiveFloat = 1e-5  # inside RMSNorm's square root
     initializer_range: PositiveFloat = 0.02  # standard deviation of the initial weights
     tie_word_embeddings: bool = True  # one table for reading tokens and for predicting them
@@ -57,14 +55,12 @@ class ModelConfig:
         if self.n_head % self.kv_heads:
             raise ValueError(f"n_head {self.n_head} is not divisible by num_key_value_heads {self.kv_heads}")
         if self.head_dim % 2:
-            raise ValueError(
-                f"head width d_model / n_head = {self.head_dim} is odd; rotary positions need pairs"
-            )
+            width = f"head width d_model / n_head = {self.head_dim}"
+            raise ValueError(f"{width} is odd; rotary positions need pairs")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            if getattr(self, name) >= self.vocab_size:
-                raise ValueError(
-                    f"{name} {getattr(self, name)} is outside the vocabulary of {self.vocab_size}"
-                )
+            id = getattr(self, name)
+            if id >= self.vocab_size:
+                raise ValueError(f"{name} {id} is outside the vocabulary of {self.vocab_size}")
         check_rope_scaling(self.rope_scaling)
 
     @property
@@ -99,14 +95,16 @@ def check_rope_scaling(scaling):
     if scaling is None:
         return
     kind = scaling.get("rope_type")
-    if kind not in ROPE_SCALING_KEYS:
+    if kind not in list(ROPE_SCALING_KEYS):  # a list, for what cannot be hashed
         raise ValueError(f"rope_scaling: rope_type must be one of linear, llama3; got {json.dumps(kind)}")
     given = set(scaling) - {"rope_type"}
     if given != ROPE_SCALING_KEYS[kind]:
         raise ValueError(f"rope_scaling {kind} takes {sorted(ROPE_SCALING_KEYS[kind])}, got {sorted(given)}")
-    for key in given:
-        if isinstance(scaling[key], bool) or not isinstance(scaling[key], (int, float)) or scaling[key] <= 0:
+    for key in sorted(given):
+        if type(scaling[key]) not in (int, float) or scaling[key] not in Range(0, open_low=True):
             raise ValueError(f"rope_scaling: {key} must be a number > 0, got {json.dumps(scaling[key])}")
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise ValueError("rope_scaling: low_freq_factor must be less than high_freq_factor")
 
 
 def rope_tables(cfg):
@@ -147,6 +145,10 @@ def choose_attention(device, length, dtype, flash_wanted=True):
         return "sdpa", "flash_attn is off"
     if importlib.util.find_spec("flash_attn") is None:
         return "sdpa", "flash-attn is not installed (make install-flash)"
+    try:
+        import flash_attn  # noqa: F401
+    except ImportError as problem:  # most often it was built for another torch
+        return "sdpa", f"flash-attn is installed and does not load ({problem})"
     if torch.cuda.get_device_capability(device)[0] < 8:
         return "sdpa", "flash-attn needs compute capability 8.0"
     return "flash", "flash-attn is installed"
@@ -156,9 +158,10 @@ def attend(q, k, v, mask=None, causal=True, dropout=0.0, backend="sdpa"):
     """Softmax attention, the one place that knows three kernels.
 
     q (B, H, T, D); k, v (B, K, S, D); mask (B or 1, 1, T, S) bool, True = may look, instead of `causal`.
-    Returns (B, H, T, D). flash-attn takes 16-bit inputs without a mask; what it can't take goes to SDPA.
+    Returns (B, H, T, D). flash-attn takes 16-bit heads of up to 256 without a mask; the rest goes to SDPA.
     """
-    if backend == "flash" and mask is None and q.dtype in (torch.float16, torch.bfloat16):
+    sixteen = q.dtype in (torch.float16, torch.bfloat16)
+    if backend == "flash" and mask is None and sixteen and q.shape[-1] <= 256:
         from flash_attn import flash_attn_func
 
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -187,12 +190,8 @@ class KVCache:
     """
 
     def __init__(self, cfg, batch, capacity, device="cpu", dtype=torch.float32):
-        shape = (
-            batch,
-            cfg.kv_heads,
-            capacity,
-            cfg.head_dim,
-        )  # a tensor per layer: a compiler then writes in place
+        shape = (batch, cfg.kv_heads, capacity, cfg.head_dim)
+        # a tensor for each layer, not one for all: a compiler then writes in place
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layer)]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layer)]
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
@@ -262,9 +261,7 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         causal = True
         if cache is not None:
-            causal = (
-                cache.start == 0
-            )  # later queries stand at the end of the keys: all visible, or a mask says
+            causal = cache.start == 0  # later queries come after the keys: they see all, or a mask says what
             k, v = cache.append(self.layer, k.to(cache.k[0].dtype), v.to(cache.v[0].dtype), positions)
         y = attend(q, k.to(q.dtype), v.to(q.dtype), mask, causal, self.dropout * self.training, self.backend)
         return self.o_proj(y.transpose(1, 2).flatten(2))
@@ -306,9 +303,8 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
         self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layer))
         self.norm = RMSNorm(cfg.d_model, cfg.layer_norm_epsilon)
-        self.gradient_checkpointing = (
-            False  # recompute each block in the backward: less memory, one more forward
-        )
+        # compute each block again in the backward pass: less memory, one more forward
+        self.gradient_checkpointing = False
         cos, sin = rope_tables(cfg)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -355,10 +351,8 @@ class Llama(nn.Module):
         self.model = Decoder(cfg)
         self.lm_head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
         self.apply(self._init)
-        for (
-            name,
-            p,
-        ) in self.named_parameters():  # 2 n_layer branches add up: keep the sum's variance at one branch's
+        # 2 n_layer branches are added up: the variance of their sum is to be that of one
+        for name, p in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 nn.init.normal_(p, std=cfg.initializer_range / math.sqrt(2 * cfg.n_layer))
         if cfg.tie_word_embeddings:
@@ -513,6 +507,11 @@ def load_model(folder, device="cpu", dtype=torch.float32):
         model.lm_head.weight = model.model.embed_tokens.weight
     model.model.cos, model.model.sin = rope_tables(cfg)
     load_weights(model, folder / "model.safetensors")
+    return placed(model, device, dtype)
+
+
+def placed(model, device, dtype):
+    """Returns `model` in evaluation mode on `device`, its parameters, but no tables, in `dtype`."""
     for p in model.parameters():
         p.data = p.data.to(dtype)
     return model.to(device).eval()
@@ -524,13 +523,7 @@ def read_config(folder):
     if not path.is_file():
         what = "not a model folder (no config.json)" if Path(folder).exists() else "no such folder"
         raise UserError(f"{folder}: {what}; expected one such as checkpoints/pretrain/NAME/final")
-    try:
-        hf = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as problem:
-        raise UserError(f"{path}: not JSON ({problem})") from None
-    if not isinstance(hf, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return from_hf(hf, str(path))
+    return from_hf(read_object(path), str(path))
 
 
 def weight_files(path):
@@ -549,16 +542,14 @@ def weight_files(path):
                 "makes safetensors of it: LlamaForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
             )
         return [path]
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(f'{index}: expected {{"weight_map": {{tensor: file, ...}}}}') from None
-    for name in names:
+    places = read_object(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f'{index}: expected {{"weight_map": {{tensor: file, ...}}}}')
+    for name in places.values():
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise UserError(
-                f"{index}: illegal file name {name!r:.80}; expected one such as model-00001.safetensors"
-            )
-    return [path.with_name(name) for name in names]
+            expected = "expected one such as model-00001.safetensors"
+            raise UserError(f"{index}: illegal file name {name!r:.80}; {expected}")
+    return [path.with_name(name) for name in sorted(set(places.values()))]
 
 
 READABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -593,10 +584,9 @@ def load_weights(model, path):
         tensors.pop("lm_head.weight", None)
     wrong = sorted(own.keys() ^ tensors.keys())
     if wrong:
-        side = "missing" if wrong[0] in own else "unexpected"
-        raise UserError(
-            f"{path}: {len(wrong)} missing or unexpected tensors: {', '.join(wrong[:5])} ({side}) ..."
-        )
+        told = [f"{name} ({'missing' if name in own else 'unexpected'})" for name in wrong[:5]]
+        told = ", ".join(told + ["..."] * (len(wrong) > 5))
+        raise UserError(f"{path}: {len(wrong)} missing or unexpected tensors: {told}")
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:
             have, want = ("x".join(map(str, t.shape)) for t in (tensor, own[name]))
@@ -641,18 +631,15 @@ def memory_parts(cfg, batch_size):
     product; a kernel-fusing compiler saves those and little else, eager torch about 1.6 times as much.
     """
     total, tokens = count_parameters(cfg)["total"], batch_size * cfg.sequence_length
-    per_token = 6 * cfg.d_model + 2 * cfg.kv_heads * cfg.head_dim + 3 * cfg.d_ff
+    kv_width = cfg.kv_heads * cfg.head_dim
+    per_token = 6 * cfg.d_model + 2 * kv_width + 3 * cfg.d_ff
     return {
         "weights (fp32)": 4 * total,
         "gradients (fp32)": 4 * total,
         "Adam moments (fp32)": 8 * total,
         f"activations ({batch_size} x {cfg.sequence_length}, 16 bit)": 2 * cfg.n_layer * per_token * tokens,
         "logits, a group of rows at a time": 2 * min(tokens * cfg.vocab_size, 1 << 27),
-        "KV cache of one full row (16 bit)": 4
-        * cfg.n_layer
-        * cfg.kv_heads
-        * cfg.head_dim
-        * cfg.sequence_length,
+        "KV cache of one full row (16 bit)": 4 * cfg.n_layer * kv_width * cfg.sequence_length,
     }
 
 
@@ -660,9 +647,7 @@ def odd_shapes(cfg):
     """Returns sentences about shapes that are legal but slow or unusual."""
     advice = []
     if cfg.vocab_size % 64:
-        advice.append(
-            f"vocab_size {cfg.vocab_size} is not a multiple of 64: the head's matmul will be slower"
-        )
+        advice.append(f"vocab_size {cfg.vocab_size} is no multiple of 64: the head's matmul will be slower")
     if cfg.d_model % 64 or cfg.d_ff % 64:
         advice.append(f"d_model {cfg.d_model} and d_ff {cfg.d_ff} should be multiples of 64 for fast matmuls")
     if cfg.head_dim not in (32, 64, 96, 128):
@@ -672,8 +657,8 @@ def odd_shapes(cfg):
     return advice
 
 
-def report(cfg, batch_size=8):
-    """Returns the architecture report as lines of text."""
+def report(cfg):
+    """Yields the lines of the architecture report."""
     counts, flops = count_parameters(cfg), flops_per_token(cfg)
     heads = f"{cfg.n_head} heads of {cfg.head_dim}, {cfg.kv_heads} for keys and values"
     yield f"{cfg.model_name}: {cfg.n_layer} layers x {cfg.d_model}, {heads}, d_ff {cfg.d_ff}"
@@ -688,7 +673,7 @@ def report(cfg, batch_size=8):
     yield f"  training FLOPs  {flops:>15,} per token (6N + 12LCT, head counted, attention in full)"
     yield ""
     yield "  memory of a training step, computed from the shapes (not measured)"
-    for part, size in memory_parts(cfg, batch_size).items():
+    for part, size in memory_parts(cfg, batch_size=8).items():
         yield f"    {part:<40} {size / 1e6:>10,.1f} MB"
     yield ""
     yield "  a LLaMA by construction: RMSNorm before each branch, rotary positions, SwiGLU, causal, no bias,"

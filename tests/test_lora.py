@@ -272,7 +272,7 @@ def test_damaged_folders_are_refused_on_one_line(adapter):
         with pytest.raises(UserError, match=words):
             lora.open_model_folder(adapter)
     (adapter / "adapter_config.json").write_text("[1]")
-    with pytest.raises(UserError, match="JSON object"):
+    with pytest.raises(UserError, match="must be an object"):
         lora.open_model_folder(adapter)
     with pytest.raises(UserError, match="not a model folder"):
         lora.open_model_folder(adapter.parent)

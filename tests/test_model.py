@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from model import (
     Llama,
     ModelConfig,
     attend,
+    choose_attention,
     count_parameters,
     flops_per_token,
     from_hf,
@@ -315,7 +317,13 @@ def test_bf16_autocast_stays_near_fp32():
         ({"d_model": 12}, "head width d_model / n_head = 3 is odd"),
         ({"eos_token_id": 199}, "eos_token_id 199 is outside the vocabulary of 199"),
         ({"rope_scaling": {"rope_type": "yarn"}}, 'must be one of linear, llama3; got "yarn"'),
+        ({"rope_scaling": {"rope_type": []}}, "must be one of linear, llama3; got []"),
         ({"rope_scaling": {"rope_type": "linear"}}, "takes ['factor'], got []"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": float("inf")}}, "factor must be a number > 0"),
+        (
+            {"rope_scaling": VARIANTS["rope-llama3"].rope_scaling | {"low_freq_factor": 4.0}},
+            "low_freq_factor must be less than high_freq_factor",
+        ),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor must be a number > 0"),
     ],
 )
@@ -359,7 +367,11 @@ def damaged(folder, change):
     ("change", "words"),
     [
         (lambda t: t.pop("model.norm.weight"), "model.norm.weight (missing)"),
-        (lambda t: t.update(extra=torch.zeros(1)), "extra (unexpected)"),
+        (lambda t: t.update(extra=torch.zeros(1)), "1 missing or unexpected tensors: extra (unexpected)"),
+        (
+            lambda t: t.update(extra=t.pop("model.norm.weight")),
+            "2 missing or unexpected tensors: extra (unexpected), model.norm.weight (missing)",
+        ),
         (
             lambda t: t.update({"model.norm.weight": torch.zeros(3)}),
             "model.norm.weight is 3, the model wants 64",
@@ -392,6 +404,34 @@ def test_garbage_instead_of_weights_is_one_line(content, tmp_path):
     with pytest.raises(UserError) as refusal:
         load_model(tmp_path)
     assert "not readable as safetensors" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b"[" * 100_000),
+        ("config.json", b"\xff"),
+        ("config.json", b"[1]"),
+        ("model.safetensors.index.json", b"["),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": 5}}'),
+        ("model.safetensors.index.json", b'{"weight_map": ["a"]}'),
+    ],
+)
+def test_garbage_instead_of_json_is_one_line(name, content, tmp_path):
+    save_model(build(SMALL), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=name) as refusal:
+        load_model(tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_flash_attention_that_does_not_load_is_passed_over_with_its_reason(tmp_path, monkeypatch):
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: of another torch')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    backend, reason = choose_attention("cuda", 1024, torch.bfloat16)
+    assert (backend, "undefined symbol: of another torch" in reason) == ("sdpa", True)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
