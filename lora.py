@@ -31,6 +31,12 @@ from model import load_model, load_weights, placed, save_model, weight_files
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before every name
+# keys of PEFT's adapter_config.json for what is more, or something else, than the LoRA of this file
+NOT_PLAIN = (
+    *("use_rslora", "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "modules_to_save"),
+    *("rank_pattern", "alpha_pattern", "layers_to_transform", "trainable_token_indices"),
+    "alora_invocation_tokens",
+)
 
 
 @dataclass(frozen=True)
@@ -275,16 +281,18 @@ def _read_config(folder):
     config = read_object(folder / CONFIG)
     plain = {"peft_type": "LORA", "bias": "none"}
     odd = [key for key, value in plain.items() if config.get(key, value) != value]
-    extras = ("use_rslora", "use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern")
-    odd += [key for key in (*extras, "layers_to_transform", "trainable_token_indices") if config.get(key)]
+    odd += [key for key in NOT_PLAIN if config.get(key)]
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
+        odd.append("init_lora_weights")  # the others, as PiSSA, change the base as well
     if odd:
         raise UserError(f"{folder / CONFIG}: {odd[0]} is {json.dumps(config[odd[0]])}; only plain LoRA loads")
-    if config.get("target_modules") == "all-linear":
-        config["target_modules"] = list(TARGETS)
     shape = {"r": int, "lora_alpha": (int, float), "target_modules": list}
     for key, kind in shape.items():
         if not isinstance(config.get(key), kind) or not config[key]:
             raise UserError(f"{folder / CONFIG}: {key} is {json.dumps(config.get(key))}; expected a LoRA's")
+    # PEFT writes full names where it chose the modules itself; a layer without one is found missing later
+    targets = dict.fromkeys(str(name).rpartition(".")[2] for name in config["target_modules"])
+    config["target_modules"] = list(targets)
     check_targets(config["target_modules"])
     return {"lora_dropout": 0.0} | config
 

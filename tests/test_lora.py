@@ -256,6 +256,7 @@ def spoil(folder, **changes):
     [({"peft_type": "IA3"}, "only plain LoRA"), ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"),
      ({"r": 0}, "r is 0"), ({"r": "4"}, "expected a LoRA's"), ({"target_modules": "q.*"}, "target_modules"),
      ({"target_modules": ["q_proj"]}, "foreign"), ({"r": 2}, "another shape"),
+     ({"init_lora_weights": "pissa"}, "init_lora_weights"), ({"alora_invocation_tokens": [5]}, "alora"),
      ({"lora_alpha": None}, "lora_alpha"), ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
      ({"target_modules": ["c_attn"]}, "unknown module")],
 )  # fmt: skip
@@ -302,11 +303,10 @@ def test_peft_opens_our_folder_and_computes_the_same(base, adapter):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_we_open_a_folder_of_peft(base, tmp_path):
+@pytest.mark.parametrize("targets", [["k_proj", "gate_proj"], "all-linear"])
+def test_we_open_a_folder_of_peft(base, tmp_path, targets):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    config = peft.LoraConfig(
-        r=3, lora_alpha=5, target_modules=["k_proj", "gate_proj"], init_lora_weights=False
-    )
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, init_lora_weights=False)
     model = peft.get_peft_model(transformers.LlamaForCausalLM.from_pretrained(base), config).eval()
     model.save_pretrained(tmp_path / "theirs")
     opened = lora.open_model_folder(tmp_path / "theirs")
