@@ -47,7 +47,7 @@ def closest(word, choices, cutoff=0.6):
 def did_you_mean(word, choices, form="'{}'"):
     """Return how an error about an unknown `word` ends: '; did you mean ...?', or '' if no choice is near.
 
-    Near is a like spelling, or the one choice that `word` is a word of: epochs, of num_train_epochs.
+    Near is what is spelled alike, or the only choice with this word in it: num_train_epochs for epochs.
     """
     holding = [choice for choice in choices if len(word) > 3 and word.lower() in choice.lower().split("_")]
     near = closest(word, choices) or (holding[0] if len(holding) == 1 else None)
@@ -225,7 +225,7 @@ def elsewhere(path):
 
 
 def read_preset(path, knobs, foreign):
-    """Return a preset's checked values; other rooms' keys go to the list `foreign`, or are errors without.
+    """Return a preset's checked values; other rooms' keys go to the list `foreign`, if there is one.
 
     A key very near to one of ours is misspelled, not another room's: passed over, it would silently be lost.
     """
@@ -399,7 +399,7 @@ def configure(cls, argv=None, *, foreign_keys=False, places=(), doc=None):
 
 
 def narrow(cfg, cls):
-    """Build a `cls` from the same-named fields of `cfg`: a TrainConfig is also a ModelConfig's worth."""
+    """Build a `cls` from the same-named fields of `cfg`: the ModelConfig within a TrainConfig."""
     names = {field.name for field in fields(cfg)} & {field.name for field in fields(cls) if field.init}
     return cls(**{name: getattr(cfg, name) for name in names})
 
@@ -462,7 +462,7 @@ def manners():
     """
     if sys.stdout is None:  # `>&-`
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the rest of the process
-    if os.name == "nt":  # where a pipe or a file would get the letters of one part of the world
+    if os.name == "nt":  # where a pipe or a file would be written in the local code page
         for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):
             if not stream.isatty():
                 stream.reconfigure(encoding="utf-8")
@@ -470,7 +470,7 @@ def manners():
         sys.stdout.reconfigure(errors="replace")
     try:
         yield
-        sys.stdout.flush()  # a closed pipe shall show here, not while the interpreter shuts down
+        sys.stdout.flush()  # so that a closed pipe shows here, not while the interpreter shuts down
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

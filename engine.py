@@ -1,11 +1,11 @@
 """Generation: prompts in, tokens out - prefill, cached decode, sampling rules.
 
 From the inside out: `pick` turns logits into tokens, `Engine` holds the rows being decoded, `generate` runs
-requests to their end, `score` tells how likely given ids are, `Reply` turns one row's ids into text. The
-terminal (sample.py) and whoever else lets a model write are users of these. A row's tokens depend on its own
-prompt, settings and seed, never on its neighbours. (Up to rounding: a matrix product of 8 rows may differ
-from that of one in the last bit, which matters where two tokens are as good as equal: in bfloat16 now and
-then, in float32 hardly ever.)
+requests to their end, `score` tells how likely given ids are, `Reply` turns one row's ids into text.
+Terminal, server and evaluation all generate through these. A row's tokens depend on its own prompt, settings
+and seed, never on its neighbours. (Up to rounding: a matrix product of 8 rows may differ from that of one in
+the last bit, which matters where two tokens are as good as equal: in bfloat16 now and then, in
+float32 hardly ever.)
 """
 
 import os
@@ -204,7 +204,7 @@ class Request:
         return id
 
     def room(self, limit):
-        """How many more tokens the row may get."""
+        """Returns how many more tokens the row may get."""
         longest = min(self.max_new_tokens, limit - len(self.prompt))
         return 0 if self.finish else longest - len(self.ids)
 

@@ -13,7 +13,7 @@ def next_token_loss(model, batch):
     """Returns (summed cross-entropy in nats, {}) of batch["labels"] (B, T), already shifted, -100 = none.
 
     Where few positions are supervised, batch["where"] (N,) are their places in the flattened rows, and the
-    labels are theirs, (N,): the head, the dearest part of a small model, then works on nothing else.
+    labels are theirs, (N,): the head, the most expensive part of a small model, then works on nothing else.
     """
     hidden, labels = supervised_hidden(model, batch), batch["labels"].flatten()
     return linear_cross_entropy(hidden, model.lm_head.weight, labels), {}
@@ -76,9 +76,9 @@ def nats_and_gradient(logits, labels):
 
 
 def _nats_and_gradient_in_place(logits, labels):
-    """The same for float32 that nobody fuses: a few passes over the logits instead of a dozen.
+    """The same for float32 where no compiler fuses: a few passes over the logits instead of a dozen.
 
-    The softmax takes their place; its largest entry, which never underflows, tells the logsumexp.
+    The softmax takes their place; its largest entry, which never underflows, gives the logsumexp.
     """
     target = labels.clamp(min=0)[:, None]
     at_target, top = logits.gather(1, target), logits.amax(dim=-1, keepdim=True)
@@ -90,7 +90,7 @@ def _nats_and_gradient_in_place(logits, labels):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    kernel = staticmethod(nats_and_gradient)  # train.py puts the compiled one here where it compiles
+    kernel = staticmethod(nats_and_gradient)  # world.py puts the compiled one here where it compiles
 
     @staticmethod
     def forward(ctx, x, weight, labels):
@@ -121,7 +121,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 class TokenNats(torch.autograd.Function):
-    """As LinearCrossEntropy, a number a row: what comes later may weigh rows as it likes (dpo.py does)."""
+    """As LinearCrossEntropy, but a loss for each row, which later sums may weigh as they like (dpo.py)."""
 
     @staticmethod
     def forward(ctx, x, weight, labels):

@@ -31,25 +31,25 @@ class Matrix(nn.Module):
         return F.linear(x, self.weight)
 
     def times(self, x):
-        """Returns what it makes of x (R, K): (R, N)."""
+        """Returns x (R, K) @ weight.T, (R, N)."""
         if len(x) == 1 and x.is_cuda and torch.compiler.is_compiling():
             # a sum, which the compiler fuses with its neighbours
             return (self.weight * x).sum(dim=1, dtype=torch.float32).to(x.dtype)[None]
         return torch.mm(x, self.turned)
 
     def onto(self, y, x):
-        """Returns y (R, N) + what it makes of x (R, K)."""
+        """Returns y (R, N) + x (R, K) @ weight.T."""
         if x.is_cuda:  # addmm would begin by copying y
             return y + self.times(x)
         return torch.addmm(y, x, self.turned)
 
     def rows(self, ids):
-        """Returns, of a table of embeddings, the rows (R, K) of ids (R)."""
+        """Returns weight[ids] (R, K), the embeddings of ids (R)."""
         return F.embedding(ids, self.weight)
 
 
 class Int8Matrix(nn.Module):
-    """A Matrix in 8 bits: the weights with a scale per output, what they multiply with one per row.
+    """A Matrix in 8 bits: its weights have a scale per output, its inputs one per row.
 
     Symmetric, without zero points (the vector-wise scheme of LLM.int8(), Dettmers et al. 2022). Products are
     summed as integers, so exactly: a row comes out the same, bit for bit, beside any others. Of the kernels

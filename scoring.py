@@ -2,7 +2,7 @@
 
 `score` sums over batches of labels: a long text cut into windows, or the validation rows of train.py.
 `answer_scores` tells how likely each of several answers is after a context. Both are pure functions of
-(model, ids) and speak in nats. Then perplexities out of nats, and out of scores accuracies with their doubt.
+(model, ids) and answer in nats. The rest makes perplexities of nats, and of scores accuracies with intervals.
 """
 
 import copy
@@ -49,12 +49,12 @@ def cores(model):
 def side_by_side(work, items, threads):
     """Returns [work(item), ...], with several `threads` each at an item of its own, on one core.
 
-    On a CPU that is faster than all cores at one item: they need not wait for each other after every
-    operation, and on a busy machine hardly ever get the chance to. With one thread it is a plain loop.
+    On a CPU that is faster than all cores at one item, which wait for each other after every operation,
+    the longer the busier the machine is. With one thread it is a plain loop.
     """
     if threads == 1:
         return [work(item) for item in items]
-    numbered, lock, results, cores = enumerate(items), threading.Lock(), {}, torch.get_num_threads()
+    numbered, lock, results, before = enumerate(items), threading.Lock(), {}, torch.get_num_threads()
 
     def take():
         with lock:
@@ -75,7 +75,7 @@ def side_by_side(work, items, threads):
                 numbered = iter(())  # the others stop after what they are at
                 raise
     finally:
-        torch.set_num_threads(cores)
+        torch.set_num_threads(before)
     return [results[number] for number in range(len(results))]
 
 
