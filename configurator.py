@@ -197,8 +197,11 @@ def parse_json(text, origin):
         raise UserError(f"{origin}: a number is too long, or lists are nested too deep, to be read") from None
 
 
-def read_object(path):
-    """Read the JSON object in a file; a byte order mark, which some editors leave, is skipped."""
+def read_object(path, form='{"key": value, ...}'):
+    """Read the JSON object in a file; a byte order mark, which some editors leave, is skipped.
+
+    `form` is what an error says of the object that was expected.
+    """
     try:
         values = parse_json(Path(path).read_text(encoding="utf-8-sig"), path)
     except FileNotFoundError:
@@ -209,7 +212,7 @@ def read_object(path):
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if not isinstance(values, dict):
-        raise UserError(f'{path}: must be an object {{"key": value, ...}}, got {shown(values)}')
+        raise UserError(f"{path}: must be an object {form}, got {shown(values)}")
     return values
 
 

@@ -542,9 +542,10 @@ def weight_files(path):
                 "makes safetensors of it: LlamaForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
             )
         return [path]
-    places = read_object(index).get("weight_map")
+    form = '{"weight_map": {tensor: file, ...}}'
+    places = read_object(index, form).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise UserError(f'{index}: expected {{"weight_map": {{tensor: file, ...}}}}')
+        raise UserError(f"{index}: must be an object {form}")
     for name in places.values():
         if Path(name).name != name or not name.endswith(".safetensors"):
             expected = "expected one such as model-00001.safetensors"
