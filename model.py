@@ -261,7 +261,7 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         causal = True
         if cache is not None:
-            causal = cache.start == 0  # later queries come after the keys: they see all, or a mask says what
+            causal = cache.start == 0  # after that a single query sees every key, and several have a mask
             k, v = cache.append(self.layer, k.to(cache.k[0].dtype), v.to(cache.v[0].dtype), positions)
         y = attend(q, k.to(q.dtype), v.to(q.dtype), mask, causal, self.dropout * self.training, self.backend)
         return self.o_proj(y.transpose(1, 2).flatten(2))
@@ -511,7 +511,7 @@ def load_model(folder, device="cpu", dtype=torch.float32):
 
 
 def placed(model, device, dtype):
-    """Returns `model` in evaluation mode on `device`, its parameters, but no tables, in `dtype`."""
+    """Returns `model` in evaluation mode on `device`, its parameters (not the rotary tables) in `dtype`."""
     for p in model.parameters():
         p.data = p.data.to(dtype)
     return model.to(device).eval()

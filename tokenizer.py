@@ -212,12 +212,15 @@ class Tokenizer:
                 self._roles[role] = self._specials[str(symbol)]
             elif symbol is not None and role in ("bos", "eos"):
                 raise UserError(
-                    f"{self.source}: {role}_token in tokenizer_config.json is {symbol!r:.60}, which is no "
-                    "control symbol of this vocabulary"
+                    f"{self.source}: no control symbol is {symbol!r:.60}, which tokenizer_config.json names "
+                    f"as {role}_token; correct one of the two"
                 )
         self.bos_id, self.eos_id, self.unk_id = (self._roles[role] for role in ("bos", "eos", "unk"))
         if min(self.bos_id, self.eos_id) < 0:
-            raise UserError(f"{self.source}: lacks one of the symbols <s>, </s>: what opens and ends a text")
+            raise UserError(
+                f"{self.source}: lacks a symbol that opens a text, or one that ends it; name them in "
+                "tokenizer_config.json as bos_token and eos_token"
+            )
         self.pad_id = self._roles["pad"] if self._roles["pad"] >= 0 else self.eos_id
 
     def without_template(self, folder: str | Path) -> str:

@@ -677,7 +677,7 @@ def test_symbols_beyond_the_file_are_control_symbols_whoever_wrote_them(foreign,
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 1000, 1000)
     for role in ("bos", "eos"):  # what the folder names is not to be replaced by what the file has
         write_json(folder / "tokenizer_config.json", {f"{role}_token": "lamp"})
-        with pytest.raises(UserError, match=f"{role}_token in .* is 'lamp', which is no control symbol"):
+        with pytest.raises(UserError, match=f"no control symbol is 'lamp', which .* names as {role}_token"):
             Tokenizer.load(folder)
 
 
