@@ -353,23 +353,21 @@ def describe_text(path, column):
 
 
 COMMANDS = {
-    "inspect": (inspect, InspectConfig),
-    "retokenize": (retokenize, RetokenizeConfig),
+    "inspect": (inspect, InspectConfig, "path"),
+    "retokenize": (retokenize, RetokenizeConfig, "path"),
     "create_sample_datasets": (create, SampleConfig),
-}
+}  # word -> function, configuration, and its fields that may be given without a flag
 
 
 def command_line(argv):
     """Prepare a dataset from raw text: python data.py configs/datasets/NAME.json [--key=value ...]
 
-    Also: python data.py inspect PATH, and python data.py create_sample_datasets; each has its own --help.
+    Also: python data.py inspect PATH, retokenize FOLDER and create_sample_datasets; each has its own --help.
     """
-    word, rest = (argv[0], argv[1:]) if argv and argv[0][0:1] != "-" else ("", argv)
+    word = argv[0] if argv and argv[0][:1] != "-" else ""
     if word in COMMANDS:
-        function, config = COMMANDS[word]
-        if word != "create_sample_datasets" and rest and rest[0][0:1] != "-":
-            rest = [f"--path={rest[0]}", *rest[1:]]
-        run(function, config, argv=rest, doc=cleandoc(function.__doc__))
+        function, config, *places = COMMANDS[word]
+        run(function, config, cleandoc(function.__doc__), argv=argv[1:], places=places)
     elif (near := closest(word, COMMANDS)) and not word.endswith(".json"):
         print(f"error: unknown command {word!r}; did you mean {near}?", file=sys.stderr)
         sys.exit(2)

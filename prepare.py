@@ -37,7 +37,7 @@ from typing import Annotated
 
 from cards import data_card, documents_part, report, tokenizer_card, tokens_part
 from clean import CleanConfig, clean, language_score, reject
-from configurator import Fraction, NonNegativeInt, PositiveInt, Range, UserError
+from configurator import Fraction, NonNegativeInt, PositiveInt, Range, UserError, write_whole
 from dedup import Index, RedisIndex, hidden, minhash, sha256
 from shards import (
     AGAIN,
@@ -159,12 +159,8 @@ class Progress:
 
     def save(self):
         """Write it down, whole or not at all."""
-        temporary = self.path.with_suffix(".new")
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            json.dump({key: value for key, value in vars(self).items() if key != "path"}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        values = {key: value for key, value in vars(self).items() if key != "path"}
+        write_whole(self.path, json.dumps(values).encode())
 
     def reset(self):
         """Forget it all."""
@@ -391,7 +387,7 @@ def make_tokenizer(cfg, work, files, progress):
     if not (progress.tokenizer and own.is_file() and file_sha256(own) == progress.tokenizer["sha256"]):
         if shared and shared.exists():
             tokenizer = Tokenizer.load(shared)  # under its own name, which an error shall name
-            own.write_bytes(tokenizer.model)
+            write_whole(own, tokenizer.model)
             made = f"Taken as it is from `{shared}`; this dataset had no part in its training"
         elif cfg.train_tokenizer:
             tokenizer, made = train(cfg, own, files)
@@ -406,10 +402,7 @@ def make_tokenizer(cfg, work, files, progress):
     tokenizer = Tokenizer.load(own)
     if shared and not shared.exists():
         try:
-            shared.parent.mkdir(parents=True, exist_ok=True)
-            temporary = shared.with_name(f".{shared.name}.{os.getpid()}")
-            shutil.copyfile(own, temporary)  # which a crash leaves whole under its own name, or not at all
-            os.replace(temporary, shared)
+            write_whole(shared, tokenizer.model)
         except OSError as error:
             why = f"cannot be written ({error.strerror}); name another tokenizer_path"
             raise UserError(f"{shared}: {why}") from None
@@ -585,26 +578,20 @@ def finish(work, name, settings, tokenizer, progress, stats, T):
         "totals": sums,
     }
     stats = stats | tokens_part(manifest, T)
-    files = {"lock", "tokenizer.model", "stats.json", "DATA_CARD.md", "TOKENIZER_CARD.md", "manifest.json"}
-    files |= {
-        entry[kind] for entries in progress.splits.values() for entry in entries for kind in ("bin", "text")
+    shards = itertools.chain.from_iterable(progress.splits.values())
+    files = {"lock", "tokenizer.model", *(entry[kind] for entry in shards for kind in ("bin", "text"))}
+    texts = {
+        "stats.json": json.dumps(stats, indent=1) + "\n",
+        "DATA_CARD.md": data_card(name, settings, stats),
+        "TOKENIZER_CARD.md": tokenizer_card(tokenizer, progress.tokenizer["made"], stats),
+        "manifest.json": json.dumps(manifest, indent=1) + "\n",  # the last, after all that it speaks of
     }
-    write_text(work / "stats.json", json.dumps(stats, indent=1) + "\n")
-    write_text(work / "DATA_CARD.md", data_card(name, settings, stats))
-    write_text(work / "TOKENIZER_CARD.md", tokenizer_card(tokenizer, progress.tokenizer["made"], stats))
-    write_text(work / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    for file, text in texts.items():
+        write_whole(work / file, text.encode())
     for path in work.iterdir():
-        if path.name not in files:
+        if path.name not in files | texts.keys():
             path.unlink()
     return stats
-
-
-def write_text(path, text):
-    """A file that is on the disk when this returns."""
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 # --- Again, with another tokenizer --------------------------------------------------------------------------

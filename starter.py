@@ -13,7 +13,6 @@ Python's own documentation.
 import ast
 import importlib
 import json
-import os
 import random
 import re
 import sysconfig
@@ -24,7 +23,7 @@ from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 
-from configurator import NonNegativeInt, UserError
+from configurator import NonNegativeInt, UserError, write_whole
 from sources import docstrings
 
 FILES = ("sft_train", "sft_val", "dpo_train", "dpo_val")
@@ -473,9 +472,8 @@ def create(cfg):
             if (folder / name).read_bytes() != files[name]:
                 there = f"{folder / name}: exists, with other contents"
                 raise UserError(f"{there}; name another --output_dir, or delete it")
-        folder.mkdir(parents=True, exist_ok=True)
         for name in sorted(files.keys() - present):
-            write(folder / name, files[name])
+            write_whole(folder / name, files[name])
     except OSError as error:
         why = f"cannot be written ({error.strerror}); name another --output_dir"
         raise UserError(f"{folder}: {why}") from None
@@ -522,13 +520,3 @@ def dpo_row(task, kind, others, rng):
 
 def to_jsonl(rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-
-
-def write(path, content):
-    """Write a file that is there whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)

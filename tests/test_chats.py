@@ -675,7 +675,7 @@ def test_inspect_conversations(tmp_path, tiny_tokenizer):
     learned = next(line for line in done.stdout.splitlines() if "of them learned" in line)
     per_row = len(tiny_tokenizer.encode("a")) + 1
     assert learned.split()[4:6] == [str(per_row)] * 2
-    done = inspect(path, f"--tokenizer_path={tmp_path / 'model'}", "--template=chat")
+    done = inspect("--template", "chat", "--tokenizer_path", tmp_path / "model", path)  # the path last
     assert "[<s>Human: Hi \u6f22\n\nAssistant:] Hello</s>" in done.stdout  # the space is the model's to write
 
 
