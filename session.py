@@ -43,6 +43,7 @@ from workspace import (
 
 LOGS_KEPT = 20
 RESERVED = 0.1  # of a box: what trainings leave to the stages after them
+LEAST = 0.01  # minutes that are worth a training
 STARTING = 0.1  # minutes that a training takes to start, to validate and to save
 SAMPLES = Path("data/samples")
 QUESTION = "What is the plural of tree?"
@@ -157,7 +158,7 @@ class Box:
         if lacking:
             return f"skipped: needs {', '.join(lacking)}"
         trainings = any(each.share for each in self.stages)
-        if self.training_minutes() <= 0 if stage.share else not trainings and self.spent >= self.minutes:
+        if self.training_minutes() < LEAST if stage.share else not trainings and self.spent >= self.minutes:
             return "skipped: no time left"  # beside trainings, what is short runs over rather than not at all
         return None
 
