@@ -227,13 +227,17 @@ def elsewhere(path):
     return f"; did you mean {found}?" if found else ""
 
 
-def read_preset(path, knobs, foreign):
+def read_preset(path, knobs, foreign, cls):
     """Return a preset's checked values; other rooms' keys go to the list `foreign`, if there is one.
 
     A key very near to one of ours is misspelled, not another room's: passed over, it would silently be lost.
+    A preset may say which program it is for, in its key `_program`; `cls` is declared in that program's file.
     """
-    values = {}
-    for key, value in read_object(path).items():
+    given, values = read_object(path), {}
+    program = given.get("_program")
+    if program and foreign is None and program != (own := Path(inspect.getfile(cls)).name):
+        raise UserError(f"{path} is a preset for {program}, not for {own}")
+    for key, value in given.items():
         if key in knobs:
             values[key] = accept(key, value, knobs[key], path)
         elif key.startswith("_"):
@@ -385,7 +389,7 @@ def configure(cls, argv=None, *, foreign_keys=False, places=(), doc=None):
     values, foreign = {}, [] if foreign_keys else None
     presets, flags = read_words(argv, knobs, places)
     for path in presets:
-        values |= read_preset(path, knobs, foreign)
+        values |= read_preset(path, knobs, foreign, cls)
     values |= flags
     needed = [name for name, knob in knobs.items() if knob.default is REQUIRED]
     if lacking := [name for name in needed if values.get(name, "") == ""]:  # "": of a shell's unset variable

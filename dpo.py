@@ -32,13 +32,14 @@ from configurator import (
     UserError,
     run,
 )
-from data import IGNORE, ExampleStream, read_aloud, read_pairs, rows_sha256, split_rows, supervised_rows
-from lora import LoRAConfig, files_for, lora_off, model_folder, open_base
+from data import IGNORE, ExampleStream, read_pairs, supervised_rows
+from lora import LoRAConfig, lora_off, model_folder
 from losses import supervised_hidden, token_nats
 from model import choose_attention
 from survival import Walk
-from tokenizer import Tokenizer, render, stop_ids
-from train import LoopConfig, check_data, check_tokenizer, fit
+from tokenizer import Tokenizer, render
+from train import LoopConfig, fit
+from tuning import answer_to, check_held_out, files_for, open_base, read_rows
 from world import autocast, choose_dtype, open_world, to_device
 
 
@@ -56,6 +57,7 @@ class DPOConfig(LoopConfig, LoRAConfig):
     beta: PositiveFloat = 0.1  # how strongly the policy is held to the reference; IPO's tau
     label_smoothing: Annotated[float, Range(0, 0.5)] = 0.0  # share of pairs that may be labelled wrongly
     precompute_ref: bool | None = None  # compute the reference once, beforehand; none = where it pays
+    sample_tokens: NonNegativeInt = 48  # length of the answer shown at each evaluation; 0 = none
 
     output_dir: str = "checkpoints/dpo"  # checkpoints, metrics.jsonl and final/ go here
     learning_rate: PositiveFloat = 5e-4  # at the top; for LoRA on a small model, full fine-tuning wants 5e-7
@@ -65,7 +67,7 @@ class DPOConfig(LoopConfig, LoRAConfig):
     batch_size: PositiveInt = 4  # pairs per micro-batch and rank
     eval_steps: PositiveInt = 50  # steps between validations
     save_steps: PositiveInt = 100  # steps between checkpoints
-    early_stopping_metric: Literal["val_loss", "val_rewards/accuracies"] = "val_loss"  # which is best?
+    early_stopping_metric: Literal["val_loss", "val_rewards/accuracies"] = "val_loss"  # decides which is best
 
     def __post_init__(self):
         LoopConfig.__post_init__(self)
@@ -156,9 +158,8 @@ def main(cfg):
         if template is None:
             raise UserError(f"{cfg.model_path}: names no chat template of ours; train it with sft.py first")
         check_unused(cfg)
-        pairs, held_out, sha256 = read_preferences(cfg, world)
-        model, base, length = open_base(cfg, tokenizer)
-        data = {cfg.model_path: base.sha256, cfg.dataset_path: sha256}  # all that the training depends on
+        pairs, held_out, sha256 = read_rows(cfg, read_pairs, "prompt", world.say)
+        model, base, length = open_base(cfg, tokenizer, world.say)
         drop_nothing(model)
 
         def stream(rows, purpose):
@@ -168,22 +169,22 @@ def main(cfg):
         def collate(pairs):
             return pair_rows(pairs, length, tokenizer.pad_id)
 
-        def check(folder):
-            check_tokenizer(tokenizer, folder)
-            check_data(cfg, data, folder)
-
-        loader, held_out = stream(pairs, "to train on"), stream(held_out, "held out")
+        loader, val_stream = stream(pairs, "to train on"), stream(held_out, "held out")
         if not loader.blocks:
             raise UserError(f"{cfg.dataset_path}: no two different answers within {length} positions")
+        check_held_out(cfg, val_stream)
         loss_fn, walk = preference_loss(cfg), Walk("the reference", cfg.batch_size, world)
         with as_in_training(cfg, world, model) as precise:
             if precomputed(cfg, loader, world):
-                world.say(f"the reference: {loader.blocks + held_out.blocks:,} pairs, computed once")
-                for one in (loader, held_out):
+                world.say(f"the reference: {loader.blocks + val_stream.blocks:,} pairs, computed once")
+                for one in (loader, val_stream):
                     one.examples = with_reference(model, one, world, walk)
             check_start(cfg, loss_fn, model, loader, world, walk, precise)
-        files = files_for(cfg, base, tokenizer, template, stop_ids(tokenizer, template), data, check)
-        fit(cfg, model, loader, loss_fn, world, validation(cfg, world, held_out, loss_fn), *files)
+        questions = (row["prompt"] for row in held_out or pairs)
+        show = answer_to(cfg, tokenizer, template, questions, model.cfg.sequence_length)
+        validate = validation(cfg, world, val_stream, loss_fn, show)
+        files = files_for(cfg, base, tokenizer, template, sha256)
+        fit(cfg, model, loader, loss_fn, world, validate, *files)
 
 
 def drop_nothing(model):
@@ -193,15 +194,6 @@ def drop_nothing(model):
             module.p = 0.0
     for block in model.model.layers:
         block.self_attn.dropout = 0.0
-
-
-def read_preferences(cfg, world):
-    """Returns (pairs, those held out, the sha256 of what dataset_path holds)."""
-    pairs = read_aloud(read_pairs, cfg.dataset_path, world.say)
-    sha256 = rows_sha256(pairs)
-    if cfg.val_path:
-        return pairs, read_aloud(read_pairs, cfg.val_path, world.say), sha256
-    return *split_rows(pairs, cfg.val_ratio, "prompt"), sha256
 
 
 class Pair(NamedTuple):
@@ -264,7 +256,12 @@ def as_in_training(cfg, world, model):
 
 
 def precomputed(cfg, loader, world):
-    """Is the reference computed beforehand? By default, unless training may end within its first pass."""
+    """Returns whether the reference is computed beforehand: by default, if every pair is certain to be used.
+
+    Not for a plan, which is to be quick: there each timed step computes the reference of its own pairs.
+    """
+    if cfg.plan:
+        return False
     if cfg.precompute_ref is not None or not cfg.lora_r:
         return cfg.precompute_ref is not False
     if cfg.max_steps:
@@ -305,8 +302,8 @@ def check_start(cfg, loss_fn, model, stream, world, walk, precise):
 # ---- validation
 
 
-def validation(cfg, world, stream, loss_fn):
-    """Returns validate(model, walk): loss and metrics of held-out pairs, each with val_ before its name."""
+def validation(cfg, world, stream, loss_fn, show):
+    """Returns validate(model, walk): loss and metrics of held-out pairs, named val_..., and an answer."""
 
     names = ["loss", *metrics_of(torch.zeros(2), torch.zeros(2))]
 
@@ -317,10 +314,10 @@ def validation(cfg, world, stream, loss_fn):
 
         *sums, pairs = walk.total(scored, stream, stream.blocks, len(names) + 1)
         if not pairs:
-            return {}
+            return show(model)
         metrics = {f"val_{name}": value / pairs for name, value in zip(names, sums)}
         watch_chosen(cfg, metrics, world.say)
-        return metrics
+        return metrics | show(model)
 
     return validate
 

@@ -297,20 +297,6 @@ def _read_config(folder):
     return {"lora_dropout": 0.0} | config
 
 
-def open_base(cfg, tokenizer):
-    """Returns (model to train, its Base, positions of a row): cfg.model_path with a LoRAConfig's adapter."""
-    base, model = identify(cfg.model_path), open_model_folder(cfg.model_path)
-    tokenizer.match(model.cfg.vocab_size, cfg.model_path)
-    length = cfg.sequence_length or model.cfg.sequence_length
-    if length > model.cfg.sequence_length:
-        most = model.cfg.sequence_length
-        raise UserError(f"sequence_length {length} is more than the model's {most}; lower it")
-    torch.manual_seed(cfg.seed)
-    if cfg.lora_r:
-        add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_target_modules)
-    return model.train(), base, length
-
-
 def save_trained(model, folder, base, stop_ids, merge=False):
     """Writes what was trained on top of `base`: the adapter, or the whole model if there is none.
 
@@ -333,29 +319,6 @@ def load_trained(model, folder, base):
         load_adapter(model, folder, base)
     else:
         load_weights(model, Path(folder) / "model.safetensors")
-
-
-def files_for(cfg, base, tokenizer, template, stop_ids, data, check):
-    """Returns (write_model, read_model, write_final) for `train.fit`, of a training on top of `base`.
-
-    Beside what was trained lie the tokenizer with the template's name, and data.json: `data`, what all of it
-    came from. `check(folder)` raises UserError unless a folder belongs to this training.
-    """
-
-    def write_model(model, folder, merge=False):
-        save_trained(model, folder, base, stop_ids, merge)
-        for place in filter(Path.is_dir, (folder, folder / "adapter")):
-            tokenizer.save(place, model.cfg.sequence_length, template)
-        (folder / "data.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-
-    def read_model(model, folder):
-        check(folder)
-        load_trained(model, folder, base)
-
-    def write_final(model, folder):
-        write_model(model, folder, cfg.merge)
-
-    return write_model, read_model, write_final
 
 
 def find_base(folder):

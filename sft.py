@@ -11,6 +11,7 @@ whose answers are cut away whole is dropped. Both are counted.
 """
 
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal
 
 import numpy as np
@@ -25,11 +26,12 @@ from configurator import (
     UserError,
     run,
 )
-from data import ExampleStream, pack, read_aloud, read_chats, rows_sha256, split_rows, supervised_rows
-from lora import LoRAConfig, files_for, model_folder, open_base
+from data import ExampleStream, pack, read_chats, supervised_rows
+from lora import LoRAConfig, model_folder
 from losses import next_token_loss
 from tokenizer import Tokenizer, render, stop_ids, usual_template
-from train import LoopConfig, check_data, check_tokenizer, fit, greedy
+from train import LoopConfig, fit
+from tuning import answer_to, check_held_out, files_for, open_base, read_rows
 from world import open_world, to_device
 
 
@@ -45,7 +47,7 @@ class SFTConfig(LoopConfig, LoRAConfig):
     prompt_template: Literal["chatml", "instruct", "chat"] | None = None
     sequence_length: PositiveInt | None = None  # positions of a row; none = the model's context
     packing: bool = True  # several conversations in a row, which do not see each other
-    sample_tokens: NonNegativeInt = 48  # length of an answer shown at each evaluation
+    sample_tokens: NonNegativeInt = 48  # length of the answer shown at each evaluation; 0 = none
 
     output_dir: str = "checkpoints/sft"  # checkpoints, metrics.jsonl and final/ go here
     learning_rate: PositiveFloat = 1e-3  # at the top; for LoRA on a small model, full fine-tuning wants 5e-5
@@ -55,6 +57,7 @@ class SFTConfig(LoopConfig, LoRAConfig):
     lora_dropout: Fraction = 0.1  # on what enters the adapter
     eval_steps: PositiveInt = 100  # steps between validations
     save_steps: PositiveInt = 100  # steps between checkpoints
+    early_stopping_metric: Literal["val_loss"] = "val_loss"  # decides which is best
 
     def __post_init__(self):
         LoopConfig.__post_init__(self)
@@ -65,59 +68,48 @@ def main(cfg):
     with open_world(cfg) as world:
         tokenizer = Tokenizer.load(model_folder(cfg.model_path))
         template = choose_template(cfg, tokenizer)
-        ends = stop_ids(tokenizer, template)
         check_unused(cfg)
-        chats, held_out, sha256 = read_conversations(cfg, world)
-        model, base, length = open_base(cfg, tokenizer)
-        data = {cfg.model_path: base.sha256, cfg.dataset_path: sha256}  # all that the training depends on
-        maker = (tokenizer, template, length, world.say)
+        chats, held_out, sha256 = read_rows(cfg, read_chats, "messages", world.say)
+        model, base, length = open_base(cfg, tokenizer, world.say)
+        context = model.cfg.sequence_length
 
-        def stream(examples):
+        def stream(chats, purpose):
+            examples = make_examples(chats, purpose, tokenizer, template, length, world.say)
             rows = pack(examples, length) if cfg.packing else [[example] for example in examples]
             return ExampleStream(rows, collate, cfg.batch_size, cfg.seed, world.size)
 
         def collate(rows):
             return supervised_rows(rows, length, tokenizer.pad_id, cfg.packing)
 
-        def check(folder):
-            check_tokenizer(tokenizer, folder)
-            check_data(cfg, data, folder)
-
-        files = files_for(cfg, base, tokenizer, template, ends, data, check)
-        loader = stream(make_examples(chats, "to train on", *maker))
+        loader, val_stream = stream(chats, "to train on"), stream(held_out, "held out")
         if not loader.blocks:
-            longer = f", or --sequence_length={most}" if length < (most := model.cfg.sequence_length) else ""
+            longer = f", or --sequence_length={context}" if length < context else ""
             raise UserError(
                 f"{cfg.dataset_path}: no answer begins within {length} positions; "
                 f"shorten the questions{longer}"
             )
-        show = answer_to(cfg, tokenizer, template, (held_out or chats)[0]["messages"])
-        validate = validation(world, stream(make_examples(held_out, "held out", *maker)), show)
+        check_held_out(cfg, val_stream)
         world.say(f"{loader.blocks:,} rows of up to {length} positions in a pass; template {template}")
-        fit(cfg, model, loader, next_token_loss, world, validate, *files)
+        questions = (question_of(chat["messages"]) for chat in held_out or chats)
+        show = answer_to(cfg, tokenizer, template, questions, context)
+        files = files_for(cfg, base, tokenizer, template, sha256)
+        fit(cfg, model, loader, next_token_loss, world, validation(world, val_stream, show), *files)
 
 
 def choose_template(cfg, tokenizer):
-    """Returns the template to train in; UserError if the model was trained in another one already."""
+    """Returns the template to train in.
+
+    UserError if the model was trained in another one already, or the tokenizer lacks the template's markers.
+    """
     asked, own = cfg.prompt_template, tokenizer.template
     if asked and own and asked != own:
         raise UserError(
             f"prompt_template={asked}: {cfg.model_path} was trained in {own!r} and knows no other template; "
             f"use --prompt_template={own}, or begin from a model without one"
         )
-    return asked or usual_template(tokenizer)
-
-
-def read_conversations(cfg, world):
-    """Returns (conversations, those held out, the sha256 of what dataset_path holds)."""
-    chats = read_aloud(read_chats, cfg.dataset_path, world.say)
-    sha256 = rows_sha256(chats)
-    if cfg.val_path:
-        return chats, read_aloud(read_chats, cfg.val_path, world.say), sha256
-    chats, held_out = split_rows(chats, cfg.val_ratio, "messages")
-    if not chats:
-        raise UserError(f"{cfg.dataset_path}: every row is held out at val_ratio {cfg.val_ratio}; lower it")
-    return chats, held_out, sha256
+    template = asked or usual_template(tokenizer)
+    stop_ids(tokenizer, template)  # refuses a template that the tokenizer cannot write, before any work
+    return template
 
 
 def make_examples(chats, purpose, tokenizer, template, length, say):
@@ -137,18 +129,9 @@ def make_examples(chats, purpose, tokenizer, template, length, say):
     return examples
 
 
-def answer_to(cfg, tokenizer, template, messages):
-    """Returns show(model): the first question of a conversation and the model's greedy answer, as metrics."""
-    end = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    prompt, _ = render(tokenizer, messages[:end], template, add_generation_prompt=True) if end else ([], [])
-
-    def show(model):
-        if not (cfg.sample_tokens and 0 < len(prompt) < model.cfg.sequence_length):
-            return {}
-        fresh = greedy(model, prompt, cfg.sample_tokens, stop_ids(tokenizer, template))
-        return {"question": messages[end - 1]["content"][:200], "answer": tokenizer.decode(fresh).strip()}
-
-    return show
+def question_of(messages):
+    """Returns the messages that come before a conversation's first answer."""
+    return list(takewhile(lambda message: message["role"] != "assistant", messages))
 
 
 def validation(world, stream, show):

@@ -115,21 +115,27 @@ class LoopConfig:
         if not self.output_dir.strip():
             raise ValueError("output_dir must name a folder, got an empty string")
         if self.max_steps and self.warmup_steps > self.max_steps:
-            raise ValueError(f"warmup_steps {self.warmup_steps} is more than max_steps {self.max_steps}")
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} is more than max_steps {self.max_steps}; "
+                f"use a shorter warmup (--warmup_steps={self.max_steps // 10})"
+            )
         if self.min_lr is not None and self.min_lr > self.learning_rate:
-            raise ValueError(f"min_lr {self.min_lr} is more than learning_rate {self.learning_rate}")
+            raise ValueError(
+                f"min_lr {self.min_lr} is more than learning_rate {self.learning_rate}; "
+                "leave it out for a tenth of that"
+            )
 
     @property
     def floor(self):
         return self.learning_rate / 10 if self.min_lr is None else self.min_lr
 
 
-# Keys that may differ between a checkpoint and the run that resumes it: they do not change what is computed.
+# Keys that may differ between a checkpoint and the run that resumes it: they do not change what is learned.
 FREE_ON_RESUME = {
     *("output_dir", "resume_from_checkpoint", "allow_config_change", "allow_world_size_change", "device"),
     *("compile", "flash_attn", "deterministic", "max_bad_steps", "logging_steps", "eval_steps", "save_steps"),
     *("keep_last", "eval_rows", "sample_prompt", "sample_tokens", "report_to", "plan", "plan_gpu"),
-    # these may move: read_model compares what they hold, see check_data
+    # these may move; what they hold is compared instead, see check_data
     *("data_path", "dataset_path", "model_path"),
 }
 
@@ -139,7 +145,7 @@ FREE_ON_RESUME = {
 
 
 def check_same_run(cfg, world, folder):
-    """Raises UserError if the run that wrote `folder` was configured otherwise, in a way that matters."""
+    """Raises UserError if the run that wrote `folder` had another configuration, where that matters."""
     then = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     size_then = then.pop("_world_size")
     now = json.loads(json.dumps(dataclasses.asdict(cfg)))
@@ -162,7 +168,7 @@ def check_same_run(cfg, world, folder):
 
 
 class State:
-    """Everything a resume needs: model, optimizers, scaler and counters. Random numbers are kept per rank."""
+    """Everything a resume needs: model, optimizers, scaler, counters; a rank's random numbers lie beside."""
 
     def __init__(self, cfg, model, world, dtype):
         self.model = model
@@ -184,16 +190,13 @@ class State:
         return {k: getattr(self, k) for k in names.split()}
 
     def judge(self, cfg, metrics):
-        """Takes note of whether a validation is the best so far, or how many have gone by since the best.
+        """Notes whether a validation is the best so far, or counts how many there have been since the best.
 
-        Early stopping has every best one saved; without it those count that are saved anyway.
+        With early stopping every new best is saved; without it only steps that are saved anyway can be best.
         """
         name = cfg.early_stopping_metric
         if not cfg.early_stopping_patience and (self.step % cfg.save_steps or name not in metrics):
             return
-        if not isinstance(metrics.get(name), float):
-            there = ", ".join(k for k, v in metrics.items() if isinstance(v, float)) or "none at all"
-            raise UserError(f"early_stopping_metric {name!r} is not validated; there is {there}")
         value = -metrics[name] if name.endswith("accuracies") else metrics[name]
         if math.isfinite(value) and (self.best is None or value < self.best):
             self.best, self.best_step, self.stale = value, self.step, 0
@@ -207,7 +210,7 @@ class State:
         return bool(cfg.early_stopping_patience) and self.stale >= cfg.early_stopping_patience
 
     def check_space(self, output_dir):
-        """Raises UserError where no checkpoint fits: weights, two moments of what trains, 10 % to spare."""
+        """Raises UserError if the disk has no room for a checkpoint: weights, two moments, 10 % to spare."""
         numbers = [p.numel() for p in (*self.model.parameters(), *self.parameters, *self.parameters)]
         needed, free = 1.1 * 4 * sum(numbers), shutil.disk_usage(output_dir).free
         if free < needed:
@@ -217,7 +220,10 @@ class State:
             )
 
     def save(self, folder, cfg, world, write_model):
-        """Writes this state as checkpoint `folder`, whole or not at all, then prunes. Every rank calls it."""
+        """Writes this state as checkpoint `folder`, whole or not at all, then deletes old ones.
+
+        Every rank calls it.
+        """
         self.check_space(folder.parent)
         with enough_memory(f"while {folder} was written"), whole_folder(folder, cfg, world) as tmp:
             own = tmp / "train_state"
@@ -244,16 +250,16 @@ class State:
             for name in self.counters():
                 setattr(self, name, state[name])
             self.saved_at = self.step
-            if own.is_file():  # a rank that did not exist then keeps the numbers it was seeded with
+            if own.is_file():  # a rank that did not exist then keeps the random numbers it was seeded with
                 set_rng_state(read_tensors(own), world.device)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as problem:
             raise UserError(f"{path}: does not fit this model and optimizer ({problem!r:.200})") from None
 
     def update(self, cfg, lr, world, count):
-        """Applies one optimizer step to the summed gradients and clears them. Returns the gradient's norm.
+        """Sums the gradients over ranks, applies them and clears them. Returns their norm.
 
-        A norm that is not finite on any rank is so on all, because the sum came first: then nothing is
-        applied, nor when `count` is 0, because then no token said where to go.
+        Nothing is applied when the norm is not finite - which it then is on every rank, because it is taken
+        of the sum - or when `count`, the supervised terms of the step, is 0.
         """
         with enough_memory(f"in the update of step {self.step + 1:,}", smaller_update(cfg, self)):
             world.sum_gradients(self.parameters)
@@ -273,7 +279,7 @@ class State:
 
 
 def load_optimizer(optimizer, saved):
-    """Restores the moments, whose shapes torch would not check; settings stay today's configuration's."""
+    """Restores the moments, checking their shapes as torch does not; settings stay those of today's cfg."""
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
@@ -289,7 +295,7 @@ def load_optimizer(optimizer, saved):
 
 
 class Diverged(UserError):
-    """The run learns no more, and starting it again as it is would not help."""
+    """The run has stopped learning, and starting it again as it is would not help."""
 
     exit_code = 4
 
@@ -297,32 +303,25 @@ class Diverged(UserError):
 def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, write_final=None):
     """Trains `model` in place as cfg says and leaves OUTPUT_DIR/final/. Returns the last validation's dict.
 
-    loader        .batch(step, micro, rank, accumulation) -> dict of numpy arrays and "count", the supervised
-                  terms, and "tokens", if not as many; a pure function of its arguments, so a resume has
-                  nothing to rewind. .blocks: rows in one pass; .batch_size: lowered if memory runs out
+    loader        .batch(step, micro, rank, accumulation) -> dict of numpy arrays; "count", the supervised
+                  terms in them; and "tokens", if that is another number. A pure function of its arguments,
+                  so a resume has nothing to rewind. .blocks: rows in one pass; .batch_size: rows in a batch,
+                  which fit lowers if memory runs out
     loss_fn       (model, batch of tensors) -> (sum over the supervised terms, {name: sum of what to log});
                   fit divides by the count of the whole step over all ranks
-    validate      (model, walk) -> dict of floats and texts; what it draws of the random numbers is given
-                  back. walk (survival.Walk) goes over held-out rows on all ranks, in memory there is, and
-                  ends where a stop is asked for: then this validation comes again when the run is resumed
-    write_model   (model, folder): what a checkpoint holds besides the training state; read_model is its
-                  inverse, and write_final writes final/ where that is to hold something else
+    validate      (model, walk) -> dict of floats and texts to log. It may draw random numbers: they are put
+                  back. walk (survival.Walk) takes it over the held-out rows on all ranks, in batches that
+                  memory allows, and ends it when a stop is asked for; a resumed run then repeats it
+    write_model   (model, folder): writes what a checkpoint holds besides the training state; read_model is
+                  its inverse, and write_final writes final/ where that is to hold something else
 
-    Raises UserError for what its user can mend. Stops at SIGINT or SIGTERM with a checkpoint and SystemExit,
+    Raises UserError for what its user can mend. SIGINT or SIGTERM end it with a checkpoint and SystemExit,
     128 + the signal's number as shells count: status 0 means that final/ is there.
     """
     if cfg.plan:
         return say_plan(cfg, model, loader, loss_fn, world)
     with locked(cfg.output_dir, world), StopSignals() as stop, contextlib.ExitStack() as until_end:
-        model.to(world.device)
-        dtype, _ = announce(cfg, model, world)
-        state = State(cfg, model, world, dtype)
-        seed_everything(cfg.seed + world.rank)  # dropout differs between ranks
-        total = total_steps(cfg, loader.blocks, world.size)
-        state.check_space(cfg.output_dir)
-        resume(cfg, state, world, read_model)
-        world.broadcast(model.parameters())
-        clock = Clock(cfg, total, state.seconds)
+        state, dtype, clock = begin(cfg, model, loader, world, read_model)
         output, accumulation = Path(cfg.output_dir), cfg.gradient_accumulation_steps
         complete = clock.progress(state.step, state.seconds) >= 1 or state.enough(cfg)
         if complete and problem_with(output / "final", FINAL_FILES) is None:
@@ -348,33 +347,46 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
             progress = clock.progress(state.step, state.seconds)
             if stopping or progress >= 1 or state.enough(cfg):
                 break
-            lr = lr_at(cfg, state.step, progress, total)
+            lr = lr_at(cfg, state.step, progress, clock.total)
             work = (batches, loss_fn, max(1, count), world.device, dtype)
-            sums = attempt(state, world, forward_backward, *work)
-            if sums is None:
+            shares = attempt(state, world, forward_backward, *work)
+            if shares is None:  # memory ran out
                 accumulation = smaller_batches(cfg, loader, accumulation, state, world)
                 batches = batches_of(state.step)
                 continue
             batches = batches_of(state.step + 1)  # while a GPU still computes
             norm = state.update(cfg, lr, world, count)
             state.step, state.tokens = state.step + 1, state.tokens + int(tokens)
-            log.watch(state, sums["loss"], norm)
+            log.watch(state, shares["loss"], norm)
             check_applied(cfg, state, norm, count, log)
             if state.step % cfg.logging_steps == 0 or state.step == 1:
-                log.step(state, clock, sums, lr, norm)
+                log.step(state, clock, shares, lr, norm)
 
-        if state.saved_at != state.step:
-            checkpoint()
+        if state.saved_at != state.step or (cfg.max_minutes and not stopping):
+            checkpoint()  # of a time box again: one made before time was up would be resumed
         if not stopping and state.evaluated != state.step:
             metrics = evaluate(cfg, state, validate, walk, dtype, world, log)
             if world.rank == 0:
-                prune(output, cfg.keep_last, state)  # another one is the best now
+                prune(output, cfg.keep_last, state)  # this one may be the best now
         if stopping or metrics is None:
             world.say(f"stopped at step {state.step:,}, saved; continue with --resume_from_checkpoint=auto")
             raise SystemExit(stop.status)
         take_best(cfg, state, world, read_model)
         finish(cfg, model, world, write_final or write_model)
         return metrics
+
+
+def begin(cfg, model, loader, world, read_model):
+    """Returns (state, dtype of matmuls, clock) of a run: fresh, or resumed from the checkpoint cfg names."""
+    model.to(world.device)
+    dtype, _ = announce(cfg, model, world)
+    state = State(cfg, model, world, dtype)
+    seed_everything(cfg.seed + world.rank)  # dropout differs between ranks
+    total = total_steps(cfg, loader.blocks, world.size)
+    state.check_space(cfg.output_dir)
+    resume(cfg, state, world, read_model)
+    world.broadcast(model.parameters())
+    return state, dtype, Clock(cfg, total, state.seconds)
 
 
 def say_plan(cfg, model, loader, loss_fn, world):
@@ -391,12 +403,14 @@ def say_plan(cfg, model, loader, loss_fn, world):
     def one_step(micros):
         batches = [loader.batch(0, m, world.rank, micros) for m in range(micros)]
         count, began = sum(b["count"] for b in batches), time.perf_counter()
-        sums = attempt(state, world, forward_backward, batches, loss_fn, max(1, count), world.device, dtype)
-        if sums is None:
+        work = (batches, loss_fn, max(1, count), world.device, dtype)
+        shares = attempt(state, world, forward_backward, *work)
+        if shares is None:
             raise UserError(
-                f"a micro-batch of {loader.batch_size} rows does not fit into this machine's memory"
+                f"a micro-batch of {loader.batch_size} rows does not fit into this machine's memory; "
+                "use a smaller --batch_size"
             )
-        sums["loss"].item()  # waits for a GPU
+        shares["loss"].item()  # waits for a GPU
         middle = time.perf_counter()
         state.update(cfg, cfg.floor, world, count)
         return middle - began, time.perf_counter() - middle
@@ -429,7 +443,7 @@ def compiles(cfg, device):
 
 
 def resume(cfg, state, world, read_model):
-    """Restores `state` from the checkpoint that cfg names, if any, once it is known to belong to this run."""
+    """Restores `state` from the checkpoint that cfg names, if any, after checking that it is this run's."""
     folder = find_checkpoint(cfg, world.say)
     if folder is None:
         if cfg.resume_from_checkpoint:
@@ -439,14 +453,14 @@ def resume(cfg, state, world, read_model):
     read_model(state.model, folder)
     state.load(folder, world)
     if world.rank == 0:
-        prune(cfg.output_dir, cfg.keep_last, state)  # what a kill left undone
+        prune(cfg.output_dir, cfg.keep_last, state)  # a kill may have come before it
     world.say(f"resumed from {folder} at step {state.step:,}")
 
 
 def forward_backward(state, batches, loss_fn, count, device, dtype):
     """Adds up the gradients of the step's mean loss.
 
-    Returns this rank's shares of that mean, "loss", and of what else the loss function sums up, on `device`.
+    Returns this rank's shares of that mean, "loss", and of the means of what else loss_fn sums up.
     """
     shares = {"loss": torch.zeros((), device=device)}
     for batch in batches:
@@ -461,13 +475,15 @@ def forward_backward(state, batches, loss_fn, count, device, dtype):
 
 
 def agree(batches, stop, clock, world):
-    """Returns what steers the step, over all ranks: its count and tokens, stops asked for, rank 0's clock."""
+    """Returns what the ranks must know alike: the step's count and tokens, how many were asked to stop, the
+    seconds on rank 0's clock.
+    """
     count, tokens = sum(b["count"] for b in batches), sum(b.get("tokens", b["count"]) for b in batches)
     return world.sum(count, tokens, stop.asked > 0, clock.seconds * (world.rank == 0))
 
 
 def check_applied(cfg, state, norm, count, log):
-    """Reports a step that was not applied (see State.update); Diverged after too many in a row."""
+    """Reports a step that was not applied (see State.update); raises Diverged after too many in a row."""
     if state.bad_steps == 0:
         return
     why = f"gradient norm is {norm}" if count else "no token of it is supervised"
@@ -482,9 +498,9 @@ def check_applied(cfg, state, norm, count, log):
 
 
 def evaluate(cfg, state, validate, walk, dtype, world, log):
-    """Returns validate(model, walk), logged, with dropout off and the training's random numbers untouched.
+    """Logs and returns validate(model, walk), with dropout off and the training's random numbers untouched.
 
-    None if a stop was asked for meanwhile: then nothing came of it.
+    Returns None if a stop was asked for meanwhile; then nothing is logged.
     """
     numbers, metrics = rng_state(world.device), None
     state.model.eval()
@@ -502,7 +518,7 @@ def evaluate(cfg, state, validate, walk, dtype, world, log):
 
 
 def take_best(cfg, state, world, read_model):
-    """Gives the model the weights of the best validation, if early stopping watched for it and it is past."""
+    """Gives the model the weights of the best validation, if early stopping is on and the last is another."""
     if not cfg.early_stopping_patience or state.best_step in (0, state.step):
         return
     folder = Path(cfg.output_dir) / f"step_{state.best_step:06d}"
@@ -537,7 +553,8 @@ class PretrainConfig(LoopConfig, ModelConfig):
     document_mask: bool = False  # tokens look at their own document only, positions restart with each
     eval_rows: PositiveInt = 128  # rows of the validation set that are scored at each evaluation
     sample_prompt: str = "The"  # continued greedily at each evaluation
-    sample_tokens: Annotated[int, Range(0, 1000)] = 48  # length of that continuation
+    sample_tokens: Annotated[int, Range(0, 1000)] = 48  # length of that continuation; 0 = none
+    early_stopping_metric: Literal["val_loss", "val_bits_per_byte"] = "val_loss"  # decides which is best
     plan_gpu: str | None = None  # say what the run would need on such a card, as h100; nothing is trained
 
     def __post_init__(self):
@@ -630,15 +647,18 @@ def language_validation(cfg, world, tokenizer):
 
 
 def continuation(model, tokenizer, prompt, count):
-    """Returns the greedy continuation of `prompt`, a look at what was learned; sample.py does it properly."""
+    """Returns the greedy continuation of `prompt`: a glimpse; sample.py does it properly."""
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     return tokenizer.decode(greedy(model, ids, count, [tokenizer.eos_id]))
 
 
 def greedy(model, ids, count, stop_ids):
-    """Returns up to `count` ids, each the likeliest after `ids` and those before, a stop id the last."""
-    ids, fresh = ids[: model.cfg.sequence_length - 1], []
-    device, capacity = model.lm_head.weight.device, min(len(ids) + count, model.cfg.sequence_length)
+    """Returns up to `count` ids, each the likeliest after `ids` and those before it, ending at a stop id.
+
+    Fewer where the context is full.
+    """
+    device, fresh = model.lm_head.weight.device, []
+    capacity = min(len(ids) + count, model.cfg.sequence_length)
     cache = KVCache(model.cfg, 1, capacity, device)
     step = torch.tensor([ids], device=device)
     with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew

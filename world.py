@@ -89,18 +89,17 @@ def open_world(cfg):
     if size > 1 and device.type == "mps":
         raise UserError("device=mps is one GPU, which ranks can't share; leave torchrun out, or --device=cpu")
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", from_environment("LOCAL_RANK", 0))
         torch.cuda.set_device(device)
-    if device.type == "cpu":
-        tune_cpu(size)
+    if device.type == "cpu":  # torchrun says how many of the ranks share this machine
+        tune_cpu(min(size, from_environment("LOCAL_WORLD_SIZE", size)))
     if size > 1:  # numbers that steer the run travel through gloo, gradients through nccl where there is CUDA
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first CUDA matmul
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = (
-            False  # nothing here reads what it has not written
-        )
+        # torch would fill every empty tensor with NaN; nothing here reads what it has not written
+        torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield World(rank, size, device)
     except RuntimeError as problem:
@@ -120,14 +119,16 @@ def cpu_flags():
 
 
 def tune_cpu(ranks=1):
-    """Settings that measurably help on a CPU; none of them changes a result.
+    """Applies settings that measurably help on a CPU; `ranks` is how many share this machine.
 
-    Threads follow the affinity mask, unless OMP_NUM_THREADS says how many; torchrun sets that to 1 unasked.
-    glibc is told to keep big blocks instead of returning them to the kernel at every free: page faults on
-    fresh tensors cost as much as the matmuls that fill them.
+    The cores that the affinity mask allows are divided among the ranks, unless OMP_NUM_THREADS says how many
+    threads to use. (A 1 under torchrun does not count: torchrun sets it by itself.) glibc is told to keep big
+    blocks instead of returning them to the kernel at every free: page faults on fresh tensors cost as much as
+    the matmuls that fill them.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+    asked = os.environ.get("OMP_NUM_THREADS")
+    if asked is None or (asked == "1" and "TORCHELASTIC_RUN_ID" in os.environ):
         torch.set_num_threads(max(1, cores // ranks))
     with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc only
         libc = ctypes.CDLL(None)
@@ -146,7 +147,7 @@ def choose_dtype(wanted, device):
             return torch.bfloat16, "the GPU multiplies bf16 natively"
         return torch.float16, "the GPU has fp16 units but no bf16"
     if device.type == "mps":
-        return torch.float32, "its 16 bits are there for the asking: --dtype=bf16"
+        return torch.float32, "16 bits only on request: --dtype=bf16"
     flags = cpu_flags()
     if flags.get("avx512_bf16") or flags.get("amx_bf16"):
         return torch.bfloat16, "the CPU multiplies bf16 natively"
@@ -160,7 +161,7 @@ def seed_everything(seed):
 
 
 def rng_state(device):
-    """Returns every global generator's state, in builtins and tensors: weights_only=True reads no more."""
+    """Returns every global generator's state in builtins and tensors, all that weights_only=True reads."""
     kind, keys, *rest = np.random.get_state()
     state = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
     state["torch"] = torch.get_rng_state()
@@ -229,7 +230,7 @@ def peak_flops(device):
 
 
 def memory_used(device):
-    """Returns the peak memory in bytes so far: of the device where it has its own, else of this process."""
+    """Returns the peak memory in bytes so far: of a CUDA device, else of this process (0 on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -242,15 +243,15 @@ def memory_used(device):
 
 
 def out_of_memory(problem):
-    """Is an exception an allocator's, of whichever library? torch has a type of its own on CUDA only."""
+    """Returns whether an exception means that memory ran out; torch has a type for that on CUDA only."""
     said = "(?i)out of memory|can't allocate memory|not enough memory|bad_alloc|ALLOC_FAILED"
     return isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or bool(re.search(said, str(problem)))
 
 
 def free_memory(device):
-    """Gives back what a failed step leaves: cycles, compiled graphs and their pools, cached blocks."""
+    """Frees what a failed step leaves behind: reference cycles, compiled graphs' pools, cached blocks."""
     gc.collect()
-    if "torch._dynamo" in sys.modules:  # else nothing was compiled
+    if "torch._dynamo" in sys.modules:  # otherwise nothing was compiled
         torch.compiler.reset()
     if device.type in ("cuda", "mps"):
         getattr(torch, device.type).empty_cache()
@@ -261,7 +262,7 @@ def autocast(device, dtype):
 
 
 def to_device(batch, device):
-    """Returns the batch's arrays as tensors on `device`, copied while the GPU works; counts stay behind."""
+    """Returns the batch's arrays as tensors on `device`, copied while the GPU works; counts are left out."""
     tensors = {k: torch.from_numpy(v) for k, v in batch.items() if isinstance(v, np.ndarray)}
     if device.type == "cuda":
         return {k: v.pin_memory().to(device, non_blocking=True) for k, v in tensors.items()}

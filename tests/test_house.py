@@ -37,10 +37,14 @@ ARROWS = {
     },
     "schedule": {"configurator"},
     "survival": {"configurator", "world"},
-    "sft": {"configurator", "tokenizer", "model", "losses", "lora", "data", "world", "checkpoint", "train"},
+    "tuning": {"configurator", "tokenizer", "lora", "data", "train"},
+    "sft": {
+        *("configurator", "tokenizer", "losses", "lora", "data", "world", "checkpoint"),
+        *("train", "tuning"),
+    },
     "dpo": {
         *("configurator", "tokenizer", "model", "losses", "lora", "data", "world", "checkpoint"),
-        *("survival", "train"),
+        *("survival", "train", "tuning"),
     },
     "packed": {"model"},
     "engine": {"configurator", "tokenizer", "model", "lora", "packed"},
