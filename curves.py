@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import os
+from collections import deque
 from dataclasses import dataclass
 from html import escape
 from inspect import cleandoc
@@ -469,6 +470,10 @@ def curves(places, cfg):
 
 def command_line(argv):
     """Draws what the words of `python train.py curves` ask for."""
-    places = [word for word in argv if not word.startswith("-")]
-    flags = [word for word in argv if word.startswith("-")]
+    places, flags, rest = [], [], deque(argv)
+    while rest:
+        word = rest.popleft()
+        (flags if word.startswith("-") else places).append(word)
+        if word.startswith("--") and "=" not in word and rest:
+            flags.append(rest.popleft())  # its value, standing apart
     run(lambda cfg: curves(places, cfg), CurvesConfig, cleandoc(curves.__doc__), argv=flags)

@@ -204,6 +204,13 @@ def test_comments_byte_order_mark_and_crlf_in_a_preset(preset):
     assert read(preset(b'\xef\xbb\xbf{"_why": "small",\r\n "n_layer": 2}')).n_layer == 2
 
 
+def test_a_preset_for_another_program_is_refused_by_its_name(preset):
+    path = preset({"_program": "other.py", "n_layer": 2, "beta": 0.1})
+    assert error_of(path) == "configs/my.json is a preset for other.py, not for test_configurator.py"
+    assert read(path, cls=Shape, foreign_keys=True).n_layer == 2
+    assert read(preset({"_program": "test_configurator.py", "n_layer": 3})).n_layer == 3
+
+
 # ---- the sentences
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from checkpoint import checkpoints
 from configurator import UserError
-from curves import draw, running_mean, short, ticks
+from curves import command_line, draw, running_mean, short, ticks
 from log import spike_limit
 from losses import next_token_loss
 from tests.runs import ROOT, Run, fitting, losses, names, records, refused
@@ -228,6 +228,14 @@ def test_the_command_draws_and_says_in_a_line_how_far_each_run_came(tmp_path):
     assert ET.parse(tmp_path / "a.svg")
     done = subprocess.run([*call, "--output=a.pdf", "a"], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "error: output a.pdf: must end in .png or .svg\n")
+
+
+def test_the_command_takes_values_that_stand_apart(tmp_path):
+    for name in ("a", "b"):
+        write_run(tmp_path / name)
+    picture = tmp_path / "ab.svg"
+    command_line([str(tmp_path / "a"), "--x", "minutes", str(tmp_path / "b"), "--output", str(picture)])
+    assert "0 minutes" in picture.read_text()
 
 
 # ---- at the end of a training

@@ -377,9 +377,11 @@ def test_mistakes_are_told_on_one_line(tmp_path, base, pairs, tiny_tokenizer):
     plain = make_base(tmp_path / "plain", tiny_tokenizer)
     assert "names no chat template of ours; train it with sft.py first" in line(model_path=plain)
     assert "no two different answers within 4 positions" in line(sequence_length=4)
+    assert "every row is held out at val_ratio 1.0; lower it" in line(val_ratio=1)
     same = write_rows(tmp_path / "same.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "b"}])
     assert "0 usable rows" in line(dataset_path=same)
     assert "is not validated" in line(val_ratio=0, early_stopping_patience=1)
+    assert not (tmp_path / "out").exists()  # all of it is said before anything is trained
 
 
 @pytest.mark.parametrize(
@@ -396,7 +398,7 @@ def test_knobs_that_contradict_each_other(knobs, words):
 @pytest.mark.parametrize(
     ("knobs", "expected"),
     [({}, True), ({"max_steps": 1}, False), ({"max_steps": 100}, True), ({"max_minutes": 1.0}, False),
-     ({"lora_r": 0, "max_steps": 1}, True), ({"precompute_ref": False}, False)],
+     ({"lora_r": 0, "max_steps": 1}, True), ({"precompute_ref": False}, False), ({"plan": True}, False)],
 )  # fmt: skip
 def test_the_reference_is_computed_once_where_that_is_cheaper(knobs, expected):
     loader, world = type("Loader", (), {"blocks": 50}), type("World", (), {"size": 1})

@@ -410,8 +410,12 @@ def test_the_presets_are_sound(name, config):
     import dpo
     from configurator import configure
 
-    cls = {"sft": sft.SFTConfig, "dpo": dpo.DPOConfig}[name]
+    cls, other = {"sft": (sft.SFTConfig, "dpo"), "dpo": (dpo.DPOConfig, "sft")}[name]
     cfg = configure(cls, [str(ROOT / "configs" / f"{name}.json"), "--model_path=a", "--dataset_path=b"])
     assert (cfg.lora_r, cfg.lora_alpha, len(cfg.lora_target_modules)) == (16, 32.0, 7)
+    for preset in (f"{other}.json", f"demo_{other}.json", "tiny.json"):
+        owner = "train" if preset == "tiny.json" else other
+        with pytest.raises(UserError, match=rf"{preset} is a preset for {owner}\.py, not for {name}\.py"):
+            configure(cls, [str(ROOT / "configs" / preset), "--model_path=a", "--dataset_path=b"])
     with pytest.raises(UserError, match="model_path and dataset_path are required"):
         configure(cls, [])

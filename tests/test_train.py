@@ -32,7 +32,7 @@ from tests.runs import (
 from tests.runs import train_to_end as trained
 from tokenizer import Tokenizer
 from train import LoopConfig, PretrainConfig
-from world import open_world
+from world import open_world, tune_cpu
 
 pytestmark = pytest.mark.usefixtures("forks")
 
@@ -122,6 +122,15 @@ def test_a_time_box_ends_with_a_model_and_is_then_complete(tmp_path, tiny_datase
     assert "final" in names(out)
     trained(out, resume_from_checkpoint="auto", **knobs)
     assert "this run is complete" in out.with_suffix(".log").read_text()
+
+
+def test_a_time_box_that_ends_at_a_saved_step_is_complete_too(tmp_path, tiny_dataset):
+    knobs = {"data_path": tiny_dataset, "max_minutes": 0.005, "max_steps": None, "save_steps": 1}
+    out = trained(tmp_path / "box", **knobs)
+    before = (out / "final" / "manifest.json").stat().st_mtime_ns
+    trained(out, resume_from_checkpoint="auto", **knobs)
+    assert "this run is complete" in out.with_suffix(".log").read_text()
+    assert (out / "final" / "manifest.json").stat().st_mtime_ns == before
 
 
 def test_a_run_of_part_of_an_epoch_has_so_many_steps(tmp_path, tiny_dataset):
@@ -428,6 +437,7 @@ REFUSED = {
     "NaN": ({"learning_rate": "nan"}, "learning_rate must be a finite number > 0"),
     "no learning": ({"learning_rate": 0}, "learning_rate must be a finite number > 0"),
     "a high floor": ({"min_lr": 1}, "min_lr 1.0 is more than learning_rate 0.01"),
+    "no such metric": ({"early_stopping_metric": "val_los"}, "must be one of val_loss, val_bits_per_byte"),
     "no layers": ({"n_layer": 0}, r"n_layer must be 1\.\.512"),
     "heads that do not divide": ({"d_model": 30}, "d_model 30 is not divisible by n_head 4"),
     "too little data": ({"sequence_length": 100000}, "only [0-9]+ tokens, need at least 100001"),
@@ -488,6 +498,47 @@ def test_a_leftover_of_a_cluster_in_the_environment_is_named(environment, messag
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message), open_world(PretrainConfig(device="cpu")):
         pass
+
+
+def threads_taken(environment, ranks, monkeypatch):
+    """What tune_cpu makes of eight cores."""
+    taken = []
+    for name in ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8), raising=False)
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    tune_cpu(ranks)
+    return taken
+
+
+@pytest.mark.parametrize(
+    ("environment", "ranks", "expected"),
+    [
+        ({}, 1, [8]),
+        ({}, 3, [2]),
+        ({"OMP_NUM_THREADS": "3"}, 1, []),
+        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}, 2, [4]),  # torchrun's own 1
+        ({"OMP_NUM_THREADS": "3", "TORCHELASTIC_RUN_ID": "none"}, 2, []),
+    ],
+)
+def test_the_cores_are_shared_out_unless_a_number_of_threads_is_asked_for(
+    environment, ranks, expected, monkeypatch
+):
+    assert threads_taken(environment, ranks, monkeypatch) == expected
+
+
+def as_on_two_machines_of_eight_cores():
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
+    os.environ.pop("OMP_NUM_THREADS")
+    os.sched_getaffinity = lambda process: range(8)
+
+
+def test_a_rank_alone_on_its_machine_has_all_its_cores(tmp_path, tiny_dataset):
+    knobs = {"max_steps": 1, "warmup_steps": 0, "ranks": 2, "before": as_on_two_machines_of_eight_cores}
+    out = trained(tmp_path / "out", data_path=tiny_dataset, **knobs)
+    assert "device cpu, 8 threads, 2 ranks" in out.with_suffix(".log").read_text()
 
 
 def test_an_output_folder_that_holds_a_run_is_refused_and_left_alone(finished, tiny_dataset):
