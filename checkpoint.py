@@ -1,8 +1,8 @@
 """Folders that are whole or absent: written beside, hashed, renamed into place; verified before being read.
 
 A checkpoint is a model folder with `train_state/`, `run.json` (the configuration, itself a preset) and
-`manifest.json` (size and sha256 of every file), which is written last and deleted first. What a model or an
-optimizer is, this room does not know: train.State fills the folders.
+`manifest.json` (size and sha256 of every file), which is written last and deleted first. This room does not
+know what a model or an optimizer is: train.State fills the folders.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ FORMAT = 1  # of a checkpoint; a newer one is refused, not guessed at
 
 def fsync(path):
     """Forces a file or folder to the disk, where the system can."""
-    with contextlib.suppress(OSError):  # Windows opens no folders, and flushes only what it may write
+    with contextlib.suppress(OSError):  # Windows cannot open folders, nor flush a file opened for reading
         handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
         try:
             os.fsync(handle)
@@ -131,19 +131,19 @@ def find_checkpoint(cfg, say):
             return folder
         bad.append(f"{folder.name}: {problem}")
     if bad or finished:
-        why = "; ".join(bad) or "only final/ is there"
+        why = "; ".join(bad) or "only final/ is there; choose another --output_dir"
         raise UserError(f"{cfg.output_dir}: no sound checkpoint to resume from: {why}")
     return None
 
 
 def write_tensors(value, path):
-    """Writes tensors and builtins; OSError where the disk does not take them."""
-    import torch  # here, as in read_tensors: who only looks at folders need not wait for it
+    """Writes tensors and builtins; raises OSError if the disk is full or failing."""
+    import torch  # here, as in read_tensors: whoever only looks at folders need not wait for it
 
     try:
         torch.save(value, path)
-    except RuntimeError as problem:  # so torch says it: "unexpected pos 64 vs 0", "iostream error"
-        if "alloc" in str(problem):  # it is memory that is full
+    except RuntimeError as problem:  # torch's words for it: "unexpected pos 64 vs 0", "iostream error"
+        if "alloc" in str(problem):  # memory is full, not the disk
             raise
         raise OSError(errno.EIO, f"disk full or failing: {problem!s:.60}") from None
 
@@ -162,10 +162,10 @@ def read_tensors(path):
 
 @contextlib.contextmanager
 def whole_folder(folder, cfg, world):
-    """Yields a hidden folder to fill; with run.json and a manifest it becomes `folder`: all or nothing.
+    """Yields a hidden folder to fill, then adds run.json and the manifest and renames it to `folder`.
 
-    Every rank must enter. A `folder` of that name is replaced: find_checkpoint found it broken, or it is this
-    very step's. UserError where the disk does not take it; then nothing of it is left.
+    Every rank must enter. A `folder` that exists is replaced: it is one that find_checkpoint found broken, or
+    this very step's. Raises UserError if the disk is full or failing, and leaves nothing of it then.
     """
     tmp = folder.with_name(f".tmp-{folder.name}")
     try:
@@ -192,21 +192,24 @@ def whole_folder(folder, cfg, world):
 
 def write_run_json(cfg, world, folder):
     """Writes the resolved configuration, itself a preset: `train.py FOLDER/run.json` runs it from step 0."""
-    asked = {"resume_from_checkpoint": None, "allow_config_change": False, "allow_world_size_change": False}
-    save_config(dataclasses.replace(cfg, **asked), folder / "run.json")
+    fresh = {"resume_from_checkpoint": None, "allow_config_change": False, "allow_world_size_change": False}
+    save_config(dataclasses.replace(cfg, **fresh), folder / "run.json")
     values = json.loads((folder / "run.json").read_text(encoding="utf-8")) | {"_world_size": world.size}
     (folder / "run.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def remove(folder):
-    """Deletes a checkpoint, manifest first: half a deletion must not look like a whole checkpoint."""
+    """Deletes a checkpoint, manifest first: one half deleted must not look like a whole one."""
     with contextlib.suppress(FileNotFoundError):
         (folder / "manifest.json").unlink()
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def prune(output_dir, keep, state):
-    """Deletes all but the best and the last `keep` checkpoints up to now; a later one is broken: no count."""
+    """Deletes all checkpoints up to now but the best and the last `keep`.
+
+    Later ones do not count: find_checkpoint found them broken and went back.
+    """
     for folder in [p for p in checkpoints(output_dir) if step_of(p) <= state.step][keep:]:
         if step_of(folder) != state.best_step:
             remove(folder)

@@ -1,4 +1,4 @@
-"""The curves of one or several runs as one picture, out of their metrics.jsonl.
+"""The curves of one or several runs as one picture, drawn from their metrics.jsonl.
 
     python train.py curves checkpoints/pretrain/a checkpoints/pretrain/b --x=minutes --output=ab.svg
 
@@ -47,9 +47,9 @@ class Record(NamedTuple):
 
 
 def read_run(place, name, x):
-    """Returns the Record of a folder or a metrics.jsonl; a last line that is being written is passed over.
+    """Returns the Record of a folder or a metrics.jsonl; a last line that is still being written is skipped.
 
-    Raises UserError for a file that is missing, broken in its middle, or without a step.
+    Raises UserError for a file that is missing, damaged, or without a logged step.
     """
     path = Path(place) / "metrics.jsonl" if Path(place).is_dir() else Path(place)
     try:
@@ -90,13 +90,13 @@ def columns(records):
 
 
 def between(at, steps, values):
-    """Returns `values`, known at `steps`, at other steps: straight from 0 to the first and past the last."""
+    """Returns `values`, known at `steps`, at the steps `at`: linear, from 0 at step 0 to beyond the last."""
     inside = np.interp(at, [0, *steps], [0, *values])
     return np.where(at > steps[-1], values[-1] * at / steps[-1], inside)
 
 
 def short_names(places):
-    """Returns what tells the places apart: their last folders, as few as it takes."""
+    """Returns names that tell the places apart: as few of their last folders as that takes."""
     parts = [Path(p).resolve().parts for p in places]
     parts = [p[:-1] if p[-1] == "metrics.jsonl" else p for p in parts]
     for count in range(1, max(map(len, parts)) + 1):
@@ -119,7 +119,7 @@ class Line(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One small picture: its lines, the range and scale of its values, the last of them in words."""
+    """One small picture: its lines, the range and scale of its values, the last values as text."""
 
     title: str
     lines: list
@@ -173,7 +173,7 @@ def curve(x, y, colour, kind, scatters):
 
 
 def running_mean(y, width):
-    """Returns y averaged by a Gaussian of standard deviation `width` points, near the ends by half of one."""
+    """Returns y smoothed by a Gaussian with a standard deviation of `width` points, cut off at the ends."""
     reach = np.arange(-math.ceil(3 * width), math.ceil(3 * width) + 1)
     weights = np.exp(-0.5 * (reach / width) ** 2)
     total, mass = (np.convolve(part, weights) for part in (y, np.ones_like(y)))
@@ -182,7 +182,7 @@ def running_mean(y, width):
 
 
 def extremes(x, y, buckets=600):
-    """Returns (x, y) of at most two points a bucket, its least and its greatest: the outline stays."""
+    """Returns (x, y) thinned to the least and the greatest point of each bucket, which keeps the outline."""
     if len(y) <= 2 * buckets:
         return x, y
     edges = np.linspace(0, len(y), buckets + 1).astype(int)
@@ -192,7 +192,7 @@ def extremes(x, y, buckets=600):
 
 
 def value_range(lines, scale):
-    """Returns (low, high): all means and dots, and of single log steps all but the outermost hundredths."""
+    """Returns (low, high) that hold all means and dots, and the log steps but for 1 % at either end."""
     raw = [np.percentile(one.y, (1, 99)) for one in lines if one.kind == "raw"]
     values = np.concatenate([one.y for one in lines if one.kind != "raw"] + raw)
     low, high = values.min(), values.max()
@@ -215,7 +215,7 @@ def ticks(low, high, count):
 
 
 def log_ticks(low, high):
-    """Returns the 1, 2, 5 of every power of ten in between, the powers alone where those are many."""
+    """Returns 1, 2 and 5 times every power of ten in between, or only the powers if those are many."""
     powers = [10.0**n for n in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
     inside = [m * p for p in powers for m in (1, 2, 5) if low <= m * p <= high]
     if len(inside) > 6:
@@ -266,7 +266,7 @@ LEFT, TOP, BOTTOM = 46, 36, 34  # of a cell, around its curves
 
 
 def layout(panels):
-    """Returns (places, height): three columns, the loss as wide as fills the last row."""
+    """Returns (places, height): three columns, the first panel so wide that the last row is full."""
     width = (WIDTH - 2 * MARGIN - 2 * GAP) / 3
     end = max(one.x.max() for panel in panels for one in panel.lines) or 1.0
     places, at = [], 0
@@ -299,13 +299,13 @@ def svg(runs, x):
 
 
 def words(x, y, content, size=11, fill=GREY, anchor="start", weight=400):
-    """Returns a text element; `content` is marked up already."""
+    """Returns a text element; `content` is escaped or marked up already."""
     place = f'x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}"'
     return f'<text {place} fill="{fill}" font-weight="{weight}">{content}</text>'
 
 
 def heading(record):
-    """Returns a run in words: how far it came."""
+    """Returns how far a run has come, in words."""
     tokens = f", {short(record.steps['tokens'][-1])} tokens" if "tokens" in record.steps else ""
     seconds = record.steps.get("seconds", [0])[-1]
     time = f", {seconds / 60:.0f} minutes" if seconds >= 90 else f", {seconds:.0f} seconds" if seconds else ""
@@ -313,7 +313,7 @@ def heading(record):
 
 
 def svg_head(runs, x):
-    """Yields the names of the runs, with their colours where they are several, and what the strokes mean."""
+    """Yields the names of the runs, with their colours if they are several, and the legend of strokes."""
     if len(runs) == 1:
         yield words(MARGIN, 44, escape(runs[0].name), 20, INK, weight=600)
         yield words(MARGIN, 66, heading(runs[0]), 12)
@@ -355,7 +355,7 @@ def svg_axes(place, x):
 
 
 def svg_lines(place, number):
-    """Yields a panel's curves, the faint ones beneath, cut off at its edges."""
+    """Yields a panel's curves, the faint ones first, cut off at its edges."""
     edges = f'x="{place.left:.1f}" y="{place.top - 3:.1f}" '
     edges += f'width="{place.width + 4:.1f}" height="{place.height + 4:.1f}"'
     yield f'<clipPath id="panel{number}"><rect {edges}/></clipPath><g clip-path="url(#panel{number})">'
@@ -377,7 +377,7 @@ def svg_lines(place, number):
 
 
 def png(runs, x, path):
-    """Writes the same picture by matplotlib, without its global state."""
+    """Writes the same picture with matplotlib, without its global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -440,7 +440,7 @@ def default_name():
 
 
 def draw_run(folder, say):
-    """Draws the curves of the run that ends, into its folder; whatever fails is one warning and no more."""
+    """Draws the curves of a run into its folder; whatever fails is one warning and no more."""
     if not (Path(folder) / "metrics.jsonl").is_file():
         return
     try:
@@ -469,7 +469,7 @@ def curves(places, cfg):
 
 
 def command_line(argv):
-    """Draws what the words of `python train.py curves` ask for."""
+    """Runs `python train.py curves ARGV`."""
     places, flags, rest = [], [], deque(argv)
     while rest:
         word = rest.popleft()

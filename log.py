@@ -1,8 +1,8 @@
-"""What a run tells of itself while it lasts: a line for people, a record for programs, an alarm.
+"""What a run reports while it lasts: a line for people, a record for programs, an alarm.
 
 Every log step prints one aligned line and appends one JSON object to metrics.jsonl; wandb and tensorboard get
-the same records where they were asked for. The loss of every step is watched, but stays on its device until
-the next log step: reading it would make the CPU wait for the GPU. When the run ends, its curves are drawn.
+the same records on request. The loss of every step is watched, but stays on its device until the next log
+step: reading it would make the CPU wait for the GPU. When the run ends, its curves are drawn.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ from curves import draw_run
 from model import flops_per_token
 from world import memory_used, peak_flops
 
-WINDOW, ENOUGH = 100, 20  # steps whose losses a new one is held against, and how few of them say nothing
+WINDOW, ENOUGH = 100, 20  # steps whose losses a new one is compared with; with fewer than ENOUGH, no alarm
 PATIENCE = 60  # seconds that an upload may take when the run is over
 
 
 class Log:
-    """The log of one run, on rank 0; the other ranks add their shares. Entered while the run lasts."""
+    """The log of one run, on rank 0, to which the others add their shares. Entered while the run lasts."""
 
     def __init__(self, cfg, model, world, state):
         self.world, self.flops = world, flops_per_token(model.cfg)
@@ -49,13 +49,13 @@ class Log:
         return self
 
     def __exit__(self, kind, *_):
-        if self.world.rank == 0 and kind is not KeyboardInterrupt:  # who presses Ctrl-C twice is in a hurry
+        if self.world.rank == 0 and kind is not KeyboardInterrupt:  # a second Ctrl-C means: at once
             for tracker in self.trackers:
                 tracker.close()
             draw_run(self.path.parent, self.world.say)
 
     def _drop_after(self, state):
-        """Forgets what a run that died logged beyond its checkpoint: it is about to happen again."""
+        """Removes what a run that died logged after its checkpoint: those steps are about to come again."""
         if not self.path.exists():
             return
         kept = []
@@ -86,17 +86,17 @@ class Log:
         self.unread.append((state.step, share, norm))
 
     def read(self, state):
-        """Reads the losses that wait, at once, and says where one is a spike; every rank calls it.
+        """Reads all unread losses at once and reports those that are spikes; every rank calls it.
 
-        Returns the last one's value, None where none waits. What a loss is held against is part of `state`: a
-        resumed run says what the uninterrupted one would have said.
+        Returns the last one's value, None if there is none. What a loss is compared with is part of `state`,
+        so a resumed run reports what the uninterrupted one would have.
         """
         if not self.unread:
             return None
         steps, shares, norms = zip(*self.unread, strict=True)
         losses = self.world.sum(*torch.stack(shares).tolist())
         for step, loss, norm in zip(steps, losses, norms, strict=True):
-            if 0 < norm < math.inf:  # else the step was not applied, and that has been said
+            if 0 < norm < math.inf:  # otherwise the step was not applied, which is reported elsewhere
                 self._alarm(state, step, loss, norm)
                 state.recent = [*state.recent, loss][-WINDOW:]
         self.unread = []
@@ -104,7 +104,7 @@ class Log:
 
     def _alarm(self, state, step, loss, norm):
         middle, limit = spike_limit(state.recent)
-        if loss > limit >= state.recent[-1]:  # said once, not as long as it lasts
+        if loss > limit >= state.recent[-1]:  # reported once, not at every step that it lasts
             self.write({"step": step, "spike": loss, "median": middle, "grad_norm": norm})
             self.world.say(
                 f"warning: loss spike at step {step:,}: {loss:.4f}, with a median of {middle:.4f} in the "
@@ -113,7 +113,7 @@ class Log:
 
     def step(self, state, clock, shares, lr, norm):
         """Logs one optimizer step, `shares` summed over ranks; tokens per second since the last line."""
-        loss, names = self.read(state), [*shares][1:]
+        loss, names = self.read(state), [name for name in shares if name != "loss"]
         stats = dict(zip(names, self.world.sum(*(shares[name].item() for name in names)), strict=True))
         (then, tokens), now = self.mark, time.monotonic()
         rate = (state.tokens - tokens) / max(1e-9, now - then)
@@ -122,7 +122,7 @@ class Log:
         memory = memory_used(self.world.device)
         measured = {"tokens_per_second": rate, "memory": memory, "seconds": round(clock.seconds, 3)}
         self.write(record | stats | measured)
-        seconds = clock.seconds  # state.seconds are those before this step, none before the first
+        seconds = clock.seconds  # state.seconds is from before this step
         done = min(1, clock.progress(state.step, seconds))
         left = int(seconds * (1 - done) / done) if done else 0
         mfu = f" | mfu {self.flops * rate / self.world.size / self.peak:5.1%}" if self.peak else ""
@@ -148,8 +148,8 @@ class Log:
 def spike_limit(recent):
     """Returns (median of the losses `recent`, what a loss has to exceed to be called a spike).
 
-    It has to be half as large again as the median, and to stand out from the scatter: by six times the median
-    absolute deviation, about four standard deviations. Of logarithms: losses near 0 scatter by factors.
+    A spike is more than one and a half times the median, and further above it than six median absolute
+    deviations, about four standard deviations. In logarithms, because losses near 0 scatter by factors.
     """
     if len(recent) < ENOUGH:
         return None, math.inf
@@ -170,17 +170,17 @@ def installed(names):
 
 
 class Tracker:
-    """wandb or tensorboard, told every record; whatever fails in there is one warning, and the end of it."""
+    """wandb or tensorboard, given every record; after its first failure, one warning and nothing more."""
 
     def __init__(self, name, cfg, state, say):
-        self.name, self.say, self.send_, self.close_ = name, say, None, None
+        self.name, self.say = name, say
         opener = {"wandb": open_wandb, "tensorboard": open_tensorboard}[name]
         self.send_, self.close_ = self._try(opener, cfg, state) or (None, None)
 
     def _try(self, call, *args):
         try:
             return call(*args)
-        except Exception as problem:  # a stranger's code, over a network: nothing in it may end a run
+        except Exception as problem:  # foreign code, over a network: nothing in it may end a run
             self.send_ = None
             lines = str(problem).splitlines() or [type(problem).__name__]
             self.say(f"warning: {self.name} failed ({lines[0]:.120}); training goes on without it")
@@ -190,7 +190,7 @@ class Tracker:
             self._try(self.send_, record)
 
     def close(self):
-        """Lets what was sent arrive, and gives up after a minute."""
+        """Waits for what was sent to arrive, for a minute at most."""
         if self.send_:
             thread = threading.Thread(target=self._try, args=(self.close_,), daemon=True)
             thread.start()
@@ -200,7 +200,7 @@ class Tracker:
 
 
 def open_tensorboard(cfg, state):
-    """Returns (send, close); events go to OUTPUT_DIR/tensorboard, those that a resume repeats are voided."""
+    """Returns (send, close); events go to OUTPUT_DIR/tensorboard, those that a resume repeats are purged."""
     from torch.utils.tensorboard import SummaryWriter
 
     folder = str(Path(cfg.output_dir) / "tensorboard")

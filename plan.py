@@ -1,11 +1,11 @@
-"""What a training would need and take, said before it is paid for: parameters, tokens, memory by part, hours.
+"""What a training would need and take, before it is paid for: parameters, tokens, memory by part, hours.
 
     python train.py configs/base.json --plan               this machine, with a few timed steps
     python train.py configs/base.json --plan_gpu=rtx4090   a card that is elsewhere, by its datasheet
 
-Memory is counted, not guessed: `block_bytes` lists what autograd keeps of a block, `memory` adds what stands
-beside it in the moments that can be the fullest, and tests compare both with what torch really does. A
-machine at hand is timed. Of a card that is not, `card_seconds` knows two limits, arithmetic and bandwidth.
+Memory is counted, not guessed: `block_bytes` lists what autograd keeps of a block, `memory` adds what else is
+held in the moments that can be the fullest, and tests compare both with what torch really does. This machine
+is timed; for a card that is elsewhere, `card_seconds` knows two limits, arithmetic and bandwidth.
 """
 
 import os
@@ -23,13 +23,13 @@ from schedule import Muon
 from world import CARDS, memory_used
 
 TIMED = 3  # optimizer steps that are timed after the warm-up
-PATIENCE = 120  # seconds that these may take; a slower machine is timed on one row
+PATIENCE = 120  # seconds that these may take; a slower machine is timed with one row at a time
 RESERVE = 1e9  # bytes of a card that CUDA itself and the allocator's fragments take: an assumption
 
 
 @dataclass(frozen=True)
 class Means:
-    """What a step is computed with, as `train.announce` chooses it: this decides what has to be kept."""
+    """What a step is computed with, as `train.announce` chooses it; what has to be kept depends on it."""
 
     device: str  # cpu, cuda or mps
     dtype: torch.dtype  # of matmuls
@@ -45,7 +45,7 @@ class Means:
 
 
 def block_bytes(cfg, means):
-    """Returns the bytes that autograd keeps per token of one block, until the backward pass has been there.
+    """Returns the bytes that autograd keeps per token of one block, until the backward pass has reached it.
 
     C = d_model, D = head width, F = d_ff, H heads, T positions; s = 4 bytes, 2 in 16 bit.
     Each RMSNorm keeps its input, the normalized rows and its output, C each, and 1 / rms: the first two in
@@ -73,26 +73,26 @@ def block_bytes(cfg, means):
 
 
 def end_bytes(cfg, means):
-    """Returns the same per token for what lies around the blocks: ids, embedding dropout, the last norm."""
+    """Returns as much for what lies around the blocks: ids, embedding dropout, the last norm."""
     norm = (3 * cfg.d_model * 4 if means.size == 4 else 10 * cfg.d_model) + 4
     return 8 + norm + 4 * cfg.d_model * (cfg.dropout > 0)
 
 
 def moment_bytes(cfg):
-    """Returns bytes of the optimizer's state: AdamW's two moments a number, of Muon one in the blocks."""
+    """Returns the bytes of the optimizer's state: AdamW keeps two numbers per weight, Muon (blocks) one."""
     matrices = count_parameters(cfg)["layers"] - 2 * cfg.n_layer * cfg.d_model
     return 8 * count_parameters(cfg)["total"] - 4 * matrices * (cfg.optimizer == "muon")
 
 
 def memory(cfg, means, framework=0):
-    """Returns bytes by part of a training step of `cfg`, and "peak", of the fullest of three moments.
+    """Returns the bytes of a training step by part, and "peak", their sum in the fullest of three moments.
 
-    head: everything saved stands, beside it the logits of a group of rows (losses.group_rows), the gradient
-    of the head's weight and that of its input; in 16 bit, where no compiler fuses them, also four float32
-    copies of the logits and a mask. backward: the gradient of the head's weight is scaled into another copy,
-    or the last block is computed anew and its gradients begin. update: nothing is saved any more, and every
-    weight has its gradient; Muon holds a batch of matrices four times. Gradients stand in the other two as
-    well, where accumulation adds to them or a CUDA graph needs them to keep their place. `framework` is given
+    head: all activations are held, and the logits of a group of rows (losses.group_rows), the gradient of the
+    head's weight and that of its input; in 16 bit, where no compiler fuses them, also four float32 copies of
+    the logits and a mask. backward: the gradient of the head's weight is scaled into another copy, or the
+    last block is computed again and its gradients begin. update: no activation is left, every weight has its
+    gradient, and Muon holds a batch of matrices four times. The gradients are there in the other two moments
+    as well if accumulation adds to them or a CUDA graph needs them to keep their place. `framework` is given
     for a process on a CPU: see `heap_holes`.
     """
     N, s, counts = cfg.batch_size * cfg.sequence_length, means.size, count_parameters(cfg)
@@ -133,21 +133,21 @@ def memory(cfg, means, framework=0):
 
 
 def heap_holes(tensors, again, total):
-    """Returns bytes of a CPU process's heap, which never shrinks (world.tune_cpu), that hold nothing.
+    """Returns how many bytes of a CPU process's heap, which never shrinks (world.tune_cpu), are unused holes.
 
-    Read off measurements (benchmarks/RESULTS.md), not derived: glibc before 2.38 does not give the place of
-    an aligned block to another of its size once the few bytes cut off it are in use. A third of the tensors;
-    where blocks are computed `again`, layer after layer in the holes of the one before, twice what one takes
+    Fitted to measurements (benchmarks/RESULTS.md), not derived: glibc before 2.38 cannot reuse the place of
+    an aligned block for another of its size once the few bytes cut off it are in use. A third of the tensors;
+    where blocks are computed `again`, each in the holes that the one before left, twice what a block takes
     and one and a half times the gradients.
     """
     return 2 * again + 6 * total if again else tensors / 3
 
 
 def framework_bytes(device, others, checkpointing=False):
-    """Returns what this process takes without `others`, the bytes of the model that it holds already.
+    """Returns the bytes that this process takes beside `others`, those of the model that it holds already.
 
-    A toy is trained for a step first, because libraries load their kernels when they are first asked, and
-    torch its compiler with the first optimizer. Nothing on a GPU, where torch counts tensors only.
+    A toy is trained for a step first, because libraries load their kernels on first use, and torch its
+    compiler with the first optimizer. 0 on a GPU, where torch counts tensors only.
     """
     if device.type != "cpu":
         return 0
@@ -163,7 +163,7 @@ def framework_bytes(device, others, checkpointing=False):
 
 
 class RandomTokens:
-    """A loader of random ids, for a plan before there is any data. .blocks is None: passes are unknown."""
+    """A loader of random ids, for a plan before there is any data; .blocks is None, as passes are unknown."""
 
     blocks = None
 
@@ -183,10 +183,10 @@ def card_seconds(cfg, card):
     """Returns predicted seconds of an optimizer step on `card`, compiled, in bf16.
 
     Arithmetic at 61 % of the datasheet's peak, and memory traffic of 8.6 times what autograd keeps and the
-    logits, in 16 bit: the two constants that give what tiny and small measured on an H100
+    logits, in 16 bit: with these two constants tiny and small come out as measured on an H100
     (benchmarks/RESULTS.md). base, also measured, comes out 8 % too slow, larger micro-batches up to 20 %.
-    Elsewhere it is an extrapolation.
-    A block that is computed again costs a third more; deterministic kernels cost tiny 9 %.
+    For other cards it is an extrapolation. Computing blocks again costs a third more; deterministic kernels
+    9 %, as measured with tiny.
     """
     means = Means("cuda", torch.bfloat16, "sdpa", True)
     kept = cfg.n_layer * block_bytes(cfg, means) + 2 * cfg.vocab_size
@@ -202,8 +202,8 @@ def tokens_per_step(cfg, ranks=1):
 def timed(one_step, loader, accumulation):
     """Returns (seconds of an optimizer step, rows in a micro-batch that was timed).
 
-    one_step(micros) computes so many micro-batches and an update, and returns the seconds of both. The first
-    one, of a single row, warms up; where all rows would take longer than PATIENCE, single rows are timed.
+    one_step(micros) computes so many micro-batches and an update, and returns the seconds of each. The first
+    call, with a single row, warms up. If all rows would take longer than PATIENCE, single rows are timed.
     """
     rows, micros = loader.batch_size, min(2, accumulation)
     loader.batch_size = 1
@@ -253,7 +253,7 @@ def row(name, value):
 
 
 def memory_lines(cfg, means, framework=0):
-    """Yields the predicted memory by part, and what the other settings would make of the peak."""
+    """Yields the predicted memory by part, and the peak with two other settings."""
     parts = memory(cfg, means, framework)
     yield f"memory, predicted, in MB ({means.device}, {str(means.dtype)[6:]}, attention {means.attention})"
     for name, value in parts.items():
@@ -274,7 +274,7 @@ def memory_lines(cfg, means, framework=0):
 
 
 def local_plan(cfg, model, means, world, total, blocks, framework):
-    """Returns those lines of a plan for this machine that need no stopwatch; of any training's `cfg`."""
+    """Returns the lines of a plan for this machine that need no timing, for the `cfg` of any training."""
     if isinstance(cfg, ModelConfig):
         return [*size_lines(cfg, world.size, total, blocks), "", *memory_lines(cfg, means, framework)]
     numbers = [p.numel() for p in model.parameters()]
@@ -310,7 +310,7 @@ def hour_lines(cfg, seconds, total):
 
 
 def card_plan(cfg, name):
-    """Returns the lines of a plan for a card that need not be here; UserError if nobody knows it."""
+    """Returns the lines of a plan for a card that need not be here; UserError if it is not in world.CARDS."""
     if name not in CARDS:
         raise UserError(f"plan_gpu: {name!r} is not known; use one of {', '.join(CARDS)}")
     card, means = CARDS[name], Means("cuda", torch.bfloat16, "sdpa", cfg.compile is not False)

@@ -1,7 +1,7 @@
-"""How a training walks: its optimizers, its learning rate at every step, its length in steps or minutes.
+"""How a training proceeds: its optimizers, its learning rate at every step, its length in steps or minutes.
 
-The configuration is a `LoopConfig` of train.py. Nothing here knows a model's inside but the names of its
-embedding and head.
+The configuration is a `LoopConfig` of train.py. Of the model only the names of its embedding and head are
+known here.
 """
 
 import math
@@ -15,9 +15,9 @@ from configurator import UserError
 def make_optimizers(cfg, model, device, dtype=torch.float32):
     """Returns the optimizers of cfg.optimizer over the trainable parameters; only matrices decay.
 
-    muon: Muon, computing in `dtype`, for the blocks' matrices, AdamW for embedding, head and norms, at one
-    learning_rate, as Moonlight trains: Muon's updates are scaled to the length of AdamW's. (nanochat gives
-    each group its own: its updates are not scaled so.)
+    muon: Muon, computing in `dtype`, for the blocks' matrices, AdamW for embedding, head and norms. Both take
+    the same learning_rate, as in Moonlight (Liu et al. 2025), because Muon's updates are scaled to the size
+    of AdamW's.
     """
     matrices, rest = [], []
     for name, p in model.named_parameters():
@@ -47,7 +47,7 @@ class Muon(torch.optim.Optimizer):
     times the cost. Nothing waits for the device.
     """
 
-    TOGETHER = 1 << 24  # numbers at most in a batch: it stands in memory some times over
+    TOGETHER = 1 << 24  # numbers at most in a batch, of which memory holds several copies at once
 
     def __init__(self, params, lr, weight_decay, dtype=torch.float32, momentum=0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
@@ -84,10 +84,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(x, steps=5):
-    """Returns x (N, rows, columns) with singular values of about 1, in place of those each matrix has.
+    """Returns x (N, rows, columns) with every matrix's singular values replaced by values of about 1.
 
-    A Newton-Schulz iteration of degree five; its coefficients (Jordan 2024) climb fastest at 0 and leave
-    singular values between 0.7 and 1.2 rather than converge, which serves as well.
+    A Newton-Schulz iteration of degree five. Its coefficients (Jordan 2024) are steepest at 0; they leave
+    singular values between 0.7 and 1.2 instead of converging, which works as well.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.shape[1] > x.shape[2]
@@ -100,10 +100,10 @@ def orthogonalized(x, steps=5):
 
 
 def lr_at(cfg, step, progress, total):
-    """Returns the learning rate of `step` (from 0) of `total` when `progress` (0..1) of the run is behind.
+    """Returns the learning rate of `step` (from 0) of `total` when `progress` (0..1) of the run is done.
 
-    A linear warmup, then a cosine from its end to the floor at 1. In a time box the warmup is over after a
-    tenth of it at the latest, and the cosine begins there, however slow the machine.
+    A linear warmup, then a cosine down to the floor at progress 1. In a time box the warmup ends after a
+    tenth of it at the latest and the cosine begins there, however slow the machine.
     """
     warm = (step + 1) / cfg.warmup_steps if cfg.warmup_steps else 1.0
     begin = cfg.warmup_steps / total if total else 0.0
@@ -132,7 +132,7 @@ def total_steps(cfg, rows, world_size):
 
 
 class Clock:
-    """Seconds of training, those before a resume included, and the share of the run that is behind."""
+    """Seconds of training, those before a resume included, and the share of the run that is done."""
 
     def __init__(self, cfg, total, before=0.0):
         self.total, self.limit = total, cfg.max_minutes and 60 * cfg.max_minutes

@@ -1,7 +1,8 @@
 """What a training survives besides a crash: signals that ask it to stop, and memory that runs out.
 
-Both reach one rank at a time and must end as the same decision on all, so ranks ask each other where nobody
-waits for anything else yet: before gradients are summed, and between the batches of a validation.
+Both happen to one rank and must lead to the same decision on all of them. So the ranks ask each other, at
+places where none is waiting for anything else: before gradients are summed, and between the batches of a
+validation.
 """
 
 import contextlib
@@ -14,13 +15,13 @@ from world import free_memory, out_of_memory, rng_state, set_rng_state
 
 
 class StopSignals:
-    """While entered, SIGINT and SIGTERM ask for a stop at the next step; a second SIGINT is Python's own."""
+    """While entered, SIGINT or SIGTERM asks for a stop at the next step; a SIGINT after that interrupts."""
 
     asked = 0  # the signal's number
 
     @property
     def status(self):
-        """The exit status, as shells count; where another rank was asked, what torchrun would send."""
+        """The exit status as shells count it; if another rank was asked, that of torchrun's SIGTERM."""
         return 128 + (self.asked or signal.SIGTERM)
 
     def __enter__(self):
@@ -37,11 +38,11 @@ class StopSignals:
 
 
 class Stopped(Exception):
-    """A stop was asked for, of whichever rank, while held-out rows were walked over."""
+    """Some rank was asked to stop in the middle of a Walk."""
 
 
 def unless_out_of_memory(compute):
-    """Returns compute(), or None if memory ran out. The traceback, which holds on to tensors, is dropped."""
+    """Returns compute(), or None if memory ran out; the traceback, which keeps tensors alive, is dropped."""
     try:
         return compute()
     except (RuntimeError, MemoryError) as problem:
@@ -55,7 +56,7 @@ FREE_SOME = "free some, and continue with --resume_from_checkpoint=auto"
 
 @contextlib.contextmanager
 def enough_memory(when, remedy=FREE_SOME):
-    """Makes an allocator's failure inside one line: UserError, out of memory `when`, and what to do."""
+    """Turns an allocator's failure into a UserError: out of memory `when`, and what to do."""
     try:
         yield
     except (RuntimeError, MemoryError) as problem:
@@ -68,13 +69,13 @@ def enough_memory(when, remedy=FREE_SOME):
 
 
 def attempt(state, world, compute, *args):
-    """Returns compute(state, *args), or None if memory ran out on any rank: then the step never began.
+    """Returns compute(state, *args), or None if memory ran out on any rank.
 
-    Gradients are cleared and random numbers put back, so that the run is the same whenever it is resumed.
+    Then it is as if the step had not begun: gradients are cleared and random numbers put back.
     """
     numbers = rng_state(world.device)
     shares = unless_out_of_memory(lambda: compute(state, *args))
-    # here nobody waits for gradients yet: one rank's failure can still be everyone's
+    # no rank waits for another's gradients yet, so all of them can give up together
     if not world.sum(shares is None)[0]:
         return shares
     shares = None
@@ -86,10 +87,10 @@ def attempt(state, world, compute, *args):
 
 
 def smaller_batches(cfg, loader, accumulation, state, world):
-    """Has `loader` give micro-batches half as large, or the next size that divides the step's rows.
+    """Halves the loader's batch_size, down to a divisor of the step's rows. Returns the accumulation.
 
-    Returns how many of them now make a step, of the same rows: tokens and learning stay what they were.
-    UserError if one row is too much already.
+    A step keeps its rows, so tokens per step and learning stay what they were. Raises UserError if one row
+    is too much already.
     """
     rows, size = loader.batch_size * accumulation, loader.batch_size
     if size == 1:
@@ -108,7 +109,7 @@ def smaller_batches(cfg, loader, accumulation, state, world):
 
 
 def smaller_update(cfg, state):
-    """Returns what helps if an update finds no memory, which is no matter of the batch."""
+    """Returns what helps if memory runs out in an update, where the batch does not matter."""
     muon = cfg.optimizer == "adamw" and len(state.parameters) == len(list(state.model.parameters()))
     less = "--optimizer=muon, whose state is smaller, or " if muon else ""
     return f"smaller batches would not help: use {less}a smaller model (--plan shows what takes how much)"
@@ -118,17 +119,17 @@ def smaller_update(cfg, state):
 
 
 class Walk:
-    """The way over rows that nothing is learned from, `rows` at a time and rank; `what` is its name.
+    """A pass over rows that nothing is learned from, `rows` at a time on each rank; `what` is its name.
 
-    After every batch the ranks ask each other: Stopped if one was asked to stop, because torchrun waits for
-    half a minute only; half as many rows from here on if memory ran out on one.
+    After every batch the ranks ask each other. If one was asked to stop, all raise Stopped, because torchrun
+    waits for half a minute only; if memory ran out on one, all go on with half as many rows.
     """
 
     def __init__(self, what, rows, world, stop=None):
         self.what, self.rows, self.world, self.stop = what, rows, world, stop
 
     def each(self, work, stream, count):
-        """Yields (first row, work(batch)) of this rank's share of the first `count` rows of `stream`."""
+        """Yields (first row, work(batch)) for this rank's share of the first `count` rows of `stream`."""
         at, world = 0, self.world
         while at < count:
             first = at + world.rank * self.rows
@@ -151,7 +152,7 @@ class Walk:
         return self.world.sum(*sums)
 
     def _share(self, work, stream, first, count):
-        """Returns work(this rank's batch), () where no row is left for it, None if memory ran out."""
+        """Returns work(this rank's batch), () if no row is left for it, None if memory ran out."""
         end = min(first + self.rows, count)
         return unless_out_of_memory(lambda: work(stream.rows(first, end))) if first < end else ()
 

@@ -24,7 +24,7 @@ from model import choose_device
 
 @dataclass(frozen=True)
 class World:
-    """Who this process is among its equals, and the two sums that data parallelism is made of."""
+    """Which rank this process is, of how many, and the two sums that data parallelism is made of."""
 
     rank: int
     size: int
