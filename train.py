@@ -362,8 +362,8 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
             if state.step % cfg.logging_steps == 0 or state.step == 1:
                 log.step(state, clock, shares, lr, norm)
 
-        if state.saved_at != state.step or (cfg.max_minutes and not stopping):
-            checkpoint()  # of a time box again: one made before time was up would be resumed
+        if state.saved_at != state.step or (clock.limit and state.seconds >= clock.limit):
+            checkpoint()  # again when time is up: the one from before that would be resumed, not complete
         if not stopping and state.evaluated != state.step:
             metrics = evaluate(cfg, state, validate, walk, dtype, world, log)
             if world.rank == 0:
