@@ -181,7 +181,7 @@ config-rtx4090: .venv/installed ## a preset fitted to this machine's card: confi
 backup: .venv/installed ## presets, models, newest checkpoints, evaluations in one file; BACKUP_PASSPHRASE encrypts, OUTPUT names it
 	$(RUN) workspace.py backup $(call flag,OUTPUT,output)
 
-clean: .venv/installed ## caches of Python and of the tools
+clean: .venv/installed ## caches of Python and of the tools, and what killed backups left
 	$(RUN) workspace.py clean $(call flag,YES,yes)
 
 clean-checkpoints: .venv/installed ## delete checkpoints/

@@ -10,9 +10,11 @@ evaluation_results, sessions. No link is followed, neither to keep nor to delete
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -62,7 +64,7 @@ def shown_bytes(count):
 
 def datasets():
     """Returns the folders of prepared datasets, the newest first."""
-    found = [path for path in DATA.glob("*/manifest.json") if path.is_file()]
+    found = [path for path in DATA.glob("[!.]*/manifest.json") if path.is_file()]
     return [path.parent for path in sorted(found, key=lambda path: -path.stat().st_mtime)]
 
 
@@ -80,6 +82,15 @@ def describe_dataset(folder):
     state = "verified (sha256)" if checked else "sizes verified; too large to hash each time"
     held = f"{documents:,} documents, {tokens:,} tokens, vocabulary {manifest['vocab_size']:,}"
     return f"  {folder}: {held}, {state}"
+
+
+def preparations():
+    """Returns a line on each preparation that has not ended."""
+    works = sorted(DATA.glob(".*.partial"))
+    read = (read_json(work / "progress.json").get("documents") or 0 for work in works)
+    names = (work.name.removeprefix(".").removesuffix(".partial") for work in works)
+    told = "documents read; the command that began it goes on"
+    return [f"  {DATA / name}: not complete, {count:,} {told}" for name, count in zip(names, read)]
 
 
 class Training(NamedTuple):
@@ -103,6 +114,13 @@ def newest_steps(folder):
     """Returns the step_* folders, newest first."""
     steps = [p for p in folder.glob("step_*") if p.name[5:].isdecimal() and p.is_dir() and not p.is_symlink()]
     return sorted(steps, key=lambda p: -int(p.name[5:]))
+
+
+def sound_step(folder):
+    """Returns the newest checkpoint that a resume would take, None if there is none."""
+    from checkpoint import problem_with
+
+    return next((step for step in newest_steps(folder) if problem_with(step) is None), None)
 
 
 def read_training(folder):
@@ -142,9 +160,11 @@ def describe_training(one, problem):
     elif (one.folder / "final").exists():
         state = f"final/ is BROKEN: {problem}"
     else:
-        state = "not complete" + ("" if steps else ", no checkpoint yet")
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.when))
-    return f"  {one.folder} ({one.kind}): {state}, {far}{good}, {when}"
+        state = "not complete"
+        if not sound_step(one.folder):
+            state += ", no checkpoint is whole" if steps else ", no checkpoint yet"
+    when = time.strftime(", %Y-%m-%d %H:%M", time.localtime(one.when)) if one.when else ""
+    return f"  {one.folder} ({one.kind}): {state}, {far}{good}{when}"
 
 
 def evaluations():
@@ -167,10 +187,12 @@ def next_command(found, sound, seen):
     """Returns (what to do next, why). found: trainings, newest first; sound: the whole; seen: evaluations."""
     if not found and not datasets():
         return command("data.py", "configs/datasets/docstrings.json"), "there is no dataset yet"
-    halves = [one for one in found if one not in sound and newest_steps(one.folder)]
+    halves = [one for one in found if one not in sound and sound_step(one.folder)]
     if halves and (not sound or halves[0].when > sound[0].when):
-        step, script = newest_steps(halves[0].folder)[0], halves[0].kind.replace("pretrain", "train")
-        words = (f"{script}.py", step / "run.json", "--resume_from_checkpoint=auto")
+        step, script = sound_step(halves[0].folder), halves[0].kind.replace("pretrain", "train")
+        words = [f"{script}.py", step / "run.json", "--resume_from_checkpoint=auto"]
+        if Path(halves[0].config.get("output_dir", "")).resolve() != halves[0].folder.resolve():
+            words.append(f"--output_dir={halves[0].folder}")  # it was renamed, or copied
         return command(*words), f"{halves[0].folder} is not complete"
     if not sound:
         words = ("train.py", "configs/demo.json", f"--data_path={datasets()[0]}") if datasets() else ()
@@ -203,7 +225,7 @@ def status(cfg=None):
     problems = [one.problem for one in found]
     sound = [one for one, problem in zip(found, problems, strict=True) if problem is None]
     parts = {
-        "datasets": [describe_dataset(folder) for folder in datasets()],
+        "datasets": [*map(describe_dataset, datasets()), *preparations()],
         "trainings": [describe_training(*pair) for pair in zip(found, problems, strict=True)],
         "evaluations": [describe_evaluation(folder) for folder in seen],
     }
@@ -274,12 +296,18 @@ class BackupConfig:
 
 
 def worth_keeping():
-    """Returns (files, links left out): presets, evaluations, of trainings final/, newest step, logs."""
+    """Returns (files, links left out, warnings): presets, evaluations, of trainings final/, a step, logs.
+
+    The step is the newest that is whole, else the newest; what is not whole is kept as it is, and told.
+    """
+    files, links, warnings = [], set(), []
     roots = [Path("configs"), RESULTS]
     for one in trainings():
-        roots += [one.folder / "final", *newest_steps(one.folder)[:1]]
+        step = sound_step(one.folder) or next(iter(newest_steps(one.folder)), None)
+        roots += [one.folder / "final", *filter(None, [step])]
         roots += [p for p in one.folder.iterdir() if p.name.startswith(("metrics", "curves"))]
-    files, links = [], set()
+        if (one.folder / "final").exists() and one.problem:
+            warnings.append(f"{one.folder / 'final'} is BROKEN ({one.problem}) and kept as it is")
     for root in roots:
         below = [Path(folder) / name for folder, dirs, names in os.walk(root) for name in [*dirs, *names]]
         for path in [root, *below]:
@@ -288,7 +316,7 @@ def worth_keeping():
                 links.add(link)
             elif path.is_file() and not any(part.startswith(".") for part in path.parts):
                 files.append(path)
-    return sorted(set(files)), sorted(links)
+    return sorted(set(files)), sorted(links), warnings
 
 
 @contextlib.contextmanager
@@ -313,13 +341,24 @@ def write_tar(files, target, secret):
     """Writes files to an open file, encrypted if `secret`. Returns {name: sha256} of what went in."""
     sums = {}
     pipe = filtered(OPENSSL, subprocess.PIPE, target) if secret else contextlib.nullcontext(target)
-    with pipe as sink, tarfile.open(fileobj=sink, mode="w|gz") as tar:
+    with pipe as sink, tarfile.open(fileobj=sink, mode="w|gz", dereference=True) as tar:  # of hard links too
         for path in files:
-            with path.open("rb") as file:
+            with packable(path) as file:
                 reader = Hashing(file)
                 tar.addfile(tar.gettarinfo(fileobj=file, arcname=path.as_posix()), reader)
             sums[path.as_posix()] = reader.sum.hexdigest()
     return sums
+
+
+def packable(path):
+    """Opens a file to pack it; UserError if it is no longer there, or not to be read."""
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        why = "gone since the packing began, as old checkpoints are while a training runs; start it again"
+        raise UserError(f"{path}: {why}") from None
+    except OSError as problem:
+        raise UserError(f"{path}: cannot be read ({problem.strerror})") from None
 
 
 class Hashing:
@@ -349,30 +388,47 @@ def backup(cfg):
 
     With BACKUP_PASSPHRASE in the environment it is encrypted by openssl (AES-256, PBKDF2).
     """
-    secret = bool(os.environ.get("BACKUP_PASSPHRASE"))
+    secret = os.environ.get("BACKUP_PASSPHRASE")
+    if secret == "":
+        raise UserError("BACKUP_PASSPHRASE is empty; set it, or unset it for a backup that anyone can read")
     name = time.strftime("%Y%m%d_%H%M%S") + ".tar.gz" + (".enc" if secret else "")
     path = Path(cfg.output) if cfg.output else BACKUPS / name
     if path.exists():
         raise UserError(f"{path}: exists; name another --output")
-    files, links = worth_keeping()
+    files, links, warnings = worth_keeping()
     print(f"packing {shown_bytes(sum(map(size_of, files)))} into {path}", flush=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".tmp-{path.name}")
     try:
-        with part.open("wb") as target:
+        with writable(part) as target:
             sums = write_tar(files, target, secret)
         if read_tar(part, secret) != sums:
             raise UserError(f"{path}: what was written is not what was read; nothing was kept")
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+    for warning in warnings:
+        print(f"warning: {warning}")
     for link in links:
         print(f"left out: {link}, a link")
     print(f"{path}: {len(sums):,} files, {shown_bytes(path.stat().st_size)}, read back and compared")
     print(f"to unpack: {unpack(path, secret)}")
 
 
+def writable(path):
+    """Opens a file to write it, in a folder made if need be; UserError where that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("wb")
+    except OSError as problem:
+        if problem.errno == errno.ENOSPC:
+            raise
+        why = f"cannot be written ({problem.strerror})"
+        raise UserError(f"{path.parent}: {why}; name another --output") from None
+
+
 def unpack(path, secret):
+    """Returns the command that unpacks a backup into the folder one stands in."""
+    path = shlex.quote(str(path))
     return f"{' '.join(OPENSSL)} -d -in {path} | tar -xz" if secret else f"tar -xzf {path}"
 
 
@@ -425,9 +481,10 @@ def throw_away(paths, cfg):
 
 
 def clean(cfg):
-    """Delete caches of Python and of the tools: python workspace.py clean"""
+    """Delete caches of Python and of the tools, and what killed backups left: python workspace.py clean"""
     caches = [Path(name) for name in ("__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis")]
-    throw_away([*caches, *sorted(Path(".").glob("[!.]*/__pycache__"))], cfg)
+    halves = sorted(BACKUPS.glob(".tmp-*"))
+    throw_away([*caches, *sorted(Path(".").glob("[!.]*/__pycache__")), *halves], cfg)
 
 
 def clean_checkpoints(cfg):
