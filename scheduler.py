@@ -7,6 +7,7 @@ askers are threads of their own: they hand in a call and read its pieces, and to
 
 import queue
 import secrets
+import select
 import sys
 import threading
 import time
@@ -14,6 +15,7 @@ import traceback
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,6 +23,16 @@ from engine import Engine, Reply, ending, score
 
 PACE = 0.02  # seconds between two pieces of a stream, at least
 FIRST_TOKEN = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # seconds: upper bounds of the histogram's buckets
+SAYING = threading.Lock()
+
+
+def say(text):
+    """Writes to stderr in one piece. Where nobody reads a pipe to its end it is dropped: answers go on."""
+    with SAYING, suppress(OSError):
+        with suppress(OSError, ValueError):  # no file, or Windows, where select knows sockets only
+            if not select.select([], [sys.stderr], [], 0)[1]:
+                return
+        sys.stderr.write(text)
 
 
 class Full(Exception):
@@ -292,7 +304,7 @@ class Scheduler:
     def _fail(self):
         """Tells stderr what happened, and under which number the rows it ended are told."""
         self.failure = Failed(secrets.token_hex(4))
-        sys.stderr.write(f"error {self.failure} in the model: {traceback.format_exc()}")
+        say(f"error {self.failure} in the model: {traceback.format_exc()}")
         with self.changed:
             rows = [*self.waiting, *self.seated.values()]
         if not any(job.request.finish == "error" for _, job in rows):

@@ -19,7 +19,6 @@ import secrets
 import signal
 import socket
 import socketserver
-import sys
 import threading
 import time
 import traceback
@@ -36,7 +35,7 @@ from api import Api, ApiError
 from configurator import PositiveFloat, PositiveInt, Range, UserError, parse_json, run
 from engine import open_model
 from lora import model_folder
-from scheduler import FIRST_TOKEN, Scheduler
+from scheduler import FIRST_TOKEN, Scheduler, say
 from wire import Gone, Refused, Wire
 
 CONNECTIONS = 256  # answered at the same time
@@ -225,7 +224,7 @@ class Server(socketserver.ThreadingTCPServer):
                 self.process_request(*self.get_request())
         self.server_close()
         if self.api.scheduler.seated:
-            sys.stderr.write(f"stopping; answers under way have {GRACE_SECONDS} seconds\n")
+            say(f"stopping; answers under way have {GRACE_SECONDS} seconds\n")
         self.api.scheduler.close(GRACE_SECONDS)
 
     # ---- connections
@@ -271,7 +270,7 @@ class Server(socketserver.ThreadingTCPServer):
         what = f"{visit.head.method} {visit.head.path[:80]}" if visit.head else "-"
         why = f" ({visit.reason})" if visit.reason else ""
         line = f"{time.strftime('%H:%M:%S')} {peer} {what} {status} {time.monotonic() - begun:.3f} s{why}\n"
-        sys.stderr.write(line)  # in one piece, as other threads write too
+        say(line)
 
     def _respond(self, wire, visit):
         """Answers a request; returns the status. Raises Gone or OSError if there is nobody to answer."""
@@ -441,7 +440,7 @@ def read_json(wire, head):
 def internal_error():
     """Writes the traceback to stderr under a number; returns an ApiError that gives only the number."""
     number = secrets.token_hex(4)
-    sys.stderr.write(f"error {number}: {traceback.format_exc()}")
+    say(f"error {number}: {traceback.format_exc()}")
     return ApiError(500, f"internal error {number}; the server's log tells more", code="internal_error")
 
 
@@ -487,13 +486,13 @@ def main(cfg):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: server.stop())
         threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
-        patience = threading.Timer(2, sys.stderr.write, [f"loading {cfg.model_path}\n"])
+        patience = threading.Timer(2, say, [f"loading {cfg.model_path}\n"])
         patience.daemon = True
         patience.start()
         model, tokenizer = open_model(cfg.model_path, cfg.device, cfg.dtype)
         patience.cancel()
         if tokenizer.template is None:
-            sys.stderr.write(f"{tokenizer.without_template(cfg.model_path)}\n")
+            say(f"{tokenizer.without_template(cfg.model_path)}\n")
         scheduler = Scheduler(model, cfg.slots, cfg.queue)
         server.api = Api(scheduler, tokenizer, cfg.model_name or name_of(cfg.model_path), cfg.request_seconds)
         print(summary(server, model), flush=True)

@@ -398,8 +398,9 @@ def backup(cfg):
     files, links, warnings = worth_keeping()
     print(f"packing {shown_bytes(sum(map(size_of, files)))} into {path}", flush=True)
     part = path.with_name(f".tmp-{path.name}")
+    target = writable(part)
     try:
-        with writable(part) as target:
+        with target:
             sums = write_tar(files, target, secret)
         if read_tar(part, secret) != sums:
             raise UserError(f"{path}: what was written is not what was read; nothing was kept")

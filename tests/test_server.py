@@ -25,7 +25,7 @@ import server
 from api import Api, ApiError
 from configurator import UserError
 from engine import Reply, Request, Sampling, generate, open_model, score
-from scheduler import Call, Closed, Failed, Full, Job, Scheduler
+from scheduler import Call, Closed, Failed, Full, Job, Scheduler, say
 from tests.serving import Served, make_model, parse, read_all
 from tokenizer import IM_END, Tokenizer, render, stop_ids
 
@@ -848,6 +848,25 @@ def test_the_log_is_short_and_holds_no_contents(chatty):
 
 
 # ---- clients
+
+
+def test_a_log_that_nobody_reads_holds_nobody_up(monkeypatch):
+    reader, writer = os.pipe()
+    with open(reader, "rb", buffering=0) as source, open(writer, "w", buffering=1) as sink:
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, bytes(4096))
+        os.set_blocking(writer, True)
+        monkeypatch.setattr(sys, "stderr", sink)
+        sayer = threading.Thread(target=say, args=("lost\n",), daemon=True)
+        sayer.start()
+        sayer.join(10)
+        waited = sayer.is_alive()
+        source.read(1 << 24)
+        assert not waited
+        say("told\n")
+        assert source.read(100) == b"told\n"
 
 
 def test_the_openai_package(chatty, model, tiny_tokenizer):

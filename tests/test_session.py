@@ -15,6 +15,7 @@ import pytest
 import host
 import session
 import workspace
+from checkpoint import CHECKPOINT_FILES, seal
 from configurator import UserError, configure
 from plan import card_plan
 from tests.runs import DEFAULTS, ROOT, train_to_end
@@ -227,6 +228,38 @@ def test_status_tells_what_is_whole_and_what_is_not(trained, capsys):
     assert "data/processed/tiny: BROKEN" in told(capsys)
 
 
+def sealed(folder, **config):
+    """A checkpoint that is whole by its manifest."""
+    for name in (*CHECKPOINT_FILES, "model.safetensors"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(config))
+    seal(folder)
+
+
+def test_status_after_kills(folder, capsys):
+    other = Path("checkpoints/pretrain/other")
+    for step in ("step_000004", "step_000008"):
+        sealed(other / step, output_dir="checkpoints/pretrain/toy", max_steps=8)
+    (other / "step_000008" / "run.json").unlink()
+    line = f"train.py {other}/step_000004/run.json --resume_from_checkpoint=auto --output_dir={other}\n"
+    assert line in told(capsys)
+    (other / "step_000004" / "manifest.json").unlink()
+    Path("checkpoints/empty/final").mkdir(parents=True)
+    work = Path("data/processed/.docs.partial")
+    work.mkdir(parents=True)
+    (work / "manifest.json").write_text("{}")  # the last word of a preparation, then its folder is renamed
+    (work / "progress.json").write_text('{"documents": 4200, "parts": 2}')
+    text = told(capsys)
+    assert f"{other} (pretrain): not complete, no checkpoint is whole, step 8" in text
+    assert (
+        "checkpoints/empty (pretrain): final/ is BROKEN: no manifest.json: it was never finished, no" in text
+    )
+    assert "1970" not in text
+    assert "data/processed/docs: not complete, 4,200 documents read; the command that began it" in text
+    assert ".partial" not in text
+    assert "next (there is no model yet):\n  make prepare\n" in text
+
+
 def test_status_of_nothing(folder, capsys):
     text = told(capsys)
     assert text.count("  none") == 3
@@ -256,6 +289,52 @@ def test_a_backup_holds_what_cannot_be_made_again_and_follows_no_link(trained, c
     assert "left out: configs, a link" in out
     with pytest.raises(UserError, match="exists"):
         workspace.backup(workspace.BackupConfig("b/one.tar.gz"))
+
+
+def test_a_backup_keeps_the_newest_whole_checkpoint_and_tells_what_is_broken(folder, capsys):
+    toy = Path("checkpoints/pretrain/toy")
+    for name in ("step_000004", "step_000008", "final"):
+        sealed(toy / name)
+    (toy / "metrics.jsonl").touch()
+    (toy / "step_000008" / "run.json").unlink()
+    (toy / "final" / "train_state" / "state.pt").unlink()
+    os.link(toy / "metrics.jsonl", toy / "metrics.again")
+    workspace.backup(workspace.BackupConfig("one.tar.gz"))
+    assert f"warning: {toy}/final is BROKEN (train_state/state.pt is missing) and" in capsys.readouterr().out
+    with tarfile.open("one.tar.gz") as tar:
+        names = set(tar.getnames())
+    assert {f"{toy}/step_000004/run.json", f"{toy}/final/model.safetensors", f"{toy}/metrics.again"} <= names
+    assert not [name for name in names if "step_000008" in name]
+
+
+def test_where_no_backup_can_be_written_one_line_says_so(folder):
+    Path("file").touch()
+    with pytest.raises(UserError, match=r"^file: cannot be written \(.+\); name another --output$"):
+        workspace.backup(workspace.BackupConfig("file/b.tar.gz"))
+
+
+def test_what_a_killed_backup_left_is_cleaned_away(folder, capsys):
+    Path("backups").mkdir()
+    for name in (".tmp-20260102_030405.tar.gz", "20260102_030405.tar.gz"):
+        Path("backups", name).write_text("half")
+    workspace.clean(workspace.CleanConfig("1"))
+    assert os.listdir("backups") == ["20260102_030405.tar.gz"]
+
+
+def test_an_empty_passphrase_is_a_mistake(folder, monkeypatch):
+    monkeypatch.setenv("BACKUP_PASSPHRASE", "")
+    with pytest.raises(UserError, match="BACKUP_PASSPHRASE is empty"):
+        workspace.backup(workspace.BackupConfig())
+    assert not Path("backups").exists()
+
+
+def test_the_page_says_how_a_backup_is_unpacked():
+    page = (ROOT / "SESSIONS.md").read_text(encoding="utf-8")
+    for name, secret in {
+        "backups/20260102_030405.tar.gz": False,
+        "backups/20260102_030405.tar.gz.enc": True,
+    }.items():
+        assert f"    {workspace.unpack(name, secret)}\n" in page
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
