@@ -172,9 +172,9 @@ def model_folder(path):
     if any((path / name).is_file() for name in ("config.json", CONFIG, WEIGHTS)):
         return path
     if not (path / "final").is_dir():
-        below = sorted(
-            {str(file.parent) for name in ("config.json", CONFIG) for file in path.glob(f"*/{name}")}
-        )
+        files = [f"{folder}/{name}" for folder in ("*", "*/final") for name in ("config.json", CONFIG)]
+        homes = {file.parent for pattern in files for file in path.glob(pattern)}
+        below = sorted(str(home.parent if home.name == "final" else home) for home in homes)
         hint = f"; there is one in {below[-1]}" if below else ""
         raise UserError(f"{path}: not a model folder (no config.json){hint}")
     return path / "final"
