@@ -1,6 +1,7 @@
 """lora.py: surgery, merging and folders, against peft where that is installed."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -17,6 +18,7 @@ from lora import (
     load_adapter,
     lora_off,
     merge_lora,
+    model_folder,
     save_adapter,
 )
 from losses import next_token_loss
@@ -328,3 +330,11 @@ def test_peft_learns_the_same_gradients(base, adapter):
         if p.requires_grad:
             other = named[lora.PREFIX + name.replace(".weight", ".default.weight")]
             torch.testing.assert_close(p.grad, other.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("place", ["demo", "demo/final"])
+def test_a_folder_of_models_names_the_one_in_it(place, tmp_path):
+    (tmp_path / place).mkdir(parents=True)
+    (tmp_path / place / "config.json").touch()
+    with pytest.raises(UserError, match=f"; there is one in {re.escape(str(tmp_path))}/demo$"):
+        model_folder(tmp_path)

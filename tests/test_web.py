@@ -630,6 +630,9 @@ def test_a_full_context(opened, start, tiny_tokenizer, tmp_path):
     chat.settle()
     assert chat.texts()[0] == ("jumps over a lazy dog " * 4).strip()
     assert len(chat.texts()) == 2
+    (tmp_path / "long.json").write_text(json.dumps([{"role": "user", "content": "fox " * 9999}]))
+    chat.page.set_input_files("#file", tmp_path / "long.json")
+    expect(chat.page.locator("#used")).to_have_text("more than 64 tokens")
 
 
 # ---- a base model
