@@ -146,7 +146,8 @@ def trainings():
 def describe_training(one, problem):
     """Returns a line: how far a training is, how good, since when. problem: its Training.problem."""
     steps = newest_steps(one.folder)
-    step = one.last.get("step", int(steps[0].name[5:]) if steps else None)
+    known = [one.last.get("step"), *(int(path.name[5:]) for path in steps[:1])]  # logged, and saved
+    step = max((number for number in known if number is not None), default=None)
     goal, minutes = one.config.get("max_steps"), one.config.get("max_minutes")
     far = "no step logged" if step is None else f"step {step:,}" + (f" of {goal:,}" if goal else "")
     if minutes and "seconds" in one.last:

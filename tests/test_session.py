@@ -242,7 +242,9 @@ def test_status_after_kills(folder, capsys):
         sealed(other / step, output_dir="checkpoints/pretrain/toy", max_steps=8)
     (other / "step_000008" / "run.json").unlink()
     line = f"train.py {other}/step_000004/run.json --resume_from_checkpoint=auto --output_dir={other}\n"
-    assert line in told(capsys)
+    (other / "metrics.jsonl").write_text('{"step": 1, "loss": 6.5}\n')  # the last one logged
+    assert line in (text := told(capsys))
+    assert f"{other} (pretrain): not complete, step 8," in text
     (other / "step_000004" / "manifest.json").unlink()
     Path("checkpoints/empty/final").mkdir(parents=True)
     work = Path("data/processed/.docs.partial")
