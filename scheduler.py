@@ -27,7 +27,7 @@ SAYING = threading.Lock()
 
 
 def say(text):
-    """Writes to stderr in one piece. Where nobody reads a pipe to its end it is dropped: answers go on."""
+    """Writes to stderr in one piece, or drops the text where a pipe is full: answers wait for no reader."""
     with SAYING, suppress(OSError):
         with suppress(OSError, ValueError):  # no file, or Windows, where select knows sockets only
             if not select.select([], [sys.stderr], [], 0)[1]:

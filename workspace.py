@@ -307,8 +307,8 @@ def worth_keeping():
         step = sound_step(one.folder) or next(iter(newest_steps(one.folder)), None)
         roots += [one.folder / "final", *filter(None, [step])]
         roots += [p for p in one.folder.iterdir() if p.name.startswith(("metrics", "curves"))]
-        if (one.folder / "final").exists() and one.problem:
-            warnings.append(f"{one.folder / 'final'} is BROKEN ({one.problem}) and kept as it is")
+        if (one.folder / "final").exists() and (problem := one.problem):
+            warnings.append(f"{one.folder / 'final'} is BROKEN ({problem}) and kept as it is")
     for root in roots:
         below = [Path(folder) / name for folder, dirs, names in os.walk(root) for name in [*dirs, *names]]
         for path in [root, *below]:
