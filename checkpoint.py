@@ -233,6 +233,11 @@ def locked(output_dir, world):
         handle.truncate()
         handle.write(f"{os.getpid()}\n")
         handle.flush()
+        for leftover in folder.glob(".tmp-step_*"):
+            place = folder / leftover.name.removeprefix(".tmp-")
+            if problem_with(leftover) is None and problem_with(place):  # killed just before the rename
+                remove(place)
+                os.replace(leftover, place)
         for leftover in (*folder.glob(".tmp-step_*"), folder / ".tmp-final"):
             shutil.rmtree(leftover, ignore_errors=True)
     try:

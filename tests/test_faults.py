@@ -159,6 +159,19 @@ def test_killed_at_this_point_it_resumes_and_ends_the_same(tmp_path, knobs, stra
     assert_as_if_nothing_happened(out, straight)
 
 
+def test_a_checkpoint_that_replaces_another_is_never_lost_between_the_two(tmp_path, knobs, straight):
+    out = tmp_path / "out"
+    shutil.copytree(straight, out)
+    shutil.rmtree(out / "final")
+    last = checkpoints(out)[0]
+    shutil.copytree(last, out / f".tmp-{last.name}")  # whole, and not renamed yet
+    (last / "manifest.json").unlink()  # the one it replaces, half deleted
+    resumed(out, **knobs)
+    assert f"resumed from {last}" in out.with_suffix(".log").read_text()
+    assert_as_if_nothing_happened(out, straight)
+    assert not list(out.glob(".tmp-*"))
+
+
 @pytest.mark.parametrize("point", CUTTING)
 def test_killed_while_it_cuts_the_log_it_loses_no_line(tmp_path, knobs, straight, point):
     out = tmp_path / "out"
