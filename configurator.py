@@ -107,7 +107,8 @@ class Knob:
     default: Any = REQUIRED
 
     def __str__(self):
-        name = "|".join(map(str, self.choices)) or ("true|false" if self.base is bool else self.base.__name__)
+        kind = "true|false" if self.base is bool else self.base.__name__
+        name = "|".join(filter(None, map(str, self.choices))) or kind
         name = f"{self.item},..." if self.item else f"{name} {self.limits}".rstrip()
         return f"{name} or none" if self.optional else name
 
@@ -359,13 +360,17 @@ def comment_of(node, comments, lines):
     return " ".join(beside or [comments[line] for line in range(first, node.lineno)])
 
 
-def usage(cls, knobs, doc):
+def usage(cls, knobs, argv, places, doc):
     """Return what --help prints: two paragraphs of the docstring `doc`, then a line for every field."""
     helps, rows = comments_of(cls), [("option", "takes", "default", "")]
     rows += [(f"--{name}", str(k), to_text(k.default), helps.get(name, "")) for name, k in knobs.items()]
     widths = [min(28, max(map(len, column))) for column in zip(*rows, strict=True)][:3] + [0]
-    table = "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-    call = f"usage: python {Path(sys.argv[0]).name} [PRESET.json ...] [--key=value ...]"
+    table = "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows) if knobs else ""
+    subcommand = [] if argv == sys.argv[1:] else sys.argv[1:2]
+    options = ["[PRESET.json ...]", "[--key=value ...]"] if knobs else []
+    call = " ".join(
+        [f"usage: python {Path(sys.argv[0]).name}", *subcommand, *map(str.upper, places), *options]
+    )
     about = (doc or "").strip().split("\n\n")[:2]
     return "\n\n".join(filter(None, [call, *about, table]))
 
@@ -384,7 +389,7 @@ def configure(cls, argv=None, *, foreign_keys=False, places=(), doc=None):
     argv = sys.argv[1:] if argv is None else argv
     knobs = knobs_of(cls)
     if "--help" in argv or "-h" in argv:
-        print(usage(cls, knobs, doc), flush=True)
+        print(usage(cls, knobs, argv, places, doc), flush=True)
         raise SystemExit(0)
     values, foreign = {}, [] if foreign_keys else None
     presets, flags = read_words(argv, knobs, places)

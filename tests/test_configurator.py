@@ -722,6 +722,13 @@ def test_a_command_that_is_mistaken_exits_2_with_one_line(words, code, told, cap
     assert (caught.value.code, *capsys.readouterr()) == (code, "", told)
 
 
+def test_help_of_a_command_says_how_that_one_is_called(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tool.py", "same", "--help"])
+    with pytest.raises(SystemExit):
+        dispatch({"same": (print, Two)}, sys.argv[1:], "Commands.")
+    assert capsys.readouterr().out.startswith("usage: python tool.py same ONE OTHER [PRESET.json ...] ")
+
+
 def test_run_passes_foreign_keys_on(tmp_path):
     path = tmp_path / "p.json"
     path.write_text('{"device": "cpu"}')
