@@ -1,6 +1,5 @@
 """What the tests of sft.py and dpo.py share: a small base, and runs as processes (see tests/runs.py)."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -36,11 +35,6 @@ def make_base(folder, tokenizer, template=None, seed=0, **shape):
     save_model(model, folder)
     tokenizer.save(folder, cfg.sequence_length, template)
     return folder
-
-
-def write_rows(path, rows):
-    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def running(name, argv, before=None):

@@ -52,6 +52,11 @@ def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def die():
+    """Ends the process as kill -9 would, but that it shows: with status 9."""
+    os._exit(9)
+
+
 def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -70,14 +75,14 @@ def fill(folder, spare):
     (folder / "ballast").write_bytes(bytes(max(0, free - spare)))
 
 
-def filled_after_save(folder, step):
-    """Fills the disk right after the checkpoint of that step."""
+def after_save(step, blow):
+    """Has blow() come right after the checkpoint of that step."""
     save = train.State.save
 
     def patched(self, *args):
         save(self, *args)
         if self.step == step:
-            fill(folder, 0)
+            blow()
 
     train.State.save = patched
 

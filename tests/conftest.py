@@ -2,12 +2,16 @@
 
 import json
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
 
 from data import DataConfig, main
+from tests import ROOT
 from tokenizer import train_tokenizer
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is there: small models only wait for threads
@@ -24,11 +28,30 @@ def tiny_tokenizer(tmp_path_factory):
     return train_tokenizer(texts, tmp_path_factory.mktemp("tiny_tokenizer") / "tokenizer.model", 384)
 
 
+def free_port():
+    """Returns a port that nobody listened on a moment ago."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def link_code(folder):
+    """Puts what a clone holds into a folder, as links. Returns `folder`."""
+    for path in (p for kind in ("*.py", "*.md", "*.txt", "configs", "Makefile") for p in ROOT.glob(kind)):
+        (folder / path.name).symlink_to(path)
+    return folder
+
+
+def write_rows(path, rows):
+    """Writes rows as JSON Lines. Returns `path`."""
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
 def prepare_dataset(folder, documents, tokenizer_path=""):
     """Prepares `documents` as a dataset of 384 ids, a quarter of it for validation. Returns `folder`."""
     folder = Path(folder)
-    source = folder.with_suffix(".jsonl")
-    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    source = write_rows(folder.with_suffix(".jsonl"), ({"text": text} for text in documents))
     knobs = {"vocab_size": 384, "sequence_length": 16, "train_ratio": 0.75, "use_minhash": False}
     main(DataConfig(str(source), output_dir=str(folder), tokenizer_path=str(tokenizer_path), **knobs))
     return folder
@@ -46,9 +69,25 @@ def tiny_dataset(tmp_path_factory, tiny_documents):
     return prepare_dataset(tmp_path_factory.mktemp("tiny_dataset") / "tiny", tiny_documents)
 
 
-@pytest.fixture(scope="session")
-def forks():
-    """The server that trainings are forked from (tests/runs.py), started before the first of them."""
-    from tests.runs import start_server  # imports torch, which not every test file needs
+@pytest.fixture
+def small_disk(tmp_path):
+    """small_disk("6m") makes a folder a disk of that size, or changes its size; returns the folder."""
+    folder = tmp_path / "small_disk"
+    folder.mkdir()
 
-    start_server()
+    def sized(size):
+        kind = (
+            ["-o", f"remount,size={size}"]
+            if folder.is_mount()
+            else ["-t", "tmpfs", "-o", f"size={size}", "x"]
+        )
+        if (
+            sys.platform != "linux"
+            or subprocess.run(["mount", *kind, folder], capture_output=True).returncode
+        ):
+            pytest.skip("mounting takes root on Linux")
+        return folder
+
+    yield sized
+    if folder.is_mount():
+        subprocess.run(["umount", "--lazy", folder], check=True)

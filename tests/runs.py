@@ -1,31 +1,25 @@
-"""Trainings as real processes, without the three seconds that Python and torch take to start.
+"""Trainings as real processes: each rank a fork of a server that has imported everything (tests/warm.py).
 
-A server process imports torch once, before any thread of its own runs; each rank of a training is a fork of
-it (multiprocessing's `forkserver`), with a pid, signals, limits and an exit status like any process. What a
-test does to it - a limit, a patched call, a loss of its own - is a function that runs in the child first.
+What a test does to one - a limit, a patched call, a loss of its own - is a function that runs in it first.
 """
 
 import json
-import multiprocessing
-import multiprocessing.forkserver
 import os
-import socket
+import pickle
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-import pytest  # noqa: F401 - this and the next two the children would else import one by one
 import safetensors.torch
 import torch
-import torch._dynamo
-import torch.distributed
 
 import train
 from configurator import run
+from tests import ROOT
+from tests.conftest import free_port
+from tests.warm import Fork
 
-ROOT = Path(__file__).resolve().parent.parent
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.runs"])
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 PATIENCE = 240  # seconds after which a process counts as hung; nothing else here is timed
 
@@ -41,26 +35,12 @@ def words(**knobs):
     return [f"--{name}={text}" for name, text in texts.items() if text != "None"]
 
 
-def start_server():
-    """Starts the server with the path and the thread count that its children inherit."""
-    before = dict(os.environ)
-    path = os.pathsep.join(filter(None, [str(ROOT), before.get("PYTHONPATH")]))
-    os.environ.update(ONE_THREAD, PYTHONPATH=path)
-    try:
-        multiprocessing.forkserver.ensure_running()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
 # ---- what a child does
 
 
-def _child(log, env, function, args):
-    with open(log, "ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.environ.update(env)
+def call():
+    """What a Run has its process do: the function and the arguments that stand pickled on its stdin."""
+    function, args = pickle.load(sys.stdin.buffer)
     function(*args)
 
 
@@ -98,16 +78,17 @@ class Run:
         self.log = Path(log)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.log.write_bytes(b"")
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        env = os.environ | ONE_THREAD | {"PYTHONPATH": path}
+        world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         self.ranks = []
         for rank in range(ranks):
-            env = world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-            args_of_rank = (self.log, env, function, args)
-            self.ranks.append(CONTEXT.Process(target=_child, args=args_of_rank, daemon=True))
-            self.ranks[-1].start()  # a daemon: it does not outlive the tests, whatever they leave
+            mine = world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+            with tempfile.TemporaryFile() as said, open(self.log, "ab") as file:
+                pickle.dump((function, args), said)
+                said.seek(0)
+                words = ["-c", "from tests.runs import call; call()"]
+                self.ranks.append(Fork(words, env | mine, [said, file, file]))
 
     @property
     def text(self):
@@ -121,7 +102,7 @@ class Run:
         """Returns the exit status of every rank; a rank that hangs fails the test."""
         end = time.monotonic() + PATIENCE
         for p in self.ranks:
-            p.join(max(0.1, end - time.monotonic()))
+            p.join(max(0, end - time.monotonic()))
         if self.alive:
             self.kill()
             raise AssertionError(f"hung: {self.text}")

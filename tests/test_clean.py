@@ -3,23 +3,19 @@
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import ftfy
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import clean as room  # noqa: E402
-from clean import QUALITY, CleanConfig, clean, english_score, fix_encoding, luhn, reject  # noqa: E402
-from configurator import UserError, configure  # noqa: E402
+import clean as room
+from clean import QUALITY, CleanConfig, clean, english_score, fix_encoding, luhn, reject
+from configurator import UserError, configure
+from tests import SHARED
 
 CFG = CleanConfig()
 KEEP = CleanConfig(remove_urls=False, code="keep", mask_private=False)
-DATA = ROOT.parent / "shared" / "data"
 PROSE = (
     "The lamp on the sill had burned all night, and when the keeper came down in the morning he found that "
     "the oil was gone. There was no letter from the town, so he went out to look at the sea instead."
@@ -545,9 +541,9 @@ def test_each_rule_of_quality_acts_and_can_be_switched_off(rule):
 
 def shared(path):
     """A file of the shared data, if it is there."""
-    if not (DATA / path).exists():
+    if not (SHARED / path).exists():
         pytest.skip("needs the shared data")
-    return DATA / path
+    return SHARED / path
 
 
 def rows(path):

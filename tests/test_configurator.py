@@ -29,8 +29,7 @@ from configurator import (
     run,
     save_config,
 )
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests import ROOT
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,9 @@ from configurator import UserError
 from curves import command_line, draw, running_mean, short, ticks
 from log import spike_limit
 from losses import next_token_loss
-from tests.runs import ROOT, Run, fitting, losses, names, records, refused
+from tests import ROOT
+from tests.blows import after_save, die
+from tests.runs import Run, fitting, losses, names, records, refused
 from tests.runs import train_to_end as trained
 from tests.test_train import Counting, no_validation
 from tests.warm import python
@@ -241,14 +243,12 @@ def test_the_command_takes_values_that_stand_apart(tmp_path):
 # ---- at the end of a training
 
 
-@pytest.mark.usefixtures("forks")
 def test_a_training_leaves_its_curves(tmp_path, tiny_dataset):
     out = trained(tmp_path / "out", data_path=tiny_dataset)
     png, svg = out / "curves.png", out / "curves.svg"
     assert png.exists() == bool(importlib.util.find_spec("matplotlib")) != svg.exists()
 
 
-@pytest.mark.usefixtures("forks")
 def test_curves_that_cannot_be_written_are_a_warning(tmp_path, tiny_dataset):
     for name in ("curves.png", "curves.svg"):
         (tmp_path / "out" / name).mkdir(parents=True)
@@ -283,7 +283,6 @@ class Spiking:
 KNOBS = {"vocab_size": 32, "max_steps": 60, "logging_steps": 10, "save_steps": 25, "eval_steps": 100}
 
 
-@pytest.mark.usefixtures("forks")
 def test_a_spike_between_two_log_lines_is_said_once_and_nothing_else_happens(tmp_path):
     run = lambda name, *args: Run(tmp_path / f"{name}.log", fitting, (tmp_path / name, Counting(), *args))
     knobs = KNOBS | {"learning_rate": 1e-5}
@@ -296,22 +295,6 @@ def test_a_spike_between_two_log_lines_is_said_once_and_nothing_else_happens(tmp
     assert one.text.count("warning: loss spike at step") == 2
     assert "loss spike" not in other.text
     assert [r["step"] for r in records(tmp_path / "spiking") if "loss" in r] == [1, 10, 20, 30, 40, 50, 60]
-
-
-def stop_at_25():
-    """Ends the process right after the checkpoint of step 25, in the middle between two log lines."""
-    import os
-
-    import train
-
-    save = train.State.save
-
-    def save_and_die(self, *args):
-        save(self, *args)
-        if self.step == 25:
-            os._exit(9)
-
-    train.State.save = save_and_die
 
 
 class Scaled(Counting):
@@ -328,11 +311,10 @@ def scaled_loss(model, batch):
 
 
 def dying_fit(*args):
-    stop_at_25()
+    after_save(25, die)  # in the middle between two log lines
     fitting(*args)
 
 
-@pytest.mark.usefixtures("forks")
 def test_a_resumed_run_is_alarmed_like_the_straight_one(tmp_path):
     knobs = KNOBS | {"learning_rate": 1e-4}
     run = lambda name, what, **more: Run(
@@ -353,7 +335,6 @@ def test_a_resumed_run_is_alarmed_like_the_straight_one(tmp_path):
 # ---- wandb and tensorboard
 
 
-@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
 def test_a_package_that_is_not_there_is_named_before_training(tmp_path, tiny_dataset, name):
     if importlib.util.find_spec(name):
@@ -369,7 +350,6 @@ def told(out):
     return {(step, k): v for step, k, v in numbers if isinstance(v, (int, float))}
 
 
-@pytest.mark.usefixtures("forks")
 def test_tensorboard_reads_what_metrics_jsonl_says_after_a_resume_too(tmp_path, tiny_dataset):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -387,7 +367,6 @@ def test_tensorboard_reads_what_metrics_jsonl_says_after_a_resume_too(tmp_path, 
     assert len([tag for tag in events.Tags()["tensors"] if tag.startswith("sample")]) == 1
 
 
-@pytest.mark.usefixtures("forks")
 def test_a_tracker_that_fails_is_one_warning(tmp_path, tiny_dataset):
     pytest.importorskip("tensorboard")
     (tmp_path / "out").mkdir()
@@ -418,7 +397,6 @@ def messages(path):
             message = b""
 
 
-@pytest.mark.usefixtures("forks")
 def test_wandb_offline_holds_what_metrics_jsonl_says(tmp_path, tiny_dataset):
     pytest.importorskip("wandb")
     from wandb.proto.wandb_internal_pb2 import Record
@@ -443,7 +421,6 @@ def unreachable(folder):
     os.environ |= {"HOME": str(folder), "WANDB_INIT_TIMEOUT": "5"}
 
 
-@pytest.mark.usefixtures("forks")
 def test_wandb_without_its_server_is_one_warning(tmp_path, tiny_dataset):
     pytest.importorskip("wandb")
     before = functools.partial(unreachable, tmp_path)

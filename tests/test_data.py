@@ -3,19 +3,14 @@
 import contextlib
 import hashlib
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from configurator import UserError  # noqa: E402
-from data import TokenStream, read_manifest, unigram_bits_per_byte  # noqa: E402
+from configurator import UserError
+from data import TokenStream, read_manifest, unigram_bits_per_byte
 
 PAD, BOS, EOS = 0, 1, 2
 

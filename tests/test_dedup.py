@@ -12,18 +12,14 @@ import sys
 import time
 import tracemalloc
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from configurator import UserError  # noqa: E402
-from dedup import (  # noqa: E402
+from configurator import UserError
+from dedup import (
     GROUP,
     PERMUTATIONS,
     Index,
@@ -35,9 +31,11 @@ from dedup import (  # noqa: E402
     sha256,
     shingles,
 )
+from tests import ROOT, SHARED
+from tests.conftest import free_port
 
 NEAR, EXACT = "near-duplicate", "exact-duplicate"
-SHARED = ROOT.parent / "shared" / "data" / "dedup"
+PAIRS = SHARED / "dedup"
 
 
 def prose(number, words=300):
@@ -279,9 +277,9 @@ def test_memory_is_as_stated(tmp_path):
 @pytest.fixture(scope="module")
 def real():
     """{id: (text, digest, signature)} of the shared documents."""
-    if not SHARED.is_dir():
+    if not PAIRS.is_dir():
         pytest.skip("needs the shared pairs")
-    with gzip.open(SHARED / "docs.dev.jsonl.gz", "rt", encoding="utf-8") as file:
+    with gzip.open(PAIRS / "docs.dev.jsonl.gz", "rt", encoding="utf-8") as file:
         docs = {row["id"]: row["text"] for row in map(json.loads, file)}
     return dict(
         zip(docs, zip(docs.values(), *fingerprints(list(docs.values()), 42), strict=True), strict=True)
@@ -290,7 +288,7 @@ def real():
 
 def test_real_pairs(real, tmp_path):
     found = {"alike": [], "apart": []}
-    for number, line in enumerate((SHARED / "pairs.dev.jsonl").read_text().splitlines()):
+    for number, line in enumerate((PAIRS / "pairs.dev.jsonl").read_text().splitlines()):
         pair = json.loads(line)
         _, digests, signatures = map(np.stack, zip(real[pair["a"]], real[pair["b"]], strict=True))
         (tmp_path / str(number)).mkdir()
@@ -323,23 +321,23 @@ def test_real_documents_in_a_row(real, tmp_path):
 # --- The index that runs share ------------------------------------------------------------------------------
 
 
+def refuses(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port))
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """The URL of a real Redis server, started for this module."""
     pytest.importorskip("redis")
     if not (program := shutil.which("redis-server")):
         pytest.skip("needs redis-server")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    place = tmp_path_factory.mktemp("redis")
+    port, place = free_port(), tmp_path_factory.mktemp("redis")
     words = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(place)]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
     try:
-        for _ in range(500):
-            with socket.socket() as probe:
-                if not probe.connect_ex(("127.0.0.1", port)):
-                    break
+        while refuses(port):
+            assert process.poll() is None
             time.sleep(0.02)
         yield f"redis://127.0.0.1:{port}/0"
     finally:
@@ -402,7 +400,7 @@ def test_two_runs_keep_together_what_one_would(server, tmp_path):
     try:
         while any(process.poll() is None for process in going.values()):
             client.delete("together:lock")
-            time.sleep(0.1)
+            time.sleep(0.01)
             if client.hlen("together:verdicts:a") > 250 * (kills + 1) and kills < 3:
                 going["a"].kill()
                 going["a"].wait()

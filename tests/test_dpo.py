@@ -1,6 +1,7 @@
 """dpo.py: losses against tables and trl, pairs, the reference, whole runs."""
 
 import dataclasses
+import functools
 import json
 import math
 
@@ -14,8 +15,10 @@ from configurator import UserError, configure
 from lora import adapters, add_lora, lora_off, open_model_folder
 from losses import next_token_loss
 from model import load_model
-from tests.align import begin, finished, make_base, refused, write_rows
-from tests.runs import records
+from tests.align import begin, finished, make_base, refused
+from tests.blows import after_save, die
+from tests.conftest import write_rows
+from tests.runs import losses, records
 from tokenizer import Tokenizer, render
 
 SAID = [
@@ -246,7 +249,6 @@ def test_the_same_numbers_without_trl(base, tiny_tokenizer):
 # ---- whole runs
 
 
-@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize(
     "knobs", [{}, {"loss": "ipo", "precompute_ref": False}, {"lora_r": 0, "learning_rate": 0.001}],
     ids=["sigmoid", "ipo", "full"],
@@ -269,41 +271,21 @@ def test_eight_preferences_are_learned(tmp_path, base, pairs, knobs):
     open_model_folder(out)
 
 
-@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize(
     "knobs", [{}, {"precompute_ref": False}, {"lora_r": 0}], ids=["known", "off", "full"]
 )
 def test_a_run_in_two_parts_is_the_run(tmp_path, base, pairs, knobs):
     knobs = {"model_path": base, "dataset_path": pairs, "val_path": pairs} | knobs
     whole = finished("dpo", tmp_path / "whole", **knobs)
-    assert begin("dpo", tmp_path / "parts", before=die_after_four, **knobs).wait() == [9]
+    assert begin("dpo", tmp_path / "parts", before=functools.partial(after_save, 4, die), **knobs).wait() == [
+        9
+    ]
     parts = finished("dpo", tmp_path / "parts", resume_from_checkpoint="auto", **knobs)
     for path in whole.rglob("*.safetensors"):
         assert path.read_bytes() == (parts / path.relative_to(whole)).read_bytes()
-    measured = ("tokens_per_second", "memory", "seconds")
-    a, b = (
-        [{k: v for k, v in r.items() if k not in measured} for r in records(out)] for out in (whole, parts)
-    )
-    assert a == b
+    assert losses(parts) == losses(whole)
 
 
-def die_after_four():
-    """Ends the process as a kill would, right after the checkpoint of step 4."""
-    import os
-
-    import train
-
-    save = train.State.save
-
-    def save_and_die(self, *args):
-        save(self, *args)
-        if self.step == 4:
-            os._exit(9)
-
-    train.State.save = save_and_die
-
-
-@pytest.mark.usefixtures("forks")
 def test_two_ranks_are_one(tmp_path, base, pairs):
     knobs = {"model_path": base, "dataset_path": pairs, "val_path": pairs}
     one = finished("dpo", tmp_path / "one", batch_size=4, **knobs)
@@ -313,7 +295,6 @@ def test_two_ranks_are_one(tmp_path, base, pairs):
             assert a.get(key, 0) == pytest.approx(b.get(key, 0), rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.usefixtures("forks")
 def test_the_reference_is_the_sft_policy_and_not_its_base(tmp_path, base, pairs):
     """DPO on an SFT adapter folder: the adapter is merged first, the new one is named after that folder."""
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": p, "response": c} for p, c, _ in SAID])
@@ -332,7 +313,6 @@ def test_the_reference_is_the_sft_policy_and_not_its_base(tmp_path, base, pairs)
     open_model_folder(out)
 
 
-@pytest.mark.usefixtures("forks")
 def test_early_stopping_goes_back_to_the_best(tmp_path, base, pairs):
     """Accuracy is perfect soon and cannot rise: after `patience` more validations the best is taken."""
     knobs = {"model_path": base, "dataset_path": pairs, "val_path": pairs, "max_steps": 200, "batch_size": 8}
@@ -369,7 +349,6 @@ def test_dropout_is_off_whatever_the_model_says(tmp_path, tiny_tokenizer):
     assert next_token_loss(model, batch)[0] == next_token_loss(model, batch)[0]
 
 
-@pytest.mark.usefixtures("forks")
 def test_mistakes_are_told_on_one_line(tmp_path, base, pairs, tiny_tokenizer):
     def line(**knobs):
         return refused("dpo", tmp_path / "out", **({"model_path": base, "dataset_path": pairs} | knobs))

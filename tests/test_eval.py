@@ -6,7 +6,6 @@ import math
 import re
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,12 +20,13 @@ from eval import EvalConfig, encode_questions, main, prepare_text, read_text, to
 from lora import add_lora, identify, merge_lora, save_adapter
 from model import Llama, ModelConfig, count_parameters, load_model, save_model
 from scoring import answer_scores
+from tests import ROOT, SHARED
 from tests.align import make_base
+from tests.conftest import write_rows
 from tests.warm import python
 
-ROOT = Path(__file__).resolve().parent.parent
 EXPECTED = ROOT / "configs" / "eval" / "expected.json"
-WIKITEXT = ROOT.parent / "shared" / "data" / "wikitext2" / "wiki.valid.raw"
+WIKITEXT = SHARED / "wikitext2" / "wiki.valid.raw"
 CONTEXT = 96
 TEXT = "".join(f"The quick brown fox number {n} jumps\nover a lazy dog: why not?\n\n" for n in range(60))
 BOOLQ = [
@@ -45,21 +45,16 @@ CHOICES = [
 LAST = [{"text": "the quick brown fox"}, {"text": "over a lazy dog"}]
 
 
-def lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tiny_tokenizer):
     """A folder with a base model and everything to measure it on."""
     place = tmp_path_factory.mktemp("eval")
     make_base(place / "base", tiny_tokenizer, sequence_length=CONTEXT)
     (place / "text.txt").write_text(TEXT, encoding="utf-8")
-    lines(place / "boolq.jsonl", BOOLQ)
-    lines(place / "choices.jsonl", CHOICES)
-    lines(place / "last.jsonl", LAST)
-    lines(
+    write_rows(place / "boolq.jsonl", BOOLQ)
+    write_rows(place / "choices.jsonl", CHOICES)
+    write_rows(place / "last.jsonl", LAST)
+    write_rows(
         place / "prompts.jsonl",
         [{"prompt": "Why not?", "category": "talk"}, {"prompt": "the", "category": "x"}],
     )
@@ -174,7 +169,9 @@ def test_fast_mode_measures_less_and_says_so(place, tmp_path):
 
 
 def test_questions_are_drawn_by_the_seed_not_from_the_top(place, tmp_path):
-    lines(tmp_path / "sorted.jsonl", sorted(BOOLQ, key=lambda row: row["answer"]))  # the first ten are all no
+    write_rows(
+        tmp_path / "sorted.jsonl", sorted(BOOLQ, key=lambda row: row["answer"])
+    )  # the first ten are all no
     draw = {"boolq_path": str(tmp_path / "sorted.jsonl"), "max_boolq_samples": 12, "skip_perplexity": True}
     got = [measure(place, tmp_path, seed=seed, **draw) for seed in (0, 0, 1)]
     assert [results["boolq"]["n"] for results in got] == [12] * 3
@@ -214,7 +211,7 @@ def test_texts_are_read_to_the_byte(tmp_path):
     (tmp_path / "t.txt").write_bytes(raw)
     (tmp_path / "t.txt.gz").write_bytes(gzip.compress(raw))
     assert {read_text(str(tmp_path / name)).encode() for name in ("t.txt", "t.txt.gz")} == {raw}
-    lines(tmp_path / "t.jsonl", [{"text": "a"}, {"text": "b\n"}])
+    write_rows(tmp_path / "t.jsonl", [{"text": "a"}, {"text": "b\n"}])
     assert read_text(str(tmp_path / "t.jsonl")) == "a\n\nb\n"
 
 

@@ -20,11 +20,10 @@ import torch
 import checkpoint
 import world
 from checkpoint import checkpoints, problem_with, seal
-from tests.runs import ONE_THREAD, PATIENCE, ROOT, begin, differences, losses, names, refused, words
+from tests import ROOT
+from tests.runs import ONE_THREAD, PATIENCE, begin, differences, losses, names, refused, words
 from tests.runs import train_to_end as trained
 from tests.warm import python
-
-pytestmark = pytest.mark.usefixtures("forks")
 
 KILLS = int(os.environ.get("KILLS", 20))
 SEED = int(os.environ.get("SEED", 0)) or random.SystemRandom().randrange(1, 1 << 32)

@@ -11,9 +11,8 @@ import torch
 import model
 from checkpoint import checkpoints, problem_with
 from tests import align, runs
+from tests.conftest import write_rows
 from tests.runs import differences, losses, names, records
-
-pytestmark = pytest.mark.usefixtures("forks")
 
 PAIRS = [{"prompt": f"what is {n}?", "chosen": f"a {n}", "rejected": "I won't say"} for n in range(40)]
 CHATS = [{"prompt": row["prompt"], "response": row["chosen"]} for row in PAIRS]
@@ -23,11 +22,11 @@ everyone = pytest.mark.parametrize("user", USERS)
 
 @pytest.fixture(scope="module")
 def begin(tmp_path_factory, tiny_dataset, tiny_tokenizer):
-    """begin(user, out, ranks=1, before=None, **knobs) starts a training of 8 steps, 4 rows in each."""
+    """begin[user](out, ranks=1, before=None, **knobs) starts a training of 8 steps, 4 rows in each."""
     folder = tmp_path_factory.mktemp("users")
     base = align.make_base(folder / "base", tiny_tokenizer, "chatml")
     chats, pairs = (
-        align.write_rows(folder / name, rows) for name, rows in (("c.jsonl", CHATS), ("p.jsonl", PAIRS))
+        write_rows(folder / name, rows) for name, rows in (("c.jsonl", CHATS), ("p.jsonl", PAIRS))
     )
     knobs = {"model_path": base, "val_ratio": 0.4, "batch_size": 4, "max_steps": 8}
     return {
@@ -95,7 +94,8 @@ def test_a_validation_without_memory_takes_fewer_rows_and_finds_the_same(tmp_pat
     for ours, theirs in zip(records(out), records(whole(user, ranks)), strict=True):
         for key in {"loss", "val_loss", "val_bits_per_byte", "val_rewards/margins"} & theirs.keys():
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-6)
-    assert not differences(out / "final", whole(user, ranks) / "final") if user == "pretraining" else True
+    if user == "pretraining":
+        assert not differences(out / "final", whole(user, ranks) / "final")
 
 
 @pytest.mark.parametrize("user", ["sft", "dpo"])

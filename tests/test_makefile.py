@@ -10,11 +10,12 @@ import subprocess
 import sys
 import tarfile
 from contextlib import redirect_stdout
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests import ROOT
+from tests.conftest import link_code
+
 pytestmark = pytest.mark.skipif(not shutil.which("make") or os.name == "nt", reason="needs make and a shell")
 
 ORIGINAL = """help install install-flash check-env prepare prepare-owt prepare-wiki prepare-wt103 prepare-demo
@@ -75,8 +76,7 @@ sys.exit(7 if os.environ.get("FAILS") in (words[0], *words[1:2]) else 0)
 
 def fresh_clone(folder, python):
     """The files of a clone, and a .venv whose python is the text `python`."""
-    for path in (p for kind in ("*.py", "*.md", "*.txt", "configs", "Makefile") for p in ROOT.glob(kind)):
-        (folder / path.name).symlink_to(path)
+    link_code(folder)
     (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / ".venv" / "bin" / "python").write_text(python)
     (folder / ".venv" / "bin" / "python").chmod(0o755)

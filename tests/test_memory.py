@@ -12,8 +12,6 @@ import model
 from tests.runs import begin, differences, records, refused
 from tests.runs import train_to_end as trained
 
-pytestmark = pytest.mark.usefixtures("forks")
-
 EXACT = {"sample_tokens": 0, "logging_steps": 1}
 
 

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -29,9 +28,9 @@ from model import (
     save_model,
     to_hf,
 )
+from tests import ROOT
 from tests.warm import python
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = ModelConfig(
     n_layer=2, d_model=64, n_head=4, num_key_value_heads=2, d_ff=96, vocab_size=199, sequence_length=32
 )

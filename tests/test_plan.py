@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +12,10 @@ from losses import next_token_loss
 from model import Llama, ModelConfig
 from plan import Means, block_bytes, card_plan, card_seconds, end_bytes, memory, tokens_per_step
 from schedule import make_optimizers
+from tests import ROOT
 from train import PretrainConfig
 from world import CARDS
 
-ROOT = Path(__file__).resolve().parent.parent
 SHAPE = {"d_model": 64, "n_head": 4, "d_ff": 160, "vocab_size": 128, "sequence_length": 32}
 ROWS = 3
 

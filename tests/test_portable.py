@@ -7,12 +7,11 @@ whose POSIX has been taken away.
 import ast
 import json
 import os
-import socket
+import re
 import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,9 +21,10 @@ from lora import add_lora
 from losses import next_token_loss
 from model import Llama, ModelConfig
 from schedule import make_optimizers
+from tests import ROOT
+from tests.conftest import write_rows
 from train import PretrainConfig
 
-ROOT = Path(__file__).resolve().parent.parent
 ROOMS = sorted(ROOT.glob("*.py"))
 
 # ---- what is not everywhere
@@ -389,10 +389,9 @@ print(shards.lock_file(other))
 def test_from_raw_text_to_a_server_without_posix(bare, tiny_documents):
     folder = bare[1]
     texts = [f"{text}\n\n{n}" for n, text in enumerate(tiny_documents)] * 2
-    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-    (folder / "docs.jsonl").write_text(rows, encoding="utf-8")
-    rows = "".join(json.dumps({"prompt": f"What is {n}?", "response": str(n)}) + "\n" for n in range(40))
-    (folder / "chats.jsonl").write_text(rows, encoding="utf-8")
+    write_rows(folder / "docs.jsonl", ({"text": text} for text in texts))
+    rows = ({"prompt": f"What is {n}?", "response": str(n)} for n in range(40))
+    write_rows(folder / "chats.jsonl", rows)
     size = ("--vocab_size=384", "--sequence_length=32")
     data = ("--input_path=docs.jsonl", "--output_dir=data", "--use_minhash=false", "--train_ratio=0.7")
     commands(bare, ("data.py", *size, *data, "--num_workers=2"))
@@ -421,26 +420,16 @@ def test_from_raw_text_to_a_server_without_posix(bare, tiny_documents):
 
 def serve(bare, model):
     env, folder = bare
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{s.getsockname()[1]}"
-    words = [
-        ROOT / "server.py",
-        f"--model_path={model}",
-        f"--port={address.rpartition(':')[2]}",
-        "--device=cpu",
-    ]
+    words = [ROOT / "server.py", f"--model_path={model}", "--port=0", "--device=cpu"]
     with open(folder / "server.log", "wb") as log:
         server = subprocess.Popen([sys.executable, *words], cwd=folder, env=env, stdout=log, stderr=log)
     try:
-        for _ in range(600):
-            try:
-                with urllib.request.urlopen(f"{address}/v1/models", timeout=5) as answer:
-                    assert json.load(answer)["object"] == "list"
-                break
-            except OSError:
-                assert server.poll() is None, (folder / "server.log").read_text(encoding="utf-8")
-                time.sleep(0.1)
+        while not (told := re.search(r"^http://\S+", (folder / "server.log").read_text("utf-8"), re.M)):
+            assert server.poll() is None, (folder / "server.log").read_text(encoding="utf-8")
+            time.sleep(0.1)
+        address = told[0]
+        with urllib.request.urlopen(f"{address}/v1/models", timeout=60) as answer:
+            assert json.load(answer)["object"] == "list"
         body = json.dumps({"prompt": "What is 7?", "max_new_tokens": 3}).encode()
         asked = urllib.request.Request(f"{address}/generate", body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(asked, timeout=60) as answer:

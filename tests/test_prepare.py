@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 
@@ -16,10 +17,11 @@ from sentencepiece import SentencePieceTrainer
 from configurator import UserError, configure
 from data import DataConfig, Shards, TokenStream, main, read_manifest, unigram_bits_per_byte
 from prepare import RetokenizeConfig, hash_fraction, in_order, retokenize, unfinished
+from tests import ROOT, SHARED
+from tests.conftest import write_rows
 from tests.warm import python
 from tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
 BOS, EOS = 1, 2
 
 
@@ -53,8 +55,7 @@ def preset(name):
 
 
 def write_jsonl(path, texts):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return path
+    return write_rows(path, ({"text": text} for text in texts))
 
 
 def prepare_dataset(source, output, **settings):
@@ -547,8 +548,12 @@ def test_processes_keep_the_order_and_a_dead_one_is_named():
 
 def workers_of(pid):
     """The process ids of its workers, once they run."""
-    found = subprocess.run(["pgrep", "-P", str(pid), "-f", "spawn_main"], capture_output=True, text=True)
-    return [int(word) for word in found.stdout.split()]
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            parent, worker = path.read_text().rpartition(")")[2].split()[1], int(path.parent.name)
+            found += [worker] * (parent == str(pid) and "spawn_main" in command_of(worker))
+    return found
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
@@ -575,24 +580,13 @@ def command_of(pid):
         return ""
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 250 kB, and a function that makes it larger."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    if os.name == "nt" or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=250k", "x", folder]).returncode:
-        pytest.skip("needs the right to mount a file system")
-    yield folder, lambda: subprocess.run(["mount", "-o", "remount,size=50m", folder], check=True)
-    subprocess.run(["umount", folder], check=True)
-
-
 def test_a_full_disk_is_one_line_and_with_more_room_it_goes_on(options, straight, small_disk):
-    folder, grow = small_disk
+    folder = small_disk("250k")
     process = preparing(*options, f"--output_dir={folder / 'd'}")
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err.count("\n")) == (2, 1), err
     assert "no space left on the disk; free some, and the same command goes on" in err
-    grow()
+    small_disk("50m")
     process = preparing(*options, f"--output_dir={folder / 'd'}")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
@@ -689,9 +683,6 @@ def test_two_runs_at_once_do_not_share_a_folder(stories, tmp_path):
         done = data_py(f"--input_path={stories}", f"--output_dir={tmp_path / 'd'}", "--vocab_size=400")
         assert done.returncode == 2
         assert "another run is preparing it" in done.stderr
-
-
-SHARED = ROOT.parent / "shared" / "data"
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared corpora")

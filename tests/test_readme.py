@@ -20,14 +20,14 @@ import subprocess
 import sys
 from contextlib import redirect_stdout, suppress
 from functools import cache
-from pathlib import Path
 
 import pytest
 
 from configurator import configure
+from tests import ROOT
+from tests.conftest import link_code
 from tests.runs import Run
 
-ROOT = Path(__file__).resolve().parent.parent
 WALKED = ("README.md", "SESSIONS.md", "ARCHITECTURE.md", "TROUBLESHOOTING.md", "PROMISES.md")
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in (*WALKED, "benchmarks/RESULTS.md")}
 MARK = re.compile(r"#.*\b(network|GPU|minutes|hours|days)\b")  # why a line of a `sh` block is not run
@@ -237,8 +237,7 @@ class Walk:
     def __init__(self, folder):
         self.folder, self.count, self.server, self.url = folder, 0, None, ""
         folder.mkdir()
-        for path in (p for kind in ("*.py", "*.md", "*.txt", "configs", "Makefile") for p in ROOT.glob(kind)):
-            (folder / path.name).symlink_to(path)
+        link_code(folder)
         (folder / "prompts.txt").write_text("a\n")
 
     def begin(self, words):
@@ -289,7 +288,7 @@ def missing(expected, text):
     return None
 
 
-def test_every_command_runs_in_the_order_of_the_pages(tmp_path, forks):
+def test_every_command_runs_in_the_order_of_the_pages(tmp_path):
     walk, ran = Walk(tmp_path / "clone"), []
     with socket.socket() as other:  # either we hold the port that the pages speak of, or someone else does
         with suppress(OSError):

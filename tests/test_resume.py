@@ -15,8 +15,6 @@ from tests.conftest import prepare_dataset
 from tests.runs import Run, begin, differences, fitting, losses, names, records, refused
 from tests.runs import train_to_end as trained
 
-pytestmark = pytest.mark.usefixtures("forks")
-
 HALF, WHOLE = "step_000004", "step_000008"
 # what another number of ranks sums in another order, or is about one rank
 ROUNDED = ["rng_", "state.recent", "state.best"]

@@ -2,7 +2,6 @@
 
 import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -11,10 +10,9 @@ from configurator import UserError, configure
 from engine import Sampling, open_model
 from model import save_model
 from sample import SampleConfig
+from tests import ROOT
 from tests.test_engine import BASE, GREEDY, answer, build
 from tests.warm import python
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")

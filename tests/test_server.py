@@ -11,12 +11,10 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,10 +24,11 @@ from api import Api, ApiError
 from configurator import UserError
 from engine import Reply, Request, Sampling, generate, open_model, score
 from scheduler import Call, Closed, Failed, Full, Job, Scheduler, say
+from tests import ROOT
+from tests.conftest import free_port
 from tests.serving import Served, make_model, parse, read_all
 from tokenizer import IM_END, Tokenizer, render, stop_ids
 
-ROOT = Path(__file__).resolve().parent.parent
 HELLO = [{"role": "user", "content": "why not"}]
 KEY = "correct-horse-battery"
 SAMPLING = {"temperature": 1.2, "top_k": 0, "top_p": 0.95, "repetition_penalty": 1.1, "seed": 7}
@@ -46,7 +45,7 @@ def plain_folder(tmp_path_factory, tiny_tokenizer):
 
 
 @pytest.fixture(scope="module")
-def others(tmp_path_factory, forks, folder, plain_folder):
+def others(tmp_path_factory, folder, plain_folder):
     """Servers of other kinds, started side by side."""
     place = tmp_path_factory.mktemp("logs")
     key_file = place / "key"
@@ -57,7 +56,6 @@ def others(tmp_path_factory, forks, folder, plain_folder):
         "key": Served(place / "key.log", folder, api_key_file=key_file, host="0.0.0.0"),
         "small": Served(place / "small.log", folder, slots=1, queue=2, model_name="other"),
         "origin": Served(place / "origin.log", folder, allowed_origins=origin, allowed_hosts="box.lan"),
-        "short": Served(place / "short.log", folder, slots=1, request_seconds=0.05),
     }
     yield servers
     for one in servers.values():
@@ -65,7 +63,7 @@ def others(tmp_path_factory, forks, folder, plain_folder):
 
 
 @pytest.fixture(scope="module")
-def chatty(tmp_path_factory, forks, folder, others):
+def chatty(tmp_path_factory, folder, others):
     """The server that most tests ask."""
     one = Served(tmp_path_factory.mktemp("logs") / "chatty.log", folder).ready()
     yield one
@@ -422,12 +420,11 @@ def text_of(response):
 LONG = {"prompt": "once", "max_tokens": 120, "temperature": 0}
 
 
-def settle(one, name='tokens_total{kind="new"}'):
-    """Waits until a counter stands still; returns it."""
-    value = None
-    while value != (value := one.metric(name)):
-        time.sleep(0.05)
-    return value
+def settle(one):
+    """Waits until nothing is asked of a server but this; returns how many tokens it has written."""
+    names = ("connections", "queue_length", "batch_size")
+    one.until(lambda: [one.metric(name) for name in names] == [1, 0, 0])
+    return one.metric('tokens_total{kind="new"}')
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -438,7 +435,6 @@ def test_nobody_writes_for_a_client_who_left(others, stream):
             if stream:
                 sock.recv(1)  # under way
     assert settle(small) - before < 5 * 120
-    assert small.metric("queue_length") == small.metric("batch_size") == 0
 
 
 class Solo:
@@ -506,8 +502,13 @@ def test_a_call_enters_whole_or_not_at_all(solo):
 
 
 def test_time_is_up(solo):
-    running = solo.call(count=120, seconds=0.02)
-    assert finishes(running)[0] in ("time", "length")
+    def expire():
+        if call and len(call.jobs[0].request.ids) >= 3:
+            call.deadline = 0
+
+    call = None
+    call = solo.call(count=120, gone=expire)
+    assert finishes(call) == ["time"]
     blocked = [solo.call(count=120) for _ in range(2)]
     late = solo.call(seconds=-1)
     with pytest.raises(Full):
@@ -516,11 +517,12 @@ def test_time_is_up(solo):
 
 
 def test_stopping_ends_what_runs_and_refuses_what_waits(solo):
-    running, waiting = [solo.call(count=120) for _ in range(2)], solo.call()
+    slowly = lambda: time.sleep(0.005)  # or they might be through before they are stopped
+    running, waiting = [solo.call(count=120, gone=slowly) for _ in range(2)], solo.call()
     while not all(call.jobs[0].request.ids for call in running):
         time.sleep(0.001)
     solo.scheduler.close(0)
-    assert all(finishes(call)[0] in ("shutdown", "length") for call in running)
+    assert [finishes(call) for call in running] == [["shutdown"]] * 2
     with pytest.raises(Closed):
         finishes(waiting)
     solo.thread.join()
@@ -636,7 +638,7 @@ def test_pages_of_others(others):
         ({"allowed_origins": "http://localhost:3000/"}, ["allowed_origins", "origin"]),
     ],
 )
-def test_mistakes_are_one_line(forks, tmp_path, chatty, folder, knobs, words):
+def test_mistakes_are_one_line(tmp_path, chatty, folder, knobs, words):
     for name, text in (("KEY", KEY), ("SHORT", "abc")):
         (tmp_path / name).write_text(text)
     places = {"KEY": tmp_path / "KEY", "SHORT": tmp_path / "SHORT", "TAKEN": chatty.port}
@@ -689,7 +691,7 @@ def test_an_empty_key_is_a_mistake(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_streams_end_properly_when_the_server_stops(forks, tmp_path, tiny_tokenizer, number):
+def test_streams_end_properly_when_the_server_stops(tmp_path, tiny_tokenizer, number):
     long = make_model(tmp_path / "long", tiny_tokenizer, sequence_length=4096)
     one = Served(tmp_path / "log", long, [("server", "GRACE_SECONDS", 0.2)], slots=4).ready()
     fields = LONG | {"max_tokens": 4000, "stream": True}
@@ -728,16 +730,13 @@ class WaitsFor:
 def loading(tmp_path, folder):
     """Returns a server whose model is loaded once the file tmp_path/go is there."""
     patches = [("server", "open_model", WaitsFor(tmp_path / "go"))]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    one = Served(tmp_path / "log", folder, patches, port=port)
+    one = Served(tmp_path / "log", folder, patches, port=(port := free_port()))
     one.port = port
     one.until(lambda: can_connect(one))
     return one
 
 
-def test_while_the_model_loads(forks, tmp_path, folder):
+def test_while_the_model_loads(tmp_path, folder):
     one = loading(tmp_path, folder)
     for path in ("/health", "/v1/models", "/v1/models/chatty", "/metrics"):
         answer = one.get(path)
@@ -748,7 +747,7 @@ def test_while_the_model_loads(forks, tmp_path, folder):
     one.kill()
 
 
-def test_stopping_while_the_model_loads(forks, tmp_path, folder):
+def test_stopping_while_the_model_loads(tmp_path, folder):
     one = loading(tmp_path, folder)
     one.until(lambda: "loading" in one.text)  # a slow model is told of
     assert one.get("/health").status == 503
@@ -786,6 +785,9 @@ def test_the_page_runs_its_own_script_only(chatty):
         assert texts
         assert policy[f"{tag}-src"] == " ".join(f"'sha256-{digest}'" for digest in digests)
     assert (policy["default-src"], policy["connect-src"]) == ("'none'", "'self'")
+    assert "unsafe" not in str(policy)
+    loose = r"innerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|https?://(?!www\.w3)"
+    assert not re.search(loose, page.body.decode())
     assert page.body == (ROOT / "chat.html").read_bytes()
 
 

@@ -27,7 +27,7 @@ def folder(tmp_path_factory, tiny_tokenizer):
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory, forks, folder):
+def target(tmp_path_factory, folder):
     one = Served(tmp_path_factory.mktemp("logs") / "target.log", folder).ready()
     yield one
     assert "Traceback" not in one.text
@@ -496,11 +496,11 @@ def test_made_up_bodies(target, path, body):
 
 
 @pytest.fixture(scope="module")
-def impatient(tmp_path_factory, forks, tiny_tokenizer):
+def impatient(tmp_path_factory, tiny_tokenizer):
     """A server of short deadlines and few places, on a model that can write for long."""
     place = tmp_path_factory.mktemp("served")
     long = make_model(place / "long", tiny_tokenizer, sequence_length=2048)
-    patches = [("wire", "READ_SECONDS", 1.5), ("wire", "SEND_SECONDS", 0.5), ("server", "CONNECTIONS", 64)]
+    patches = [("wire", "READ_SECONDS", 3), ("wire", "SEND_SECONDS", 0.5), ("server", "CONNECTIONS", 64)]
     one = Served(place / "log", long, [*patches, ("server", "TURNED_AWAY", 8)]).ready()
     yield one
     assert "Traceback" not in one.text

@@ -18,7 +18,9 @@ import workspace
 from checkpoint import CHECKPOINT_FILES, seal
 from configurator import UserError, configure
 from plan import card_plan
-from tests.runs import DEFAULTS, ROOT, train_to_end
+from tests import ROOT
+from tests.conftest import link_code
+from tests.runs import DEFAULTS, train_to_end
 from tests.warm import python
 from train import PretrainConfig
 
@@ -34,8 +36,7 @@ TOY |= {"eval_rows": 4, "sample_tokens": 2, "dtype": "fp32", "logging_steps": 1,
 @pytest.fixture
 def folder(tmp_path, monkeypatch, tiny_documents):
     """An empty clone to stand in, with presets of toys."""
-    for path in (p for kind in ("*.py", "configs") for p in ROOT.glob(kind)):
-        (tmp_path / path.name).symlink_to(path)
+    link_code(tmp_path)
     texts = [{"text": text} for text in tiny_documents]
     data = {"input_path": "texts.json", "output_dir": "data/processed/toy", "vocab_size": 384}
     data |= {"train_ratio": 0.75, "use_minhash": False}
@@ -188,7 +189,7 @@ def test_a_preset_is_run_forward_and_backward(tmp_path, capsys):
 
 
 @pytest.fixture
-def trained(folder, tiny_dataset, forks):
+def trained(folder, tiny_dataset):
     """The folder with a dataset and a finished training of eight steps."""
     shutil.copytree(tiny_dataset, "data/processed/tiny")
     train_to_end(folder / "checkpoints/pretrain/toy", data_path=str(folder / "data/processed/tiny"))
@@ -469,17 +470,8 @@ def test_a_preset_for_a_card_that_is_not_there_is_refused(folder):
 # ---- the page
 
 
-def test_every_command_of_sessions_md_exists(folder):
-    page = (ROOT / "SESSIONS.md").read_text()
-    targets = set(re.findall(r"^([a-z0-9-]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.M))
-    assert set(re.findall(r"make ([a-z0-9-]+)", page)) <= targets
-    helps = {}
-    for script, word, rest in re.findall(r"python (\w+\.py) ([a-z-]+)(.*)$", page, flags=re.M):
-        key = (script, word)
-        helps[key] = helps.get(key) or run(script, word, "--help").stdout
-        for flag in re.findall(r"--\w+", rest):
-            assert re.search(rf"^{flag}\b", helps[key], flags=re.M), (script, word, flag)
-    assert len(helps) >= 3
+def test_the_minutes_on_the_page_are_those_of_the_sessions():
+    page = (ROOT / "SESSIONS.md").read_text(encoding="utf-8")
     minutes = dict(re.findall(r"^\| `make session-(\w+)` \| (\d+) min", page, flags=re.M))
     source = (ROOT / "session.py").read_text()
     assert len(minutes) == 5

@@ -1,5 +1,6 @@
 """sft.py, and the examples and streams in data.py that it trains on."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -15,8 +16,11 @@ from data import IGNORE, ExampleStream, pack, split_rows, supervised_rows
 from lora import open_model_folder
 from losses import linear_cross_entropy, next_token_loss, token_nats
 from model import Llama, ModelConfig
-from tests.align import begin, finished, make_base, refused, write_rows
-from tests.runs import ROOT, records
+from tests import ROOT
+from tests.align import begin, finished, make_base, refused
+from tests.blows import after_save, die
+from tests.conftest import write_rows
+from tests.runs import losses, records
 from tokenizer import TEMPLATES, Tokenizer, render, stop_ids
 from train import greedy
 
@@ -227,7 +231,6 @@ def answers(folder, template):
 RIGHT = [("because 7", True), ("the fox", True), ("a lazy dog", True), ("once upon a time", True)]
 
 
-@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize(
     ("template", "knobs"),
     [
@@ -264,40 +267,20 @@ def test_four_rows_are_learned_by_heart(tmp_path, base, rows, template, knobs):
     assert is_adapter == (template == "instruct")
 
 
-@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize("r", [4, 0], ids=["lora", "full"])
 def test_a_run_in_two_parts_is_the_run(tmp_path, base, many, r):
     knobs = {"model_path": base, "dataset_path": many, "lora_r": r, "val_ratio": 0.2}
     whole = finished("sft", tmp_path / "whole", **knobs)
-    first = begin("sft", tmp_path / "parts", before=stop_after_four, **knobs)
+    first = begin("sft", tmp_path / "parts", before=functools.partial(after_save, 4, die), **knobs)
     assert first.wait() == [9]
     parts = finished("sft", tmp_path / "parts", resume_from_checkpoint="auto", **knobs)
     assert "resumed from" in (tmp_path / "parts.log").read_text()
     for name in ("step_000008", "final"):
         for path in (whole / name).rglob("*.safetensors"):
             assert path.read_bytes() == (parts / path.relative_to(whole)).read_bytes()
-    measured = ("tokens_per_second", "memory", "seconds")
-    strip = lambda out: [{k: v for k, v in r.items() if k not in measured} for r in records(out)]
-    assert strip(whole) == strip(parts)
+    assert losses(parts) == losses(whole)
 
 
-def stop_after_four():
-    """Ends the process as a kill would, right after the checkpoint of step 4."""
-    import os
-
-    import train
-
-    save = train.State.save
-
-    def save_and_die(self, *args):
-        save(self, *args)
-        if self.step == 4:
-            os._exit(9)
-
-    train.State.save = save_and_die
-
-
-@pytest.mark.usefixtures("forks")
 def test_only_the_adapter_changes_and_the_base_stays(tmp_path, base, many):
     before = (base / "model.safetensors").read_bytes()
     out = finished(
@@ -313,7 +296,6 @@ def test_only_the_adapter_changes_and_the_base_stays(tmp_path, base, many):
     assert all(tensor.any() for tensor in saved.values())
 
 
-@pytest.mark.usefixtures("forks")
 def test_two_ranks_and_accumulation_are_one_rank(tmp_path, base, many):
     knobs = {"model_path": base, "dataset_path": many, "lora_dropout": 0, "val_ratio": 0.2, "packing": False}
     one = finished("sft", tmp_path / "one", batch_size=8, **knobs)
@@ -324,7 +306,6 @@ def test_two_ranks_and_accumulation_are_one_rank(tmp_path, base, many):
             assert a.get(key, 0) == pytest.approx(b.get(key, 0), rel=1e-4)
 
 
-@pytest.mark.usefixtures("forks")
 def test_it_goes_on_from_what_it_made(tmp_path, base, rows):
     """SFT on an SFT folder: the adapter below is merged, its template is kept, another one refused."""
     knobs = {"dataset_path": rows, "val_ratio": 0, "max_steps": 2}
@@ -340,7 +321,6 @@ def test_it_goes_on_from_what_it_made(tmp_path, base, rows):
     assert "was trained in 'chat'" in line
 
 
-@pytest.mark.usefixtures("forks")
 def test_mistakes_are_told_on_one_line(tmp_path, base, rows, many, tiny_tokenizer):
     def line(**knobs):
         return refused("sft", tmp_path / "out", **({"model_path": base, "dataset_path": rows} | knobs))
@@ -364,7 +344,6 @@ def test_mistakes_are_told_on_one_line(tmp_path, base, rows, many, tiny_tokenize
     assert "0 usable rows" in line(dataset_path=bad)
 
 
-@pytest.mark.usefixtures("forks")
 def test_a_checkpoint_of_other_data_or_another_base_is_refused(tmp_path, base, rows, many, tiny_tokenizer):
     knobs = {"model_path": base, "dataset_path": many, "max_steps": 4, "val_ratio": 0}
     finished("sft", tmp_path / "out", **knobs)
@@ -376,7 +355,6 @@ def test_a_checkpoint_of_other_data_or_another_base_is_refused(tmp_path, base, r
     assert "its data is" in refused("sft", tmp_path / "out", **(knobs | {"dataset_path": rows}))
 
 
-@pytest.mark.usefixtures("forks")
 def test_a_used_folder_is_refused_before_any_work(tmp_path, base, rows):
     (tmp_path / "out" / "final").mkdir(parents=True)
     for name in ("sft", "dpo"):
@@ -388,7 +366,6 @@ def test_a_used_folder_is_refused_before_any_work(tmp_path, base, rows):
         )  # and only that
 
 
-@pytest.mark.usefixtures("forks")
 def test_bad_rows_are_passed_over_aloud(tmp_path, base):
     path = write_rows(tmp_path / "rows.jsonl", MANY + [{"prompt": "no answer"}])
     one = begin("sft", tmp_path / "out", model_path=base, dataset_path=path, max_steps=2)

@@ -7,7 +7,6 @@ import math
 import random
 import re
 from collections import Counter
-from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
@@ -18,6 +17,7 @@ import starter
 from configurator import UserError
 from engine import generate
 from model import Llama, ModelConfig
+from tests import SHARED
 from tokenizer import Tokenizer, render, stop_ids
 
 # What a person would accept, for every prompt: as a sentence or two, and the shortest way to say it.
@@ -491,7 +491,7 @@ def test_the_order_of_words_in_pythons_own_documentation_is_that_of_english():
     assert sum(one for one, _ in pairs) > 3 * sum(other for _, other in pairs)
 
 
-CORPORA = Path(__file__).parents[2] / "shared" / "data" / "corpora"
+CORPORA = SHARED / "corpora"
 COUNTED = (("us_speeches", 118, 8000), ("c4_demo", 286, 3000), ("wikipedia_demo", 29, 40000))
 
 

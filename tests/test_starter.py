@@ -4,15 +4,13 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 from chats import read_chats, read_pairs
 from configurator import UserError
 from starter import ABOUT, FILES, GENERATORS, SampleConfig, create, make_rows, passes, summaries
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests import ROOT
 
 
 @pytest.fixture(scope="module")

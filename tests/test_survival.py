@@ -16,26 +16,26 @@ import torch
 from checkpoint import checkpoints, find_checkpoint, problem_with
 from losses import next_token_loss
 from model import load_model
-from tests import align
+from tests import ROOT, align
 from tests.blows import (
     PHASES,
+    after_save,
     count_all,
     fill,
-    filled_after_save,
     filled_while_saving,
     kill,
     strike,
     terminate,
 )
+from tests.conftest import write_rows
 from tests.runs import (
     ONE_THREAD,
     PATIENCE,
-    ROOT,
     Run,
     begin,
     fitting,
+    losses,
     names,
-    records,
     refused,
     words,
 )
@@ -43,8 +43,6 @@ from tests.runs import train_to_end as trained
 from tests.test_faults import assert_as_if_nothing_happened, resumed
 from tests.test_train import Counting, no_validation
 from tests.warm import python
-
-pytestmark = pytest.mark.usefixtures("forks")
 
 KILLS = int(os.environ.get("KILLS", 6))
 SEED = int(os.environ.get("SEED", 0)) or random.SystemRandom().randrange(1, 1 << 32)
@@ -77,20 +75,16 @@ def test_killed_at_any_call_of_any_phase_it_resumes_and_ends_the_same(tmp_path, 
 def test_so_do_fine_tunings(tmp_path, tiny_tokenizer, program):
     template = "chatml" if program == "dpo" else None
     base = align.make_base(tmp_path / "base", tiny_tokenizer, template=template)
-    data = align.write_rows(tmp_path / "rows.jsonl", align_rows(program))
+    data = write_rows(tmp_path / "rows.jsonl", align_rows(program))
     knobs = {"model_path": base, "dataset_path": data, "val_ratio": 0.2, "save_steps": 2}
     straight = align.finished(program, tmp_path / "straight", **knobs)
 
     def check(out):
         for path in straight.rglob("*.safetensors"):
             assert path.read_bytes() == (out / path.relative_to(straight)).read_bytes(), path
-        strip = lambda where: [{k: v for k, v in r.items() if k not in MEASURED} for r in records(where)]
-        assert strip(out) == strip(straight)
+        assert losses(out) == losses(straight)
 
     survive(functools.partial(align.begin, program, **knobs), tmp_path, max(2, KILLS // 5), check)
-
-
-MEASURED = ("tokens_per_second", "memory", "seconds")
 
 
 def align_rows(program):
@@ -162,18 +156,6 @@ def test_sigterm_to_torchrun_in_the_middle_of_it_saves(tmp_path, knobs, phase):
 # ---- a disk that is really full
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 6 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    call = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", folder]
-    if sys.platform != "linux" or subprocess.run(call, capture_output=True).returncode:
-        pytest.skip("mounting takes root on Linux")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
 FULL = {
     "before": (4, r"a checkpoint needs 0\.4 MB, free are 0\.1 MB; make room, or choose another --output_dir"),
     "during": (4, r"step_000006: not written \(.*\); earlier checkpoints are untouched"),
@@ -183,22 +165,23 @@ FULL = {
 
 @pytest.mark.parametrize("moment", FULL)
 def test_a_disk_that_is_full_at_a_checkpoint_costs_no_earlier_one(small_disk, straight, knobs, moment):
-    out, log, (newest, says) = small_disk / "out", small_disk.parent / "log", FULL[moment]
+    disk, (newest, says) = small_disk("6m"), FULL[moment]
+    out, log = disk / "out", disk.parent / "log"
     one = begin(log, output_dir=out, before=functools.partial(strike, "checkpoint", 3, 1, kill), **knobs)
     assert one.wait() == [-signal.SIGKILL], one.text  # saved at 2 and 4, killed before it saved at 6
     if moment == "before":
-        fill(small_disk, 100_000)
+        fill(disk, 100_000)
     before = {
         "before": None,
-        "during": functools.partial(filled_while_saving, small_disk),
-        "after": functools.partial(filled_after_save, small_disk, 6),
+        "during": functools.partial(filled_while_saving, disk),
+        "after": functools.partial(after_save, 6, functools.partial(fill, disk, 0)),
     }[moment]
     line = refused(log, before=before, output_dir=out, resume_from_checkpoint="auto", **knobs)
     assert re.search(says, line), line
     assert checkpoints(out)[0].name == f"step_00000{newest}"
     assert problem_with(checkpoints(out)[0]) is None
     assert not list(out.glob(".tmp-step*"))
-    (small_disk / "ballast").unlink()
+    (disk / "ballast").unlink()
     resumed(log, output_dir=out, **knobs)
     assert_as_if_nothing_happened(out, straight)
 

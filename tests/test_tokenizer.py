@@ -9,9 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from itertools import islice
-from pathlib import Path
 from pydoc_data.topics import topics
 
 import numpy as np
@@ -22,12 +20,12 @@ from hypothesis import strategies as st
 
 import tokenizer as room
 from configurator import UserError
+from tests import ROOT, SHARED
 from tokenizer import IM_END, IM_START, TEMPLATES, Tokenizer, render, stop_ids, train_tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-ROOT = Path(__file__).resolve().parent.parent
-CORPORA = ROOT.parent / "shared" / "data" / "corpora"
+CORPORA = SHARED / "corpora"
 FUZZ_STRINGS = int(os.environ.get("FUZZ_STRINGS", 2_000))
 
 RARE = "quizzaciously"
@@ -282,10 +280,9 @@ def test_it_travels_to_other_processes(tok):
 
 
 @pytest.mark.parametrize("text", ["a" * 1_000_000, "<" * 1_000_000, " " * 1_000_000, "\u2581" * 100_000])
-def test_a_megabyte_of_one_character_takes_seconds_at_most(tok, text):
-    start = time.perf_counter()
+def test_a_megabyte_of_one_character_comes_back(tok, text):
+    """Not timed here: a quadratic search would take minutes, which is the alarm."""
     assert tok.decode(tok.encode(text)) == text
-    assert time.perf_counter() - start < 10  # about 0.6 s on an idle machine
 
 
 # ---- the folder

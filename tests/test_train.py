@@ -34,8 +34,6 @@ from tokenizer import Tokenizer
 from train import LoopConfig, PretrainConfig
 from world import open_world, tune_cpu
 
-pytestmark = pytest.mark.usefixtures("forks")
-
 
 def schedule(**knobs):
     return LoopConfig(learning_rate=1.0, min_lr=0.1, **knobs)

@@ -1,18 +1,21 @@
-"""A Python that imported torch and our rooms before it is started: `python()` returns its path.
+"""Processes without the two or three seconds that Python, torch and our rooms take to be imported.
 
-What it is told to run - a script, -m or -c - becomes a fork of a server that has imported once and has no
-threads: a process with arguments, folder, environment, standard streams, signals and an exit status like any,
-without the two or three seconds of importing. The path is a shell script that runs this file as a client: it
-hands over its streams, passes signals on, is killed together with its fork, and ends as that ended.
+A server imports them once, before any thread of its own runs, and forks for whoever asks. A fork becomes what
+`python WORDS` would be: a process with arguments, folder, environment, standard streams, signals, limits and
+an exit status like any. `Fork` asks for one from within Python. For programs that start programs there is
+`python()`, the path of a shell script that runs this file as a client: it hands over its streams, passes
+signals on, is killed together with its fork, and ends as that ended.
 """
 
 import atexit
 import functools
 import json
 import os
+import select
 import shlex
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -23,10 +26,8 @@ SERVERS = []  # ours, once it runs; it ends when we do, and takes its folder alo
 
 
 @functools.cache
-def python():
-    """Starts the server. Returns the path of its Python; without fork(), of the plain one."""
-    if not hasattr(os, "fork"):
-        return sys.executable
+def start_server():
+    """Starts the server, once. Returns its folder."""
     folder = tempfile.mkdtemp(prefix="warm")
     path, address = os.path.join(folder, "python"), os.path.join(folder, "socket")
     words = shlex.join([sys.executable, "-IS", __file__, "ask", address, sys.executable])
@@ -37,10 +38,54 @@ def python():
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True, "env": env}
     SERVERS.append(subprocess.Popen([sys.executable, __file__, "serve", address, path], **pipes))
     assert SERVERS[0].stdout.readline() == b"ready\n"
-    return path
+    return folder
 
 
-# ---- the client
+def python():
+    """Returns the path of a Python that has imported everything; without fork(), of the plain one."""
+    return os.path.join(start_server(), "python") if hasattr(os, "fork") else sys.executable
+
+
+class Fork:
+    """`python WORDS` as a fork of the server; `files` are its standard input, output and error.
+
+    It does not outlive this object, nor this process. `exitcode` is None until `join` has seen its end, then
+    what subprocess would call its returncode.
+    """
+
+    def __init__(self, words, env, files):
+        self.conn, self.exitcode = socket.socket(socket.AF_UNIX), None
+        self.conn.connect(os.path.join(start_server(), "socket"))
+        send_request(self.conn, words, env, False, [0, 1, 2], [file.fileno() for file in files])
+        self.pid = number_from(self.conn)
+
+    def join(self, seconds=None):
+        """Waits for its end, at most so many seconds."""
+        if self.exitcode is None and select.select([self.conn], [], [], seconds)[0]:
+            self.exitcode = number_from(self.conn)
+            self.conn.close()
+
+    def is_alive(self):
+        self.join(0)
+        return self.exitcode is None
+
+    def kill(self):
+        if self.is_alive():
+            os.kill(self.pid, signal.SIGKILL)
+
+
+# ---- between client and server
+
+
+def send_request(conn, words, env, unbuffered, numbers, files):
+    """Asks for `python WORDS` in the working folder, with `files` open under those numbers."""
+    socket.send_fds(conn, [b"+"], files)
+    conn.sendall(json.dumps([words, os.getcwd(), dict(env), unbuffered, numbers]).encode() + b"\n")
+
+
+def number_from(conn):
+    """Returns what the server tells next: first the fork's pid, then how it ended."""
+    return struct.unpack("i", conn.recv(4, socket.MSG_WAITALL))[0]
 
 
 def ask(address, plain, *words):
@@ -56,11 +101,11 @@ def ask(address, plain, *words):
     except OSError:
         os.execv(plain, [plain, *words])
     unbuffered = "-u" in words[: -len(rest)] or bool(os.environ.get("PYTHONUNBUFFERED"))
-    socket.send_fds(conn, [b"+"], files)
-    conn.sendall(json.dumps([rest, os.getcwd(), dict(os.environ), unbuffered, files]).encode() + b"\n")
+    send_request(conn, rest, os.environ, unbuffered, files, files)
     for name in PASSED_ON:
         signal.signal(getattr(signal, name), lambda number, frame: conn.sendall(bytes([number])))
-    status = int(conn.makefile().readline())
+    number_from(conn)  # its pid
+    status = number_from(conn)
     if status < 0:
         if -status != signal.SIGKILL:
             signal.signal(-status, signal.SIG_DFL)
@@ -106,6 +151,7 @@ def serve(address):
                 if pid:
                     forks[pid] = conn
                     selector.register(conn, selectors.EVENT_READ, pid)
+                    tell(conn, pid)
             elif key.fileobj is woken:
                 woken.recv(4096)
                 reap(forks, selector)
@@ -130,15 +176,18 @@ def fork(conn):
     return pid, None
 
 
+def tell(conn, number):
+    with contextlib.suppress(OSError):  # the client was killed
+        conn.sendall(struct.pack("i", number))
+
+
 def reap(forks, selector):
     """Tells the clients of the forks that ended how they did."""
     while forks and (found := os.waitpid(-1, os.WNOHANG))[0]:
         conn = forks.pop(found[0])
-        try:
+        with contextlib.suppress(KeyError):  # `hear` did it
             selector.unregister(conn)
-            conn.sendall(f"{os.waitstatus_to_exitcode(found[1])}\n".encode())
-        except (KeyError, OSError):
-            pass  # the client was killed
+        tell(conn, os.waitstatus_to_exitcode(found[1]))
         conn.close()
 
 
@@ -219,6 +268,7 @@ def end(run):
 if __name__ == "__main__" and sys.argv[1] == "ask":
     ask(*sys.argv[2:])
 elif __name__ == "__main__":
+    import contextlib
     import fcntl
     import gc
     import importlib.machinery
@@ -233,10 +283,8 @@ elif __name__ == "__main__":
     sys.path[0] = str(room)
     for name in [
         *(path.stem for path in room.glob("*.py")),
-        "torch._dynamo",
-        "torch.distributed.run",
-        "ftfy",
-        "datasketch",
+        *("torch._dynamo", "torch.distributed.run", "ftfy", "datasketch"),
+        *("pytest", "tests.runs"),  # of what tests have their forks do
     ]:
         importlib.import_module(name)
     del sys.path[0]
