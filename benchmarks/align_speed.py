@@ -33,7 +33,7 @@ from data import supervised_rows
 from dpo import DPOConfig, Pair, drop_nothing, pair_rows, preference_loss
 from lora import add_lora
 from losses import next_token_loss
-from model import Llama, ModelConfig, choose_attention
+from model import Llama, ModelConfig, choose_attention, to_hf
 from train import LoopConfig, State, forward_backward
 from world import World, memory_used, tune_cpu
 
@@ -94,13 +94,7 @@ def theirs(cfg):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=cfg.vocab_size, hidden_size=cfg.d_model, intermediate_size=cfg.d_ff,
-            num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head, num_key_value_heads=cfg.kv_heads,
-            max_position_embeddings=cfg.sequence_length, tie_word_embeddings=True, use_cache=False,
-        )
-    )  # fmt: skip
+    llama = LlamaForCausalLM(LlamaConfig.from_dict(to_hf(cfg), use_cache=False))
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = get_peft_model(llama, LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=targets))
     trainable = [p for p in model.parameters() if p.requires_grad]

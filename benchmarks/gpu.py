@@ -30,8 +30,9 @@ import torch
 
 from configurator import configure, narrow
 from losses import next_token_loss
-from model import Llama, ModelConfig, choose_device, flops_per_token, load_model, save_model
+from model import Llama, ModelConfig, choose_device, flops_per_token, load_model, save_model, to_hf
 from packed import pack
+from plan import RandomTokens
 from train import PretrainConfig, State, forward_backward
 from world import World, autocast, choose_dtype, compile_model, seed_everything, tune_cpu
 
@@ -79,17 +80,6 @@ def preset(name, small, **changes):
             toy | {"num_key_value_heads": None, "batch_size": 2, "gradient_accumulation_steps": 2} | changes
         )
     return replace(cfg, **changes)
-
-
-class RandomRows:
-    """A loader of random tokens with fit's interface: what speed needs, nothing a disk could slow down."""
-
-    def __init__(self, cfg):
-        self.shape, self.vocab_size = (cfg.batch_size, cfg.sequence_length + 1), cfg.vocab_size
-
-    def batch(self, step, micro, rank=0, accumulation=1):
-        rows = np.random.default_rng([step, micro]).integers(0, self.vocab_size, self.shape, dtype=np.int64)
-        return {"ids": rows[:, :-1].copy(), "labels": rows[:, 1:].copy(), "count": rows[:, 1:].size}
 
 
 def wait(device):
@@ -156,7 +146,7 @@ def exact(small):
     cfg = preset("tiny", True, d_model=128, n_head=2, num_key_value_heads=1, d_ff=256, sequence_length=256)
     torch.manual_seed(0)
     model = Llama(narrow(cfg, ModelConfig)).eval()
-    batch = RandomRows(cfg).batch(0, 0)
+    batch = RandomTokens(cfg).batch(0, 0)
     cpu = {k: torch.from_numpy(batch[k]) for k in ("ids", "labels")}
     with torch.no_grad():
         reference = model(cpu["ids"])
@@ -200,7 +190,7 @@ def stepper(cfg, device, model=None, loss_fn=next_token_loss, batch=None):
     Every step has a fresh random batch, or always `batch`.
     """
     dtype, _ = choose_dtype(cfg.dtype if device.type == "cuda" else "fp32", device)
-    world, loader, accumulation = World(0, 1, device), RandomRows(cfg), cfg.gradient_accumulation_steps
+    world, loader, accumulation = World(0, 1, device), RandomTokens(cfg), cfg.gradient_accumulation_steps
     seed_everything(cfg.seed)
     model = model or Llama(narrow(cfg, ModelConfig)).to(device)
     model.train().model.gradient_checkpointing = cfg.gradient_checkpointing
@@ -374,13 +364,8 @@ def hf(small, name, mode):
 
     cfg = preset(name, small)
     device = choose_device("auto")
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=cfg.vocab_size, hidden_size=cfg.d_model, intermediate_size=cfg.d_ff,
-            num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head, num_key_value_heads=cfg.kv_heads,
-            max_position_embeddings=cfg.sequence_length, tie_word_embeddings=True, use_cache=False,
-        )
-    )  # fmt: skip
+    shape = LlamaConfig.from_dict(to_hf(narrow(cfg, ModelConfig)), use_cache=False)
+    model = LlamaForCausalLM(shape)
     warm, timed = (2, 3) if small else (10, 20 if name != "base" else 10)
     stamps = []
 
