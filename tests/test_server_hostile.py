@@ -657,11 +657,12 @@ def test_open_to_others_only_with_a_key():
         assert one.url.startswith("http://localhost:")
 
 
-def test_no_file_but_the_page_is_read(target):
-    """What the process has open does not change with what is asked."""
+def test_no_request_leaves_a_file_or_a_socket_open(target):
     folder = f"/proc/{target.ranks[0].pid}/fd"
     if not os.path.isdir(folder):
         pytest.skip("no /proc here")
-    for _ in range(3):
-        target.get("/health")
-    wait_until(lambda: len(os.listdir(folder)) < 40)
+    wait_until(lambda: target.metric("connections") == 1)
+    before = len(os.listdir(folder))
+    for path in ["/", "/health", "/nope"] * 20:
+        target.get(path)
+    wait_until(lambda: len(os.listdir(folder)) <= before)
