@@ -251,7 +251,7 @@ def test_lists_and_lines_are_told_apart_by_their_content(tmp_path, name, text, c
 
 
 @pytest.mark.parametrize(("suffix", "opener"), [("gz", gzip.open), ("bz2", bz2.open), ("xz", lzma.open)])
-def test_compressed(tmp_path, suffix, opener):
+def test_compressed_files_are_read(tmp_path, suffix, opener):
     path = tmp_path / f"rows.jsonl.{suffix}"
     with opener(path, "wb") as file:
         file.write(json.dumps(ROW).encode() + b"\n")
@@ -803,7 +803,7 @@ def test_a_misspelled_command_is_named():
         ("dpo/lfs_preference_1100.jsonl", 877, {"identical-pair": 3}),
     ],
 )
-def test_real_files(path, count, dropped):
+def test_real_files_lose_no_row_but_these(path, count, dropped):
     tally = Tally()
     read = read_pairs if path.startswith("dpo") else read_chats
     assert len(read(SHARED / path, tally)) == count

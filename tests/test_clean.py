@@ -550,7 +550,7 @@ def rows(path):
     return [json.loads(line) for line in shared(path).read_text(encoding="utf-8").splitlines()]
 
 
-def test_dev_languages():
+def test_labelled_texts_are_told_apart_by_their_language():
     texts = [row for row in rows("langid/dev.jsonl") if row["is_english"] is not None]
     kept = [english_score(row["text"]) >= 0.7 for row in texts]
     for english, share in ((True, 0.97), (False, 0.03)):
@@ -558,7 +558,7 @@ def test_dev_languages():
         assert (sum(found) / len(found) >= share) is english
 
 
-def test_cases_of_ftfy():
+def test_ftfys_own_cases_come_out_as_ftfy_has_them():
     cases = json.loads(shared("dirty/ftfy_cases.json").read_text(encoding="utf-8"))
     for case in cases:
         fixed = ftfy.fix_text(case["original"])

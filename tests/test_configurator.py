@@ -159,7 +159,7 @@ def test_presets_in_order_then_flags_then_defaults(preset):
         (["--mixture", '[{"name": "a"}]'], "mixture", [{"name": "a"}]),
     ],
 )
-def test_flags(words, name, value):
+def test_a_flag_reaches_its_field_in_its_type(words, name, value):
     got = getattr(read(*words), name)
     assert got == value
     assert type(got) is type(value)
@@ -179,7 +179,7 @@ def test_flags(words, name, value):
         ("rope_scaling", '{"_kept": 1}', {"_kept": 1}),
     ],
 )
-def test_preset_values(preset, name, written, value):
+def test_a_presets_value_reaches_its_field_in_its_type(preset, name, written, value):
     got = getattr(read(preset(f'{{"{name}": {written}}}')), name)
     assert got == value
     assert type(got) is type(value)
@@ -264,7 +264,7 @@ def test_a_preset_for_another_program_is_refused_by_its_name(preset):
         (["--d_model=7"], "d_model 7 is odd; choose an even one"),
     ],
 )
-def test_flag_errors(words, sentence):
+def test_a_wrong_flag_is_told_in_this_sentence(words, sentence):
     assert error_of(*words) == sentence
 
 
@@ -312,7 +312,7 @@ def test_flag_errors(words, sentence):
     ],
     ids=range(29),
 )
-def test_preset_errors(preset, content, sentence):
+def test_a_wrong_preset_is_told_in_this_sentence(preset, content, sentence):
     assert error_of(preset(content)) == sentence
 
 
@@ -374,7 +374,7 @@ def test_open_and_one_sided_ranges():
     assert error_of("--few=4", cls=Bounds) == "few must be an integer <= 3, got 4 (--few)"
 
 
-def test_did_you_mean():
+def test_the_nearest_name_is_suggested():
     assert did_you_mean("chatm", ["chatml", "instruct"]) == "; did you mean 'chatml'?"
     assert did_you_mean("epochs", ["num_train_epochs", "seed"]) == "; did you mean 'num_train_epochs'?"
     assert did_you_mean("N-Layer", ["n_layer"], "--{}") == "; did you mean --n_layer?"

@@ -286,7 +286,7 @@ def real():
     )
 
 
-def test_real_pairs(real, tmp_path):
+def test_labelled_pairs_lose_their_second_document(real, tmp_path):
     found = {"alike": [], "apart": []}
     for number, line in enumerate((PAIRS / "pairs.dev.jsonl").read_text().splitlines()):
         pair = json.loads(line)

@@ -448,7 +448,7 @@ def test_a_row_beyond_the_context_has_no_score(model):
 # ---- seeds
 
 
-def test_seeds(model):
+def test_a_seed_gives_its_answer_again_and_none_another(model):
     assert answer(model, PROMPTS[2], PLAIN) == answer(model, PROMPTS[2], PLAIN)
     assert answer(model, PROMPTS[2], PLAIN) != answer(model, PROMPTS[2], replace(PLAIN, seed=4))
     fresh = [answer(model, PROMPTS[2], replace(PLAIN, seed=None)) for _ in range(2)]

@@ -1,5 +1,6 @@
 """eval.py: the promised numbers, lm-eval's on the same folder, bad input, comparison and assessment."""
 
+import copy
 import gzip
 import json
 import math
@@ -16,7 +17,7 @@ from assess import METRICS, assess, compare, read_expected, size_class
 from chats import read_rows
 from configurator import UserError, configure
 from engine import open_model
-from eval import EvalConfig, encode_questions, main, prepare_text, read_text, to_question
+from eval import EvalConfig, encode_questions, main, prepare_text, read_text, text_verdict, to_question
 from lora import add_lora, identify, merge_lora, save_adapter
 from model import Llama, ModelConfig, count_parameters, load_model, save_model
 from scoring import answer_scores
@@ -327,9 +328,9 @@ def test_mistakes_are_one_line_and_leave_nothing(name, place, tmp_path, monkeypa
 # ---- results side by side, and against expectations
 
 
-def variant(place, folder, change):
-    """A copy of the results with something changed; returns its folder."""
-    results = json.loads((place / "out" / "results.json").read_text(encoding="utf-8"))
+def variant(results, folder, change):
+    """Writes a copy of results with something changed; returns its folder."""
+    results = copy.deepcopy(results)
     change(results)
     folder.mkdir()
     (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
@@ -337,16 +338,16 @@ def variant(place, folder, change):
 
 
 def test_compare_marks_the_best_of_what_may_be_compared(results, place, tmp_path):
-    better = variant(place, tmp_path / "better", lambda r: r["perplexity"].update(bits_per_byte=0.5))
+    better = variant(results, tmp_path / "better", lambda r: r["perplexity"].update(bits_per_byte=0.5))
     rows = {row.split("  ")[0]: row for row in compare([place / "out", better]).splitlines()}
     assert rows["bits per byte"].endswith("0.5000 *")
-    other = variant(place, tmp_path / "other", lambda r: r["perplexity"]["text"].update(sha256="x"))
+    other = variant(results, tmp_path / "other", lambda r: r["perplexity"]["text"].update(sha256="x"))
     text = compare([place / "out", other / "results.json"])
     assert "bits per byte: not to be compared, the texts differ" in text
     assert not re.search(r"bits per byte .*\*", text)
     assert re.search(r"choices.jsonl accuracy +33.3% \* +33.3% \*", text)
     assert re.search(r"context, stride +96, 48 +96, 48", text)
-    missing = variant(place, tmp_path / "missing", lambda r: r.update(boolq={"verdict": "", "reason": "r"}))
+    missing = variant(results, tmp_path / "missing", lambda r: r.update(boolq={"verdict": "", "reason": "r"}))
     assert re.search(r"BoolQ accuracy .* not measured", compare([place / "out", missing]))
     with pytest.raises(UserError, match="two results"):
         compare([place / "out"])
@@ -376,13 +377,13 @@ def test_the_size_class_of_a_preset_is_itself(name):  # trap B48
     assert {size_class(round(count * share), sizes) for share in (0.8, 1, 1.2)} == {name}
 
 
-def test_each_metric_is_held_against_its_range(place, tmp_path):
+def test_each_metric_is_held_against_its_range(results, tmp_path):
     def change(r):
         r["model"]["non_embedding"] = 6_294_784
         r["perplexity"]["text"]["name"] = "WikiText-2 raw, test"
         r["perplexity"]["token_perplexity"], r["boolq"]["accuracy"], r["smoke"]["score"] = 45.0, 0.5, 0.9
 
-    text = assess([variant(place, tmp_path / "r", change)], EXPECTED)
+    text = assess([variant(results, tmp_path / "r", change)], EXPECTED)
     assert "size class tiny" in text
     assert re.search(r"token perplexity +45.00 +40.00 to 80.00 +within +claim of the original README", text)
     assert re.search(r"token perplexity +45.00 +50.00 to 80.00 +better", text)
@@ -391,8 +392,8 @@ def test_each_metric_is_held_against_its_range(place, tmp_path):
     assert "do not report the accuracy as a skill" in text
 
 
-def test_a_range_for_another_text_is_no_verdict(place, tmp_path):
-    changed = variant(place, tmp_path / "r", lambda r: r["model"].update(non_embedding=50_000_000))
+def test_a_range_for_another_text_is_no_verdict(results, tmp_path):
+    changed = variant(results, tmp_path / "r", lambda r: r["model"].update(non_embedding=50_000_000))
     text = assess([changed], EXPECTED)
     assert "size class small" in text
     assert re.search(r"token perplexity .* not comparable: measured on another text", text)
@@ -482,4 +483,11 @@ def test_a_uniform_model_has_the_vocabulary_as_its_perplexity(place, tmp_path, t
     got = measure(place, tmp_path / "out", model_path=str(tmp_path / "zero"))["perplexity"]
     assert got["token_perplexity"] == pytest.approx(384)
     assert got["bits_per_byte"] == pytest.approx(got["baselines"]["uniform"]["bits_per_byte"])
-    assert got["verdict"].startswith("better than no baseline") or "uniform" not in got["verdict"]
+
+
+def test_a_verdict_names_the_baselines_that_were_beaten():
+    baselines = {"uniform": {"bits_per_byte": 3.0}, "gzip": {"bits_per_byte": 2.0}}
+    said = [text_verdict(bits, baselines, True) for bits in (3.0, 2.5, 1.0)]
+    better = "better than uniform"
+    assert said == ["better than no baseline", f"{better}; not better than gzip", f"{better}, gzip"]
+    assert text_verdict(1.0, baselines, False).endswith("; too low: the tokenizer loses parts of this text")

@@ -153,7 +153,7 @@ def test_rows_of_one_request_are_rows_alone(chatty, model, tiny_tokenizer):
     assert list(rows.values()) == expected
 
 
-def test_stop_texts(chatty, model, tiny_tokenizer):
+def test_a_stop_text_ends_an_answer_and_is_no_part_of_it(chatty, model, tiny_tokenizer):
     prompt = [1, *tiny_tokenizer.encode("once")]
     full = alone(model, tiny_tokenizer, prompt, 30, **SAMPLING)[0]
     stop = full[6:9]
@@ -502,7 +502,7 @@ def test_a_call_enters_whole_or_not_at_all(solo):
     assert [len(finishes(call)) for call in calls] == [4, 4]
 
 
-def test_time_is_up(solo):
+def test_a_row_ends_with_its_time_and_one_that_waited_too_long_is_refused(solo):
     def expire():
         if call and len(call.jobs[0].request.ids) >= 3:
             call.deadline = 0
@@ -589,7 +589,7 @@ def test_a_failing_score_leaves_the_rows_under_way_alone(model, tiny_tokenizer, 
         (["authorization:bearer " + KEY], 200),
     ],
 )
-def test_the_key(others, headers, status):
+def test_nothing_but_the_right_key_opens(others, headers, status):
     one = others["key"].ready()
     assert one.get("/v1/models", *headers).status == status
     assert one.raw(one.post("/tokenize", {"prompt": "a"}, *headers)).status == status
@@ -610,7 +610,7 @@ def test_what_is_open_without_a_key(others):
     assert one.raw(one.head("GET /health HTTP/1.1").replace(b"127.0.0.1", b"box.lan")).status == 403
 
 
-def test_pages_of_others(others):
+def test_of_others_pages_only_the_allowed_may_ask(others):
     one, origin = others["origin"].ready(), "Origin: http://page.example:3000"
     answer = one.raw(one.post("/tokenize", {"prompt": "a"}, origin))
     assert (answer.status, answer.headers["access-control-allow-origin"]) == (200, origin[8:])

@@ -127,7 +127,7 @@ LINES = {  # first lines and headers of requests without a body -> status
 
 
 @pytest.mark.parametrize(("lines", "status"), LINES.values(), ids=LINES)
-def test_heads(target, lines, status):
+def test_every_head_has_its_status(target, lines, status):
     host = f"Host: 127.0.0.1:{target.port}"
     data = "\r\n".join([*(host if line == HOST else line for line in lines), "", ""]).encode("latin-1")
     response = target.raw(data)
@@ -204,7 +204,7 @@ LENGTHS = {  # headers of a POST with the body GOOD -> status; {L} is the right 
 
 
 @pytest.mark.parametrize(("headers", "status"), LENGTHS.values(), ids=LENGTHS)
-def test_lengths_and_kinds(target, headers, status):
+def test_a_body_is_taken_by_its_length_and_kind_alone(target, headers, status):
     headers = [header.replace("{L}", str(len(GOOD))) for header in headers]
     with target.connect(target.head(f"POST {CHAT} HTTP/1.1", *headers) + GOOD.encode()) as sock:
         text = read_all(sock).removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n" if status == 200 else b"")
@@ -279,7 +279,7 @@ BODIES = {
 
 
 @pytest.mark.parametrize("path", ["/generate", DONE, CHAT, "/tokenize", "/detokenize"])
-def test_bodies(target, path):
+def test_a_body_that_is_no_request_is_a_400(target, path):
     for name, body in BODIES.items():
         response = target.raw(target.post(path, body))
         assert response.status == 400, (name, response.body)
@@ -381,7 +381,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("path", "fields"), WRONG, ids=[f"{p}-{json.dumps(f)[:60]}" for p, f in WRONG])
-def test_wrong_fields(target, path, fields):
+def test_a_wrong_field_is_a_400(target, path, fields):
     status, answer = target.ask(path, fields)
     assert (status, answer["error"]["type"]) == (400, "invalid_request_error"), answer
     assert len(answer["error"]["message"]) < 300
@@ -598,7 +598,7 @@ def wait_until(ready):
         time.sleep(0.005)
 
 
-def test_gone(pair):
+def test_a_client_that_closes_its_half_is_gone(pair):
     wire, client = pair
     assert not wire.gone()
     client.sendall(b"and another thing")

@@ -2,8 +2,6 @@
 
 import functools
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -325,7 +323,7 @@ def test_mistakes_are_told_on_one_line(tmp_path, base, rows, many, tiny_tokenize
     def line(**knobs):
         return refused("sft", tmp_path / "out", **({"model_path": base, "dataset_path": rows} | knobs))
 
-    assert "not a model folder" in line(model_path=tmp_path) or "tokenizer" in line(model_path=tmp_path)
+    assert f"{tmp_path}: not a model folder (no config.json)" in line(model_path=tmp_path)
     assert f"{base.parent}: not a model folder (no config.json); there is one in {base}" in line(
         model_path=base.parent
     )
@@ -371,15 +369,6 @@ def test_bad_rows_are_passed_over_aloud(tmp_path, base):
     one = begin("sft", tmp_path / "out", model_path=base, dataset_path=path, max_steps=2)
     assert one.wait() == [0], one.text
     assert f"1 row of {path} passed over: missing-field (line 41: missing " in one.text
-
-
-@pytest.mark.parametrize("program", ["sft.py", "dpo.py"])
-def test_help_from_anywhere(program, tmp_path):
-    done = subprocess.run(
-        [sys.executable, ROOT / program, "--help"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "--lora_target_modules" in done.stdout
 
 
 @pytest.mark.parametrize(("name", "config"), [("sft", "SFTConfig"), ("dpo", "DPOConfig")])

@@ -418,7 +418,7 @@ def too_wide(chat):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone(opened, tmp_path, scheme):
+def test_on_a_phone_nothing_is_cut_off_or_too_small_to_touch(opened, tmp_path, scheme):
     chat = opened(width=360, has_touch=True, is_mobile=True, color_scheme=scheme).ready()
     assert too_wide(chat) == 0
     chat.set(Longest_answer=24)
@@ -576,7 +576,7 @@ def test_a_server_that_wants_a_key(opened, start, folder, tmp_path):
     assert "sesame" in chat.page.evaluate("JSON.stringify(sessionStorage)")
 
 
-def test_a_full_queue(opened, start, folder):
+def test_a_full_queue_is_told_and_can_be_tried_again(opened, start, folder):
     one = start(folder, slots=1, queue=1)
     chat = opened(one).ready().set(Longest_answer=4)
     endless = one.post(
@@ -595,7 +595,7 @@ def test_a_full_queue(opened, start, folder):
     assert len(chat.texts()) == 2
 
 
-def test_a_full_context(opened, start, tiny_tokenizer, tmp_path):
+def test_a_full_context_is_told_with_ways_out(opened, start, tiny_tokenizer, tmp_path):
     chat = opened(start(talkative(tmp_path / "short", tiny_tokenizer, "chatml", sequence_length=64))).ready()
     chat.set(Longest_answer=4)
     chat.ask("the quick brown fox")
