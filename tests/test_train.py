@@ -328,14 +328,15 @@ def test_the_run_json_of_a_resumed_run_starts_from_the_beginning_too(finished, t
     assert cfg.resume_from_checkpoint is None
 
 
-def test_a_finished_run_that_is_resumed_does_nothing_and_says_so(finished, tiny_dataset):
-    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file() and p.name != "run.lock"}
+def test_a_finished_run_that_is_resumed_does_nothing_and_says_so(finished, tmp_path, tiny_dataset):
+    out, touched = shutil.copytree(finished, tmp_path / "out"), ("run.lock", "metrics.jsonl")
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.name not in touched}
     knobs = {"data_path": tiny_dataset, "save_steps": 2, "keep_last": 2, "eval_rows": 100}
-    trained(finished, resume_from_checkpoint="auto", **knobs)
-    assert "this run is complete" in finished.with_suffix(".log").read_text()
-    after = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file() and p.name != "run.lock"}
-    assert set(before) == set(after)
-    assert all(before[p] == after[p] for p in before if p.name != "metrics.jsonl")
+    trained(out, resume_from_checkpoint="auto", **knobs)
+    assert "this run is complete" in out.with_suffix(".log").read_text()
+    assert losses(out) == losses(finished)
+    after = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.name not in touched}
+    assert before == after
 
 
 def test_it_trains_on_a_cpu_with_nothing_said_about_precision(tmp_path, tiny_dataset):
@@ -539,8 +540,8 @@ def test_a_rank_alone_on_its_machine_has_all_its_cores(tmp_path, tiny_dataset):
     assert "device cpu, 8 threads, 2 ranks" in out.with_suffix(".log").read_text()
 
 
-def test_an_output_folder_that_holds_a_run_is_refused_and_left_alone(finished, tiny_dataset):
+def test_an_output_folder_that_holds_a_run_is_refused_and_left_alone(finished, tmp_path, tiny_dataset):
     before = names(finished)
-    line = refused(finished, data_path=tiny_dataset)
+    line = refused(tmp_path / "second", output_dir=finished, data_path=tiny_dataset)
     assert "already holds a run; continue it with --resume_from_checkpoint=auto" in line
     assert names(finished) == before
