@@ -202,7 +202,7 @@ def test_a_plan_times_some_steps_and_writes_nothing(tmp_path, begin, user):
 
 
 @pytest.mark.parametrize("user", ["sft", "dpo"])
-def test_a_time_box_ends_with_a_model_at_the_floor_of_the_learning_rate(tmp_path, begin, user):
+def test_a_time_box_ends_with_a_model_whose_learning_rate_came_down(tmp_path, begin, user):
     knobs = {"max_minutes": 0.03, "max_steps": None, "num_train_epochs": None}
     out = finished(begin[user], tmp_path / "out", **knobs, save_steps=1000, eval_steps=1000)
     rates = [r["lr"] for r in records(out) if "lr" in r]

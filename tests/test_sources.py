@@ -638,7 +638,7 @@ def test_real_wikitext_is_sixty_articles():
 def hub(tmp_path, monkeypatch):
     """A dataset as the hub has them, in a local folder, which the package streams by the same path."""
     pytest.importorskip("datasets")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "owner" / "name"
     for config, texts in {"lines": wikitext_rows(), "pages": [f"page {n}" for n in range(300)]}.items():
         (folder / config).mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import os
 import re
 import shutil
 import time
@@ -56,9 +57,10 @@ def server(start, folder):
 
 
 @pytest.fixture(scope="module")
-def browser():
+def browser(tmp_path_factory):
+    home = os.environ | {"HOME": str(tmp_path_factory.mktemp("home"))}
     with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], env=home)
         yield browser
         browser.close()
 
