@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from model import load_model
-from tests.align import finished, make_base, write_rows
+from tests.align import finished, make_base
+from tests.conftest import write_rows
 from tests.runs import records
 from tokenizer import Tokenizer, render
 from tuning import answer_to
@@ -33,7 +34,6 @@ def greedy_by_transformers(folder, question, count):
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize("program", ["sft", "dpo"])
 def test_each_evaluation_shows_a_held_out_question_and_the_greedy_answer(tmp_path, base, program):
     data = write_rows(tmp_path / "data.jsonl", ROWS[program][2:])
