@@ -531,8 +531,9 @@ def test_stopping_ends_what_runs_and_refuses_what_waits(solo):
         solo.call()
 
 
-def test_a_failure_ends_its_own_calls_only(model, tiny_tokenizer, capsys):
-    """The model breaks on one id, in a prompt or in a score; the next call is served as ever."""
+@pytest.fixture
+def fragile(model, tiny_tokenizer):
+    """A scheduler whose model breaks on one id, 99, in a prompt or in a score."""
 
     def breaks(module, args):
         if (args[0] == 99).any():
@@ -540,35 +541,27 @@ def test_a_failure_ends_its_own_calls_only(model, tiny_tokenizer, capsys):
 
     handle = model.model.register_forward_pre_hook(breaks)
     solo = Solo(model, tiny_tokenizer)
-    try:
-        expected = finishes(solo.call())
-        for prompt, kw in (((1, 99, 70), {}), ((1, 70, 99), {}), ((1, 99, 70), {"score": 1})):
-            with pytest.raises(Failed) as problem:
-                finishes(solo.call(prompts=[prompt], **kw))
-            assert str(problem.value) in capsys.readouterr().err
-            assert finishes(solo.call()) == expected
-    finally:
-        handle.remove()
-        solo.close()
+    yield solo
+    handle.remove()
+    solo.close()
 
 
-def test_a_failing_score_leaves_the_rows_under_way_alone(model, tiny_tokenizer, capsys):
-    def breaks(module, args):
-        if (args[0] == 99).any():
-            raise RuntimeError("a broken kernel")
+def test_a_failure_ends_its_own_calls_only(fragile, capsys):
+    expected = finishes(fragile.call())
+    for prompt, kw in (((1, 99, 70), {}), ((1, 70, 99), {}), ((1, 99, 70), {"score": 1})):
+        with pytest.raises(Failed) as problem:
+            finishes(fragile.call(prompts=[prompt], **kw))
+        assert str(problem.value) in capsys.readouterr().err
+        assert finishes(fragile.call()) == expected  # the next call is served as ever
 
-    handle = model.model.register_forward_pre_hook(breaks)
-    solo = Solo(model, tiny_tokenizer)
-    try:
-        running = solo.call(count=120, gone=lambda: time.sleep(0.001))
-        while not running.jobs[0].request.ids:
-            time.sleep(0.001)
-        with pytest.raises(Failed):
-            finishes(solo.call(prompts=[(1, 99, 70)], score=1))
-        assert finishes(running) == ["length"]
-    finally:
-        handle.remove()
-        solo.close()
+
+def test_a_failing_score_leaves_the_rows_under_way_alone(fragile):
+    running = fragile.call(count=120, gone=lambda: time.sleep(0.001))
+    while not running.jobs[0].request.ids:
+        time.sleep(0.001)
+    with pytest.raises(Failed):
+        finishes(fragile.call(prompts=[(1, 99, 70)], score=1))
+    assert finishes(running) == ["length"]
 
 
 # ---- who may ask
