@@ -16,12 +16,12 @@ PRESET = $${CONFIG:+"$$CONFIG"}
 FIT = $(call flag,BATCH_SIZE,batch_size) $(call flag,LEARNING_RATE,learning_rate) \
   $(call flag,GRADIENT_ACCUMULATION_STEPS,gradient_accumulation_steps) $(call flag,MAX_STEPS,max_steps) \
   $(call flag,WARMUP_STEPS,warmup_steps) $(call flag,MAX_MINUTES,max_minutes) $(call flag,OUTPUT,output_dir)
-DATA = data="$${DATA_PATH:-$$($(RUN) workspace.py newest --kind=data)}" && vocab="$$($(RUN) workspace.py vocab "$$data")" &&
+DATA = data="$${DATA_PATH:-$$($(RUN) -m tools.workspace newest --kind=data)}" && vocab="$$($(RUN) -m tools.workspace vocab "$$data")" &&
 PRETRAIN = $(PRESET) --data_path="$$data" --vocab_size="$$vocab" $(FIT)
-MODEL = model="$${MODEL_PATH:-$$($(RUN) workspace.py newest$(1))}" &&
+MODEL = model="$${MODEL_PATH:-$$($(RUN) -m tools.workspace newest$(1))}" &&
 PREPARED = $(call flag,RAW_DATASET,input_path) $(call flag,OUTPUT,output_dir)
 EVALUATE = $(call MODEL) $(RUN) eval.py $(PRESET) --model_path="$$model" --output_dir="$${OUTPUT:-evaluation_results}"
-SESSION = $(RUN) session.py
+SESSION = $(RUN) -m tools.session
 BOX = $(call flag,SESSION_TIME,minutes)
 PRESET_BOX = $(BOX) $(call flag,CONFIG,config)
 
@@ -56,7 +56,7 @@ install-flash: .venv/installed ## flash-attn, where there is CUDA and its compil
 	$(RUN) -m pip install flash-attn --no-build-isolation
 
 check-env: .venv/installed ## Python, torch, CUDA, memory, disk, optional packages
-	$(RUN) host.py check-env
+	$(RUN) -m tools.host check-env
 
 ASK = $(RUN) sample.py --chat --prompt="What is the plural of tree?" --temperature=0 --max_new_tokens=24
 
@@ -139,12 +139,12 @@ server: .venv/installed ## chat page and OpenAI's routes; HOST, PORT
 	$(call MODEL) $(RUN) server.py --model_path="$$model" $(call flag,HOST,host) $(call flag,PORT,port)
 
 export: .venv/installed ## a model for other programs: FORMAT=hf or gguf, OUTPUT=where
-	$(call MODEL) $(RUN) export.py --model_path="$$model" --output="$${OUTPUT:-exported/model}" $(call flag,FORMAT,format)
+	$(call MODEL) $(RUN) -m tools.export --model_path="$$model" --output="$${OUTPUT:-exported/model}" $(call flag,FORMAT,format)
 
-##@ Sessions: time boxes, with a log and a table (SESSIONS.md); SESSION_TIME=minutes
+##@ Sessions: time boxes, with a log and a table (docs/SESSIONS.md); SESSION_TIME=minutes
 
 session-status: .venv/installed ## datasets, trainings, evaluations, and what to do next
-	$(RUN) workspace.py status
+	$(RUN) -m tools.workspace status
 
 session-quick: .venv/installed ## 30 min: everything once, small
 	$(SESSION) quick $(PRESET_BOX)
@@ -165,7 +165,7 @@ session-architecture: .venv/installed ## 30 min: report, forward and backward pa
 	$(SESSION) architecture $(PRESET_BOX)
 
 session-cleanup: .venv/installed ## delete sessions/
-	$(RUN) workspace.py clean-sessions $(call flag,YES,yes)
+	$(RUN) -m tools.workspace clean-sessions $(call flag,YES,yes)
 
 test-pipeline: .venv/installed ## session-quick in ten minutes
 	$(SESSION) quick --minutes="$${SESSION_TIME:-10}" $(call flag,CONFIG,config)
@@ -173,19 +173,19 @@ test-pipeline: .venv/installed ## session-quick in ten minutes
 ##@ Upkeep (what deletes asks first; YES=1 for scripts)
 
 monitor: .venv/installed ## processor, memory, GPU and the newest training, once a second
-	$(RUN) host.py monitor
+	$(RUN) -m tools.host monitor
 
 config-rtx4090: .venv/installed ## a preset fitted to this machine's card: configs/rtx4090.json; CONFIG, GPU, OUTPUT
-	$(RUN) host.py config-gpu $(call flag,CONFIG,config) $(call flag,GPU,gpu) $(call flag,OUTPUT,output)
+	$(RUN) -m tools.host config-gpu $(call flag,CONFIG,config) $(call flag,GPU,gpu) $(call flag,OUTPUT,output)
 
 backup: .venv/installed ## presets, models, newest checkpoints, evaluations in one file; BACKUP_PASSPHRASE encrypts, OUTPUT names it
-	$(RUN) workspace.py backup $(call flag,OUTPUT,output)
+	$(RUN) -m tools.workspace backup $(call flag,OUTPUT,output)
 
 clean: .venv/installed ## caches of Python and of the tools, and what killed backups left
-	$(RUN) workspace.py clean $(call flag,YES,yes)
+	$(RUN) -m tools.workspace clean $(call flag,YES,yes)
 
 clean-checkpoints: .venv/installed ## delete checkpoints/
-	$(RUN) workspace.py clean-checkpoints $(call flag,YES,yes)
+	$(RUN) -m tools.workspace clean-checkpoints $(call flag,YES,yes)
 
 test: .venv/installed-dev ## every test, in a process for each core but four at most
 	$(RUN) -m pytest -q tests --numprocesses=auto --maxprocesses=4 --dist=worksteal

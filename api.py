@@ -11,10 +11,10 @@ import time
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated
 
-from configurator import PositiveInt, Range, UserError, accept, did_you_mean, knobs_of, narrow
+from lib.config import PositiveInt, Range, UserError, accept, did_you_mean, knobs_of, narrow
 from engine import Request, Sampling
 from scheduler import Call, Closed, Failed, Full, Job, Piece, Token
-from tokenizer import ROLES, TEMPLATES, jinja, render, stop_ids
+from lib.tokenizer import ROLES, TEMPLATES, jinja, render, stop_ids
 
 ROWS = 64  # prompts x n of one request, at most
 IGNORED = {  # fields of OpenAI's that change nothing here
@@ -67,7 +67,7 @@ class ApiError(Exception):
         return f"{self.param}: {self.code or 'not accepted'}"
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # The fields
 
 
@@ -177,7 +177,7 @@ def string(value, name):
     return value
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # The routes
 
 
@@ -502,7 +502,7 @@ class Api:
         return head | {"usage": None} if wants_usage else head  # which only the last chunk of a stream knows
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # What the routes share
 
 

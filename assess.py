@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from configurator import UserError, read_object
+from lib.config import UserError, read_object
 
 
 def dig(results, *keys):
@@ -50,7 +50,7 @@ HEAD = ("metric", "value", "to compare", "verdict")
 BESIDE = ("unigram", "xz")  # the baselines worth a place in the headline
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # One model: the report
 
 
@@ -191,7 +191,7 @@ def draw(results, path):
     return True
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Files of results
 
 
@@ -270,7 +270,7 @@ def difference(metric, all_results):
     return ""
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Against what is expected of its size
 
 

@@ -15,9 +15,9 @@ import sys
 import time
 from dataclasses import replace
 
-from configurator import UserError
+from lib.config import UserError
 from engine import Engine, Reply, Request, generate
-from tokenizer import render, stop_ids
+from lib.tokenizer import render, stop_ids
 
 HELP = """\
 /help           this list

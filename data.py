@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from chats import (  # noqa: F401 - others ask us for rows
+from corpus.chats import (  # noqa: F401 - others ask us for rows
     CONTROLS,
     InspectConfig,
     holds_text,
@@ -27,12 +27,12 @@ from chats import (  # noqa: F401 - others ask us for rows
     read_pairs,
     show_rows,
 )
-from configurator import UserError, closest, run
-from prepare import DataConfig, RetokenizeConfig, hash_fraction, main, retokenize
-from shards import AGAIN, Shards, open_all, read_manifest
-from sources import Tally, peek
-from starter import SampleConfig, create
-from tokenizer import Tokenizer
+from lib.config import UserError, closest, run
+from corpus.prepare import DataConfig, RetokenizeConfig, hash_fraction, main, retokenize
+from lib.folders import AGAIN, Shards, open_all, read_manifest
+from corpus.sources import Tally, peek
+from corpus.samples import SampleConfig, create
+from lib.tokenizer import Tokenizer
 
 IGNORE = -100  # the label of a position that is not supervised
 MIXTURE_PERIOD = 1024  # rows after which the proportions of a mixture are exact

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoint import check_unused
-from configurator import (
+from lib.checkpoint import check_unused
+from lib.config import (
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
@@ -36,11 +36,11 @@ from data import IGNORE, ExampleStream, read_pairs, supervised_rows
 from lora import LoRAConfig, lora_off, model_folder
 from losses import supervised_hidden, token_nats
 from model import choose_attention
-from survival import Walk
-from tokenizer import Tokenizer, render
+from lib.survival import Walk
+from lib.tokenizer import Tokenizer, render
 from train import LoopConfig, fit
 from tuning import answer_to, check_held_out, files_for, open_base, read_rows
-from world import autocast, choose_dtype, open_world, to_device
+from lib.runtime import autocast, choose_dtype, open_world, to_device
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,13 +27,13 @@ from typing import Annotated
 
 import torch
 
-from configurator import Fraction, Range, UserError
+from lib.config import Fraction, Range, UserError
 from lora import model_folder, open_model_folder
 from model import KVCache, choose_device
 from packed import pack
-from tokenizer import Tokenizer, stop_ids
+from lib.tokenizer import Tokenizer, stop_ids
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # The sampling rules: pure functions of logits, no question to the host, so that a GPU never waits
 
 
@@ -170,7 +170,7 @@ def uniforms(seed, count):
     return 1 - torch.rand(count, generator=generator)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # The engine
 
 
@@ -448,7 +448,7 @@ def generate(model, requests, engine=None):
                 yield [ids[slot] for slot in slots]
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # How likely ids are
 
 
@@ -489,7 +489,7 @@ def score(model, rows, top=0, chunk=256):
         yield known
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Ids to text
 
 
@@ -531,7 +531,7 @@ def overlap(text, stop):
     return next((n for n in range(min(len(stop), len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Opening a model to generate with
 
 

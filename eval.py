@@ -30,10 +30,10 @@ from tqdm import tqdm
 
 import smoke
 from assess import assess, compare, draw, headline, markdown
-from chats import Bad, raw_rows, read_rows, told
-from configurator import PositiveInt, Range, UserError, run, shown
+from corpus.chats import Bad, raw_rows, read_rows, told
+from lib.config import PositiveInt, Range, UserError, run, shown
 from engine import open_model
-from formats import kind_of, open_bounded
+from corpus.formats import kind_of, open_bounded
 from lora import identify
 from model import count_parameters
 from scoring import (
@@ -48,8 +48,8 @@ from scoring import (
     unigram_nats,
     windows,
 )
-from sources import Tally, Unreachable
-from world import tune_cpu
+from corpus.sources import Tally, Unreachable
+from lib.runtime import tune_cpu
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def rows_at_once(cfg, model, context):
     return cfg.batch_size or max(1, (2048 if model.lm_head.weight.device.type == "cpu" else 32768) // context)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Perplexity
 
 # sha256 of files everybody has
@@ -310,7 +310,7 @@ def text_verdict(bits, baselines, lossless):
     return words if lossless else f"{words}; too low: the tokenizer loses parts of this text"
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Questions
 
 
@@ -451,7 +451,7 @@ def task_result(cfg, model, task):
     return multiple_choice(rows, sizes, [question.answer for question in task.questions], names) | task.about
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # What is left behind
 
 
@@ -476,7 +476,7 @@ def write(cfg, out, results):
     print(f"\n{out / 'results.json'}, {out / 'report.md'}")
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # The command line
 
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from configurator import Fraction, NonNegativeInt, PositiveFloat, UserError, did_you_mean, read_object
+from lib.config import Fraction, NonNegativeInt, PositiveFloat, UserError, did_you_mean, read_object
 from model import load_model, load_weights, placed, save_model, weight_files
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from configurator import Fraction, PositiveFloat, Range, UserError, accept, knobs_of, read_object, run
+from lib.config import Fraction, PositiveFloat, Range, UserError, accept, knobs_of, read_object, run
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class ModelConfig:
         return self.dropout if self.hidden_dropout is None else self.hidden_dropout
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Rotary positions
 
 
@@ -128,7 +128,7 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Attention
 
 
@@ -226,7 +226,7 @@ class KVCache:
         self.start = None if self.start is None else self.start + count
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # The network
 
 
@@ -371,7 +371,7 @@ class Llama(nn.Module):
             block.self_attn.backend = backend
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # The folder on disk: a Hugging Face Llama folder
 
 
@@ -600,7 +600,7 @@ def load_weights(model, path):
             own[name].copy_(tensor)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # The architecture report
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from chat import Chat, converse, visible
-from configurator import PositiveInt, Range, UserError, narrow, run
+from lib.config import PositiveInt, Range, UserError, narrow, run
 from engine import Engine, Reply, Request, Sampling, generate, open_model
-from tokenizer import stop_ids
+from lib.tokenizer import stop_ids
 
 
 @dataclass(frozen=True, kw_only=True)

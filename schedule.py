@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from configurator import UserError
+from lib.config import UserError
 
 
 def make_optimizers(cfg, model, device, dtype=torch.float32):

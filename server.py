@@ -32,7 +32,7 @@ from typing import Annotated, Literal, NamedTuple
 from urllib.parse import unquote
 
 from api import Api, ApiError
-from configurator import PositiveFloat, PositiveInt, Range, UserError, parse_json, run
+from lib.config import PositiveFloat, PositiveInt, Range, UserError, parse_json, run
 from engine import open_model
 from lora import model_folder
 from scheduler import FIRST_TOKEN, Scheduler, say
@@ -43,7 +43,7 @@ TURNED_AWAY = 64  # connections beyond that are told 503; still more wait in the
 DEPTH = 32  # of lists and objects in a body
 GRACE_SECONDS = 4  # for answers under way when the server is told to stop
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
-PAGE = Path(__file__).with_name("chat.html")
+PAGE = Path(__file__).with_name("web") / "chat.html"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class ServerConfig:
                 )
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Answers
 
 
@@ -171,7 +171,7 @@ def event(fields):
     return f"data: {json.dumps(fields, separators=(',', ':'))}\n\n".encode()
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # The server
 
 

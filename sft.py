@@ -16,8 +16,8 @@ from typing import Literal
 
 import numpy as np
 
-from checkpoint import check_unused
-from configurator import (
+from lib.checkpoint import check_unused
+from lib.config import (
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
@@ -29,10 +29,10 @@ from configurator import (
 from data import ExampleStream, pack, read_chats, supervised_rows
 from lora import LoRAConfig, model_folder
 from losses import next_token_loss
-from tokenizer import Tokenizer, render, stop_ids, usual_template
+from lib.tokenizer import Tokenizer, render, stop_ids, usual_template
 from train import LoopConfig, fit
 from tuning import answer_to, check_held_out, files_for, open_base, read_rows
-from world import open_world, to_device
+from lib.runtime import open_world, to_device
 
 
 @dataclass(frozen=True, kw_only=True)

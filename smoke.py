@@ -39,10 +39,10 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
-from configurator import UserError, closest, did_you_mean, parse_json, shown
+from lib.config import UserError, closest, did_you_mean, parse_json, shown
 from engine import Request, Sampling, generate
-from starter import passes
-from tokenizer import render, stop_ids
+from corpus.samples import passes
+from lib.tokenizer import render, stop_ids
 
 PROMPTS = Path(__file__).parent / "configs" / "eval" / "smoke_prompts.json"
 SAMPLING = Sampling(temperature=0.5, top_p=0.95, top_k=0)  # cooler, a base model goes round in circles

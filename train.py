@@ -26,7 +26,7 @@ from typing import Annotated, Literal
 
 import torch
 
-from checkpoint import (
+from lib.checkpoint import (
     FINAL_FILES,
     checkpoints,
     find_checkpoint,
@@ -37,7 +37,7 @@ from checkpoint import (
     whole_folder,
     write_tensors,
 )
-from configurator import (
+from lib.config import (
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
@@ -48,17 +48,17 @@ from configurator import (
     narrow,
     run,
 )
-from curves import command_line as draw_curves
+from lib.curves import command_line as draw_curves
 from data import TokenStream, unigram_bits_per_byte
-from log import Log
+from lib.log import Log
 from losses import next_token_loss
 from model import KVCache, Llama, ModelConfig, choose_attention, load_weights, save_model
-from plan import Means, RandomTokens, card_plan, framework_bytes, local_plan, time_lines, timed
+from tools.plan import Means, RandomTokens, card_plan, framework_bytes, local_plan, time_lines, timed
 from schedule import Clock, lr_at, make_optimizers, total_steps
 from scoring import score
-from survival import Stopped, StopSignals, Walk, attempt, enough_memory, smaller_batches, smaller_update
-from tokenizer import Tokenizer
-from world import (
+from lib.survival import Stopped, StopSignals, Walk, attempt, enough_memory, smaller_batches, smaller_update
+from lib.tokenizer import Tokenizer
+from lib.runtime import (
     autocast,
     choose_dtype,
     compile_model,
@@ -140,7 +140,7 @@ FREE_ON_RESUME = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # The state of a training
 
 
@@ -290,7 +290,7 @@ def load_optimizer(optimizer, saved):
                 raise ValueError(f"{name} is {tuple(tensor.shape)}, the parameter {tuple(p.shape)}")
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # The loop
 
 
@@ -539,7 +539,7 @@ def finish(cfg, model, world, write_model):
     world.say(f"model in {final}")
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Pretraining
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from configurator import UserError
+from lib.config import UserError
 from data import read_aloud, rows_sha256, split_rows
 from lora import add_lora, identify, load_trained, open_model_folder, save_trained
-from tokenizer import render, stop_ids
+from lib.tokenizer import render, stop_ids
 from train import check_data, check_tokenizer, greedy
 
 

@@ -28,10 +28,10 @@ import torch
 from data import read_chats, split_rows, supervised_rows
 from engine import Request, Sampling, generate, open_model
 from losses import next_token_loss
-from sources import Tally
-from starter import passes
-from tokenizer import render, stop_ids
-from world import to_device
+from corpus.sources import Tally
+from corpus.samples import passes
+from lib.tokenizer import render, stop_ids
+from lib.runtime import to_device
 
 SHARED = ROOT.parent / "shared/data"
 INSTRUCTIONS, PAIRS = SHARED / "sft/[lw]*_*.jsonl*", SHARED / "dpo/lfs_preference_1100.jsonl"

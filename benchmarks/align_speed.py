@@ -28,14 +28,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from configurator import configure
+from lib.config import configure
 from data import supervised_rows
 from dpo import DPOConfig, Pair, drop_nothing, pair_rows, preference_loss
 from lora import add_lora
 from losses import next_token_loss
 from model import Llama, ModelConfig, choose_attention, to_hf
 from train import LoopConfig, State, forward_backward
-from world import World, memory_used, tune_cpu
+from lib.runtime import World, memory_used, tune_cpu
 
 LENGTH, PROMPT, ROWS, RATE = 256, 128, 8, 1e-4
 CPU = torch.device("cpu")

@@ -245,7 +245,7 @@ def speed(place, args):
 
 def index_growth(folder, documents):
     """Prints what an index of so many random documents takes: the child's side."""
-    from dedup import PERMUTATIONS, Index
+    from corpus.dedup import PERMUTATIONS, Index
 
     random, batch = np.random.default_rng(1), 1024
     index, spent, peak = Index(folder, 0.8), 0, 0
@@ -282,7 +282,7 @@ def index(place, args):
 
 def dedup(place, args):
     """Which of the labelled pairs lose their second document, by exact Jaccard similarity of word 5-grams."""
-    from dedup import Index, fingerprints
+    from corpus.dedup import Index, fingerprints
 
     with gzip.open(DATA / "dedup" / "docs.dev.jsonl.gz", "rt", encoding="utf-8") as file:
         docs = {row["id"]: row["text"] for row in map(json.loads, file)}

@@ -24,11 +24,11 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from chats import read_rows
+from corpus.chats import read_rows
 from engine import open_model
 from eval import encode_questions, to_question
 from scoring import answer_scores, cores, score, text_batches
-from world import tune_cpu
+from lib.runtime import tune_cpu
 
 DATA = ROOT.parent / "shared" / "data"
 

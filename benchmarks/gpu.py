@@ -28,13 +28,13 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 
-from configurator import configure, narrow
+from lib.config import configure, narrow
 from losses import next_token_loss
 from model import Llama, ModelConfig, choose_device, flops_per_token, load_model, save_model, to_hf
 from packed import pack
-from plan import RandomTokens
+from tools.plan import RandomTokens
 from train import PretrainConfig, State, forward_backward
-from world import World, autocast, choose_dtype, compile_model, seed_everything, tune_cpu
+from lib.runtime import World, autocast, choose_dtype, compile_model, seed_everything, tune_cpu
 
 PEAK = 989e12
 ITEMS = [
@@ -307,8 +307,8 @@ def aligned(small, name, stage):
 
 def memory(small, name, *options):
     """Peak memory of three steps as torch counts it, beside what train.py --plan predicts."""
-    from plan import Means
-    from plan import memory as planned
+    from tools.plan import Means
+    from tools.plan import memory as planned
 
     device = choose_device("auto")
     changes = {"compile": "eager" not in options and not small, "dtype": "bf16"}

@@ -41,14 +41,14 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 
-from configurator import configure, narrow
+from lib.config import configure, narrow
 from data import TokenStream
 from model import ModelConfig, to_hf
 from schedule import lr_at
 from scoring import cores, score
-from tokenizer import Tokenizer
+from lib.tokenizer import Tokenizer
 from train import PretrainConfig
-from world import choose_dtype, to_device
+from lib.runtime import choose_dtype, to_device
 
 SHARED = ROOT.parent / "shared/data"
 DOCS = ["debian_handbook", "debian_manuals", "git_doc", "peps", "postgresql_docs", "python_docs", "rust_rfcs"]

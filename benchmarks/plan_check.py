@@ -16,12 +16,12 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-import plan
-from configurator import configure, narrow
+from tools import plan
+from lib.config import configure, narrow
 from losses import next_token_loss
 from model import Llama, ModelConfig, choose_device
 from train import PretrainConfig, State, announce, forward_backward
-from world import World, memory_used, tune_cpu
+from lib.runtime import World, memory_used, tune_cpu
 
 CASES = [
     *("tiny:8:256:adamw", "tiny:8:256:muon", "tiny:8:512:adamw", "tiny:8:512:adamw:checkpointing"),

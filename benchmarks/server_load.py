@@ -40,9 +40,9 @@ def random_model(folder, preset):
     """Writes a model of a preset's shape, weights and tokenizer's words random. Returns `folder`."""
     import torch
 
-    from configurator import configure
+    from lib.config import configure
     from model import Llama, ModelConfig, save_model
-    from tokenizer import train_tokenizer
+    from lib.tokenizer import train_tokenizer
 
     cfg, chance = configure(ModelConfig, [str(preset)], foreign_keys=True), random.Random(0)
     words = ["".join(chance.choices("etaoinshrdlucmfw", k=chance.randint(3, 9))) for _ in range(60_000)]

@@ -44,8 +44,8 @@ import numpy as np
 import torch
 
 import train
-import world as machine
-from configurator import configure
+from lib import runtime as machine
+from lib.config import configure
 from losses import next_token_loss
 from model import Llama, ModelConfig, flops_per_token, load_weights, save_model
 

@@ -7,7 +7,7 @@ import torch
 
 import dpo
 import sft
-from configurator import run
+from lib.config import run
 from model import Llama, ModelConfig, save_model
 from tests.runs import Run
 

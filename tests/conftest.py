@@ -12,7 +12,7 @@ import pytest
 
 from data import DataConfig, main
 from tests import ROOT
-from tokenizer import train_tokenizer
+from lib.tokenizer import train_tokenizer
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is there: small models only wait for threads
 
@@ -37,7 +37,7 @@ def free_port():
 
 def link_code(folder):
     """Puts what a clone holds into a folder, as links. Returns `folder`."""
-    for path in (p for kind in ("*.py", "*.md", "*.txt", "configs", "Makefile") for p in ROOT.glob(kind)):
+    for path in (p for kind in ("*.py", "*.md", "*.txt", "configs", "corpus", "docs", "lib", "tools", "web", "Makefile") for p in ROOT.glob(kind)):
         (folder / path.name).symlink_to(path)
     return folder
 

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 import train
-from configurator import run
+from lib.config import run
 from tests import ROOT
 from tests.conftest import free_port
 from tests.warm import Fork

@@ -11,7 +11,7 @@ import torch
 
 import server
 import wire
-from configurator import run
+from lib.config import run
 from model import Llama, ModelConfig, save_model
 from tests.runs import Run
 

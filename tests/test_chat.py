@@ -14,16 +14,16 @@ import pytest
 import torch
 
 from chat import Chat, obey, trimmed
-from chats import read_chats
-from configurator import UserError, configure
+from corpus.chats import read_chats
+from lib.config import UserError, configure
 from engine import Sampling
 from model import save_model
 from sample import SampleConfig
-from sources import Tally
+from corpus.sources import Tally
 from tests import ROOT
 from tests.test_engine import BASE, GREEDY, answer, build
 from tests.warm import python
-from tokenizer import Tokenizer, render, stop_ids
+from lib.tokenizer import Tokenizer, render, stop_ids
 
 LONG = replace(BASE, sequence_length=400)
 

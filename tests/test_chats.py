@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chats import marked, read_chats, read_pairs, rendered, tokens_of
-from configurator import UserError
-from sources import Tally
+from corpus.chats import marked, read_chats, read_pairs, rendered, tokens_of
+from lib.config import UserError
+from corpus.sources import Tally
 from tests import ROOT, SHARED
 from tests.conftest import prepare_dataset
 from tests.warm import python
-from tokenizer import render
+from lib.tokenizer import render
 
 
 def says(*turns, first="user"):

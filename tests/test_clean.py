@@ -9,9 +9,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import clean as room
-from clean import QUALITY, CleanConfig, clean, english_score, fix_encoding, luhn, reject
-from configurator import UserError, configure
+from corpus import clean as room
+from corpus.clean import QUALITY, CleanConfig, clean, english_score, fix_encoding, luhn, reject
+from lib.config import UserError, configure
 from tests import SHARED
 
 CFG = CleanConfig()

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from configurator import (
+from lib.config import (
     Fraction,
     PositiveFloat,
     Range,
@@ -598,7 +598,7 @@ def test_help_without_source_goes_without_comments(capsys):
 SCRIPT = '''"""A script."""
 import sys
 from dataclasses import dataclass
-from configurator import UserError, run
+from lib.config import UserError, run
 
 @dataclass
 class Config:
@@ -769,7 +769,7 @@ def test_a_preset_named_without_its_folder_or_with_backslashes_is_found(tmp_path
 
 PROGRAM = """
 from dataclasses import dataclass
-from configurator import run
+from lib.config import run
 
 @dataclass
 class Config:

@@ -17,10 +17,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoint import checkpoints
-from configurator import UserError
-from curves import command_line, draw, running_mean, short, ticks
-from log import spike_limit
+from lib.checkpoint import checkpoints
+from lib.config import UserError
+from lib.curves import command_line, draw, running_mean, short, ticks
+from lib.log import spike_limit
 from losses import next_token_loss
 from tests import ROOT
 from tests.blows import after_save, die

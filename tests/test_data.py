@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configurator import UserError
+from lib.config import UserError
 from data import TokenStream, read_manifest, unigram_bits_per_byte
 
 PAD, BOS, EOS = 0, 1, 2

@@ -18,8 +18,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from configurator import UserError
-from dedup import (
+from lib.config import UserError
+from corpus.dedup import (
     GROUP,
     PERMUTATIONS,
     Index,
@@ -363,7 +363,7 @@ CHILD = """
 import json, sys
 from pathlib import Path
 import numpy as np
-from dedup import RedisIndex
+from corpus.dedup import RedisIndex
 
 url, owner, folder = sys.argv[1:]
 digests, signatures = np.load(f"{folder}/{owner}.digests.npy"), np.load(f"{folder}/{owner}.signatures.npy")

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 import dpo
-from configurator import UserError, configure
+from lib.config import UserError, configure
 from lora import adapters, add_lora, lora_off, open_model_folder
 from losses import next_token_loss
 from model import load_model
@@ -19,7 +19,7 @@ from tests.align import begin, finished, make_base, refused
 from tests.blows import after_save, die
 from tests.conftest import write_rows
 from tests.runs import losses, records
-from tokenizer import Tokenizer, render
+from lib.tokenizer import Tokenizer, render
 
 SAID = [
     ("why not?", "because 7", "no!"),

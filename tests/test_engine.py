@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import engine as engine_room
-from configurator import UserError
+from lib.config import UserError
 from engine import (
     Engine,
     Reply,

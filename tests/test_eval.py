@@ -14,8 +14,8 @@ import torch
 
 import assess as assess_room
 from assess import METRICS, assess, compare, read_expected, size_class
-from chats import read_rows
-from configurator import UserError, configure
+from corpus.chats import read_rows
+from lib.config import UserError, configure
 from engine import open_model
 from eval import EvalConfig, encode_questions, main, prepare_text, read_text, text_verdict, to_question
 from lora import add_lora, identify, merge_lora, save_adapter

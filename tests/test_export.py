@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 
 import numpy as np
@@ -10,14 +11,14 @@ import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 
-from configurator import UserError
+from lib.config import UserError
 from engine import open_model
-from export import ExportConfig, main, metadata, packed
+from tools.export import ExportConfig, main, metadata, packed
 from lora import add_lora, identify, open_model_folder, save_adapter
 from model import Llama, ModelConfig, load_model, save_model
 from tests import ROOT
 from tests.warm import python
-from tokenizer import Tokenizer
+from lib.tokenizer import Tokenizer
 
 gguf = pytest.importorskip("gguf")
 LLAMA3 = {
@@ -183,9 +184,9 @@ def test_an_adapter_is_merged(tiny_tokenizer, tmp_path):
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(tiny_tokenizer, tmp_path, options, message):
     make(tmp_path / "own", tiny_tokenizer)
-    words = [python(), str(ROOT / "export.py"), *options]
+    words = [python(), "-m", "tools.export", *options]
     words += [] if any("model_path" in word for word in options) else ["--model_path=own"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert message in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["own"]
@@ -218,7 +219,7 @@ def test_what_a_killed_export_left_is_no_hindrance(tiny_tokenizer, tmp_path):
 def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_tokenizer, tmp_path, small_disk, format):
     own, disk = make(tmp_path / "own", tiny_tokenizer), small_disk("100k")
     words = [f"--model_path={own}", f"--output={disk / 'out'}", f"--format={format}"]
-    done = subprocess.run([python(), ROOT / "export.py", *words], capture_output=True, text=True)
+    done = subprocess.run([python(), "-m", "tools.export", *words], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert "o space left" in done.stderr
     assert not list(disk.iterdir())

@@ -17,9 +17,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import checkpoint
-import world
-from checkpoint import checkpoints, problem_with, seal
+from lib import checkpoint
+from lib import runtime as world
+from lib.checkpoint import checkpoints, problem_with, seal
 from tests import ROOT
 from tests.runs import ONE_THREAD, PATIENCE, begin, differences, losses, names, refused, words
 from tests.runs import train_to_end as trained

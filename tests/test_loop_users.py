@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import model
-from checkpoint import checkpoints, problem_with
+from lib.checkpoint import checkpoints, problem_with
 from tests import align, runs
 from tests.conftest import write_rows
 from tests.runs import differences, losses, names, records

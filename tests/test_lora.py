@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lora
-from configurator import UserError
+from lib.config import UserError
 from lora import (
     TARGETS,
     LoRALinear,

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-from configurator import UserError, configure
+from lib.config import UserError, configure
 from losses import next_token_loss, token_nats
 from model import (
     KVCache,

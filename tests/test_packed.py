@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from configurator import UserError
+from lib.config import UserError
 from engine import Engine, Request, choose_dtype, generate
 from model import KVCache, count_parameters
 from packed import Int8Matrix, pack

@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from configurator import UserError, configure
+from lib.config import UserError, configure
 from losses import next_token_loss
 from model import Llama, ModelConfig
-from plan import Means, block_bytes, card_plan, card_seconds, end_bytes, memory, tokens_per_step
+from tools.plan import Means, block_bytes, card_plan, card_seconds, end_bytes, memory, tokens_per_step
 from schedule import make_optimizers
 from tests import ROOT
 from train import PretrainConfig
-from world import CARDS
+from lib.runtime import CARDS
 
 SHAPE = {"d_model": 64, "n_head": 4, "d_ff": 160, "vocab_size": 128, "sequence_length": 32}
 ROWS = 3

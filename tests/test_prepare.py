@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from sentencepiece import SentencePieceTrainer
 
-from configurator import UserError, configure
+from lib.config import UserError, configure
 from data import DataConfig, Shards, TokenStream, main, read_manifest, unigram_bits_per_byte
-from prepare import RetokenizeConfig, hash_fraction, in_order, retokenize, unfinished
+from corpus.prepare import RetokenizeConfig, hash_fraction, in_order, retokenize, unfinished
 from tests import ROOT, SHARED
 from tests.conftest import write_rows
 from tests.warm import python
-from tokenizer import Tokenizer
+from lib.tokenizer import Tokenizer
 
 BOS, EOS = 1, 2
 

@@ -23,16 +23,16 @@ from functools import cache
 
 import pytest
 
-from configurator import configure
+from lib.config import configure
 from tests import ROOT
 from tests.conftest import link_code
 from tests.runs import Run
 
-WALKED = ("README.md", "SESSIONS.md", "ARCHITECTURE.md", "TROUBLESHOOTING.md", "PROMISES.md")
+WALKED = ("README.md", "docs/SESSIONS.md", "ARCHITECTURE.md", "docs/TROUBLESHOOTING.md", "docs/PROMISES.md")
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in (*WALKED, "benchmarks/RESULTS.md")}
 MARK = re.compile(r"#.*\b(network|GPU|minutes|hours|days)\b")  # why a line of a `sh` block is not run
 SETTING = re.compile(r"[A-Z][A-Z0-9_]*=")
-ROOMS = sorted(ROOT.glob("*.py"))
+ROOMS = sorted(path for folder in (".", "lib", "corpus", "tools") for path in (ROOT / folder).glob("*.py"))
 
 # Flags added to, or put in place of, what the page says: the same commands, on toy sizes.
 SHAPE = "--n_layer=1 --d_model=32 --n_head=2 --d_ff=64 --sequence_length=64 --vocab_size=400"
@@ -118,6 +118,14 @@ def makefile():
     return set(re.findall(r"^([a-z0-9-]+):.*## ", text, flags=re.M)), {*variables, "PYTHON"}
 
 
+def with_files(words):
+    """The words of a command, `-m tools.export` written as the file that it is, tools/export.py."""
+    if "-m" not in words or not (name := words[words.index("-m") + 1]).startswith("tools."):
+        return words
+    at = words.index("-m")
+    return [*words[:at], name.replace(".", "/") + ".py", *words[at + 2 :]]
+
+
 def problem_with(command):
     """None for a command whose script, subcommand, flags, target and variables there are."""
     words = [w for w in shlex.split(command, comments=True) if w not in ("...", "|")]
@@ -126,6 +134,7 @@ def problem_with(command):
         targets, variables = makefile()
         wanted = {w for w in words if not SETTING.match(w)}
         return sorted(wanted - targets - {"make"}) + sorted(settings - variables) or None
+    words = with_files(words)
     script = next((w for w in words if w.endswith(".py")), None)
     if script is None or not set(words) & {"python", "torchrun", ".venv/bin/python"}:
         return None
@@ -174,7 +183,7 @@ def test_every_command_has_its_script_flags_target_and_variables(page):
 
 def config_of(script):
     """The configuration of a script's main command, by the last line that runs it."""
-    room = importlib.import_module(script.removesuffix(".py"))
+    room = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     source = (ROOT / script).read_text(encoding="utf-8")
     return getattr(room, re.findall(r"\brun\(main, (\w+)", source)[-1])
 
@@ -184,8 +193,8 @@ def test_every_command_is_a_sound_configuration_as_it_stands(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     told = [c for _, c, printed in commands(page) if "error: " not in "".join(printed or ())]
     for command in [*told, *mentions(page)]:
-        words = shlex.split(command, comments=True)
-        script = next((w for w in words if w in SHRUNK or w in ("export.py", "model.py")), None)
+        words = with_files(shlex.split(command, comments=True))
+        script = next((w for w in words if w in SHRUNK or w in ("tools/export.py", "model.py")), None)
         rest = words[words.index(script) + 1 :] if script else []
         presets = [w for w in rest if w.endswith(".json") and "=" not in w]
         if {"...", "--help"} & {*words} or not script or not all(map(os.path.isfile, presets)):
@@ -199,7 +208,7 @@ def test_every_command_is_a_sound_configuration_as_it_stands(page, monkeypatch):
 
 def shrink(command, keep=False):
     """The words of a command with SHRUNK's flags instead of its own of the same name, or only beside them."""
-    words = shlex.split(command, comments=True)
+    words = with_files(shlex.split(command, comments=True))
     words = [re.sub(r"(_steps=|step_0+)(100|50)\b", shorter, word) for word in words]
     script = next((w for w in words if w in SHRUNK), None)
     at = words.index(script) + 1 if script else 0
@@ -228,6 +237,7 @@ def python(folder, words, env):
     os.chdir(folder)
     os.environ.update({"CUDA_VISIBLE_DEVICES": ""} | env)
     sys.argv = words
+    sys.path.insert(0, str(folder))
     runpy.run_path(words[0], run_name="__main__")
 
 
@@ -266,7 +276,7 @@ class Walk:
             self.server.signal(signal.SIGTERM)
             assert self.server.wait() == [0]
             self.server = None
-        if ".py" not in command:
+        if ".py" not in command and "-m tools." not in command:
             return self.other(command)
         run = self.begin(shrink(command, keep))
         if " server.py " in command:
@@ -318,7 +328,8 @@ def test_every_test_that_is_named_exists():
 
 def names_of(room):
     """What stands at the top level of a room: its functions, classes and variables."""
-    for node in ast.parse((ROOT / f"{room}.py").read_text(encoding="utf-8")).body:
+    path = next(path for path in ROOMS if path.stem == room)
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
         targets = getattr(node, "targets", [getattr(node, "target", None)])
         yield from (
             name.id for target in targets for name in ast.walk(target or ast.Pass()) if hasattr(name, "id")

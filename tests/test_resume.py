@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from checkpoint import problem_with, seal
+from lib.checkpoint import problem_with, seal
 from data import TokenStream
 from losses import next_token_loss
 from tests.conftest import prepare_dataset

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 import sample
-from configurator import UserError, configure
+from lib.config import UserError, configure
 from engine import Sampling, open_model
 from model import save_model
 from sample import SampleConfig

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configurator import UserError
+from lib.config import UserError
 from model import Llama, ModelConfig
 from scoring import (
     answer_scores,

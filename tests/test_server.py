@@ -21,13 +21,13 @@ import torch
 
 import server
 from api import Api, ApiError
-from configurator import UserError
+from lib.config import UserError
 from engine import Reply, Request, Sampling, generate, open_model, score
 from scheduler import Call, Closed, Failed, Full, Job, Scheduler, say
 from tests import ROOT
 from tests.conftest import free_port
 from tests.serving import Served, make_model, parse, read_all
-from tokenizer import IM_END, Tokenizer, render, stop_ids
+from lib.tokenizer import IM_END, Tokenizer, render, stop_ids
 
 HELLO = [{"role": "user", "content": "why not"}]
 KEY = "correct-horse-battery"
@@ -782,7 +782,7 @@ def test_the_page_runs_its_own_script_only(chatty):
     assert "unsafe" not in str(policy)
     loose = r"innerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|https?://(?!www\.w3)"
     assert not re.search(loose, page.body.decode())
-    assert page.body == (ROOT / "chat.html").read_bytes()
+    assert page.body == (ROOT / "web" / "chat.html").read_bytes()
 
 
 def test_metrics_are_prometheus(chatty):

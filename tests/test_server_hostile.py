@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from configurator import UserError
+from lib.config import UserError
 from server import Server, ServerConfig
 from tests.serving import Served, make_model, parse, read_all
 from wire import Wire

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-import host
-import session
-import workspace
-from checkpoint import CHECKPOINT_FILES, seal
-from configurator import UserError, configure
-from plan import card_plan
+from tools import host
+from tools import session
+from tools import workspace
+from lib.checkpoint import CHECKPOINT_FILES, seal
+from lib.config import UserError, configure
+from tools.plan import card_plan
 from tests import ROOT
 from tests.conftest import link_code
 from tests.runs import DEFAULTS, train_to_end
@@ -68,7 +68,7 @@ def outcomes(text):
 
 
 def test_a_session_is_stopped_by_ctrl_c_and_goes_on_where_it_was(folder):
-    one = start("session.py", "quick", "--minutes=5", "--data=data.json", "--config=toy.json")
+    one = start("-m", "tools.session", "quick", "--minutes=5", "--data=data.json", "--config=toy.json")
     seen = ""
     for line in one.stdout:
         seen += line
@@ -89,7 +89,7 @@ def test_a_session_is_stopped_by_ctrl_c_and_goes_on_where_it_was(folder):
     resume = re.search(r"^  \S+ (train\.py .*run\.json --resume_from_checkpoint=auto)$", text, flags=re.M)
     assert Path(resume[1].split()[1]).is_file()
 
-    again = run("session.py", "quick", "--minutes=0.5", "--data=data.json", "--config=toy.json")
+    again = run("-m", "tools.session", "quick", "--minutes=0.5", "--data=data.json", "--config=toy.json")
     assert again.returncode == 0, again.stdout[-3000:]
     table = outcomes(again.stdout)
     assert [*table] == STAGES
@@ -104,7 +104,7 @@ def test_a_session_is_stopped_by_ctrl_c_and_goes_on_where_it_was(folder):
 
 def test_a_failed_stage_takes_along_what_needs_it_and_the_exit_status_says_so(folder):
     Path("toy.json").write_text(json.dumps(TOY | {"n_head": 3}))
-    done = run("session.py", "quick", "--data=data.json", "--config=toy.json")
+    done = run("-m", "tools.session", "quick", "--data=data.json", "--config=toy.json")
     assert done.returncode == 1
     table = outcomes(done.stdout)
     assert table["data"] == "done"
@@ -332,7 +332,7 @@ def test_an_empty_passphrase_is_a_mistake(folder, monkeypatch):
 
 
 def test_the_page_says_how_a_backup_is_unpacked():
-    page = (ROOT / "SESSIONS.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "SESSIONS.md").read_text(encoding="utf-8")
     for name, secret in {
         "backups/20260102_030405.tar.gz": False,
         "backups/20260102_030405.tar.gz.enc": True,
@@ -367,7 +367,7 @@ def test_a_backup_that_cannot_be_encrypted_or_read_back_leaves_nothing(when, sta
     Path("bin/openssl").write_text(f"#!/bin/sh\n{when}\nexec cat\n")
     Path("bin/openssl").chmod(0o755)
     path = f"{Path('bin').resolve()}:{os.environ['PATH']}"
-    done = run("workspace.py", "backup", "--output=b/one", PATH=path, BACKUP_PASSPHRASE="x")
+    done = run("-m", "tools.workspace", "backup", "--output=b/one", PATH=path, BACKUP_PASSPHRASE="x")
     assert (done.returncode, [*Path("b").iterdir()]) == (2, [])
     assert done.stderr == f"error: openssl failed with status {status}; nothing was kept\n"
 
@@ -380,13 +380,13 @@ def test_nothing_is_deleted_without_a_yes(folder):
     Path("sessions").mkdir()
     for word in ("clean-checkpoints", "clean"):
         Path("__pycache__").mkdir(exist_ok=True)
-        done = run("workspace.py", word)
+        done = run("-m", "tools.workspace", word)
         assert done.returncode == 2
         assert "YES=1" in done.stderr
     assert Path("checkpoints/sft").is_dir()
-    assert run("workspace.py", "clean-checkpoints", "--yes=1").returncode == 0
+    assert run("-m", "tools.workspace", "clean-checkpoints", "--yes=1").returncode == 0
     assert not Path("checkpoints/sft").exists()
-    assert run("workspace.py", "clean-sessions").stdout == "nothing to delete\n"
+    assert run("-m", "tools.workspace", "clean-sessions").stdout == "nothing to delete\n"
 
 
 @pytest.mark.parametrize("place", ["checkpoints", "checkpoints/pretrain"])
@@ -412,29 +412,29 @@ def test_a_training_that_runs_is_not_deleted(folder):
 
 
 def test_check_env_names_what_is_missing_and_fails_then(folder):
-    whole = run("host.py", "check-env")
+    whole = run("-m", "tools.host", "check-env")
     assert whole.returncode == 0, whole.stdout
     assert re.search(rf"^cores +{host.cores()}$", whole.stdout, flags=re.M)
-    bare = run("-S", "host.py", "check-env", PYTHONPATH="")  # without site-packages
+    bare = run("-S", "-m", "tools.host", "check-env", PYTHONPATH="")  # without site-packages
     assert bare.returncode == 1
     (folder / ".venv/bin").mkdir(parents=True)
     (folder / ".venv/bin/python").symlink_to(sys.executable)
     (folder / ".venv/pyvenv.cfg").write_text(f"home = {Path(sys.base_prefix) / 'bin'}\n")
-    words = [".venv/bin/python", "host.py", "check-env"]
+    words = [".venv/bin/python", "-m", "tools.host", "check-env"]
     inside = subprocess.run(words, capture_output=True, text=True).stdout
     assert "; .venv/bin/python -m pip install -r requirements.txt" in inside
     assert re.search(r"missing: torch, numpy, .*pip install -r requirements.txt", bare.stdout)
 
 
 def test_monitor_shows_the_newest_training_and_ends_without_a_trace(trained):
-    one = start("host.py", "monitor")
+    one = start("-m", "tools.host", "monitor")
     line = one.stdout.readline()
     one.send_signal(signal.SIGINT)
     assert one.wait(30) == 130
     assert one.stdout.read().count("Traceback") == 0
     assert "checkpoints/pretrain/toy: step 8 | loss" in line
     assert re.search(r"cpu +\d+% of \d+ cores \| memory [\d.]+ GB of", line)
-    done = run("host.py", "monitor", "--once")
+    done = run("-m", "tools.host", "monitor", "--once")
     assert len(done.stdout.splitlines()) == 1
 
 
@@ -461,7 +461,7 @@ def test_a_preset_fits_its_card_at_the_same_tokens_per_step(folder):
 
 
 def test_a_preset_for_a_card_that_is_not_there_is_refused(folder):
-    done = run("host.py", "config-gpu", CUDA_VISIBLE_DEVICES="")
+    done = run("-m", "tools.host", "config-gpu", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2
     assert "--gpu=rtx4090" in done.stderr
     assert not Path("configs/rtx4090.json").exists()
@@ -471,19 +471,19 @@ def test_a_preset_for_a_card_that_is_not_there_is_refused(folder):
 
 
 def test_the_minutes_on_the_page_are_those_of_the_sessions():
-    page = (ROOT / "SESSIONS.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "SESSIONS.md").read_text(encoding="utf-8")
     minutes = dict(re.findall(r"^\| `make session-(\w+)` \| (\d+) min", page, flags=re.M))
-    source = (ROOT / "session.py").read_text()
+    source = (ROOT / "tools" / "session.py").read_text()
     assert len(minutes) == 5
     for name, count in minutes.items():
         body = source.split(f"def {name}(cfg)")[1].split("\n\n\n")[0]
         assert f"or {count}" in body, name
 
 
-@pytest.mark.parametrize("script", ["session.py", "workspace.py", "host.py"])
+@pytest.mark.parametrize("script", ["tools.session", "tools.workspace", "tools.host"])
 def test_a_reader_that_has_seen_enough_of_the_help_is_no_failure_to_tell(script):
     process = subprocess.Popen(
-        [sys.executable, ROOT / script, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", script, "--help"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     process.stdout.close()
     assert process.wait(60) == 141

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 import sft
-from configurator import UserError
+from lib.config import UserError
 from data import IGNORE, ExampleStream, pack, split_rows, supervised_rows
 from lora import open_model_folder
 from losses import linear_cross_entropy, next_token_loss, token_nats
@@ -19,7 +19,7 @@ from tests.align import begin, finished, make_base, refused
 from tests.blows import after_save, die
 from tests.conftest import write_rows
 from tests.runs import losses, records
-from tokenizer import TEMPLATES, Tokenizer, render, stop_ids
+from lib.tokenizer import TEMPLATES, Tokenizer, render, stop_ids
 from train import greedy
 
 ROWS = [
@@ -374,7 +374,7 @@ def test_bad_rows_are_passed_over_aloud(tmp_path, base):
 @pytest.mark.parametrize(("name", "config"), [("sft", "SFTConfig"), ("dpo", "DPOConfig")])
 def test_the_presets_are_sound(name, config):
     import dpo
-    from configurator import configure
+    from lib.config import configure
 
     cls, other = {"sft": (sft.SFTConfig, "dpo"), "dpo": (dpo.DPOConfig, "sft")}[name]
     cfg = configure(cls, [str(ROOT / "configs" / f"{name}.json"), "--model_path=a", "--dataset_path=b"])

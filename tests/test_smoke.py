@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import smoke
-import starter
-from configurator import UserError
+from corpus import samples as starter
+from lib.config import UserError
 from engine import generate
 from model import Llama, ModelConfig
 from tests import SHARED
-from tokenizer import Tokenizer, render, stop_ids
+from lib.tokenizer import Tokenizer, render, stop_ids
 
 # What a person would accept, for every prompt: as a sentence or two, and the shortest way to say it.
 RIGHT = {

@@ -24,9 +24,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configurator import UserError, configure
-from formats import MAX_LINE, gap_of, page_text, rows
-from sources import Tally, input_bytes, input_files, peek, read_documents
+from lib.config import UserError, configure
+from corpus.formats import MAX_LINE, gap_of, page_text, rows
+from corpus.sources import Tally, input_bytes, input_files, peek, read_documents
 from tests import ROOT, SHARED
 from tests.conftest import write_rows
 

@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 
-from chats import read_chats, read_pairs
-from configurator import UserError
-from starter import ABOUT, FILES, GENERATORS, SampleConfig, create, make_rows, passes, summaries
+from corpus.chats import read_chats, read_pairs
+from lib.config import UserError
+from corpus.samples import ABOUT, FILES, GENERATORS, SampleConfig, create, make_rows, passes, summaries
 from tests import ROOT
 
 

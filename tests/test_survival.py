@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from checkpoint import checkpoints, find_checkpoint, problem_with
+from lib.checkpoint import checkpoints, find_checkpoint, problem_with
 from losses import next_token_loss
 from model import load_model
 from tests import ROOT, align

@@ -18,10 +18,10 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tokenizer as room
-from configurator import UserError
+from lib import tokenizer as room
+from lib.config import UserError
 from tests import ROOT, SHARED
-from tokenizer import IM_END, IM_START, TEMPLATES, Tokenizer, render, stop_ids, train_tokenizer
+from lib.tokenizer import IM_END, IM_START, TEMPLATES, Tokenizer, render, stop_ids, train_tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

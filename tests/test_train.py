@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from configurator import UserError, configure
+from lib.config import UserError, configure
 from data import TokenStream
 from losses import next_token_loss, token_nats
 from model import ModelConfig, load_model
@@ -30,9 +30,9 @@ from tests.runs import (
     training,
 )
 from tests.runs import train_to_end as trained
-from tokenizer import Tokenizer
+from lib.tokenizer import Tokenizer
 from train import LoopConfig, PretrainConfig
-from world import open_world, tune_cpu
+from lib.runtime import open_world, tune_cpu
 
 
 def schedule(**knobs):

@@ -7,7 +7,7 @@ from model import load_model
 from tests.align import finished, make_base
 from tests.conftest import write_rows
 from tests.runs import records
-from tokenizer import Tokenizer, render
+from lib.tokenizer import Tokenizer, render
 from tuning import answer_to
 
 ANSWERS = [(f"what is {n}?", f"a {n}", "I won't say") for n in range(12)]

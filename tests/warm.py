@@ -283,6 +283,7 @@ elif __name__ == "__main__":
     sys.path[0] = str(room)
     for name in [
         *(path.stem for path in room.glob("*.py")),
+        *(f"{path.parent.name}.{path.stem}" for d in ("lib", "corpus", "tools") for path in (room / d).glob("*.py")),
         *("torch._dynamo", "torch.distributed.run", "ftfy", "datasketch"),
         *("pytest", "tests.runs"),  # of what tests have their forks do
     ]:

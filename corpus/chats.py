@@ -21,11 +21,11 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Literal
 
-from configurator import UserError
-from formats import MAX_LINE, JsonReader, json_rows, jsonl_rows, kind_of, open_bounded
-from formats import rows as file_rows
-from sources import USUAL, Tally, hub_rows, input_files
-from tokenizer import TEMPLATES, Tokenizer, render, usual_template
+from lib.config import UserError
+from corpus.formats import MAX_LINE, JsonReader, json_rows, jsonl_rows, kind_of, open_bounded
+from corpus.formats import rows as file_rows
+from corpus.sources import USUAL, Tally, hub_rows, input_files
+from lib.tokenizer import TEMPLATES, Tokenizer, render, usual_template
 
 ROW_KINDS = {"json", "jsonl", "csv", "tsv", "parquet", "arrow"}
 MAX_BAD = 0.05  # the share of unusable rows from which a file is refused

@@ -35,11 +35,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from cards import data_card, documents_part, report, tokenizer_card, tokens_part
-from clean import CleanConfig, clean, language_score, reject
-from configurator import Fraction, NonNegativeInt, PositiveInt, Range, UserError, write_whole
-from dedup import Index, RedisIndex, hidden, minhash, sha256
-from shards import (
+from corpus.cards import data_card, documents_part, report, tokenizer_card, tokens_part
+from corpus.clean import CleanConfig, clean, language_score, reject
+from lib.config import Fraction, NonNegativeInt, PositiveInt, Range, UserError, write_whole
+from corpus.dedup import Index, RedisIndex, hidden, minhash, sha256
+from lib.folders import (
     AGAIN,
     FORMAT,
     ShardWriter,
@@ -51,8 +51,8 @@ from shards import (
     text_row,
     totals,
 )
-from sources import Tally, input_bytes, read_documents
-from tokenizer import Tokenizer, train_tokenizer
+from corpus.sources import Tally, input_bytes, read_documents
+from lib.tokenizer import Tokenizer, train_tokenizer
 
 BATCH, BATCH_CHARACTERS = 256, 1 << 20  # documents handled together, or fewer when they are long
 PART_BYTES = 64 << 20  # of raw text between two points at which a killed run can go on

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import UserError
+from lib.config import UserError
 
 PERMUTATIONS = 128  # of a MinHash: the estimate of a Jaccard similarity of 0.8 is off by 0.035 (one sigma)
 NGRAM = 5  # words of a shingle

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from configurator import UserError, run
+from lib.config import UserError, run
 
 COLOURS = ("#2563a8", "#d1602b", "#2a8f6d", "#9d5aa8", "#b8901f", "#4aa3c7", "#8a6d5b", "#5b6470")
 INK, GREY, GRID, AXIS = "#1c2430", "#6d7684", "#edeff2", "#c9ced6"

@@ -1,8 +1,8 @@
 """The machine: what it has, what it is doing now, and a preset that fits its card.
 
-python host.py check-env
-python host.py monitor --once
-python host.py config-gpu --config=configs/small.json --gpu=rtx4090
+python -m tools.host check-env
+python -m tools.host monitor --once
+python -m tools.host config-gpu --config=configs/small.json --gpu=rtx4090
 """
 
 import json
@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
-from configurator import UserError, configure, dispatch, read_object
-from workspace import command, shown_bytes, trainings
+from lib.config import UserError, configure, dispatch, read_object
+from tools.workspace import command, shown_bytes, trainings
 
 REQUIRED = ("torch", "numpy", "sentencepiece", "datasketch", "ftfy", "tqdm", "safetensors")
 OPTIONAL = {
@@ -34,7 +34,7 @@ OPTIONAL = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # What it has
 
 
@@ -113,7 +113,7 @@ def check_env(cfg=None):
     print("\nall that is required is there")
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # What it is doing
 
 
@@ -178,7 +178,7 @@ def monitor(cfg):
         before = now
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # What fits
 
 
@@ -195,7 +195,7 @@ def find_card(cfg):
     """Returns (name, bytes of memory) of the card to fit; UserError where there is none."""
     import torch
 
-    from world import CARDS
+    from lib.runtime import CARDS
 
     if cfg.gpu:
         if cfg.gpu not in CARDS:
@@ -217,7 +217,7 @@ def rows_that_fit(shape, room):
     """
     import torch
 
-    from plan import Means, memory
+    from tools.plan import Means, memory
 
     means = Means("cuda", torch.bfloat16, "sdpa", shape.compile is not False)
     step = shape.batch_size * shape.gradient_accumulation_steps
@@ -240,7 +240,7 @@ def config_gpu(cfg):
         raise UserError(f"{output}: exists; name another --output, or delete it")
     name, there = find_card(cfg)
 
-    from plan import RESERVE
+    from tools.plan import RESERVE
     from train import PretrainConfig
 
     shape = configure(PretrainConfig, [cfg.config])

@@ -18,10 +18,10 @@ from statistics import median
 
 import torch
 
-from configurator import UserError
-from curves import draw_run
+from lib.config import UserError
+from lib.curves import draw_run
 from model import flops_per_token
-from world import memory_used, peak_flops
+from lib.runtime import memory_used, peak_flops
 
 WINDOW, ENOUGH = 100, 20  # steps whose losses a new one is compared with; with fewer than ENOUGH, no alarm
 PATIENCE = 60  # seconds that an upload may take when the run is over

@@ -360,6 +360,12 @@ def comment_of(node, comments, lines):
     return " ".join(beside or [comments[line] for line in range(first, node.lineno)])
 
 
+def program():
+    """Returns what stands after `python` on the command line: train.py, or -m tools.export."""
+    path = Path(sys.argv[0])
+    return f"-m tools.{path.stem}" if path.parent.name == "tools" else path.name
+
+
 def usage(cls, knobs, argv, places, doc):
     """Return what --help prints: two paragraphs of the docstring `doc`, then a line for every field."""
     helps, rows = comments_of(cls), [("option", "takes", "default", "")]
@@ -369,7 +375,7 @@ def usage(cls, knobs, argv, places, doc):
     subcommand = [] if argv == sys.argv[1:] else sys.argv[1:2]
     options = ["[PRESET.json ...]", "[--key=value ...]"] if knobs else []
     call = " ".join(
-        [f"usage: python {Path(sys.argv[0]).name}", *subcommand, *map(str.upper, places), *options]
+        [f"usage: python {program()}", *subcommand, *map(str.upper, places), *options]
     )
     about = (doc or "").strip().split("\n\n")[:2]
     return "\n\n".join(filter(None, [call, *about, table]))

@@ -22,7 +22,7 @@ from collections import deque
 from contextlib import contextmanager
 from functools import lru_cache
 
-from configurator import UserError
+from lib.config import UserError
 
 MAX_LINE = 16 << 20  # bytes; a longer line, page or JSON value is dropped, and never held in memory whole
 BOMB_RATIO, BOMB_FLOOR = 200, 64 << 20  # a compressed file may grow to 200 times its size, or to 64 MiB

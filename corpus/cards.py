@@ -3,7 +3,7 @@
 import datetime
 import json
 
-from shards import totals
+from lib.folders import totals
 
 PRIVATE = """Private data (e-mail addresses, telephone, card and IP numbers, keys) was masked where its shape
 gave it away; names and postal addresses were not."""

@@ -1,8 +1,8 @@
 """Time boxes: the ordinary commands one after another against a clock, with a log and a table at the end.
 
-    python session.py quick                      30 minutes: everything once, small
-    python session.py prototype --minutes=90     a tiny model, complete
-    python session.py evaluation --model_path=checkpoints/dpo
+    python -m tools.session quick                      30 minutes: everything once, small
+    python -m tools.session prototype --minutes=90     a tiny model, complete
+    python -m tools.session evaluation --model_path=checkpoints/dpo
 
 A session runs nothing that could not be typed: every stage is one command, printed before it runs. Data and
 evaluation take what they take, the trainings share what is left of the box (`--max_minutes`). Ctrl-C ends a
@@ -26,10 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from configurator import PositiveFloat, UserError, configure, dispatch, read_object
-from host import memory
-from shards import read_manifest
-from workspace import (
+from lib.config import PositiveFloat, UserError, configure, dispatch, read_object
+from tools.host import memory
+from lib.folders import read_manifest
+from tools.workspace import (
     SESSIONS,
     command,
     datasets,
@@ -79,7 +79,7 @@ class ArchitectureConfig(LookConfig):
     config: str = ""  # one of yours, beside those in configs/
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Stages and their clock
 
 
@@ -231,7 +231,7 @@ def run_box(name, minutes, stages, notes=()):
     raise SystemExit(status)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Sessions that train
 
 
@@ -402,7 +402,7 @@ def full(cfg):
     long_session(cfg, "full", cfg.minutes or float("inf"), "configs/tiny.json", DEMO, boxed)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Sessions that look
 
 
@@ -440,11 +440,11 @@ def debug(cfg):
     whole, half = toys / "whole", toys / "half"
     resume = f"--resume_from_checkpoint={whole / 'step_000010'}"
     stages = [
-        Stage("environment", lambda: ["host.py", "check-env"]),
+        Stage("environment", lambda: ["-m", "tools.host", "check-env"]),
         Stage("data", lambda: ["data.py", "configs/datasets/docstrings.json", *TOY_DATA, *data]),
         Stage("train 20 steps", lambda: [*train, f"--output_dir={whole}"], ("data",)),
         Stage("10 + resume + 10", lambda: [*train, f"--output_dir={half}", resume], ("train 20 steps",)),
-        Stage("the same weights", lambda: ["session.py", "same", whole, half], ("10 + resume + 10",)),
+        Stage("the same weights", lambda: ["-m", "tools.session", "same", whole, half], ("10 + resume + 10",)),
         Stage(
             "sample",
             lambda: ["sample.py", f"--model_path={whole}", "--max_new_tokens=8"],
@@ -460,7 +460,7 @@ def architecture(cfg):
     presets = [*found, *([Path(cfg.config)] if cfg.config else [])]
     stages = [Stage(f"report {path.stem}", functools.partial(list, ["model.py", path])) for path in presets]
     stages += [
-        Stage(f"pass {path.stem}", functools.partial(list, ["session.py", "smoke", path])) for path in presets
+        Stage(f"pass {path.stem}", functools.partial(list, ["-m", "tools.session", "smoke", path])) for path in presets
     ]
     run_box("architecture", cfg.minutes or 30, stages)
 
@@ -474,7 +474,7 @@ class SameConfig:
 
 
 def same(cfg):
-    """Are the final weights of two trainings the same, bit for bit? python session.py same A B"""
+    """Are the final weights of two trainings the same, bit for bit? python -m tools.session same A B"""
     first, second = (Path(folder) / "final" / "model.safetensors" for folder in (cfg.one, cfg.other))
     for path in (first, second):
         if not path.is_file():
@@ -492,7 +492,7 @@ class SmokeConfig:
 
 
 def smoke(cfg):
-    """A forward and backward pass of a preset on random ids: python session.py smoke configs/tiny.json"""
+    """A forward and backward pass of a preset on random ids: python -m tools.session smoke configs/tiny.json"""
     import torch
 
     from model import Llama, ModelConfig, count_parameters

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import safetensors
 
-from configurator import UserError, save_config
-from shards import file_sha256, lock_file
+from lib.config import UserError, save_config
+from lib.folders import file_sha256, lock_file
 
 FORMAT = 1  # of a checkpoint; a newer one is refused, not guessed at
 

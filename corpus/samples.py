@@ -23,8 +23,8 @@ from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 
-from configurator import NonNegativeInt, UserError, write_whole
-from sources import docstrings
+from lib.config import NonNegativeInt, UserError, write_whole
+from corpus.sources import docstrings
 
 FILES = ("sft_train", "sft_val", "dpo_train", "dpo_val")
 SHARES = (0.68, 0.08, 0.21, 0.03)  # of each kind of task, over FILES

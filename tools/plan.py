@@ -16,11 +16,11 @@ from datetime import datetime, timedelta
 import numpy as np
 import torch
 
-from configurator import UserError
+from lib.config import UserError
 from losses import group_rows
 from model import Llama, ModelConfig, count_parameters, flops_per_token
 from schedule import Muon
-from world import CARDS, memory_used
+from lib.runtime import CARDS, memory_used
 
 TIMED = 3  # optimizer steps that are timed after the warm-up
 PATIENCE = 120  # seconds that these may take; a slower machine is timed with one row at a time

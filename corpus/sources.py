@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from configurator import (
+from lib.config import (
     REQUIRED,
     PositiveFloat,
     PositiveInt,
@@ -31,7 +31,7 @@ from configurator import (
     knobs_of,
     shown,
 )
-from formats import (
+from corpus.formats import (
     KINDS,
     MAX_LINE,
     OPENERS,

@@ -1,7 +1,7 @@
 """A trained model for other programs: a Hugging Face folder, or one GGUF file for llama.cpp and its kin.
 
-    python export.py --model_path=checkpoints/sft --format=hf --dtype=bf16 --output=exported/sft
-    python export.py --model_path=checkpoints/sft --format=gguf --dtype=q8_0 --output=exported/sft.gguf
+    python -m tools.export --model_path=checkpoints/sft --format=hf --dtype=bf16 --output=exported/sft
+    python -m tools.export --model_path=checkpoints/sft --format=gguf --dtype=q8_0 --output=exported/sft.gguf
 
 An adapter is merged into its base. What was written is read back and compared, tensor by tensor, with the
 model it came from, and then run: the logits of both are what the last line compares. Nothing is overwritten.
@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from configurator import UserError, run
+from lib.config import UserError, run
 from lora import model_folder, open_model_folder
 from model import Llama, load_model, save_model
-from tokenizer import TEMPLATES, Tokenizer, jinja, stop_ids
+from lib.tokenizer import TEMPLATES, Tokenizer, jinja, stop_ids
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 

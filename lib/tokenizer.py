@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import sentencepiece as spm
 
-from configurator import UserError, read_object, write_whole
+from lib.config import UserError, read_object, write_whole
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 NAMES = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "unk": "<unk>"}

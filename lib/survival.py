@@ -10,8 +10,8 @@ import signal
 
 import torch
 
-from configurator import UserError
-from world import free_memory, out_of_memory, rng_state, set_rng_state
+from lib.config import UserError
+from lib.runtime import free_memory, out_of_memory, rng_state, set_rng_state
 
 
 class StopSignals:

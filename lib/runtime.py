@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from configurator import UserError
+from lib.config import UserError
 from losses import LinearCrossEntropy, nats_and_gradient
 from model import choose_device
 

@@ -1,9 +1,9 @@
 """What lies in this folder - datasets, trainings, evaluations - and what is kept or thrown away.
 
-    python workspace.py status
-    python workspace.py newest --kind=sft
-    python workspace.py backup --output=backups/monday.tar.gz
-    python workspace.py clean | clean-checkpoints | clean-sessions
+    python -m tools.workspace status
+    python -m tools.workspace newest --kind=sft
+    python -m tools.workspace backup --output=backups/monday.tar.gz
+    python -m tools.workspace clean | clean-checkpoints | clean-sessions
 
 Everything is looked for where the commands put it, below the current folder: data/processed, checkpoints,
 evaluation_results, sessions. No link is followed, neither to keep nor to delete what is behind it.
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from configurator import UserError, dispatch
+from lib.config import UserError, dispatch
 
 DATA, CHECKPOINTS, RESULTS = Path("data/processed"), Path("checkpoints"), Path("evaluation_results")
 SESSIONS, BACKUPS = Path("sessions"), Path("backups")
@@ -58,7 +58,7 @@ def shown_bytes(count):
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # What is there
 
 
@@ -70,7 +70,7 @@ def datasets():
 
 def describe_dataset(folder):
     """Returns what a dataset holds, its hashes compared where that is quick, or what is wrong with it."""
-    from shards import VERIFY_BYTES, Shards, read_manifest  # numpy, which host.py may find missing
+    from lib.folders import VERIFY_BYTES, Shards, read_manifest  # numpy, which host.py may find missing
 
     try:
         manifest = read_manifest(folder)
@@ -105,7 +105,7 @@ class Training(NamedTuple):
     @property
     def problem(self):
         """What is wrong with final/, None if it is a whole model by its manifest's hashes."""
-        from checkpoint import FINAL_FILES, problem_with  # needs packages, whose want check-env is to tell
+        from lib.checkpoint import FINAL_FILES, problem_with  # needs packages, whose want check-env is to tell
 
         return problem_with(self.folder / "final", FINAL_FILES)
 
@@ -118,7 +118,7 @@ def newest_steps(folder):
 
 def sound_step(folder):
     """Returns the newest checkpoint that a resume would take, None if there is none."""
-    from checkpoint import problem_with
+    from lib.checkpoint import problem_with
 
     return next((step for step in newest_steps(folder) if problem_with(step) is None), None)
 
@@ -221,7 +221,7 @@ class StatusConfig:
 
 
 def status(cfg=None):
-    """What is in this folder, as it is on the disk, and what to do next: python workspace.py status"""
+    """What is in this folder, as it is on the disk, and what to do next: python -m tools.workspace status"""
     found, seen = trainings(), evaluations()
     problems = [one.problem for one in found]
     sound = [one for one, problem in zip(found, problems, strict=True) if problem is None]
@@ -262,7 +262,7 @@ def newest(kind="any"):
 
 
 def say_newest(cfg):
-    """The newest whole model, or dataset, by name: python workspace.py newest --kind=sft"""
+    """The newest whole model, or dataset, by name: python -m tools.workspace newest --kind=sft"""
     folder = newest(cfg.kind)
     print(f"using the newest: {folder}", file=sys.stderr)
     print(folder)
@@ -276,13 +276,13 @@ class VocabConfig:
 
 
 def say_vocab(cfg):
-    """The size of a dataset's vocabulary, which is its model's: python workspace.py vocab PATH"""
-    from shards import read_manifest
+    """The size of a dataset's vocabulary, which is its model's: python -m tools.workspace vocab PATH"""
+    from lib.folders import read_manifest
 
     print(read_manifest(cfg.path.split(",")[0])["vocab_size"])
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Kept in one file
 
 OPENSSL = ("openssl", "enc", "-aes-256-cbc", "-pbkdf2", "-iter", "600000", "-salt")
@@ -385,7 +385,7 @@ def read_tar(path, secret):
 
 
 def backup(cfg):
-    """Presets, models, newest checkpoints and evaluations in one verified file: python workspace.py backup
+    """Presets, models, newest checkpoints and evaluations in one verified file: python -m tools.workspace backup
 
     With BACKUP_PASSPHRASE in the environment it is encrypted by openssl (AES-256, PBKDF2).
     """
@@ -434,7 +434,7 @@ def unpack(path, secret):
     return f"{' '.join(OPENSSL)} -d -in {path} | tar -xz" if secret else f"tar -xzf {path}"
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Thrown away
 
 
@@ -447,7 +447,7 @@ class CleanConfig:
 
 def refuse_if_in_use():
     """UserError if a training holds one of the folders below checkpoints/."""
-    from shards import lock_file  # numpy, as above
+    from lib.folders import lock_file  # numpy, as above
 
     for lock in CHECKPOINTS.rglob("run.lock"):
         with lock.open(encoding="utf-8") as handle:
@@ -483,20 +483,20 @@ def throw_away(paths, cfg):
 
 
 def clean(cfg):
-    """Delete caches of Python and of the tools, and what killed backups left: python workspace.py clean"""
+    """Delete caches of Python and of the tools, and what killed backups left: python -m tools.workspace clean"""
     caches = [Path(name) for name in ("__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis")]
     halves = sorted(BACKUPS.glob(".tmp-*"))
     throw_away([*caches, *sorted(Path(".").glob("[!.]*/__pycache__")), *halves], cfg)
 
 
 def clean_checkpoints(cfg):
-    """Delete every training, its models included: python workspace.py clean-checkpoints"""
+    """Delete every training, its models included: python -m tools.workspace clean-checkpoints"""
     refuse_if_in_use()
     throw_away(inside(CHECKPOINTS), cfg)
 
 
 def clean_sessions(cfg):
-    """Delete the logs of sessions and the toys of session-debug: python workspace.py clean-sessions"""
+    """Delete the logs of sessions and the toys of session-debug: python -m tools.workspace clean-sessions"""
     throw_away(inside(SESSIONS), cfg)
 
 

@@ -12,7 +12,7 @@ from functools import cache, lru_cache
 from ipaddress import IPv6Address
 from typing import Literal
 
-from configurator import Fraction, NonNegativeInt, PositiveInt, UserError
+from lib.config import Fraction, NonNegativeInt, PositiveInt, UserError
 
 
 @dataclass(frozen=True)

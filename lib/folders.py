@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import UserError
+from lib.config import UserError
 
 AGAIN = "delete the folder and prepare it again"  # the remedy for a damaged dataset
 FORMAT = 1  # of the manifest; a reader refuses any other
