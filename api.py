@@ -11,10 +11,10 @@ import time
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated
 
-from lib.config import PositiveInt, Range, UserError, accept, did_you_mean, knobs_of, narrow
 from engine import Request, Sampling
-from scheduler import Call, Closed, Failed, Full, Job, Piece, Token
+from lib.config import PositiveInt, Range, UserError, accept, did_you_mean, knobs_of, narrow
 from lib.tokenizer import ROLES, TEMPLATES, jinja, render, stop_ids
+from scheduler import Call, Closed, Failed, Full, Job, Piece, Token
 
 ROWS = 64  # prompts x n of one request, at most
 IGNORED = {  # fields of OpenAI's that change nothing here
@@ -56,7 +56,11 @@ class ApiError(Exception):
 
     def fields(self):
         kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-        kind = "server_error" if self.status >= 500 else kinds.get(self.status, "invalid_request_error")
+        kind = (
+            "server_error"
+            if self.status >= 500
+            else kinds.get(self.status, "invalid_request_error")
+        )
         message = " ".join(str(self).split("\n"))
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
@@ -155,7 +159,9 @@ def field(name, value, knob):
         value = [value] if isinstance(value, str) else value
         if isinstance(value, list) and (len(value) > 8 or not all(value)):
             raise ApiError(400, "stop: up to 8 texts, none of them empty", name)
-        if isinstance(value, list) and any(isinstance(text, str) and len(text) > 256 for text in value):
+        if isinstance(value, list) and any(
+            isinstance(text, str) and len(text) > 256 for text in value
+        ):
             raise ApiError(400, "stop: a text of more than 256 characters", name)
     try:
         return accept(name, value, knob, "request")
@@ -185,7 +191,12 @@ class Api:
     """The routes over one model. `seconds`: a request's longest time in the queue and in the making."""
 
     def __init__(self, scheduler, tokenizer, name, seconds):
-        self.scheduler, self.tokenizer, self.name, self.seconds = scheduler, tokenizer, name, seconds
+        self.scheduler, self.tokenizer, self.name, self.seconds = (
+            scheduler,
+            tokenizer,
+            name,
+            seconds,
+        )
         self.context = scheduler.model.cfg.sequence_length
         self.template, self.started = tokenizer.template, int(time.time())
         self.longest = int(tokenizer.token_bytes().max())  # bytes that a token stands for, at most
@@ -204,13 +215,21 @@ class Api:
         }
         settings["max_tokens"] = {"min": 1, "max": self.context - 1, "default": None}
         card = {"id": self.name, "object": "model", "created": self.started, "owned_by": "mini-llm"}
-        return card | {"context_length": self.context, "template": self.template, "settings": settings}
+        return card | {
+            "context_length": self.context,
+            "template": self.template,
+            "settings": settings,
+        }
 
     def tokenizer_info(self):
         """Returns what lm-eval asks of a tokenizer that it can't load itself."""
-        names = {f"{role}_token": getattr(self.tokenizer, f"{role}_id") for role in ("bos", "eos", "pad")}
+        names = {
+            f"{role}_token": getattr(self.tokenizer, f"{role}_id") for role in ("bos", "eos", "pad")
+        }
         template = jinja(TEMPLATES[self.template]) if self.template else None
-        return {name: self.tokenizer.pieces[id] for name, id in names.items()} | {"chat_template": template}
+        return {name: self.tokenizer.pieces[id] for name, id in names.items()} | {
+            "chat_template": template
+        }
 
     def tokenize(self, body, gone):
         """Returns the ids of `prompt`, or of `messages` as a chat request would put them."""
@@ -255,7 +274,9 @@ class Api:
     def _checked_ids(self, ids, param):
         size = self.tokenizer.vocab_size
         if not isinstance(ids, list) or not all(type(id) is int and 0 <= id < size for id in ids):
-            raise ApiError(400, f"{param} must be a list of token ids, each in 0..{size - 1}", param)
+            raise ApiError(
+                400, f"{param} must be a list of token ids, each in 0..{size - 1}", param
+            )
         return ids
 
     def _conversation(self, messages):
@@ -270,8 +291,12 @@ class Api:
         # an empty system prompt is none, and an answer that was empty is no reason to end the conversation
         messages = [one for one in messages if one["content"].strip() or one["role"] == "user"]
         if not messages or messages[-1]["role"] != "user":
-            raise ApiError(400, "the last message must be the user's: it is what is answered", "messages")
-        return self._rendered(messages, "messages") if self.template else self._text(text, "messages")
+            raise ApiError(
+                400, "the last message must be the user's: it is what is answered", "messages"
+            )
+        return (
+            self._rendered(messages, "messages") if self.template else self._text(text, "messages")
+        )
 
     def _rendered(self, messages, param):
         """Returns the ids of messages in the model's template, up to where the answer begins."""
@@ -288,7 +313,8 @@ class Api:
         if len(rows) > ROWS:
             raise ApiError(400, f"{len(rows)} prompts; up to {ROWS} in one request", "prompt")
         rows = [
-            self._checked_ids(row, "prompt") if isinstance(row, list) else self._text(row) for row in rows
+            self._checked_ids(row, "prompt") if isinstance(row, list) else self._text(row)
+            for row in rows
         ]
         if not all(rows):
             raise ApiError(400, "prompt: an empty list of token ids; give at least BOS", "prompt")
@@ -347,7 +373,9 @@ class Api:
         prompt = self._conversation(needed(body, "messages"))
         limit = self._room(prompt, *one_limit(asked))
         top = (asked.top_logprobs or 0) if asked.logprobs else None
-        call = self._ask(asked, [prompt], [limit], gone, asked.n, top=top, trim=self.template is not None)
+        call = self._ask(
+            asked, [prompt], [limit], gone, asked.n, top=top, trim=self.template is not None
+        )
         if asked.stream:
             return self._chat_chunks(call, asked)
         choices = [
@@ -359,7 +387,10 @@ class Api:
             }
             for row in gather(call)
         ]
-        return self._head("chatcmpl", "chat.completion") | {"choices": choices, "usage": usage(call)}
+        return self._head("chatcmpl", "chat.completion") | {
+            "choices": choices,
+            "usage": usage(call),
+        }
 
     def _chat_chunks(self, call, asked):
         head, begun = self._head("chatcmpl", "chat.completion.chunk", asked.wants_usage), set()
@@ -390,7 +421,8 @@ class Api:
             return {"token": text, "logprob": logprob, "bytes": list(spelled)}
 
         content = [
-            entry(token.id, token.likely[0]) | {"top_logprobs": [entry(*pair) for pair in token.likely[1]]}
+            entry(token.id, token.likely[0])
+            | {"top_logprobs": [entry(*pair) for pair in token.likely[1]]}
             for token in tokens
         ]
         return {"content": content, "refusal": None}
@@ -399,7 +431,9 @@ class Api:
         """POST /v1/completions: prompts as text or ids; `echo` with `logprobs` also scores them."""
         asked = self._read(CompletionFields, body, "prompt")
         if asked.echo and asked.stream:
-            raise ApiError(400, "echo is not supported with stream", "echo", "unsupported_parameter")
+            raise ApiError(
+                400, "echo is not supported with stream", "echo", "unsupported_parameter"
+            )
         if asked.max_tokens == 0 and not asked.echo:
             raise ApiError(400, "max_tokens 0 asks for nothing, but with echo", "max_tokens")
         prompts = self._prompts(needed(body, "prompt"))
@@ -413,7 +447,9 @@ class Api:
         call = self._ask(asked, prompts, limits, gone, asked.n, **kw)
         if asked.stream:
             return self._completion_chunks(call, asked)
-        choices = [self._completion_choice(row, call.jobs[row.index], asked) for row in gather(call)]
+        choices = [
+            self._completion_choice(row, call.jobs[row.index], asked) for row in gather(call)
+        ]
         return self._head("cmpl", "text_completion") | {"choices": choices, "usage": usage(call)}
 
     def _completion_choice(self, row, job, asked):
@@ -424,7 +460,12 @@ class Api:
             text = echoed + text
             tokens = before + [token._replace(start=token.start + len(echoed)) for token in tokens]
         logprobs = None if asked.logprobs is None else self._completion_logprobs(tokens)
-        return {"index": row.index, "text": text, "logprobs": logprobs, "finish_reason": reason(row.finish)}
+        return {
+            "index": row.index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": reason(row.finish),
+        }
 
     def _prompt_tokens(self, job):
         """Yields a prompt's Tokens as its scoring found them."""
@@ -438,7 +479,9 @@ class Api:
         for piece in pieces(call):
             logprobs = None if asked.logprobs is None else self._completion_logprobs(piece.tokens)
             choice = {"index": piece.index, "text": piece.text, "logprobs": logprobs}
-            yield head | {"choices": [choice | {"finish_reason": piece.finish and reason(piece.finish)}]}
+            yield head | {
+                "choices": [choice | {"finish_reason": piece.finish and reason(piece.finish)}]
+            }
         if asked.wants_usage:
             yield head | {"choices": [], "usage": usage(call)}
 
@@ -483,7 +526,12 @@ class Api:
     def _generate_chunks(self, call, used):
         for piece in pieces(call):
             yield {"response": piece.text, "finish_reason": piece.finish}
-        yield {"response": "", "finish_reason": piece.finish, "generation_config": used, "usage": usage(call)}
+        yield {
+            "response": "",
+            "finish_reason": piece.finish,
+            "generation_config": used,
+            "usage": usage(call),
+        }
 
     def _template(self, wanted):
         """Returns the template to ask in: the model's own, or none for plain text; ApiError for another."""
@@ -494,12 +542,16 @@ class Api:
         own = self.tokenizer.without_template(self.name)
         if self.template:
             own = f"{self.name} was trained in {self.template!r}"
-        raise ApiError(400, f"template {wanted[:60]!r}: {own}; leave it out, or say 'none'", "template")
+        raise ApiError(
+            400, f"template {wanted[:60]!r}: {own}; leave it out, or say 'none'", "template"
+        )
 
     def _head(self, prefix, kind, wants_usage=False):
         id = f"{prefix}-{secrets.token_hex(12)}"
         head = {"id": id, "object": kind, "created": int(time.time()), "model": self.name}
-        return head | {"usage": None} if wants_usage else head  # which only the last chunk of a stream knows
+        return (
+            head | {"usage": None} if wants_usage else head
+        )  # which only the last chunk of a stream knows
 
 
 # ----------------------------------------------------------------------------------------------
@@ -509,11 +561,15 @@ class Api:
 def flat(message, number):
     """Returns a message with its content as one text: OpenAI's text parts are joined, others refused."""
     if not isinstance(message, dict):
-        raise ApiError(400, f"message {number}: must be an object with role and content", "messages")
+        raise ApiError(
+            400, f"message {number}: must be an object with role and content", "messages"
+        )
     content = message.get("content")
     if isinstance(content, list):
         texts = [
-            part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"
+            part.get("text")
+            for part in content
+            if isinstance(part, dict) and part.get("type") == "text"
         ]
         if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
             raise ApiError(400, f"message {number}: only text parts are supported", "messages")
@@ -551,7 +607,9 @@ def gather(call):
     rows = [Piece(job.index) for job in call.jobs]
     for piece in pieces(call):
         row = rows[piece.index]
-        rows[piece.index] = Piece(row.index, row.text + piece.text, row.tokens + piece.tokens, piece.finish)
+        rows[piece.index] = Piece(
+            row.index, row.text + piece.text, row.tokens + piece.tokens, piece.finish
+        )
     return rows
 
 
@@ -566,8 +624,12 @@ def turned_away(problem):
         message = "too many requests are waiting; try again in a moment"
         return ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
     if isinstance(problem, Closed):
-        return ApiError(503, "the server is stopping", code="stopping", headers={"Retry-After": "5"})
-    return ApiError(500, f"internal error {problem}; the server's log tells more", code="internal_error")
+        return ApiError(
+            503, "the server is stopping", code="stopping", headers={"Retry-After": "5"}
+        )
+    return ApiError(
+        500, f"internal error {problem}; the server's log tells more", code="internal_error"
+    )
 
 
 def reason(finish):

@@ -59,7 +59,10 @@ def lines_of(results):
     rows, part = [], results["perplexity"]
     if "baselines" in part:
         for metric in METRICS[:3]:
-            beside = [f"{name} {metric.shown(part['baselines'][name][metric.place[1]])}" for name in BESIDE]
+            beside = [
+                f"{name} {metric.shown(part['baselines'][name][metric.place[1]])}"
+                for name in BESIDE
+            ]
             rows.append([metric.name, metric.shown(metric.of(results)), ", ".join(beside), ""])
         rows[0][3] = part["verdict"]
     else:
@@ -69,7 +72,12 @@ def lines_of(results):
         rows += question_lines(Path(path).name, task)
     score, ends = METRICS[5], METRICS[6]
     rows.append(
-        [score.name, score.shown(score.of(results)), "", f"{len(results['smoke']['responses'])} prompts"]
+        [
+            score.name,
+            score.shown(score.of(results)),
+            "",
+            f"{len(results['smoke']['responses'])} prompts",
+        ]
     )
     rows.append([ends.name, ends.shown(ends.of(results)), "", "responses that were not cut off"])
     return rows
@@ -80,7 +88,12 @@ def question_lines(name, task):
     if "accuracy" not in task:
         return [[name, "not measured", "", task["reason"]]]
     rows = [
-        [f"{name} accuracy", with_doubt(task["accuracy"], task["ci95"]), f"n {task['n']:,}", task["verdict"]]
+        [
+            f"{name} accuracy",
+            with_doubt(task["accuracy"], task["ci95"]),
+            f"n {task['n']:,}",
+            task["verdict"],
+        ]
     ]
     if "majority" in task:
         rows[0][2] = f"majority {task['majority']:.1%}, n {task['n']:,}"
@@ -91,7 +104,9 @@ def question_lines(name, task):
         told = f"{task['calibrated_verdict']}; uncalibrated it answered {said}"
         rows.append([f"{name}, calibrated", calibrated, "", told])
     if "perplexity" in task:
-        rows.append([f"{name}, perplexity of the word", METRICS[2].shown(task["perplexity"]), "", ""])
+        rows.append(
+            [f"{name}, perplexity of the word", METRICS[2].shown(task["perplexity"]), "", ""]
+        )
     if task["cut"]:
         rows[0][3] += f"; {task['cut']:,} contexts lost their beginning"
     return rows
@@ -124,16 +139,30 @@ def headline(results):
 def markdown(results, smoke_table, detailed=False, picture=False):
     """Returns report.md. smoke_table: smoke.table's; `detailed` adds every response, `picture` report.png."""
     model, smoke = results["model"], results["smoke"]
-    about = f"{model['non_embedding']:,} parameters without embeddings, {model['parameters']:,} in all"
-    parts = [f"# {model['name']}: evaluation", f"`{model['path']}` - {about}, weights {model['sha256'][:12]}"]
+    about = (
+        f"{model['non_embedding']:,} parameters without embeddings, {model['parameters']:,} in all"
+    )
+    parts = [
+        f"# {model['name']}: evaluation",
+        f"`{model['path']}` - {about}, weights {model['sha256'][:12]}",
+    ]
     if results["protocol"]["fast_mode"]:
-        parts.append("**Fast mode: parts of the data only. Not to be compared with full evaluations.**")
+        parts.append(
+            "**Fast mode: parts of the data only. Not to be compared with full evaluations.**"
+        )
     parts += [table([HEAD, *lines_of(results)]), *(["![](report.png)"] if picture else [])]
     distinct = ", ".join(f"distinct-{n} {value:.2f}" for n, value in smoke["distinct_n"].items())
     if "baselines" in results["perplexity"]:
         parts += ["## Perplexity", perplexity_table(results), text_of(results["perplexity"])]
-    parts += ["## Smoke prompts", f"{distinct}; {smoke['tokens_per_second']:,.0f} tokens/s", smoke_table]
-    parts += ["## How it was measured", "\n".join(f"- {k}: {v}" for k, v in results["protocol"].items())]
+    parts += [
+        "## Smoke prompts",
+        f"{distinct}; {smoke['tokens_per_second']:,.0f} tokens/s",
+        smoke_table,
+    ]
+    parts += [
+        "## How it was measured",
+        "\n".join(f"- {k}: {v}" for k, v in results["protocol"].items()),
+    ]
     if detailed:
         parts += ["## Responses", *map(response, smoke["responses"])]
     return "\n\n".join(parts) + "\n"
@@ -162,7 +191,9 @@ def text_of(part):
 
 def response(row):
     """Returns one prompt of the smoke test with what came of it."""
-    parts = ", ".join(f"{name} {value:.2f}" for name, value in row["parts"].items() if value is not None)
+    parts = ", ".join(
+        f"{name} {value:.2f}" for name, value in row["parts"].items() if value is not None
+    )
     quoted = "\n".join(f"    {line}" for line in row["response"].splitlines()) or "    (nothing)"
     head = f"**{row['category']}: {row['score']:.2f}** ({parts}; {row['finish']})"
     asked = "\n".join(f"> {line}" for line in row["prompt"].strip().splitlines())
@@ -179,8 +210,12 @@ def draw(results, path):
     bars = {name: base["bits_per_byte"] for name, base in part.get("baselines", {}).items()}
     panels = [("smoke score", results["smoke"]["by_category"], 1.0)]
     if bars:
-        panels.insert(0, ("bits per byte", bars | {results["model"]["name"]: part["bits_per_byte"]}, None))
-    for axes, (title, values, limit) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        panels.insert(
+            0, ("bits per byte", bars | {results["model"]["name"]: part["bits_per_byte"]}, None)
+        )
+    for axes, (title, values, limit) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels
+    ):
         colors = ["0.75"] * (len(values) - 1) + ["C0"] if title == "bits per byte" else "C0"
         marks = axes.barh(list(values), list(values.values()), color=colors)
         axes.bar_label(marks, fmt="%.2f", padding=3)
@@ -200,12 +235,16 @@ def read_results(path):
     path = Path(path) / "results.json" if Path(path).is_dir() else Path(path)
     results = read_object(str(path))
     model, parts = results.get("model"), ("perplexity", "boolq", "smoke")
-    if not isinstance(model, dict) or not all(isinstance(results.get(part), dict) for part in parts):
+    if not isinstance(model, dict) or not all(
+        isinstance(results.get(part), dict) for part in parts
+    ):
         expected = f"objects 'model', {', '.join(map(repr, parts))}"
         raise UserError(f"{path}: not results of eval.py: expected the {expected}")
     size = model.get("non_embedding")
     if type(size) is not int or size < 1:
-        raise UserError(f"{path}: model.non_embedding must be a count of parameters, got {size!r:.40}")
+        raise UserError(
+            f"{path}: model.non_embedding must be a count of parameters, got {size!r:.40}"
+        )
     try:
         lines_of(results)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as problem:
@@ -223,21 +262,30 @@ def compare(files):
     all_results = [read_results(file) for file in files]
     rows = [["", *map(str, files)]]
     rows.append(["model", *(str(results["model"].get("name")) for results in all_results)])
-    rows.append(["parameters", *(f"{results['model']['non_embedding']:,}" for results in all_results)])
+    rows.append(
+        ["parameters", *(f"{results['model']['non_embedding']:,}" for results in all_results)]
+    )
     rows.append(["context, stride", *map(context_of, all_results)])
     paths = dict.fromkeys(path for results in all_results for path in results.get("tasks", {}))
     metrics = [
         *METRICS,
-        *(Metric(f"{Path(path).name} accuracy", ("tasks", path, "accuracy"), ".1%") for path in paths),
+        *(
+            Metric(f"{Path(path).name} accuracy", ("tasks", path, "accuracy"), ".1%")
+            for path in paths
+        ),
     ]
     unlike = {metric: what for metric in metrics if (what := difference(metric, all_results))}
     for metric in metrics:
         values = [metric.of(results) for results in all_results]
         known = [value for value in values if value is not None]
         top = (min if metric.lower_is_better else max)(known, default=None)
-        marks = [" *" if v == top and len(known) > 1 and metric not in unlike else "" for v in values]
+        marks = [
+            " *" if v == top and len(known) > 1 and metric not in unlike else "" for v in values
+        ]
         rows.append([metric.name, *(metric.shown(v) + mark for v, mark in zip(values, marks))])
-    notes = [f"{metric.name}: not to be compared, the {what} differ" for metric, what in unlike.items()]
+    notes = [
+        f"{metric.name}: not to be compared, the {what} differ" for metric, what in unlike.items()
+    ]
     return "\n".join([aligned(rows), "", "* the best", *notes])
 
 
@@ -258,8 +306,12 @@ def difference(metric, all_results):
         "boolq": questions,
         "tasks": questions,
         "smoke": {
-            "prompts": lambda results: [dig(row, "prompt") for row in results["smoke"]["responses"]],
-            "lengths of the responses": lambda results: dig(results, "smoke", "settings", "max_new_tokens"),
+            "prompts": lambda results: [
+                dig(row, "prompt") for row in results["smoke"]["responses"]
+            ],
+            "lengths of the responses": lambda results: dig(
+                results, "smoke", "settings", "max_new_tokens"
+            ),
         },
     }[metric.place[0]]
     if metric.place[1] == "token_perplexity":
@@ -287,13 +339,24 @@ def assess(files, expected):
     size = size_class(count, sizes)
     rows = [["metric", "value", "expected", "verdict", "source"]]
     for entry in sizes[size]["ranges"]:
-        rows += [judged(metric, results, entry) for metric in METRICS if ".".join(metric.place) in entry]
+        rows += [
+            judged(metric, results, entry) for metric in METRICS if ".".join(metric.place) in entry
+        ]
     known = ", ".join(f"{name} {entry['non_embedding']:,}" for name, entry in sizes.items())
     about = f"{files[0]}: size class {size}: {count:,} parameters without embeddings, nearest of {known}"
     found = aligned(rows) if len(rows) > 1 else f"no ranges are known for {size}"
     todo = [f"- {sentence}" for sentence in advice(results, rows[1:])]
     return "\n".join(
-        [about, "", found, "", headline(results), "", "what to do", *(todo or ["- nothing stands out"])]
+        [
+            about,
+            "",
+            found,
+            "",
+            headline(results),
+            "",
+            "what to do",
+            *(todo or ["- nothing stands out"]),
+        ]
     )
 
 
@@ -305,12 +368,19 @@ def read_expected(path):
     for name, entry in sizes.items():
         count, ranges = dig(entry, "non_embedding"), dig(entry, "ranges")
         if type(count) is not int or count < 1 or not isinstance(ranges, list):
-            raise UserError(f"{path}: size {name!r} must hold non_embedding, a count, and ranges, a list")
+            raise UserError(
+                f"{path}: size {name!r} must hold non_embedding, a count, and ranges, a list"
+            )
         for number, found in enumerate(ranges, start=1):
             for metric in METRICS:
                 pair = dig(found, ".".join(metric.place)) or [0, 0]
-                if not isinstance(pair, list) or [type(x) in (int, float) for x in pair] != [True, True]:
-                    raise UserError(f"{path}: {name} range {number}: {metric.name} must be [low, high]")
+                if not isinstance(pair, list) or [type(x) in (int, float) for x in pair] != [
+                    True,
+                    True,
+                ]:
+                    raise UserError(
+                        f"{path}: {name} range {number}: {metric.name} must be [low, high]"
+                    )
     return sizes
 
 
@@ -336,9 +406,7 @@ def judged(metric, results, entry):
 
 
 STRANGE = "is this the tokenizer it was trained with?"
-OVERWRITTEN = (
-    "fine-tuning overwrote the rest; a smaller --learning_rate, fewer epochs or --lora_r=16 keep more"
-)
+OVERWRITTEN = "fine-tuning overwrote the rest; a smaller --learning_rate, fewer epochs or --lora_r=16 keep more"
 PARTS = {  # of smoke.py's scores: what helps where one is low
     "order": "words stand in no English order: train longer, or on more text",
     "english": "few English function words: look at what the model was trained on",
@@ -352,7 +420,11 @@ PARTS = {  # of smoke.py's scores: what helps where one is low
 
 def advice(results, rows):
     """Yields what to do about what failed; `rows` are `judged`'s."""
-    text, boolq, responses = results["perplexity"], results["boolq"], results["smoke"].get("responses") or []
+    text, boolq, responses = (
+        results["perplexity"],
+        results["boolq"],
+        results["smoke"].get("responses") or [],
+    )
     for name, part in (("perplexity", text), ("BoolQ", boolq)):
         if part.get("verdict") == "not measured":
             yield f"{name} was not measured: {part.get('reason')}"
@@ -361,7 +433,9 @@ def advice(results, rows):
     if bits is not None and unigram is not None and bits >= unigram:
         yield f"token frequencies alone predict the text as well: {OVERWRITTEN if tuned else STRANGE}"
     elif any(
-        row[0].endswith("per byte") or row[0].endswith("perplexity") for row in rows if row[3] == "worse"
+        row[0].endswith("per byte") or row[0].endswith("perplexity")
+        for row in rows
+        if row[3] == "worse"
     ):
         yield "perplexity: train longer while the validation loss falls, then on more text, or nearer text"
     if "not distinguishable" in str(boolq.get("verdict")) or "worse" in str(boolq.get("verdict")):

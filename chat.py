@@ -15,8 +15,8 @@ import sys
 import time
 from dataclasses import replace
 
-from lib.config import UserError
 from engine import Engine, Reply, Request, generate
+from lib.config import UserError
 from lib.tokenizer import render, stop_ids
 
 HELP = """\
@@ -29,7 +29,9 @@ HELP = """\
 //TEXT          a question that begins with a single /"""
 
 PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
-PICTURES |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)  # DEL, and the second set of controls
+PICTURES |= {0x7F: 0x2421} | dict.fromkeys(
+    range(0x80, 0xA0), 0xFFFD
+)  # DEL, and the second set of controls
 
 
 class Chat:
@@ -39,7 +41,9 @@ class Chat:
     sampling: a Sampling; its seed is that of the first answer, the next one's is one more.
     """
 
-    def __init__(self, model, tokenizer, sampling, max_new_tokens, stop=(), system="", graphs=False):
+    def __init__(
+        self, model, tokenizer, sampling, max_new_tokens, stop=(), system="", graphs=False
+    ):
         self.tokenizer, self.template = tokenizer, tokenizer.template
         self.model, self.engine = model, Engine(model, 1, graphs=graphs)
         self.ends = stop_ids(tokenizer, tokenizer.template)
@@ -51,7 +55,9 @@ class Chat:
 
     def set_system(self, text):
         if self.template is None:
-            raise UserError("system: this model has no chat template, so nothing marks a system message")
+            raise UserError(
+                "system: this model has no chat template, so nothing marks a system message"
+            )
         self.tokenizer.encode(text)  # refuses what is no Unicode
         rest = [message for message in self.messages if message["role"] != "system"]
         self.messages = [{"role": "system", "content": text}, *rest]
@@ -123,7 +129,9 @@ class Chat:
             return [self.tokenizer.bos_id, *self.tokenizer.encode(self.messages[-1]["content"])]
         room, forgotten = min(self.max_new_tokens, self.engine.limit // 4), 0
         while True:
-            ids, _ = render(self.tokenizer, self.messages, self.template, add_generation_prompt=True)
+            ids, _ = render(
+                self.tokenizer, self.messages, self.template, add_generation_prompt=True
+            )
             turns = [at for at, message in enumerate(self.messages) if message["role"] == "user"]
             if len(ids) + room <= self.engine.limit or len(turns) == 1:
                 break
@@ -182,13 +190,19 @@ def obey(chat, line):
     elif command == "/system" and rest:
         chat.set_system(rest)
     elif command == "/system":
-        say(next((m["content"] for m in chat.messages if m["role"] == "system"), "no system message"))
+        say(
+            next(
+                (m["content"] for m in chat.messages if m["role"] == "system"), "no system message"
+            )
+        )
     elif command == "/retry":
         chat.retry()
     elif command == "/save":
         save(chat.messages, rest)
     elif command.startswith("/") and not command.startswith("//"):
-        raise UserError(f"{command}: no such command; /help lists them, // begins a question with a /")
+        raise UserError(
+            f"{command}: no such command; /help lists them, // begins a question with a /"
+        )
     elif command:
         chat.ask(line.replace("//", "/", 1) if command.startswith("//") else line)
     return True
@@ -199,7 +213,9 @@ def save(messages, path):
     if not path:
         raise UserError("/save: name a file, as /save chat.jsonl")
     if not any(message["role"] == "assistant" for message in messages):
-        raise UserError("/save: nothing has been answered yet; without a chat template no answer is kept")
+        raise UserError(
+            "/save: nothing has been answered yet; without a chat template no answer is kept"
+        )
     try:
         with open(path, "a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
@@ -226,7 +242,9 @@ def piped():
         for line in sys.stdin:
             yield line.removesuffix("\n")
     except UnicodeDecodeError as problem:
-        raise UserError(f"standard input: not UTF-8 ({problem.reason}); send text as UTF-8") from None
+        raise UserError(
+            f"standard input: not UTF-8 ({problem.reason}); send text as UTF-8"
+        ) from None
 
 
 def converse(chat):

@@ -27,11 +27,11 @@ from corpus.chats import (  # noqa: F401 - others ask us for rows
     read_pairs,
     show_rows,
 )
-from lib.config import UserError, closest, run
 from corpus.prepare import DataConfig, RetokenizeConfig, hash_fraction, main, retokenize
-from lib.folders import AGAIN, Shards, open_all, read_manifest
-from corpus.sources import Tally, peek
 from corpus.samples import SampleConfig, create
+from corpus.sources import Tally, peek
+from lib.config import UserError, closest, run
+from lib.folders import AGAIN, Shards, open_all, read_manifest
 from lib.tokenizer import Tokenizer
 
 IGNORE = -100  # the label of a position that is not supervised
@@ -72,7 +72,11 @@ class TokenStream:
         verify=None,
     ):
         self.sources = open_all(paths, split, verify)
-        self.sequence_length, self.batch_size, self.world_size = sequence_length, batch_size, world_size
+        self.sequence_length, self.batch_size, self.world_size = (
+            sequence_length,
+            batch_size,
+            world_size,
+        )
         self.seed, self.document_mask = seed, document_mask
         for source in self.sources:
             if split == "train" and source.tokens <= sequence_length:
@@ -86,7 +90,9 @@ class TokenStream:
         self.tokenizer = first.folder / "tokenizer.model"
         self.tokenizer_sha256 = first.tokenizer_sha256
         self.tokens = sum(source.tokens for source in self.sources)
-        self.bytes = sum(source.bytes for source in self.sources)  # UTF-8 bytes of the text behind the tokens
+        self.bytes = sum(
+            source.bytes for source in self.sources
+        )  # UTF-8 bytes of the text behind the tokens
         # One target fewer than tokens, in steps of T: 8 tokens at T 4 are two blocks, the second with 3
         # labels.
         sizes = [-(-(source.tokens - 1) // sequence_length) for source in self.sources]
@@ -96,12 +102,20 @@ class TokenStream:
         if weights is None:
             self.lanes, self.table = [(0, self.blocks)], np.zeros(1, np.int64)
         else:
-            self.lanes = [(int(end) - size, size) for end, size in zip(self.block_ends, sizes, strict=True)]
+            self.lanes = [
+                (int(end) - size, size) for end, size in zip(self.block_ends, sizes, strict=True)
+            ]
             self.table = _mixture_table(weights, [source.folder for source in self.sources], seed)
-        self.shares = np.bincount(self.table, minlength=len(self.lanes))  # rows of each lane per period
+        self.shares = np.bincount(
+            self.table, minlength=len(self.lanes)
+        )  # rows of each lane per period
         # earlier[i]: how many rows of the same lane precede row i within a period.
-        self.earlier = np.array([np.sum(self.table[:i] == lane) for i, lane in enumerate(self.table)])
-        self._order = lru_cache(maxsize=2 * len(self.lanes))(self._permutation)  # this pass and the next
+        self.earlier = np.array(
+            [np.sum(self.table[:i] == lane) for i, lane in enumerate(self.table)]
+        )
+        self._order = lru_cache(maxsize=2 * len(self.lanes))(
+            self._permutation
+        )  # this pass and the next
 
     def batch(self, step, micro=0, rank=0, accumulation=1):
         """The micro-batch of one rank: global rows ((step * accumulation + micro) * world_size + rank) *
@@ -153,7 +167,9 @@ class TokenStream:
 def _mixture_table(weights, names, seed):
     """Which dataset each of MIXTURE_PERIOD rows takes: counts by largest remainder, in a seeded order."""
     if len(weights) != len(names):
-        raise UserError(f"{len(weights)} weights for {len(names)} datasets; give one weight for each")
+        raise UserError(
+            f"{len(weights)} weights for {len(names)} datasets; give one weight for each"
+        )
     for weight, name in zip(weights, names, strict=True):
         if not (math.isfinite(weight) and weight > 0):
             raise UserError(f"{name}: weight {weight} must be a finite number > 0")
@@ -162,7 +178,9 @@ def _mixture_table(weights, names, seed):
     missing = MIXTURE_PERIOD - int(counts.sum())
     counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
     if not counts.all():
-        least = f"{names[int(counts.argmin())]}: its weight is below 1/{MIXTURE_PERIOD} of the mixture"
+        least = (
+            f"{names[int(counts.argmin())]}: its weight is below 1/{MIXTURE_PERIOD} of the mixture"
+        )
         raise UserError(f"{least}; raise it, or leave the dataset out")
     table = np.repeat(np.arange(len(names)), counts)
     return np.random.RandomState(seed & 0xFFFFFFFF).permutation(table)
@@ -224,7 +242,10 @@ def supervised_rows(rows, length, pad_id, packed=False):
     """
     used = max(sum(len(ids) - 1 for ids, _ in row) for row in rows)
     T = length if packed else min(length, max(32, 1 << (used - 1).bit_length()))
-    ids, labels = np.full((len(rows), T), pad_id, np.int64), np.full((len(rows), T), IGNORE, np.int64)
+    ids, labels = (
+        np.full((len(rows), T), pad_id, np.int64),
+        np.full((len(rows), T), IGNORE, np.int64),
+    )
     documents, positions = np.zeros((len(rows), T), np.int32), np.zeros((len(rows), T), np.int64)
     for row, examples in enumerate(rows):
         start = 0
@@ -236,7 +257,11 @@ def supervised_rows(rows, length, pad_id, packed=False):
             start = place.stop
     where = np.flatnonzero(labels != IGNORE)
     room = -(-max(1, len(where)) // 64) * 64
-    batch = {"ids": ids, "where": np.zeros(room, np.int64), "labels": np.full(room, IGNORE, np.int64)}
+    batch = {
+        "ids": ids,
+        "where": np.zeros(room, np.int64),
+        "labels": np.full(room, IGNORE, np.int64),
+    }
     batch["where"][: len(where)], batch["labels"][: len(where)] = where, labels.flat[where]
     batch |= {"documents": documents, "positions": positions} if packed else {}
     return batch | {"count": len(where), "tokens": int(np.count_nonzero(documents))}
@@ -323,8 +348,12 @@ def describe(folder, tokenizer_path=""):
     lines += [f"  {'':<17}{other}" for other in others]
     for name, split in splits.items():
         counts = f"{split.documents:>12,} documents {split.tokens:>15,} tokens"
-        lines.append(f"  {name:<8}{counts} {split.bytes / 1e6:>11,.2f} MB in {len(split.names)} shards")
-    ratio = sum(split.bytes for split in splits.values()) / sum(split.tokens for split in splits.values())
+        lines.append(
+            f"  {name:<8}{counts} {split.bytes / 1e6:>11,.2f} MB in {len(split.names)} shards"
+        )
+    ratio = sum(split.bytes for split in splits.values()) / sum(
+        split.tokens for split in splits.values()
+    )
     lines.append(f"  {'bytes per token':<17}{ratio:.2f}")
     lines.append(f"  {'tokenizer':<17}{manifest['vocab_size']:,} ids, sha256 {sha256}")
     name, split = next(iter(splits.items()))
@@ -332,7 +361,9 @@ def describe(folder, tokenizer_path=""):
     ids = ids[: ids.index(manifest["eos_id"]) + 1] if manifest["eos_id"] in ids else ids
     text = Tokenizer.load(folder / "tokenizer.model").decode(ids, controls=True)
     text = text.translate(CONTROLS)
-    return "\n".join([*lines, "", f"{name}, the first document from its ids ({len(ids)} shown):", text])
+    return "\n".join(
+        [*lines, "", f"{name}, the first document from its ids ({len(ids)} shown):", text]
+    )
 
 
 def describe_text(path, column):
@@ -346,7 +377,9 @@ def describe_text(path, column):
         for reason, entry in sorted(entries.items()):
             lines.append(f"  {sign * entry['count']:>10,}  {reason}, first: {entry['examples'][0]}")
     if not seen["example"]:
-        raise UserError(f"{path}: 0 usable documents" + "".join(f"; {line.strip()}" for line in lines[1:]))
+        raise UserError(
+            f"{path}: 0 usable documents" + "".join(f"; {line.strip()}" for line in lines[1:])
+        )
     where, text = seen["example"]
     shown = text.strip()[:600].translate(CONTROLS)
     return "\n".join([*lines, "", f"{where} ({len(text):,} characters, the beginning):", shown])
@@ -371,8 +404,13 @@ def command_line(argv):
     elif (near := closest(word, COMMANDS)) and not word.endswith(".json"):
         print(f"error: unknown command {word!r}; did you mean {near}?", file=sys.stderr)
         sys.exit(2)
-    elif word and not word.endswith(".json") and Path(word).exists():  # the text itself: a likely first try
-        print(f"error: {word!r} is no preset; to prepare it write --input_path={word}", file=sys.stderr)
+    elif (
+        word and not word.endswith(".json") and Path(word).exists()
+    ):  # the text itself: a likely first try
+        print(
+            f"error: {word!r} is no preset; to prepare it write --input_path={word}",
+            file=sys.stderr,
+        )
         sys.exit(2)
     else:
         run(main, DataConfig, argv=argv, doc=cleandoc(command_line.__doc__))

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from data import IGNORE, ExampleStream, read_pairs, supervised_rows
 from lib.checkpoint import check_unused
 from lib.config import (
     Fraction,
@@ -32,15 +33,14 @@ from lib.config import (
     UserError,
     run,
 )
-from data import IGNORE, ExampleStream, read_pairs, supervised_rows
+from lib.runtime import autocast, choose_dtype, open_world, to_device
+from lib.survival import Walk
+from lib.tokenizer import Tokenizer, render
 from lora import LoRAConfig, lora_off, model_folder
 from losses import supervised_hidden, token_nats
 from model import choose_attention
-from lib.survival import Walk
-from lib.tokenizer import Tokenizer, render
 from train import LoopConfig, fit
 from tuning import answer_to, check_held_out, files_for, open_base, read_rows
-from lib.runtime import autocast, choose_dtype, open_world, to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,31 +51,45 @@ class DPOConfig(LoopConfig, LoRAConfig):
     dataset_path: str  # preference pairs: a file, a folder or a glob
     val_path: str | None = None  # held-out pairs; none = a share of dataset_path, see val_ratio
     val_ratio: Fraction = 0.05  # that share; a pair falls into it by the hash of its prompt
-    sequence_length: PositiveInt | None = None  # of a prompt with its answer; none = the model's context
+    sequence_length: PositiveInt | None = (
+        None  # of a prompt with its answer; none = the model's context
+    )
 
     loss: Literal["sigmoid", "ipo"] = "sigmoid"  # DPO's own, or IPO's (Azar et al. 2023)
     beta: PositiveFloat = 0.1  # how strongly the policy is held to the reference; IPO's tau
-    label_smoothing: Annotated[float, Range(0, 0.5)] = 0.0  # share of pairs that may be labelled wrongly
-    precompute_ref: bool | None = None  # compute the reference once, beforehand; none = where it pays
+    label_smoothing: Annotated[float, Range(0, 0.5)] = (
+        0.0  # share of pairs that may be labelled wrongly
+    )
+    precompute_ref: bool | None = (
+        None  # compute the reference once, beforehand; none = where it pays
+    )
     sample_tokens: NonNegativeInt = 48  # length of the answer shown at each evaluation; 0 = none
 
     output_dir: str = "checkpoints/dpo"  # checkpoints, metrics.jsonl and final/ go here
-    learning_rate: PositiveFloat = 5e-4  # at the top; for LoRA on a small model, full fine-tuning wants 5e-7
+    learning_rate: PositiveFloat = (
+        5e-4  # at the top; for LoRA on a small model, full fine-tuning wants 5e-7
+    )
     num_train_epochs: PositiveFloat | None = 1.0  # passes over the pairs
     warmup_steps: NonNegativeInt = 10  # linear rise to the top
     weight_decay: NonNegativeFloat = 0.0  # on matrices
     batch_size: PositiveInt = 4  # pairs per micro-batch and rank
     eval_steps: PositiveInt = 50  # steps between validations
     save_steps: PositiveInt = 100  # steps between checkpoints
-    early_stopping_metric: Literal["val_loss", "val_rewards/accuracies"] = "val_loss"  # decides which is best
+    early_stopping_metric: Literal["val_loss", "val_rewards/accuracies"] = (
+        "val_loss"  # decides which is best
+    )
 
     def __post_init__(self):
         LoopConfig.__post_init__(self)
         LoRAConfig.__post_init__(self)
         if self.lora_dropout:
-            raise ValueError("lora_dropout must be 0: DPO compares two probabilities of the same answer")
+            raise ValueError(
+                "lora_dropout must be 0: DPO compares two probabilities of the same answer"
+            )
         if self.loss == "ipo" and self.label_smoothing:
-            raise ValueError("label_smoothing belongs to loss=sigmoid; IPO is robust by its own means")
+            raise ValueError(
+                "label_smoothing belongs to loss=sigmoid; IPO is robust by its own means"
+            )
         if not self.lora_r and self.precompute_ref is False:
             raise ValueError("precompute_ref=false needs an adapter to turn off, and lora_r is 0")
 
@@ -156,7 +170,9 @@ def main(cfg):
         tokenizer = Tokenizer.load(model_folder(cfg.model_path))
         template = tokenizer.template
         if template is None:
-            raise UserError(f"{cfg.model_path}: names no chat template of ours; train it with sft.py first")
+            raise UserError(
+                f"{cfg.model_path}: names no chat template of ours; train it with sft.py first"
+            )
         check_unused(cfg)
         pairs, held_out, sha256 = read_rows(cfg, read_pairs, "prompt", world.say)
         model, base, length = open_base(cfg, tokenizer, world.say)
@@ -171,12 +187,16 @@ def main(cfg):
 
         loader, val_stream = stream(pairs, "to train on"), stream(held_out, "held out")
         if not loader.blocks:
-            raise UserError(f"{cfg.dataset_path}: no two different answers within {length} positions")
+            raise UserError(
+                f"{cfg.dataset_path}: no two different answers within {length} positions"
+            )
         check_held_out(cfg, val_stream)
         loss_fn, walk = preference_loss(cfg), Walk("the reference", cfg.batch_size, world)
         with as_in_training(cfg, world, model) as precise:
             if precomputed(cfg, loader, world):
-                world.say(f"the reference: {loader.blocks + val_stream.blocks:,} pairs, computed once")
+                world.say(
+                    f"the reference: {loader.blocks + val_stream.blocks:,} pairs, computed once"
+                )
                 for one in (loader, val_stream):
                     one.examples = with_reference(model, one, world, walk)
             check_start(cfg, loss_fn, model, loader, world, walk, precise)
@@ -215,7 +235,9 @@ def make_pairs(rows, purpose, tokenizer, template, length, say):
         prompt, _ = render(tokenizer, row["prompt"], template, add_generation_prompt=True)
         sides, longest = [], 0
         for answer in (row["chosen"], row["rejected"]):
-            ids, mask = (np.array(half) for half in render(tokenizer, row["prompt"] + answer, template))
+            ids, mask = (
+                np.array(half) for half in render(tokenizer, row["prompt"] + answer, template)
+            )
             assert ids[: len(prompt)].tolist() == prompt
             mask[: len(prompt)] = 0  # earlier answers are part of the prompt
             longest = max(longest, len(ids))
@@ -294,8 +316,12 @@ def check_start(cfg, loss_fn, model, stream, world, walk, precise):
     loss, margin, pairs = walk.total(begun, stream, min(cfg.batch_size, stream.blocks), 3)
     loss, margin = loss / pairs, margin / pairs
     expected = math.log(2) if cfg.loss == "sigmoid" else 1 / (2 * cfg.beta) ** 2
-    assert abs(margin) < cfg.beta * (1e-2 if precise else 1.0), f"the margin begins at {margin}, not at 0"
-    assert math.isclose(loss, expected, rel_tol=1e-3 if precise else 0.1), f"the loss begins at {loss}"
+    assert abs(margin) < cfg.beta * (1e-2 if precise else 1.0), (
+        f"the margin begins at {margin}, not at 0"
+    )
+    assert math.isclose(loss, expected, rel_tol=1e-3 if precise else 0.1), (
+        f"the loss begins at {loss}"
+    )
     world.say(f"policy and reference begin as one: loss {loss:.4f}, margin {margin:.4f}")
 
 

@@ -28,10 +28,10 @@ from typing import Annotated
 import torch
 
 from lib.config import Fraction, Range, UserError
+from lib.tokenizer import Tokenizer, stop_ids
 from lora import model_folder, open_model_folder
 from model import KVCache, choose_device
 from packed import pack
-from lib.tokenizer import Tokenizer, stop_ids
 
 # ----------------------------------------------------------------------------------------------
 # The sampling rules: pure functions of logits, no question to the host, so that a GPU never waits
@@ -41,12 +41,18 @@ from lib.tokenizer import Tokenizer, stop_ids
 class Sampling:
     """How one row chooses its tokens. The rules apply in this order, which is that of transformers."""
 
-    repetition_penalty: Annotated[float, Range(0, 100, open_low=True)] = 1.0  # > 1 makes used tokens rarer
+    repetition_penalty: Annotated[float, Range(0, 100, open_low=True)] = (
+        1.0  # > 1 makes used tokens rarer
+    )
     temperature: Annotated[float, Range(0, 100)] = 0.8  # 0 = always the likeliest token
     top_k: Annotated[int, Range(0, 1 << 20)] = 50  # only the k likeliest tokens; 0 = off
-    top_p: Annotated[float, Range(0, 1, open_low=True)] = 0.95  # only the likeliest that sum to p; 1 = off
+    top_p: Annotated[float, Range(0, 1, open_low=True)] = (
+        0.95  # only the likeliest that sum to p; 1 = off
+    )
     min_p: Fraction = 0.0  # only tokens at least min_p times as likely as the likeliest
-    seed: Annotated[int, Range(0, 2**64 - 1)] | None = None  # of the row's own generator; none = a fresh one
+    seed: Annotated[int, Range(0, 2**64 - 1)] | None = (
+        None  # of the row's own generator; none = a fresh one
+    )
 
 
 class Rules:
@@ -74,7 +80,9 @@ class Rules:
             self.width = self.vocab_size
         table = self.table[: len(rows)]
         table.copy_(torch.tensor([self._numbers(row) for row in rows]))
-        self.penalty, self.temperature, self.top_k, self.top_p, self.log_min_p = table.split(1, dim=1)
+        self.penalty, self.temperature, self.top_k, self.top_p, self.log_min_p = table.split(
+            1, dim=1
+        )
 
     def _numbers(self, row):
         greedy = row.temperature == 0
@@ -120,14 +128,18 @@ def keep(logits, rules):
     is V unless every row has a top_k. Logits equal to the last one kept are kept.
     """
     best = logits.amax(dim=-1, keepdim=True)
-    x = (logits - best) / rules.temperature.clamp(min=1e-30)  # at most 0: no temperature makes it overflow
+    x = (logits - best) / rules.temperature.clamp(
+        min=1e-30
+    )  # at most 0: no temperature makes it overflow
     ids = torch.arange(x.shape[1], device=x.device).expand_as(x)
     floor = rules.log_min_p
     if rules.width:
         part = rules.width < x.shape[1]
         top, ranked = x.topk(rules.width) if part else x.sort(descending=True)
         floor = torch.maximum(floor, rank_floor(top, rules.top_k, rules.top_p))
-        if part:  # back in the order of ids: a draw gives the same token, however many logits were sorted
+        if (
+            part
+        ):  # back in the order of ids: a draw gives the same token, however many logits were sorted
             ids, order = ranked.sort()
             x = top.gather(1, order)
     return torch.where(x >= floor, x.exp(), 0.0), ids
@@ -152,7 +164,9 @@ def draw(weights, uniform):
     float64: there the sum hardly rounds, and a GPU, which adds in another order every time, finds the same
     index.
     """
-    reached = weights.cumsum(dim=-1, dtype=torch.float32 if weights.device.type == "mps" else torch.float64)
+    reached = weights.cumsum(
+        dim=-1, dtype=torch.float32 if weights.device.type == "mps" else torch.float64
+    )
     return torch.searchsorted(reached, uniform * reached[:, -1:])
 
 
@@ -182,11 +196,17 @@ class Request:
     max_new_tokens: int
     sampling: Sampling = Sampling()
     stop_ids: Collection[int] = ()
-    top_logprobs: int | None = None  # record log-probabilities, with those of this many likeliest ids
-    ids: list[int] = field(default_factory=list)  # the answer so far, without the id that stopped it
+    top_logprobs: int | None = (
+        None  # record log-probabilities, with those of this many likeliest ids
+    )
+    ids: list[int] = field(
+        default_factory=list
+    )  # the answer so far, without the id that stopped it
     # per id: (its own, [(id, log-probability), ...] likeliest first)
     logprobs: list[tuple] = field(default_factory=list)
-    finish: str | None = None  # stop, length, context; error: the engine failed; or a reader's own word
+    finish: str | None = (
+        None  # stop, length, context; error: the engine failed; or a reader's own word
+    )
 
     def take(self, id, limit, logprob=None):
         """Adds a new id and returns it; None if the row ends before it. `limit`: of prompt plus answer."""
@@ -244,10 +264,16 @@ class Engine:
         self.cache.start = None
         self.part = self.cache  # the rows that a step computes
         self.history = torch.zeros(slots, self.limit, dtype=torch.long, device=self.device)
-        self.tokens = torch.zeros(slots, 1, dtype=torch.long, device=self.device)  # the newest, not yet fed
-        self.uniforms = torch.ones(slots, self.limit, device=self.device)  # by position of the token to draw
+        self.tokens = torch.zeros(
+            slots, 1, dtype=torch.long, device=self.device
+        )  # the newest, not yet fed
+        self.uniforms = torch.ones(
+            slots, self.limit, device=self.device
+        )  # by position of the token to draw
         self.requests = [Request([], 0, Sampling(temperature=0), finish="stop")] * slots
-        self.rules = Rules([request.sampling for request in self.requests], model.cfg.vocab_size, self.device)
+        self.rules = Rules(
+            [request.sampling for request in self.requests], model.cfg.vocab_size, self.device
+        )
         self.ruled = []  # the requests whose sampling `rules` holds
         self.fed = [0] * slots  # positions in the cache, as the host knows them
         self.joining = []  # slots whose prompts wait to be prefilled, oldest first
@@ -269,7 +295,9 @@ class Engine:
                     f"prompt: {len(request.prompt)} tokens (BOS included) leave no room for an answer in a "
                     f"context of {self.limit}; shorten it"
                 )
-        free = [slot for slot, request in enumerate(self.requests) if request.finish][: len(requests)]
+        free = [slot for slot, request in enumerate(self.requests) if request.finish][
+            : len(requests)
+        ]
         assert len(free) == len(requests), f"{len(requests)} requests, {len(free)} free slots"
         self.joining = [slot for slot in self.joining if slot not in free] + free
         for slot, request in zip(free, requests):
@@ -284,7 +312,11 @@ class Engine:
         """
         self.joining = [slot for slot in self.joining if not self.requests[slot].finish]
         self._prefill()
-        rows = {i: row for i, row in enumerate(self.requests) if not row.finish and i not in self.joining}
+        rows = {
+            i: row
+            for i, row in enumerate(self.requests)
+            if not row.finish and i not in self.joining
+        }
         if not rows:
             return
         with ending(rows.values()):
@@ -328,7 +360,9 @@ class Engine:
             prompt = torch.tensor(request.prompt, device=self.device)
             self.fed[i] = self.cache.lengths[i] = len(opening)
             self.tokens[i], self.history[i], self.history[i, :end] = prompt[-1], prompt[0], prompt
-            self.uniforms[i, end:] = uniforms(request.sampling.seed, self.limit - end).to(self.device)
+            self.uniforms[i, end:] = uniforms(request.sampling.seed, self.limit - end).to(
+                self.device
+            )
         self.joining = [i for i in self.joining if i not in seated]
 
     def _decode(self, rows):
@@ -373,7 +407,9 @@ class Engine:
         known = logits if top is None else logits.clone()  # the model's own, before any rule
         if self.unwritten is not None:
             logits.index_fill_(1, self.unwritten, -torch.inf)
-        position = self.part.lengths.clamp_(max=self.limit - 1)[:, None]  # where the new token is to stand
+        position = self.part.lengths.clamp_(max=self.limit - 1)[
+            :, None
+        ]  # where the new token is to stand
         tokens.copy_(pick(logits, self.rules, history, self.uniforms[:rows].gather(1, position)))
         history.scatter_(1, position, tokens)
         return None if top is None else log_probs(known, tokens, top)
@@ -396,13 +432,17 @@ class Engine:
         before = [tensor.clone() for tensor in state]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # as CUDA graphs ask: first runs allocate, tune and load kernels
+        with torch.cuda.stream(
+            side
+        ):  # as CUDA graphs ask: first runs allocate, tune and load kernels
             for _ in range(3):
                 self._step(top, compiled)
         torch.cuda.current_stream().wait_stream(side)
         for tensor, value in zip(state, before):
             tensor.copy_(value)
-        self.pool = self.pool or torch.cuda.graph_pool_handle()  # one for all: only one graph runs at a time
+        self.pool = (
+            self.pool or torch.cuda.graph_pool_handle()
+        )  # one for all: only one graph runs at a time
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             report = self._step(top, compiled)
@@ -440,7 +480,9 @@ def generate(model, requests, engine=None):
     leaves no room.
     """
     if engine is None:
-        engine = Engine(model, len(requests), max(len(r.prompt) + r.max_new_tokens for r in requests))
+        engine = Engine(
+            model, len(requests), max(len(r.prompt) + r.max_new_tokens for r in requests)
+        )
     slots = engine.join(requests)
     while any(request.finish is None for request in requests):
         for ids in engine.advance():
@@ -540,7 +582,9 @@ def choose_dtype(wanted, device):
     if wanted == "fp16" and device.type == "cpu":
         raise UserError("dtype=fp16 is slow and rough on a CPU; use --dtype=fp32, bf16 or int8")
     if wanted == "int8" and device.type != "cpu":
-        raise UserError(f"dtype=int8 is for a CPU, and this run is on {device.type}; use --dtype=auto")
+        raise UserError(
+            f"dtype=int8 is for a CPU, and this run is on {device.type}; use --dtype=auto"
+        )
     if wanted == "auto" and device.type == "cuda":
         wanted = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(wanted, torch.float32)
@@ -566,6 +610,9 @@ def silence(model, tokenizer):
 
     Log-probabilities are the model's own all the same, and may rank such an id above the one written.
     """
-    ends, controls = stop_ids(tokenizer, tokenizer.template), (tokenizer.token_bytes() == 0).nonzero()[0]
+    ends, controls = (
+        stop_ids(tokenizer, tokenizer.template),
+        (tokenizer.token_bytes() == 0).nonzero()[0],
+    )
     ids = [id for id in controls.tolist() if id not in ends]
     model.unwritten = torch.tensor(ids, dtype=torch.long, device=model.lm_head.weight.device)

@@ -31,9 +31,11 @@ from tqdm import tqdm
 import smoke
 from assess import assess, compare, draw, headline, markdown
 from corpus.chats import Bad, raw_rows, read_rows, told
-from lib.config import PositiveInt, Range, UserError, run, shown
-from engine import open_model
 from corpus.formats import kind_of, open_bounded
+from corpus.sources import Tally, Unreachable
+from engine import open_model
+from lib.config import PositiveInt, Range, UserError, run, shown
+from lib.runtime import tune_cpu
 from lora import identify
 from model import count_parameters
 from scoring import (
@@ -48,8 +50,6 @@ from scoring import (
     unigram_nats,
     windows,
 )
-from corpus.sources import Tally, Unreachable
-from lib.runtime import tune_cpu
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,12 @@ class EvalConfig:
     output_dir: str = "evaluation_results"  # results.json, report.md and report.png go here
     perplexity_path: str = "hf:Salesforce/wikitext:wikitext-2-raw-v1:test"  # a text file, or hf:
     boolq_path: str = "hf:google/boolq::validation"  # a file of {question, passage, answer}, or hf:
-    tasks: tuple[str, ...] = ()  # files of {context, choices, answer} or {text}, separated by commas, or hf:
-    custom_prompts: str | None = None  # smoke prompts of your own: .json, .jsonl, or .txt with one a line
+    tasks: tuple[
+        str, ...
+    ] = ()  # files of {context, choices, answer} or {text}, separated by commas, or hf:
+    custom_prompts: str | None = (
+        None  # smoke prompts of your own: .json, .jsonl, or .txt with one a line
+    )
     skip_perplexity: bool = False  # leave it out
     skip_boolq: bool = False  # leave it out
     fast_mode: bool = False  # a part of everything, and stride = context: minutes become seconds
@@ -73,7 +77,9 @@ class EvalConfig:
     max_new_tokens: PositiveInt = 64  # of a response to a smoke prompt
     seed: Annotated[int, Range(0, 2**64 - 1)] = 0  # of samples, and of which questions are drawn
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of weights; 16 bits are faster and a little less exact
+    dtype: Literal["fp32", "bf16", "fp16"] = (
+        "fp32"  # of weights; 16 bits are faster and a little less exact
+    )
 
 
 FAST_BYTES, FAST_QUESTIONS = 100_000, 100
@@ -88,7 +94,9 @@ def main(cfg):
     prompts = smoke.load_prompts(cfg.custom_prompts, cfg.fast_mode)
     text = take("perplexity_path", cfg.skip_perplexity, prepare_text, cfg, model, tokenizer)
     boolq = take("boolq_path", cfg.skip_boolq, prepare_task, cfg, cfg.boolq_path, model, tokenizer)
-    tasks = {path: take("tasks", False, prepare_task, cfg, path, model, tokenizer) for path in cfg.tasks}
+    tasks = {
+        path: take("tasks", False, prepare_task, cfg, path, model, tokenizer) for path in cfg.tasks
+    }
     say(f"{len(prompts)} smoke prompts")
     answers = smoke.run(model, tokenizer, prompts, cfg.max_new_tokens, cfg.seed)
     results = {
@@ -97,7 +105,8 @@ def main(cfg):
         "perplexity": text if missing(text) else text_result(cfg, model, tokenizer, text),
         "boolq": boolq if missing(boolq) else task_result(cfg, model, boolq),
         "tasks": {
-            path: task if missing(task) else task_result(cfg, model, task) for path, task in tasks.items()
+            path: task if missing(task) else task_result(cfg, model, task)
+            for path, task in tasks.items()
         },
         "smoke": answers,
     }
@@ -128,7 +137,9 @@ def missing(part):
 def finite(nats, cfg):
     """Returns `nats`; UserError if they are none, before they are written as numbers."""
     if not math.isfinite(nats):
-        raise UserError(f"{cfg.model_path}: its likelihoods overflow in {cfg.dtype}; use --dtype=fp32")
+        raise UserError(
+            f"{cfg.model_path}: its likelihoods overflow in {cfg.dtype}; use --dtype=fp32"
+        )
     return nats
 
 
@@ -141,7 +152,9 @@ def describe(cfg, model, tokenizer):
         "sha256": identify(cfg.model_path).sha256,
         "parameters": counts["total"],
         "non_embedding": counts["non_embedding"],
-        "shape": {key: getattr(shape, key) for key in ("n_layer", "d_model", "n_head", "kv_heads", "d_ff")},
+        "shape": {
+            key: getattr(shape, key) for key in ("n_layer", "d_model", "n_head", "kv_heads", "d_ff")
+        },
         "sequence_length": shape.sequence_length,
         "vocab_size": shape.vocab_size,
         "tokenizer_sha256": tokenizer.sha256,
@@ -171,7 +184,9 @@ def protocol(cfg, model):
 
 
 def rows_at_once(cfg, model, context):
-    return cfg.batch_size or max(1, (2048 if model.lm_head.weight.device.type == "cpu" else 32768) // context)
+    return cfg.batch_size or max(
+        1, (2048 if model.lm_head.weight.device.type == "cpu" else 32768) // context
+    )
 
 
 # ----------------------------------------------------------------------------------------------
@@ -206,7 +221,12 @@ def prepare_text(cfg, model, tokenizer):
     text = read_text(cfg.perplexity_path)
     raw = text.encode()
     sha256 = hashlib.sha256(raw).hexdigest()
-    about = {"path": cfg.perplexity_path, "name": KNOWN_TEXTS.get(sha256), "sha256": sha256, "part": "all"}
+    about = {
+        "path": cfg.perplexity_path,
+        "name": KNOWN_TEXTS.get(sha256),
+        "sha256": sha256,
+        "part": "all",
+    }
     if cfg.fast_mode and len(raw) > FAST_BYTES:
         text = beginning(text, FAST_BYTES)
         about["part"] = f"the first {len(text.encode()):,} of {len(raw):,} bytes"
@@ -247,7 +267,9 @@ def row_texts(path):
     for where, row in raw_rows(path, tally):
         text = row.get("text") if isinstance(row, dict) else None
         if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
-            raise UserError(f'{where}: expected an object with a "text" of whole Unicode characters')
+            raise UserError(
+                f'{where}: expected an object with a "text" of whole Unicode characters'
+            )
         yield text
     if tally.bad_rows:
         raise UserError(f"{path}: {tally.bad_rows} rows cannot be read{told(tally, path)}")
@@ -278,16 +300,24 @@ def text_result(cfg, model, tokenizer, text):
     steps = math.ceil(sum(1 for _ in windows(len(text.ids), context, stride)) / rows)
     bar = tqdm(batches, desc="perplexity", total=steps, unit=" batches", disable=None)
     nats, tokens, _ = score(model, bar, tokenizer.token_bytes(), cores(model))
-    words = sum(1 for _ in re.finditer(r"\s+", text.text)) + 1  # len(re.split(...)), without the list
+    words = (
+        sum(1 for _ in re.finditer(r"\s+", text.text)) + 1
+    )  # len(re.split(...)), without the list
     result = rates(finite(nats, cfg), tokens, words, size)
     result |= {"bytes_per_token": size / tokens, "nats": nats, "tokens": tokens, "words": words}
     result |= {"lines": text.text.count("\n"), "bytes": size, "context": context, "stride": stride}
     baselines = {
-        name: rates(value, tokens, words, size) for name, value in baseline_nats(text, tokenizer).items()
+        name: rates(value, tokens, words, size)
+        for name, value in baseline_nats(text, tokenizer).items()
     }
     lossless = tokenizer.decode(text.ids) == text.text
     told = text_verdict(result["bits_per_byte"], baselines, lossless)
-    return result | {"text": text.about, "lossless": lossless, "baselines": baselines, "verdict": told}
+    return result | {
+        "text": text.about,
+        "lossless": lossless,
+        "baselines": baselines,
+        "verdict": told,
+    }
 
 
 def baseline_nats(text, tokenizer):
@@ -344,9 +374,13 @@ def prepare_task(cfg, path, model, tokenizer):
     rows = read_rows(path, to_question, max_bad=0)
     kinds = {kind for _, kind, _ in rows}
     if len(kinds) > 1:
-        raise UserError(f"{path}: holds {' and '.join(sorted(kinds))} rows; give one file for each kind")
+        raise UserError(
+            f"{path}: holds {' and '.join(sorted(kinds))} rows; give one file for each kind"
+        )
     if path == cfg.boolq_path and kinds != {"boolq"}:
-        raise UserError(f"{path}: expected {{question, passage, answer}} rows; others go to --tasks")
+        raise UserError(
+            f"{path}: expected {{question, passage, answer}} rows; others go to --tasks"
+        )
     total, limit = len(rows), FAST_QUESTIONS if cfg.fast_mode else len(rows)
     limit = (path == cfg.boolq_path and cfg.max_boolq_samples) or limit
     if limit < total:
@@ -388,7 +422,11 @@ def to_boolq(row):
 
 
 def to_choices(row):
-    context, choices, answer = text_field(row, "context", empty=True), row["choices"], row.get("answer")
+    context, choices, answer = (
+        text_field(row, "context", empty=True),
+        row["choices"],
+        row.get("answer"),
+    )
     if not isinstance(choices, list) or len(choices) < 2 or not all(map(smoke.is_text, choices)):
         raise Bad("no-choices", '"choices" must be a list of at least two texts')
     if isinstance(answer, str) and answer in choices:
@@ -416,17 +454,23 @@ def encode_questions(tokenizer, rows, positions):
         context = question.context.rstrip()
         blanks = question.context[len(context) :]
         pairs.append([context, *(context + blanks + choice for choice in question.choices)])
-    flat = iter(tokenizer.encode_batch([text for texts in pairs for text in texts], os.cpu_count() or 1))
+    flat = iter(
+        tokenizer.encode_batch([text for texts in pairs for text in texts], os.cpu_count() or 1)
+    )
     encoded, cut = [], 0
     for (where, _, question), texts in zip(rows, pairs):
         context, *wholes = (next(flat) for _ in texts)
         answers = [whole[len(context) :] for whole in wholes]
         if not all(answers):
-            raise UserError(f"{where}: an answer adds no token to its context; put a line break between them")
+            raise UserError(
+                f"{where}: an answer adds no token to its context; put a line break between them"
+            )
         room = positions - max(map(len, answers))  # BOS, context and all but an answer's last token
         needed = len(tokenizer.encode(question.kept)) if len(context) > room else 0
         if room < max(1, needed):
-            raise UserError(f"{where}: question and answer do not fit the {positions} positions of the model")
+            raise UserError(
+                f"{where}: question and answer do not fit the {positions} positions of the model"
+            )
         cut += len(context) > room
         encoded.append(([tokenizer.bos_id, *context[-room:]], answers))
     return encoded, cut
@@ -448,7 +492,10 @@ def task_result(cfg, model, task):
     choices = [question.choices for question in task.questions]
     names = [name.strip() for name in choices[0]] if len(set(choices)) == 1 else None
     sizes = [[len(choice.strip()) for choice in row] for row in choices]
-    return multiple_choice(rows, sizes, [question.answer for question in task.questions], names) | task.about
+    return (
+        multiple_choice(rows, sizes, [question.answer for question in task.questions], names)
+        | task.about
+    )
 
 
 # ----------------------------------------------------------------------------------------------
@@ -459,7 +506,9 @@ def make_folder(out):
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
-        raise UserError(f"output_dir {out}: cannot be made ({problem.strerror}); name another") from None
+        raise UserError(
+            f"output_dir {out}: cannot be made ({problem.strerror}); name another"
+        ) from None
 
 
 def write(cfg, out, results):
@@ -470,7 +519,8 @@ def write(cfg, out, results):
     os.replace(part, out / "results.json")
     picture = draw(results, out / "report.png")
     (out / "report.md").write_text(
-        markdown(results, smoke.table(results["smoke"]), cfg.detailed_output, picture), encoding="utf-8"
+        markdown(results, smoke.table(results["smoke"]), cfg.detailed_output, picture),
+        encoding="utf-8",
     )
     print(headline(results))
     print(f"\n{out / 'results.json'}, {out / 'report.md'}")
@@ -489,7 +539,9 @@ class CompareConfig:
 class AssessConfig:
     """What a model is held against."""
 
-    expected: str = str(Path(__file__).parent / "configs" / "eval" / "expected.json")  # ranges by size
+    expected: str = str(
+        Path(__file__).parent / "configs" / "eval" / "expected.json"
+    )  # ranges by size
 
 
 def command_line(argv):
@@ -497,7 +549,12 @@ def command_line(argv):
     word, files = argv[0] if argv else "", [w for w in argv[1:] if not w.startswith("-")]
     flags = [w for w in argv[1:] if w.startswith("-")]
     if word == "compare":
-        run(lambda cfg: print(compare(files)), CompareConfig, argv=flags, doc=cleandoc(compare.__doc__))
+        run(
+            lambda cfg: print(compare(files)),
+            CompareConfig,
+            argv=flags,
+            doc=cleandoc(compare.__doc__),
+        )
     elif word == "assess":
         try:
             run(

@@ -43,11 +43,15 @@ NOT_PLAIN = (
 class LoRAConfig:
     """The knobs of an adapter, for whoever trains one."""
 
-    lora_r: NonNegativeInt = 16  # rank of the difference that is learned; 0 = train all weights instead
+    lora_r: NonNegativeInt = (
+        16  # rank of the difference that is learned; 0 = train all weights instead
+    )
     lora_alpha: PositiveFloat = 32.0  # it is scaled by lora_alpha / lora_r
     lora_dropout: Fraction = 0.0  # on what enters it
     lora_target_modules: tuple[str, ...] = TARGETS  # the projections that get one
-    merge: bool = True  # final/ is a whole model, its adapter beside in final/adapter; else the adapter alone
+    merge: bool = (
+        True  # final/ is a whole model, its adapter beside in final/adapter; else the adapter alone
+    )
 
     def __post_init__(self):
         check_targets(self.lora_target_modules)
@@ -80,13 +84,17 @@ class LoRALinear(nn.Module):
         """Returns the plain linear layer that computes the same without dropout."""
         linear = nn.Linear(self.weight.shape[1], self.weight.shape[0], bias=False, device="meta")
         difference = self.lora_B.weight.float() @ self.lora_A.weight.float()
-        linear.weight = nn.Parameter(self.weight.detach() + self.alpha / self.r * difference.detach())
+        linear.weight = nn.Parameter(
+            self.weight.detach() + self.alpha / self.r * difference.detach()
+        )
         return linear
 
 
 def adapters(model):
     """Returns {name: LoRALinear} of all there are in `model`."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)
+    }
 
 
 def check_targets(targets):
@@ -135,7 +143,9 @@ def merge_lora(model):
     found, training = adapters(model), model.training
     if not found:
         raise UserError("this model has no adapter to merge, or it is merged already")
-    assert all(module.weight.dtype == torch.float32 for module in found.values()), "merge, then halve"
+    assert all(module.weight.dtype == torch.float32 for module in found.values()), (
+        "merge, then halve"
+    )
     ids = torch.arange(min(32, model.cfg.sequence_length), device=model.lm_head.weight.device)
     probe = (ids * 7919 % model.cfg.vocab_size)[None]  # arbitrary, but spread over the vocabulary
     with torch.compiler.set_stance("force_eager"):
@@ -172,7 +182,9 @@ def model_folder(path):
     if any((path / name).is_file() for name in ("config.json", CONFIG, WEIGHTS)):
         return path
     if not (path / "final").is_dir():
-        files = [f"{folder}/{name}" for folder in ("*", "*/final") for name in ("config.json", CONFIG)]
+        files = [
+            f"{folder}/{name}" for folder in ("*", "*/final") for name in ("config.json", CONFIG)
+        ]
         homes = {file.parent for pattern in files for file in path.glob(pattern)}
         below = sorted(str(home.parent if home.name == "final" else home) for home in homes)
         hint = f"; there is one in {below[-1]}" if below else ""
@@ -184,7 +196,10 @@ def identify(folder):
     """Returns the Base that `folder` is, by the sha256 of its weights (an adapter folder's own weights)."""
     folder = model_folder(folder)
     own = folder / WEIGHTS
-    files, digest = [own] if own.is_file() else weight_files(folder / "model.safetensors"), hashlib.sha256()
+    files, digest = (
+        [own] if own.is_file() else weight_files(folder / "model.safetensors"),
+        hashlib.sha256(),
+    )
     for path in files:
         if not path.is_file():
             raise UserError(
@@ -217,7 +232,9 @@ def save_adapter(model, folder, base):
     home = {"relative_path": _relative(base.path, folder), "sha256": base.sha256}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "base.json").write_text(json.dumps(home, indent=2) + "\n", encoding="utf-8")
-    tensors = {PREFIX + name: tensor.detach().contiguous() for name, tensor in _tensors(model).items()}
+    tensors = {
+        PREFIX + name: tensor.detach().contiguous() for name, tensor in _tensors(model).items()
+    }
     safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
@@ -244,12 +261,21 @@ def load_adapter(model, folder, base=None):
     if base and wanted and wanted != base.sha256:
         raise UserError(_other_base(folder, wanted, base))
     if not adapters(model):
-        add_lora(model, config["r"], config["lora_alpha"], config["lora_dropout"], config["target_modules"])
+        add_lora(
+            model,
+            config["r"],
+            config["lora_alpha"],
+            config["lora_dropout"],
+            config["target_modules"],
+        )
     try:
         tensors = safetensors.torch.load_file(folder / WEIGHTS)
     except (OSError, safetensors.SafetensorError) as problem:
         raise UserError(f"{folder / WEIGHTS}: not readable as safetensors ({problem})") from None
-    tensors, own = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, _tensors(model)
+    tensors, own = (
+        {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()},
+        _tensors(model),
+    )
     wrong = sorted(own.keys() ^ tensors.keys())
     wrong = wrong or [name for name in own if own[name].shape != tensors[name].shape]
     if wrong:
@@ -285,11 +311,15 @@ def _read_config(folder):
     if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
         odd.append("init_lora_weights")  # the others, as PiSSA, change the base as well
     if odd:
-        raise UserError(f"{folder / CONFIG}: {odd[0]} is {json.dumps(config[odd[0]])}; only plain LoRA loads")
+        raise UserError(
+            f"{folder / CONFIG}: {odd[0]} is {json.dumps(config[odd[0]])}; only plain LoRA loads"
+        )
     shape = {"r": int, "lora_alpha": (int, float), "target_modules": list}
     for key, kind in shape.items():
         if not isinstance(config.get(key), kind) or not config[key]:
-            raise UserError(f"{folder / CONFIG}: {key} is {json.dumps(config.get(key))}; expected a LoRA's")
+            raise UserError(
+                f"{folder / CONFIG}: {key} is {json.dumps(config.get(key))}; expected a LoRA's"
+            )
     # PEFT writes full names where it chose the modules itself; a layer without one is found missing later
     targets = dict.fromkeys(str(name).rpartition(".")[2] for name in config["target_modules"])
     config["target_modules"] = list(targets)

@@ -70,7 +70,9 @@ def nats_and_gradient(logits, labels):
     log_total = torch.logsumexp(top, dim=-1)
     loss = torch.where(supervised, log_total - top.gather(1, target[:, None])[:, 0], 0.0)
     hit = torch.arange(logits.shape[1], device=logits.device) == target[:, None]
-    gradient = torch.where(supervised[:, None], torch.exp(top - log_total[:, None]) - hit.float(), 0.0)
+    gradient = torch.where(
+        supervised[:, None], torch.exp(top - log_total[:, None]) - hit.float(), 0.0
+    )
     logits.copy_(gradient)
     return loss
 
@@ -90,7 +92,9 @@ def _nats_and_gradient_in_place(logits, labels):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    kernel = staticmethod(nats_and_gradient)  # world.py puts the compiled one here where it compiles
+    kernel = staticmethod(
+        nats_and_gradient
+    )  # world.py puts the compiled one here where it compiles
 
     @staticmethod
     def forward(ctx, x, weight, labels):
@@ -101,7 +105,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         groups = row_groups(x, labels, len(weight))
         buffer, start = None, 0
         for rows, to in groups:
-            if buffer is None or len(buffer) != len(rows):  # one for all groups: fresh ones cost page faults
+            if buffer is None or len(buffer) != len(
+                rows
+            ):  # one for all groups: fresh ones cost page faults
                 buffer = torch.empty(len(rows), len(weight), dtype=x.dtype, device=x.device)
             torch.mm(rows, low.T, out=buffer)
             total += LinearCrossEntropy.kernel(buffer, to).sum()
@@ -137,7 +143,9 @@ class TokenNats(torch.autograd.Function):
     def backward(ctx, upstream):
         x, weight, labels, dx = ctx.saved_tensors
         dweight, share = None, upstream[:, None].to(x.dtype)
-        if ctx.needs_input_grad[1]:  # not of a frozen head: the logits are made once more, rather than kept
+        if ctx.needs_input_grad[
+            1
+        ]:  # not of a frozen head: the logits are made once more, rather than kept
             low, dweight, start = weight.to(x.dtype), torch.zeros_like(weight), 0
             for rows, to in row_groups(x, labels, len(weight)):
                 logits = rows @ low.T

@@ -38,7 +38,9 @@ class ModelConfig:
     sequence_length: Annotated[int, Range(1, 1 << 20)] = 1024  # longest context, in tokens
     dropout: Fraction = 0.0  # on embeddings, and the default of the two below
     attention_dropout: Fraction | None = None  # on attention probabilities; none = dropout
-    hidden_dropout: Fraction | None = None  # on what each block adds to the residual stream; none = dropout
+    hidden_dropout: Fraction | None = (
+        None  # on what each block adds to the residual stream; none = dropout
+    )
     rope_theta: PositiveFloat = 10000.0  # base of the rotary frequencies
     # {"rope_type": "linear", "factor": 2.0}, or "llama3" with its four numbers
     rope_scaling: dict | None = None
@@ -53,7 +55,9 @@ class ModelConfig:
         if self.d_model % self.n_head:
             raise ValueError(f"d_model {self.d_model} is not divisible by n_head {self.n_head}")
         if self.n_head % self.kv_heads:
-            raise ValueError(f"n_head {self.n_head} is not divisible by num_key_value_heads {self.kv_heads}")
+            raise ValueError(
+                f"n_head {self.n_head} is not divisible by num_key_value_heads {self.kv_heads}"
+            )
         if self.head_dim % 2:
             width = f"head width d_model / n_head = {self.head_dim}"
             raise ValueError(f"{width} is odd; rotary positions need pairs")
@@ -96,24 +100,34 @@ def check_rope_scaling(scaling):
         return
     kind = scaling.get("rope_type")
     if kind not in list(ROPE_SCALING_KEYS):  # a list, for what cannot be hashed
-        raise ValueError(f"rope_scaling: rope_type must be one of linear, llama3; got {json.dumps(kind)}")
+        raise ValueError(
+            f"rope_scaling: rope_type must be one of linear, llama3; got {json.dumps(kind)}"
+        )
     given = set(scaling) - {"rope_type"}
     if given != ROPE_SCALING_KEYS[kind]:
-        raise ValueError(f"rope_scaling {kind} takes {sorted(ROPE_SCALING_KEYS[kind])}, got {sorted(given)}")
+        raise ValueError(
+            f"rope_scaling {kind} takes {sorted(ROPE_SCALING_KEYS[kind])}, got {sorted(given)}"
+        )
     for key in sorted(given):
         if type(scaling[key]) not in (int, float) or scaling[key] not in Range(0, open_low=True):
-            raise ValueError(f"rope_scaling: {key} must be a number > 0, got {json.dumps(scaling[key])}")
+            raise ValueError(
+                f"rope_scaling: {key} must be a number > 0, got {json.dumps(scaling[key])}"
+            )
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise ValueError("rope_scaling: low_freq_factor must be less than high_freq_factor")
 
 
 def rope_tables(cfg):
     """Returns cos and sin, each (sequence_length, D/2) float32, for rotate-half pairs (Su et al. 2021)."""
-    frequency = cfg.rope_theta ** (-torch.arange(0, cfg.head_dim, 2, dtype=torch.float64) / cfg.head_dim)
+    frequency = cfg.rope_theta ** (
+        -torch.arange(0, cfg.head_dim, 2, dtype=torch.float64) / cfg.head_dim
+    )
     scaling = cfg.rope_scaling or {"rope_type": "none"}
     if scaling["rope_type"] == "linear":  # Chen et al. 2023: positions squeezed by the factor
         frequency = frequency / scaling["factor"]
-    elif scaling["rope_type"] == "llama3":  # slow frequencies are squeezed, fast ones kept, a ramp between
+    elif (
+        scaling["rope_type"] == "llama3"
+    ):  # slow frequencies are squeezed, fast ones kept, a ramp between
         turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -169,7 +183,13 @@ def attend(q, k, v, mask=None, causal=True, dropout=0.0, backend="sdpa"):
     if backend != "math":
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None, enable_gqa=grouped
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=causal and mask is None,
+            enable_gqa=grouped,
         )
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, T, S)
@@ -247,7 +267,12 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, cfg, layer):
         super().__init__()
-        self.layer, self.head_dim, self.dropout, self.backend = layer, cfg.head_dim, cfg.p_attention, "sdpa"
+        self.layer, self.head_dim, self.dropout, self.backend = (
+            layer,
+            cfg.head_dim,
+            cfg.p_attention,
+            "sdpa",
+        )
         self.q_proj = nn.Linear(cfg.d_model, cfg.n_head * cfg.head_dim, bias=False)
         self.k_proj = nn.Linear(cfg.d_model, cfg.kv_heads * cfg.head_dim, bias=False)
         self.v_proj = nn.Linear(cfg.d_model, cfg.kv_heads * cfg.head_dim, bias=False)
@@ -261,9 +286,21 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         causal = True
         if cache is not None:
-            causal = cache.start == 0  # after that a single query sees every key, and several have a mask
-            k, v = cache.append(self.layer, k.to(cache.k[0].dtype), v.to(cache.v[0].dtype), positions)
-        y = attend(q, k.to(q.dtype), v.to(q.dtype), mask, causal, self.dropout * self.training, self.backend)
+            causal = (
+                cache.start == 0
+            )  # after that a single query sees every key, and several have a mask
+            k, v = cache.append(
+                self.layer, k.to(cache.k[0].dtype), v.to(cache.v[0].dtype), positions
+            )
+        y = attend(
+            q,
+            k.to(q.dtype),
+            v.to(q.dtype),
+            mask,
+            causal,
+            self.dropout * self.training,
+            self.backend,
+        )
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -319,7 +356,9 @@ class Decoder(nn.Module):
         rope = (cos[:, None], sin[:, None])  # (B or 1, 1, T, D/2)
         mask = cache.mask(positions) if cache is not None else document_mask(documents)
         x = self.dropout(self.embed_tokens(ids))
-        if torch.is_autocast_enabled(x.device.type):  # the residual stream is what memory traffic is made of
+        if torch.is_autocast_enabled(
+            x.device.type
+        ):  # the residual stream is what memory traffic is made of
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for block in self.layers:
             if self.gradient_checkpointing and self.training:
@@ -428,7 +467,9 @@ def from_hf(hf, where="config.json"):
             )
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise UserError(f"{where}: rope_parameters must be an object or null, got {json.dumps(rope):.60}")
+        raise UserError(
+            f"{where}: rope_parameters must be an object or null, got {json.dumps(rope):.60}"
+        )
     scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
     if "type" in scaling:  # the older spelling
         scaling["rope_type"] = scaling.pop("type")
@@ -455,14 +496,20 @@ def from_hf(hf, where="config.json"):
             "eos_token_id": eos[0] if isinstance(eos, list) and eos else eos,
             "pad_token_id": max(hf.get("pad_token_id") or 0, 0),  # -1 once meant none
         }
-        knobs = knobs_of(ModelConfig)  # checked as a preset's are: 100,000 layers would build for hours
-        cfg = ModelConfig(**{name: accept(name, value, knobs[name], where) for name, value in values.items()})
+        knobs = knobs_of(
+            ModelConfig
+        )  # checked as a preset's are: 100,000 layers would build for hours
+        cfg = ModelConfig(
+            **{name: accept(name, value, knobs[name], where) for name, value in values.items()}
+        )
     except KeyError as missing:
         raise UserError(f"{where}: no {missing}; expected the config.json of a Llama") from None
     except (TypeError, ValueError) as problem:
         raise UserError(f"{where}: {problem}") from None
     if hf.get("head_dim") not in (None, cfg.head_dim):
-        raise UserError(f"{where}: head_dim {hf['head_dim']} is not hidden_size / heads = {cfg.head_dim}")
+        raise UserError(
+            f"{where}: head_dim {hf['head_dim']} is not hidden_size / heads = {cfg.head_dim}"
+        )
     return cfg
 
 
@@ -477,7 +524,11 @@ def save_model(model, folder, stop_ids=None):
         del tensors["lm_head.weight"]
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
     stops = sorted(stop_ids or [cfg.eos_token_id])
-    generation = {"bos_token_id": cfg.bos_token_id, "eos_token_id": stops, "pad_token_id": cfg.pad_token_id}
+    generation = {
+        "bos_token_id": cfg.bos_token_id,
+        "eos_token_id": stops,
+        "pad_token_id": cfg.pad_token_id,
+    }
     for name, content in (("config", to_hf(cfg, dtype)), ("generation_config", generation)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -485,11 +536,17 @@ def save_model(model, folder, stop_ids=None):
 
 def choose_device(wanted):
     """Returns the torch.device for `auto`, `cpu`, `cuda` or `mps`; UserError where it does not exist."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if wanted == "auto":
         wanted = next(name for name, found in there.items() if found)
     if not there[wanted]:
-        raise UserError(f"device={wanted}: this machine has no {wanted.upper()} device; use --device=cpu")
+        raise UserError(
+            f"device={wanted}: this machine has no {wanted.upper()} device; use --device=cpu"
+        )
     return torch.device(wanted)
 
 
@@ -500,7 +557,9 @@ def load_model(folder, device="cpu", dtype=torch.float32):
     """
     folder = Path(folder)
     cfg = read_config(folder)
-    with torch.device("meta"):  # random weights that are overwritten at once would take most of the time
+    with torch.device(
+        "meta"
+    ):  # random weights that are overwritten at once would take most of the time
         model = Llama(cfg)
     model.to_empty(device="cpu")
     if cfg.tie_word_embeddings:
@@ -568,7 +627,9 @@ def read_weights(path):
             raise UserError(f"{file}: not readable as safetensors ({problem})") from None
     for name, tensor in tensors.items():
         if tensor.dtype not in READABLE:
-            raise UserError(f"{path}: {name} holds {tensor.dtype} numbers; 16, 32 or 64 bits of float load")
+            raise UserError(
+                f"{path}: {name} holds {tensor.dtype} numbers; 16, 32 or 64 bits of float load"
+            )
     return tensors
 
 
@@ -576,7 +637,9 @@ def load_weights(model, path):
     """Copies model.safetensors into `model` once every name, shape and value is checked; or UserError."""
     tensors = read_weights(path)
     # prefixes that torch.compile and DistributedDataParallel leave on other programs' names
-    tensors = {name.removeprefix("module.").removeprefix("_orig_mod."): t for name, t in tensors.items()}
+    tensors = {
+        name.removeprefix("module.").removeprefix("_orig_mod."): t for name, t in tensors.items()
+    }
     # and tables of frequencies, which older programs stored
     tensors = {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     own = model.state_dict()
@@ -594,7 +657,9 @@ def load_weights(model, path):
             raise UserError(f"{path}: {name} is {have}, the model wants {want}")
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
-        raise UserError(f"{path}: {len(broken)} tensors hold NaN or infinity: {', '.join(broken[:5])}")
+        raise UserError(
+            f"{path}: {len(broken)} tensors hold NaN or infinity: {', '.join(broken[:5])}"
+        )
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
@@ -621,7 +686,11 @@ def count_parameters(cfg):
 
 def flops_per_token(cfg):
     """Returns training FLOPs per token, 6 N + 12 L C T: matrices, head, attention in full (PaLM, 2022)."""
-    matrices = count_parameters(cfg)["layers"] - cfg.n_layer * 2 * cfg.d_model + cfg.vocab_size * cfg.d_model
+    matrices = (
+        count_parameters(cfg)["layers"]
+        - cfg.n_layer * 2 * cfg.d_model
+        + cfg.vocab_size * cfg.d_model
+    )
     return 6 * matrices + 12 * cfg.n_layer * cfg.d_model * cfg.sequence_length
 
 
@@ -638,7 +707,10 @@ def memory_parts(cfg, batch_size):
         "weights (fp32)": 4 * total,
         "gradients (fp32)": 4 * total,
         "Adam moments (fp32)": 8 * total,
-        f"activations ({batch_size} x {cfg.sequence_length}, 16 bit)": 2 * cfg.n_layer * per_token * tokens,
+        f"activations ({batch_size} x {cfg.sequence_length}, 16 bit)": 2
+        * cfg.n_layer
+        * per_token
+        * tokens,
         "logits, a group of rows at a time": 2 * min(tokens * cfg.vocab_size, 1 << 27),
         "KV cache of one full row (16 bit)": 4 * cfg.n_layer * kv_width * cfg.sequence_length,
     }
@@ -648,9 +720,13 @@ def odd_shapes(cfg):
     """Returns sentences about shapes that are legal but slow or unusual."""
     advice = []
     if cfg.vocab_size % 64:
-        advice.append(f"vocab_size {cfg.vocab_size} is no multiple of 64: the head's matmul will be slower")
+        advice.append(
+            f"vocab_size {cfg.vocab_size} is no multiple of 64: the head's matmul will be slower"
+        )
     if cfg.d_model % 64 or cfg.d_ff % 64:
-        advice.append(f"d_model {cfg.d_model} and d_ff {cfg.d_ff} should be multiples of 64 for fast matmuls")
+        advice.append(
+            f"d_model {cfg.d_model} and d_ff {cfg.d_ff} should be multiples of 64 for fast matmuls"
+        )
     if cfg.head_dim not in (32, 64, 96, 128):
         advice.append(f"head width {cfg.head_dim} is unusual; attention kernels like 64 or 128")
     if not 2 <= cfg.d_ff / cfg.d_model <= 6:

@@ -61,14 +61,20 @@ class Int8Matrix(nn.Module):
         super().__init__()
         weight = torch.cat([linear.weight.detach() for linear in linears])
         self.register_buffer("scale", weight.abs().amax(dim=1).clamp(min=1e-30) / 127)
-        self.weight = nn.Parameter((weight / self.scale[:, None]).round().to(torch.int8), requires_grad=False)
+        self.weight = nn.Parameter(
+            (weight / self.scale[:, None]).round().to(torch.int8), requires_grad=False
+        )
         self.turned = self.weight.t()
 
     def forward(self, x):
         return self.times(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
     def times(self, x):
-        unit = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).mul_(1 / 127).clamp_(min=1e-30)
+        unit = (
+            torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True)
+            .mul_(1 / 127)
+            .clamp_(min=1e-30)
+        )
         sums = torch._int_mm((x / unit).round_().to(torch.int8), self.turned)
         return (sums * self.scale).mul_(unit)
 
@@ -85,7 +91,9 @@ class PackedDecoder(nn.Module):
     def __init__(self, decoder, cfg, table, matrix):
         super().__init__()
         self.cfg, self.table, self.norm = cfg, table, decoder.norm
-        self.cos = torch.cat((decoder.cos, decoder.cos), dim=-1)  # x cos + (x turned by half a head) sin
+        self.cos = torch.cat(
+            (decoder.cos, decoder.cos), dim=-1
+        )  # x cos + (x turned by half a head) sin
         self.sin = torch.cat((-decoder.sin, decoder.sin), dim=-1)
         radius = math.sqrt(cfg.d_model * cfg.layer_norm_epsilon)
         self.radius = torch.tensor(radius, device=decoder.cos.device)
@@ -93,10 +101,15 @@ class PackedDecoder(nn.Module):
         while decoder.layers:  # one by one, so that no more than a layer stands in memory twice
             block = decoder.layers.pop(0)
             attention, mlp = block.self_attn, block.mlp
-            norms = [norm.weight for norm in (block.input_layernorm, block.post_attention_layernorm)]
+            norms = [
+                norm.weight for norm in (block.input_layernorm, block.post_attention_layernorm)
+            ]
             norms = [w.detach().float() * math.sqrt(cfg.d_model) for w in norms]
             norms = [nn.Parameter(w, requires_grad=False) for w in norms]
-            qkv, out = matrix(attention.q_proj, attention.k_proj, attention.v_proj), matrix(attention.o_proj)
+            qkv, out = (
+                matrix(attention.q_proj, attention.k_proj, attention.v_proj),
+                matrix(attention.o_proj),
+            )
             gate_up, down = matrix(mlp.gate_proj, mlp.up_proj), matrix(mlp.down_proj)
             self.layers.append((norms[0], qkv, out, norms[1], gate_up, down))
             self.norms.extend(norms)
@@ -106,7 +119,9 @@ class PackedDecoder(nn.Module):
         B, T = ids.shape
         H, K, D = self.cfg.n_head, self.cfg.kv_heads, self.cfg.head_dim
         if positions is None:
-            positions = torch.arange(T, device=ids.device)[None] if cache is None else cache.positions(T)
+            positions = (
+                torch.arange(T, device=ids.device)[None] if cache is None else cache.positions(T)
+            )
         mask = document_mask(documents) if cache is None else cache.mask(positions)
         causal = cache is None or cache.start == 0
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # (B or 1, 1, T, D)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from chat import Chat, converse, visible
-from lib.config import PositiveInt, Range, UserError, narrow, run
 from engine import Engine, Reply, Request, Sampling, generate, open_model
+from lib.config import PositiveInt, Range, UserError, narrow, run
 from lib.tokenizer import stop_ids
 
 
@@ -24,19 +24,29 @@ class SampleConfig(Sampling):
     prompt: str = ""  # text to continue; none at all is fine: a document's beginning
     chat: bool = False  # converse in the model's chat template; with a prompt answer that and leave
     system: str = ""  # in a chat: what the model is told to be
-    max_new_tokens: PositiveInt | None = None  # of a sample or answer, at most; none = 64, in a chat 512
-    num_samples: Annotated[int, Range(1, 1024)] = 1  # generated side by side, with seeds seed, seed + 1, ...
+    max_new_tokens: PositiveInt | None = (
+        None  # of a sample or answer, at most; none = 64, in a chat 512
+    )
+    num_samples: Annotated[int, Range(1, 1024)] = (
+        1  # generated side by side, with seeds seed, seed + 1, ...
+    )
     stop: tuple[str, ...] = ()  # texts before which a sample ends, separated by commas
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     # fp32 on a CPU, bf16 on a GPU that has it; int8 (CPU) is a fourth of the memory, faster, and a little off
     dtype: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto"
-    compile: bool = False  # CUDA only: fuse the decode step and replay it as a graph; takes a while to start
+    compile: bool = (
+        False  # CUDA only: fuse the decode step and replay it as a graph; takes a while to start
+    )
 
     def __post_init__(self):
         if not all(self.stop):
-            raise ValueError("stop: an empty text would stop everything; give at least one character")
+            raise ValueError(
+                "stop: an empty text would stop everything; give at least one character"
+            )
         if self.chat and self.num_samples > 1:
-            raise ValueError("num_samples, chat: a chat gives one answer at a time; leave one of them out")
+            raise ValueError(
+                "num_samples, chat: a chat gives one answer at a time; leave one of them out"
+            )
         if self.system and not self.chat:
             raise ValueError("system is for --chat: a prompt alone is continued as it stands")
 
@@ -52,7 +62,9 @@ def main(cfg):
     model, tokenizer = open_model(cfg.model_path, cfg.device, cfg.dtype)
     device = model.lm_head.weight.device
     if cfg.compile and device.type != "cuda":
-        raise UserError(f"compile: CUDA graphs need CUDA, and this run is on {device.type}; leave it off")
+        raise UserError(
+            f"compile: CUDA graphs need CUDA, and this run is on {device.type}; leave it off"
+        )
     if cfg.chat:
         return talk(cfg, model, tokenizer)
     requests, engine = make_requests(cfg, tokenizer), None
@@ -85,7 +97,9 @@ def make_requests(cfg, tokenizer):
         raise UserError(f"prompt: {problem}; write it as UTF-8") from None
     ends = stop_ids(tokenizer, tokenizer.template)
     first = secrets.randbits(32) if cfg.seed is None else cfg.seed
-    rows = [replace(narrow(cfg, Sampling), seed=(first + i) % 2**64) for i in range(cfg.num_samples)]
+    rows = [
+        replace(narrow(cfg, Sampling), seed=(first + i) % 2**64) for i in range(cfg.num_samples)
+    ]
     return [Request(prompt, cfg.max_new_tokens or 64, row, ends) for row in rows]
 
 
@@ -120,9 +134,13 @@ def summary(requests, times, model):
     lines, (begin, first, last) = [], times
     for number, request in enumerate(requests, start=1):
         end = ENDS[request.finish].format(model.cfg.sequence_length)
-        lines.append(f"sample {number}: {len(request.ids)} tokens, {end}; seed {request.sampling.seed}")
+        lines.append(
+            f"sample {number}: {len(request.ids)} tokens, {end}; seed {request.sampling.seed}"
+        )
     weight, count = model.lm_head.weight, sum(len(request.ids) for request in requests)
-    speed = f"{count} tokens in {last - begin:.2f} s: {count / max(last - begin, 1e-9):,.0f} tokens/s"
+    speed = (
+        f"{count} tokens in {last - begin:.2f} s: {count / max(last - begin, 1e-9):,.0f} tokens/s"
+    )
     first = f"the first after {1000 * (first - begin):.0f} ms (prompt of {len(requests[0].prompt)})"
     where = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
     return "\n".join([*lines, f"{speed}, {first}; {where}"])

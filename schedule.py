@@ -22,11 +22,16 @@ def make_optimizers(cfg, model, device, dtype=torch.float32):
     matrices, rest = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
-            embedding = "embed_tokens" in name or (name == "lm_head.weight" and model.cfg.tie_word_embeddings)
+            embedding = "embed_tokens" in name or (
+                name == "lm_head.weight" and model.cfg.tie_word_embeddings
+            )
             (matrices if p.ndim == 2 and not embedding else rest).append((name, p))
     head = [p for name, p in matrices if name == "lm_head.weight"]
     blocks = [p for name, p in matrices if name != "lm_head.weight"]
-    decayed = {"params": head if cfg.optimizer == "muon" else head + blocks, "weight_decay": cfg.weight_decay}
+    decayed = {
+        "params": head if cfg.optimizer == "muon" else head + blocks,
+        "weight_decay": cfg.weight_decay,
+    }
     groups = [decayed, {"params": [p for _, p in rest], "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(
         [g for g in groups if g["params"]],
@@ -34,7 +39,11 @@ def make_optimizers(cfg, model, device, dtype=torch.float32):
         betas=(cfg.beta1, cfg.beta2),
         fused=device.type in ("cuda", "cpu", "mps"),
     )
-    muon = [Muon(blocks, cfg.learning_rate, cfg.weight_decay, dtype)] if cfg.optimizer == "muon" else []
+    muon = (
+        [Muon(blocks, cfg.learning_rate, cfg.weight_decay, dtype)]
+        if cfg.optimizer == "muon"
+        else []
+    )
     return [*muon, adamw]
 
 
@@ -92,7 +101,9 @@ def orthogonalized(x, steps=5):
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # the largest singular value is 1 at most
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(
+        min=1e-7
+    )  # the largest singular value is 1 at most
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -112,7 +123,9 @@ def lr_at(cfg, step, progress, total):
     if warm < 1:
         return cfg.learning_rate * warm
     share = (progress - begin) / (1 - begin) if begin < 1 else 0.0
-    return cfg.floor + (cfg.learning_rate - cfg.floor) * 0.5 * (1 + math.cos(math.pi * min(1, max(0, share))))
+    return cfg.floor + (cfg.learning_rate - cfg.floor) * 0.5 * (
+        1 + math.cos(math.pi * min(1, max(0, share)))
+    )
 
 
 def total_steps(cfg, rows, world_size):

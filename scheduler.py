@@ -22,7 +22,17 @@ from typing import NamedTuple
 from engine import Engine, Reply, ending, score
 
 PACE = 0.02  # seconds between two pieces of a stream, at least
-FIRST_TOKEN = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # seconds: upper bounds of the histogram's buckets
+FIRST_TOKEN = (
+    0.01,
+    0.03,
+    0.1,
+    0.3,
+    1,
+    3,
+    10,
+    30,
+    100,
+)  # seconds: upper bounds of the histogram's buckets
 SAYING = threading.Lock()
 
 
@@ -77,8 +87,15 @@ class Job:
         self.score, self.scored = score, None
         self.begun = time.monotonic()
         self.reply = Reply(tokenizer, stop)
-        self.shown, self.space = 0, ""  # characters that are certain; white space that may be the last
-        self.held, self.text, self.tokens = [], "", []  # tokens not yet certain; what is and was not told yet
+        self.shown, self.space = (
+            0,
+            "",
+        )  # characters that are certain; white space that may be the last
+        self.held, self.text, self.tokens = (
+            [],
+            "",
+            [],
+        )  # tokens not yet certain; what is and was not told yet
 
     @property
     def ready(self):
@@ -88,7 +105,9 @@ class Job:
     def push(self, id):
         """Takes the request's newest id."""
         start = self.shown + len(self.space) + len(self.reply.held)
-        self.held.append(Token(start, id, self.request.logprobs[-1] if self.request.logprobs else None))
+        self.held.append(
+            Token(start, id, self.request.logprobs[-1] if self.request.logprobs else None)
+        )
         self._settle(self.reply.push(id))
         if self.reply.stopped or id in self.ends:
             self.request.finish = "stop"
@@ -237,7 +256,9 @@ class Scheduler:
         verdicts = {call: call.verdict() for call in {call for call, _ in rows}}
         late = self.last is not None and time.monotonic() > self.last
         for call, job in rows:
-            job.request.finish = job.request.finish or verdicts[call] or ("shutdown" if late else None)
+            job.request.finish = (
+                job.request.finish or verdicts[call] or ("shutdown" if late else None)
+            )
         for call, job in waiting:
             if self.last is not None and not job.request.finish:
                 job.request.finish = "shutdown"
@@ -266,7 +287,10 @@ class Scheduler:
 
     def _seat(self):
         """Gives free slots to the oldest rows that are ready."""
-        rows, free = [], [slot for slot, request in enumerate(self.engine.requests) if request.finish]
+        rows, free = (
+            [],
+            [slot for slot, request in enumerate(self.engine.requests) if request.finish],
+        )
         with self.changed:
             while len(rows) < len(free) and self.waiting and self.waiting[0][1].ready:
                 rows.append(self.waiting.popleft())

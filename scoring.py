@@ -54,7 +54,12 @@ def side_by_side(work, items, threads):
     """
     if threads == 1:
         return [work(item) for item in items]
-    numbered, lock, results, before = enumerate(items), threading.Lock(), {}, torch.get_num_threads()
+    numbered, lock, results, before = (
+        enumerate(items),
+        threading.Lock(),
+        {},
+        torch.get_num_threads(),
+    )
 
     def take():
         with lock:
@@ -144,7 +149,9 @@ def answer_scores(model, questions, budget, threads=1):
     at once; batches are made of questions of like length. `threads` as in `side_by_side`.
     """
     groups, results = list(_groups(questions, budget)), [None] * len(questions)
-    found = side_by_side(lambda group: _group_scores(model, [questions[i] for i in group]), groups, threads)
+    found = side_by_side(
+        lambda group: _group_scores(model, [questions[i] for i in group]), groups, threads
+    )
     for group, scores in zip(groups, found):
         for number, score in zip(group, scores):
             results[number] = score
@@ -160,7 +167,9 @@ def _groups(questions, budget):
 
     group, longest, width = [], 0, 0
     for number in sorted(range(len(questions)), key=size, reverse=True):
-        copies = 1 + (size(number)[0] > 1) * len(questions[number][1])  # of the context's keys and values
+        copies = 1 + (size(number)[0] > 1) * len(
+            questions[number][1]
+        )  # of the context's keys and values
         if group and (size(number)[0] != longest or (len(group) + 1) * width * copies > budget):
             yield group
             group = []
@@ -188,7 +197,9 @@ def _group_scores(model, questions):
     if longest > 1:
         for row, pair in _rest(model, cache, rows, owner, lengths):
             found[row].append(pair)
-    scores = iter([(-sum(loss for loss, _ in pairs), all(top for _, top in pairs)) for pairs in found])
+    scores = iter(
+        [(-sum(loss for loss, _ in pairs), all(top for _, top in pairs)) for pairs in found]
+    )
     return [[next(scores) for _ in answers] for _, answers in questions]
 
 
@@ -275,7 +286,9 @@ def multiple_choice(scores, sizes, gold, names=None):
     if names:
         result |= calibrated(scores, gold) | {"majority_answer": names[index]}
         result["predicted"] = {name: chosen.count(at) for at, name in enumerate(names)}
-    always = f"always answering {names[index]!r}" if names else f"always answering number {index + 1}"
+    always = (
+        f"always answering {names[index]!r}" if names else f"always answering number {index + 1}"
+    )
     baseline = max((majority, always), (chance, "guessing"))
     return result | {"verdict": verdict(result["ci95"], *baseline)}
 

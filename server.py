@@ -32,8 +32,8 @@ from typing import Annotated, Literal, NamedTuple
 from urllib.parse import unquote
 
 from api import Api, ApiError
-from lib.config import PositiveFloat, PositiveInt, Range, UserError, parse_json, run
 from engine import open_model
+from lib.config import PositiveFloat, PositiveInt, Range, UserError, parse_json, run
 from lora import model_folder
 from scheduler import FIRST_TOKEN, Scheduler, say
 from wire import Gone, Refused, Wire
@@ -54,12 +54,20 @@ class ServerConfig:
     host: str = "127.0.0.1"  # address to listen on; any but this machine's own needs an API key
     port: Annotated[int, Range(0, 65535)] = 8000  # 0 = a free one, which is printed
     api_key_file: str = ""  # file with the key clients must send; or set MINI_LLM_API_KEY
-    allowed_hosts: tuple[str, ...] = ()  # names by which clients may call it, beside localhost: box.lan
-    allowed_origins: tuple[str, ...] = ()  # web pages of others that may ask, as http://localhost:3000
+    allowed_hosts: tuple[
+        str, ...
+    ] = ()  # names by which clients may call it, beside localhost: box.lan
+    allowed_origins: tuple[
+        str, ...
+    ] = ()  # web pages of others that may ask, as http://localhost:3000
     model_name: str = ""  # the name clients ask for; by default the folder's
-    slots: Annotated[int, Range(1, 256)] = 8  # answers written at the same time; each holds a KV cache
+    slots: Annotated[int, Range(1, 256)] = (
+        8  # answers written at the same time; each holds a KV cache
+    )
     queue: PositiveInt = 64  # requests that may wait for a slot; more are told 429
-    request_seconds: PositiveFloat = 300.0  # a request's time in queue and making; then it ends as it is
+    request_seconds: PositiveFloat = (
+        300.0  # a request's time in queue and making; then it ends as it is
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     # fp32 on a CPU, bf16 on a GPU that has it; int8 (CPU) is a fourth of the memory, faster, and a little off
     dtype: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto"
@@ -68,7 +76,9 @@ class ServerConfig:
         for name in self.allowed_hosts:
             match = HOST.fullmatch(name)
             if not match or match[2]:
-                raise ValueError(f"allowed_hosts: {name!r} is not a host's name; write it bare, as box.lan")
+                raise ValueError(
+                    f"allowed_hosts: {name!r} is not a host's name; write it bare, as box.lan"
+                )
         for origin in self.allowed_origins:
             if not re.fullmatch(r"https?://[^/\s]+", origin):
                 raise ValueError(
@@ -157,7 +167,9 @@ def page_policy(page):
 
     def hashes(tag):
         blocks = re.findall(rf"<{tag}>(.*?)</{tag}>", page, flags=re.S)
-        digests = [base64.b64encode(hashlib.sha256(block.encode()).digest()).decode() for block in blocks]
+        digests = [
+            base64.b64encode(hashlib.sha256(block.encode()).digest()).decode() for block in blocks
+        ]
         return " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
 
     return (
@@ -192,7 +204,13 @@ class Server(socketserver.ThreadingTCPServer):
                 f"host={cfg.host} is open to others, and there is no API key: set the environment variable "
                 "MINI_LLM_API_KEY or give --api_key_file, or listen on --host=127.0.0.1"
             )
-        self.names = {"localhost", "127.0.0.1", "::1", cfg.host.lower(), *map(str.lower, cfg.allowed_hosts)}
+        self.names = {
+            "localhost",
+            "127.0.0.1",
+            "::1",
+            cfg.host.lower(),
+            *map(str.lower, cfg.allowed_hosts),
+        }
         self.page = PAGE.read_text(encoding="utf-8") if PAGE.is_file() else None
         self.lock, self.active, self.requests = threading.Lock(), 0, Counter()
         self.places = threading.Semaphore(CONNECTIONS + TURNED_AWAY)
@@ -209,12 +227,16 @@ class Server(socketserver.ThreadingTCPServer):
 
     def stop(self):
         """Begins to stop, on a signal: no more connections, and the scheduler ends. Asked twice: at once."""
-        if self.api is None:  # the model is being loaded, which may take minutes, and nobody waits for a word
+        if (
+            self.api is None
+        ):  # the model is being loaded, which may take minutes, and nobody waits for a word
             os._exit(0)
         if self.stopping:
             raise KeyboardInterrupt
         self.stopping = True
-        threading.Thread(target=self._stop, daemon=True).start()  # a signal's handler must not wait for locks
+        threading.Thread(
+            target=self._stop, daemon=True
+        ).start()  # a signal's handler must not wait for locks
 
     def _stop(self):
         self.shutdown()
@@ -285,7 +307,9 @@ class Server(socketserver.ThreadingTCPServer):
             error = problem
         except Refused as problem:
             error = ApiError(problem.status, str(problem))
-        except Exception:  # the boundary: whatever it was, the client is answered and the server lives on
+        except (
+            Exception
+        ):  # the boundary: whatever it was, the client is answered and the server lives on
             error = internal_error()
         visit.reason = error.reason()
         return self._send(wire, visit, error.status, error.fields(), error.headers)
@@ -303,7 +327,9 @@ class Server(socketserver.ThreadingTCPServer):
         """Sends an answer as server-sent events; a failure on the way is the last of them."""
         first = next(answer)  # what fails before there is a token still gets a status of its own
         try:
-            wire.send(200, {"Content-Type": "text/event-stream; charset=utf-8"} | SECURITY | visit.headers)
+            wire.send(
+                200, {"Content-Type": "text/event-stream; charset=utf-8"} | SECURITY | visit.headers
+            )
             wire.send_more(event(first))
             for fields in answer:
                 wire.send_more(event(fields))
@@ -323,7 +349,9 @@ class Server(socketserver.ThreadingTCPServer):
     def _answer(self, wire, visit):
         visit.head = head = wire.read_head()
         if self.active > CONNECTIONS:
-            raise ApiError(503, "too many connections; try again in a moment", headers={"Retry-After": "1"})
+            raise ApiError(
+                503, "too many connections; try again in a moment", headers={"Retry-After": "1"}
+            )
         self._check_host(head)
         self._check_origin(head, visit)
         visit.route, table = self._route(head.path)
@@ -335,7 +363,9 @@ class Server(socketserver.ThreadingTCPServer):
         if visit.route not in OPEN:
             self._check_key(head)
         if self.api is None and visit.route != "/":
-            raise ApiError(503, "the model is being loaded", code="loading", headers={"Retry-After": "1"})
+            raise ApiError(
+                503, "the model is being loaded", code="loading", headers={"Retry-After": "1"}
+            )
         if head.method == "POST":
             return table["POST"](self.api, read_json(wire, head), wire.gone)
         if head.headers.get("content-length", "0") != "0" or "transfer-encoding" in head.headers:
@@ -355,7 +385,10 @@ class Server(socketserver.ThreadingTCPServer):
     def _check_origin(self, head, visit):
         """Other web pages must not use the browser of somebody who may ask."""
         origin = head.headers.get("origin")
-        if origin in (None, *(f"{scheme}://{head.headers['host']}" for scheme in ("http", "https"))):
+        if origin in (
+            None,
+            *(f"{scheme}://{head.headers['host']}" for scheme in ("http", "https")),
+        ):
             return
         if origin not in self.cfg.allowed_origins:
             raise ApiError(403, "this Origin may not ask; name it with --allowed_origins")
@@ -372,7 +405,9 @@ class Server(socketserver.ThreadingTCPServer):
         right = hmac.compare_digest(key.strip().encode("latin-1"), self.key.encode())
         if self.key and not (right and scheme.lower() == "bearer"):
             message = "a wrong API key, or none: send 'Authorization: Bearer KEY'"
-            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+            raise ApiError(
+                401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
+            )
 
     def _route(self, path):
         """Returns the route's name and {method: function}; ApiError 404 for any other path."""
@@ -394,8 +429,13 @@ class Server(socketserver.ThreadingTCPServer):
 
         with self.lock:
             requests = sorted(self.requests.items())
-        labelled = [(f'{{route="{route}",status="{status}"}}', n) for (route, status), n in requests]
-        tokens = [('{kind="prompt"}', scheduler.prompt_tokens), ('{kind="new"}', scheduler.new_tokens)]
+        labelled = [
+            (f'{{route="{route}",status="{status}"}}', n) for (route, status), n in requests
+        ]
+        tokens = [
+            ('{kind="prompt"}', scheduler.prompt_tokens),
+            ('{kind="new"}', scheduler.new_tokens),
+        ]
         sums = itertools.accumulate(scheduler.first_tokens)
         buckets = [(f'_bucket{{le="{le}"}}', n) for le, n in zip((*FIRST_TOKEN, "+Inf"), sums)]
         buckets += [("_sum", scheduler.first_seconds), ("_count", buckets[-1][1])]
@@ -405,7 +445,12 @@ class Server(socketserver.ThreadingTCPServer):
         put("queue_length", "gauge", "Rows that wait for a slot.", [("", len(scheduler.waiting))])
         put("batch_size", "gauge", "Rows being decoded.", [("", len(scheduler.seated))])
         put("connections", "gauge", "Open connections.", [("", self.active)])
-        put("first_token_seconds", "histogram", "From a request's arrival to its first token.", buckets)
+        put(
+            "first_token_seconds",
+            "histogram",
+            "From a request's arrival to its first token.",
+            buckets,
+        )
         return "\n".join(lines) + "\n"
 
 
@@ -419,7 +464,10 @@ class Visit:
 def read_json(wire, head):
     """Returns the fields of a JSON body; ApiError or Refused for anything else."""
     kind, _, charset = head.headers.get("content-type", "").lower().partition(";")
-    if kind.strip() != "application/json" or charset.strip().replace('"', "") not in ("", "charset=utf-8"):
+    if kind.strip() != "application/json" or charset.strip().replace('"', "") not in (
+        "",
+        "charset=utf-8",
+    ):
         raise ApiError(415, "the body must be JSON: send 'Content-Type: application/json'")
     body = wire.read_body(head.headers)
     try:
@@ -427,7 +475,9 @@ def read_json(wire, head):
     except (UnicodeDecodeError, UserError) as problem:
         raise ApiError(400, f"not JSON: {problem}", code="invalid_json") from None
     if not isinstance(fields, dict):
-        raise ApiError(400, 'the body must be a JSON object, {"field": value, ...}', code="invalid_json")
+        raise ApiError(
+            400, 'the body must be a JSON object, {"field": value, ...}', code="invalid_json"
+        )
     level = [fields]
     for _ in range(DEPTH):
         inner = (value.values() if isinstance(value, dict) else value for value in level)
@@ -441,7 +491,9 @@ def internal_error():
     """Writes the traceback to stderr under a number; returns an ApiError that gives only the number."""
     number = secrets.token_hex(4)
     say(f"error {number}: {traceback.format_exc()}")
-    return ApiError(500, f"internal error {number}; the server's log tells more", code="internal_error")
+    return ApiError(
+        500, f"internal error {number}; the server's log tells more", code="internal_error"
+    )
 
 
 def is_address(name):
@@ -456,7 +508,9 @@ def resolve(host, port):
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError):
-        raise UserError(f"host={host}: no such address; expected one of this machine, as 127.0.0.1") from None
+        raise UserError(
+            f"host={host}: no such address; expected one of this machine, as 127.0.0.1"
+        ) from None
     return family, address
 
 
@@ -470,7 +524,9 @@ def read_key(cfg):
         except (OSError, UnicodeDecodeError) as problem:
             raise UserError(f"{source}: cannot be read ({problem})") from None
     if key is not None and not re.fullmatch("[!-~]{8,200}", key):
-        raise UserError(f"{source}: a key is 8 to 200 letters, digits and signs, no spaces; got {len(key)}")
+        raise UserError(
+            f"{source}: a key is 8 to 200 letters, digits and signs, no spaces; got {len(key)}"
+        )
     return key or ""
 
 
@@ -494,7 +550,9 @@ def main(cfg):
         if tokenizer.template is None:
             say(f"{tokenizer.without_template(cfg.model_path)}\n")
         scheduler = Scheduler(model, cfg.slots, cfg.queue)
-        server.api = Api(scheduler, tokenizer, cfg.model_name or name_of(cfg.model_path), cfg.request_seconds)
+        server.api = Api(
+            scheduler, tokenizer, cfg.model_name or name_of(cfg.model_path), cfg.request_seconds
+        )
         print(summary(server, model), flush=True)
         scheduler.run()  # in this thread, which loaded the model: with a second one OpenMP would spin less
         end = time.monotonic() + 0.5
@@ -504,7 +562,9 @@ def main(cfg):
 
 def summary(server, model):
     weight, size = model.lm_head.weight, sum(p.numel() for p in model.parameters())
-    what = f"{server.api.name}, {size / 1e6:.1f}M parameters, template {server.api.template or 'none'}"
+    what = (
+        f"{server.api.name}, {size / 1e6:.1f}M parameters, template {server.api.template or 'none'}"
+    )
     where = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
     return f"{server.url}  {what}; {where}, context {server.api.context}, {server.cfg.slots} slots"
 

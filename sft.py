@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 
+from data import ExampleStream, pack, read_chats, supervised_rows
 from lib.checkpoint import check_unused
 from lib.config import (
     Fraction,
@@ -26,22 +27,25 @@ from lib.config import (
     UserError,
     run,
 )
-from data import ExampleStream, pack, read_chats, supervised_rows
+from lib.runtime import open_world, to_device
+from lib.tokenizer import Tokenizer, render, stop_ids, usual_template
 from lora import LoRAConfig, model_folder
 from losses import next_token_loss
-from lib.tokenizer import Tokenizer, render, stop_ids, usual_template
 from train import LoopConfig, fit
 from tuning import answer_to, check_held_out, files_for, open_base, read_rows
-from lib.runtime import open_world, to_device
 
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig(LoopConfig, LoRAConfig):
     """Fine-tuning on conversations; the defaults are made for LoRA."""
 
-    model_path: str  # what to begin from: a model's folder, an adapter's, or that of a whole training
+    model_path: (
+        str  # what to begin from: a model's folder, an adapter's, or that of a whole training
+    )
     dataset_path: str  # conversations: a file, a folder or a glob
-    val_path: str | None = None  # held-out conversations; none = a share of dataset_path, see val_ratio
+    val_path: str | None = (
+        None  # held-out conversations; none = a share of dataset_path, see val_ratio
+    )
     val_ratio: Fraction = 0.05  # that share; a row falls into it by its hash
     # none = the model's own; without one chatml, or instruct where the tokenizer lacks chatml's markers
     prompt_template: Literal["chatml", "instruct", "chat"] | None = None
@@ -50,7 +54,9 @@ class SFTConfig(LoopConfig, LoRAConfig):
     sample_tokens: NonNegativeInt = 48  # length of the answer shown at each evaluation; 0 = none
 
     output_dir: str = "checkpoints/sft"  # checkpoints, metrics.jsonl and final/ go here
-    learning_rate: PositiveFloat = 1e-3  # at the top; for LoRA on a small model, full fine-tuning wants 5e-5
+    learning_rate: PositiveFloat = (
+        1e-3  # at the top; for LoRA on a small model, full fine-tuning wants 5e-5
+    )
     num_train_epochs: PositiveFloat | None = 3.0  # passes over the data
     warmup_steps: NonNegativeInt = 10  # linear rise to the top
     weight_decay: NonNegativeFloat = 0.0  # on matrices
@@ -89,7 +95,9 @@ def main(cfg):
                 f"shorten the questions{longer}"
             )
         check_held_out(cfg, val_stream)
-        world.say(f"{loader.blocks:,} rows of up to {length} positions in a pass; template {template}")
+        world.say(
+            f"{loader.blocks:,} rows of up to {length} positions in a pass; template {template}"
+        )
         questions = (question_of(chat["messages"]) for chat in held_out or chats)
         show = answer_to(cfg, tokenizer, template, questions, context)
         files = files_for(cfg, base, tokenizer, template, sha256)
@@ -108,7 +116,9 @@ def choose_template(cfg, tokenizer):
             f"use --prompt_template={own}, or begin from a model without one"
         )
     template = asked or usual_template(tokenizer)
-    stop_ids(tokenizer, template)  # refuses a template that the tokenizer cannot write, before any work
+    stop_ids(
+        tokenizer, template
+    )  # refuses a template that the tokenizer cannot write, before any work
     return template
 
 

@@ -39,13 +39,15 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
-from lib.config import UserError, closest, did_you_mean, parse_json, shown
-from engine import Request, Sampling, generate
 from corpus.samples import passes
+from engine import Request, Sampling, generate
+from lib.config import UserError, closest, did_you_mean, parse_json, shown
 from lib.tokenizer import render, stop_ids
 
 PROMPTS = Path(__file__).parent / "configs" / "eval" / "smoke_prompts.json"
-SAMPLING = Sampling(temperature=0.5, top_p=0.95, top_k=0)  # cooler, a base model goes round in circles
+SAMPLING = Sampling(
+    temperature=0.5, top_p=0.95, top_k=0
+)  # cooler, a base model goes round in circles
 BATCH = 64  # prompts decoded together
 HEAD = 30  # words in which a right answer has to come
 
@@ -56,11 +58,17 @@ CHECKS = ("exact", "word", "number", "overlap", "regex")  # but for regex those 
 
 def is_text(value):
     """Is it a text with something in it, of whole Unicode characters?"""
-    return isinstance(value, str) and value.strip() != "" and not re.search("[\ud800-\udfff]", value)
+    return (
+        isinstance(value, str) and value.strip() != "" and not re.search("[\ud800-\udfff]", value)
+    )
 
 
 def _is_check(value):
-    if not isinstance(value, dict) or value.get("kind") not in CHECKS or not is_text(value.get("answer")):
+    if (
+        not isinstance(value, dict)
+        or value.get("kind") not in CHECKS
+        or not is_text(value.get("answer"))
+    ):
         return False
     if value["kind"] == "overlap":
         share = value.get("share")
@@ -95,7 +103,9 @@ def load_prompts(path=None, fast=False):
     path = Path(path or PROMPTS)
     prompts = [_row(row, where) for where, row in _rows(path)]
     if not prompts:
-        raise UserError(f"{path}: holds no prompt; write one a line (.txt), or a list of objects (.json)")
+        raise UserError(
+            f"{path}: holds no prompt; write one a line (.txt), or a list of objects (.json)"
+        )
     return [prompt for prompt in prompts if fast and prompt.get("quick")] or prompts
 
 
@@ -106,7 +116,9 @@ def _rows(path):
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; name a .json, .jsonl or .txt file of prompts") from None
+        raise UserError(
+            f"{path}: {error.strerror}; name a .json, .jsonl or .txt file of prompts"
+        ) from None
     if path.suffix == ".json":
         rows = parse_json(text, path)
         if not isinstance(rows, list):
@@ -118,7 +130,9 @@ def _rows(path):
             if line.strip():
                 yield where, parse_json(line, where) if path.suffix == ".jsonl" else line.strip()
     else:
-        raise UserError(f"{path}: prompts are read from .json, .jsonl and .txt files, not {path.suffix!r}")
+        raise UserError(
+            f"{path}: prompts are read from .json, .jsonl and .txt files, not {path.suffix!r}"
+        )
 
 
 def _row(row, where):
@@ -139,12 +153,18 @@ def _row(row, where):
 
 # ---- words and their order
 
-TYPEWRITER = str.maketrans(dict(zip("\u2018\u2019\u201c\u201d\u2013\u2014", "''\"\"--")) | {"\u2026": "..."})
+TYPEWRITER = str.maketrans(
+    dict(zip("\u2018\u2019\u201c\u201d\u2013\u2014", "''\"\"--")) | {"\u2026": "..."}
+)
 TOKEN = re.compile(r"[^\W\d_]+(?:['.][^\W\d_]+)*|\d+(?:[.,:]\d+)*|\S")
-ITEM = re.compile(r"^[ \t]*(?:\d{1,3}[.)]|[-*])[ \t]+", re.MULTILINE)  # what opens an item of a list
+ITEM = re.compile(
+    r"^[ \t]*(?:\d{1,3}[.)]|[-*])[ \t]+", re.MULTILINE
+)  # what opens an item of a list
 BREAK = re.compile(r"\n(?=[ \t]*(?:\n|[A-Z]))")  # a line break that may end a sentence
 SENTENCE = re.compile(r"[.!?][\"')*]*(?=\s|$)")  # where one ends
-QUOTED = re.compile(r"(?<!\w)[\"'][^\"'.!?\n]{1,40}[.!?]?[\"'](?!\w)")  # a few words that are spoken about
+QUOTED = re.compile(
+    r"(?<!\w)[\"'][^\"'.!?\n]{1,40}[.!?]?[\"'](?!\w)"
+)  # a few words that are spoken about
 PLAIN = re.compile(r"[A-Za-z'.]{1,20}|[\d.,:]{1,12}|[-.!?,;:\"'()]")
 SILENT = set("\"'()`*-")
 
@@ -201,7 +221,9 @@ cat  -5   0   6   4   6   3   1 -11  -1  -2  -4  -2  -7  -6   4  -9  -1   6   6 
 
 def _table(text):
     columns, *rows = (line.split() for line in text.strip().splitlines())
-    return {(row[0], column): int(entry) / 10 for row in rows for column, entry in zip(columns, row[1:])}
+    return {
+        (row[0], column): int(entry) / 10 for row in rows for column, entry in zip(columns, row[1:])
+    }
 
 
 LOG_ODDS = _table(PAIRS)
@@ -219,7 +241,9 @@ def words_of(text):
 
 def kinds_of(text):
     """Returns what PAIRS knows of a text: the kind of each word and sign, in order."""
-    text = BREAK.sub(" . ", QUOTED.sub("quote", ITEM.sub("", text.lower() if text.isupper() else text)))
+    text = BREAK.sub(
+        " . ", QUOTED.sub("quote", ITEM.sub("", text.lower() if text.isupper() else text))
+    )
     kinds = []
     for token in TOKEN.findall(text):
         word = token.lower()
@@ -227,7 +251,9 @@ def kinds_of(text):
         opens = not kinds or kinds[-1] == "."
         large = token[0].isupper() and stem != "i"
         if large and kinds and (opens or stem in KIND):
-            kinds.append("^")  # also where a function word is written large inside a sentence: a bad sign
+            kinds.append(
+                "^"
+            )  # also where a function word is written large inside a sentence: a bad sign
         if word in KIND:
             kinds.append(KIND[word])
         elif stem in KIND and tail in SHORT:
@@ -243,7 +269,11 @@ def _kind(token, large):
     if not token[0].isalpha():
         return "." if token in ".!?" else "," if token in ",;:" else "%"
     ends = (("ly", "not"), ("ed", "-ed"), ("s", "-s"))
-    return "Tom" if large else next((kind for end, kind in ends if token.endswith(end) and token[3:]), "cat")
+    return (
+        "Tom"
+        if large
+        else next((kind for end, kind in ends if token.endswith(end) and token[3:]), "cat")
+    )
 
 
 # ---- the parts of a score
@@ -308,7 +338,9 @@ def relevance(text, prompt):
         keywords, wanted = set(content_words(prompt["prompt"])), 2
     forms = "(?:'?s|es|d|ed|ing|er|ers|y|ly)?"
     text = text.lower()
-    found = sum(bool(re.search(rf"\b{re.escape(word.lower())}{forms}\b", text)) for word in keywords)
+    found = sum(
+        bool(re.search(rf"\b{re.escape(word.lower())}{forms}\b", text)) for word in keywords
+    )
     return min(1.0, found / max(1, min(wanted, len(keywords))))
 
 
@@ -338,14 +370,20 @@ def score(prompt, response, finish):
 
     finish: "stop" if the model ended by itself, anything else if it was cut off.
     """
-    parts = dict.fromkeys(("order", "english", "repetition", "length", "completeness", "relevance"), 0.0)
+    parts = dict.fromkeys(
+        ("order", "english", "repetition", "length", "completeness", "relevance"), 0.0
+    )
     parts["answer"] = 0.0 if "check" in prompt else None
     response = response.translate(TYPEWRITER)
     if not words_of(response):
         return {"score": 0.0, "parts": parts}
     own = own_text(response, prompt["prompt"], min(5, len(words_of(prompt["prompt"]))))
     own = own_text(own, prompt.get("base", ""), 5)
-    parts |= {"order": order(response), "english": english(response), "repetition": repetition(response)}
+    parts |= {
+        "order": order(response),
+        "english": english(response),
+        "repetition": repetition(response),
+    }
     parts["length"] = min(1.0, len(words_of(own)) / prompt.get("min_words", 4))
     parts["completeness"] = completeness(response, finish)
     parts["relevance"] = content = relevance(own, prompt)

@@ -26,6 +26,7 @@ from typing import Annotated, Literal
 
 import torch
 
+from data import TokenStream, unigram_bits_per_byte
 from lib.checkpoint import (
     FINAL_FILES,
     checkpoints,
@@ -49,15 +50,7 @@ from lib.config import (
     run,
 )
 from lib.curves import command_line as draw_curves
-from data import TokenStream, unigram_bits_per_byte
 from lib.log import Log
-from losses import next_token_loss
-from model import KVCache, Llama, ModelConfig, choose_attention, load_weights, save_model
-from tools.plan import Means, RandomTokens, card_plan, framework_bytes, local_plan, time_lines, timed
-from schedule import Clock, lr_at, make_optimizers, total_steps
-from scoring import score
-from lib.survival import Stopped, StopSignals, Walk, attempt, enough_memory, smaller_batches, smaller_update
-from lib.tokenizer import Tokenizer
 from lib.runtime import (
     autocast,
     choose_dtype,
@@ -68,6 +61,29 @@ from lib.runtime import (
     set_rng_state,
     to_device,
 )
+from lib.survival import (
+    Stopped,
+    StopSignals,
+    Walk,
+    attempt,
+    enough_memory,
+    smaller_batches,
+    smaller_update,
+)
+from lib.tokenizer import Tokenizer
+from losses import next_token_loss
+from model import KVCache, Llama, ModelConfig, choose_attention, load_weights, save_model
+from schedule import Clock, lr_at, make_optimizers, total_steps
+from scoring import score
+from tools.plan import (
+    Means,
+    RandomTokens,
+    card_plan,
+    framework_bytes,
+    local_plan,
+    time_lines,
+    timed,
+)
 
 
 @dataclass(frozen=True)
@@ -75,25 +91,47 @@ class LoopConfig:
     """What every training shares. Nothing changes it after `configure`."""
 
     output_dir: str = "checkpoints/run"  # checkpoints, metrics.jsonl and final/ go here
-    resume_from_checkpoint: str | None = None  # auto = the newest sound one in output_dir; or a folder
-    allow_config_change: bool = False  # resume although the configuration differs from the checkpoint's
-    allow_world_size_change: bool = False  # resume on another number of ranks, at the same global batch
+    resume_from_checkpoint: str | None = (
+        None  # auto = the newest sound one in output_dir; or a folder
+    )
+    allow_config_change: bool = (
+        False  # resume although the configuration differs from the checkpoint's
+    )
+    allow_world_size_change: bool = (
+        False  # resume on another number of ranks, at the same global batch
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto = cuda, else mps, else cpu
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of matmuls; weights and optimizer stay fp32
-    compile: bool | None = None  # torch.compile; none = on CUDA only, where it pays for its start-up soonest
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = (
+        "auto"  # of matmuls; weights and optimizer stay fp32
+    )
+    compile: bool | None = (
+        None  # torch.compile; none = on CUDA only, where it pays for its start-up soonest
+    )
     flash_attn: bool = True  # use the flash-attn package where it is installed and supported
-    gradient_checkpointing: bool = False  # recompute blocks in the backward: less memory, a quarter slower
+    gradient_checkpointing: bool = (
+        False  # recompute blocks in the backward: less memory, a quarter slower
+    )
     deterministic: bool = True  # refuse kernels whose result changes from run to run
     seed: int = 42  # initial weights, data order and dropout
-    plan: bool = False  # say what the run would need and take, after a few timed steps, and write nothing
+    plan: bool = (
+        False  # say what the run would need and take, after a few timed steps, and write nothing
+    )
 
     batch_size: PositiveInt = 8  # rows per micro-batch and rank
     gradient_accumulation_steps: PositiveInt = 1  # micro-batches per step and rank
-    max_steps: PositiveInt | None = None  # optimizer steps; none = as num_train_epochs or max_minutes say
-    num_train_epochs: PositiveFloat | None = None  # passes over the data; 1 when nothing else ends the run
-    max_minutes: PositiveFloat | None = None  # time box: the schedule follows the clock and ends with it
+    max_steps: PositiveInt | None = (
+        None  # optimizer steps; none = as num_train_epochs or max_minutes say
+    )
+    num_train_epochs: PositiveFloat | None = (
+        None  # passes over the data; 1 when nothing else ends the run
+    )
+    max_minutes: PositiveFloat | None = (
+        None  # time box: the schedule follows the clock and ends with it
+    )
 
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon on the blocks' matrices, AdamW on the rest
+    optimizer: Literal["adamw", "muon"] = (
+        "adamw"  # muon: Muon on the blocks' matrices, AdamW on the rest
+    )
     learning_rate: PositiveFloat = 3e-4  # at the top of the schedule
     min_lr: NonNegativeFloat | None = None  # at its end; none = a tenth of learning_rate
     warmup_steps: NonNegativeInt = 100  # linear rise to the top (a tenth of a time box at most)
@@ -101,15 +139,25 @@ class LoopConfig:
     beta1: Fraction = 0.9  # AdamW's memory of the gradient
     beta2: Fraction = 0.95  # AdamW's memory of its square
     max_grad_norm: PositiveFloat = 1.0  # gradients longer than this are scaled down to it
-    max_bad_steps: PositiveInt = 10  # stop after so many steps in a row with a gradient that is not finite
+    max_bad_steps: PositiveInt = (
+        10  # stop after so many steps in a row with a gradient that is not finite
+    )
 
     logging_steps: PositiveInt = 10  # steps between log lines
     eval_steps: PositiveInt = 500  # steps between validations
     save_steps: PositiveInt = 500  # steps between checkpoints
-    keep_last: PositiveInt = 3  # checkpoints kept beside the best validated one; older ones are deleted
-    early_stopping_patience: PositiveInt | None = None  # stop after so many validations without a better one
-    early_stopping_metric: str = "val_loss"  # better is lower, of accuracies higher; final/ is then the best
-    report_to: tuple[Literal["wandb", "tensorboard"], ...] = ()  # who else is told what metrics.jsonl is
+    keep_last: PositiveInt = (
+        3  # checkpoints kept beside the best validated one; older ones are deleted
+    )
+    early_stopping_patience: PositiveInt | None = (
+        None  # stop after so many validations without a better one
+    )
+    early_stopping_metric: str = (
+        "val_loss"  # better is lower, of accuracies higher; final/ is then the best
+    )
+    report_to: tuple[
+        Literal["wandb", "tensorboard"], ...
+    ] = ()  # who else is told what metrics.jsonl is
 
     def __post_init__(self):
         if not self.output_dir.strip():
@@ -132,8 +180,22 @@ class LoopConfig:
 
 # Keys that may differ between a checkpoint and the run that resumes it: they do not change what is learned.
 FREE_ON_RESUME = {
-    *("output_dir", "resume_from_checkpoint", "allow_config_change", "allow_world_size_change", "device"),
-    *("compile", "flash_attn", "deterministic", "max_bad_steps", "logging_steps", "eval_steps", "save_steps"),
+    *(
+        "output_dir",
+        "resume_from_checkpoint",
+        "allow_config_change",
+        "allow_world_size_change",
+        "device",
+    ),
+    *(
+        "compile",
+        "flash_attn",
+        "deterministic",
+        "max_bad_steps",
+        "logging_steps",
+        "eval_steps",
+        "save_steps",
+    ),
     *("keep_last", "eval_rows", "sample_prompt", "sample_tokens", "report_to", "plan", "plan_gpu"),
     # these may move; what they hold is compared instead, see check_data
     *("data_path", "dataset_path", "model_path"),
@@ -159,7 +221,9 @@ def check_same_run(cfg, world, folder):
                 "use as many, or --allow_world_size_change at the same global batch"
             )
         if rows_then != rows_now:
-            raise UserError(f"{folder}: global batch was {rows_then} rows, now {rows_now}; it must stay")
+            raise UserError(
+                f"{folder}: global batch was {rows_then} rows, now {rows_now}; it must stay"
+            )
     if rows_then == rows_now:  # in smaller pieces, as after running out of memory: the same steps
         changed = [k for k in changed if k not in ("batch_size", "gradient_accumulation_steps")]
     if changed and not cfg.allow_config_change:
@@ -176,7 +240,9 @@ class State:
         native = choose_dtype("auto", world.device)[0]  # Muon's matmuls are not autocast's
         low = dtype == native == torch.bfloat16
         self.optimizers = make_optimizers(cfg, model, world.device, dtype if low else torch.float32)
-        self.fixed_gradients = world.device.type == "cuda"  # a CUDA graph adds to them where they are
+        self.fixed_gradients = (
+            world.device.type == "cuda"
+        )  # a CUDA graph adds to them where they are
         for p in self.parameters if self.fixed_gradients else ():
             p.grad = torch.zeros_like(p)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
@@ -211,7 +277,9 @@ class State:
 
     def check_space(self, output_dir):
         """Raises UserError if the disk has no room for a checkpoint: weights, two moments, 10 % to spare."""
-        numbers = [p.numel() for p in (*self.model.parameters(), *self.parameters, *self.parameters)]
+        numbers = [
+            p.numel() for p in (*self.model.parameters(), *self.parameters, *self.parameters)
+        ]
         needed, free = 1.1 * 4 * sum(numbers), shutil.disk_usage(output_dir).free
         if free < needed:
             raise UserError(
@@ -250,10 +318,14 @@ class State:
             for name in self.counters():
                 setattr(self, name, state[name])
             self.saved_at = self.step
-            if own.is_file():  # a rank that did not exist then keeps the random numbers it was seeded with
+            if (
+                own.is_file()
+            ):  # a rank that did not exist then keeps the random numbers it was seeded with
                 set_rng_state(read_tensors(own), world.device)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as problem:
-            raise UserError(f"{path}: does not fit this model and optimizer ({problem!r:.200})") from None
+            raise UserError(
+                f"{path}: does not fit this model and optimizer ({problem!r:.200})"
+            ) from None
 
     def update(self, cfg, lr, world, count):
         """Sums the gradients over ranks, applies them and clears them. Returns their norm.
@@ -280,7 +352,9 @@ class State:
 
 def load_optimizer(optimizer, saved):
     """Restores the moments, checking their shapes as torch does not; settings stay those of today's cfg."""
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    settings = [
+        {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
+    ]
     optimizer.load_state_dict(saved)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
@@ -369,7 +443,9 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
             if world.rank == 0:
                 prune(output, cfg.keep_last, state)  # this one may be the best now
         if stopping or metrics is None:
-            world.say(f"stopped at step {state.step:,}, saved; continue with --resume_from_checkpoint=auto")
+            world.say(
+                f"stopped at step {state.step:,}, saved; continue with --resume_from_checkpoint=auto"
+            )
             raise SystemExit(stop.status)
         take_best(cfg, state, world, read_model)
         finish(cfg, model, world, write_final or write_model)
@@ -423,10 +499,16 @@ def say_plan(cfg, model, loader, loss_fn, world):
 def announce(cfg, model, world):
     """Chooses precision, attention and compilation and says so, with reasons. Returns (dtype, backend)."""
     dtype, why = choose_dtype(cfg.dtype, world.device)
-    backend, reason = choose_attention(world.device, model.cfg.sequence_length, dtype, cfg.flash_attn)
+    backend, reason = choose_attention(
+        world.device, model.cfg.sequence_length, dtype, cfg.flash_attn
+    )
     model.use_attention(backend)
     model.model.gradient_checkpointing = cfg.gradient_checkpointing
-    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
+    name = (
+        torch.cuda.get_device_name(world.device)
+        if world.device.type == "cuda"
+        else world.device.type
+    )
     threads = f", {torch.get_num_threads()} threads" if world.device.type == "cpu" else ""
     compiled = compiles(cfg, world.device)
     if compiled:
@@ -478,7 +560,10 @@ def agree(batches, stop, clock, world):
     """Returns what the ranks must know alike: the step's count and tokens, how many were asked to stop, the
     seconds on rank 0's clock.
     """
-    count, tokens = sum(b["count"] for b in batches), sum(b.get("tokens", b["count"]) for b in batches)
+    count, tokens = (
+        sum(b["count"] for b in batches),
+        sum(b.get("tokens", b["count"]) for b in batches),
+    )
     return world.sum(count, tokens, stop.asked > 0, clock.seconds * (world.rank == 0))
 
 
@@ -527,7 +612,9 @@ def take_best(cfg, state, world, read_model):
         return
     read_model(state.model, folder)
     name, value = cfg.early_stopping_metric, abs(state.best)
-    world.say(f"the best validation was that of step {state.best_step:,} ({name} {value:.4f}); going back")
+    world.say(
+        f"the best validation was that of step {state.best_step:,} ({name} {value:.4f}); going back"
+    )
 
 
 def finish(cfg, model, world, write_model):
@@ -548,14 +635,22 @@ class PretrainConfig(LoopConfig, ModelConfig):
     """Pretraining: the loop's knobs, the model's shape, and the data."""
 
     output_dir: str = "checkpoints/pretrain/custom"  # checkpoints, metrics.jsonl and final/ go here
-    data_path: tuple[str, ...] = ("data/processed/docstrings",)  # prepared datasets, comma separated
+    data_path: tuple[str, ...] = (
+        "data/processed/docstrings",
+    )  # prepared datasets, comma separated
     data_weights: tuple[float, ...] | None = None  # their shares of the tokens; none = by size
-    document_mask: bool = False  # tokens look at their own document only, positions restart with each
+    document_mask: bool = (
+        False  # tokens look at their own document only, positions restart with each
+    )
     eval_rows: PositiveInt = 128  # rows of the validation set that are scored at each evaluation
     sample_prompt: str = "The"  # continued greedily at each evaluation
     sample_tokens: Annotated[int, Range(0, 1000)] = 48  # length of that continuation; 0 = none
-    early_stopping_metric: Literal["val_loss", "val_bits_per_byte"] = "val_loss"  # decides which is best
-    plan_gpu: str | None = None  # say what the run would need on such a card, as h100; nothing is trained
+    early_stopping_metric: Literal["val_loss", "val_bits_per_byte"] = (
+        "val_loss"  # decides which is best
+    )
+    plan_gpu: str | None = (
+        None  # say what the run would need on such a card, as h100; nothing is trained
+    )
 
     def __post_init__(self):
         LoopConfig.__post_init__(self)
@@ -584,7 +679,9 @@ def main(cfg):
         model = Llama(narrow(cfg, ModelConfig))
         baseline = unigram_bits_per_byte(cfg.data_path)  # knowing only how often each token occurs
         data = {str(source.folder): fingerprint(source.manifest) for source in stream.sources}
-        world.say(f"{stream.tokens:,} training tokens; unigram baseline {baseline:.4f} bits per byte")
+        world.say(
+            f"{stream.tokens:,} training tokens; unigram baseline {baseline:.4f} bits per byte"
+        )
 
         def write_model(model, folder):
             save_model(model, folder)
@@ -612,7 +709,11 @@ def check_tokenizer(tokenizer, folder):
 
 def fingerprint(manifest):
     """Returns the sha256 of a dataset's tokens: the hash of the hashes of its shards."""
-    shards = [entry["bin_sha256"] for _, entries in sorted(manifest["splits"].items()) for entry in entries]
+    shards = [
+        entry["bin_sha256"]
+        for _, entries in sorted(manifest["splits"].items())
+        for entry in entries
+    ]
     return hashlib.sha256("".join(shards).encode()).hexdigest()
 
 
@@ -637,7 +738,10 @@ def language_validation(cfg, world, tokenizer):
             return score(model, [to_device(batch, world.device)], token_bytes)
 
         nats, count, size = walk.total(scored, stream, rows, 3)
-        metrics = {"val_loss": nats / max(1, count), "val_bits_per_byte": nats / math.log(2) / max(1, size)}
+        metrics = {
+            "val_loss": nats / max(1, count),
+            "val_bits_per_byte": nats / math.log(2) / max(1, size),
+        }
         if cfg.sample_tokens:
             more = continuation(model, tokenizer, cfg.sample_prompt, cfg.sample_tokens)
             metrics["sample"] = cfg.sample_prompt + more

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from lib.config import UserError
 from data import read_aloud, rows_sha256, split_rows
-from lora import add_lora, identify, load_trained, open_model_folder, save_trained
+from lib.config import UserError
 from lib.tokenizer import render, stop_ids
+from lora import add_lora, identify, load_trained, open_model_folder, save_trained
 from train import check_data, check_tokenizer, greedy
 
 
@@ -26,7 +26,9 @@ def read_rows(cfg, read, key, say):
         return rows, read_aloud(read, cfg.val_path, say), sha256
     rows, held_out = split_rows(rows, cfg.val_ratio, key)
     if not rows:
-        raise UserError(f"{cfg.dataset_path}: every row is held out at val_ratio {cfg.val_ratio}; lower it")
+        raise UserError(
+            f"{cfg.dataset_path}: every row is held out at val_ratio {cfg.val_ratio}; lower it"
+        )
     return rows, held_out, sha256
 
 
@@ -46,9 +48,13 @@ def open_base(cfg, tokenizer, say):
     context = model.cfg.sequence_length
     tokenizer.match(model.cfg.vocab_size, cfg.model_path)
     if cfg.sequence_length is None:
-        say(f"sequence_length {context:,}, the model's whole context; a shorter one takes less memory")
+        say(
+            f"sequence_length {context:,}, the model's whole context; a shorter one takes less memory"
+        )
     elif cfg.sequence_length > context:
-        raise UserError(f"sequence_length {cfg.sequence_length} is more than the model's {context}; lower it")
+        raise UserError(
+            f"sequence_length {cfg.sequence_length} is more than the model's {context}; lower it"
+        )
     torch.manual_seed(cfg.seed)
     if cfg.lora_r:
         add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_target_modules)
@@ -89,7 +95,10 @@ def answer_to(cfg, tokenizer, template, prompts, context):
     and nothing where none does.
     """
     asked = (
-        (messages[-1]["content"], render(tokenizer, messages, template, add_generation_prompt=True)[0])
+        (
+            messages[-1]["content"],
+            render(tokenizer, messages, template, add_generation_prompt=True)[0],
+        )
         for messages in prompts
         if messages
     )

@@ -13,7 +13,11 @@ from contextlib import suppress
 from http import HTTPStatus
 from typing import NamedTuple
 
-LINE, HEAD, HEADERS = 8 << 10, 32 << 10, 100  # bytes of the first line, of all the lines; how many headers
+LINE, HEAD, HEADERS = (
+    8 << 10,
+    32 << 10,
+    100,
+)  # bytes of the first line, of all the lines; how many headers
 BODY = 1 << 20  # bytes
 READ_SECONDS = 10  # for the whole request, however it trickles in
 SEND_SECONDS = 10  # for each piece of an answer
@@ -74,7 +78,9 @@ class Wire:
         except TimeoutError:
             if not self.begun:
                 raise Gone from None  # browsers open connections in advance
-            raise Refused(408, f"the request took longer than {READ_SECONDS} seconds to arrive") from None
+            raise Refused(
+                408, f"the request took longer than {READ_SECONDS} seconds to arrive"
+            ) from None
         if not data:
             raise Gone
         self.begun = True

@@ -25,13 +25,13 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 
+from corpus.samples import passes
+from corpus.sources import Tally
 from data import read_chats, split_rows, supervised_rows
 from engine import Request, Sampling, generate, open_model
-from losses import next_token_loss
-from corpus.sources import Tally
-from corpus.samples import passes
-from lib.tokenizer import render, stop_ids
 from lib.runtime import to_device
+from lib.tokenizer import render, stop_ids
+from losses import next_token_loss
 
 SHARED = ROOT.parent / "shared/data"
 INSTRUCTIONS, PAIRS = SHARED / "sft/[lw]*_*.jsonl*", SHARED / "dpo/lfs_preference_1100.jsonl"
@@ -55,7 +55,11 @@ def answer_loss(model, tokenizer, chats):
     """Returns nats per token of the answers (and their ends) of conversations."""
     nats, count, length = 0.0, 0, model.cfg.sequence_length
     rendered = [[np.array(half) for half in render(tokenizer, chat, TEMPLATE)] for chat in chats]
-    rows = [[(ids[: length + 1], mask[: length + 1])] for ids, mask in rendered if mask[: length + 1].any()]
+    rows = [
+        [(ids[: length + 1], mask[: length + 1])]
+        for ids, mask in rendered
+        if mask[: length + 1].any()
+    ]
     with torch.no_grad():
         for start in range(0, len(rows), 16):
             batch = supervised_rows(rows[start : start + 16], length, tokenizer.pad_id)
@@ -91,7 +95,9 @@ def report(part, name, folder, chats, rows=()):
         line["right"] = round(len(right) / len(rows), 4)
         counts, of = Counter(right), Counter(row["kind"] for row in rows)
         line["right_by_kind"] = {kind: f"{counts[kind]} of {of[kind]}" for kind in sorted(of)}
-    line["answers"] = [[chat[-2]["content"][:80], text[:80]] for chat, (text, _) in zip(chats[:4], given)]
+    line["answers"] = [
+        [chat[-2]["content"][:80], text[:80]] for chat, (text, _) in zip(chats[:4], given)
+    ]
     print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
@@ -110,20 +116,34 @@ def instructions(base, work, flags):
 def preferences(base, work, flags):
     train("dpo", work / "sft/final", PAIRS, work / "dpo", "--val_ratio=0.2", *flags["dpo"])
     for line in (work / "dpo/metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        line = {k.removeprefix("val_"): v for k, v in json.loads(line).items() if k == "step" or "val_" in k}
+        line = {
+            k.removeprefix("val_"): v
+            for k, v in json.loads(line).items()
+            if k == "step" or "val_" in k
+        }
         if len(line) > 1:
             print(json.dumps({"part": "preferences"} | line), flush=True)
 
 
 def tasks(base, work, flags):
-    subprocess.run([sys.executable, "data.py", "create_sample_datasets"], cwd=ROOT, stdout=sys.stderr)
+    subprocess.run(
+        [sys.executable, "data.py", "create_sample_datasets"], cwd=ROOT, stdout=sys.stderr
+    )
     sft, dpo = work / "tasks_sft", work / "tasks_dpo"
     train(
-        "sft", base, f"{SAMPLES}/sft_train.jsonl", sft, f"--val_path={SAMPLES}/sft_val.jsonl", *flags["sft"]
+        "sft",
+        base,
+        f"{SAMPLES}/sft_train.jsonl",
+        sft,
+        f"--val_path={SAMPLES}/sft_val.jsonl",
+        *flags["sft"],
     )
     pairs = f"--val_path={SAMPLES}/dpo_val.jsonl"
     train("dpo", sft / "final", f"{SAMPLES}/dpo_train.jsonl", dpo, pairs, *flags["dpo"])
-    rows = [json.loads(line) for line in (SAMPLES / "sft_val.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (SAMPLES / "sft_val.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     chats = [chat["messages"] for chat in read_chats(f"{SAMPLES}/sft_val.jsonl", Tally())]
     for name, folder in (("base", base), ("sft", sft / "final"), ("dpo", dpo / "final")):
         report("tasks", name, folder, chats, rows)
@@ -143,7 +163,9 @@ def main():
     flags = {script: [f"--{flag.split('.', 1)[1]}" for flag in rest if flag.startswith(f"--{script}.")]
              for script in ("sft", "dpo")}  # fmt: skip
     if len(rest) != sum(map(len, flags.values())):
-        parser.error(f"not understood: {rest}; flags of the trainings are --sft.KEY=VALUE, --dpo.KEY=VALUE")
+        parser.error(
+            f"not understood: {rest}; flags of the trainings are --sft.KEY=VALUE, --dpo.KEY=VALUE"
+        )
     PARTS[args.part](args.base.resolve(), args.work.resolve(), flags)
 
 

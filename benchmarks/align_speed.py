@@ -28,14 +28,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lib.config import configure
 from data import supervised_rows
 from dpo import DPOConfig, Pair, drop_nothing, pair_rows, preference_loss
+from lib.config import configure
+from lib.runtime import World, memory_used, tune_cpu
 from lora import add_lora
 from losses import next_token_loss
 from model import Llama, ModelConfig, choose_attention, to_hf
 from train import LoopConfig, State, forward_backward
-from lib.runtime import World, memory_used, tune_cpu
 
 LENGTH, PROMPT, ROWS, RATE = 256, 128, 8, 1e-4
 CPU = torch.device("cpu")
@@ -96,7 +96,9 @@ def theirs(cfg):
     torch.manual_seed(0)
     llama = LlamaForCausalLM(LlamaConfig.from_dict(to_hf(cfg), use_cache=False))
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = get_peft_model(llama, LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=targets))
+    model = get_peft_model(
+        llama, LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=targets)
+    )
     trainable = [p for p in model.parameters() if p.requires_grad]
     return model.train(), trainable, torch.optim.AdamW(trainable, lr=RATE)
 
@@ -150,9 +152,18 @@ def trl_dpo(cfg):
     import trl
 
     model, trainable, optimizer = theirs(cfg)
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "c": 2}, unk_token="a"))
-    words = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="c", pad_token="a")
-    settings = {"report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"a": 0, "b": 1, "c": 2}, unk_token="a")
+    )
+    words = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="c", pad_token="a"
+    )
+    settings = {
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+    }
     trainer = trl.DPOTrainer(
         model, args=trl.DPOConfig(tempfile.mkdtemp(), max_steps=1, **settings),
         train_dataset=datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
@@ -160,7 +171,9 @@ def trl_dpo(cfg):
     )  # fmt: skip
     ids, mask = (torch.cat([part[::2], part[1::2]]) for part in tensors(cfg))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": mask}
-    return lambda: finish_step(trainer.compute_loss(trainer.model, dict(batch)), trainable, optimizer)
+    return lambda: finish_step(
+        trainer.compute_loss(trainer.model, dict(batch)), trainable, optimizer
+    )
 
 
 VARIANTS = [our_sft, peft_sft, our_dpo, our_dpo_known_reference, peft_dpo, trl_dpo]

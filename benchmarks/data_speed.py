@@ -110,7 +110,9 @@ def tree(root):
     children, found = defaultdict(list), [root]
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            children[int(path.read_text().rpartition(")")[2].split()[1])].append(int(path.parent.name))
+            children[int(path.read_text().rpartition(")")[2].split()[1])].append(
+                int(path.parent.name)
+            )
         except OSError:  # it has ended meanwhile
             continue
     for process in found:
@@ -213,7 +215,9 @@ def speed(place, args):
 
     def other(number):
         name = "the other method"
-        command = Command([__file__, "--other", str(sample), str(model), f"{place}/other.{number}"], 1)
+        command = Command(
+            [__file__, "--other", str(sample), str(model), f"{place}/other.{number}"], 1
+        )
         _, out, status, error = command.output()
         assert status == 0, error
         for stage, seconds in json.loads(out).items():
@@ -227,7 +231,9 @@ def speed(place, args):
     figures = {n: [round(f(v), 3) for f in (statistics.median, min, max)] for n, v in rates.items()}
     ratios = {
         f"{cores} processes: {stage}": round(
-            figures[f"ours, {cores} processes: {stage}"][0] / figures[f"the other method: {stage}"][0], 1
+            figures[f"ours, {cores} processes: {stage}"][0]
+            / figures[f"the other method: {stage}"][0],
+            1,
         )
         for cores in (1, 2)
         for stage in ("clean+filter+dedup", "whole")
@@ -239,7 +245,9 @@ def speed(place, args):
         "MB/s": figures,
         "times the other method": ratios,
         "peak MB": {name: round(value / 1e6, 1) for name, value in memory.items()},
-        "bytes per token": json.loads((place / "first" / "stats.json").read_text()).get("bytes_per_token"),
+        "bytes per token": json.loads((place / "first" / "stats.json").read_text()).get(
+            "bytes_per_token"
+        ),
     }
 
 
@@ -267,7 +275,10 @@ def index_growth(folder, documents):
     }
     projection = round(8e6 * peak / index.documents / 1e9, 2)
     print(
-        json.dumps(result | {"microseconds": round(1e6 * spent / index.documents, 1), "GB of 8M": projection})
+        json.dumps(
+            result
+            | {"microseconds": round(1e6 * spent / index.documents, 1), "GB of 8M": projection}
+        )
     )
 
 
@@ -293,8 +304,13 @@ def dedup(place, args):
         folder.mkdir()
         digests, signatures = map(np.stack, zip(prints[pair["a"]], prints[pair["b"]], strict=True))
         low = next(edge for edge in (0.9, 0.8, 0.7, 0.0) if pair["w5"] >= edge)
-        goes[f"similarity from {low}"].append(Index(folder, 0.8).judge(digests, signatures)[1] is not None)
-    return {name: {"pairs": len(v), "removed": round(sum(v) / len(v), 4)} for name, v in sorted(goes.items())}
+        goes[f"similarity from {low}"].append(
+            Index(folder, 0.8).judge(digests, signatures)[1] is not None
+        )
+    return {
+        name: {"pairs": len(v), "removed": round(sum(v) / len(v), 4)}
+        for name, v in sorted(goes.items())
+    }
 
 
 def langid(place, args):
@@ -307,7 +323,8 @@ def langid(place, args):
             groups[f"{kind}, all"].append(row["text"])
             groups[f"{kind}, {row['genre']}"].append(row["text"])
     filler = [
-        f"This is number {n} of the texts that are there so that none of the runs is empty." for n in range(9)
+        f"This is number {n} of the texts that are there so that none of the runs is empty."
+        for n in range(9)
     ]
     lenient = ["--min_length=0", "--max_length=10000000", "--no_use_minhash", "--vocab_size=4000"]
     lenient += [f"--tokenizer_path={place}/tokenizer.model"]
@@ -321,7 +338,9 @@ def langid(place, args):
         _, _, status, error = data_py(rows, folder, 2, *lenient).output()
         assert status == 0, error
         dropped = json.loads((folder / "stats.json").read_text())["documents"]["dropped"]
-        reasons = {name: entry["count"] for stage in dropped.values() for name, entry in stage.items()}
+        reasons = {
+            name: entry["count"] for stage in dropped.values() for name, entry in stage.items()
+        }
         kept = 1 - reasons.get("not-english", 0) / len(texts)
         result[name] = {"texts": len(texts), "kept": round(kept, 4)}
     return result
@@ -336,7 +355,9 @@ def main():
     parser.add_argument("--sample", type=float, default=2.0, help="MB for the other method")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vocab_size", type=int, default=8192)
-    parser.add_argument("--documents", type=int, default=1_000_000, help="random documents for the index")
+    parser.add_argument(
+        "--documents", type=int, default=1_000_000, help="random documents for the index"
+    )
     parser.add_argument(
         "--other", nargs=3, help=argparse.SUPPRESS
     )  # the child's side: rows, tokenizer, output
@@ -351,7 +372,10 @@ def main():
         with tempfile.TemporaryDirectory() as place:
             result[item] = measures[item](Path(place), args)
     print(
-        json.dumps(result | {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()})
+        json.dumps(
+            result
+            | {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+        )
     )
 
 

@@ -27,8 +27,8 @@ from lm_eval.models.huggingface import HFLM
 from corpus.chats import read_rows
 from engine import open_model
 from eval import encode_questions, to_question
-from scoring import answer_scores, cores, score, text_batches
 from lib.runtime import tune_cpu
+from scoring import answer_scores, cores, score, text_batches
 
 DATA = ROOT.parent / "shared" / "data"
 
@@ -90,17 +90,24 @@ def main():
     tune_cpu()
     ours = Ours(args.model_path)
     variants = {"ours": ours}
-    variants |= {f"lm_eval {n}": LmEval(args.model_path, int(n)) for n in args.batch_sizes.split(",")}
+    variants |= {
+        f"lm_eval {n}": LmEval(args.model_path, int(n)) for n in args.batch_sizes.split(",")
+    }
     text = args.text.read_bytes()[: args.bytes].decode("utf-8", "ignore")
     rows = read_rows(args.boolq, to_question)[: args.questions]
     room = ours.context - 4  # only questions that fit: lm-eval would cut BOS off
     rows = [row for row in rows if len(ours.tokenizer.encode(row[2].context)) < room]
     result = {"bytes": len(text.encode()), "questions": len(rows), "unit": "s: median, min, max"}
-    for kind, work in {"text": lambda v: v.text(text), "questions": lambda v: v.questions(rows)}.items():
+    for kind, work in {
+        "text": lambda v: v.text(text),
+        "questions": lambda v: v.questions(rows),
+    }.items():
         seconds, found = time_all(variants, work, args.rounds)
         for name, values in seconds.items():
             result[f"{kind}, {name}"] = [round(f(values), 3) for f in (statistics.median, min, max)]
-        worst = max(abs(a - b) / max(1, abs(b)) for v in found.values() for a, b in zip(v, found["ours"]))
+        worst = max(
+            abs(a - b) / max(1, abs(b)) for v in found.values() for a, b in zip(v, found["ours"])
+        )
         result[f"{kind}, largest relative difference"] = worst
     known = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     print(json.dumps(result | known | {"machine": platform.processor() or platform.machine()}))

@@ -65,7 +65,9 @@ def transformers(folder):
 
     def answer(prompts, count):
         ids = torch.tensor(prompts)
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False
+        )
         return out[:, ids.shape[1] :].tolist()
 
     return answer
@@ -112,7 +114,9 @@ class Child:
     def __init__(self, program, folder):
         words = [sys.executable, __file__, f"--program={program}", f"--folder={folder}"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen(words, text=True, env=os.environ | PROGRAMS[program], **pipes)
+        self.process = subprocess.Popen(
+            words, text=True, env=os.environ | PROGRAMS[program], **pipes
+        )
         self.ready = False
 
     def turn(self, prompts, count):
@@ -133,7 +137,8 @@ class Child:
 def speed(folder, streams, args):
     """Returns {program: tokens per second as [median, min, max], share of ids that are transformers'}."""
     prompts = [
-        [1] + [10 + (7919 * row + 31 * i) % 4000 for i in range(1, args.prompt)] for row in range(streams)
+        [1] + [10 + (7919 * row + 31 * i) % 4000 for i in range(1, args.prompt)]
+        for row in range(streams)
     ]
     children = {program: Child(program, folder) for program in PROGRAMS}
     rates, ids = {program: [] for program in children}, {}
@@ -147,7 +152,9 @@ def speed(folder, streams, args):
         child.process.wait()
     result = {}
     for program, values in rates.items():
-        same = sum(a == b for a, b in zip(ids[program], ids["transformers"], strict=True)) / len(ids[program])
+        same = sum(a == b for a, b in zip(ids[program], ids["transformers"], strict=True)) / len(
+            ids[program]
+        )
         figures = [round(f(values[1:]), 1) for f in (statistics.median, min, max)]
         result[program] = {"tokens/s": figures, "same ids": round(same, 3)}
     return result
@@ -156,7 +163,12 @@ def speed(folder, streams, args):
 def first(folder, args):
     """Returns {program: [median, min, max seconds]} of commands that print one token."""
     commands = {
-        "ours": [str(ROOT / "sample.py"), f"--model_path={folder}", "--prompt=why", "--max_new_tokens=1"],
+        "ours": [
+            str(ROOT / "sample.py"),
+            f"--model_path={folder}",
+            "--prompt=why",
+            "--max_new_tokens=1",
+        ],
         "transformers": ["-c", ONE_LINER.format(folder=folder)],
     }
     seconds = {name: [] for name in commands}
@@ -195,7 +207,9 @@ def main():
             if "first" in items:
                 result[f"{size}, first token, seconds"] = first(folder, args)
     settings = {"prompt": args.prompt, "tokens": args.tokens, "rounds": args.rounds}
-    print(json.dumps(result | settings | {"machine": platform.processor(), "cores": os.cpu_count()}))
+    print(
+        json.dumps(result | settings | {"machine": platform.processor(), "cores": os.cpu_count()})
+    )
 
 
 if __name__ == "__main__":

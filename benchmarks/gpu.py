@@ -29,17 +29,24 @@ import numpy as np
 import torch
 
 from lib.config import configure, narrow
+from lib.runtime import World, autocast, choose_dtype, compile_model, seed_everything, tune_cpu
 from losses import next_token_loss
 from model import Llama, ModelConfig, choose_device, flops_per_token, load_model, save_model, to_hf
 from packed import pack
 from tools.plan import RandomTokens
 from train import PretrainConfig, State, forward_backward
-from lib.runtime import World, autocast, choose_dtype, compile_model, seed_everything, tune_cpu
 
 PEAK = 989e12
 ITEMS = [
     *("floors", "exact", "determinism"),
-    *("train:tiny", "train:small", "train:base", "train:tiny:eager", "train:small:eager", "train:base:eager"),
+    *(
+        "train:tiny",
+        "train:small",
+        "train:base",
+        "train:tiny:eager",
+        "train:small:eager",
+        "train:base:eager",
+    ),
     *(
         "hf:tiny:eager",
         "hf:tiny:compile",
@@ -58,8 +65,20 @@ ITEMS = [
         "hfdecode:base",
     ),
     *("train:tiny:muon", "train:small:muon", "train:base:muon", "train:base:checkpointing"),
-    *("train:tiny:fp16", "aligned:tiny:sft", "aligned:tiny:dpo", "aligned:small:sft", "aligned:small:dpo"),
-    *("memory:tiny", "memory:tiny:eager", "memory:small", "memory:base", "memory:base:checkpointing"),
+    *(
+        "train:tiny:fp16",
+        "aligned:tiny:sft",
+        "aligned:tiny:dpo",
+        "aligned:small:sft",
+        "aligned:small:dpo",
+    ),
+    *(
+        "memory:tiny",
+        "memory:tiny:eager",
+        "memory:small",
+        "memory:base",
+        "memory:base:checkpointing",
+    ),
     *("profile:tiny", "profile:small", "profile:tiny:decode"),
 ]
 
@@ -77,7 +96,9 @@ def preset(name, small, **changes):
             "sequence_length": 64,
         }
         changes = (
-            toy | {"num_key_value_heads": None, "batch_size": 2, "gradient_accumulation_steps": 2} | changes
+            toy
+            | {"num_key_value_heads": None, "batch_size": 2, "gradient_accumulation_steps": 2}
+            | changes
         )
     return replace(cfg, **changes)
 
@@ -143,7 +164,9 @@ def floors(small):
 def exact(small):
     """Device against CPU in fp32, compiled against eager, bf16 against fp32, checkpointing on against off."""
     device = choose_device("auto")
-    cfg = preset("tiny", True, d_model=128, n_head=2, num_key_value_heads=1, d_ff=256, sequence_length=256)
+    cfg = preset(
+        "tiny", True, d_model=128, n_head=2, num_key_value_heads=1, d_ff=256, sequence_length=256
+    )
     torch.manual_seed(0)
     model = Llama(narrow(cfg, ModelConfig)).eval()
     batch = RandomTokens(cfg).batch(0, 0)
@@ -190,7 +213,11 @@ def stepper(cfg, device, model=None, loss_fn=next_token_loss, batch=None):
     Every step has a fresh random batch, or always `batch`.
     """
     dtype, _ = choose_dtype(cfg.dtype if device.type == "cuda" else "fp32", device)
-    world, loader, accumulation = World(0, 1, device), RandomTokens(cfg), cfg.gradient_accumulation_steps
+    world, loader, accumulation = (
+        World(0, 1, device),
+        RandomTokens(cfg),
+        cfg.gradient_accumulation_steps,
+    )
     seed_everything(cfg.seed)
     model = model or Llama(narrow(cfg, ModelConfig)).to(device)
     model.train().model.gradient_checkpointing = cfg.gradient_checkpointing
@@ -232,7 +259,9 @@ def determinism(small):
     device = choose_device("auto")
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
-    cfg = preset("tiny", small, compile=not small, batch_size=4, gradient_accumulation_steps=1, dropout=0.1)
+    cfg = preset(
+        "tiny", small, compile=not small, batch_size=4, gradient_accumulation_steps=1, dropout=0.1
+    )
     totals = []
     for seed in (1, 1, 2):
         torch.compiler.reset()
@@ -284,16 +313,26 @@ def aligned(small, name, stage):
     from lora import add_lora
 
     device, rows, length = choose_device("auto"), 4 if small else 16, 32 if small else 512
-    loop = {"batch_size": rows, "gradient_accumulation_steps": 1, "compile": not small, "dtype": "bf16"}
+    loop = {
+        "batch_size": rows,
+        "gradient_accumulation_steps": 1,
+        "compile": not small,
+        "dtype": "bf16",
+    }
     cfg = preset(name, small, sequence_length=length, **loop)
     torch.manual_seed(0)
     model = add_lora(Llama(narrow(cfg, ModelConfig)), 16, 32.0).to(device)
     ids = np.random.default_rng(0).integers(10, cfg.vocab_size, (rows, length + 1))
     examples = [(row, (np.arange(length + 1) >= length // 2).astype(np.int64)) for row in ids]
-    batch, loss_fn = supervised_rows([[e] for e in examples], length, cfg.pad_token_id), next_token_loss
+    batch, loss_fn = (
+        supervised_rows([[e] for e in examples], length, cfg.pad_token_id),
+        next_token_loss,
+    )
     if stage == "dpo":
         drop_nothing(model)
-        pairs = [Pair(chosen, rejected, ()) for chosen, rejected in zip(examples[::2], examples[1::2])]
+        pairs = [
+            Pair(chosen, rejected, ()) for chosen, rejected in zip(examples[::2], examples[1::2])
+        ]
         batch = pair_rows(pairs, length, cfg.pad_token_id)
         loss_fn = preference_loss(DPOConfig(model_path="", dataset_path=""))
     warm, timed = (1, 2) if small else (5, 20)
@@ -335,7 +374,9 @@ def profile(small, name, *options):
         engine = Engine(model, 1, 48 if small else 256, graphs=device.type == "cuda")
 
         def work(_):
-            for _ in generate(model, [Request(list(range(10, 26)), 32, Sampling(temperature=0.0))], engine):
+            for _ in generate(
+                model, [Request(list(range(10, 26)), 32, Sampling(temperature=0.0))], engine
+            ):
                 pass
     else:
         _, work = stepper(preset(name, small, compile=not small), device)
@@ -354,13 +395,21 @@ def profile(small, name, *options):
         "wall_ms": round(1000 * wall, 2),
         "busy_ms": round(sum(k.self_device_time_total for k in table) / 1000, 2),
         "kernels": sum(k.count for k in table),
-        "dearest": [[k.key[:90], k.count, round(k.self_device_time_total / 1000, 3)] for k in table[:24]],
+        "dearest": [
+            [k.key[:90], k.count, round(k.self_device_time_total / 1000, 3)] for k in table[:24]
+        ],
     }
 
 
 def hf(small, name, mode):
     """transformers' LlamaForCausalLM under its own Trainer: same shape, batch, precision, fused AdamW."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
 
     cfg = preset(name, small)
     device = choose_device("auto")
@@ -375,7 +424,9 @@ def hf(small, name, mode):
             stamps.append(time.perf_counter())
 
     rows = (warm + timed) * cfg.batch_size * cfg.gradient_accumulation_steps
-    ids = torch.from_numpy(np.random.default_rng(0).integers(0, cfg.vocab_size, (rows, cfg.sequence_length)))
+    ids = torch.from_numpy(
+        np.random.default_rng(0).integers(0, cfg.vocab_size, (rows, cfg.sequence_length))
+    )
     data = [{"input_ids": row, "labels": row} for row in ids]
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -402,7 +453,9 @@ def ready_to_generate(cfg, device):
     """Returns what engine.open_model makes of a model folder, in 16 bit on a GPU."""
     with tempfile.TemporaryDirectory() as folder:
         saved(cfg, folder)
-        return pack(load_model(folder, device, torch.bfloat16 if device.type == "cuda" else torch.float32))
+        return pack(
+            load_model(folder, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        )
 
 
 def decode(small, name, *options):
@@ -465,7 +518,9 @@ def hfdecode(small, name):
 def environment():
     device = choose_device("auto")
     card = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    )
     return {
         "machine": card,
         "torch": torch.__version__,
@@ -494,15 +549,21 @@ def main():
         "--budget", type=float, default=540, help="seconds in all; what does not fit is left out"
     )
     parser.add_argument("--limit", type=float, default=150, help="seconds for one item")
-    parser.add_argument("--small", action="store_true", help="toy sizes, to try this file without a GPU")
-    parser.add_argument("--device", choices=["auto", "cpu"], default="auto", help="cpu: hide the GPU")
+    parser.add_argument(
+        "--small", action="store_true", help="toy sizes, to try this file without a GPU"
+    )
+    parser.add_argument(
+        "--device", choices=["auto", "cpu"], default="auto", help="cpu: hide the GPU"
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)  # the child's side
     args = parser.parse_args()
     if args.one:
         print(json.dumps(run_item(args.one, args.small)))
         return
     if args.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before CUDA is asked anything, here and in the children
+        os.environ["CUDA_VISIBLE_DEVICES"] = (
+            ""  # before CUDA is asked anything, here and in the children
+        )
     items = args.items.split(",")
     if args.small:  # where all presets are one toy, tiny stands for them
         items = [item for item in items if not {"small", "base"} & set(item.split(":"))]
@@ -515,9 +576,13 @@ def main():
             continue
         command = [sys.executable, __file__, "--one", item, *(["--small"] if args.small else [])]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=min(args.limit, left))
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=min(args.limit, left)
+            )
             text = done.stdout.strip().splitlines()
-            result = json.loads(text[-1]) if done.returncode == 0 else {"failed": done.stderr[-1500:]}
+            result = (
+                json.loads(text[-1]) if done.returncode == 0 else {"failed": done.stderr[-1500:]}
+            )
         except subprocess.TimeoutExpired:
             result = {"failed": f"took more than {min(args.limit, left):.0f} s"}
         line = json.dumps({"item": item} | result | known | {"small": args.small})

@@ -41,17 +41,25 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 
-from lib.config import configure, narrow
 from data import TokenStream
+from lib.config import configure, narrow
+from lib.runtime import choose_dtype, to_device
+from lib.tokenizer import Tokenizer
 from model import ModelConfig, to_hf
 from schedule import lr_at
 from scoring import cores, score
-from lib.tokenizer import Tokenizer
 from train import PretrainConfig
-from lib.runtime import choose_dtype, to_device
 
 SHARED = ROOT.parent / "shared/data"
-DOCS = ["debian_handbook", "debian_manuals", "git_doc", "peps", "postgresql_docs", "python_docs", "rust_rfcs"]
+DOCS = [
+    "debian_handbook",
+    "debian_manuals",
+    "git_doc",
+    "peps",
+    "postgresql_docs",
+    "python_docs",
+    "rust_rfcs",
+]
 TEXTS = {"gutenberg_books": 2.0} | dict.fromkeys(DOCS, 0.3)
 PROOF = ["ours", "transformers", "transformers_fair"]
 RECIPES = {
@@ -88,11 +96,17 @@ def prepare(args):
         {"name": name, "input_path": f"{args.corpora}/{name}.jsonl.gz", "weight": weight}
         for name, weight in TEXTS.items()
     ]
-    preset = {"mixture": entries, "output_dir": str(data), "vocab_size": 4096, "sequence_length": 256}
+    preset = {
+        "mixture": entries,
+        "output_dir": str(data),
+        "vocab_size": 4096,
+        "sequence_length": 256,
+    }
     data.parent.mkdir(parents=True, exist_ok=True)
     path = data.with_name(f"{data.name}.json")
     path.write_text(
-        json.dumps(preset | {"code": "keep", "min_length": 200, "max_length": 200_000}, indent=2) + "\n"
+        json.dumps(preset | {"code": "keep", "min_length": 200, "max_length": 200_000}, indent=2)
+        + "\n"
     )
     subprocess.run([sys.executable, ROOT / "data.py", path], check=True, stdout=sys.stderr)
 
@@ -104,26 +118,49 @@ def flags_of(name):
     """Returns the flags of `ours` or of choices joined by +; SystemExit for what is neither."""
     parts = [part for part in name.split("+") if part != "ours"]
     if unknown := [part for part in parts if part not in RECIPES]:
-        raise SystemExit(f"error: --runs: {unknown[0]!r} is none of {', '.join([*PROOF, *RECIPES])}")
+        raise SystemExit(
+            f"error: --runs: {unknown[0]!r} is none of {', '.join([*PROOF, *RECIPES])}"
+        )
     return [flag for part in parts for flag in RECIPES[part]]
 
 
 def our_command(name, folder, args):
-    own = {"data_path": args.data, "output_dir": folder, "max_minutes": args.minutes, "save_steps": 1000}
-    own |= {"keep_last": 1, "sample_tokens": 0, "resume_from_checkpoint": "auto", "device": args.device}
+    own = {
+        "data_path": args.data,
+        "output_dir": folder,
+        "max_minutes": args.minutes,
+        "save_steps": 1000,
+    }
+    own |= {
+        "keep_last": 1,
+        "sample_tokens": 0,
+        "resume_from_checkpoint": "auto",
+        "device": args.device,
+    }
     if args.steps:  # as many tokens, whatever the batch
-        rows = [configure(PretrainConfig, [args.recipe, *flags]).batch_size for flags in ([], flags_of(name))]
+        rows = [
+            configure(PretrainConfig, [args.recipe, *flags]).batch_size
+            for flags in ([], flags_of(name))
+        ]
         steps = args.steps * rows[0] // rows[1]
         own |= {"max_minutes": "none", "max_steps": steps, "eval_rows": 512, "dtype": "fp32"}
         own |= {"compile": "false"}
-    return [str(ROOT / "train.py"), args.recipe, *(f"--{k}={v}" for k, v in own.items()), *flags_of(name)]
+    return [
+        str(ROOT / "train.py"),
+        args.recipe,
+        *(f"--{k}={v}" for k, v in own.items()),
+        *flags_of(name),
+    ]
 
 
 class Blocks(torch.utils.data.Dataset):
     """Rows of T tokens from the shards as they lie there: transformers shifts the labels itself."""
 
     def __init__(self, folder, length):
-        shards = [np.memmap(path, np.uint16, mode="r") for path in sorted(Path(folder).glob("train_*.bin"))]
+        shards = [
+            np.memmap(path, np.uint16, mode="r")
+            for path in sorted(Path(folder).glob("train_*.bin"))
+        ]
         self.tokens, self.length = np.concatenate(shards), length
 
     def __len__(self):
@@ -152,11 +189,17 @@ def train_transformers(fair, folder, args):
         return (time.monotonic() - began[0]) / (60 * args.minutes) if began else 0.0
 
     def share(step):
-        return lr_at(cfg, step, progress(), None) / cfg.learning_rate if fair else max(0.0, 1 - progress())
+        return (
+            lr_at(cfg, step, progress(), None) / cfg.learning_rate
+            if fair
+            else max(0.0, 1 - progress())
+        )
 
     class OnTheClock(transformers.Trainer):
         def create_scheduler(self, num_training_steps, optimizer=None):
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, share)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, share
+            )
             return self.lr_scheduler
 
     ours = {
@@ -229,7 +272,9 @@ def one_run(name, args):
         figures = {"held_out": curve[-1][2]}
     else:
         words = [sys.executable, *child, "--child=measure"]
-        figures = json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        figures = json.loads(
+            subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout
+        )
     cfg = configure(PretrainConfig, [args.recipe, *([] if theirs else flags_of(name))])
     tokens = steps * cfg.batch_size * cfg.gradient_accumulation_steps * cfg.sequence_length
     return {
@@ -264,7 +309,10 @@ def steps_to(curve, loss):
 def table(lines):
     """Returns the measured runs as a table, best on held-out text first."""
     base = lines.get("adamw", {}).get("validations")
-    rows = ["| run | steps | tokens | wikitext2 | held out | steps / adamw |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| run | steps | tokens | wikitext2 | held out | steps / adamw |",
+        "|---|---|---|---|---|---|",
+    ]
     for line in sorted(lines.values(), key=lambda line: line["held_out"]):
         curve = line["validations"]
         needed = steps_to(curve, base[-1][1]) if base and curve else None

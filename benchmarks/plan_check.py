@@ -16,17 +16,22 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from tools import plan
 from lib.config import configure, narrow
+from lib.runtime import World, memory_used, tune_cpu
 from losses import next_token_loss
 from model import Llama, ModelConfig, choose_device
+from tools import plan
 from train import PretrainConfig, State, announce, forward_backward
-from lib.runtime import World, memory_used, tune_cpu
 
 CASES = [
     *("tiny:8:256:adamw", "tiny:8:256:muon", "tiny:8:512:adamw", "tiny:8:512:adamw:checkpointing"),
     *("tiny:4:1024:adamw", "tiny:4:512:adamw:accumulation", "tiny:8:512:adamw:bf16"),
-    *("small:4:256:adamw", "small:4:512:muon", "small:4:512:adamw:checkpointing", "small:4:512:adamw:bf16"),
+    *(
+        "small:4:256:adamw",
+        "small:4:512:muon",
+        "small:4:512:adamw:checkpointing",
+        "small:4:512:adamw:bf16",
+    ),
 ]
 
 
@@ -61,7 +66,9 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cases", default=",".join(CASES), help="preset:rows:length:optimizer[:option ...]")
+    parser.add_argument(
+        "--cases", default=",".join(CASES), help="preset:rows:length:optimizer[:option ...]"
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)  # the child's side
     args = parser.parse_args()
     if args.one:

@@ -41,11 +41,13 @@ def random_model(folder, preset):
     import torch
 
     from lib.config import configure
-    from model import Llama, ModelConfig, save_model
     from lib.tokenizer import train_tokenizer
+    from model import Llama, ModelConfig, save_model
 
     cfg, chance = configure(ModelConfig, [str(preset)], foreign_keys=True), random.Random(0)
-    words = ["".join(chance.choices("etaoinshrdlucmfw", k=chance.randint(3, 9))) for _ in range(60_000)]
+    words = [
+        "".join(chance.choices("etaoinshrdlucmfw", k=chance.randint(3, 9))) for _ in range(60_000)
+    ]
     texts = (" ".join(chance.choices(words, k=200)) for _ in range(2_000))
     folder.mkdir()
     tokenizer = train_tokenizer(texts, folder / "tokenizer.model", cfg.vocab_size)
@@ -59,7 +61,10 @@ class Server:
     """`python server.py` as a process, and what its clients do."""
 
     def __init__(self, folder, log, **knobs):
-        words = [f"--{name}={value}" for name, value in ({"model_path": folder, "port": 0} | knobs).items()]
+        words = [
+            f"--{name}={value}"
+            for name, value in ({"model_path": folder, "port": 0} | knobs).items()
+        ]
         command = [sys.executable, str(ROOT / "server.py"), *words]
         with open(log, "w") as file:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True)
@@ -100,7 +105,9 @@ class Server:
         """Memory in MB, threads, file handles."""
         place = Path(f"/proc/{self.process.pid}")
         status = dict(
-            line.split(":\t", 1) for line in (place / "status").read_text().splitlines() if ":\t" in line
+            line.split(":\t", 1)
+            for line in (place / "status").read_text().splitlines()
+            if ":\t" in line
         )
         memory = int(status["VmRSS"].split()[0]) / 1024
         return {
@@ -127,7 +134,12 @@ def throughput(server, streams, tokens, seconds, stream):
     counts, begin = [0] * streams, time.perf_counter()
 
     def client(number):
-        fields = {"prompt": [1, 100 + number] * 8, "max_tokens": tokens, "temperature": 0, "stream": stream}
+        fields = {
+            "prompt": [1, 100 + number] * 8,
+            "max_tokens": tokens,
+            "temperature": 0,
+            "stream": stream,
+        }
         fields |= {"stream_options": {"include_usage": True}} if stream else {}
         while time.perf_counter() - begin < seconds:
             status, body = server.ask(fields)
@@ -145,13 +157,19 @@ def speed(server, args):
     rounds = {number: [] for number in streams}
     for turn in range(args.rounds):
         for number in streams if turn % 2 else reversed(streams):
-            rounds[number].append(throughput(server, number, args.tokens, args.seconds, not args.plain))
+            rounds[number].append(
+                throughput(server, number, args.tokens, args.seconds, not args.plain)
+            )
     figures = {}
     for number, values in rounds.items():
         middle = statistics.median(values)
         ratio = middle / statistics.median(rounds[streams[0]])
         extent = [round(min(values), 1), round(max(values), 1)]
-        figures[number] = {"tokens_per_second": round(middle, 1), "range": extent, "ratio": round(ratio, 2)}
+        figures[number] = {
+            "tokens_per_second": round(middle, 1),
+            "range": extent,
+            "ratio": round(ratio, 2),
+        }
     return figures
 
 
@@ -166,7 +184,8 @@ def crowd(server, args):
         {"temperature": 1.5, "top_k": 20, "seed": 3},
     ]
     asked = [
-        {"prompt": [1, 100 + n % 30, 200], "max_tokens": 8 + n % 20, "stream": n % 2 == 0} | kinds[n % 3]
+        {"prompt": [1, 100 + n % 30, 200], "max_tokens": 8 + n % 20, "stream": n % 2 == 0}
+        | kinds[n % 3]
         for n in range(200)
     ]
     answers = [None] * 200
@@ -195,7 +214,9 @@ def slow(server, args):
         for number, sock in enumerate(held):
             stack.enter_context(sock)
             sock.sendall(
-                [b"", b"GET /hea", b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Le"][number % 3]
+                [b"", b"GET /hea", b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Le"][
+                    number % 3
+                ]
             )
         times = []
         for _ in range(100):
@@ -204,7 +225,10 @@ def slow(server, args):
             times.append(1000 * (time.perf_counter() - begin))
             time.sleep(0.02)
         middle = round(statistics.median(times), 1)
-        return {"health_ms": {"median": middle, "worst": round(max(times), 1)}, **server.resources()}
+        return {
+            "health_ms": {"median": middle, "worst": round(max(times), 1)},
+            **server.resources(),
+        }
 
 
 def soak(server, args):

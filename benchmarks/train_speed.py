@@ -50,7 +50,11 @@ from losses import next_token_loss
 from model import Llama, ModelConfig, flops_per_token, load_weights, save_model
 
 CPU = torch.device("cpu")
-NATIVE = str(machine.choose_dtype("auto", CPU)[0])[6:].replace("float32", "fp32").replace("bfloat16", "bf16")
+NATIVE = (
+    str(machine.choose_dtype("auto", CPU)[0])[6:]
+    .replace("float32", "fp32")
+    .replace("bfloat16", "bf16")
+)
 OURS = ("", "_compile", "_muon", "_muon_compile")
 THEIRS = ("", "_compile", "_tuned", "_tuned_compile", "_tuned_active_compile")
 DEFAULT = [
@@ -72,7 +76,9 @@ def rows_of(cfg, rows, step):
     draws = np.random.default_rng(step).random((rows, cfg.sequence_length))
     ids = (cfg.vocab_size * draws**4).astype(np.int64)
     labels = np.full_like(ids, -100)
-    labels[:, :-1] = ids[:, 1:]  # transformers' loss shifts likewise, and the last position predicts nothing
+    labels[:, :-1] = ids[
+        :, 1:
+    ]  # transformers' loss shifts likewise, and the last position predicts nothing
     return {"ids": ids, "labels": labels, "count": int((labels >= 0).sum())}
 
 
@@ -209,7 +215,12 @@ def peak_resident():
 
 def command(program, size, length, rows, folder, args):
     own = {"program": program, "sizes": size, "lengths": length, "rows": rows, "folder": folder}
-    return [sys.executable, __file__, *(f"--{k}={v}" for k, v in own.items()), f"--steps={args.steps}"]
+    return [
+        sys.executable,
+        __file__,
+        *(f"--{k}={v}" for k, v in own.items()),
+        f"--steps={args.steps}",
+    ]
 
 
 class Child:
@@ -260,7 +271,10 @@ def speed(size, length, folder, args):
             "MFU": round(flops * middle / result[f"peak_{name.split('_')[1]}"], 3),
             "CPU ms a token": round(1000 * statistics.median(t["cpu"] for t in done) / per_turn, 3),
             "first turn, seconds": round(first["seconds"], 1),
-            "loss, first and last": [round(first["losses"][0], 4), round(done[-1]["losses"][-1], 4)],
+            "loss, first and last": [
+                round(first["losses"][0], 4),
+                round(done[-1]["losses"][-1], 4),
+            ],
         }
     return result | {peak: round(result[peak] / 1e9) for peak in peaks}
 
@@ -272,7 +286,9 @@ def check_losses(losses):
         first, *others = (abs(a - b) for a, b in zip(losses[name], losses[base], strict=True))
         bound = 2e-2 if "bf16" in name + base else 1e-4
         if "muon" not in name and not (first <= bound and max(others, default=0) <= 2e-2):
-            raise SystemExit(f"error: {name} is not the training of {base}: {losses[name]}, {losses[base]}")
+            raise SystemExit(
+                f"error: {name} is not the training of {base}: {losses[name]}, {losses[base]}"
+            )
 
 
 def memory(size, length, folder, args):
@@ -293,7 +309,9 @@ def arguments():
     parser.add_argument("--items", default="speed,memory")
     parser.add_argument("--sizes", default="tiny")
     parser.add_argument("--lengths", default="256,512", help="memory is measured at the longest")
-    parser.add_argument("--rows", type=int, default=4, help="of a batch; memory takes twice as many")
+    parser.add_argument(
+        "--rows", type=int, default=4, help="of a batch; memory takes twice as many"
+    )
     parser.add_argument("--programs", default=",".join(DEFAULT))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps in a turn")
@@ -327,7 +345,9 @@ def main():
                 name = f"{size}, {2 * args.rows} x {lengths[-1]}, added MB"
                 result[name] = memory(size, lengths[-1], folder, args)
     settings = {"rounds": args.rounds, "steps": args.steps, "torch": torch.__version__}
-    print(json.dumps(result | settings | {"machine": platform.processor(), "cores": os.cpu_count()}))
+    print(
+        json.dumps(result | settings | {"machine": platform.processor(), "cores": os.cpu_count()})
+    )
 
 
 if __name__ == "__main__":

@@ -72,7 +72,9 @@ def table(head, rows):
 def numbers(stats):
     """The two tables of a data card: documents by stage, tokens by split."""
     rows = [("read", "", f"{stats['documents']['read']:,}")]
-    rows += [(f"dropped: {stage}", reason, f"{count:,}") for stage, reason, count in dropped_lines(stats)]
+    rows += [
+        (f"dropped: {stage}", reason, f"{count:,}") for stage, reason, count in dropped_lines(stats)
+    ]
     rows += [("kept", "", f"{stats['documents']['kept']:,}")]
     splits = [
         (split, *(f"{total[key]:,}" for key in ("documents", "tokens", "bytes", "shards")))
@@ -88,9 +90,13 @@ def numbers(stats):
 
 def origin(settings, stats):
     """The lines of a data card on where the text is from."""
-    cap = f"capped at max_docs {settings['max_docs']:,}" if stats["cap"]["reached"] else "not capped"
+    cap = (
+        f"capped at max_docs {settings['max_docs']:,}" if stats["cap"]["reached"] else "not capped"
+    )
     config = f", {settings['input_config']}" if settings["input_config"] else ""
-    licence = settings["licence"] or "not noted; ask the source before passing the text or a model on"
+    licence = (
+        settings["licence"] or "not noted; ask the source before passing the text or a model on"
+    )
     if not settings["mixture"]:
         return f"- Source: `{settings['input_path']}`{config} ({cap})\n- Licence: {licence}"
     entries, rows = {entry["name"]: entry for entry in settings["mixture"]}, []
@@ -110,7 +116,9 @@ def data_card(name, settings, stats):
         alike = settings["minhash_threshold"]
         near = f"Of documents with a Jaccard similarity of {alike} or more, the first stayed."
     private = (
-        PRIVATE if settings["mask_private"] else "Private data (names, addresses, keys) was **not** removed."
+        PRIVATE
+        if settings["mask_private"]
+        else "Private data (names, addresses, keys) was **not** removed."
     )
     return f"""# {name}
 

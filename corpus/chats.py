@@ -21,19 +21,29 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Literal
 
-from lib.config import UserError
 from corpus.formats import MAX_LINE, JsonReader, json_rows, jsonl_rows, kind_of, open_bounded
 from corpus.formats import rows as file_rows
 from corpus.sources import USUAL, Tally, hub_rows, input_files
+from lib.config import UserError
 from lib.tokenizer import TEMPLATES, Tokenizer, render, usual_template
 
 ROW_KINDS = {"json", "jsonl", "csv", "tsv", "parquet", "arrow"}
 MAX_BAD = 0.05  # the share of unusable rows from which a file is refused
 
-DIALOGUE = ("messages", "conversations", "conversation", "dialogue", "dialog")  # fields that hold messages
+DIALOGUE = (
+    "messages",
+    "conversations",
+    "conversation",
+    "dialogue",
+    "dialog",
+)  # fields that hold messages
 QUESTION = ("prompt", "instruction", "question")
 ANSWER = ("response", "completion", "output", "answer")
-ANSWER_TO = {"prompt": "response", "instruction": "output", "question": "answer"}  # the one called missing
+ANSWER_TO = {
+    "prompt": "response",
+    "instruction": "output",
+    "question": "answer",
+}  # the one called missing
 FORMATS = {"prompt": "prompt/response", "instruction": "alpaca", "question": "question/answer"}
 KNOWN = {*DIALOGUE, *QUESTION, *ANSWER, "system", "history", "input", "chosen", "rejected"}
 RENAME = (  # the remedy where one is missing and others have names of their own
@@ -41,7 +51,9 @@ RENAME = (  # the remedy where one is missing and others have names of their own
     f"messages ({', '.join(DIALOGUE[1:])}); in a pair prompt, chosen and rejected"
 )
 ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
-ROLES |= dict.fromkeys(("human", "prompter"), "user") | dict.fromkeys(("gpt", "bot", "chatgpt"), "assistant")
+ROLES |= dict.fromkeys(("human", "prompter"), "user") | dict.fromkeys(
+    ("gpt", "bot", "chatgpt"), "assistant"
+)
 SURROGATE = re.compile("[\ud800-\udfff]")
 # every control character but tab and the line breaks
 CONTROLS = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(127, 160)])
@@ -97,7 +109,9 @@ def read_rows(path, convert, tally=None, max_bad=MAX_BAD):
     tally.kept += len(rows)
     bad = tally.bad_rows - bad
     if not rows:
-        raise UserError(f"{path}: 0 usable rows of {bad + seen}{told(tally, path) or ': it is empty'}")
+        raise UserError(
+            f"{path}: 0 usable rows of {bad + seen}{told(tally, path) or ': it is empty'}"
+        )
     if bad > max_bad * (bad + seen):
         share = f"{bad} of {bad + seen} rows are unusable ({bad / (bad + seen):.1%}, allowed {max_bad:.1%})"
         raise UserError(f"{path}: {share}{told(tally, path)}")
@@ -111,7 +125,10 @@ def told(tally, path):
     """
     entries = [entry for stage in tally.dropped.values() for entry in stage.items()]
     entries.sort(key=lambda entry: -entry[1]["count"])
-    parts = [f"{e['count']} {reason} ({e['examples'][0].removeprefix(f'{path} ')})" for reason, e in entries]
+    parts = [
+        f"{e['count']} {reason} ({e['examples'][0].removeprefix(f'{path} ')})"
+        for reason, e in entries
+    ]
     return f": {'; '.join(parts)}" if parts else ""
 
 
@@ -130,7 +147,9 @@ def raw_rows(path, tally):
     files = input_files(path, tally, tables=True)
     files = [file for file in files if len(files) == 1 or kind_of(file) in ROW_KINDS]
     if not files:
-        raise UserError(f"{path}: holds no file of rows: .jsonl, .json, .csv, .tsv, .parquet or .arrow")
+        raise UserError(
+            f"{path}: holds no file of rows: .jsonl, .json, .csv, .tsv, .parquet or .arrow"
+        )
     for file in files:
         try:
             if kind_of(file) in ROW_KINDS - {"json", "jsonl"}:
@@ -140,7 +159,9 @@ def raw_rows(path, tally):
             else:
                 yield from (json_rows if opening else jsonl_rows)(file, tally)
         except OSError as error:
-            raise UserError(f"{file}: cannot be read: damaged, or not permitted ({error})") from None
+            raise UserError(
+                f"{file}: cannot be read: damaged, or not permitted ({error})"
+            ) from None
 
 
 def json_opening(path):
@@ -166,7 +187,9 @@ def whole_list(path, tally):
 
     def problems():
         found = tally.dropped["read"]
-        return [found.get(why, {}).get("count", 0) for why in ("not-json", "too-deep", "after-the-list")]
+        return [
+            found.get(why, {}).get("count", 0) for why in ("not-json", "too-deep", "after-the-list")
+        ]
 
     before, count = problems(), 0
     for entry in json_rows(path, tally):
@@ -174,7 +197,9 @@ def whole_list(path, tally):
         yield entry
     if (after := problems()) != before:
         what = "with more text behind it" if after[:2] == before[:2] else "that breaks off"
-        raise UserError(f"{path}: a JSON list {what} after {count} elements; mend it, or write .jsonl")
+        raise UserError(
+            f"{path}: a JSON list {what} after {count} elements; mend it, or write .jsonl"
+        )
 
 
 def complete(line):
@@ -192,7 +217,11 @@ def complete(line):
 
 def to_chat(row):
     """Return (format, messages) of a row, which end with an answer; raises Bad."""
-    if isinstance(row, dict) and "chosen" in row and not any(row.get(name) for name in ANSWER + DIALOGUE):
+    if (
+        isinstance(row, dict)
+        and "chosen" in row
+        and not any(row.get(name) for name in ANSWER + DIALOGUE)
+    ):
         raise Bad("preference-pair", "holds chosen and rejected answers, which are for dpo.py")
     kind, messages = dialogue(row)
     if kind in FORMATS.values():
@@ -232,7 +261,9 @@ def to_pair(row):
     pair = {"prompt": shared, "chosen": chosen[len(shared) :], "rejected": rejected[len(shared) :]}
     for name in ("chosen", "rejected"):
         if pair[name][0]["role"] != "assistant":
-            raise Bad("prompts-differ", f'"{name}" parts from the other with no answer of the assistant')
+            raise Bad(
+                "prompts-differ", f'"{name}" parts from the other with no answer of the assistant'
+            )
     if pair["chosen"] == pair["rejected"]:
         raise Bad("identical-pair", "chosen and rejected are equal")
     return kind, pair
@@ -250,7 +281,11 @@ def dialogue(row):
         raise Bad("missing-field", f'missing "prompt" (or "messages", ...){foreign(row)}')
     messages = system_message(row) + history(row) + said(row[name], name, "user")
     if name in DIALOGUE:
-        head = next((m for m in row[name] if isinstance(m, dict)), {}) if isinstance(row[name], list) else {}
+        head = (
+            next((m for m in row[name] if isinstance(m, dict)), {})
+            if isinstance(row[name], list)
+            else {}
+        )
         return ("ShareGPT" if "from" in head else "messages"), messages
     extra = row.get("input")
     if isinstance(extra, str) and not extra.strip():
@@ -286,7 +321,9 @@ def history(row):
     turns = row.get("history")
     if turns in (None, [], ""):
         return []
-    if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, list) and len(turn) == 2 for turn in turns
+    ):
         raise Bad("not-messages", '"history" must be a list of [question, answer]')
     return [
         message
@@ -317,7 +354,10 @@ def message_of(item, name, number):
     where = f'"{name}" message {number}'
     if not isinstance(item, dict):
         raise Bad("not-messages", f"{where} must be an object, got {kind_name(item)}")
-    role, content = item.get(first(item, ("role", "from"))), item.get(first(item, ("content", "value")))
+    role, content = (
+        item.get(first(item, ("role", "from"))),
+        item.get(first(item, ("content", "value"))),
+    )
     if not isinstance(role, str) or role.lower() not in ROLES:
         got = repr(role)[:40] if isinstance(role, str) else kind_name(role)
         raise Bad("unknown-role", f"{where}: role must be system, user or assistant, got {got}")
@@ -334,7 +374,11 @@ def message_of(item, name, number):
 def joined(parts, where):
     """The text of a content given as a list of {"type": "text", "text": ...}."""
     for part in parts:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        if (
+            not isinstance(part, dict)
+            or part.get("type") != "text"
+            or not isinstance(part.get("text"), str)
+        ):
             raise Bad("not-a-string", f"{where}: content holds a part that is no text")
     return "".join(part["text"] for part in parts)
 
@@ -365,7 +409,9 @@ def transcripts(chosen, rejected):
     for name, text in (("chosen", chosen), ("rejected", rejected)):
         head, marker, answer = text.rpartition("\n\nAssistant:")
         if not marker:
-            raise Bad("missing-field", f'missing "prompt", and "{name}" is no Human/Assistant transcript')
+            raise Bad(
+                "missing-field", f'missing "prompt", and "{name}" is no Human/Assistant transcript'
+            )
         if TURN.search(answer):
             raise Bad("no-answer", f'"{name}" does not end with an answer of the assistant')
         heads.append(head)
@@ -410,10 +456,14 @@ class InspectConfig:
 
     # a file of conversations or preference pairs, any source of text, or the folder of a prepared dataset
     path: str = ""
-    text_column: str = ""  # of a source of text: the column that holds it; empty = found by its name
+    text_column: str = (
+        ""  # of a source of text: the column that holds it; empty = found by its name
+    )
     # how to write the example out; none = what sft.py would take with that tokenizer
     template: Literal["chatml", "instruct", "chat"] | None = None
-    tokenizer_path: str = ""  # a .model file or a folder with one: lengths are then counted in tokens too
+    tokenizer_path: str = (
+        ""  # a .model file or a folder with one: lengths are then counted in tokens too
+    )
 
 
 def show_rows(cfg):
@@ -435,7 +485,9 @@ def show_rows(cfg):
     lines += length_table(rows, tokenizer, template)
     where, _, value = rows[0]
     terminal = sys.stdout.isatty()
-    lines.append(f"\n{where} as {template}; {'dim' if terminal else 'in [ ]'}: what the model does not learn")
+    lines.append(
+        f"\n{where} as {template}; {'dim' if terminal else 'in [ ]'}: what the model does not learn"
+    )
     for name, messages, start in dialogues(value):
         lines += [f"-- {name}", marked(rendered(messages, start, tokenizer, template), terminal)]
     print("\n".join(lines))
@@ -480,8 +532,12 @@ def length_table(rows, tokenizer, template):
         for name, messages, start in dialogues(value):
             answers = [m for m in messages[start:] if m["role"] == "assistant"]
             lengths.setdefault(f"{name}: messages", []).append(len(messages))
-            lengths.setdefault(f"{name}: characters", []).append(sum(len(m["content"]) for m in messages))
-            lengths.setdefault(f"{name}: of them answers", []).append(sum(len(m["content"]) for m in answers))
+            lengths.setdefault(f"{name}: characters", []).append(
+                sum(len(m["content"]) for m in messages)
+            )
+            lengths.setdefault(f"{name}: of them answers", []).append(
+                sum(len(m["content"]) for m in answers)
+            )
             if tokenizer:
                 ids, mask = tokens_of(messages, start, tokenizer, template)
                 lengths.setdefault(f"{name}: tokens", []).append(len(ids))
@@ -490,7 +546,9 @@ def length_table(rows, tokenizer, template):
     for name, values in lengths.items():
         values.sort()
         cells = [values[int(share * (len(values) - 1))] for share in (0, 0.5, 0.95, 1)]
-        lines.append(f"  {name:<28}" + "".join(f"{cell:>9,}" for cell in cells) + f"{sum(values):>14,}")
+        lines.append(
+            f"  {name:<28}" + "".join(f"{cell:>9,}" for cell in cells) + f"{sum(values):>14,}"
+        )
     return lines
 
 
@@ -508,7 +566,9 @@ def rendered(messages, start, tokenizer, template):
     if tokenizer:
         pairs = zip(*tokens_of(messages, start, tokenizer, template), strict=True)
         runs = groupby(pairs, lambda pair: pair[1])
-        return [(tokenizer.decode([id for id, _ in run], controls=True), bool(bit)) for bit, run in runs]
+        return [
+            (tokenizer.decode([id for id, _ in run], controls=True), bool(bit)) for bit, run in runs
+        ]
     shape, pieces = TEMPLATES[template], []
     for number, message in enumerate(messages):
         role, learned = message["role"], message["role"] == "assistant" and number >= start

@@ -24,8 +24,12 @@ class CleanConfig:
     code: Literal["remove", "blocks", "keep"] = "remove"
     mask_private: bool = True  # [EMAIL], [PHONE], [IP], [CARD], [KEY] in place of the real ones
     min_length: NonNegativeInt = 50  # characters; shorter documents are dropped
-    max_length: PositiveInt = 10000  # characters; longer documents are dropped, longer plain-text files cut
-    language: str = "en"  # the language to keep: en, off (any), or, with py3langid, another ISO 639 code
+    max_length: PositiveInt = (
+        10000  # characters; longer documents are dropped, longer plain-text files cut
+    )
+    language: str = (
+        "en"  # the language to keep: en, off (any), or, with py3langid, another ISO 639 code
+    )
     language_threshold: Fraction = 0.7  # the score from which a document counts as of that language
     # builtin: words and spelling, English only; py3langid: the package, most languages
     language_detector: Literal["builtin", "py3langid"] = "builtin"
@@ -43,7 +47,9 @@ class CleanConfig:
 
 # --- Cleaning -----------------------------------------------------------------------------------------------
 
-ROUNDS = 8  # one repair may expose what another repairs; what still changes after so many is no text
+ROUNDS = (
+    8  # one repair may expose what another repairs; what still changes after so many is no text
+)
 
 
 def clean(text, cfg):
@@ -156,8 +162,20 @@ def uncurled(text):
 
 # Zero-width and bidirectional marks, the soft hyphen, tags that spell hidden text, and the control characters
 # that ftfy keeps; every kind of blank becomes a space.
-INVISIBLE = [0xAD, 0x61C, 0x180E, 0x200B, 0x200E, 0x200F, 0xFEFF, *range(0x80, 0xA0), *range(0x202A, 0x202F)]
-INVISIBLE = dict.fromkeys(map(chr, [*INVISIBLE, *range(0x2060, 0x206A), *range(0xE0000, 0xE0080)]), "")
+INVISIBLE = [
+    0xAD,
+    0x61C,
+    0x180E,
+    0x200B,
+    0x200E,
+    0x200F,
+    0xFEFF,
+    *range(0x80, 0xA0),
+    *range(0x202A, 0x202F),
+]
+INVISIBLE = dict.fromkeys(
+    map(chr, [*INVISIBLE, *range(0x2060, 0x206A), *range(0xE0000, 0xE0080)]), ""
+)
 BLANKS = [0xA0, 0x1680, *range(0x2000, 0x200B), 0x202F, 0x205F, 0x2800, 0x3000, 0x3164]
 INVISIBLE |= dict.fromkeys(map(chr, BLANKS), " ")
 # Emoji and several scripts are spelled with the zero-width joiners; between other letters they are dirt.
@@ -189,7 +207,9 @@ def tidy(text):
 
 # --- Code and web addresses ---------------------------------------------------------------------------------
 
-HOLE = "\0"  # stands for what was taken out, until `closed` has looked around it; `visible` left none
+HOLE = (
+    "\0"  # stands for what was taken out, until `closed` has looked around it; `visible` left none
+)
 FENCE = re.compile(r"(?m)^[ \t>]*+(`{3,}+|~{3,}+)[ \t]*+([^`\n]*)$")
 # `words` between backticks on one line, with a plural's s; not the quotations `this' and ``that''
 INLINE = re.compile(r"(`(?<![\w`\\].)`{0,2}+)(?!\s)[^`\n]{1,200}+(?<!\s)\1(?:e?s\b)?(?![`\w])")
@@ -210,8 +230,12 @@ def without_fenced(text):
             kept.append(text[start : opened.start()])
             start, opened = fence.end() + 1, None
         elif opened is None or (info and mark.startswith(opened[1])):
-            underline = mark[0] == "~" and text[max(0, fence.start() - 2) : fence.start()].strip("\n")
-            opened = None if underline else fence  # tildes under a line are a heading of reStructuredText
+            underline = mark[0] == "~" and text[max(0, fence.start() - 2) : fence.start()].strip(
+                "\n"
+            )
+            opened = (
+                None if underline else fence
+            )  # tildes under a line are a heading of reStructuredText
     return "".join([*kept, text[start:]])
 
 
@@ -231,7 +255,9 @@ LINK = r"\[([^\[\]\n]{0,300})\]\( ?\0[^()\n]{0,200}\)"
 IMAGE, LINK = re.compile("!" + LINK), re.compile(LINK)
 WRAPS = ("()", "[]", "{}", "<>", '""', "''", "**", "__")
 # the beginning of a line that holds nothing but a bullet or the name of a reference, and such a line's end
-BULLET = re.compile(r"[ \t>]*+(?:(?:[-*+]|\.\.|\d{1,3}[.)])[ \t]++)?(?:\[[^\[\]\n]{1,80}\]:?[ \t]*+)?")
+BULLET = re.compile(
+    r"[ \t>]*+(?:(?:[-*+]|\.\.|\d{1,3}[.)])[ \t]++)?(?:\[[^\[\]\n]{1,80}\]:?[ \t]*+)?"
+)
 LINE_END = re.compile(r'[ \t]*+(?:"[^"\n]{0,200}")?[ \t.,;:]*+(?:\n|\Z)')
 
 
@@ -263,7 +289,9 @@ def joined(left, right, first):
         return left.rstrip(" \t"), rest
     if left[-1:] in "([{":
         return left, rest
-    glued = left[-1:] not in " \t" and rest == right and not (left[-1:].isalnum() and rest[0].isalnum())
+    glued = (
+        left[-1:] not in " \t" and rest == right and not (left[-1:].isalnum() and rest[0].isalnum())
+    )
     return left.rstrip(" \t"), rest if glued else " " + rest
 
 
@@ -354,7 +382,11 @@ def mask_ipv4(match):
     """
     line, start, end = match.string, match.start(), match.end()
     parts = [int(part) for part in match[0].split(".")]
-    if max(parts) > 255 or parts[0] in (0, 127, 255) or VERSION.search(line[max(0, start - 12) : start]):
+    if (
+        max(parts) > 255
+        or parts[0] in (0, 127, 255)
+        or VERSION.search(line[max(0, start - 12) : start])
+    ):
         return match[0]
     first = start < 12 and not line[:start].strip(" \t#*>")
     return match[0] if first and max(parts) < 64 and TITLE.match(line, end) else "[IP]"
@@ -501,7 +533,9 @@ def language_score(text, cfg):
         return english_score(text)
     scores = dict(langid().rank(text))
     if cfg.language not in scores:
-        raise UserError(f"language {cfg.language!r}: py3langid knows {', '.join(sorted(scores))}, and off")
+        raise UserError(
+            f"language {cfg.language!r}: py3langid knows {', '.join(sorted(scores))}, and off"
+        )
     return float(scores[cfg.language])
 
 
@@ -518,7 +552,9 @@ class Document:
 
     @classmethod
     def of(cls, text):
-        return cls(text, text.lower().split(), [line for line in map(str.strip, text.split("\n")) if line])
+        return cls(
+            text, text.lower().split(), [line for line in map(str.strip, text.split("\n")) if line]
+        )
 
 
 def reject(text, cfg, score=None):
@@ -606,7 +642,9 @@ def repeated_phrases(doc):
 
 def markup(doc):
     """More than one closing tag to 200 words, three at least: a page that nothing took the text out of."""
-    return doc.text.count("</") >= 3 and 200 * len(re.findall("</[A-Za-z]", doc.text)) > len(doc.words)
+    return doc.text.count("</") >= 3 and 200 * len(re.findall("</[A-Za-z]", doc.text)) > len(
+        doc.words
+    )
 
 
 def lorem_ipsum(doc):

@@ -22,7 +22,9 @@ import numpy as np
 
 from lib.config import UserError
 
-PERMUTATIONS = 128  # of a MinHash: the estimate of a Jaccard similarity of 0.8 is off by 0.035 (one sigma)
+PERMUTATIONS = (
+    128  # of a MinHash: the estimate of a Jaccard similarity of 0.8 is off by 0.035 (one sigma)
+)
 NGRAM = 5  # words of a shingle
 GROUP = 1 << 18  # characters hashed at once: their arrays stay in a core's cache
 CHUNK = 256  # documents compared with the index at once
@@ -89,12 +91,17 @@ def minima(grams, starts, permutations):
 
     One permutation at a time goes over all documents: every step is one pass of whole vectors.
     """
-    mixed = grams ^ (grams >> np.uint32(16))  # MurmurHash3's finalizer, which datasketch applies first
+    mixed = grams ^ (
+        grams >> np.uint32(16)
+    )  # MurmurHash3's finalizer, which datasketch applies first
     mixed *= np.uint32(0x85EBCA6B)
     mixed ^= mixed >> np.uint32(13)
     mixed *= np.uint32(0xC2B2AE35)
     mixed ^= mixed >> np.uint32(16)
-    permuted, result = np.empty_like(mixed), np.empty((len(permutations[0]), len(starts)), np.uint32)
+    permuted, result = (
+        np.empty_like(mixed),
+        np.empty((len(permutations[0]), len(starts)), np.uint32),
+    )
     for a, b, row in zip(*permutations, result, strict=True):
         np.multiply(mixed, a, out=permuted)
         permuted += b
@@ -176,14 +183,18 @@ def band_shape(threshold):
     """
 
     def bands(rows):
-        chance = max(threshold**rows, 1e-9)  # that one band of such a pair is equal; 0 has no logarithm
+        chance = max(
+            threshold**rows, 1e-9
+        )  # that one band of such a pair is equal; 0 has no logarithm
         return 2 if chance == 1 else max(2, math.ceil(math.log(0.02) / math.log1p(-chance)))
 
     def cost(shape):
         return shape[0] + 2_000 * (1 - (1 - 0.1 ** shape[1]) ** shape[0])
 
     shapes = [(bands(rows), rows) for rows in range(1, PERMUTATIONS // 2 + 1)]
-    return min((s for s in shapes if s[0] * s[1] <= PERMUTATIONS), key=cost, default=(PERMUTATIONS, 1))
+    return min(
+        (s for s in shapes if s[0] * s[1] <= PERMUTATIONS), key=cost, default=(PERMUTATIONS, 1)
+    )
 
 
 def band_keys(signatures, shape):
@@ -240,7 +251,9 @@ def decide(names, signatures, keys, seen, candidates, fetch, threshold):
 
 def any_alike(signature, threshold, candidates, fetch):
     """Does one of the candidates agree with the signature in a share of at least `threshold` places?"""
-    for start in range(0, len(candidates), 4096):  # a boilerplate can propose a large part of the index
+    for start in range(
+        0, len(candidates), 4096
+    ):  # a boilerplate can propose a large part of the index
         rows = fetch(candidates[start : start + 4096])
         if (np.count_nonzero(rows == signature, axis=1) >= threshold * PERMUTATIONS).any():
             return True
@@ -306,7 +319,9 @@ class Index:
         self.documents, self.signatures = state["documents"], state["signatures"]
         self.threshold, self.shape = threshold, band_shape(threshold or 1)
         self.digest_file = reopen(Path(folder) / "digests.bin", 8 * state["digests"])
-        self.signature_file = reopen(Path(folder) / "signatures.bin", 2 * PERMUTATIONS * self.signatures)
+        self.signature_file = reopen(
+            Path(folder) / "signatures.bin", 2 * PERMUTATIONS * self.signatures
+        )
         self.distinct = Runs(np.fromfile(self.digest_file.name, np.uint64))
         self.bands = [Runs(entries) for entries in self._entries()]
 
@@ -337,7 +352,9 @@ class Index:
         keys = band_keys(signatures, self.shape)
         seen = {place for place, _ in self.distinct.between(names, names)}
         candidates = self._candidates(keys)
-        reasons = decide(names.tolist(), signatures, keys, seen, candidates, self._stored, self.threshold)
+        reasons = decide(
+            names.tolist(), signatures, keys, seen, candidates, self._stored, self.threshold
+        )
         self._insert_digests(names[[reason != "exact-duplicate" for reason in reasons]])
         kept = compared(signatures, reasons)
         self._insert_signatures(signatures[kept], keys[kept])
@@ -415,15 +432,21 @@ class RedisIndex:
         try:
             import redis
         except ImportError:
-            raise UserError(f"dedup_storage '{hidden(url)}': needs a package: pip install redis") from None
+            raise UserError(
+                f"dedup_storage '{hidden(url)}': needs a package: pip install redis"
+            ) from None
         self.redis, self.url, self.namespace, self.owner = redis, hidden(url), namespace, owner
         self.threshold, self.seed, self.verdicts = threshold, seed, self._name("verdicts", owner)
         self.documents = state["documents"] if state else 0
         try:
             retry = redis.retry.Retry(redis.backoff.NoBackoff(), 1)
-            self.server = redis.Redis.from_url(url, socket_connect_timeout=10, socket_timeout=60, retry=retry)
+            self.server = redis.Redis.from_url(
+                url, socket_connect_timeout=10, socket_timeout=60, retry=retry
+            )
         except ValueError as error:
-            raise UserError(f"dedup_storage '{self.url}': {error}; expected redis://HOST:PORT/0") from None
+            raise UserError(
+                f"dedup_storage '{self.url}': {error}; expected redis://HOST:PORT/0"
+            ) from None
         with self._reached():
             self._open()
 
@@ -433,7 +456,9 @@ class RedisIndex:
         storage = {"type": "redis", "basename": f"{self.namespace}:lsh".encode()}
         storage["redis"] = {"connection_pool": self.server.connection_pool}
         shape = band_shape(self.threshold or 1)
-        self.lsh = MinHashLSH(num_perm=PERMUTATIONS, params=shape, storage_config=storage, prepickle=False)
+        self.lsh = MinHashLSH(
+            num_perm=PERMUTATIONS, params=shape, storage_config=storage, prepickle=False
+        )
         settings = f"threshold {self.threshold}, seed {self.seed}"
         self.server.setnx(self._name("settings"), settings)
         if (found := self.server.get(self._name("settings")).decode()) != settings:
@@ -453,7 +478,9 @@ class RedisIndex:
             yield
         except self.redis.RedisError as error:
             remedy = "start redis-server there and run again, or leave dedup_storage empty"
-            raise UserError(f"{self.url}: no use of this Redis server ({error}); {remedy}") from None
+            raise UserError(
+                f"{self.url}: no use of this Redis server ({error}); {remedy}"
+            ) from None
 
     def judge(self, digests, signatures=None):
         """Return for each document "exact-duplicate", "near-duplicate", or None if it is kept.
@@ -474,7 +501,9 @@ class RedisIndex:
                 reasons = self._judge_new(names[new], signatures[new])
                 stands = self._commit(lock, names[new], signatures[new], reasons, len(told))
             finally:
-                with suppress(self.redis.exceptions.LockError):  # it expired, and may be another's by now
+                with suppress(
+                    self.redis.exceptions.LockError
+                ):  # it expired, and may be another's by now
                     lock.release()
         self.documents += len(names)
         return told + reasons
@@ -489,7 +518,9 @@ class RedisIndex:
                 break
             if verdict[:-1] != name:
                 other = f"'{self.owner}' had another document {number} before"
-                raise UserError(f"{self.url}: the index '{self.namespace}': {other}; name another index")
+                raise UserError(
+                    f"{self.url}: the index '{self.namespace}': {other}; name another index"
+                )
             told.append(self.VERDICTS[verdict[-1]])
         return told
 
@@ -497,7 +528,10 @@ class RedisIndex:
         if not names:
             return []
         seen = np.flatnonzero(self.server.smismember(self._name("exact"), names)).tolist()
-        keys, candidates = band_keys(signatures, (self.lsh.b, self.lsh.r)), self._candidates(signatures)
+        keys, candidates = (
+            band_keys(signatures, (self.lsh.b, self.lsh.r)),
+            self._candidates(signatures),
+        )
         return decide(names, signatures, keys, set(seen), candidates, self._stored, self.threshold)
 
     def _candidates(self, signatures):

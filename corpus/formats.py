@@ -24,8 +24,13 @@ from functools import lru_cache
 
 from lib.config import UserError
 
-MAX_LINE = 16 << 20  # bytes; a longer line, page or JSON value is dropped, and never held in memory whole
-BOMB_RATIO, BOMB_FLOOR = 200, 64 << 20  # a compressed file may grow to 200 times its size, or to 64 MiB
+MAX_LINE = (
+    16 << 20
+)  # bytes; a longer line, page or JSON value is dropped, and never held in memory whole
+BOMB_RATIO, BOMB_FLOOR = (
+    200,
+    64 << 20,
+)  # a compressed file may grow to 200 times its size, or to 64 MiB
 BUFFER = 1 << 20  # bytes read at once
 SAMPLE = 1 << 16  # bytes after a line that is not UTF-8, by which its file is judged
 
@@ -72,7 +77,9 @@ def arrow():
         import pyarrow.ipc
         import pyarrow.parquet
     except ImportError:
-        raise UserError(".parquet and .arrow files need the package pyarrow: pip install pyarrow") from None
+        raise UserError(
+            ".parquet and .arrow files need the package pyarrow: pip install pyarrow"
+        ) from None
     return pyarrow
 
 
@@ -136,8 +143,12 @@ def zstd_decompressor():
         try:
             import zstandard
         except ImportError:
-            raise UserError(".zst files need the package zstandard: pip install zstandard") from None
-        return zstandard.ZstdDecompressor(max_window_size=1 << window).decompressobj, zstandard.ZstdError
+            raise UserError(
+                ".zst files need the package zstandard: pip install zstandard"
+            ) from None
+        return zstandard.ZstdDecompressor(
+            max_window_size=1 << window
+        ).decompressobj, zstandard.ZstdError
     options = {zstd.DecompressionParameter.window_log_max: window}
     return lambda: zstd.ZstdDecompressor(options=options), zstd.ZstdError
 
@@ -158,7 +169,9 @@ class Unzstd(io.RawIOBase):
 
     def readinto(self, buffer):
         while not self.held:
-            data = (self.frame.unused_data if self.frame and self.frame.eof else b"") or self.file.read(2048)
+            data = (
+                self.frame.unused_data if self.frame and self.frame.eof else b""
+            ) or self.file.read(2048)
             if not data:
                 if self.frame and not self.frame.eof:
                     raise EOFError("the file ended before the end of its last frame")
@@ -198,7 +211,10 @@ def open_bounded(path, tally=None):
             yield recoded(bounded)
 
 
-WIDE = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}  # before utf-16, whose marks they begin
+WIDE = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+}  # before utf-16, whose marks they begin
 WIDE |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
@@ -348,7 +364,9 @@ codecs.register_error("stray-cp1252", stray_bytes)
 # html.parser would do, were it linear: 20 kB of "<a " hold Python 3.11's for seconds, growing with the square
 TAG = re.compile(r"</?([a-zA-Z][a-zA-Z0-9]{0,15})|<[!?]")
 UNSEEN = ("script", "style", "template", "svg")
-LONG_ENTITY = re.compile("&#(?:[0-9]{8,}|[xX][0-9a-fA-F]{7,});?")  # no character; html.unescape may raise
+LONG_ENTITY = re.compile(
+    "&#(?:[0-9]{8,}|[xX][0-9a-fA-F]{7,});?"
+)  # no character; html.unescape may raise
 
 
 def page_lines(path, tally):
@@ -383,7 +401,9 @@ def page_text(page):
         if name in UNSEEN and not closing and page[at - 2] != "/":
             end = re.compile(f"</{name}", re.IGNORECASE).search(page, at)
             at = end.start() if end else len(page)
-        elif (gap := gap_of(name)) and not (gap == " " and pieces and pieces[-1].endswith((" ", "\n"))):
+        elif (gap := gap_of(name)) and not (
+            gap == " " and pieces and pieces[-1].endswith((" ", "\n"))
+        ):
             pieces.append(gap)
         pre = max(0, pre + (-1 if closing else 1)) if name == "pre" else pre
     add_text(pieces, page[at:], pre)
@@ -396,7 +416,9 @@ def gap_of(name):
     """What white space a tag of this name stands for, before and after what it holds."""
     if re.fullmatch("p|h[1-6]|blockquote|pre|table|[uod]l|section|article|main|hr", name):
         return "\n\n"
-    if re.fullmatch("div|br|li|tr|d[td]|title|option|header|footer|nav|aside|caption|figure|form", name):
+    if re.fullmatch(
+        "div|br|li|tr|d[td]|title|option|header|footer|nav|aside|caption|figure|form", name
+    ):
         return "\n"
     return " " if name in ("td", "th") else ""
 
@@ -433,7 +455,9 @@ def rows(path, tally, pick=None):
     kind = kind_of(path)
     if kind in TABLES:
         return table_rows(path, tally, pick)
-    return {"json": json_rows, "jsonl": jsonl_rows, "csv": csv_rows, "tsv": tsv_rows}[kind](path, tally)
+    return {"json": json_rows, "jsonl": jsonl_rows, "csv": csv_rows, "tsv": tsv_rows}[kind](
+        path, tally
+    )
 
 
 class JsonReader:
@@ -509,7 +533,10 @@ def list_elements(buffer, file, path, tally):
             start = gap.match(buffer, start).end()
             if buffer.startswith("]", start):
                 if (buffer[start + 1 :] + file.read(1 << 16)).strip():
-                    tally.bad("after-the-list", f"{path}: what follows the end of its JSON list is dropped")
+                    tally.bad(
+                        "after-the-list",
+                        f"{path}: what follows the end of its JSON list is dropped",
+                    )
                 return
             try:
                 value, end = reader.read(buffer, start)
@@ -523,7 +550,9 @@ def list_elements(buffer, file, path, tally):
                 if problem is None:
                     yield where, value
                 why = "broken, or over 16 MiB; " if held >= MAX_LINE else ""
-                return tally.bad(problem or "not-json", f"{where} ({why}the file is dropped from here on)")
+                return tally.bad(
+                    problem or "not-json", f"{where} ({why}the file is dropped from here on)"
+                )
             buffer, start, problem = buffer[start:] + more, 0, None
         if problem == "too-deep":  # nothing tells where it ends
             return tally.bad(problem, f"{where} (the file is dropped from here on)")
@@ -623,14 +652,21 @@ def chosen(pyarrow, schema, pick):
         kind = kind.value_type if types.is_dictionary(kind) else kind
         return any(is_text(kind) for is_text in texts)
 
-    return [pick([field.name for field in schema if holds_text(field.type)], schema.names)] if pick else None
+    return (
+        [pick([field.name for field in schema if holds_text(field.type)], schema.names)]
+        if pick
+        else None
+    )
 
 
 def batch_rows(batch):
     """Yield (None, row) of a record batch, or (what is wrong with it, None)."""
     try:
         yield from ((None, row) for row in batch.to_pylist())
-    except (ValueError, OverflowError):  # bytes that are no UTF-8, a date beyond Python's: find which
+    except (
+        ValueError,
+        OverflowError,
+    ):  # bytes that are no UTF-8, a date beyond Python's: find which
         for number in range(len(batch)):
             try:
                 yield None, batch.slice(number, 1).to_pylist()[0]

@@ -37,8 +37,9 @@ from typing import Annotated
 
 from corpus.cards import data_card, documents_part, report, tokenizer_card, tokens_part
 from corpus.clean import CleanConfig, clean, language_score, reject
-from lib.config import Fraction, NonNegativeInt, PositiveInt, Range, UserError, write_whole
 from corpus.dedup import Index, RedisIndex, hidden, minhash, sha256
+from corpus.sources import Tally, input_bytes, read_documents
+from lib.config import Fraction, NonNegativeInt, PositiveInt, Range, UserError, write_whole
 from lib.folders import (
     AGAIN,
     FORMAT,
@@ -51,12 +52,13 @@ from lib.folders import (
     text_row,
     totals,
 )
-from corpus.sources import Tally, input_bytes, read_documents
 from lib.tokenizer import Tokenizer, train_tokenizer
 
 BATCH, BATCH_CHARACTERS = 256, 1 << 20  # documents handled together, or fewer when they are long
 PART_BYTES = 64 << 20  # of raw text between two points at which a killed run can go on
-SAMPLE_BYTES = 48 << 20  # of training text that a tokenizer is trained on: SentencePiece holds it in memory
+SAMPLE_BYTES = (
+    48 << 20
+)  # of training text that a tokenizer is trained on: SentencePiece holds it in memory
 SPLITS = ("train", "val")
 
 
@@ -88,7 +90,9 @@ class DataConfig(CleanConfig, SourceConfig):
     tokenizer_path: str = ""
     train_tokenizer: bool = True  # may a tokenizer be trained where tokenizer_path holds none?
     vocab_size: PositiveInt = 32768  # of the tokenizer, trained or reused
-    sequence_length: PositiveInt = 1024  # the length you will train at: the report counts blocks of it
+    sequence_length: PositiveInt = (
+        1024  # the length you will train at: the report counts blocks of it
+    )
     train_ratio: Fraction = 0.98  # share of documents for training; the rest is val
     shard_tokens: PositiveInt = 100_000_000  # a shard ends with the document that reaches this
     seed: NonNegativeInt = 42  # of the tokenizer's sample and of the MinHash permutations
@@ -96,7 +100,12 @@ class DataConfig(CleanConfig, SourceConfig):
     num_workers: PositiveInt = 2
 
 
-ENCODING = {"tokenizer_path", "train_tokenizer", "vocab_size", "shard_tokens"}  # settings of the ids alone
+ENCODING = {
+    "tokenizer_path",
+    "train_tokenizer",
+    "vocab_size",
+    "shard_tokens",
+}  # settings of the ids alone
 NOTES = {"sequence_length", "licence"}  # settings that only the report heeds
 
 
@@ -131,13 +140,19 @@ class Progress:
     parts: int = 0  # pairs of files that hold the documents kept
     gathered: bool = False  # there are no more documents
     kept: dict = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))  # documents, by split
-    lengths: Counter = field(default_factory=Counter)  # of them, in characters: "256" counts 256 to 511
+    lengths: Counter = field(
+        default_factory=Counter
+    )  # of them, in characters: "256" counts 256 to 511
     scores: Counter = field(default_factory=Counter)  # of all documents in the language, in tenths
     tally: dict = field(default_factory=dict)
     index: dict = field(default_factory=dict)
     tokenizer: dict = field(default_factory=dict)  # its sha256, and a line on where it is from
-    places: dict = field(default_factory=lambda: {split: ["", 0] for split in SPLITS})  # to encode from
-    splits: dict = field(default_factory=lambda: {split: [] for split in SPLITS})  # shards that are whole
+    places: dict = field(
+        default_factory=lambda: {split: ["", 0] for split in SPLITS}
+    )  # to encode from
+    splits: dict = field(
+        default_factory=lambda: {split: [] for split in SPLITS}
+    )  # shards that are whole
 
     @classmethod
     def open(cls, path, settings):
@@ -173,7 +188,11 @@ def read_progress(path):
         old = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return old if isinstance(old, dict) and vars(Progress(path, {})).keys() - {"path"} == old.keys() else {}
+    return (
+        old
+        if isinstance(old, dict) and vars(Progress(path, {})).keys() - {"path"} == old.keys()
+        else {}
+    )
 
 
 # --- From documents to parts --------------------------------------------------------------------------------
@@ -254,7 +273,13 @@ def refine(batch, cfg):
     ]
     reasons = [reject(text, cfg, score) for text, score in zip(texts, scores, strict=True)]
     good = [text for text, reason in zip(texts, reasons, strict=True) if not reason]
-    return texts, scores, reasons, sha256(good), minhash(good, cfg.seed) if cfg.use_minhash else None
+    return (
+        texts,
+        scores,
+        reasons,
+        sha256(good),
+        minhash(good, cfg.seed) if cfg.use_minhash else None,
+    )
 
 
 def open_index(cfg, work, state):
@@ -289,16 +314,22 @@ class Intake:
             if verdict:
                 self.tally.drop("dedup", verdict, where, text)
             else:
-                self._write(text, "train" if fraction(bytes(digest)) < self.cfg.train_ratio else "val")
+                self._write(
+                    text, "train" if fraction(bytes(digest)) < self.cfg.train_ratio else "val"
+                )
         self.progress.documents += len(batch)
-        self.progress.scores.update(f"{int(10 * score) / 10}" for score in scores if score is not None)
+        self.progress.scores.update(
+            f"{int(10 * score) / 10}" for score in scores if score is not None
+        )
         if self.size >= PART_BYTES:
             self.settle()
 
     def _write(self, text, split):
         """A document goes to train or val by its own hash: whatever else there is, it stays on its side."""
         if split not in self.files:
-            self.files[split] = (self.work / f"part_{self.progress.parts:05d}.{split}.jsonl").open("wb")
+            self.files[split] = (self.work / f"part_{self.progress.parts:05d}.{split}.jsonl").open(
+                "wb"
+            )
         self.files[split].write(text_row(text))
         self.progress.kept[split] += 1
         self.progress.lengths[str(1 << len(text).bit_length() - 1)] += 1
@@ -338,14 +369,18 @@ def in_order(function, items, workers):
     if workers == 1 or len(waiting) < ahead:
         yield from ((item, function(item)) for item in itertools.chain(waiting, items))
         return
-    context = multiprocessing.get_context("spawn")  # as everywhere: a fork copies locks that threads may hold
+    context = multiprocessing.get_context(
+        "spawn"
+    )  # as everywhere: a fork copies locks that threads may hold
     pool = ProcessPoolExecutor(workers, context, initializer=follow_parent)
     try:
         waiting = deque((item, pool.submit(function, item)) for item in waiting)
         while waiting:
             item, future = waiting.popleft()
             yield item, future.result()
-            waiting.extend((item, pool.submit(function, item)) for item in itertools.islice(items, 1))
+            waiting.extend(
+                (item, pool.submit(function, item)) for item in itertools.islice(items, 1)
+            )
     except BrokenProcessPool:
         raise UserError(
             "a worker process died, for want of memory perhaps: run the same command with fewer num_workers"
@@ -377,14 +412,18 @@ def shared_tokenizer(cfg):
     if cfg.tokenizer_path and path.is_dir():
         path /= "tokenizer.model"
         if not path.is_file():
-            raise UserError(f"{path}: not found; name a folder that holds one, or a .model file to train")
+            raise UserError(
+                f"{path}: not found; name a folder that holds one, or a .model file to train"
+            )
     return path if cfg.tokenizer_path else None
 
 
 def make_tokenizer(cfg, work, files, progress):
     """The tokenizer, put in WORK/tokenizer.model: the one at tokenizer_path, or one trained on FILES."""
     shared, own = shared_tokenizer(cfg), work / "tokenizer.model"
-    if not (progress.tokenizer and own.is_file() and file_sha256(own) == progress.tokenizer["sha256"]):
+    if not (
+        progress.tokenizer and own.is_file() and file_sha256(own) == progress.tokenizer["sha256"]
+    ):
         if shared and shared.exists():
             tokenizer = Tokenizer.load(shared)  # under its own name, which an error shall name
             write_whole(own, tokenizer.model)
@@ -413,9 +452,17 @@ def train(cfg, path, files):
     """A tokenizer trained on a random sample of the texts of FILES, and a line that says so."""
     size = sum(file.stat().st_size for file in files)
     share = SAMPLE_BYTES / max(size, 1)
-    sample = [text for file in files for text, _ in read_rows(file) if hash_fraction(text, cfg.seed) < share]
+    sample = [
+        text
+        for file in files
+        for text, _ in read_rows(file)
+        if hash_fraction(text, cfg.seed) < share
+    ]
     used = sum(len(text.encode()) for text in sample)
-    print(f"training a tokenizer of {cfg.vocab_size:,} pieces on {used / 1e6:.1f} MB of text", flush=True)
+    print(
+        f"training a tokenizer of {cfg.vocab_size:,} pieces on {used / 1e6:.1f} MB of text",
+        flush=True,
+    )
     made = f"Trained on {len(sample):,} documents of train, drawn at random (seed {cfg.seed}): {used:,} bytes"
     return train_tokenizer(sample, path, cfg.vocab_size), made
 
@@ -429,9 +476,13 @@ def encode(cfg, work, tokenizer, files, progress, spent=lambda file: None):
     Each file is handed to `spent` when all of it is in whole shards.
     """
     with progress_bar("encode", unit=" documents", total=sum(progress.kept.values())) as bar:
-        bar.update(sum(entry["documents"] for entries in progress.splits.values() for entry in entries))
+        bar.update(
+            sum(entry["documents"] for entries in progress.splits.values() for entry in entries)
+        )
         for split, left in files.items():
-            writer = ShardWriter(work, split, tokenizer.vocab_size, cfg.shard_tokens, progress.splits[split])
+            writer = ShardWriter(
+                work, split, tokenizer.vocab_size, cfg.shard_tokens, progress.splits[split]
+            )
             for batch in rows_from(tuple(left), *progress.places[split]):
                 encoded = tokenizer.encode_batch([text for text, _ in batch], cfg.num_workers)
                 for (text, place), ids in zip(batch, encoded, strict=True):
@@ -477,7 +528,9 @@ def lasting(cfg):
     settings = json.loads(json.dumps(asdict(cfg)))
     if "dedup_storage" in settings:  # where a password may be in it
         settings["dedup_storage"] = hidden(settings["dedup_storage"])
-    return {key: value for key, value in settings.items() if key not in ("output_dir", "num_workers")}
+    return {
+        key: value for key, value in settings.items() if key not in ("output_dir", "num_workers")
+    }
 
 
 def already_there(output, settings, tokenizer):
@@ -499,7 +552,9 @@ def already_there(output, settings, tokenizer):
     entries = list(itertools.chain.from_iterable(manifest["splits"].values()))
     check_files(output, entries, ("bin", "text"), {"tokenizer.model": manifest["tokenizer_sha256"]})
     total = totals(entries)
-    print(f"{output} exists: {total['documents']:,} documents, {total['tokens']:,} tokens, verified")
+    print(
+        f"{output} exists: {total['documents']:,} documents, {total['tokens']:,} tokens, verified"
+    )
     return True
 
 
@@ -509,7 +564,9 @@ def check_files(folder, entries, kinds, hashes):
     for name, expected in hashes.items():
         path = folder / name
         if not path.is_file() or file_sha256(path) != expected:
-            raise UserError(f"{path}: missing or changed since; delete {folder} to prepare it again")
+            raise UserError(
+                f"{path}: missing or changed since; delete {folder} to prepare it again"
+            )
 
 
 @contextmanager
@@ -524,10 +581,14 @@ def unfinished(output):
         work.mkdir(parents=True, exist_ok=True)
         lock = (work / "lock").open("wb")
     except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror}); name another output_dir") from None
+        raise UserError(
+            f"{output}: cannot be written ({error.strerror}); name another output_dir"
+        ) from None
     with lock:
         if not lock_file(lock):
-            raise UserError(f"{output}: another run is preparing it now; wait, or name another output_dir")
+            raise UserError(
+                f"{output}: another run is preparing it now; wait, or name another output_dir"
+            )
         try:
             yield work
         except BaseException as error:
@@ -535,7 +596,9 @@ def unfinished(output):
                 shutil.rmtree(work, ignore_errors=True)
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 done = "the same command goes on" if kept else "begin again"
-                raise UserError(f"{work}: no space left on the disk; free some, and {done}") from None
+                raise UserError(
+                    f"{work}: no space left on the disk; free some, and {done}"
+                ) from None
             raise
     (work / "lock").unlink()
     if output.is_dir():
@@ -555,7 +618,9 @@ def check_usable(cfg, tally, kept):
         return
     where = "mixture" if cfg.mixture else cfg.input_path
     if kept["val"]:
-        raise UserError(f"{where}: all {kept['val']} usable documents fell to val; raise train_ratio")
+        raise UserError(
+            f"{where}: all {kept['val']} usable documents fell to val; raise train_ratio"
+        )
     reasons = sorted(tally.reasons(), key=lambda entry: -entry[2])[:3]
     told = "; ".join(f"{count} {reason} ({example})" for _, reason, count, example in reasons)
     raise UserError(f"{where}: 0 usable documents{': ' if told else ''}{told}")
@@ -579,12 +644,17 @@ def finish(work, name, settings, tokenizer, progress, stats, T):
     }
     stats = stats | tokens_part(manifest, T)
     shards = itertools.chain.from_iterable(progress.splits.values())
-    files = {"lock", "tokenizer.model", *(entry[kind] for entry in shards for kind in ("bin", "text"))}
+    files = {
+        "lock",
+        "tokenizer.model",
+        *(entry[kind] for entry in shards for kind in ("bin", "text")),
+    }
     texts = {
         "stats.json": json.dumps(stats, indent=1) + "\n",
         "DATA_CARD.md": data_card(name, settings, stats),
         "TOKENIZER_CARD.md": tokenizer_card(tokenizer, progress.tokenizer["made"], stats),
-        "manifest.json": json.dumps(manifest, indent=1) + "\n",  # the last, after all that it speaks of
+        "manifest.json": json.dumps(manifest, indent=1)
+        + "\n",  # the last, after all that it speaks of
     }
     for file, text in texts.items():
         write_whole(work / file, text.encode())
@@ -606,7 +676,9 @@ class RetokenizeConfig:
     tokenizer_path: str = ""  # a .model file to use, or to train if it is absent; empty = train one
     train_tokenizer: bool = True  # may a tokenizer be trained where tokenizer_path holds none?
     vocab_size: PositiveInt = 32768  # of the tokenizer, trained or reused
-    sequence_length: PositiveInt = 1024  # the length you will train at: the report counts blocks of it
+    sequence_length: PositiveInt = (
+        1024  # the length you will train at: the report counts blocks of it
+    )
     shard_tokens: PositiveInt = 100_000_000  # a shard ends with the document that reaches this
     seed: NonNegativeInt = 42  # of the tokenizer's sample
     num_workers: PositiveInt = 2  # threads that encode; the result does not depend on it
@@ -618,7 +690,9 @@ def retokenize(cfg):
     python data.py retokenize FOLDER --output_dir=NEW [--tokenizer_path=MODEL] [--vocab_size=N]
     """
     if not (cfg.path and cfg.output_dir):
-        raise UserError("retokenize needs two folders: python data.py retokenize FOLDER --output_dir=NEW")
+        raise UserError(
+            "retokenize needs two folders: python data.py retokenize FOLDER --output_dir=NEW"
+        )
     folder, output = Path(cfg.path), Path(cfg.output_dir)
     source = read_manifest(folder)
     own = {key: value for key, value in lasting(cfg).items() if key != "path"}
@@ -631,11 +705,18 @@ def retokenize(cfg):
         stats = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
         report(output, stats)  # so that what is missing in it shows now
     except (OSError, ValueError, LookupError, TypeError):
-        raise UserError(f"{folder / 'stats.json'}: not readable as data.py writes it; {AGAIN}") from None
+        raise UserError(
+            f"{folder / 'stats.json'}: not readable as data.py writes it; {AGAIN}"
+        ) from None
     with unfinished(output) as work:
         progress = Progress.open(work / "progress.json", settings)
-        progress.kept = {split: totals(entries)["documents"] for split, entries in source["splits"].items()}
-        files = {split: [folder / entry["text"] for entry in es] for split, es in source["splits"].items()}
+        progress.kept = {
+            split: totals(entries)["documents"] for split, entries in source["splits"].items()
+        }
+        files = {
+            split: [folder / entry["text"] for entry in es]
+            for split, es in source["splits"].items()
+        }
         tokenizer = make_tokenizer(cfg, work, files["train"], progress)
         encode(cfg, work, tokenizer, files, progress)
         stats = finish(work, output.name, settings, tokenizer, progress, stats, cfg.sequence_length)

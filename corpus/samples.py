@@ -23,8 +23,8 @@ from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.config import NonNegativeInt, UserError, write_whole
 from corpus.sources import docstrings
+from lib.config import NonNegativeInt, UserError, write_whole
 
 FILES = ("sft_train", "sft_val", "dpo_train", "dpo_val")
 SHARES = (0.68, 0.08, 0.21, 0.03)  # of each kind of task, over FILES
@@ -190,7 +190,9 @@ def addition(rng):
 
 
 def subtraction(rng):
-    put = ways("What is {} minus {}?", "{} - {} = ?", "Start with {} and take away {}. What is left?")
+    put = ways(
+        "What is {} minus {}?", "{} - {} = ?", "Start with {} and take away {}. What is left?"
+    )
     pairs = ((a, b) for a, b in product(range(19), repeat=2) if a >= b)
     return (number(prompt, a - b) for a, b in pairs for prompt in put(a, b))
 
@@ -201,7 +203,9 @@ def multiplication(rng):
 
 
 def neighbours(rng):
-    after = ways("What number comes right after {}?", "Count on by one from {}.", "Which number follows {}?")
+    after = ways(
+        "What number comes right after {}?", "Count on by one from {}.", "Which number follows {}?"
+    )
     before = ways("What number comes right before {}?", "Count back by one from {}.")
     for value in range(1, 80):
         yield from (number(prompt, value + 1) for prompt in after(value))
@@ -218,19 +222,29 @@ def comparison(rng):
 
 def length(rng):
     put = ways(
-        "How many letters are in the word {}?", "Count the letters of {}.", "How many letters does {} have?"
+        "How many letters are in the word {}?",
+        "Count the letters of {}.",
+        "How many letters does {} have?",
     )
     return (number(prompt, len(w)) for w in WORDS.split() for prompt in put(w))
 
 
 def capitals(rng):
-    put = ways("Write {} in capital letters.", "Put the word {} in upper case.", "Turn {} into capitals.")
+    put = ways(
+        "Write {} in capital letters.", "Put the word {} in upper case.", "Turn {} into capitals."
+    )
     return (exact(prompt, w.upper(), w, w.title()) for w in WORDS.split() for prompt in put(w))
 
 
 def small_letters(rng):
-    put = ways("Write {} in small letters.", "Put the word {} in lower case.", "Turn {} into small letters.")
-    return (exact(prompt, w, w.upper(), w.title()) for w in WORDS.split() for prompt in put(w.upper()))
+    put = ways(
+        "Write {} in small letters.",
+        "Put the word {} in lower case.",
+        "Turn {} into small letters.",
+    )
+    return (
+        exact(prompt, w, w.upper(), w.title()) for w in WORDS.split() for prompt in put(w.upper())
+    )
 
 
 def backwards(rng):
@@ -239,35 +253,49 @@ def backwards(rng):
 
 
 def spelling(rng):
-    put = ways("Spell the word {}.", "Write {} letter by letter.", "Put a space between the letters of {}.")
-    return (exact(prompt, " ".join(w), w, " ".join(w[:-1])) for w in WORDS.split() for prompt in put(w))
+    put = ways(
+        "Spell the word {}.", "Write {} letter by letter.", "Put a space between the letters of {}."
+    )
+    return (
+        exact(prompt, " ".join(w), w, " ".join(w[:-1])) for w in WORDS.split() for prompt in put(w)
+    )
 
 
 def first_letter(rng):
     put = ways(
-        "What is the first letter of {}?", "With which letter does {} begin?", "Name the first letter of {}."
+        "What is the first letter of {}?",
+        "With which letter does {} begin?",
+        "Name the first letter of {}.",
     )
     return (word(prompt, w[0], w[-1], w[1]) for w in WORDS.split() for prompt in put(w))
 
 
 def last_letter(rng):
     put = ways(
-        "What is the last letter of {}?", "With which letter does {} end?", "Name the last letter of {}."
+        "What is the last letter of {}?",
+        "With which letter does {} end?",
+        "Name the last letter of {}.",
     )
     return (word(prompt, w[-1], w[0], w[-2]) for w in WORDS.split() for prompt in put(w))
 
 
 def has_letter(rng):
-    put = ways("Is there a letter {} in the word {}? Answer yes or no.", "Yes or no: is {} a letter of {}?")
+    put = ways(
+        "Is there a letter {} in the word {}? Answer yes or no.", "Yes or no: is {} a letter of {}?"
+    )
     for w in WORDS.split():
         absent = [letter for letter in "aeioustrln" if letter not in w]
-        for letter, right, wrong in ((rng.choice(w), "Yes", "No"), (rng.choice(absent), "No", "Yes")):
+        for letter, right, wrong in (
+            (rng.choice(w), "Yes", "No"),
+            (rng.choice(absent), "No", "Yes"),
+        ):
             yield from (word(prompt, right, wrong) for prompt in put(letter, w))
 
 
 def sorting(rng):
     put = ways(
-        "Put these words in alphabetical order: {}, {}, {}.", "Sort these words from A to Z: {}, {}, {}."
+        "Put these words in alphabetical order: {}, {}, {}.",
+        "Sort these words from A to Z: {}, {}, {}.",
     )
     for _ in range(MOST):
         words = rng.sample(WORDS.split(), 3)
@@ -278,7 +306,9 @@ def sorting(rng):
 
 def repetition(rng):
     put = ways("Say {} {}.", "Write the word {} {}.", "Repeat {} {}.")
-    for w, (times, said) in product(WORDS.split(), ((2, "twice"), (3, "three times"), (4, "four times"))):
+    for w, (times, said) in product(
+        WORDS.split(), ((2, "twice"), (3, "three times"), (4, "four times"))
+    ):
         right, more = " ".join([w] * times), " ".join([w] * (times + 1))
         yield exact(rng.choice(put(w, said)), right, more, w)
 
@@ -304,7 +334,9 @@ def plurals(rng):
 
 def past_tense(rng):
     put = ways(
-        "What is the past tense of {}?", "Today I {}. What did I do yesterday?", "Give the past tense of {}."
+        "What is the past tense of {}?",
+        "Today I {}. What did I do yesterday?",
+        "Give the past tense of {}.",
     )
     for now, past in table(PAST):
         yield from (word(prompt, past, now + "ed", now) for prompt in put(now))
@@ -312,7 +344,9 @@ def past_tense(rng):
 
 def categories(rng):
     put = ways(
-        "Does the word {} name {} or {}?", "The word {}: is it {} or {}?", "Which one is {}: {} or {}?"
+        "Does the word {} name {} or {}?",
+        "The word {}: is it {} or {}?",
+        "Which one is {}: {} or {}?",
     )
     for kind, names in KINDS.items():
         for name in names.split():
@@ -379,7 +413,10 @@ def module_documentation():
         if not path.is_file():
             continue  # not in this version of Python, or compiled
         tree = ast.parse(path.read_bytes())
-        for node in [tree, *(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name[0] != "_")]:
+        for node in [
+            tree,
+            *(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name[0] != "_"),
+        ]:
             title = module if node is tree else f"{module}.{node.name}"
             for piece in docstrings(node, "", f"{title}."):
                 name, _, text = piece.partition("\n\n")
@@ -486,7 +523,9 @@ def make_rows(seed):
     """Return {"sft_train": rows, ...} for each of FILES."""
     files, used = {name: [] for name in FILES}, set()
     for generate in GENERATORS:
-        rng = random.Random(f"{seed} {generate.__name__}")  # its own, so that no kind depends on another
+        rng = random.Random(
+            f"{seed} {generate.__name__}"
+        )  # its own, so that no kind depends on another
         tasks = {task.prompt: task for task in generate(rng) if task.prompt not in used}
         used |= tasks.keys()
         tasks = list(tasks.values())

@@ -21,16 +21,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from lib.config import (
-    REQUIRED,
-    PositiveFloat,
-    PositiveInt,
-    UserError,
-    accept,
-    did_you_mean,
-    knobs_of,
-    shown,
-)
 from corpus.formats import (
     KINDS,
     MAX_LINE,
@@ -42,6 +32,16 @@ from corpus.formats import (
     rows,
     text_lines,
     unpacked,
+)
+from lib.config import (
+    REQUIRED,
+    PositiveFloat,
+    PositiveInt,
+    UserError,
+    accept,
+    did_you_mean,
+    knobs_of,
+    shown,
 )
 
 # --- What was read, what was dropped, and why ---------------------------------------------------------------
@@ -92,7 +92,9 @@ class Tally:
 
     def state(self):
         """Everything counted, as plain values for a JSON file."""
-        return copy.deepcopy({name: value for name, value in vars(self).items() if name != "positions"})
+        return copy.deepcopy(
+            {name: value for name, value in vars(self).items() if name != "positions"}
+        )
 
     @classmethod
     def from_state(cls, state):
@@ -131,7 +133,9 @@ def read_documents(cfg, tally):
     Raises UserError at once for files and packages that are not there, later for what only reading shows.
     """
     sources = sources_of(cfg)
-    return interleaved([(source, documents_of(source, cfg.max_length, tally)) for source in sources], tally)
+    return interleaved(
+        [(source, documents_of(source, cfg.max_length, tally)) for source in sources], tally
+    )
 
 
 def sources_of(cfg):
@@ -142,11 +146,25 @@ def sources_of(cfg):
                 "input_path is empty; give a file, a folder, a glob, hf:owner/name or docstrings:"
             )
         return [
-            Source(cfg.input_path, cfg.input_path, 1.0, None, cfg.input_config, cfg.text_column, cfg.licence)
+            Source(
+                cfg.input_path,
+                cfg.input_path,
+                1.0,
+                None,
+                cfg.input_config,
+                cfg.text_column,
+                cfg.licence,
+            )
         ]
     if not cfg.mixture:
-        raise UserError('mixture: an empty list; give entries {"name": ..., "input_path": ..., "weight": 1}')
-    for name, default in {"input_path": "docstrings:", "input_config": "", "text_column": ""}.items():
+        raise UserError(
+            'mixture: an empty list; give entries {"name": ..., "input_path": ..., "weight": 1}'
+        )
+    for name, default in {
+        "input_path": "docstrings:",
+        "input_config": "",
+        "text_column": "",
+    }.items():
         if getattr(cfg, name) != default:
             raise UserError(
                 f"mixture and {name} {getattr(cfg, name)!r} are both given; keep one of the two "
@@ -155,7 +173,9 @@ def sources_of(cfg):
     sources = [source_of(f"mixture[{number}]", entry) for number, entry in enumerate(cfg.mixture)]
     for number, source in enumerate(sources):
         if source.name in [other.name for other in sources[:number]]:
-            raise UserError(f"mixture[{number}]: a second source with the name {source.name!r}; rename one")
+            raise UserError(
+                f"mixture[{number}]: a second source with the name {source.name!r}; rename one"
+            )
     return sources
 
 
@@ -183,8 +203,12 @@ def interleaved(streams, tally):
     At each turn every source is owed its share of a document, and the one that is owed most is read.
     """
     owed = {source.name: 0.0 for source, _ in streams}
-    shares = {source.name: {"documents": 0, "bytes": 0, "weight": source.weight} for source, _ in streams}
-    tally.sources = {name: {**share, "capped": False, "ended": False} for name, share in shares.items()}
+    shares = {
+        source.name: {"documents": 0, "bytes": 0, "weight": source.weight} for source, _ in streams
+    }
+    tally.sources = {
+        name: {**share, "capped": False, "ended": False} for name, share in shares.items()
+    }
     while streams:
         total = sum(source.weight for source, _ in streams)
         due = {source.name: owed[source.name] + source.weight / total for source, _ in streams}
@@ -248,7 +272,9 @@ def peek(cfg, count=1000):
     read = sum(1 for _ in documents) + (first is not None)
     for source in sources_of(cfg):
         files = local_files(source)
-        for kind in [source.input_path] if files is None else [kind_of(path) or "text" for path in files]:
+        for kind in (
+            [source.input_path] if files is None else [kind_of(path) or "text" for path in files]
+        ):
             kinds[kind] = kinds.get(kind, 0) + 1
     return {
         "kinds": kinds,
@@ -373,14 +399,21 @@ def input_files(pattern, tally=None, tables=False):
     files = {}
     for file in sorted(found):
         kind = kind_of(file)
-        if kind is None or file.name[0] == "." or (kind in TABLES and not tables) or os.path.isdir(file):
+        if (
+            kind is None
+            or file.name[0] == "."
+            or (kind in TABLES and not tables)
+            or os.path.isdir(file)
+        ):
             continue
         if os.path.isfile(file):
             files.setdefault(os.path.realpath(file), file)
         else:
             tally.bad("not-a-file", f"{file}: a broken link, a pipe or a device")
     if not files and not os.path.isdir(path) and not glob.has_magic(pattern):
-        raise UserError(f"{pattern}: not found; give a file, a folder, a glob, hf:owner/name or docstrings:")
+        raise UserError(
+            f"{pattern}: not found; give a file, a folder, a glob, hf:owner/name or docstrings:"
+        )
     if not files:
         raise UserError(
             f"{pattern}: holds no file that ends in {', '.join(KINDS)} (or these with {', '.join(OPENERS)})"
@@ -393,7 +426,9 @@ def refuse_unreadable(path, tables):
     inner = unpacked(path)
     suffix = inner.suffix.lower()
     if suffix in ARCHIVES:
-        raise UserError(f"{path}: {suffix} files are not read; unpack it, or convert it to .txt or .jsonl")
+        raise UserError(
+            f"{path}: {suffix} files are not read; unpack it, or convert it to .txt or .jsonl"
+        )
     if KINDS.get(suffix) in TABLES and not (tables and inner == path):
         ending = "".join(path.suffixes[-2:])
         raise UserError(f"{path}: {ending} files are not read; convert to .jsonl or .csv")
@@ -465,7 +500,11 @@ def file_texts(path, column, max_length, tally, useless):
     if kind == "wikitext":
         texts = ((f"{path} line {number}", line) for number, line in text_lines(path, tally))
     elif kind in ("text", "html"):
-        lines = page_lines(path, tally) if kind == "html" else (line for _, line in text_lines(path, tally))
+        lines = (
+            page_lines(path, tally)
+            if kind == "html"
+            else (line for _, line in text_lines(path, tally))
+        )
         pieces = passages(paragraphs(lines, max_length), max_length)
         texts = ((f"{path} [{number}]", text) for number, text in enumerate(pieces))
     else:
@@ -526,7 +565,9 @@ def articles(lines):
     """
     held, first, size, blank = [], "", 0, True
     for where, line in lines:
-        opens = blank and re.fullmatch(r"= [^=].* =", line.strip()) and not line.strip().endswith("= =")
+        opens = (
+            blank and re.fullmatch(r"= [^=].* =", line.strip()) and not line.strip().endswith("= =")
+        )
         if held and (opens or size > MAX_LINE):
             yield first, "".join(held)
             held, size = [], 0
@@ -534,7 +575,9 @@ def articles(lines):
         if not held and blank:
             continue
         first = first if held else where
-        held.append(line.removeprefix(" ") if line.endswith("\n") else line.removeprefix(" ") + "\n")
+        held.append(
+            line.removeprefix(" ") if line.endswith("\n") else line.removeprefix(" ") + "\n"
+        )
         size += len(line)
     if held:
         yield first, "".join(held)
@@ -580,7 +623,9 @@ def column_texts(rows, column, tally):
     for where, row in itertools.islice(rows, 20):
         held.append((where, row))
         if isinstance(row, dict):
-            union |= {key: value for key, value in row.items() if not isinstance(union.get(key), str)}
+            union |= {
+                key: value for key, value in row.items() if not isinstance(union.get(key), str)
+            }
             if set(row) & ({column} if column else set(USUAL)):
                 break
     name = choose(column, held[0][0], union, union) if union else column or "text"
@@ -620,12 +665,16 @@ def hub_rows(path, config=""):
     if not name.strip("/ "):
         raise UserError(f"{path!r} names no dataset; write hf:owner/name")
     if own and config not in ("", own):
-        raise UserError(f"{path} names another configuration than input_config {config!r}; keep one")
+        raise UserError(
+            f"{path} names another configuration than input_config {config!r}; keep one"
+        )
     name, _, revision = name.partition("@")
     number, load_dataset = 0, hub_package(path)
     try:  # anything may come from there; none of it is worth a traceback
         pinned = {"revision": revision} if revision else {}
-        rows = load_dataset(name, own or config or None, split=split or "train", streaming=True, **pinned)
+        rows = load_dataset(
+            name, own or config or None, split=split or "train", streaming=True, **pinned
+        )
         for row in rows:
             yield f"{name} row {number}", row
             number += 1

@@ -24,7 +24,9 @@ FORMAT = 1  # of a checkpoint; a newer one is refused, not guessed at
 
 def fsync(path):
     """Forces a file or folder to the disk, where the system can."""
-    with contextlib.suppress(OSError):  # Windows cannot open folders, nor flush a file opened for reading
+    with contextlib.suppress(
+        OSError
+    ):  # Windows cannot open folders, nor flush a file opened for reading
         handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
         try:
             os.fsync(handle)
@@ -58,7 +60,9 @@ def problem_with(folder, needed=CHECKPOINT_FILES):
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             return f"format {manifest['format']!r:.40}, this program reads {FORMAT}"
-        files = {k: (int(entry["bytes"]), str(entry["sha256"])) for k, entry in manifest["files"].items()}
+        files = {
+            k: (int(entry["bytes"]), str(entry["sha256"])) for k, entry in manifest["files"].items()
+        }
         if not (files.keys() >= needed and files.keys() & WEIGHTS):
             return "manifest.json does not list a whole checkpoint"
         problems = (problem_with_file(folder, name, *expected) for name, expected in files.items())
@@ -119,7 +123,9 @@ def find_checkpoint(cfg, say):
             remedy = "name a step_* folder, or auto for the newest sound one"
             raise UserError(f"{wanted}: not a sound checkpoint: {problem}; {remedy}")
         if (there or finished) and not (there and there[0].samefile(folder)):
-            newest = there[0].name if there else "final"  # a later auto would go on from there, not from here
+            newest = (
+                there[0].name if there else "final"
+            )  # a later auto would go on from there, not from here
             raise UserError(f"{cfg.output_dir} already holds {newest}; choose another --output_dir")
         return folder
     bad = []
@@ -142,7 +148,9 @@ def write_tensors(value, path):
 
     try:
         torch.save(value, path)
-    except RuntimeError as problem:  # torch's words for it: "unexpected pos 64 vs 0", "iostream error"
+    except (
+        RuntimeError
+    ) as problem:  # torch's words for it: "unexpected pos 64 vs 0", "iostream error"
         if "alloc" in str(problem):  # memory is full, not the disk
             raise
         raise OSError(errno.EIO, f"disk full or failing: {problem!s:.60}") from None
@@ -187,14 +195,22 @@ def whole_folder(folder, cfg, world):
         if isinstance(problem, (RuntimeError, MemoryError)):
             raise
         why = getattr(problem, "strerror", None) or problem
-        raise UserError(f"{folder}: not written ({why}); earlier checkpoints are untouched") from None
+        raise UserError(
+            f"{folder}: not written ({why}); earlier checkpoints are untouched"
+        ) from None
 
 
 def write_run_json(cfg, world, folder):
     """Writes the resolved configuration, itself a preset: `train.py FOLDER/run.json` runs it from step 0."""
-    fresh = {"resume_from_checkpoint": None, "allow_config_change": False, "allow_world_size_change": False}
+    fresh = {
+        "resume_from_checkpoint": None,
+        "allow_config_change": False,
+        "allow_world_size_change": False,
+    }
     save_config(dataclasses.replace(cfg, **fresh), folder / "run.json")
-    values = json.loads((folder / "run.json").read_text(encoding="utf-8")) | {"_world_size": world.size}
+    values = json.loads((folder / "run.json").read_text(encoding="utf-8")) | {
+        "_world_size": world.size
+    }
     (folder / "run.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
@@ -224,7 +240,9 @@ def locked(output_dir, world):
         lock = folder / "run.lock"
         handle = open(lock, "a+", encoding="utf-8") if world.rank == 0 else None  # noqa: SIM115 - held while we train
     except OSError as problem:
-        raise UserError(f"output_dir {output_dir}: {problem.strerror}; choose another --output_dir") from None
+        raise UserError(
+            f"output_dir {output_dir}: {problem.strerror}; choose another --output_dir"
+        ) from None
     if handle:
         held = not lock_file(handle)
         handle.seek(0)
@@ -235,7 +253,9 @@ def locked(output_dir, world):
         handle.flush()
         for leftover in folder.glob(".tmp-step_*"):
             place = folder / leftover.name.removeprefix(".tmp-")
-            if problem_with(leftover) is None and problem_with(place):  # killed just before the rename
+            if problem_with(leftover) is None and problem_with(
+                place
+            ):  # killed just before the rename
                 remove(place)
                 os.replace(leftover, place)
         for leftover in (*folder.glob(".tmp-step_*"), folder / ".tmp-final"):

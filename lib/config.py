@@ -34,7 +34,9 @@ class UserError(Exception):
     exit_code = 2  # what `run` ends the process with
 
     def __str__(self):
-        return " ".join(super().__str__().splitlines())  # one line, whatever path or message was quoted in it
+        return " ".join(
+            super().__str__().splitlines()
+        )  # one line, whatever path or message was quoted in it
 
 
 def closest(word, choices, cutoff=0.6):
@@ -49,7 +51,9 @@ def did_you_mean(word, choices, form="'{}'"):
 
     Near is what is spelled alike, or the only choice with this word in it: num_train_epochs for epochs.
     """
-    holding = [choice for choice in choices if len(word) > 3 and word.lower() in choice.lower().split("_")]
+    holding = [
+        choice for choice in choices if len(word) > 3 and word.lower() in choice.lower().split("_")
+    ]
     near = closest(word, choices) or (holding[0] if len(holding) == 1 else None)
     return f"; did you mean {form.format(near)}?" if near else ""
 
@@ -92,7 +96,9 @@ Fraction = Annotated[float, Range(0, 1)]
 
 NOUNS = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}
 NOUNS |= {tuple: "a list", list: "a JSON list", dict: "a JSON object"}
-REQUIRED = object()  # the default of a field that has none; MISSING cannot stand as a default itself
+REQUIRED = (
+    object()
+)  # the default of a field that has none; MISSING cannot stand as a default itself
 
 
 @dataclass(frozen=True)
@@ -158,12 +164,18 @@ def accept(name, value, knob, source):
             refuse("one of " + ", ".join(str(choice) or "''" for choice in knob.choices))
         return value
     if knob.base is tuple and isinstance(value, list):
-        return tuple(accept(f"{name}[{i}]", entry, knob.item, source) for i, entry in enumerate(value))
+        return tuple(
+            accept(f"{name}[{i}]", entry, knob.item, source) for i, entry in enumerate(value)
+        )
     if knob.base is int and isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
         value = int(value)  # 1e4 is a fair way to write a count; past 2**53 it no longer says which
     if knob.base is float and type(value) is int:
-        value = float(str(value))  # as text: float() of too large an int overflows, of a text it is inf
-    if type(value) is not knob.base:  # not isinstance: to Python True is an int, to a user it is not
+        value = float(
+            str(value)
+        )  # as text: float() of too large an int overflows, of a text it is inf
+    if (
+        type(value) is not knob.base
+    ):  # not isinstance: to Python True is an int, to a user it is not
         refuse(NOUNS[knob.base])
     if knob.base in (int, float) and value not in knob.limits:
         limits = str(knob.limits)
@@ -194,8 +206,13 @@ def parse_json(text, origin):
         message = error.msg.replace("Expecting", "expected")
         where = f"{origin} line {error.lineno} column {error.colno}"
         raise UserError(f"{where}: {message[0].lower()}{message[1:]}") from None
-    except (ValueError, RecursionError):  # Python's own caps: thousands of digits, thousands of brackets
-        raise UserError(f"{origin}: a number is too long, or lists are nested too deep, to be read") from None
+    except (
+        ValueError,
+        RecursionError,
+    ):  # Python's own caps: thousands of digits, thousands of brackets
+        raise UserError(
+            f"{origin}: a number is too long, or lists are nested too deep, to be read"
+        ) from None
 
 
 def read_object(path, form='{"key": value, ...}'):
@@ -219,11 +236,15 @@ def read_object(path, form='{"key": value, ...}'):
 
 def elsewhere(path):
     """Return the hint for a preset that is not there: one spelled nearly so, or one under configs/."""
-    name = path.replace("\\", "/").rpartition("/")[2]  # a Windows path on another system names its file still
+    name = path.replace("\\", "/").rpartition("/")[
+        2
+    ]  # a Windows path on another system names its file still
     near = closest(Path(path).stem, [sibling.stem for sibling in Path(path).parent.glob("*.json")])
     if near:
         return f"; did you mean {Path(path).with_name(near + '.json')}?"
-    shipped = Path(sys.argv[0]).parent / "configs"  # beside the program, wherever it was called from
+    shipped = (
+        Path(sys.argv[0]).parent / "configs"
+    )  # beside the program, wherever it was called from
     found = next((p for p in sorted(shipped.rglob("*.json")) if p.name == name), None)
     return f"; did you mean {found}?" if found else ""
 
@@ -246,7 +267,9 @@ def read_preset(path, knobs, foreign, cls):
         elif foreign is not None and not closest(key, knobs, cutoff=0.85):
             foreign.append(key)
         else:
-            raise UserError(f"{path}: unknown key {key!r}{did_you_mean(key, knobs) or '; --help lists them'}")
+            raise UserError(
+                f"{path}: unknown key {key!r}{did_you_mean(key, knobs) or '; --help lists them'}"
+            )
     return values
 
 
@@ -287,7 +310,9 @@ def read_flag(word, rest, knobs):
     flag, equals, text = word.partition("=")
     negations = {f"no_{name}": name for name, knob in knobs.items() if knob.base is bool}
     name = flag.removeprefix("--")
-    off = name not in knobs and name in negations  # a field may itself be called no_something: it comes first
+    off = (
+        name not in knobs and name in negations
+    )  # a field may itself be called no_something: it comes first
     if not (off or name in knobs):
         hint = did_you_mean(name, [*knobs, *negations], "--{}") or "; --help lists them"
         raise UserError(f"unknown option {flag}{hint}")
@@ -317,7 +342,9 @@ def read_words(argv, knobs, places=()):
         if word.startswith("-"):
             name, value = read_flag(word, rest, knobs)
             if name in flags:
-                raise UserError(f"{word.partition('=')[0]}: {name} is given twice as an option; keep one")
+                raise UserError(
+                    f"{word.partition('=')[0]}: {name} is given twice as an option; keep one"
+                )
             flags[name] = value
         elif word.endswith(".json"):
             presets.append(word)
@@ -341,8 +368,12 @@ def comments_of(cls):
             source = textwrap.dedent(inspect.getsource(owner))
         except (OSError, TypeError):
             continue  # built in, or typed at a prompt: no source, no comments
-        tokens = tokenize.generate_tokens(io.StringIO(source).readline)  # a search for "#" would find strings
-        comments = {at[0]: text.lstrip("# ") for kind, text, at, *_ in tokens if kind == tokenize.COMMENT}
+        tokens = tokenize.generate_tokens(
+            io.StringIO(source).readline
+        )  # a search for "#" would find strings
+        comments = {
+            at[0]: text.lstrip("# ") for kind, text, at, *_ in tokens if kind == tokenize.COMMENT
+        }
         lines = source.splitlines()
         for node in ast.parse(source).body[0].body:
             if isinstance(node, ast.AnnAssign):
@@ -353,7 +384,9 @@ def comments_of(cls):
 
 def comment_of(node, comments, lines):
     """Return the comment on a field's own lines, else what stands on the lines right above it."""
-    beside = [comments[line] for line in range(node.lineno, node.end_lineno + 1) if line in comments]
+    beside = [
+        comments[line] for line in range(node.lineno, node.end_lineno + 1) if line in comments
+    ]
     first = node.lineno
     while first - 1 in comments and lines[first - 2].lstrip().startswith("#"):
         first -= 1
@@ -369,14 +402,16 @@ def program():
 def usage(cls, knobs, argv, places, doc):
     """Return what --help prints: two paragraphs of the docstring `doc`, then a line for every field."""
     helps, rows = comments_of(cls), [("option", "takes", "default", "")]
-    rows += [(f"--{name}", str(k), to_text(k.default), helps.get(name, "")) for name, k in knobs.items()]
+    rows += [
+        (f"--{name}", str(k), to_text(k.default), helps.get(name, "")) for name, k in knobs.items()
+    ]
     widths = [min(28, max(map(len, column))) for column in zip(*rows, strict=True)][:3] + [0]
-    table = "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows) if knobs else ""
+    table = (
+        "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows) if knobs else ""
+    )
     subcommand = [] if argv == sys.argv[1:] else sys.argv[1:2]
     options = ["[PRESET.json ...]", "[--key=value ...]"] if knobs else []
-    call = " ".join(
-        [f"usage: python {program()}", *subcommand, *map(str.upper, places), *options]
-    )
+    call = " ".join([f"usage: python {program()}", *subcommand, *map(str.upper, places), *options])
     about = (doc or "").strip().split("\n\n")[:2]
     return "\n\n".join(filter(None, [call, *about, table]))
 
@@ -403,7 +438,9 @@ def configure(cls, argv=None, *, foreign_keys=False, places=(), doc=None):
         values |= read_preset(path, knobs, foreign, cls)
     values |= flags
     needed = [name for name, knob in knobs.items() if knob.default is REQUIRED]
-    if lacking := [name for name in needed if values.get(name, "") == ""]:  # "": of a shell's unset variable
+    if lacking := [
+        name for name in needed if values.get(name, "") == ""
+    ]:  # "": of a shell's unset variable
         verb = "is" if len(lacking) == 1 else "are"
         told = " ".join(f"--{name}=VALUE" for name in lacking)
         raise UserError(f"{' and '.join(lacking)} {verb} required: {told}")
@@ -412,13 +449,17 @@ def configure(cls, argv=None, *, foreign_keys=False, places=(), doc=None):
     except ValueError as error:
         raise UserError(str(error)) from error
     if foreign_keys:
-        object.__setattr__(cfg, "foreign_keys", tuple(dict.fromkeys(foreign)))  # frozen, but nobody's yet
+        object.__setattr__(
+            cfg, "foreign_keys", tuple(dict.fromkeys(foreign))
+        )  # frozen, but nobody's yet
     return cfg
 
 
 def narrow(cfg, cls):
     """Build a `cls` from the same-named fields of `cfg`: the ModelConfig within a TrainConfig."""
-    names = {field.name for field in fields(cfg)} & {field.name for field in fields(cls) if field.init}
+    names = {field.name for field in fields(cfg)} & {
+        field.name for field in fields(cls) if field.init
+    }
     return cls(**{name: getattr(cfg, name) for name in names})
 
 
@@ -426,7 +467,9 @@ def write_whole(path, content):
     """Write bytes to a file, in a folder made if need be; a crash leaves the old file or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # in the same folder: there a rename is atomic
+    part = path.with_name(
+        f".{path.name}.{os.getpid()}.tmp"
+    )  # in the same folder: there a rename is atomic
     try:
         with part.open("wb") as file:
             file.write(content)
@@ -502,7 +545,9 @@ def manners():
             raise
         discard_stdout()  # it may be what is full
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}no space left on the disk; free some and start again", file=sys.stderr)
+        print(
+            f"error: {where}no space left on the disk; free some and start again", file=sys.stderr
+        )
         sys.exit(2)
 
 

@@ -55,10 +55,14 @@ def read_run(place, name, x):
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except OSError as problem:
-        raise UserError(f"{path}: {problem.strerror}; name an output folder of a training") from None
+        raise UserError(
+            f"{path}: {problem.strerror}; name an output folder of a training"
+        ) from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8, so not a metrics.jsonl") from None
-    records = [read_line(path, number, line) for number, line in enumerate(lines, 1) if line.endswith("\n")]
+    records = [
+        read_line(path, number, line) for number, line in enumerate(lines, 1) if line.endswith("\n")
+    ]
     logged = [r for r in records if "loss" in r]
     if not logged:
         raise UserError(f"{path}: holds no step yet")
@@ -79,12 +83,16 @@ def read_line(path, number, line):
         int(record["step"])
         return record
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{path} line {number}: not a record of a step: {line.strip()[:60]!r}") from None
+        raise UserError(
+            f"{path} line {number}: not a record of a step: {line.strip()[:60]!r}"
+        ) from None
 
 
 def columns(records):
     """Returns {name: array} of the numbers in records; NaN where one has null, or nothing of that name."""
-    names = {k: None for r in records for k, v in r.items() if isinstance(v, (int, float))} | {"step": None}
+    names = {k: None for r in records for k, v in r.items() if isinstance(v, (int, float))} | {
+        "step": None
+    }
     number = lambda v: float(v) if isinstance(v, (int, float)) else math.nan
     return {name: np.array([number(r.get(name)) for r in records]) for name in names}
 
@@ -156,11 +164,16 @@ def panel(runs, title, column, validation, scale):
                 kind = "dots" if part is record.validations else "mean"
                 lines += curve(part["x"][known], y[known], colour, kind, title != "Learning rate")
                 last.append(
-                    (("validation " if kind == "dots" and column else "") + short(y[known][-1]), colour)
+                    (
+                        ("validation " if kind == "dots" and column else "") + short(y[known][-1]),
+                        colour,
+                    )
                 )
     if not lines:
         return None
-    return Panel(title, lines, *value_range(lines, scale), scale == "log", last if len(runs) == 1 else [])
+    return Panel(
+        title, lines, *value_range(lines, scale), scale == "log", last if len(runs) == 1 else []
+    )
 
 
 def curve(x, y, colour, kind, scatters):
@@ -308,7 +321,13 @@ def heading(record):
     """Returns how far a run has come, in words."""
     tokens = f", {short(record.steps['tokens'][-1])} tokens" if "tokens" in record.steps else ""
     seconds = record.steps.get("seconds", [0])[-1]
-    time = f", {seconds / 60:.0f} minutes" if seconds >= 90 else f", {seconds:.0f} seconds" if seconds else ""
+    time = (
+        f", {seconds / 60:.0f} minutes"
+        if seconds >= 90
+        else f", {seconds:.0f} seconds"
+        if seconds
+        else ""
+    )
     return f"{int(record.steps['step'][-1]):,} steps{tokens}{time}"
 
 
@@ -325,7 +344,11 @@ def svg_head(runs, x):
             yield words(left + 17, top, escape(name), 13, INK, weight=600)
             yield words(left + 17, top + 13, heading(record), 10)
     at, mark = WIDTH - MARGIN, GREY if len(runs) > 1 else COLOURS[0]
-    for name, width, stroke in (("validation", 52, 1.2), ("running mean", 72, 2.2), ("log step", 44, 1.0)):
+    for name, width, stroke in (
+        ("validation", 52, 1.2),
+        ("running mean", 72, 2.2),
+        ("log step", 44, 1.0),
+    ):
         yield words(at - width, 24, name)
         faint = ' opacity="0.4"' if name == "log step" else ""
         yield f'<path d="M{at - width - 26} 20h18" stroke="{mark}" stroke-width="{stroke}"{faint}/>'
@@ -336,7 +359,12 @@ def svg_head(runs, x):
 
 def svg_axes(place, x):
     """Yields a panel's title, its last values, grid lines and the numbers along both axes."""
-    left, top, right, bottom = place.left, place.top, place.left + place.width, place.top + place.height
+    left, top, right, bottom = (
+        place.left,
+        place.top,
+        place.left + place.width,
+        place.top + place.height,
+    )
     yield words(left - LEFT, top - 16, place.panel.title, 13, INK, weight=600)
     last = " &#160; ".join(f'<tspan fill="{c}">{text}</tspan>' for text, c in place.panel.last)
     yield words(right, top - 16, last, 12, anchor="end", weight=600)
@@ -368,7 +396,9 @@ def svg_lines(place, number):
             f'<path d="{path}" fill="none" stroke="{line.colour}" stroke-width="{width}" '
             f'opacity="{opacity}" stroke-linejoin="round"/>'
         )
-        for a, b in points if len(points) == 1 or (line.kind == "dots" and len(points) <= 60) else ():
+        for a, b in (
+            points if len(points) == 1 or (line.kind == "dots" and len(points) <= 60) else ()
+        ):
             yield f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.4" fill="{line.colour}" stroke="#fff"/>'
     yield "</g>"
 
@@ -396,7 +426,9 @@ def png(runs, x, path):
         )
         axes.set_yscale("log" if place.panel.log else "linear")
         axes.set(xlim=(0, place.end), ylim=(place.panel.low, place.panel.high))
-        axes.set_xticks(marks := ticks(0, place.end, max(5, place.width // 90)), list(map(short, marks)))
+        axes.set_xticks(
+            marks := ticks(0, place.end, max(5, place.width // 90)), list(map(short, marks))
+        )
         axes.set_yticks(marks := place.y_ticks(), list(map(short, marks)))
         axes.minorticks_off()
         axes.set_xlabel(x, loc="right", size=7, color=GREY)
@@ -419,8 +451,12 @@ def png(runs, x, path):
 def draw(places, x, output):
     """Writes the picture of the runs at `places` to `output`, whole or not at all. Returns their Records."""
     if len(places) > len(COLOURS):
-        raise UserError(f"{len(places)} runs in one picture can't be told apart; give at most {len(COLOURS)}")
-    runs = [read_run(place, name, x) for place, name in zip(places, short_names(places), strict=True)]
+        raise UserError(
+            f"{len(places)} runs in one picture can't be told apart; give at most {len(COLOURS)}"
+        )
+    runs = [
+        read_run(place, name, x) for place, name in zip(places, short_names(places), strict=True)
+    ]
     output = Path(output)
     part = output.with_name(f".{output.name}.tmp")
     try:
@@ -460,7 +496,9 @@ def curves(places, cfg):
     if output.suffix not in (".png", ".svg"):
         raise UserError(f"output {output}: must end in .png or .svg")
     if output.suffix == ".png" and not importlib.util.find_spec("matplotlib"):
-        raise UserError(f"output {output}: a .png needs matplotlib: pip install matplotlib; .svg does not")
+        raise UserError(
+            f"output {output}: a .png needs matplotlib: pip install matplotlib; .svg does not"
+        )
     for record in draw(places, cfg.x, output):
         best = record.validations.get("val_loss", np.empty(0))
         best = f", best val_loss {np.nanmin(best):.4f}" if np.isfinite(best).any() else ""

@@ -23,7 +23,9 @@ from lib.config import UserError
 AGAIN = "delete the folder and prepare it again"  # the remedy for a damaged dataset
 FORMAT = 1  # of the manifest; a reader refuses any other
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-VERIFY_BYTES = 64 << 20  # shards up to this size in all are hashed when opened (0.2 s), larger ones if asked
+VERIFY_BYTES = (
+    64 << 20
+)  # shards up to this size in all are hashed when opened (0.2 s), larger ones if asked
 
 # --- The folder's format ------------------------------------------------------------------------------------
 
@@ -40,7 +42,9 @@ def lock_file(file):
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows locks bytes, which none but their holder may read: take one far off
+    except (
+        ImportError
+    ):  # Windows locks bytes, which none but their holder may read: take one far off
         import msvcrt
 
         try:
@@ -63,7 +67,9 @@ def _is_hash(value):
 
 def _is_file_name(value):
     """A plain name inside the folder: no slash, no leading dot, hence no way out of it."""
-    return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", value) is not None
+    return (
+        isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", value) is not None
+    )
 
 
 SHARD_FIELDS = {
@@ -83,7 +89,9 @@ MANIFEST_FIELDS = {
     "bos_id": _is_count,
     "eos_id": _is_count,
     "config": lambda value: isinstance(value, dict),
-    "splits": lambda value: isinstance(value, dict) and all(isinstance(v, list) for v in value.values()),
+    "splits": lambda value: (
+        isinstance(value, dict) and all(isinstance(v, list) for v in value.values())
+    ),
 }
 
 
@@ -111,11 +119,17 @@ def read_manifest(folder):
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable ({error}); {AGAIN}") from None
-    if isinstance(manifest, dict) and "files" in manifest:  # never to be deleted as a damaged dataset
-        raise UserError(f"{folder}: a model or checkpoint, not a prepared dataset; name a folder of data.py")
+    if (
+        isinstance(manifest, dict) and "files" in manifest
+    ):  # never to be deleted as a damaged dataset
+        raise UserError(
+            f"{folder}: a model or checkpoint, not a prepared dataset; name a folder of data.py"
+        )
     if isinstance(manifest, dict) and manifest.get("format") != FORMAT:
         found = f"format {manifest.get('format')!r:.80}, this program reads {FORMAT}"
-        raise UserError(f"{path}: {found}; prepare the text again, or use the version that wrote it")
+        raise UserError(
+            f"{path}: {found}; prepare the text again, or use the version that wrote it"
+        )
     _check_fields(manifest, MANIFEST_FIELDS, path)
     for split, shards in manifest["splits"].items():
         for number, shard in enumerate(shards):
@@ -158,7 +172,12 @@ class ShardWriter:
     """
 
     def __init__(self, folder, split, vocab_size, shard_tokens, entries):
-        self.folder, self.split, self.shard_tokens, self.entries = folder, split, shard_tokens, entries
+        self.folder, self.split, self.shard_tokens, self.entries = (
+            folder,
+            split,
+            shard_tokens,
+            entries,
+        )
         self.dtype, self.vocab_size, self.files = DTYPES[dtype_name(vocab_size)], vocab_size, None
 
     def add(self, text, ids):
@@ -182,7 +201,9 @@ class ShardWriter:
         name = f"{self.split}_{len(self.entries):05d}"
         names = {"bin": f"{name}.bin", "text": f"{name}.jsonl"}
         self.entry = {**names, "tokens": 0, "documents": 0, "bytes": 0}
-        self.files = {kind: ((self.folder / n).open("wb"), hashlib.sha256()) for kind, n in names.items()}
+        self.files = {
+            kind: ((self.folder / n).open("wb"), hashlib.sha256()) for kind, n in names.items()
+        }
 
     def close(self):
         """End the shard at hand, safe on the disk, and note its hashes; the next document opens another."""
@@ -212,7 +233,9 @@ class Shards:
         self.manifest = read_manifest(folder)
         entries = self.manifest["splits"].get(split)
         if not entries:
-            raise UserError(f"{folder}: holds no {split} documents; {AGAIN} with another train_ratio")
+            raise UserError(
+                f"{folder}: holds no {split} documents; {AGAIN} with another train_ratio"
+            )
         self.tokenizer_sha256 = self.manifest["tokenizer_sha256"]
         self._check_tokenizer()
         self.dtype = DTYPES[self.manifest["dtype"]]
@@ -244,7 +267,9 @@ class Shards:
             raise UserError(f"shard {path}: {found} bytes, the manifest says {expected}; {AGAIN}")
         if verify and (digest := file_sha256(path)) != entry["bin_sha256"]:
             expected = entry["bin_sha256"]
-            raise UserError(f"shard {path}: sha256 mismatch (expected {expected}, got {digest}); {AGAIN}")
+            raise UserError(
+                f"shard {path}: sha256 mismatch (expected {expected}, got {digest}); {AGAIN}"
+            )
         array = np.memmap(path, dtype=self.dtype, mode="r")
         if verify:
             self._check_ids(entry["bin"], array)

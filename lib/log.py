@@ -20,10 +20,13 @@ import torch
 
 from lib.config import UserError
 from lib.curves import draw_run
-from model import flops_per_token
 from lib.runtime import memory_used, peak_flops
+from model import flops_per_token
 
-WINDOW, ENOUGH = 100, 20  # steps whose losses a new one is compared with; with fewer than ENOUGH, no alarm
+WINDOW, ENOUGH = (
+    100,
+    20,
+)  # steps whose losses a new one is compared with; with fewer than ENOUGH, no alarm
 PATIENCE = 60  # seconds that an upload may take when the run is over
 
 
@@ -41,8 +44,12 @@ class Log:
                 self._drop_after(state)
             except OSError as problem:
                 why = f"cannot be rewritten ({problem.strerror})"
-                raise UserError(f"{self.path}: {why}; mend that, or choose another --output_dir") from None
-            self.trackers = [Tracker(name, cfg, state, world.say) for name in installed(cfg.report_to)]
+                raise UserError(
+                    f"{self.path}: {why}; mend that, or choose another --output_dir"
+                ) from None
+            self.trackers = [
+                Tracker(name, cfg, state, world.say) for name in installed(cfg.report_to)
+            ]
         self.mark = (time.monotonic(), state.tokens)
 
     def __enter__(self):
@@ -60,7 +67,9 @@ class Log:
             return
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a full disk leaves half a line
+            with contextlib.suppress(
+                ValueError, KeyError, TypeError
+            ):  # a full disk leaves half a line
                 record = json.loads(line)
                 known = record["step"] <= (state.step if "grad_norm" in record else state.evaluated)
                 if known and line.endswith("\n"):
@@ -71,7 +80,10 @@ class Log:
 
     def write(self, record):
         """Appends one line, NaN and infinity as null: JSON has neither."""
-        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        plain = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in record.items()
+        }
         if self.world.rank == 0:
             try:
                 with open(self.path, "a", encoding="utf-8", newline="\n") as f:
@@ -96,7 +108,9 @@ class Log:
         steps, shares, norms = zip(*self.unread, strict=True)
         losses = self.world.sum(*torch.stack(shares).tolist())
         for step, loss, norm in zip(steps, losses, norms, strict=True):
-            if 0 < norm < math.inf:  # otherwise the step was not applied, which is reported elsewhere
+            if (
+                0 < norm < math.inf
+            ):  # otherwise the step was not applied, which is reported elsewhere
                 self._alarm(state, step, loss, norm)
                 state.recent = [*state.recent, loss][-WINDOW:]
         self.unread = []
@@ -114,11 +128,19 @@ class Log:
     def step(self, state, clock, shares, lr, norm):
         """Logs one optimizer step, `shares` summed over ranks; tokens per second since the last line."""
         loss, names = self.read(state), [name for name in shares if name != "loss"]
-        stats = dict(zip(names, self.world.sum(*(shares[name].item() for name in names)), strict=True))
+        stats = dict(
+            zip(names, self.world.sum(*(shares[name].item() for name in names)), strict=True)
+        )
         (then, tokens), now = self.mark, time.monotonic()
         rate = (state.tokens - tokens) / max(1e-9, now - then)
         self.mark = (now, state.tokens)
-        record = {"step": state.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": state.tokens}
+        record = {
+            "step": state.step,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens": state.tokens,
+        }
         memory = memory_used(self.world.device)
         measured = {"tokens_per_second": rate, "memory": memory, "seconds": round(clock.seconds, 3)}
         self.write(record | stats | measured)
@@ -155,7 +177,9 @@ def spike_limit(recent):
         return None, math.inf
     logs = [math.log(max(loss, 1e-9)) for loss in recent]
     middle = median(logs)
-    return math.exp(middle), math.exp(middle + max(math.log(1.5), 6 * median(abs(x - middle) for x in logs)))
+    return math.exp(middle), math.exp(
+        middle + max(math.log(1.5), 6 * median(abs(x - middle) for x in logs))
+    )
 
 
 # ---- other people's logs
@@ -165,7 +189,9 @@ def installed(names):
     """Returns `names`; UserError, before anything is trained, if the package of one is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"report_to={name}: needs a package that is not installed: pip install {name}")
+            raise UserError(
+                f"report_to={name}: needs a package that is not installed: pip install {name}"
+            )
     return names
 
 
@@ -196,7 +222,9 @@ class Tracker:
             thread.start()
             thread.join(PATIENCE)
             if thread.is_alive():
-                self.say(f"warning: {self.name} did not finish within {PATIENCE} seconds; not waiting longer")
+                self.say(
+                    f"warning: {self.name} did not finish within {PATIENCE} seconds; not waiting longer"
+                )
 
 
 def open_tensorboard(cfg, state):

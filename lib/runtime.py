@@ -84,16 +84,22 @@ def open_world(cfg):
     """Yields the World that torchrun's environment describes, or a world of one; tidies up on the way out."""
     rank, size = from_environment("RANK", 0), from_environment("WORLD_SIZE", 1)
     if size > 1 and "MASTER_ADDR" not in os.environ:  # set by a cluster's shell, or left over
-        raise UserError(f"WORLD_SIZE is {size}, but MASTER_ADDR is not set; start with torchrun, or unset it")
+        raise UserError(
+            f"WORLD_SIZE is {size}, but MASTER_ADDR is not set; start with torchrun, or unset it"
+        )
     device = choose_device(cfg.device)
     if size > 1 and device.type == "mps":
-        raise UserError("device=mps is one GPU, which ranks can't share; leave torchrun out, or --device=cpu")
+        raise UserError(
+            "device=mps is one GPU, which ranks can't share; leave torchrun out, or --device=cpu"
+        )
     if device.type == "cuda":
         device = torch.device("cuda", from_environment("LOCAL_RANK", 0))
         torch.cuda.set_device(device)
     if device.type == "cpu":  # torchrun says how many of the ranks share this machine
         tune_cpu(min(size, from_environment("LOCAL_WORLD_SIZE", size)))
-    if size > 1:  # numbers that steer the run travel through gloo, gradients through nccl where there is CUDA
+    if (
+        size > 1
+    ):  # numbers that steer the run travel through gloo, gradients through nccl where there is CUDA
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first CUDA matmul
@@ -141,7 +147,9 @@ def choose_dtype(wanted, device):
     if wanted == "fp16" and device.type != "cuda":
         raise UserError("dtype=fp16 needs CUDA; use --dtype=bf16 or --dtype=fp32")
     if wanted != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[wanted], "as asked"
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[
+            wanted
+        ], "as asked"
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device)[0] >= 8:
             return torch.bfloat16, "the GPU multiplies bf16 natively"
@@ -245,7 +253,9 @@ def memory_used(device):
 def out_of_memory(problem):
     """Returns whether an exception means that memory ran out; torch has a type for that on CUDA only."""
     said = "(?i)out of memory|can't allocate memory|not enough memory|bad_alloc|ALLOC_FAILED"
-    return isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or bool(re.search(said, str(problem)))
+    return isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or bool(
+        re.search(said, str(problem))
+    )
 
 
 def free_memory(device):
@@ -278,7 +288,9 @@ def compile_model(model):
     if torch.are_deterministic_algorithms_enabled():
         import torch._inductor.config as inductor
 
-        if hasattr(inductor, "deterministic"):  # kernels picked by a stopwatch would differ from run to run
+        if hasattr(
+            inductor, "deterministic"
+        ):  # kernels picked by a stopwatch would differ from run to run
             inductor.deterministic = True
     cuda = model.lm_head.weight.device.type == "cuda"
     model.model.compile(mode="reduce-overhead" if cuda else None)

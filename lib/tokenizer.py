@@ -37,9 +37,13 @@ NO_DUMMY_PREFIX = b"\x1a\x02\x18\0"
 
 # ---- training
 
-THREADS = 4  # a constant: it is written into the model file, whose sha256 is to be the same everywhere
+THREADS = (
+    4  # a constant: it is written into the model file, whose sha256 is to be the same everywhere
+)
 CUT = "\uffff"  # where no piece may cross; Unicode promises never to make it a character
-UNTRAINABLE = re.compile(f"[\0\ud800-\udfff{SPACE}\u2585{CUT}]")  # a text with one of these would be dropped
+UNTRAINABLE = re.compile(
+    f"[\0\ud800-\udfff{SPACE}\u2585{CUT}]"
+)  # a text with one of these would be dropped
 LINE_BREAKS = re.compile(r"[\r\n]+")
 
 RECIPE = dict(
@@ -86,7 +90,10 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int) -> 
 
     try:
         spm.SentencePieceTrainer.train(
-            sentence_iterator=sentences(), model_writer=model, vocab_size=max(vocab_size, 6), **RECIPE
+            sentence_iterator=sentences(),
+            model_writer=model,
+            vocab_size=max(vocab_size, 6),
+            **RECIPE,
         )
     except RuntimeError as error:
         raise failure or _training_error(str(error), vocab_size, size) from None
@@ -98,7 +105,9 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int) -> 
 def _training_error(message: str, vocab_size: int, size: int) -> Exception:
     """SentencePiece's complaint in our words, with the number that mends it."""
     if size == 0:
-        return UserError("no text to train a tokenizer on: there are no documents, or all are empty")
+        return UserError(
+            "no text to train a tokenizer on: there are no documents, or all are empty"
+        )
     if largest := re.search(r"value <= (\d+)", message):
         return UserError(
             f"vocab_size {vocab_size} is too large for {size:,} characters of text, which support at most "
@@ -145,7 +154,9 @@ class Tokenizer:
             self.dummy_prefix = self._bytes[self.encode("a")[0]].startswith(b" ")
         except UserError:
             raise
-        except Exception as error:  # a damaged file fails in many ways, none of them worth telling apart
+        except (
+            Exception
+        ) as error:  # a damaged file fails in many ways, none of them worth telling apart
             raise UserError(f"{source}: {self.unreadable}") from error
         self._size = len(self.pieces)
         self._add(max(added, default=-1) + 1, added)
@@ -187,7 +198,9 @@ class Tokenizer:
             )
         tokenizer.exact = not only_json and sha256 is not None
         jinja_file = path.with_name("chat_template.jinja")
-        tokenizer.foreign_template = sha256 is None and ("chat_template" in config or jinja_file.exists())
+        tokenizer.foreign_template = sha256 is None and (
+            "chat_template" in config or jinja_file.exists()
+        )
         if tokenizer.exact and tokenizer.sha256 != sha256:
             raise UserError(
                 f"{path}: checksum mismatch (expected {str(sha256)[:12]}, got {tokenizer.sha256[:12]}): "
@@ -215,7 +228,9 @@ class Tokenizer:
                     f"{self.source}: no control symbol is {symbol!r:.60}, which tokenizer_config.json names "
                     f"as {role}_token; correct one of the two"
                 )
-        self.bos_id, self.eos_id, self.unk_id = (self._roles[role] for role in ("bos", "eos", "unk"))
+        self.bos_id, self.eos_id, self.unk_id = (
+            self._roles[role] for role in ("bos", "eos", "unk")
+        )
         if min(self.bos_id, self.eos_id) < 0:
             raise UserError(
                 f"{self.source}: lacks a symbol that opens a text, or one that ends it; name them in "
@@ -226,7 +241,11 @@ class Tokenizer:
     def without_template(self, folder: str | Path) -> str:
         """Return the sentence that says what becomes of a chat where `template` is None."""
         known = ", ".join(TEMPLATES)
-        why = f"a chat template that is none of {known}" if self.foreign_template else "no chat template"
+        why = (
+            f"a chat template that is none of {known}"
+            if self.foreign_template
+            else "no chat template"
+        )
         return f"{folder} has {why}: each text is continued as it stands"
 
     def match(self, size: int, folder: str | Path) -> None:
@@ -318,7 +337,9 @@ class Tokenizer:
             "tokenizer_model_sha256": self.sha256,
         }
         if added := range(self._size, self.vocab_size):
-            config["added_tokens_decoder"] = {id: {"content": self.pieces[id], **CONTROL} for id in added}
+            config["added_tokens_decoder"] = {
+                id: {"content": self.pieces[id], **CONTROL} for id in added
+            }
         if offered:
             config["chat_template"] = jinja(_template(self, offered))
         if template:
@@ -366,7 +387,9 @@ def _spelled(piece: str) -> bytes:
 def _text_error(text: str) -> Exception | None:
     """Why SentencePiece would not take a text, None if it is not the text's fault."""
     if lone := re.search("[\ud800-\udfff]", text):
-        return UserError(f"not Unicode text: lone surrogate U+{ord(lone[0]):04X} at character {lone.start()}")
+        return UserError(
+            f"not Unicode text: lone surrogate U+{ord(lone[0]):04X} at character {lone.start()}"
+        )
     return None
 
 
@@ -417,7 +440,13 @@ def _added_tokens(folder: Path, config: dict) -> tuple[dict[int, str], set[int]]
 
 # ---- the Hugging Face files
 
-CONTROL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+CONTROL = {
+    "single_word": False,
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": False,
+    "special": True,
+}
 
 
 class JSONTokenizer(Tokenizer):
@@ -427,9 +456,7 @@ class JSONTokenizer(Tokenizer):
     """
 
     file = "tokenizer.json"
-    unreadable = (
-        "not a byte-level or SentencePiece BPE, the kinds of tokenizer.json that load, or a damaged one"
-    )
+    unreadable = "not a byte-level or SentencePiece BPE, the kinds of tokenizer.json that load, or a damaged one"
 
     def _open(self, model: bytes) -> dict[str, int]:
         try:
@@ -440,8 +467,12 @@ class JSONTokenizer(Tokenizer):
                 "SentencePiece tokenizer.model that it was made from)"
             ) from None
         spec = json.loads(model)
-        inner = spec | {part: _without_prefix(spec.get(part)) for part in ("normalizer", "pre_tokenizer")}
-        self._json, self._inner = (tokenizers.Tokenizer.from_str(json.dumps(one)) for one in (spec, inner))
+        inner = spec | {
+            part: _without_prefix(spec.get(part)) for part in ("normalizer", "pre_tokenizer")
+        }
+        self._json, self._inner = (
+            tokenizers.Tokenizer.from_str(json.dumps(one)) for one in (spec, inner)
+        )
         for one in (self._json, self._inner):
             one.encode_special_tokens = True  # as the text they are
             one.no_truncation()
@@ -492,14 +523,18 @@ def _spelling(spec: dict) -> Callable[[str], bytes]:
     # GPT-2's alphabet (Radford et al. 2019): what Latin-1 prints is its own byte, others are U+0100 onwards
     plain = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
     others = sorted(set(range(256)) - set(plain))
-    letters = {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    letters = {chr(byte): byte for byte in plain} | {
+        chr(256 + n): byte for n, byte in enumerate(others)
+    }
     return lambda piece: bytes(letters[letter] for letter in piece)
 
 
 def _hugging_face(tokenizer: Tokenizer) -> dict:
     """The contents of tokenizer.json, for the `tokenizers` library: the same ids, and no BOS unasked."""
     pieces, is_byte = tokenizer.pieces, tokenizer._spm.is_byte
-    normal = {piece: id for id, piece in enumerate(pieces) if tokenizer._bytes[id] and not is_byte(id)}
+    normal = {
+        piece: id for id, piece in enumerate(pieces) if tokenizer._bytes[id] and not is_byte(id)
+    }
     to_space = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     from_space = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     encoding, decoding = [from_space], [to_space, {"type": "ByteFallback"}, {"type": "Fuse"}]
@@ -508,7 +543,9 @@ def _hugging_face(tokenizer: Tokenizer) -> dict:
         decoding.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return {
         "version": "1.0",
-        "added_tokens": [{"id": id, "content": name, **CONTROL} for name, id in tokenizer._specials.items()],
+        "added_tokens": [
+            {"id": id, "content": name, **CONTROL} for name, id in tokenizer._specials.items()
+        ],
         "normalizer": {"type": "Sequence", "normalizers": encoding},
         "pre_tokenizer": None,
         "post_processor": None,
@@ -575,7 +612,10 @@ TEMPLATES = {
 
 
 def render(
-    tokenizer: Tokenizer, messages: Sequence[dict], template: str, add_generation_prompt: bool = False
+    tokenizer: Tokenizer,
+    messages: Sequence[dict],
+    template: str,
+    add_generation_prompt: bool = False,
 ) -> tuple[list[int], list[int]]:
     """Write a conversation as ids, with mask 1 on what the assistant has to say: its answers and their ends.
 
@@ -606,7 +646,9 @@ def render(
         write(tokenizer.encode(space + message["content"].strip(), ids[-1]), supervised)
         write(_template_ids(tokenizer, shape.ends[role], ids[-1]), supervised)
     if add_generation_prompt:
-        write(_template_ids(tokenizer, shape.between + shape.heads["assistant"].rstrip(" "), ids[-1]))
+        write(
+            _template_ids(tokenizer, shape.between + shape.heads["assistant"].rstrip(" "), ids[-1])
+        )
     return ids, mask
 
 
@@ -623,7 +665,9 @@ def stop_ids(tokenizer: Tokenizer, template: str | None) -> list[int]:
     """Return the ids that end an answer: EOS, and the template's own end (None, plain text, has none)."""
     if template is None:
         return [tokenizer.eos_id]
-    end = _template_ids(tokenizer, _template(tokenizer, template).ends["assistant"], tokenizer.bos_id)
+    end = _template_ids(
+        tokenizer, _template(tokenizer, template).ends["assistant"], tokenizer.bos_id
+    )
     return sorted({tokenizer.eos_id, end[-1]})
 
 
@@ -660,7 +704,11 @@ def _template(tokenizer: Tokenizer, name: str) -> Template:
 
 def _template_ids(tokenizer: Tokenizer, text: str, after: int) -> list[int]:
     """The ids of a template's own text, its markers as control ids, where it follows the id `after`."""
-    markers = {IM_START: tokenizer.im_start_id, IM_END: tokenizer.im_end_id, NAMES["eos"]: tokenizer.eos_id}
+    markers = {
+        IM_START: tokenizer.im_start_id,
+        IM_END: tokenizer.im_end_id,
+        NAMES["eos"]: tokenizer.eos_id,
+    }
     parts = re.split(f"({'|'.join(map(re.escape, markers))})", text)
     ids = [after]
     for part in filter(None, parts):
@@ -677,7 +725,9 @@ def _check(messages: Sequence[dict]) -> None:
             raise UserError(f"message {number}: must be an object with role and content")
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
-            raise UserError(f"message {number}: role must be one of {', '.join(ROLES)}, got {role!r:.60}")
+            raise UserError(
+                f"message {number}: role must be one of {', '.join(ROLES)}, got {role!r:.60}"
+            )
         if not isinstance(content, str):
             kind = type(content).__name__
             raise UserError(f"message {number} ({role}): content must be a string, got {kind}")

@@ -25,9 +25,17 @@ SMALL |= {"max_steps": 8, "save_steps": 4, "eval_steps": 4, "learning_rate": 0.0
 
 def make_base(folder, tokenizer, template=None, seed=0, **shape):
     """Writes a base model of random weights, large enough to be taught by an adapter. Returns `folder`."""
-    shape = {"n_layer": 2, "d_model": 64, "n_head": 4, "num_key_value_heads": 2, "d_ff": 128} | shape
+    shape = {
+        "n_layer": 2,
+        "d_model": 64,
+        "n_head": 4,
+        "num_key_value_heads": 2,
+        "d_ff": 128,
+    } | shape
     torch.manual_seed(seed)
-    cfg = ModelConfig(**({"vocab_size": 384, "sequence_length": 64, "initializer_range": 0.125} | shape))
+    cfg = ModelConfig(
+        **({"vocab_size": 384, "sequence_length": 64, "initializer_range": 0.125} | shape)
+    )
     Path(folder).mkdir(parents=True)
     model = Llama(cfg)
     with torch.no_grad():
@@ -50,7 +58,12 @@ def begin(name, out, ranks=1, before=None, **knobs):
     """Starts `name` into `out`; a knob None is left to the program. Returns the Run."""
     values = {k: str(v).lower() if isinstance(v, bool) else v for k, v in (SMALL | knobs).items()}
     argv = [f"--{key}={value}" for key, value in values.items() if value is not None]
-    return Run(Path(out).with_suffix(".log"), running, (name, [*argv, f"--output_dir={out}"], before), ranks)
+    return Run(
+        Path(out).with_suffix(".log"),
+        running,
+        (name, [*argv, f"--output_dir={out}"], before),
+        ranks,
+    )
 
 
 def finished(name, out, ranks=1, **knobs):

@@ -65,7 +65,9 @@ def tell_torchrun():
     """Signals the parent, torchrun, and stays in the middle of things until torchrun has passed it on."""
     os.kill(os.getppid(), signal.SIGTERM)
     end = time.monotonic() + 60
-    while signal.getsignal(signal.SIGINT) is not signal.default_int_handler and time.monotonic() < end:
+    while (
+        signal.getsignal(signal.SIGINT) is not signal.default_int_handler and time.monotonic() < end
+    ):
         time.sleep(0.01)
 
 

@@ -11,10 +11,12 @@ from pydoc_data.topics import topics
 import pytest
 
 from data import DataConfig, main
-from tests import ROOT
 from lib.tokenizer import train_tokenizer
+from tests import ROOT
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is there: small models only wait for threads
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch is there: small models only wait for threads
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +27,9 @@ def tiny_tokenizer(tmp_path_factory):
         "once upon a time there was one who asked: why not!",
     ]
     texts = [f"{lines[n % 2]}\n{lines[1 - n % 2][n % 7 :]} {n}.\n\n" for n in range(200)]
-    return train_tokenizer(texts, tmp_path_factory.mktemp("tiny_tokenizer") / "tokenizer.model", 384)
+    return train_tokenizer(
+        texts, tmp_path_factory.mktemp("tiny_tokenizer") / "tokenizer.model", 384
+    )
 
 
 def free_port():
@@ -37,7 +41,22 @@ def free_port():
 
 def link_code(folder):
     """Puts what a clone holds into a folder, as links. Returns `folder`."""
-    for path in (p for kind in ("*.py", "*.md", "*.txt", "configs", "corpus", "docs", "lib", "tools", "web", "Makefile") for p in ROOT.glob(kind)):
+    for path in (
+        p
+        for kind in (
+            "*.py",
+            "*.md",
+            "*.txt",
+            "configs",
+            "corpus",
+            "docs",
+            "lib",
+            "tools",
+            "web",
+            "Makefile",
+        )
+        for p in ROOT.glob(kind)
+    ):
         (folder / path.name).symlink_to(path)
     return folder
 
@@ -53,7 +72,9 @@ def prepare_dataset(folder, documents, tokenizer_path=""):
     folder = Path(folder)
     source = write_rows(folder.with_suffix(".jsonl"), ({"text": text} for text in documents))
     knobs = {"vocab_size": 384, "sequence_length": 16, "train_ratio": 0.75, "use_minhash": False}
-    main(DataConfig(str(source), output_dir=str(folder), tokenizer_path=str(tokenizer_path), **knobs))
+    main(
+        DataConfig(str(source), output_dir=str(folder), tokenizer_path=str(tokenizer_path), **knobs)
+    )
     return folder
 
 

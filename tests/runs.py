@@ -23,15 +23,30 @@ from tests.warm import Fork
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 PATIENCE = 240  # seconds after which a process counts as hung; nothing else here is timed
 
-SHAPE = {"n_layer": 2, "d_model": 32, "n_head": 4, "num_key_value_heads": 2, "d_ff": 64, "vocab_size": 384}
-SHAPE |= {"sequence_length": 16, "device": "cpu", "dtype": "fp32", "batch_size": 2, "learning_rate": 0.01}
+SHAPE = {
+    "n_layer": 2,
+    "d_model": 32,
+    "n_head": 4,
+    "num_key_value_heads": 2,
+    "d_ff": 64,
+    "vocab_size": 384,
+}
+SHAPE |= {
+    "sequence_length": 16,
+    "device": "cpu",
+    "dtype": "fp32",
+    "batch_size": 2,
+    "learning_rate": 0.01,
+}
 LENGTH = {"max_steps": 8, "warmup_steps": 2, "save_steps": 4, "eval_steps": 4, "logging_steps": 1}
 DEFAULTS = SHAPE | LENGTH | {"eval_rows": 4, "sample_tokens": 2}
 
 
 def words(**knobs):
     """The command line of a small training; a value None leaves the knob to train.py."""
-    texts = {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in (DEFAULTS | knobs).items()}
+    texts = {
+        k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in (DEFAULTS | knobs).items()
+    }
     return [f"--{name}={text}" for name, text in texts.items() if text != "None"]
 
 
@@ -80,7 +95,11 @@ class Run:
         self.log.write_bytes(b"")
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         env = os.environ | ONE_THREAD | {"PYTHONPATH": path}
-        world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        world = {
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
         self.ranks = []
         for rank in range(ranks):
             mine = world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
@@ -176,7 +195,10 @@ def tensors(folder):
 
 def differences(one, other, but=()):
     """Returns the names of what differs between two checkpoints, bit for bit; `but` are names' beginnings."""
-    a, b = ({k: v for k, v in tensors(Path(p)).items() if not k.startswith(tuple(but))} for p in (one, other))
+    a, b = (
+        {k: v for k, v in tensors(Path(p)).items() if not k.startswith(tuple(but))}
+        for p in (one, other)
+    )
     assert a.keys() == b.keys()
     same = [torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a]
     return [name for name, equal in zip(a, same) if not equal]
@@ -190,7 +212,9 @@ def records(out):
 def losses(out, after=0):
     """Returns those lines past step `after`, without what is measured and not computed."""
     measured = ("tokens_per_second", "memory", "seconds")
-    return [{k: v for k, v in r.items() if k not in measured} for r in records(out) if r["step"] > after]
+    return [
+        {k: v for k, v in r.items() if k not in measured} for r in records(out) if r["step"] > after
+    ]
 
 
 def names(out):

@@ -77,7 +77,10 @@ class Served(Run):
         """A whole POST as bytes; `body` is bytes, or fields for JSON."""
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         length = f"Content-Length: {len(body)}"
-        return self.head(f"POST {path} HTTP/1.1", "Content-Type: application/json", length, *headers) + body
+        return (
+            self.head(f"POST {path} HTTP/1.1", "Content-Type: application/json", length, *headers)
+            + body
+        )
 
     def get(self, path, *headers):
         return self.raw(self.head(f"GET {path} HTTP/1.1", *headers))
@@ -115,7 +118,9 @@ class Response:
         head, _, self.body = data.partition(b"\r\n\r\n")
         first, *lines = head.decode("latin-1").split("\r\n")
         self.status = int(re.fullmatch(r"HTTP/1\.1 (\d{3}) [A-Za-z -]+", first)[1])
-        self.headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+        self.headers = {
+            name.lower(): value for name, value in (line.split(": ", 1) for line in lines)
+        }
 
     @property
     def json(self):

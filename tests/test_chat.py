@@ -15,15 +15,15 @@ import torch
 
 from chat import Chat, obey, trimmed
 from corpus.chats import read_chats
-from lib.config import UserError, configure
+from corpus.sources import Tally
 from engine import Sampling
+from lib.config import UserError, configure
+from lib.tokenizer import Tokenizer, render, stop_ids
 from model import save_model
 from sample import SampleConfig
-from corpus.sources import Tally
 from tests import ROOT
 from tests.test_engine import BASE, GREEDY, answer, build
 from tests.warm import python
-from lib.tokenizer import Tokenizer, render, stop_ids
 
 LONG = replace(BASE, sequence_length=400)
 
@@ -186,7 +186,10 @@ def test_white_space_around_a_text_in_pieces(text):
 
 @pytest.mark.parametrize(
     ("words", "problem"),
-    [(["--chat", "--num_samples=2"], "one answer at a time"), (["--system=x"], "system is for --chat")],
+    [
+        (["--chat", "--num_samples=2"], "one answer at a time"),
+        (["--system=x"], "system is for --chat"),
+    ],
 )
 def test_what_does_not_go_together_is_refused(words, problem):
     with pytest.raises(UserError, match=problem):
@@ -212,7 +215,9 @@ def test_questions_from_a_pipe_and_from_the_command_line(folders):
     chat = begin(folders["chatml"])
     chat.ask("why?")
     chat.ask("when?")
-    answers = [message["content"].encode() for message in chat.messages if message["role"] == "assistant"]
+    answers = [
+        message["content"].encode() for message in chat.messages if message["role"] == "assistant"
+    ]
     done = run([], b"why?\n\nwhen?\n/quit\nwho?\n")
     assert (done.returncode, done.stdout) == (0, b"".join(text + b"\n" for text in answers))
     done = run(["--prompt=why?"], b"not read")
@@ -230,7 +235,9 @@ class Terminal:
     def __init__(self, words):
         master, slave = pty.openpty()
         ends = dict.fromkeys(("stdin", "stdout", "stderr"), slave)
-        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs inherit deafness to it
+        heed = partial(
+            signal.signal, signal.SIGINT, signal.SIG_DFL
+        )  # background jobs inherit deafness to it
         self.process = subprocess.Popen(words, **ends, start_new_session=True, preexec_fn=heed)
         os.close(slave)
         self.master, self.seen = master, b""
@@ -281,14 +288,18 @@ def test_control_characters_reach_a_pipe_but_no_terminal(tmp_path, tiny_tokenize
         with Terminal(words) as terminal:
             shown = terminal.until(b" tokens/s")
         assert (
-            raw.translate(None, b"\n").replace(b"\x1b", "\u241b".encode()).replace(b"\x07", "\u2407".encode())
+            raw.translate(None, b"\n")
+            .replace(b"\x1b", "\u241b".encode())
+            .replace(b"\x07", "\u2407".encode())
             in shown
         )
         assert not {0x1B, 0x07} & set(shown)
 
 
 def test_ctrl_c_ends_the_answer_and_then_the_chat(folders):
-    words = command(folders["chatml"], "--max_new_tokens=390", "--temperature=1.5", "--top_k=0", "--seed=3")
+    words = command(
+        folders["chatml"], "--max_new_tokens=390", "--temperature=1.5", "--top_k=0", "--seed=3"
+    )
     with Terminal([sys.executable, *words[1:]]) as terminal:  # cold, as a user starts it
         terminal.until(b"/help lists the commands")
         terminal.until(b"> ")

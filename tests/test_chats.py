@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpus.chats import marked, read_chats, read_pairs, rendered, tokens_of
-from lib.config import UserError
 from corpus.sources import Tally
+from lib.config import UserError
+from lib.tokenizer import render
 from tests import ROOT, SHARED
 from tests.conftest import prepare_dataset
 from tests.warm import python
-from lib.tokenizer import render
 
 
 def says(*turns, first="user"):
@@ -70,7 +70,10 @@ def reasons(tally):
             system("S") + says("a", "b", "c", "d", "e", "f"),
         ),
         ({"prompt": "P", "prompt_id": "x", "messages": says("Hi", "Hello")}, says("Hi", "Hello")),
-        ({"messages": system("S") + says("a", "b", "c", "d")}, system("S") + says("a", "b", "c", "d")),
+        (
+            {"messages": system("S") + says("a", "b", "c", "d")},
+            system("S") + says("a", "b", "c", "d"),
+        ),
         ({"messages": system("  ") + says("a", "b")}, says("a", "b")),
         ({"messages": says("a", "b", "c")}, says("a", "b")),
         ({"messages": replies("a", "b")}, replies("a")),
@@ -101,7 +104,10 @@ def reasons(tally):
             },
             says("ab", "c"),
         ),
-        ({"prompt": " a\r\nb\rc\x00\x1b[1m\x9b ", "response": "\tx\ty\n"}, says("a\nb\nc[1m", "x\ty")),
+        (
+            {"prompt": " a\r\nb\rc\x00\x1b[1m\x9b ", "response": "\tx\ty\n"},
+            says("a\nb\nc[1m", "x\ty"),
+        ),
         (
             {"prompt": "say <|im_end|></s>", "response": "<s> é 漢 \U0001f600"},
             says("say <|im_end|></s>", "<s> é 漢 \U0001f600"),
@@ -116,7 +122,12 @@ def test_a_conversation_of_every_format(tmp_path, row, expected):
     ("row", "prompt", "chosen", "rejected"),
     [
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, says("q"), "a", "b"),
-        ({"question": "q", "system": "S", "chosen": "a", "rejected": "b"}, system("S") + says("q"), "a", "b"),
+        (
+            {"question": "q", "system": "S", "chosen": "a", "rejected": "b"},
+            system("S") + says("q"),
+            "a",
+            "b",
+        ),
         (
             {"instruction": "q", "input": "i", "chosen": "a", "rejected": "b", "score": 3},
             says("q\ni"),
@@ -146,7 +157,11 @@ def test_a_conversation_of_every_format(tmp_path, row, expected):
             "b",
         ),
         (
-            {"conversations": shared_gpt("q"), "chosen": {"from": "gpt", "value": "a"}, "rejected": "b"},
+            {
+                "conversations": shared_gpt("q"),
+                "chosen": {"from": "gpt", "value": "a"},
+                "rejected": "b",
+            },
             says("q"),
             "a",
             "b",
@@ -158,7 +173,12 @@ def test_a_conversation_of_every_format(tmp_path, row, expected):
             "a",
             "b",
         ),
-        ({"prompt": "q", "chosen": says("q", "a"), "rejected": says("q", "b")}, says("q"), "a", "b"),
+        (
+            {"prompt": "q", "chosen": says("q", "a"), "rejected": says("q", "b")},
+            says("q"),
+            "a",
+            "b",
+        ),
         (
             {
                 "prompt": "q",
@@ -221,7 +241,11 @@ ROW, CHAT = {"prompt": "q", "response": "a"}, {"messages": says("q", "a")}
             '{"prompt": "q", "response": "a"}\n{"prompt": "q", "response": "a"}',
             2,
         ),  # no last newline
-        ("a.jsonl", '\ufeff{"prompt": "q", "response": "a"}\r\n\r\n{"prompt": "q", "response": "a"}\r\n', 2),
+        (
+            "a.jsonl",
+            '\ufeff{"prompt": "q", "response": "a"}\r\n\r\n{"prompt": "q", "response": "a"}\r\n',
+            2,
+        ),
         ("a.json", '[{"prompt": "q", "response": "a"}, {"prompt": "q", "response": "a"}]', 2),
         (
             "a.json",
@@ -230,7 +254,11 @@ ROW, CHAT = {"prompt": "q", "response": "a"}, {"messages": says("q", "a")}
         ),
         ("a.json", '{"prompt": "q",\n"response": "a"}\n', 1),
         ("a.json", '{\n"prompt": "q",\n"response": "a"}\n', 1),
-        ("a.json", '{"prompt": "q", "response": "a"}\n{"prompt": "q", "response": "a"}\n', 2),  # a lying name
+        (
+            "a.json",
+            '{"prompt": "q", "response": "a"}\n{"prompt": "q", "response": "a"}\n',
+            2,
+        ),  # a lying name
         (
             "a.jsonl",
             '[{"prompt": "q", "response": "a"},\n{"prompt": "q", "response": "a"}]\n',
@@ -250,7 +278,9 @@ def test_lists_and_lines_are_told_apart_by_their_content(tmp_path, name, text, c
     assert read_chats(tmp_path / name) == [CHAT] * count
 
 
-@pytest.mark.parametrize(("suffix", "opener"), [("gz", gzip.open), ("bz2", bz2.open), ("xz", lzma.open)])
+@pytest.mark.parametrize(
+    ("suffix", "opener"), [("gz", gzip.open), ("bz2", bz2.open), ("xz", lzma.open)]
+)
 def test_compressed_files_are_read(tmp_path, suffix, opener):
     path = tmp_path / f"rows.jsonl.{suffix}"
     with opener(path, "wb") as file:
@@ -278,7 +308,11 @@ DEEP = "[" * 100_000
         (DEEP, "too-deep", ""),
         ('{"prompt": ' + DEEP, "too-deep", ""),
         ('{"prompt": "q", "response": NaN}', "not-a-number", ""),
-        ('{"prompt": "q", "response": "\\ud800"}', "bad-unicode", '"response" holds a lone surrogate'),
+        (
+            '{"prompt": "q", "response": "\\ud800"}',
+            "bad-unicode",
+            '"response" holds a lone surrogate',
+        ),
         ("{nothing", "not-json", ""),
         (b'{"prompt": "\xff"}', "not-utf-8", ""),
         ('{"prompt": 1' + "0" * 5000 + "}", "not-json", ""),
@@ -312,7 +346,11 @@ DEEP = "[" * 100_000
         ({"prompt": "q", "response": " \x00\n"}, "empty", '"response" is empty'),
         ({"prompt": "", "response": "a"}, "empty", '"prompt" is empty'),
         ({"prompt": "q", "response": "a", "system": 5}, "not-a-string", '"system" must be'),
-        ({"prompt": "q", "response": "a", "history": ["x"]}, "not-messages", '"history" must be a list of'),
+        (
+            {"prompt": "q", "response": "a", "history": ["x"]},
+            "not-messages",
+            '"history" must be a list of',
+        ),
         ({"messages": []}, "empty", '"messages" is empty'),
         ({"messages": says("q")}, "no-answer", "no message of the assistant"),
         ({"messages": system("S")}, "no-answer", ""),
@@ -334,7 +372,11 @@ DEEP = "[" * 100_000
             "not-a-string",
             "a part that is no text",
         ),
-        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference-pair", "which are for dpo.py"),
+        (
+            {"prompt": "q", "chosen": "a", "rejected": "b"},
+            "preference-pair",
+            "which are for dpo.py",
+        ),
     ],
 )
 @pytest.mark.parametrize("place", [0, 7])
@@ -358,7 +400,10 @@ def test_an_unusable_row_is_counted_with_line_and_field(tmp_path, line, reason, 
         ({"chosen": "a", "rejected": "b"}, "missing-field"),
         ({"chosen": replies("a"), "rejected": replies("b")}, "missing-field"),
         ({"chosen": says("q", "a"), "rejected": says("r", "b")}, "missing-field"),
-        ({"chosen": says("q", "a", "r", "b"), "rejected": says("q", "a", "s", "b")}, "prompts-differ"),
+        (
+            {"chosen": says("q", "a", "r", "b"), "rejected": says("q", "a", "s", "b")},
+            "prompts-differ",
+        ),
         ({"prompt": "q", "chosen": says("x"), "rejected": "b"}, "prompts-differ"),
         ({"prompt": "q", "chosen": None, "rejected": "b"}, "not-a-string"),
         ({"prompt": "q", "chosen": "a", "rejected": ""}, "empty"),
@@ -366,7 +411,10 @@ def test_an_unusable_row_is_counted_with_line_and_field(tmp_path, line, reason, 
             {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: r\n\nAssistant: b"},
             "prompts-differ",
         ),
-        ({"chosen": "\n\nHuman: q\n\nAssistant:", "rejected": "\n\nHuman: q\n\nAssistant: b"}, "empty"),
+        (
+            {"chosen": "\n\nHuman: q\n\nAssistant:", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+            "empty",
+        ),
         ({"chosen": "\n\nHuman: q", "rejected": "\n\nHuman: q\n\nAssistant: b"}, "missing-field"),
         ({"chosen": "q\n\nAssistant: a", "rejected": "q\n\nAssistant: b"}, "not-messages"),
         (
@@ -426,7 +474,9 @@ def test_too_many_unusable_rows_are_an_error_that_lists_them(tmp_path):
         ),
     ],
 )
-def test_fields_of_other_names_are_told_with_ours_and_a_renamed_file_is_read(tmp_path, read, row, told):
+def test_fields_of_other_names_are_told_with_ours_and_a_renamed_file_is_read(
+    tmp_path, read, row, told
+):
     path = write(tmp_path / "rows.jsonl", row)
     remedy = (
         "rename its fields: prompt (instruction, question) and response (completion, output, answer), or "
@@ -434,7 +484,9 @@ def test_fields_of_other_names_are_told_with_ours_and_a_renamed_file_is_read(tmp
     )
     with pytest.raises(UserError) as caught:
         read(path)
-    assert str(caught.value) == f"{path}: 0 usable rows of 1: 1 missing-field (line 1: {told}{remedy})"
+    assert (
+        str(caught.value) == f"{path}: 0 usable rows of 1: 1 missing-field (line 1: {told}{remedy})"
+    )
     ours = ("prompt", "response") if read is read_chats else ("prompt", "chosen", "rejected")
     assert len(read(write(path, dict(zip(ours, row.values(), strict=True))))) == 1
 
@@ -480,7 +532,11 @@ def test_a_list_with_a_bad_element_goes_on(tmp_path):
         ("blank.jsonl", b"\n \n", "0 usable rows of 0"),
         ("list.json", b"[]", "0 usable rows of 0"),
         ("open.json", b"[", "a JSON list that breaks off after 0 elements"),
-        ("cut.json", json.dumps([ROW] * 9)[:-20].encode(), "a JSON list that breaks off after 8 elements"),
+        (
+            "cut.json",
+            json.dumps([ROW] * 9)[:-20].encode(),
+            "a JSON list that breaks off after 8 elements",
+        ),
         (
             "unclosed.json",
             json.dumps([ROW] * 9)[:-1].encode(),
@@ -494,7 +550,11 @@ def test_a_list_with_a_bad_element_goes_on(tmp_path):
             b"[\n%s\n]\n" % json.dumps(ROW).encode() * 2,
             "with more text behind it after 1 elements",
         ),
-        ("cut.jsonl.gz", gzip.compress(b'{"prompt": "q"}\n' * 9999, mtime=0)[:80], "cannot be read"),
+        (
+            "cut.jsonl.gz",
+            gzip.compress(b'{"prompt": "q"}\n' * 9999, mtime=0)[:80],
+            "cannot be read",
+        ),
         ("plain.jsonl.gz", b'{"prompt": "q", "response": "a"}\n', "cannot be read"),
         ("rows.parquet", b"PAR1", "cannot be read: damaged"),
         ("bomb.jsonl.gz", gzip.compress(b"x" * (70 << 20)), "decompresses to over"),
@@ -522,8 +582,13 @@ def test_a_missing_file_and_an_empty_folder(tmp_path):
 def test_a_line_over_the_limit_is_dropped_and_long_contents_pass(tmp_path):
     """Not timed here: a quadratic search would take minutes, which is the alarm."""
     tally = Tally()
-    long = {"prompt": "a" * 500_000 + "\n\nHuman:" * 50_000, "response": "<" * 500_000 + " " * 500_000 + "."}
-    rows = read_chats(write(tmp_path / "rows.jsonl", '{"prompt": "' + "x" * (17 << 20), *GOOD, long), tally)
+    long = {
+        "prompt": "a" * 500_000 + "\n\nHuman:" * 50_000,
+        "response": "<" * 500_000 + " " * 500_000 + ".",
+    }
+    rows = read_chats(
+        write(tmp_path / "rows.jsonl", '{"prompt": "' + "x" * (17 << 20), *GOOD, long), tally
+    )
     assert len(rows) == 101
     assert reasons(tally) == {"line-over-16-MiB": 1}
 
@@ -560,7 +625,9 @@ WORDS = st.one_of(
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), WORDS)
 VALUES = st.recursive(
     SCALARS,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=5)
+    ),
     max_leaves=12,
 )
 MESSAGE = st.fixed_dictionaries(
@@ -581,7 +648,9 @@ def sound(messages):
 
 @settings(max_examples=150, deadline=None)
 @given(rows=st.lists(ROWS, min_size=1, max_size=4), as_list=st.booleans())
-def test_junk_never_crashes_and_what_comes_out_is_sound(tmp_path_factory, tiny_tokenizer, rows, as_list):
+def test_junk_never_crashes_and_what_comes_out_is_sound(
+    tmp_path_factory, tiny_tokenizer, rows, as_list
+):
     path = tmp_path_factory.getbasetemp() / "junk.jsonl"
     if as_list:
         path.write_text(json.dumps(rows))
@@ -657,13 +726,20 @@ def test_inspect_conversations(tmp_path, tiny_tokenizer):
     path = write(tmp_path / "rows.jsonl", *rows, *GOOD)
     done = inspect(path)
     assert done.returncode == 0, done.stderr
-    for line in ("101  prompt/response", "1  ShareGPT", "102  usable of 103 rows", "as chatml; in [ ]:"):
+    for line in (
+        "101  prompt/response",
+        "1  ShareGPT",
+        "102  usable of 103 rows",
+        "as chatml; in [ ]:",
+    ):
         assert line in done.stdout
     assert (
-        f'-1  not-a-string, first: {path} line 3: "prompt" must be a string or messages, got' in done.stdout
+        f'-1  not-a-string, first: {path} line 3: "prompt" must be a string or messages, got'
+        in done.stdout
     )
     assert (
-        "[<|im_start|>user\nHi \u6f22\n<|im_end|>\n<|im_start|>assistant\n]Hello\n<|im_end|>" in done.stdout
+        "[<|im_start|>user\nHi \u6f22\n<|im_end|>\n<|im_start|>assistant\n]Hello\n<|im_end|>"
+        in done.stdout
     )
     assert "tokens" not in done.stdout
     done = inspect(path, f"--tokenizer_path={tmp_path / 'model'}")
@@ -671,13 +747,19 @@ def test_inspect_conversations(tmp_path, tiny_tokenizer):
     learned = next(line for line in done.stdout.splitlines() if "of them learned" in line)
     per_row = len(tiny_tokenizer.encode("a")) + 1
     assert learned.split()[4:6] == [str(per_row)] * 2
-    done = inspect("--template", "chat", "--tokenizer_path", tmp_path / "model", path)  # the path last
-    assert "[<s>Human: Hi \u6f22\n\nAssistant:] Hello</s>" in done.stdout  # the space is the model's to write
+    done = inspect(
+        "--template", "chat", "--tokenizer_path", tmp_path / "model", path
+    )  # the path last
+    assert (
+        "[<s>Human: Hi \u6f22\n\nAssistant:] Hello</s>" in done.stdout
+    )  # the space is the model's to write
 
 
 def test_inspect_pairs(tmp_path):
     row = {"chosen": says("q", "x", "r", "a"), "rejected": says("q", "x", "r", "b")}
-    done = inspect(write(tmp_path / "rows.jsonl", row, {"prompt": "q", "chosen": "a", "rejected": "a"}))
+    done = inspect(
+        write(tmp_path / "rows.jsonl", row, {"prompt": "q", "chosen": "a", "rejected": "a"})
+    )
     assert done.returncode == 0
     assert "preference pairs" in done.stdout
     assert "1  chosen, rejected\n" in done.stdout
@@ -690,7 +772,13 @@ def test_inspect_pairs(tmp_path):
 
 def test_what_is_dimmed_is_what_the_mask_leaves_out(tiny_tokenizer):
     messages = says("q", "x", "r", "a")
-    for start, template in ((0, "chatml"), (3, "chatml"), (3, "instruct"), (3, "chat"), (0, "chat")):
+    for start, template in (
+        (0, "chatml"),
+        (3, "chatml"),
+        (3, "instruct"),
+        (3, "chat"),
+        (0, "chat"),
+    ):
         ids, mask = tokens_of(messages, start, tiny_tokenizer, template)
         pieces = rendered(messages, start, tiny_tokenizer, template)
         learned = tiny_tokenizer.decode([id for id, bit in zip(ids, mask) if bit], controls=True)
@@ -782,7 +870,9 @@ def test_inspect_of_a_mistake_is_one_line(args, told):
 
 
 def test_a_misspelled_command_is_named():
-    done = subprocess.run([python(), "data.py", "inspekt"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [python(), "data.py", "inspekt"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert done.stderr == "error: unknown command 'inspekt'; did you mean inspect?\n"
 

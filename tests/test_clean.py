@@ -63,7 +63,10 @@ def test_clean(dirty, expected):
         ("See https://a.org/b.", "See."),
         ("Look (http://a.org/x_(y)) here", "Look here"),
         ("Look (see http://a.org/x), then", "Look (see), then"),
-        ("A [link text](http://a.org) and ![a picture](https://b.org/p.png)!", "A link text and a picture!"),
+        (
+            "A [link text](http://a.org) and ![a picture](https://b.org/p.png)!",
+            "A link text and a picture!",
+        ),
         ("at <https://a.org/>, it", "at, it"),
         ('call it "http://a.org/" now', "call it now"),
         ("www.example.com is down", "is down"),
@@ -158,8 +161,14 @@ MASKED = [
     ("xoxb-123456789012-abcdefghijkl", "[KEY]"),
     ("AIza" + "SyD4x_9-8" * 3 + "AbCdEfGh", "[KEY]"),
     ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.dozjgNryP4J3jVmN", "[KEY]"),
-    ("-----BEGIN RSA PRIVATE KEY-----\nMIIE\nabc=\n-----END RSA PRIVATE KEY-----\nend", "[KEY]\nend"),
-    ("-----BEGIN PRIVATE KEY-----\n" + "A" * 64 + "\n" + "B" * 64 + "\n\nProse.", "[KEY]\n\nProse."),
+    (
+        "-----BEGIN RSA PRIVATE KEY-----\nMIIE\nabc=\n-----END RSA PRIVATE KEY-----\nend",
+        "[KEY]\nend",
+    ),
+    (
+        "-----BEGIN PRIVATE KEY-----\n" + "A" * 64 + "\n" + "B" * 64 + "\n\nProse.",
+        "[KEY]\n\nProse.",
+    ),
 ]
 STAYS = [
     "@property and @dataclass",
@@ -225,7 +234,11 @@ def test_every_line_is_looked_at():
 
 
 def test_a_section_number_is_no_address():
-    for heading in ("5.14.2.4. Influence of it", "  12.3.2.1 Using a File", "## 4.1.2.5. constants"):
+    for heading in (
+        "5.14.2.4. Influence of it",
+        "  12.3.2.1 Using a File",
+        "## 4.1.2.5. constants",
+    ):
         assert clean(heading, CFG) == heading
     assert clean("10.0.0.1 - - GET\n200.46.20.71 Host", CFG) == "[IP] - - GET\n[IP] Host"
 
@@ -493,7 +506,9 @@ def test_py3langid_keeps_the_language_asked_for(code):
 
 
 def test_mistakes_in_the_settings_are_one_line(monkeypatch):
-    with pytest.raises(UserError, match=r"no rule 'bullet'; there are word-length, few-words, .*lorem-ipsum"):
+    with pytest.raises(
+        UserError, match=r"no rule 'bullet'; there are word-length, few-words, .*lorem-ipsum"
+    ):
         configure(CleanConfig, ["--quality_off=symbols,bullet"])
     with pytest.raises(UserError, match=r"en or off, got 'de'; .* language_detector=py3langid"):
         configure(CleanConfig, ["--language=de"])
@@ -517,7 +532,9 @@ JUNK = {
     "few-words": " ".join(f"{n} {n * n} total" for n in range(100, 200)),
     "symbols": " ".join(f"{word} ..." if n % 5 == 0 else word for n, word in enumerate(WORDS * 3)),
     "bullets": "\n".join(f"- item {n} of the list here" for n in range(20)),
-    "ellipses": "\n".join(f"{' '.join(WORDS[n : n + 16])}{'...' if n % 3 else ''}" for n in range(20)),
+    "ellipses": "\n".join(
+        f"{' '.join(WORDS[n : n + 16])}{'...' if n % 3 else ''}" for n in range(20)
+    ),
     "repeated-lines": "\n".join(WORDS[n % 7] + " and the rest of the line" for n in range(30)),
     "repeated-phrases": " ".join(WORDS[:30] * 3),
     "markup": f"<div><p>{PROSE}</p><ul><li>one</li><li>two</li></ul></div>",
@@ -554,7 +571,9 @@ def test_labelled_texts_are_told_apart_by_their_language():
     texts = [row for row in rows("langid/dev.jsonl") if row["is_english"] is not None]
     kept = [english_score(row["text"]) >= 0.7 for row in texts]
     for english, share in ((True, 0.97), (False, 0.03)):
-        found = [keep for keep, row in zip(kept, texts, strict=True) if row["is_english"] is english]
+        found = [
+            keep for keep, row in zip(kept, texts, strict=True) if row["is_english"] is english
+        ]
         assert (sum(found) / len(found) >= share) is english
 
 
@@ -563,7 +582,9 @@ def test_ftfys_own_cases_come_out_as_ftfy_has_them():
     for case in cases:
         fixed = ftfy.fix_text(case["original"])
         assert fix_encoding(case["original"]) == fixed
-        invisible = str.maketrans(dict.fromkeys("\x81\u200b\xad", "") | {"\xa0": " ", "\u2800": " "})
+        invisible = str.maketrans(
+            dict.fromkeys("\x81\u200b\xad", "") | {"\xa0": " ", "\u2800": " "}
+        )
         assert clean(case["original"], KEEP) == fixed.translate(invisible).rstrip()
         if case["expect"] == "pass":
             assert fixed == case["fixed"]
@@ -602,17 +623,17 @@ def pieces(name, size=9000):
     ],
 )
 def test_dirty_files_end_as_their_manifest_says(name, reasons):
-    assert {reject(text, CFG) for text in pieces(name) if text or name == "empty.txt"} <= reasons | {
-        "too-short"
-    }
+    assert {
+        reject(text, CFG) for text in pieces(name) if text or name == "empty.txt"
+    } <= reasons | {"too-short"}
     assert reasons == {None} or None not in {reject(text, CFG) for text in pieces(name)}
 
 
-@pytest.mark.parametrize("name", ["cr_only", "utf8_bom", "overstrike_man", "ansi_escapes", "zero_width_bidi"])
+@pytest.mark.parametrize(
+    "name", ["cr_only", "utf8_bom", "overstrike_man", "ansi_escapes", "zero_width_bidi"]
+)
 def test_damage_around_the_letters_leaves_the_same_text(name):
-    opening = (
-        "PRESIDENT HARRY S. TRUMAN'S ADDRESS BEFORE A JOINT SESSION OF THE CONGRESS\n\nApril 16, 1945\n\n"
-    )
+    opening = "PRESIDENT HARRY S. TRUMAN'S ADDRESS BEFORE A JOINT SESSION OF THE CONGRESS\n\nApril 16, 1945\n\n"
     text = "".join(pieces(f"{name}.txt", 10**6))
     assert text.startswith(opening + "Mr. Speaker, Mr. President, Members of the Congress:")
     assert "\u200b" not in text
@@ -620,4 +641,6 @@ def test_damage_around_the_letters_leaves_the_same_text(name):
 
 
 def test_accents_are_composed():
-    assert "".join(pieces("nfd_combining.txt")).startswith("Caf\u00e9 na\u00efve fa\u00e7ade r\u00f4le")
+    assert "".join(pieces("nfd_combining.txt")).startswith(
+        "Caf\u00e9 na\u00efve fa\u00e7ade r\u00f4le"
+    )

@@ -186,7 +186,9 @@ def test_a_presets_value_reaches_its_field_in_its_type(preset, name, written, va
 
 
 def test_a_bool_flag_leaves_the_preset_behind_it(preset):
-    cfg = read("--no_compile", preset({"n_layer": 2}), "--no_flash_attn", preset({"d_model": 8}, "b.json"))
+    cfg = read(
+        "--no_compile", preset({"n_layer": 2}), "--no_flash_attn", preset({"d_model": 8}, "b.json")
+    )
     assert (cfg.compile, cfg.n_layer, cfg.no_flash_attn, cfg.d_model) == (False, 2, True, 8)
 
 
@@ -205,7 +207,9 @@ def test_comments_byte_order_mark_and_crlf_in_a_preset(preset):
 
 def test_a_preset_for_another_program_is_refused_by_its_name(preset):
     path = preset({"_program": "other.py", "n_layer": 2, "beta": 0.1})
-    assert error_of(path) == "configs/my.json is a preset for other.py, not for test_configurator.py"
+    assert (
+        error_of(path) == "configs/my.json is a preset for other.py, not for test_configurator.py"
+    )
     assert read(path, cls=Shape, foreign_keys=True).n_layer == 2
     assert read(preset({"_program": "test_configurator.py", "n_layer": 3})).n_layer == 3
 
@@ -227,8 +231,14 @@ def test_a_preset_for_another_program_is_refused_by_its_name(preset):
         (["--learning_rate", "--compile"], "--learning_rate needs a value: --learning_rate=0.0003"),
         (["--data_path"], '--data_path needs a value: --data_path=""'),
         (["--no_compile=true"], "--no_compile takes no value; write --no_compile or --compile"),
-        (["--n_layer=1", "--n_layer", "2"], "--n_layer: n_layer is given twice as an option; keep one"),
-        (["--compile", "--no_compile"], "--no_compile: compile is given twice as an option; keep one"),
+        (
+            ["--n_layer=1", "--n_layer", "2"],
+            "--n_layer: n_layer is given twice as an option; keep one",
+        ),
+        (
+            ["--compile", "--no_compile"],
+            "--no_compile: compile is given twice as an option; keep one",
+        ),
         (
             ["n_layer=2"],
             "expected a preset (a .json file) or --key=value, got 'n_layer=2'; did you mean --n_layer=2?",
@@ -241,10 +251,22 @@ def test_a_preset_for_another_program_is_refused_by_its_name(preset):
         (["--d_model=1e300"], "d_model must be an integer, got 1e+300 (--d_model)"),
         (["--n_layer=abc"], 'n_layer must be an integer, got string "abc" (--n_layer)'),
         (["--n_layer=none"], 'n_layer must be an integer, got string "none" (--n_layer)'),
-        (["--learning_rate=nan"], "learning_rate must be a finite number > 0, got nan (--learning_rate)"),
-        (["--learning_rate", "inf"], "learning_rate must be a finite number > 0, got inf (--learning_rate)"),
-        (["--learning_rate=-1"], "learning_rate must be a finite number > 0, got -1.0 (--learning_rate)"),
-        (["--learning_rate=0"], "learning_rate must be a finite number > 0, got 0.0 (--learning_rate)"),
+        (
+            ["--learning_rate=nan"],
+            "learning_rate must be a finite number > 0, got nan (--learning_rate)",
+        ),
+        (
+            ["--learning_rate", "inf"],
+            "learning_rate must be a finite number > 0, got inf (--learning_rate)",
+        ),
+        (
+            ["--learning_rate=-1"],
+            "learning_rate must be a finite number > 0, got -1.0 (--learning_rate)",
+        ),
+        (
+            ["--learning_rate=0"],
+            "learning_rate must be a finite number > 0, got 0.0 (--learning_rate)",
+        ),
         (["--dropout=1.1"], "dropout must be 0..1, got 1.1 (--dropout)"),
         (
             ["--max_minutes=-inf"],
@@ -283,7 +305,10 @@ def test_a_wrong_flag_is_told_in_this_sentence(words, sentence):
             {"learning_rate": "1e-3"},
             'learning_rate must be a finite number, got string "1e-3" (configs/my.json)',
         ),
-        ({"learning_rate": False}, "learning_rate must be a finite number, got false (configs/my.json)"),
+        (
+            {"learning_rate": False},
+            "learning_rate must be a finite number, got false (configs/my.json)",
+        ),
         ({"compile": 1}, "compile must be true or false, got 1 (configs/my.json)"),
         ({"compile": "true"}, 'compile must be true or false, got string "true" (configs/my.json)'),
         ({"title": 3}, "title must be a string, got 3 (configs/my.json)"),
@@ -291,16 +316,25 @@ def test_a_wrong_flag_is_told_in_this_sentence(words, sentence):
         ({"data_path": "a"}, 'data_path must be a list, got string "a" (configs/my.json)'),
         ({"data_path": ["a", 1]}, "data_path[1] must be a string, got 1 (configs/my.json)"),
         ({"d_model": 7}, "d_model 7 is odd; choose an even one"),
-        ('{"learning_rate": 1e999}', "learning_rate must be a finite number > 0, got inf (configs/my.json)"),
+        (
+            '{"learning_rate": 1e999}',
+            "learning_rate must be a finite number > 0, got inf (configs/my.json)",
+        ),
         ('{"learning_rate": NaN}', "configs/my.json: NaN is not JSON; write a finite number"),
         ('{"_x": -Infinity}', "configs/my.json: -Infinity is not JSON; write a finite number"),
         ('{"n_layer": 1, "n_layer": 2}', "configs/my.json: key 'n_layer' stands twice; keep one"),
-        ('{"n_layer": 1\n "d_model": 2}', "configs/my.json line 2 column 2: expected ',' delimiter"),
+        (
+            '{"n_layer": 1\n "d_model": 2}',
+            "configs/my.json line 2 column 2: expected ',' delimiter",
+        ),
         ("", "configs/my.json line 1 column 1: expected value"),
         ("{} {}", "configs/my.json line 1 column 4: extra data"),
         ("[1, 2]", 'configs/my.json: must be an object {"key": value, ...}, got [1, 2]'),
         (b'{"title": "\xff"}', "configs/my.json: byte 0xff at offset 11: not UTF-8"),
-        ("[" * 100_000, "configs/my.json: a number is too long, or lists are nested too deep, to be read"),
+        (
+            "[" * 100_000,
+            "configs/my.json: a number is too long, or lists are nested too deep, to be read",
+        ),
         (
             '{"d_model": ' + "9" * 9999 + "}",
             "configs/my.json: a number is too long, or lists are nested too deep, to be read",
@@ -369,14 +403,17 @@ def test_open_and_one_sided_ranges():
 
     assert read("--share=1", "--few=-9", cls=Bounds) == Bounds(1.0, -9)
     assert (
-        error_of("--share=0", cls=Bounds) == "share must be a finite number > 0 and <= 1, got 0.0 (--share)"
+        error_of("--share=0", cls=Bounds)
+        == "share must be a finite number > 0 and <= 1, got 0.0 (--share)"
     )
     assert error_of("--few=4", cls=Bounds) == "few must be an integer <= 3, got 4 (--few)"
 
 
 def test_the_nearest_name_is_suggested():
     assert did_you_mean("chatm", ["chatml", "instruct"]) == "; did you mean 'chatml'?"
-    assert did_you_mean("epochs", ["num_train_epochs", "seed"]) == "; did you mean 'num_train_epochs'?"
+    assert (
+        did_you_mean("epochs", ["num_train_epochs", "seed"]) == "; did you mean 'num_train_epochs'?"
+    )
     assert did_you_mean("N-Layer", ["n_layer"], "--{}") == "; did you mean --n_layer?"
     assert did_you_mean("pile_cc", ["PILE-CC"]) == "; did you mean 'PILE-CC'?"
     assert did_you_mean("zzz", ["chatml", "instruct"]) == did_you_mean("zzz", []) == ""
@@ -408,7 +445,8 @@ def test_foreign_keys_are_errors_without_asking_and_on_flags(preset):
     path = preset({"device": "cpu"})
     assert error_of(path, cls=Shape) == "configs/my.json: unknown key 'device'; --help lists them"
     assert (
-        error_of("--device=cpu", cls=Shape, foreign_keys=True) == "unknown option --device; --help lists them"
+        error_of("--device=cpu", cls=Shape, foreign_keys=True)
+        == "unknown option --device; --help lists them"
     )
 
 
@@ -418,7 +456,11 @@ def test_foreign_keys_are_errors_without_asking_and_on_flags(preset):
 def test_a_saved_config_is_a_preset_that_gives_its_equal(tmp_path):
     path = str(tmp_path / "run.json")
     cfg = read(
-        "--data_path=a,ü\udcff", "--sizes=1,2", '--rope_scaling={"factor": 2}', "--note=none", "--offset=-3"
+        "--data_path=a,ü\udcff",
+        "--sizes=1,2",
+        '--rope_scaling={"factor": 2}',
+        "--note=none",
+        "--offset=-3",
     )
     save_config(cfg, path)
     assert read(path) == cfg
@@ -444,7 +486,9 @@ def test_narrow_takes_the_fields_both_have():
 
 texts = st.text(max_size=20).filter(lambda text: not text.startswith("--"))
 numbers = st.floats(allow_nan=False, allow_infinity=False)
-quick = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @quick
@@ -458,7 +502,12 @@ def test_any_value_survives_its_flag(offset, minutes, title, compiled, apart):
     ]
     assume("-h" not in words)
     cfg = read(*words, "--compile" if compiled else "--no_compile")
-    assert (cfg.offset, cfg.max_minutes, cfg.title, cfg.compile) == (offset, minutes, title, compiled)
+    assert (cfg.offset, cfg.max_minutes, cfg.title, cfg.compile) == (
+        offset,
+        minutes,
+        title,
+        compiled,
+    )
 
 
 @quick
@@ -484,7 +533,9 @@ def test_an_integer_is_what_python_calls_one_or_a_whole_float(text):
 @quick
 @given(
     st.lists(
-        st.sampled_from(["--", "-", "=", "n_layer", "no_", "compile", "1", ",", "{", "none", "x", "\n"])
+        st.sampled_from(
+            ["--", "-", "=", "n_layer", "no_", "compile", "1", ",", "{", "none", "x", "\n"]
+        )
         | texts
     )
 )
@@ -496,12 +547,18 @@ def test_any_word_gives_a_config_or_one_line(pieces):
 
 
 values = st.recursive(
-    st.none() | st.booleans() | numbers | st.integers() | st.text(max_size=5), st.lists, max_leaves=4
+    st.none() | st.booleans() | numbers | st.integers() | st.text(max_size=5),
+    st.lists,
+    max_leaves=4,
 )
 
 
 @quick
-@given(st.dictionaries(st.sampled_from([f.name for f in dataclasses.fields(Training)]), values, max_size=3))
+@given(
+    st.dictionaries(
+        st.sampled_from([f.name for f in dataclasses.fields(Training)]), values, max_size=3
+    )
+)
 def test_any_preset_gives_a_config_that_saves_or_one_line(tmp_path, content):
     path = tmp_path / "any.json"
     path.write_text(json.dumps(content), encoding="utf-8")
@@ -524,7 +581,9 @@ def test_help_names_type_default_and_comment_of_every_field(capsys, tmp_path):
     assert "\n\nWhat it is.\n\nHow it is run.\n\noption" in text
     assert "nobody" not in text
     rows = {
-        line.split()[0]: " ".join(line.split()[1:]) for line in text.splitlines() if line.startswith("--")
+        line.split()[0]: " ".join(line.split()[1:])
+        for line in text.splitlines()
+        if line.startswith("--")
     }
     assert list(rows) == [f"--{f.name}" for f in dataclasses.fields(Training)]
     assert rows["--n_layer"] == "int 1..512 6 transformer blocks"
@@ -725,7 +784,9 @@ def test_help_of_a_command_says_how_that_one_is_called(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["tool.py", "same", "--help"])
     with pytest.raises(SystemExit):
         dispatch({"same": (print, Two)}, sys.argv[1:], "Commands.")
-    assert capsys.readouterr().out.startswith("usage: python tool.py same ONE OTHER [PRESET.json ...] ")
+    assert capsys.readouterr().out.startswith(
+        "usage: python tool.py same ONE OTHER [PRESET.json ...] "
+    )
 
 
 def test_run_passes_foreign_keys_on(tmp_path):
@@ -754,7 +815,9 @@ def test_a_full_disk_behind_stdout_is_one_line(tmp_path):
     script.write_text(PROGRAM.replace("BODY", "print('hello')"))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, script], env=environment, stdout=full, stderr=subprocess.PIPE)
+        done = subprocess.run(
+            [sys.executable, script], env=environment, stdout=full, stderr=subprocess.PIPE
+        )
     assert done.returncode == 2
     assert done.stderr == b"error: no space left on the disk; free some and start again\n"
 
@@ -764,7 +827,10 @@ def test_a_preset_named_without_its_folder_or_with_backslashes_is_found(tmp_path
     (tmp_path / "configs" / "wee.json").write_text("{}")
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "train.py")])
     for name in ("wee.json", "configs\\wee.json", "elsewhere/wee.json"):
-        assert error_of(name) == f"{name}: not found; did you mean {tmp_path / 'configs' / 'wee.json'}?"
+        assert (
+            error_of(name)
+            == f"{name}: not found; did you mean {tmp_path / 'configs' / 'wee.json'}?"
+        )
 
 
 PROGRAM = """

@@ -37,13 +37,20 @@ def write_run(folder, steps=200, every=1, dpo=False, seed=0, minutes=True):
     chance, lines = np.random.RandomState(seed), []
     for step in range(every, steps + 1, every):
         loss = 2 + 6 / (1 + step / 20) + 0.1 * chance.randn()
-        line = {"step": step, "loss": loss, "lr": 3e-4 * (1 - step / steps), "grad_norm": 0.5 + chance.rand()}
+        line = {
+            "step": step,
+            "loss": loss,
+            "lr": 3e-4 * (1 - step / steps),
+            "grad_norm": 0.5 + chance.rand(),
+        }
         line |= {"tokens": 512 * step, "tokens_per_second": 1e4, "memory": 10**9}
         line |= {"seconds": step * 1.5} if minutes else {}
         line |= {"rewards/accuracies": 0.6, "rewards/margins": 0.1 * step} if dpo else {}
         lines.append(line)
         if step % (10 * every) == 0:
-            lines.append({"step": step, "val_loss": loss - 0.1, "val_bits_per_byte": loss / 3, "sample": "a"})
+            lines.append(
+                {"step": step, "val_loss": loss - 0.1, "val_bits_per_byte": loss / 3, "sample": "a"}
+            )
             lines[-1] |= {"val_rewards/accuracies": 0.7} if dpo else {}
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -80,8 +87,12 @@ def test_the_curve_passes_through_what_was_logged_as_its_own_axes_say(tmp_path):
     marks = [t for t in root.iter(SVG + "text") if t.get("font-size") == "11"]
     numbers = [t for t in marks if re.fullmatch(r"[\d.]+", "".join(t.itertext()))]
     value = lambda t: float("".join(t.itertext()).split()[0])
-    on_y = sorted((float(t.get("y")) - 4, value(t)) for t in numbers if t.get("text-anchor") == "end")
-    on_x = sorted((float(t.get("x")), value(t)) for t in numbers if t.get("text-anchor") == "middle")
+    on_y = sorted(
+        (float(t.get("y")) - 4, value(t)) for t in numbers if t.get("text-anchor") == "end"
+    )
+    on_x = sorted(
+        (float(t.get("x")), value(t)) for t in numbers if t.get("text-anchor") == "middle"
+    )
     (curve,) = (points(path) for path in root.iter(SVG + "path") if "," in path.get("d"))
     for axis, marks in enumerate((on_x, on_y)):
         assert len(marks) >= 3
@@ -99,7 +110,9 @@ def test_every_kind_of_training_has_its_panels(tmp_path):
 
 
 def test_nothing_leaves_the_picture_and_panels_do_not_overlap(tmp_path):
-    root = picture([write_run(tmp_path / "a", 3000), write_run(tmp_path / "b", 90)], tmp_path / "ab.svg")
+    root = picture(
+        [write_run(tmp_path / "a", 3000), write_run(tmp_path / "b", 90)], tmp_path / "ab.svg"
+    )
     width, height = float(root.get("width")), float(root.get("height"))
     boxes = [box for box in root.iter(SVG + "rect") if box.get("x")]
     boxes = [[float(box.get(k)) for k in ("x", "y", "width", "height")] for box in boxes]
@@ -108,7 +121,9 @@ def test_nothing_leaves_the_picture_and_panels_do_not_overlap(tmp_path):
         assert 0 < x < x + w <= width
         assert 0 < y < y + h <= height
         others = [b for b in boxes if b[:2] != [x, y]]
-        assert all(b[0] >= x + w or x >= b[0] + b[2] or b[1] >= y + h or y >= b[1] + b[3] for b in others)
+        assert all(
+            b[0] >= x + w or x >= b[0] + b[2] or b[1] >= y + h or y >= b[1] + b[3] for b in others
+        )
 
 
 def test_twenty_thousand_steps_are_a_small_file_that_shows_the_one_peak(tmp_path):
@@ -135,7 +150,9 @@ def test_several_runs_have_their_names_and_their_colours(tmp_path):
 def test_names_and_nulls_do_no_harm(tmp_path):
     folder = write_run(tmp_path / "<&\">'")
     with open(folder / "metrics.jsonl", "a") as f:
-        f.write('{"step": 201, "loss": null, "lr": 0, "grad_norm": null, "tokens": 1e5, "seconds": 400}\n')
+        f.write(
+            '{"step": 201, "loss": null, "lr": 0, "grad_norm": null, "tokens": 1e5, "seconds": 400}\n'
+        )
         f.write('{"step": 201, "skipped": "gradient norm is nan", "grad_norm": null}\n')
         f.write('{"step": 202, "los')  # being written
     assert "<&\">'" in texts(picture([folder], tmp_path / "out.svg"))
@@ -144,10 +161,18 @@ def test_names_and_nulls_do_no_harm(tmp_path):
 @pytest.mark.parametrize(
     ("content", "x", "says"),
     [
-        (None, "tokens", "metrics.jsonl: No such file or directory; name an output folder of a training"),
+        (
+            None,
+            "tokens",
+            "metrics.jsonl: No such file or directory; name an output folder of a training",
+        ),
         (b"", "tokens", "holds no step yet"),
         (b'{"step": 4, "val_loss": 3}\n', "tokens", "holds no step yet"),
-        (b'{"step": 1, "loss": 3, "tokens": 9}\nnonsense\n{"step": 2}\n', "tokens", "line 2: not a record"),
+        (
+            b'{"step": 1, "loss": 3, "tokens": 9}\nnonsense\n{"step": 2}\n',
+            "tokens",
+            "line 2: not a record",
+        ),
         (b"[1]\n", "tokens", "line 1: not a record of a step: '[1]'"),
         (b'{"loss": 1}\n', "tokens", "line 1: not a record"),
         (b"\xff\xfe\n", "tokens", "not UTF-8, so not a metrics.jsonl"),
@@ -166,7 +191,9 @@ def test_too_many_runs_and_one_twice_are_refused(tmp_path):
     folder = write_run(tmp_path / "run")
     with pytest.raises(UserError, match="given twice"):
         draw([folder, folder], "tokens", tmp_path / "out.svg")
-    with pytest.raises(UserError, match="9 runs in one picture can't be told apart; give at most 8"):
+    with pytest.raises(
+        UserError, match="9 runs in one picture can't be told apart; give at most 8"
+    ):
         draw([folder] * 9, "tokens", tmp_path / "out.svg")
 
 
@@ -174,8 +201,12 @@ def test_a_running_mean_leaves_a_straight_line_and_its_length_alone():
     line = np.linspace(3, 5, 301)
     assert running_mean(line, 4)[20:-20] == pytest.approx(line[20:-20])
     assert running_mean(np.full(50, 7.0), 3) == pytest.approx(np.full(50, 7.0))
-    bump = running_mean(np.eye(101)[50], 2)  # the Gaussian itself, as the normal distribution has it
-    assert bump[48:53] == pytest.approx([statistics.NormalDist(0, 2).pdf(n) for n in range(-2, 3)], rel=1e-2)
+    bump = running_mean(
+        np.eye(101)[50], 2
+    )  # the Gaussian itself, as the normal distribution has it
+    assert bump[48:53] == pytest.approx(
+        [statistics.NormalDist(0, 2).pdf(n) for n in range(-2, 3)], rel=1e-2
+    )
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e9), st.integers(3, 9))
@@ -186,7 +217,9 @@ def test_ticks_are_few_even_round_and_inside(low, spread, count):
     if len(marks) > 1:
         step = (marks[-1] - marks[0]) / (len(marks) - 1)
         power = 10 ** math.floor(math.log10(step) + 1e-6)
-        rounding = 1e-15 * (abs(low) + spread) / power  # far from zero a narrow range has few digits left
+        rounding = (
+            1e-15 * (abs(low) + spread) / power
+        )  # far from zero a narrow range has few digits left
         assert min(abs(step / power - m) for m in (1, 2, 5, 10)) < 1e-3 + rounding
 
 
@@ -216,7 +249,11 @@ def test_numbers_are_short(value, text):
 
 def test_a_png_by_matplotlib(tmp_path):
     pytest.importorskip("matplotlib")
-    draw([write_run(tmp_path / "a"), write_run(tmp_path / "b", dpo=True)], "steps", tmp_path / "out.png")
+    draw(
+        [write_run(tmp_path / "a"), write_run(tmp_path / "b", dpo=True)],
+        "steps",
+        tmp_path / "out.png",
+    )
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "out.png").stat().st_size > 20_000
 
@@ -224,11 +261,17 @@ def test_a_png_by_matplotlib(tmp_path):
 def test_the_command_draws_and_says_in_a_line_how_far_each_run_came(tmp_path):
     write_run(tmp_path / "a")
     call = [python(), ROOT / "train.py", "curves"]
-    done = subprocess.run([*call, "a", "--output=a.svg"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [*call, "a", "--output=a.svg"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    assert re.match(r"a: 200 steps, 102k tokens, 5 minutes, last loss \d.\d{4}, best val_loss", done.stdout)
+    assert re.match(
+        r"a: 200 steps, 102k tokens, 5 minutes, last loss \d.\d{4}, best val_loss", done.stdout
+    )
     assert ET.parse(tmp_path / "a.svg")
-    done = subprocess.run([*call, "--output=a.pdf", "a"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [*call, "--output=a.pdf", "a"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr) == (2, "error: output a.pdf: must end in .png or .svg\n")
 
 
@@ -236,7 +279,9 @@ def test_the_command_takes_values_that_stand_apart(tmp_path):
     for name in ("a", "b"):
         write_run(tmp_path / name)
     picture = tmp_path / "ab.svg"
-    command_line([str(tmp_path / "a"), "--x", "minutes", str(tmp_path / "b"), "--output", str(picture)])
+    command_line(
+        [str(tmp_path / "a"), "--x", "minutes", str(tmp_path / "b"), "--output", str(picture)]
+    )
     assert "0 minutes" in picture.read_text()
 
 
@@ -264,7 +309,11 @@ def test_curves_that_cannot_be_written_are_a_warning(tmp_path, tiny_dataset):
 def test_the_limit_by_hand():
     assert spike_limit([3.0] * 19)[1] == math.inf
     assert spike_limit([3.0] * 20) == pytest.approx((3.0, 4.5))  # no scatter: half as large again
-    recent = [2.0, 4.0, 8.0] * 10  # median 4, deviations factors of 2, 1, 2: their median 2, six times 2**6
+    recent = [
+        2.0,
+        4.0,
+        8.0,
+    ] * 10  # median 4, deviations factors of 2, 1, 2: their median 2, six times 2**6
     assert spike_limit(recent) == pytest.approx((4.0, 256.0))
 
 
@@ -280,13 +329,23 @@ class Spiking:
         return loss * (5 if self.calls in self.steps else 1), stats
 
 
-KNOBS = {"vocab_size": 32, "max_steps": 60, "logging_steps": 10, "save_steps": 25, "eval_steps": 100}
+KNOBS = {
+    "vocab_size": 32,
+    "max_steps": 60,
+    "logging_steps": 10,
+    "save_steps": 25,
+    "eval_steps": 100,
+}
 
 
 def test_a_spike_between_two_log_lines_is_said_once_and_nothing_else_happens(tmp_path):
-    run = lambda name, *args: Run(tmp_path / f"{name}.log", fitting, (tmp_path / name, Counting(), *args))
+    run = lambda name, *args: Run(
+        tmp_path / f"{name}.log", fitting, (tmp_path / name, Counting(), *args)
+    )
     knobs = KNOBS | {"learning_rate": 1e-5}
-    one = run("spiking", Spiking(5, 33, 34, 35, 48), no_validation, knobs)  # 5 is too early to be told
+    one = run(
+        "spiking", Spiking(5, 33, 34, 35, 48), no_validation, knobs
+    )  # 5 is too early to be told
     other = run("calm", next_token_loss, no_validation, knobs)
     assert [one.wait(), other.wait()] == [[0], [0]], one.text
     spikes = [r for r in records(tmp_path / "spiking") if "spike" in r]
@@ -294,7 +353,15 @@ def test_a_spike_between_two_log_lines_is_said_once_and_nothing_else_happens(tmp
     assert all(4.5 < r["spike"] / r["median"] < 5.5 for r in spikes)
     assert one.text.count("warning: loss spike at step") == 2
     assert "loss spike" not in other.text
-    assert [r["step"] for r in records(tmp_path / "spiking") if "loss" in r] == [1, 10, 20, 30, 40, 50, 60]
+    assert [r["step"] for r in records(tmp_path / "spiking") if "loss" in r] == [
+        1,
+        10,
+        20,
+        30,
+        40,
+        50,
+        60,
+    ]
 
 
 class Scaled(Counting):
@@ -327,7 +394,9 @@ def test_a_resumed_run_is_alarmed_like_the_straight_one(tmp_path):
     assert run("parts", fitting, resume_from_checkpoint="auto") == [0]
     assert [r["step"] for r in records(tmp_path / "straight") if "spike" in r] == [28]
     assert losses(tmp_path / "parts") == losses(tmp_path / "straight")
-    state = lambda name: torch.load(checkpoints(tmp_path / name)[0] / "train_state" / "state.pt")["recent"]
+    state = lambda name: torch.load(checkpoints(tmp_path / name)[0] / "train_state" / "state.pt")[
+        "recent"
+    ]
     assert state("parts") == state("straight")
     assert len(state("straight")) == 60
 
@@ -340,7 +409,10 @@ def test_a_package_that_is_not_there_is_named_before_training(tmp_path, tiny_dat
     if importlib.util.find_spec(name):
         pytest.skip(f"{name} is installed")
     line = refused(tmp_path / "out", data_path=tiny_dataset, report_to=name)
-    assert line == f"error: report_to={name}: needs a package that is not installed: pip install {name}"
+    assert (
+        line
+        == f"error: report_to={name}: needs a package that is not installed: pip install {name}"
+    )
     assert names(tmp_path / "out") == ["run.lock"]
 
 
@@ -406,7 +478,8 @@ def test_wandb_offline_holds_what_metrics_jsonl_says(tmp_path, tiny_dataset):
     read = {}
     for message in messages(path):
         row = {
-            (".".join(i.nested_key) or i.key): i.value_json for i in Record.FromString(message).history.item
+            (".".join(i.nested_key) or i.key): i.value_json
+            for i in Record.FromString(message).history.item
         }
         row = {k: json.loads(v) for k, v in row.items()}
         read |= {(row["step"], k): v for k, v in row.items() if (row["step"], k) in told(out)}
@@ -417,7 +490,11 @@ def unreachable(folder):
     """An account whose server does not answer."""
     import os
 
-    os.environ |= {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online"}
+    os.environ |= {
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+        "WANDB_API_KEY": "0" * 40,
+        "WANDB_MODE": "online",
+    }
     os.environ |= {"HOME": str(folder), "WANDB_INIT_TIMEOUT": "5"}
 
 

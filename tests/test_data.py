@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.config import UserError
 from data import TokenStream, read_manifest, unigram_bits_per_byte
+from lib.config import UserError
 
 PAD, BOS, EOS = 0, 1, 2
 
@@ -103,7 +103,9 @@ def test_one_pass_supervises_every_token_but_the_first_once(tmp_path_factory, sh
 def numbers(tmp_path_factory):
     """64 blocks of 4 tokens in three shards, token k = k + 3."""
     ids = np.arange(3, 3 + 64 * 4 + 1)
-    return write_dataset(tmp_path_factory.mktemp("n") / "n", {"train": [ids[:50], ids[50:51], ids[51:]]}, 400)
+    return write_dataset(
+        tmp_path_factory.mktemp("n") / "n", {"train": [ids[:50], ids[50:51], ids[51:]]}, 400
+    )
 
 
 def step_rows(folder, step, batch_size, world_size, accumulation, seed=7):
@@ -150,7 +152,9 @@ def test_a_batch_depends_on_nothing_but_its_address(numbers):
         stream.batch(step)
     fresh = TokenStream(numbers, "train", 4, 3, seed=1)
     assert np.array_equal(late, fresh.batch(77, 1, 0, 2)["ids"])
-    assert not np.array_equal(late, TokenStream(numbers, "train", 4, 3, seed=2).batch(77, 1, 0, 2)["ids"])
+    assert not np.array_equal(
+        late, TokenStream(numbers, "train", 4, 3, seed=2).batch(77, 1, 0, 2)["ids"]
+    )
     golden = TokenStream(numbers, "train", 4, 6).batch(0)["ids"][:, 0].tolist()
     assert (
         golden == GOLDEN
@@ -195,7 +199,9 @@ def test_several_datasets_without_weights_are_one_long_one(tmp_path):
 
 
 def test_unigram_baseline_is_what_a_hand_count_gives(tmp_path):
-    folder = write_dataset(tmp_path / "d", {"train": [[1, 3, 3, 2]], "val": [[1, 3, 2]]}, vocab_size=4)
+    folder = write_dataset(
+        tmp_path / "d", {"train": [[1, 3, 3, 2]], "val": [[1, 3, 2]]}, vocab_size=4
+    )
     # add-one: p(0)=1/8 p(1)=2/8 p(2)=2/8 p(3)=3/8; the targets are 3 and 2; 30 bytes of text
     expected = -(np.log2(3 / 8) + np.log2(2 / 8)) / 30
     assert abs(unigram_bits_per_byte(folder) - expected) < 1e-12
@@ -245,14 +251,19 @@ def test_a_damaged_manifest_is_refused_by_name(tmp_path, change, message):
 def test_damaged_shards_are_refused_by_name(tmp_path):
     folder = write_dataset(tmp_path / "d", {"train": [range(3, 53)]})
     good = (folder / "train_00000.bin").read_bytes()
-    for bad, message in [(good[:-1], "99 bytes"), (good[:40] + b"\x01" + good[41:], "sha256 mismatch")]:
+    for bad, message in [
+        (good[:-1], "99 bytes"),
+        (good[:40] + b"\x01" + good[41:], "sha256 mismatch"),
+    ]:
         (folder / "train_00000.bin").write_bytes(bad)
         with pytest.raises(UserError, match=f"train_00000.bin: .*{message}"):
             TokenStream(folder, "train", 4, 1)
     TokenStream(folder, "train", 4, 1, verify=False)  # a large dataset is hashed only when asked
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", '"x"', "{", "\x00", "[" * 100_000, '{"format": 1}', "{}"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "3", '"x"', "{", "\x00", "[" * 100_000, '{"format": 1}', "{}"]
+)
 def test_a_manifest_that_is_no_manifest(tmp_path, text):
     folder = write_dataset(tmp_path / "d", {"train": [range(3, 53)]})
     (folder / "manifest.json").write_text(text)
@@ -262,13 +273,17 @@ def test_a_manifest_that_is_no_manifest(tmp_path, text):
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 
 
 @given(
-    field=st.sampled_from(["format", "vocab_size", "dtype", "splits", "config", "tokenizer_sha256"]),
+    field=st.sampled_from(
+        ["format", "vocab_size", "dtype", "splits", "config", "tokenizer_sha256"]
+    ),
     value=JSON,
 )
 @settings(max_examples=100, deadline=None)

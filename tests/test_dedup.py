@@ -18,7 +18,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lib.config import UserError
 from corpus.dedup import (
     GROUP,
     PERMUTATIONS,
@@ -31,6 +30,7 @@ from corpus.dedup import (
     sha256,
     shingles,
 )
+from lib.config import UserError
 from tests import ROOT, SHARED
 from tests.conftest import free_port
 
@@ -109,7 +109,11 @@ def shingle_sets(texts):
 
 
 @given(
-    st.lists(st.text(st.sampled_from("ab é\u2014_1\n\u0130\u03a3\0"), max_size=60), min_size=1, max_size=6)
+    st.lists(
+        st.text(st.sampled_from("ab é\u2014_1\n\u0130\u03a3\0"), max_size=60),
+        min_size=1,
+        max_size=6,
+    )
 )
 @example(TEXTS)
 @settings(max_examples=150, deadline=None)
@@ -174,7 +178,9 @@ def test_bands_fit_the_threshold(threshold, tmp_path):
     assert bands * rows <= PERMUTATIONS
     missed = (1 - threshold**rows) ** bands
     assert missed <= 0.02 or (bands, rows) == (PERMUTATIONS, 1)
-    pairs = [(prose(n), changed(prose(n), share)) for n in range(8) for share in (0.01, 0.2, 0.5, 0.8)]
+    pairs = [
+        (prose(n), changed(prose(n), share)) for n in range(8) for share in (0.01, 0.2, 0.5, 0.8)
+    ]
     for number, pair in enumerate(pairs):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -187,10 +193,14 @@ def corpus(seed, clusters=90, copies=6):
     """Signatures of clusters, shuffled, with pairs of all similarities, exact copies and wordless texts."""
     random = np.random.RandomState(seed)
     digests = random.randint(0, 256, (clusters * copies, 16)).astype(np.uint8)
-    signatures = random.randint(0, 2**32, (clusters, PERMUTATIONS), np.uint64).repeat(copies, axis=0)
+    signatures = random.randint(0, 2**32, (clusters, PERMUTATIONS), np.uint64).repeat(
+        copies, axis=0
+    )
     share = random.rand(len(signatures), 1) ** 2 * 0.4
     noise = random.randint(0, 2**32, signatures.shape, np.uint64)
-    signatures = np.where(random.rand(*signatures.shape) < share, noise, signatures).astype(np.uint32)
+    signatures = np.where(random.rand(*signatures.shape) < share, noise, signatures).astype(
+        np.uint32
+    )
     signatures[random.rand(len(signatures)) < 0.02] = 0xFFFFFFFF
     order = random.permutation(len(signatures))
     order[random.rand(len(order)) < 0.1] = order[0]
@@ -282,7 +292,11 @@ def real():
     with gzip.open(PAIRS / "docs.dev.jsonl.gz", "rt", encoding="utf-8") as file:
         docs = {row["id"]: row["text"] for row in map(json.loads, file)}
     return dict(
-        zip(docs, zip(docs.values(), *fingerprints(list(docs.values()), 42), strict=True), strict=True)
+        zip(
+            docs,
+            zip(docs.values(), *fingerprints(list(docs.values()), 42), strict=True),
+            strict=True,
+        )
     )
 
 
@@ -347,7 +361,10 @@ def server(tmp_path_factory):
 
 def test_a_shared_index_decides_as_brute_force_does(server):
     digests, signatures = corpus(9)
-    near, exact = RedisIndex(server, "near", "a", 0.8, 42), RedisIndex(server, "exact", "a", None, 42)
+    near, exact = (
+        RedisIndex(server, "near", "a", 0.8, 42),
+        RedisIndex(server, "exact", "a", None, 42),
+    )
     expected = brute_force(digests, signatures, 0.8)
     assert judge_prints(near, digests, signatures, (7, 300, 64)) == expected
     assert exact.judge(digests) == [EXACT if reason == EXACT else None for reason in expected]
@@ -388,7 +405,9 @@ def test_two_runs_keep_together_what_one_would(server, tmp_path):
     random.shuffle(clusters)
     base = random.randint(0, 2**32, (400, PERMUTATIONS), np.uint64).astype(np.uint32)
     signatures = base[clusters]
-    signatures[np.arange(2000), random.randint(0, PERMUTATIONS, 2000)] = random.randint(0, 2**31, 2000)
+    signatures[np.arange(2000), random.randint(0, PERMUTATIONS, 2000)] = random.randint(
+        0, 2**31, 2000
+    )
     digests = random.randint(0, 256, (2000, 16)).astype(np.uint8)
     parts = {"a": slice(0, 1000), "b": slice(1000, 2000)}
     for owner, part in parts.items():
@@ -412,8 +431,14 @@ def test_two_runs_keep_together_what_one_would(server, tmp_path):
             process.wait()
     assert [process.returncode for process in going.values()] == [0, 0]
     assert kills == 3
-    reasons = [r for owner in parts for r in json.loads((tmp_path / f"{owner}.json").read_text())["reasons"]]
-    kept = Counter(cluster for cluster, reason in zip(clusters, reasons, strict=True) if reason is None)
+    reasons = [
+        r
+        for owner in parts
+        for r in json.loads((tmp_path / f"{owner}.json").read_text())["reasons"]
+    ]
+    kept = Counter(
+        cluster for cluster, reason in zip(clusters, reasons, strict=True) if reason is None
+    )
     assert kept == dict.fromkeys(range(400), 1)
 
 
@@ -427,9 +452,15 @@ def test_what_stands_in_the_way_of_a_shared_index_is_one_line(server):
         RedisIndex(server, "mine", "b", 0.7, 42)
     with pytest.raises(UserError, match="'a' had another document 0 before; name another index"):
         RedisIndex(server, "mine", "a", 0.8, 42).judge(digests[50:99], signatures[50:99])
-    with pytest.raises(UserError, match="has 50 documents of 'a', 80 were there at the last checkpoint"):
+    with pytest.raises(
+        UserError, match="has 50 documents of 'a', 80 were there at the last checkpoint"
+    ):
         RedisIndex(server, "mine", "a", 0.8, 42, {"documents": 80})
-    with pytest.raises(UserError, match=r"^redis://\*\*\*@127.0.0.1:1/0: .* start redis-server there"):
+    with pytest.raises(
+        UserError, match=r"^redis://\*\*\*@127.0.0.1:1/0: .* start redis-server there"
+    ):
         RedisIndex("redis://:secret@127.0.0.1:1/0", "mine", "a", 0.8, 42)
-    with pytest.raises(UserError, match=r"dedup_storage 'localhost:6379': .* expected redis://HOST:PORT/0"):
+    with pytest.raises(
+        UserError, match=r"dedup_storage 'localhost:6379': .* expected redis://HOST:PORT/0"
+    ):
         RedisIndex("localhost:6379", "mine", "a", 0.8, 42)

@@ -12,6 +12,7 @@ import torch
 
 import dpo
 from lib.config import UserError, configure
+from lib.tokenizer import Tokenizer, render
 from lora import adapters, add_lora, lora_off, open_model_folder
 from losses import next_token_loss
 from model import load_model
@@ -19,7 +20,6 @@ from tests.align import begin, finished, make_base, refused
 from tests.blows import after_save, die
 from tests.conftest import write_rows
 from tests.runs import losses, records
-from lib.tokenizer import Tokenizer, render
 
 SAID = [
     ("why not?", "because 7", "no!"),
@@ -36,7 +36,13 @@ MESSAGES = [
     {"prompt": [{"role": "user", "content": p}], "chosen": [{"role": "assistant", "content": c}],
      "rejected": [{"role": "assistant", "content": r}]} for p, c, r in SAID
 ]  # fmt: skip
-NAMES = {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen"}
+NAMES = {
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+}
 NAMES |= {"logps/rejected"}
 
 
@@ -51,7 +57,9 @@ def pairs(tmp_path_factory):
 
 
 def config(**knobs):
-    return dataclasses.replace(configure(dpo.DPOConfig, ["--model_path=a", "--dataset_path=b"]), **knobs)
+    return dataclasses.replace(
+        configure(dpo.DPOConfig, ["--model_path=a", "--dataset_path=b"]), **knobs
+    )
 
 
 def made(tokenizer, length=64, rows=MESSAGES, template="chatml", say=lambda line: None):
@@ -107,13 +115,19 @@ def test_prompts_are_those_of_sft_and_answers_the_rest(tiny_tokenizer, template)
         for (ids, mask), side in ((pair.chosen, "chosen"), (pair.rejected, "rejected")):
             whole, supervised = render(tiny_tokenizer, row["prompt"] + row[side], template)
             assert ids.tolist() == whole
-            assert mask.tolist() == supervised == [0] * len(prompt) + [1] * (len(whole) - len(prompt))
+            assert (
+                mask.tolist() == supervised == [0] * len(prompt) + [1] * (len(whole) - len(prompt))
+            )
 
 
 def test_earlier_answers_are_prompt(tiny_tokenizer):
-    row = MESSAGES[0] | {"prompt": MESSAGES[1]["prompt"] + MESSAGES[1]["chosen"] + MESSAGES[0]["prompt"]}
+    row = MESSAGES[0] | {
+        "prompt": MESSAGES[1]["prompt"] + MESSAGES[1]["chosen"] + MESSAGES[0]["prompt"]
+    }
     (pair,) = made(tiny_tokenizer, rows=[row])
-    assert tiny_tokenizer.decode(pair.chosen[0][pair.chosen[1] == 1].tolist()).strip() == "because 7"
+    assert (
+        tiny_tokenizer.decode(pair.chosen[0][pair.chosen[1] == 1].tolist()).strip() == "because 7"
+    )
 
 
 def test_pairs_that_say_nothing_are_dropped_and_counted(tiny_tokenizer):
@@ -123,7 +137,11 @@ def test_pairs_that_say_nothing_are_dropped_and_counted(tiny_tokenizer):
     said, question = [], [{"role": "user", "content": "why?"}]
     rows = [
         {"prompt": question, "chosen": answer("7"), "rejected": answer("7 ")},
-        {"prompt": question, "chosen": answer("because " * 20), "rejected": answer("because " * 20 + "7")},
+        {
+            "prompt": question,
+            "chosen": answer("because " * 20),
+            "rejected": answer("because " * 20 + "7"),
+        },
         {"prompt": question, "chosen": answer("because " * 20), "rejected": answer("7")},
         {
             "prompt": [{"role": "user", "content": "why? " * 30}],
@@ -161,14 +179,18 @@ def test_it_begins_at_ln_2_with_no_margin_and_only_the_adapter_learns(
     if precomputed:
         with torch.no_grad(), lora_off(model):
             known, _ = dpo.answer_log_probs(model, tensors(dpo.pair_rows(pairs, 64, 0)))
-        pairs = [p._replace(reference=tuple(v)) for p, v in zip(pairs, known.view(2, -1).T.tolist())]
+        pairs = [
+            p._replace(reference=tuple(v)) for p, v in zip(pairs, known.view(2, -1).T.tolist())
+        ]
     total, metrics = dpo.preference_loss(cfg)(model, tensors(dpo.pair_rows(pairs, 64, 0)))
     assert total.item() / 8 == pytest.approx(math.log(2) if loss == "sigmoid" else 4.0, abs=1e-5)
     assert metrics["rewards/margins"].item() == pytest.approx(0, abs=1e-4)
     assert set(metrics) == NAMES
     total.backward()
     learning = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-    assert learning == {f"{name}.lora_B.weight" for name in adapters(model)}  # A waits for B to leave zero
+    assert learning == {
+        f"{name}.lora_B.weight" for name in adapters(model)
+    }  # A waits for B to leave zero
 
 
 def test_full_fine_tuning_has_the_gradient_of_the_plain_computation(base, tiny_tokenizer):
@@ -179,7 +201,9 @@ def test_full_fine_tuning_has_the_gradient_of_the_plain_computation(base, tiny_t
     grads.append([p.grad for p in model.parameters()])
     model = load_model(base)
     total = []
-    for (ids, mask), reference in [(p.chosen, -9.0) for p in pairs] + [(p.rejected, -8.0) for p in pairs]:
+    for (ids, mask), reference in [(p.chosen, -9.0) for p in pairs] + [
+        (p.rejected, -8.0) for p in pairs
+    ]:
         log_p = model(torch.tensor(ids)[None]).log_softmax(-1)[0, :-1]
         picked = log_p.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
         total.append((picked * torch.tensor(mask[1:])).sum() - reference)
@@ -197,7 +221,11 @@ def trl_metrics(policy, reference, tokenizer_folder, output, **knobs):
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     transformers = pytest.importorskip("transformers")
     settings = {"report_to": "none", "use_cpu": True, "bf16": False, "max_steps": 1, "beta": 0.3}
-    settings |= {"per_device_train_batch_size": 8, "gradient_checkpointing": False, "output_dir": str(output)}
+    settings |= {
+        "per_device_train_batch_size": 8,
+        "gradient_checkpointing": False,
+        "output_dir": str(output),
+    }
     trainer = trl.DPOTrainer(
         transformers.LlamaForCausalLM.from_pretrained(policy),
         ref_model=transformers.LlamaForCausalLM.from_pretrained(reference),
@@ -221,7 +249,9 @@ def test_trl_computes_the_same_loss_and_metrics(tmp_path, base, tiny_tokenizer, 
     pairs = made(tiny_tokenizer)
     with torch.no_grad():
         known, _ = dpo.answer_log_probs(reference, tensors(dpo.pair_rows(pairs, 64, 0)))
-        pairs = [p._replace(reference=tuple(v)) for p, v in zip(pairs, known.view(2, -1).T.tolist())]
+        pairs = [
+            p._replace(reference=tuple(v)) for p, v in zip(pairs, known.view(2, -1).T.tolist())
+        ]
         total, ours = dpo.preference_loss(config(loss=loss, beta=0.3))(
             model, tensors(dpo.pair_rows(pairs, 64, 0))
         )
@@ -232,7 +262,9 @@ def test_trl_computes_the_same_loss_and_metrics(tmp_path, base, tiny_tokenizer, 
         tuple(row[: int(mask.sum())])
         for row, mask in zip(batch["input_ids"].tolist(), batch["attention_mask"])
     }
-    assert rows == {tuple(ids.tolist()) for pair in pairs for ids, _ in (pair.chosen, pair.rejected)}
+    assert rows == {
+        tuple(ids.tolist()) for pair in pairs for ids, _ in (pair.chosen, pair.rejected)
+    }
 
 
 def test_the_same_numbers_without_trl(base, tiny_tokenizer):
@@ -256,7 +288,9 @@ def test_the_same_numbers_without_trl(base, tiny_tokenizer):
 def test_eight_preferences_are_learned(tmp_path, base, pairs, knobs):
     before = (base / "model.safetensors").read_bytes()
     knobs = {"lora_r": 16, "max_steps": 24, "eval_steps": 24, "batch_size": 8} | knobs
-    out = finished("dpo", tmp_path / "out", model_path=base, dataset_path=pairs, val_path=pairs, **knobs)
+    out = finished(
+        "dpo", tmp_path / "out", model_path=base, dataset_path=pairs, val_path=pairs, **knobs
+    )
     log, lines = (tmp_path / "out.log").read_text(), records(out)
     start = 25.0 if knobs.get("loss") == "ipo" else math.log(2)
     assert f"policy and reference begin as one: loss {start:.4f}, margin" in log
@@ -277,9 +311,9 @@ def test_eight_preferences_are_learned(tmp_path, base, pairs, knobs):
 def test_a_run_in_two_parts_is_the_run(tmp_path, base, pairs, knobs):
     knobs = {"model_path": base, "dataset_path": pairs, "val_path": pairs} | knobs
     whole = finished("dpo", tmp_path / "whole", **knobs)
-    assert begin("dpo", tmp_path / "parts", before=functools.partial(after_save, 4, die), **knobs).wait() == [
-        9
-    ]
+    assert begin(
+        "dpo", tmp_path / "parts", before=functools.partial(after_save, 4, die), **knobs
+    ).wait() == [9]
     parts = finished("dpo", tmp_path / "parts", resume_from_checkpoint="auto", **knobs)
     for path in whole.rglob("*.safetensors"):
         assert path.read_bytes() == (parts / path.relative_to(whole)).read_bytes()
@@ -298,7 +332,13 @@ def test_two_ranks_are_one(tmp_path, base, pairs):
 def test_the_reference_is_the_sft_policy_and_not_its_base(tmp_path, base, pairs):
     """DPO on an SFT adapter folder: the adapter is merged first, the new one is named after that folder."""
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": p, "response": c} for p, c, _ in SAID])
-    knobs = {"model_path": base, "dataset_path": rows, "val_ratio": 0, "max_steps": 4, "merge": False}
+    knobs = {
+        "model_path": base,
+        "dataset_path": rows,
+        "val_ratio": 0,
+        "max_steps": 4,
+        "merge": False,
+    }
     policy = finished("sft", tmp_path / "sft", **knobs)
     knobs |= {"model_path": policy, "dataset_path": pairs, "max_steps": 2, "batch_size": 8}
     out = finished("dpo", tmp_path / "dpo", **knobs)
@@ -315,7 +355,13 @@ def test_the_reference_is_the_sft_policy_and_not_its_base(tmp_path, base, pairs)
 
 def test_early_stopping_goes_back_to_the_best(tmp_path, base, pairs):
     """Accuracy is perfect soon and cannot rise: after `patience` more validations the best is taken."""
-    knobs = {"model_path": base, "dataset_path": pairs, "val_path": pairs, "max_steps": 200, "batch_size": 8}
+    knobs = {
+        "model_path": base,
+        "dataset_path": pairs,
+        "val_path": pairs,
+        "max_steps": 200,
+        "batch_size": 8,
+    }
     knobs |= {"eval_steps": 4, "save_steps": 100, "early_stopping_patience": 3, "keep_last": 1}
     knobs |= {"early_stopping_metric": "val_rewards/accuracies", "lora_r": 16}
     out = finished("dpo", tmp_path / "out", **knobs)
@@ -323,7 +369,10 @@ def test_early_stopping_goes_back_to_the_best(tmp_path, base, pairs):
     best = min(step for step, score in scores.items() if score == max(scores.values()))
     assert max(scores) == best + 3 * 4 < 200
     assert f"the best validation was that of step {best}" in (tmp_path / "out.log").read_text()
-    assert sorted(p.name for p in out.glob("step_*")) == [f"step_{best:06d}", f"step_{max(scores):06d}"]
+    assert sorted(p.name for p in out.glob("step_*")) == [
+        f"step_{best:06d}",
+        f"step_{max(scores):06d}",
+    ]
     kept = safetensors.torch.load_file(out / f"step_{best:06d}" / "adapter_model.safetensors")
     final = safetensors.torch.load_file(out / "final" / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(kept[name], final[name]) for name in kept)
@@ -337,7 +386,9 @@ def test_a_falling_chosen_log_probability_is_told():
     dpo.watch_chosen(cfg, {"val_logps/chosen": -52.0, "val_rewards/chosen": -1.0}, said.append)
     assert not said  # 2 nats below -50
     dpo.watch_chosen(cfg, {"val_logps/chosen": -56.0, "val_rewards/chosen": -3.0}, said.append)
-    assert said[0].startswith("warning: the chosen answers became less likely, logps/chosen -50.0 -> -56.0")
+    assert said[0].startswith(
+        "warning: the chosen answers became less likely, logps/chosen -50.0 -> -56.0"
+    )
 
 
 def test_dropout_is_off_whatever_the_model_says(tmp_path, tiny_tokenizer):
@@ -351,7 +402,9 @@ def test_dropout_is_off_whatever_the_model_says(tmp_path, tiny_tokenizer):
 
 def test_mistakes_are_told_on_one_line(tmp_path, base, pairs, tiny_tokenizer):
     def line(**knobs):
-        return refused("dpo", tmp_path / "out", **({"model_path": base, "dataset_path": pairs} | knobs))
+        return refused(
+            "dpo", tmp_path / "out", **({"model_path": base, "dataset_path": pairs} | knobs)
+        )
 
     plain = make_base(tmp_path / "plain", tiny_tokenizer)
     assert "names no chat template of ours; train it with sft.py first" in line(model_path=plain)

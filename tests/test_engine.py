@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 import engine as engine_room
-from lib.config import UserError
 from engine import (
     Engine,
     Reply,
@@ -24,6 +23,7 @@ from engine import (
     score,
     uniforms,
 )
+from lib.config import UserError
 from model import Llama, ModelConfig, save_model
 from packed import pack
 
@@ -38,7 +38,9 @@ BASE = ModelConfig(
     initializer_range=0.3,  # lively: near-ties between tokens would test rounding, not us
 )
 GREEDY = Sampling(temperature=0)
-EVERY_RULE = Sampling(temperature=1.5, top_k=40, top_p=0.9, min_p=0.02, repetition_penalty=1.3, seed=7)
+EVERY_RULE = Sampling(
+    temperature=1.5, top_k=40, top_p=0.9, min_p=0.02, repetition_penalty=1.3, seed=7
+)
 PLAIN = Sampling(temperature=1.0, top_k=0, top_p=1.0, seed=3)
 CROWD = [
     GREEDY,
@@ -77,7 +79,11 @@ def answer(model, prompt, sampling=GREEDY, count=10, engine=None, **kw):
 @torch.no_grad()
 def uncached(model, prompt, sampling, count=10):
     """The oracle: the whole text through the model for every token."""
-    rules, ids, chance = Rules([sampling], model.cfg.vocab_size), list(prompt), uniforms(sampling.seed, count)
+    rules, ids, chance = (
+        Rules([sampling], model.cfg.vocab_size),
+        list(prompt),
+        uniforms(sampling.seed, count),
+    )
     for step in range(count):
         logits = model(torch.tensor([ids]))[:, -1]
         ids.append(pick(logits, rules, torch.tensor([ids]), chance[step].view(1, 1)).item())
@@ -87,7 +93,9 @@ def uncached(model, prompt, sampling, count=10):
 # ---- the cache
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, EVERY_RULE, PLAIN], ids=["greedy", "every-rule", "plain"])
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, EVERY_RULE, PLAIN], ids=["greedy", "every-rule", "plain"]
+)
 @pytest.mark.parametrize("length", [1, 7])
 @pytest.mark.parametrize(
     ("tied", "kv_heads", "backend"),
@@ -229,8 +237,12 @@ def test_static_shapes_cross_a_window():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("arranged", [lambda model: model, pack])
 def test_cuda_graphs_change_nothing(arranged):
-    model = arranged(build(replace(BASE, n_layer=2, d_model=128, d_ff=256, sequence_length=600)).cuda())
-    prompts = [(PROMPTS[6] * 13)[: 230 + 3 * row] for row in range(8)]  # the window of 256 is left on the way
+    model = arranged(
+        build(replace(BASE, n_layer=2, d_model=128, d_ff=256, sequence_length=600)).cuda()
+    )
+    prompts = [
+        (PROMPTS[6] * 13)[: 230 + 3 * row] for row in range(8)
+    ]  # the window of 256 is left on the way
     for sampling in (GREEDY, EVERY_RULE, PLAIN):
         rows, same = ([Request(prompt, 40, sampling) for prompt in prompts] for _ in range(2))
         list(generate(model, rows, Engine(model, len(rows), graphs=True)))
@@ -266,8 +278,14 @@ FOUR = torch.tensor([0.1, 0.4, 0.3, 0.2]).log()
         ({"min_p": 1.0}, [0, 1, 0, 0]),
         ({"temperature": 0.5}, [1 / 30, 16 / 30, 9 / 30, 4 / 30]),
         ({"temperature": 1e-38}, [0, 1, 0, 0]),
-        ({"temperature": 0.5, "top_p": 0.6}, [0, 16 / 25, 9 / 25, 0]),  # temperature comes before top-p
-        ({"top_k": 2, "top_p": 0.5}, [0, 1, 0, 0]),  # top-p sees what top-k left: 4/7 alone is enough
+        (
+            {"temperature": 0.5, "top_p": 0.6},
+            [0, 16 / 25, 9 / 25, 0],
+        ),  # temperature comes before top-p
+        (
+            {"top_k": 2, "top_p": 0.5},
+            [0, 1, 0, 0],
+        ),  # top-p sees what top-k left: 4/7 alone is enough
         ({"top_k": 3, "top_p": 0.5, "min_p": 0.9}, [0, 1, 0, 0]),
     ],
 )
@@ -308,19 +326,25 @@ def test_rules_equal_transformers(seed):
         process.MinPLogitsWarper(settings["min_p"]),
     ]
     expected = process.LogitsProcessorList(chain)(history, logits.clone()).softmax(dim=-1)[0]
-    ours = distribution(engine_room.penalize(logits, history, torch.tensor([[penalty]]))[0], **settings)
+    ours = distribution(
+        engine_room.penalize(logits, history, torch.tensor([[penalty]]))[0], **settings
+    )
     torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
 
 
 def test_temperature_0_is_argmax():
     logits = torch.randn(5, 100)
-    picked = pick(logits, Rules([GREEDY] * 5, 100), torch.zeros(5, 1, dtype=torch.long), torch.ones(5, 1))
+    picked = pick(
+        logits, Rules([GREEDY] * 5, 100), torch.zeros(5, 1, dtype=torch.long), torch.ones(5, 1)
+    )
     assert torch.equal(picked[:, 0], logits.argmax(dim=-1))
 
 
 def test_a_draw_is_never_of_weight_0():
     weights = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]] * 4)
-    assert draw(weights, torch.tensor([[2.0**-24], [0.25], [0.2500001], [1.0]])).flatten().tolist() == [
+    assert draw(
+        weights, torch.tensor([[2.0**-24], [0.25], [0.2500001], [1.0]])
+    ).flatten().tolist() == [
         1,
         1,
         3,
@@ -369,7 +393,9 @@ def test_of_control_ids_only_ends_are_written(tmp_path, tiny_tokenizer, dtype, t
         asked = [Request(PROMPTS[1], 30, one, top_logprobs=1) for one in settings]
         list(generate(model, asked, Engine(model, len(asked), graphs=graphs)))
         assert not never & {id for request in asked for id in request.ids}
-        assert {top[0][0] for request in asked for _, top in request.logprobs} & never  # the model's own
+        assert {
+            top[0][0] for request in asked for _, top in request.logprobs
+        } & never  # the model's own
     exact = exact_log_probs(model, PROMPTS[1] + asked[0].ids)[len(PROMPTS[1]) - 1 :]
     exact[:, list(never)] = -torch.inf
     if dtype == "fp32":
@@ -408,10 +434,14 @@ def exact_log_probs(model, row):
 def agree(known, exact, ids, top):
     """`known`, a list as `Request.logprobs`, says of `ids` what the rows of `exact` (N, V) do."""
     assert len(known) == len(ids) == len(exact)
-    assert [own for own, _ in known] == pytest.approx(exact[range(len(ids)), ids].tolist(), abs=1e-5)
+    assert [own for own, _ in known] == pytest.approx(
+        exact[range(len(ids)), ids].tolist(), abs=1e-5
+    )
     for (_, likeliest), row in zip(known, exact):
         assert [id for id, _ in likeliest] == row.topk(top).indices.tolist()
-        assert [value for _, value in likeliest] == pytest.approx(row.topk(top).values.tolist(), abs=1e-5)
+        assert [value for _, value in likeliest] == pytest.approx(
+            row.topk(top).values.tolist(), abs=1e-5
+        )
 
 
 @pytest.mark.parametrize("burst", [1, 4])
@@ -489,7 +519,11 @@ def test_ends_at_its_length_or_the_context(model, count, length, finish, graphs)
 
 
 def test_rows_end_each_at_its_own_place(model):
-    rows = [Request(PROMPTS[6], 99, GREEDY), Request(PROMPTS[0], 99, PLAIN), Request(PROMPTS[1], 3, PLAIN)]
+    rows = [
+        Request(PROMPTS[6], 99, GREEDY),
+        Request(PROMPTS[0], 99, PLAIN),
+        Request(PROMPTS[1], 3, PLAIN),
+    ]
     list(generate(model, rows))
     assert [len(row.ids) for row in rows] == [48 - 21, 47, 3]
     assert [row.finish for row in rows] == ["context", "context", "length"]
@@ -502,7 +536,9 @@ def test_in_a_burst_a_row_may_end_at_the_context(model):
     engine.burst = 8
     list(generate(model, rows, engine))
     assert [row.finish for row in rows] == ["context", "context"]
-    assert [row.ids for row in rows] == [answer(model, row.prompt, row.sampling, 99) for row in rows]
+    assert [row.ids for row in rows] == [
+        answer(model, row.prompt, row.sampling, 99) for row in rows
+    ]
 
 
 def test_a_reader_ends_a_row(model):

@@ -15,9 +15,17 @@ import torch
 import assess as assess_room
 from assess import METRICS, assess, compare, read_expected, size_class
 from corpus.chats import read_rows
-from lib.config import UserError, configure
 from engine import open_model
-from eval import EvalConfig, encode_questions, main, prepare_text, read_text, text_verdict, to_question
+from eval import (
+    EvalConfig,
+    encode_questions,
+    main,
+    prepare_text,
+    read_text,
+    text_verdict,
+    to_question,
+)
+from lib.config import UserError, configure
 from lora import add_lora, identify, merge_lora, save_adapter
 from model import Llama, ModelConfig, count_parameters, load_model, save_model
 from scoring import answer_scores
@@ -29,7 +37,9 @@ from tests.warm import python
 EXPECTED = ROOT / "configs" / "eval" / "expected.json"
 WIKITEXT = SHARED / "wikitext2" / "wiki.valid.raw"
 CONTEXT = 96
-TEXT = "".join(f"The quick brown fox number {n} jumps\nover a lazy dog: why not?\n\n" for n in range(60))
+TEXT = "".join(
+    f"The quick brown fox number {n} jumps\nover a lazy dog: why not?\n\n" for n in range(60)
+)
 BOOLQ = [
     {
         "question": f"is {n} a lazy number",
@@ -65,7 +75,10 @@ def place(tmp_path_factory, tiny_tokenizer):
 def knobs(place, **more):
     values = {"model_path": place / "base", "perplexity_path": place / "text.txt"}
     values |= {"boolq_path": place / "boolq.jsonl", "custom_prompts": place / "prompts.jsonl"}
-    values = {key: str(value) for key, value in values.items()} | {"max_new_tokens": 4, "device": "cpu"}
+    values = {key: str(value) for key, value in values.items()} | {
+        "max_new_tokens": 4,
+        "device": "cpu",
+    }
     return values | more
 
 
@@ -86,9 +99,23 @@ def results(place):
 def test_the_promised_keys_are_there(results, place):
     assert [*results] == ["model", "protocol", "perplexity", "boolq", "tasks", "smoke"]
     text = results["perplexity"]
-    assert text.keys() >= {"bits_per_byte", "word_perplexity", "token_perplexity", "tokens", "words", "bytes"}
+    assert text.keys() >= {
+        "bits_per_byte",
+        "word_perplexity",
+        "token_perplexity",
+        "tokens",
+        "words",
+        "bytes",
+    }
     assert (text["context"], text["stride"], text["lossless"]) == (CONTEXT, CONTEXT // 2, True)
-    assert results["boolq"].keys() >= {"accuracy", "n", "majority", "ci95", "calibrated_accuracy", "verdict"}
+    assert results["boolq"].keys() >= {
+        "accuracy",
+        "n",
+        "majority",
+        "ci95",
+        "calibrated_accuracy",
+        "verdict",
+    }
     assert results["smoke"].keys() >= {"score", "by_category", "eos_rate", "responses"}
     assert results["model"]["sha256"] == identify(place / "base").sha256
     assert results["model"]["non_embedding"] == 2 * (3 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64
@@ -151,7 +178,8 @@ def test_adapters_and_what_they_were_merged_into_score_alike(place, tmp_path, ti
     merge_lora(model)
     save_model(model, tmp_path / "merged")
     found = [
-        measure(place, tmp_path / "out", model_path=str(tmp_path / name)) for name in ("adapter", "merged")
+        measure(place, tmp_path / "out", model_path=str(tmp_path / name))
+        for name in ("adapter", "merged")
     ]
     for part in ("perplexity", "boolq"):
         assert found[0][part] == found[1][part]
@@ -173,7 +201,11 @@ def test_questions_are_drawn_by_the_seed_not_from_the_top(place, tmp_path):
     write_rows(
         tmp_path / "sorted.jsonl", sorted(BOOLQ, key=lambda row: row["answer"])
     )  # the first ten are all no
-    draw = {"boolq_path": str(tmp_path / "sorted.jsonl"), "max_boolq_samples": 12, "skip_perplexity": True}
+    draw = {
+        "boolq_path": str(tmp_path / "sorted.jsonl"),
+        "max_boolq_samples": 12,
+        "skip_perplexity": True,
+    }
     got = [measure(place, tmp_path, seed=seed, **draw) for seed in (0, 0, 1)]
     assert [results["boolq"]["n"] for results in got] == [12] * 3
     assert got[0]["boolq"] == got[1]["boolq"]
@@ -223,7 +255,10 @@ def hub(monkeypatch, rows):
 
 def test_wikitext_of_the_hub_is_the_file(monkeypatch):
     raw = " \n = Fox = \n \n A fox .\n \n"
-    hub(monkeypatch, [{"text": line if line.strip() else ""} for line in raw.splitlines(keepends=True)])
+    hub(
+        monkeypatch,
+        [{"text": line if line.strip() else ""} for line in raw.splitlines(keepends=True)],
+    )
     assert read_text("hf:Salesforce/wikitext:wikitext-2-raw-v1:test") == raw
 
 
@@ -262,11 +297,23 @@ BAD = {
     "no text": ({"perplexity_path": "nowhere.txt"}, ["nowhere.txt: not found"]),
     "empty text": ({"perplexity_path": ("t.txt", b"")}, ["t.txt: holds no text"]),
     "blank text": ({"perplexity_path": ("t.txt", b" \n\n")}, ["t.txt: holds no text"]),
-    "binary": ({"perplexity_path": ("t.txt", b"ab\xff")}, ["t.txt: byte 0xff at offset 2: not UTF-8"]),
-    "damaged": ({"perplexity_path": ("t.gz", gzip.compress(b"abc" * 99)[:-9])}, ["t.gz: cannot be read"]),
-    "short text": ({"perplexity_path": ("t.txt", b"a fox")}, ["fewer than the context of 96", "--context="]),
+    "binary": (
+        {"perplexity_path": ("t.txt", b"ab\xff")},
+        ["t.txt: byte 0xff at offset 2: not UTF-8"],
+    ),
+    "damaged": (
+        {"perplexity_path": ("t.gz", gzip.compress(b"abc" * 99)[:-9])},
+        ["t.gz: cannot be read"],
+    ),
+    "short text": (
+        {"perplexity_path": ("t.txt", b"a fox")},
+        ["fewer than the context of 96", "--context="],
+    ),
     "no column": ({"perplexity_path": ("t.jsonl", b'{"txt": 1}')}, ["t.jsonl line 1", '"text"']),
-    "bad row": ({"perplexity_path": ("t.jsonl", b'{"text": "a"}\n{')}, ["1 rows", "not-json", "line 2"]),
+    "bad row": (
+        {"perplexity_path": ("t.jsonl", b'{"text": "a"}\n{')},
+        ["1 rows", "not-json", "line 2"],
+    ),
     "half a character": (
         {"perplexity_path": ("t.jsonl", b'{"text": "\\ud800"}')},
         ["t.jsonl line 1", "Unicode"],
@@ -276,8 +323,14 @@ BAD = {
     "no boolq": ({"boolq_path": "nowhere.jsonl"}, ["nowhere.jsonl: not found"]),
     "empty boolq": ({"boolq_path": ("b.jsonl", b"")}, ["b.jsonl: 0 usable rows"]),
     "not json": ({"boolq_path": ("b.jsonl", b"{]\n")}, ["b.jsonl", "not-json", "line 1"]),
-    "no passage": ({"boolq_path": ("b.jsonl", b'{"question": "a", "answer": true}')}, ["passage", "line 1"]),
-    "no answer": ({"boolq_path": ("b.jsonl", b'{"question": "a", "passage": "b"}')}, ['"answer"', "line 1"]),
+    "no passage": (
+        {"boolq_path": ("b.jsonl", b'{"question": "a", "answer": true}')},
+        ["passage", "line 1"],
+    ),
+    "no answer": (
+        {"boolq_path": ("b.jsonl", b'{"question": "a", "passage": "b"}')},
+        ['"answer"', "line 1"],
+    ),
     "odd answer": (
         {"boolq_path": ("b.jsonl", b'{"question": "a", "passage": "b", "answer": []}')},
         ['"answer" must be true or false'],
@@ -286,16 +339,30 @@ BAD = {
         {"boolq_path": ("b.jsonl", b'{"text": "a b"}')},
         ["{question, passage, answer}", "--tasks"],
     ),
-    "other rows": ({"tasks": ("c.jsonl", b'{"foo": 1}')}, ["expected {question", "found the fields foo"]),
-    "one choice": ({"tasks": ("c.jsonl", b'{"context": "a", "choices": ["b"], "answer": 0}')}, ["two texts"]),
-    "which": ({"tasks": ("c.jsonl", b'{"context": "a", "choices": ["b", "c"], "answer": 2}')}, ["0..1"]),
+    "other rows": (
+        {"tasks": ("c.jsonl", b'{"foo": 1}')},
+        ["expected {question", "found the fields foo"],
+    ),
+    "one choice": (
+        {"tasks": ("c.jsonl", b'{"context": "a", "choices": ["b"], "answer": 0}')},
+        ["two texts"],
+    ),
+    "which": (
+        {"tasks": ("c.jsonl", b'{"context": "a", "choices": ["b", "c"], "answer": 2}')},
+        ["0..1"],
+    ),
     "half a character in it": (
         {"tasks": ("c.jsonl", b'{"context": "a", "choices": ["b", "\\ud800"], "answer": 0}')},
         ["c.jsonl", "line 1", "two texts"],
     ),
     "one word": ({"tasks": ("c.jsonl", b'{"text": "fox"}')}, ["last word"]),
     "two kinds": (
-        {"tasks": ("c.jsonl", b'{"text": "a fox"}\n{"context": "a", "choices": ["b", "c"], "answer": 1}')},
+        {
+            "tasks": (
+                "c.jsonl",
+                b'{"text": "a fox"}\n{"context": "a", "choices": ["b", "c"], "answer": 1}',
+            )
+        },
         ["one file for each kind"],
     ),
     "list": ({"tasks": ("c.jsonl", b"[1]")}, ["expected an object"]),
@@ -338,16 +405,22 @@ def variant(results, folder, change):
 
 
 def test_compare_marks_the_best_of_what_may_be_compared(results, place, tmp_path):
-    better = variant(results, tmp_path / "better", lambda r: r["perplexity"].update(bits_per_byte=0.5))
+    better = variant(
+        results, tmp_path / "better", lambda r: r["perplexity"].update(bits_per_byte=0.5)
+    )
     rows = {row.split("  ")[0]: row for row in compare([place / "out", better]).splitlines()}
     assert rows["bits per byte"].endswith("0.5000 *")
-    other = variant(results, tmp_path / "other", lambda r: r["perplexity"]["text"].update(sha256="x"))
+    other = variant(
+        results, tmp_path / "other", lambda r: r["perplexity"]["text"].update(sha256="x")
+    )
     text = compare([place / "out", other / "results.json"])
     assert "bits per byte: not to be compared, the texts differ" in text
     assert not re.search(r"bits per byte .*\*", text)
     assert re.search(r"choices.jsonl accuracy +33.3% \* +33.3% \*", text)
     assert re.search(r"context, stride +96, 48 +96, 48", text)
-    missing = variant(results, tmp_path / "missing", lambda r: r.update(boolq={"verdict": "", "reason": "r"}))
+    missing = variant(
+        results, tmp_path / "missing", lambda r: r.update(boolq={"verdict": "", "reason": "r"})
+    )
     assert re.search(r"BoolQ accuracy .* not measured", compare([place / "out", missing]))
     with pytest.raises(UserError, match="two results"):
         compare([place / "out"])
@@ -381,11 +454,17 @@ def test_each_metric_is_held_against_its_range(results, tmp_path):
     def change(r):
         r["model"]["non_embedding"] = 6_294_784
         r["perplexity"]["text"]["name"] = "WikiText-2 raw, test"
-        r["perplexity"]["token_perplexity"], r["boolq"]["accuracy"], r["smoke"]["score"] = 45.0, 0.5, 0.9
+        r["perplexity"]["token_perplexity"], r["boolq"]["accuracy"], r["smoke"]["score"] = (
+            45.0,
+            0.5,
+            0.9,
+        )
 
     text = assess([variant(results, tmp_path / "r", change)], EXPECTED)
     assert "size class tiny" in text
-    assert re.search(r"token perplexity +45.00 +40.00 to 80.00 +within +claim of the original README", text)
+    assert re.search(
+        r"token perplexity +45.00 +40.00 to 80.00 +within +claim of the original README", text
+    )
     assert re.search(r"token perplexity +45.00 +50.00 to 80.00 +better", text)
     assert re.search(r"BoolQ accuracy +50.0% +55.0% to 65.0% +worse", text)
     assert re.search(r"smoke score +0.900 +0.350 to 0.600 +better", text)
@@ -393,7 +472,9 @@ def test_each_metric_is_held_against_its_range(results, tmp_path):
 
 
 def test_a_range_for_another_text_is_no_verdict(results, tmp_path):
-    changed = variant(results, tmp_path / "r", lambda r: r["model"].update(non_embedding=50_000_000))
+    changed = variant(
+        results, tmp_path / "r", lambda r: r["model"].update(non_embedding=50_000_000)
+    )
     text = assess([changed], EXPECTED)
     assert "size class small" in text
     assert re.search(r"token perplexity .* not comparable: measured on another text", text)
@@ -409,7 +490,9 @@ def test_the_command_line(results, place, tmp_path):
     status, out, err = eval_py("assess", str(place / "out" / "results.json"))
     assert (status, err) == (0, "")
     assert "what to do" in out
-    (tmp_path / "cut.json").write_text((place / "out" / "results.json").read_text()[:500])  # trap B47
+    (tmp_path / "cut.json").write_text(
+        (place / "out" / "results.json").read_text()[:500]
+    )  # trap B47
     status, out, err = eval_py("assess", str(tmp_path / "cut.json"))
     assert (status, out, err.count("\n")) == (1, "", 1), err
     status, out, err = eval_py("--model_path=nowhere", f"--output_dir={tmp_path / 'o'}")
@@ -422,8 +505,14 @@ def test_the_command_line(results, place, tmp_path):
     [
         ("{}", "not results of eval.py"),
         ("[]", "must be an object"),
-        ('{"model": {"non_embedding": 0}, "perplexity": {}, "boolq": {}, "smoke": {}}', "non_embedding"),
-        ('{"model": {"non_embedding": 9}, "perplexity": {}, "boolq": {}, "smoke": {}}', "not whole results"),
+        (
+            '{"model": {"non_embedding": 0}, "perplexity": {}, "boolq": {}, "smoke": {}}',
+            "non_embedding",
+        ),
+        (
+            '{"model": {"non_embedding": 9}, "perplexity": {}, "boolq": {}, "smoke": {}}',
+            "not whole results",
+        ),
     ],
 )
 def test_broken_results_are_refused(content, words, tmp_path):
@@ -453,7 +542,9 @@ def test_lm_eval_finds_the_same_perplexity(lm, place, tmp_path):
         [Instance("loglikelihood_rolling", {}, (TEXT,), 0)], disable_tqdm=True
     )
     assert got["nats"] == pytest.approx(-found, rel=1e-6)
-    assert got["word_perplexity"] == pytest.approx(math.exp(-found / len(re.split(r"\s+", TEXT))), rel=1e-4)
+    assert got["word_perplexity"] == pytest.approx(
+        math.exp(-found / len(re.split(r"\s+", TEXT))), rel=1e-4
+    )
 
 
 def test_lm_eval_finds_the_same_likelihoods(lm, place):
@@ -490,4 +581,6 @@ def test_a_verdict_names_the_baselines_that_were_beaten():
     said = [text_verdict(bits, baselines, True) for bits in (3.0, 2.5, 1.0)]
     better = "better than uniform"
     assert said == ["better than no baseline", f"{better}; not better than gzip", f"{better}, gzip"]
-    assert text_verdict(1.0, baselines, False).endswith("; too low: the tokenizer loses parts of this text")
+    assert text_verdict(1.0, baselines, False).endswith(
+        "; too low: the tokenizer loses parts of this text"
+    )

@@ -11,14 +11,14 @@ import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 
-from lib.config import UserError
 from engine import open_model
-from tools.export import ExportConfig, main, metadata, packed
+from lib.config import UserError
+from lib.tokenizer import Tokenizer
 from lora import add_lora, identify, open_model_folder, save_adapter
 from model import Llama, ModelConfig, load_model, save_model
 from tests import ROOT
 from tests.warm import python
-from lib.tokenizer import Tokenizer
+from tools.export import ExportConfig, main, metadata, packed
 
 gguf = pytest.importorskip("gguf")
 LLAMA3 = {
@@ -74,9 +74,9 @@ def test_transformers_reads_both_formats_as_we_do(shape, tiny_tokenizer, tmp_pat
         logits_of(transformers.AutoModelForCausalLM.from_pretrained(hf)), expected, atol=1e-5
     )
     text = "the quick fox 42\n\n  jumps \u00e9\U0001f600"
-    assert transformers.AutoTokenizer.from_pretrained(hf).encode(text, add_special_tokens=False) == (
-        tiny_tokenizer.encode(text)
-    )
+    assert transformers.AutoTokenizer.from_pretrained(hf).encode(
+        text, add_special_tokens=False
+    ) == (tiny_tokenizer.encode(text))
     if "rope_scaling" in SHAPES[shape]:
         return  # transformers does not read the scaling of a GGUF file
     export(own, tmp_path / "own.gguf", "gguf")
@@ -96,7 +96,10 @@ def test_gguf_holds_every_tensor_as_its_own_writer_would(dtype, tiny_tokenizer, 
         if name == "lm_head.weight":
             continue  # tied
         expected = weight.numpy()
-        for part, heads in (("q_proj", 4), ("k_proj", 2)):  # what llama.cpp's converter does to these
+        for part, heads in (
+            ("q_proj", 4),
+            ("k_proj", 2),
+        ):  # what llama.cpp's converter does to these
             if part in name:
                 expected = expected.reshape(heads, 2, 8, 64).swapaxes(1, 2).reshape(expected.shape)
         tensor = found.pop(names.get_name(name, try_suffixes=(".weight",)))
@@ -186,7 +189,13 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tiny_tokenizer, tmp_path, opti
     make(tmp_path / "own", tiny_tokenizer)
     words = [python(), "-m", "tools.export", *options]
     words += [] if any("model_path" in word for word in options) else ["--model_path=own"]
-    done = subprocess.run(words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run(
+        words,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert message in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["own"]
@@ -201,7 +210,9 @@ def test_what_half_precision_or_q8_cannot_hold_is_named(tiny_tokenizer, tmp_path
     with pytest.raises(UserError, match=r"embed_tokens.weight holds 1e\+05, too large for f16"):
         export(own, tmp_path / "out", "hf", "f16")
     odd = make(tmp_path / "odd", tiny_tokenizer, d_ff=100)
-    with pytest.raises(UserError, match=r"down_proj.weight: rows of 100 numbers; q8_0 takes multiples of 32"):
+    with pytest.raises(
+        UserError, match=r"down_proj.weight: rows of 100 numbers; q8_0 takes multiples of 32"
+    ):
         export(odd, tmp_path / "out", "gguf", "q8_0")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["odd", "own"]
 
@@ -219,7 +230,9 @@ def test_what_a_killed_export_left_is_no_hindrance(tiny_tokenizer, tmp_path):
 def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_tokenizer, tmp_path, small_disk, format):
     own, disk = make(tmp_path / "own", tiny_tokenizer), small_disk("100k")
     words = [f"--model_path={own}", f"--output={disk / 'out'}", f"--format={format}"]
-    done = subprocess.run([python(), "-m", "tools.export", *words], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [python(), "-m", "tools.export", *words], cwd=ROOT, capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert "o space left" in done.stderr
     assert not list(disk.iterdir())
@@ -259,7 +272,12 @@ def test_a_sharded_folder_opens_and_its_shards_are_its_identity(tiny_tokenizer, 
 
 
 LLAMA = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-LLAMA |= {"num_attention_heads": 4, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2}
+LLAMA |= {
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 def make_foreign(folder, tokenizer, **changes):
@@ -283,7 +301,9 @@ def rewrite(path, **changes):
 
 @pytest.mark.parametrize("spelling", [4, 5])
 @pytest.mark.parametrize("scaling", [LLAMA3, {"rope_type": "linear", "factor": 2.0}, None])
-def test_positions_are_read_as_both_generations_write_them(spelling, scaling, tiny_tokenizer, tmp_path):
+def test_positions_are_read_as_both_generations_write_them(
+    spelling, scaling, tiny_tokenizer, tmp_path
+):
     rope = {"rope_theta": 5000.0, "rope_type": "default"} | (scaling or {})
     foreign = make_foreign(tmp_path / "f", tiny_tokenizer, rope_parameters=rope)
     config = tmp_path / "f" / "config.json"
@@ -350,7 +370,9 @@ def configured(**changes):
         (lambda folder: (folder / "tokenizer.model").unlink(), r"tokenizer\.model: No such file"),
     ],
 )
-def test_foreign_folders_that_cannot_be_are_refused_in_one_line(change, message, tiny_tokenizer, tmp_path):
+def test_foreign_folders_that_cannot_be_are_refused_in_one_line(
+    change, message, tiny_tokenizer, tmp_path
+):
     make_foreign(tmp_path / "f", tiny_tokenizer)
     change(tmp_path / "f")
     with pytest.raises(UserError, match=message) as refusal:
@@ -370,8 +392,19 @@ def test_gguf_is_refused_where_the_tokenizer_is_a_json(tiny_tokenizer, tmp_path)
 def sentencepiece_model(texts, **recipe):
     """A .model file's bytes, by default BPE that leaves texts as they are."""
     model = io.BytesIO()
-    plain = {"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
-    ids = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, "byte_fallback": True, "minloglevel": 2}
+    plain = {
+        "model_type": "bpe",
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+    }
+    ids = {
+        "pad_id": 0,
+        "bos_id": 1,
+        "eos_id": 2,
+        "unk_id": 3,
+        "byte_fallback": True,
+        "minloglevel": 2,
+    }
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_writer=model, vocab_size=384, **ids, **plain | recipe
     )
@@ -380,22 +413,38 @@ def sentencepiece_model(texts, **recipe):
 
 ODD = {  # a recipe, a text that it makes other ids of than what is written, what is said of it
     "plain": ({}, "  a  \ufb01ne b<sep>", ""),
-    "nmt_nfkc": ({"normalization_rule_name": "nmt_nfkc"}, "a \ufb01ne b", "does not normalize characters,"),
+    "nmt_nfkc": (
+        {"normalization_rule_name": "nmt_nfkc"},
+        "a \ufb01ne b",
+        "does not normalize characters,",
+    ),
     "spaces": ({"remove_extra_whitespaces": True}, "a  b ", "does not drop superfluous spaces,"),
-    "symbols": ({"user_defined_symbols": ["<sep>"]}, "a<sep>b", "not keep user-defined symbols whole,"),
+    "symbols": (
+        {"user_defined_symbols": ["<sep>"]},
+        "a<sep>b",
+        "not keep user-defined symbols whole,",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_a_tokenizer_of_which_other_programs_get_a_part_is_told_of(name, tiny_documents, tmp_path, capsys):
+def test_a_tokenizer_of_which_other_programs_get_a_part_is_told_of(
+    name, tiny_documents, tmp_path, capsys
+):
     tokenizers = pytest.importorskip("tokenizers")
     recipe, text, words = ODD[name]
     tokenizer = Tokenizer(sentencepiece_model(tiny_documents, **recipe))
     own = make(tmp_path / "own", tokenizer, template=None)
-    written = tokenizers.Tokenizer.from_file(str(export(own, tmp_path / "hf", "hf") / "tokenizer.json"))
-    assert (written.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)) == (not words)
+    written = tokenizers.Tokenizer.from_file(
+        str(export(own, tmp_path / "hf", "hf") / "tokenizer.json")
+    )
+    assert (written.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)) == (
+        not words
+    )
     export(own, tmp_path / "own.gguf", "gguf")
-    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    warnings = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")
+    ]
     if words:
         assert ["tokenizer.json is not exact" in line for line in warnings] == [True, False]
     assert len(warnings) == 2 * bool(words)
@@ -406,7 +455,9 @@ def test_a_tokenizer_of_which_other_programs_get_a_part_is_told_of(name, tiny_do
 def test_a_tokenizer_that_is_no_bpe_is_refused(format, tiny_documents, tmp_path):
     tokenizer = Tokenizer(sentencepiece_model(tiny_documents, model_type="unigram"))
     own = make(tmp_path / "own", tokenizer, template=None)
-    with pytest.raises(UserError, match=r"tokenizer\.model is a unigram model.*would give other ids"):
+    with pytest.raises(
+        UserError, match=r"tokenizer\.model is a unigram model.*would give other ids"
+    ):
         export(own, tmp_path / "out", format)
     assert [path.name for path in tmp_path.iterdir()] == ["own"]
 

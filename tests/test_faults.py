@@ -55,7 +55,9 @@ def assert_as_if_nothing_happened(out, straight):
 # ---- kill -9
 
 
-def test_killed_at_random_moments_it_resumes_every_time_and_ends_the_same(tmp_path, knobs, straight):
+def test_killed_at_random_moments_it_resumes_every_time_and_ends_the_same(
+    tmp_path, knobs, straight
+):
     began = time.monotonic()  # the server is warm: `straight` was made by it
     trained(tmp_path / "again", **knobs)
     length, chance, kills, rounds = time.monotonic() - began, random.Random(SEED), 0, 0
@@ -136,7 +138,9 @@ AFTERWARDS = {
     "before the model folder is renamed": ("replace", ".tmp-final", "before"),
     "after the model folder is renamed": ("replace", ".tmp-final", "after"),
 }
-AFTERWARDS_AT = [(p, n) for p in AFTERWARDS for n in (1, 2) if n == 1 or "old one" in p]  # 4 is the last save
+AFTERWARDS_AT = [
+    (p, n) for p in AFTERWARDS for n in (1, 2) if n == 1 or "old one" in p
+]  # 4 is the last save
 CUTTING = {
     "in the middle of cutting the log": ("write_text", "metrics", "amid"),
     "before the cut log is renamed": ("replace", "metrics", "before"),
@@ -149,7 +153,9 @@ POINTS = IN_A_CHECKPOINT | AFTERWARDS | CUTTING
     [*((point, n) for point in IN_A_CHECKPOINT for n in (1, 3, 4)), *AFTERWARDS_AT],
     ids=str,
 )
-def test_killed_at_this_point_it_resumes_and_ends_the_same(tmp_path, knobs, straight, point, passage):
+def test_killed_at_this_point_it_resumes_and_ends_the_same(
+    tmp_path, knobs, straight, point, passage
+):
     out = tmp_path / "out"
     one = begin(out, before=functools.partial(dying, point, passage), **knobs)
     assert one.wait() == [137], one.text
@@ -158,7 +164,9 @@ def test_killed_at_this_point_it_resumes_and_ends_the_same(tmp_path, knobs, stra
     assert_as_if_nothing_happened(out, straight)
 
 
-def test_a_checkpoint_that_replaces_another_is_never_lost_between_the_two(tmp_path, knobs, straight):
+def test_a_checkpoint_that_replaces_another_is_never_lost_between_the_two(
+    tmp_path, knobs, straight
+):
     out = tmp_path / "out"
     shutil.copytree(straight, out)
     shutil.rmtree(out / "final")
@@ -256,15 +264,20 @@ DAMAGES = {
     "cut by a byte": Damage(cut("almost"), "train_state/state.pt has"),
     "a bit flipped in the weights": Damage(flip, "model.safetensors: checksum mismatch (expected "),
     "a bit flipped in the state": Damage(
-        lambda folder: flip(folder, "train_state/state.pt"), "train_state/state.pt: checksum mismatch"
+        lambda folder: flip(folder, "train_state/state.pt"),
+        "train_state/state.pt: checksum mismatch",
     ),
     "a bit flipped in run.json": Damage(
         lambda folder: flip(folder, "run.json"), "run.json: checksum mismatch"
     ),
     "no manifest": Damage(manifest(), "no manifest.json: it was never finished"),
     "an empty manifest": Damage(manifest(""), "manifest.json is not readable"),
-    "a garbled manifest": Damage(manifest('{"format": 1, "files": ['), "manifest.json is not readable"),
-    "a manifest of lists": Damage(manifest('{"format": 1, "files": []}'), "manifest.json is not readable"),
+    "a garbled manifest": Damage(
+        manifest('{"format": 1, "files": ['), "manifest.json is not readable"
+    ),
+    "a manifest of lists": Damage(
+        manifest('{"format": 1, "files": []}'), "manifest.json is not readable"
+    ),
     "a deep manifest": Damage(manifest("[" * 100_000), "manifest.json is not readable"),
     "a wrong size": Damage(
         manifest(change=lambda m: m["files"]["config.json"].update(bytes=7)), "config.json has"
@@ -273,7 +286,9 @@ DAMAGES = {
         manifest(change=lambda m: m["files"]["config.json"].update(sha256=7)),
         "config.json: checksum mismatch",
     ),
-    "a newer format": Damage(manifest(change=lambda m: m.update(format=2)), "format 2, this program reads 1"),
+    "a newer format": Damage(
+        manifest(change=lambda m: m.update(format=2)), "format 2, this program reads 1"
+    ),
     "a name that leads out": Damage(
         manifest(change=lambda m: m["files"].update({"../run.lock": m["files"]["run.json"]})),
         "illegal file name '../run.lock'",
@@ -285,7 +300,9 @@ DAMAGES = {
         lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"
     ),
     "a folder for a file": Damage(swap, "train_state/rng_00000.pt is missing"),
-    "nothing left": Damage(lambda folder: [shutil.rmtree(folder), folder.mkdir()], "no manifest.json"),
+    "nothing left": Damage(
+        lambda folder: [shutil.rmtree(folder), folder.mkdir()], "no manifest.json"
+    ),
 }
 
 
@@ -309,7 +326,9 @@ def test_a_damaged_checkpoint_is_found_and_named_and_the_previous_one_used(damag
     assert damage.says in warning
 
 
-@pytest.mark.parametrize("name", ["cut in half", "a deep manifest", "a folder for a file", "nothing left"])
+@pytest.mark.parametrize(
+    "name", ["cut in half", "a deep manifest", "a folder for a file", "nothing left"]
+)
 def test_a_run_goes_on_from_before_the_damage_and_ends_the_same(damaged, knobs, straight, name):
     DAMAGES[name].do(damaged / "step_000008")
     resumed(damaged, **knobs)
@@ -325,7 +344,8 @@ def test_with_no_sound_checkpoint_it_says_why_of_each_and_does_nothing(damaged, 
     before = {p: p.stat().st_mtime_ns for p in damaged.rglob("*")}
     line = refused(damaged, resume_from_checkpoint="auto", **knobs)
     assert (
-        f"{damaged}: no sound checkpoint to resume from: step_000008: train_state/state.pt: checksum" in line
+        f"{damaged}: no sound checkpoint to resume from: step_000008: train_state/state.pt: checksum"
+        in line
     )
     assert "; step_000006: no manifest.json: it was never finished" in line
     after = {p: p.stat().st_mtime_ns for p in damaged.rglob("*")}
@@ -335,7 +355,10 @@ def test_with_no_sound_checkpoint_it_says_why_of_each_and_does_nothing(damaged, 
 def test_a_damaged_checkpoint_that_was_asked_for_by_name_is_not_replaced_by_another(damaged, knobs):
     DAMAGES["a bit flipped in the weights"].do(damaged / "step_000008")
     line = refused(damaged, resume_from_checkpoint=damaged / "step_000008", **knobs)
-    assert "step_000008: not a sound checkpoint: model.safetensors: checksum mismatch (expected " in line
+    assert (
+        "step_000008: not a sound checkpoint: model.safetensors: checksum mismatch (expected "
+        in line
+    )
     assert "final" not in names(damaged)
     line = refused(damaged, resume_from_checkpoint=damaged / "step_000007", **knobs)
     assert "step_000007: not a sound checkpoint: no such folder" in line
@@ -344,7 +367,10 @@ def test_a_damaged_checkpoint_that_was_asked_for_by_name_is_not_replaced_by_anot
 def test_a_broken_later_checkpoint_does_not_push_out_the_sound_ones(damaged, knobs):
     DAMAGES["no manifest"].do(damaged / "step_000008")
     shutil.copytree(damaged / "step_000008", damaged / "step_000012")
-    knobs = knobs | {"keep_last": 1, "save_steps": 7}  # the next is step 7, older than the broken ones
+    knobs = knobs | {
+        "keep_last": 1,
+        "save_steps": 7,
+    }  # the next is step 7, older than the broken ones
     resumed(damaged, **knobs)
     assert names(damaged) == ["final", "metrics.jsonl", "run.lock", "step_000008", "step_000012"]
     assert problem_with(damaged / "step_000008") is None
@@ -383,7 +409,10 @@ def test_a_state_that_is_no_checkpoint_is_one_line(damaged, knobs, content):
     (damaged / "step_000008" / "manifest.json").unlink()
     seal(damaged / "step_000008")
     line = refused(damaged, resume_from_checkpoint="auto", **knobs)
-    assert "refused, not a plain checkpoint file" in line or "does not fit this model and optimizer" in line
+    assert (
+        "refused, not a plain checkpoint file" in line
+        or "does not fit this model and optimizer" in line
+    )
 
 
 # ---- signals
@@ -463,7 +492,9 @@ def interrupted_while_saving():
 
 def test_a_second_interrupt_ends_at_once(tmp_path, knobs):
     out = tmp_path / "out"
-    one = begin(out, before=interrupted_while_saving, **knobs | ENDLESS).until(lambda: logged(out, 3))
+    one = begin(out, before=interrupted_while_saving, **knobs | ENDLESS).until(
+        lambda: logged(out, 3)
+    )
     one.signal(signal.SIGINT)
     assert one.wait() == [130], one.text
     assert "Traceback" not in one.text
@@ -486,7 +517,9 @@ def test_a_signal_to_one_rank_saves_and_stops_both(tmp_path, knobs):
 def test_a_signal_to_torchrun_saves_too(tmp_path, knobs):
     out = tmp_path / "out"
     torchrun = [python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    _, text = signalled(torchrun, out, knobs | ENDLESS, signal.SIGTERM)  # it exits 1 whatever its ranks did
+    _, text = signalled(
+        torchrun, out, knobs | ENDLESS, signal.SIGTERM
+    )  # it exits 1 whatever its ranks did
     assert "saved; continue with --resume_from_checkpoint=auto" in text
     (saved,) = checkpoints(out)
     assert problem_with(saved) is None
@@ -516,7 +549,9 @@ def limited(size):
 
 
 @pytest.mark.parametrize("stage", ["the random numbers", "the weights", "the state"])
-def test_a_full_disk_is_one_line_that_names_the_folder_and_leaves_the_rest(damaged, knobs, straight, stage):
+def test_a_full_disk_is_one_line_that_names_the_folder_and_leaves_the_rest(
+    damaged, knobs, straight, stage
+):
     shutil.rmtree(damaged / "step_000008")
     size = lambda name: (straight / "step_000008" / name).stat().st_size
     limit = {
@@ -525,7 +560,9 @@ def test_a_full_disk_is_one_line_that_names_the_folder_and_leaves_the_rest(damag
         "the state": size("train_state/state.pt") - 1,
     }[stage]
     assert limit > size("tokenizer.json") or stage == "the random numbers"
-    line = refused(damaged, before=functools.partial(limited, limit), resume_from_checkpoint="auto", **knobs)
+    line = refused(
+        damaged, before=functools.partial(limited, limit), resume_from_checkpoint="auto", **knobs
+    )
     assert f"{damaged / 'step_000008'}: not written (" in line
     assert "earlier checkpoints are untouched" in line
     assert names(damaged) == ["metrics.jsonl", "run.lock", "step_000006"]

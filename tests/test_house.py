@@ -42,7 +42,9 @@ def imports(nodes):
 @cache
 def at_import(name):
     """What importing a module imports of ours: its statements at the top level, functions left out."""
-    body = [n for n in tree_of(MODULES[name]).body if not isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    body = [
+        n for n in tree_of(MODULES[name]).body if not isinstance(n, (ast.FunctionDef, ast.ClassDef))
+    ]
     return set(imports(body))
 
 
@@ -58,7 +60,12 @@ def folder_of(name):
 
 @named
 def test_folders_import_downwards_only(name):
-    allowed = {"lib": {"lib"}, "corpus": {"lib", "corpus"}, "tools": {"", *FOLDERS}, "": {"", "lib", "corpus"}}
+    allowed = {
+        "lib": {"lib"},
+        "corpus": {"lib", "corpus"},
+        "tools": {"", *FOLDERS},
+        "": {"", "lib", "corpus"},
+    }
     assert {folder_of(n) for n in at_import(name)} <= allowed[folder_of(name)]
 
 
@@ -90,11 +97,15 @@ def test_nothing_loads_code_from_data(path):
 
 def test_preparing_data_needs_no_torch_until_it_cleans():
     code = "import sys, data; print(*({'torch', 'ftfy', 'datasketch'} & sys.modules.keys()))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == ""
 
 
 @pytest.mark.skipif(not (shutil.which("git") and (ROOT / ".git").exists()), reason="not in a clone")
 def test_tests_can_be_committed():
-    done = subprocess.run(["git", "check-ignore", "tests/test_model.py"], cwd=ROOT, capture_output=True)
+    done = subprocess.run(
+        ["git", "check-ignore", "tests/test_model.py"], cwd=ROOT, capture_output=True
+    )
     assert done.returncode == 1

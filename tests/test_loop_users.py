@@ -14,7 +14,9 @@ from tests import align, runs
 from tests.conftest import write_rows
 from tests.runs import differences, losses, names, records
 
-PAIRS = [{"prompt": f"what is {n}?", "chosen": f"a {n}", "rejected": "I won't say"} for n in range(40)]
+PAIRS = [
+    {"prompt": f"what is {n}?", "chosen": f"a {n}", "rejected": "I won't say"} for n in range(40)
+]
 CHATS = [{"prompt": row["prompt"], "response": row["chosen"]} for row in PAIRS]
 USERS = ("pretraining", "sft", "dpo")
 everyone = pytest.mark.parametrize("user", USERS)
@@ -31,7 +33,12 @@ def begin(tmp_path_factory, tiny_dataset, tiny_tokenizer):
     knobs = {"model_path": base, "val_ratio": 0.4, "batch_size": 4, "max_steps": 8}
     return {
         "pretraining": functools.partial(
-            runs.begin, data_path=tiny_dataset, batch_size=4, eval_rows=24, sample_tokens=0, dropout=0.1
+            runs.begin,
+            data_path=tiny_dataset,
+            batch_size=4,
+            eval_rows=24,
+            sample_tokens=0,
+            dropout=0.1,
         ),
         "sft": functools.partial(
             align.begin, "sft", dataset_path=chats, packing=False, sample_tokens=0, **knobs
@@ -67,7 +74,9 @@ def at_passes(learning, act, rank=None):
     seen = []
 
     def hook(module, inputs, output):
-        if isinstance(module, model.MLP) and (torch.is_grad_enabled() if learning else not module.training):
+        if isinstance(module, model.MLP) and (
+            torch.is_grad_enabled() if learning else not module.training
+        ):
             seen.append(1)
             if len(seen) % 2 == 0:  # of the second of two blocks
                 act(len(seen) // 2, len(output))
@@ -85,7 +94,9 @@ def no_memory(above, after, number, rows):
 
 
 @pytest.mark.parametrize(("user", "ranks"), [*((user, 1) for user in USERS), ("sft", 2)])
-def test_a_validation_without_memory_takes_fewer_rows_and_finds_the_same(tmp_path, begin, whole, user, ranks):
+def test_a_validation_without_memory_takes_fewer_rows_and_finds_the_same(
+    tmp_path, begin, whole, user, ranks
+):
     rows = 4 if user == "dpo" else 2  # two for each pair
     before = functools.partial(at_passes, False, functools.partial(no_memory, rows, 1), ranks - 1)
     out = finished(begin[user], tmp_path / "out", ranks, before=before)
@@ -106,21 +117,29 @@ def test_training_without_memory_halves_its_batches_and_a_resumed_run_again(tmp_
     knobs["before"] = functools.partial(at_passes, True, act)
     out = finished(begin[user], tmp_path / "out", **knobs)
     assert "micro-batches of 1 rows instead of 2, 4 a step instead of 2" in said(out)
-    ours, theirs = ([r["loss"] for r in records(run) if "grad_norm" in r] for run in (out, straight))
+    ours, theirs = (
+        [r["loss"] for r in records(run) if "grad_norm" in r] for run in (out, straight)
+    )
     assert ours == pytest.approx(theirs, rel=1e-4)
-    rest = finished(begin[user], tmp_path / "rest", resume_from_checkpoint=out / "step_000004", **knobs)
+    rest = finished(
+        begin[user], tmp_path / "rest", resume_from_checkpoint=out / "step_000004", **knobs
+    )
     assert losses(rest) == losses(out, after=4)
 
 
 def fails_in(moment):
     """No memory for the sixth update, or for the last checkpoint's second file."""
-    owner, name, call = {"update": (torch.optim.AdamW, "step", 6), "save": (torch, "save", 4)}[moment]
+    owner, name, call = {"update": (torch.optim.AdamW, "step", 6), "save": (torch, "save", 4)}[
+        moment
+    ]
     original, calls = getattr(owner, name), []
 
     def patched(*args, **kwargs):
         calls.append(1)
         if len(calls) == call:
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"
+            )
         return original(*args, **kwargs)
 
     setattr(owner, name, patched)
@@ -162,7 +181,9 @@ def stop_and_tell(number, rows):
 
 @pytest.mark.parametrize(("user", "ranks"), [*((user, 1) for user in USERS), ("pretraining", 2)])
 @pytest.mark.parametrize("eval_steps", [4, 100], ids=["amid the run", "at its end"])
-def test_a_stop_ends_a_validation_which_then_comes_again(tmp_path, begin, whole, user, ranks, eval_steps):
+def test_a_stop_ends_a_validation_which_then_comes_again(
+    tmp_path, begin, whole, user, ranks, eval_steps
+):
     out, step = tmp_path / "out", 4 if eval_steps == 4 else 8
     knobs = {"ranks": ranks, "eval_steps": eval_steps, "batch_size": 4 // ranks}
     before = functools.partial(at_passes, False, stop_and_tell, ranks - 1)
@@ -175,13 +196,17 @@ def test_a_stop_ends_a_validation_which_then_comes_again(tmp_path, begin, whole,
     assert not any("val_loss" in r for r in records(out))
     finished(begin[user], out, resume_from_checkpoint="auto", **knobs)
     straight = (
-        whole(user, 1) if ranks == 1 and step == 4 else finished(begin[user], tmp_path / "straight", **knobs)
+        whole(user, 1)
+        if ranks == 1 and step == 4
+        else finished(begin[user], tmp_path / "straight", **knobs)
     )
     assert losses(out) == losses(straight)
     for folder in checkpoints(straight):
         if user == "pretraining":
             found = differences(out / folder.name, folder)
-            assert not [name for name in found if not name.endswith(".lr")]  # set before every update
+            assert not [
+                name for name in found if not name.endswith(".lr")
+            ]  # set before every update
         else:
             for path in folder.rglob("*.*t*"):
                 same = path.read_bytes() == (out / path.relative_to(straight)).read_bytes()

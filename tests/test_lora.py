@@ -24,7 +24,14 @@ from lora import (
 from losses import next_token_loss
 from model import Llama, ModelConfig, load_model, save_model
 
-SHAPE = {"n_layer": 2, "d_model": 32, "n_head": 4, "num_key_value_heads": 2, "d_ff": 48, "vocab_size": 96}
+SHAPE = {
+    "n_layer": 2,
+    "d_model": 32,
+    "n_head": 4,
+    "num_key_value_heads": 2,
+    "d_ff": 48,
+    "vocab_size": 96,
+}
 TINY = ModelConfig(**SHAPE, sequence_length=32)
 
 
@@ -105,7 +112,9 @@ def test_only_the_adapter_learns(checkpointing):
     learned = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert learned == {name for name in model.state_dict() if ".lora_" in name}
     optimizer.step()
-    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+    assert all(
+        torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen
+    )
 
 
 def test_gradient_checkpointing_changes_no_gradient():
@@ -123,7 +132,9 @@ def test_compiled_it_computes_the_same():
     expected = model(ids())
     with lora_off(model):
         plain = model(ids())
-    model.model.compile(backend="eager", fullgraph=True)  # what it makes of the modules, without C++
+    model.model.compile(
+        backend="eager", fullgraph=True
+    )  # what it makes of the modules, without C++
     torch.testing.assert_close(model(ids()), expected, atol=1e-5, rtol=0)
     with lora_off(model):
         torch.testing.assert_close(model(ids()), plain, atol=1e-5, rtol=0)
@@ -177,7 +188,9 @@ def test_a_second_merge_is_refused():
 
 
 def test_a_merge_that_went_wrong_does_not_pass(monkeypatch):
-    monkeypatch.setattr(LoRALinear, "merged", lambda self: torch.nn.Linear(*self.weight.T.shape, bias=False))
+    monkeypatch.setattr(
+        LoRALinear, "merged", lambda self: torch.nn.Linear(*self.weight.T.shape, bias=False)
+    )
     with pytest.raises(AssertionError, match="changed the logits"):
         merge_lora(adapted())
 
@@ -221,7 +234,10 @@ def test_an_adapter_of_another_base_is_refused_by_both_hashes(base, adapter):
     save_model(build(seed=9), base)
     ours = identify(base).sha256
     base = identify(base)
-    for attempt in (lambda: lora.open_model_folder(adapter), lambda: load_adapter(build(), adapter, base)):
+    for attempt in (
+        lambda: lora.open_model_folder(adapter),
+        lambda: load_adapter(build(), adapter, base),
+    ):
         with pytest.raises(UserError) as error:
             attempt()
         assert theirs[:12] in str(error.value)

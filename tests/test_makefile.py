@@ -16,7 +16,9 @@ import pytest
 from tests import ROOT
 from tests.conftest import link_code
 
-pytestmark = pytest.mark.skipif(not shutil.which("make") or os.name == "nt", reason="needs make and a shell")
+pytestmark = pytest.mark.skipif(
+    not shutil.which("make") or os.name == "nt", reason="needs make and a shell"
+)
 
 ORIGINAL = """help install install-flash check-env prepare prepare-owt prepare-wiki prepare-wt103 prepare-demo
 pretrain-tiny pretrain-small pretrain-base sft dpo evaluate evaluate-quick evaluate-detailed
@@ -32,7 +34,11 @@ REACHES = {  # target: {variable: the words it becomes}
     "prepare-demo": {"OUTPUT": "--output_dir={}"},
     "pretrain-tiny": {
         **{"CONFIG": "{}", "DATA_PATH": "--data_path={}", "BATCH_SIZE": "--batch_size={}"},
-        **{"LEARNING_RATE": "--learning_rate={}", "MAX_STEPS": "--max_steps={}", "OUTPUT": "--output_dir={}"},
+        **{
+            "LEARNING_RATE": "--learning_rate={}",
+            "MAX_STEPS": "--max_steps={}",
+            "OUTPUT": "--output_dir={}",
+        },
         **{"MAX_MINUTES": "--max_minutes={}", "WARMUP_STEPS": "--warmup_steps={}"},
         "GRADIENT_ACCUMULATION_STEPS": "--gradient_accumulation_steps={}",
     },
@@ -92,10 +98,19 @@ def clone(tmp_path_factory):
 
 def make(folder, *words, **variables):
     """Runs make with nothing of our own environment that it would pass on."""
-    known = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "OMP_NUM_THREADS": "1"}
+    known = {
+        "PATH": os.environ["PATH"],
+        "HOME": os.environ.get("HOME", "/"),
+        "OMP_NUM_THREADS": "1",
+    }
     call = ["make", *words]
     return subprocess.run(
-        call, cwd=folder, env=known | variables, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        call,
+        cwd=folder,
+        env=known | variables,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
     )
 
 
@@ -136,7 +151,12 @@ def test_every_target_of_the_original_is_there_and_help_lists_all(clone):
     assert re.findall(r"^  make ([a-z0-9-]+)", text, flags=re.M) == targets()
     assert make(clone).stdout == text
     listed = (
-        (ROOT / "Makefile").read_text().split("TARGETS :=")[1].split(".PHONY")[0].replace("\\", "").split()
+        (ROOT / "Makefile")
+        .read_text()
+        .split("TARGETS :=")[1]
+        .split(".PHONY")[0]
+        .replace("\\", "")
+        .split()
     )
     assert sorted(listed) == sorted(targets())
 
@@ -159,7 +179,11 @@ def test_a_recipe_calls_a_script_with_flags_that_it_knows(target, clone, flags_o
             assert words[1] in ("pytest", "ruff")
             continue
         assert (ROOT / words[0]).is_file()
-        word = words[1] if words[1:2] and re.fullmatch(r"[a-z_-]+", words[1]) and words[1][0] != "-" else None
+        word = (
+            words[1]
+            if words[1:2] and re.fullmatch(r"[a-z_-]+", words[1]) and words[1][0] != "-"
+            else None
+        )
         word = None if word == "x" else word
         known = flags_of(words[0], word)
         for flag in (w.split("=")[0] for w in words if w.startswith("--")):
@@ -204,7 +228,14 @@ def test_a_target_fails_when_there_is_nothing_newest(target, clone):
     assert not (clone / "calls.jsonl").exists()
 
 
-TINY = {"n_layer": 1, "d_model": 32, "n_head": 2, "d_ff": 64, "sequence_length": 128, "batch_size": 2}
+TINY = {
+    "n_layer": 1,
+    "d_model": 32,
+    "n_head": 2,
+    "d_ff": 64,
+    "sequence_length": 128,
+    "batch_size": 2,
+}
 TINY |= {
     "gradient_accumulation_steps": 1,
     "eval_rows": 4,
@@ -223,7 +254,11 @@ def test_the_chain_from_text_to_backup_in_an_empty_folder(tmp_path, tiny_documen
     files = {"tiny.json": TINY, "rows.json": rows, "pairs.json": pairs}
     files["eval.json"] = {"perplexity_path": "README.md", "skip_boolq": True, "max_new_tokens": 2}
     files["texts.json"] = [{"text": text} for text in tiny_documents]
-    files["data.json"] = {"input_path": "texts.json", "output_dir": "data/processed/t", "vocab_size": 384}
+    files["data.json"] = {
+        "input_path": "texts.json",
+        "output_dir": "data/processed/t",
+        "vocab_size": 384,
+    }
     files["data.json"] |= {"train_ratio": 0.75, "use_minhash": False}
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
@@ -243,8 +278,14 @@ def test_the_chain_from_text_to_backup_in_an_empty_folder(tmp_path, tiny_documen
         assert done.returncode == 0, (target, done.stdout[-2000:], done.stderr[-2000:])
         told[target] = done.stdout
     status = told["session-status"]
-    assert re.search(r"data/processed/t: \d+ documents, [\d,]+ tokens, vocabulary 384, verified", status)
-    for name in ("checkpoints/pretrain/tiny (pretrain)", "checkpoints/sft (sft)", "checkpoints/dpo (dpo)"):
+    assert re.search(
+        r"data/processed/t: \d+ documents, [\d,]+ tokens, vocabulary 384, verified", status
+    )
+    for name in (
+        "checkpoints/pretrain/tiny (pretrain)",
+        "checkpoints/sft (sft)",
+        "checkpoints/dpo (dpo)",
+    ):
         assert f"{name}: complete, step 2 of 2" in status
     assert "evaluation_results: checkpoints/dpo" in status
     assert "sample.py --chat --model_path=checkpoints/dpo" in status
@@ -252,9 +293,10 @@ def test_the_chain_from_text_to_backup_in_an_empty_folder(tmp_path, tiny_documen
         for entry in (e for e in tar if e.isfile()):
             assert tar.extractfile(entry).read() == (folder / entry.name).read_bytes()
         names = tar.getnames()
-    assert {"checkpoints/dpo/final/model.safetensors", "checkpoints/sft/step_000002/manifest.json"} <= set(
-        names
-    )
+    assert {
+        "checkpoints/dpo/final/model.safetensors",
+        "checkpoints/sft/step_000002/manifest.json",
+    } <= set(names)
     assert make(folder, "clean-checkpoints").returncode == 2  # nobody to ask
     assert (folder / "checkpoints" / "dpo" / "final").is_dir()
     assert make(folder, "clean-checkpoints", YES="1").returncode == 0

@@ -57,7 +57,9 @@ def log_of(out):
     return out.with_suffix(".log").read_text()
 
 
-def test_without_memory_the_micro_batches_halve_and_every_step_stays_what_it_was(tmp_path, tiny_dataset):
+def test_without_memory_the_micro_batches_halve_and_every_step_stays_what_it_was(
+    tmp_path, tiny_dataset
+):
     knobs = EXACT | {"data_path": tiny_dataset}
     whole = trained(tmp_path / "whole", batch_size=4, **knobs)
     halved = trained(tmp_path / "halved", before=fail_above_one, batch_size=4, **knobs)
@@ -67,7 +69,9 @@ def test_without_memory_the_micro_batches_halve_and_every_step_stays_what_it_was
     assert curve(halved) == pytest.approx(curve(whole), rel=1e-5)
 
 
-def test_a_halved_run_resumes_as_if_it_had_not_stopped_with_either_command_line(tmp_path, tiny_dataset):
+def test_a_halved_run_resumes_as_if_it_had_not_stopped_with_either_command_line(
+    tmp_path, tiny_dataset
+):
     knobs = EXACT | {"data_path": tiny_dataset, "dropout": 0.1}
     whole = trained(tmp_path / "whole", before=fail_above_one, batch_size=2, **knobs)
     again = {"resume_from_checkpoint": whole / "step_000004"}
@@ -75,7 +79,9 @@ def test_a_halved_run_resumes_as_if_it_had_not_stopped_with_either_command_line(
     assert not differences(whole / "step_000008", same / "step_000008")
     said = {"batch_size": 1, "gradient_accumulation_steps": 2}
     other = trained(tmp_path / "other", **said, **knobs, **again)
-    assert not differences(whole / "step_000008", other / "step_000008", but=["state.best"])  # a sum's order
+    assert not differences(
+        whole / "step_000008", other / "step_000008", but=["state.best"]
+    )  # a sum's order
 
 
 def fail_at_once_above_one():
@@ -89,12 +95,16 @@ def fail_at_once_above_one():
 
 
 def test_three_rows_become_single_ones(tmp_path, tiny_dataset):
-    out = trained(tmp_path / "out", before=fail_above_one, batch_size=3, data_path=tiny_dataset, **EXACT)
+    out = trained(
+        tmp_path / "out", before=fail_above_one, batch_size=3, data_path=tiny_dataset, **EXACT
+    )
     assert "micro-batches of 1 rows instead of 3, 3 a step instead of 1" in log_of(out)
 
 
 def test_when_one_row_is_too_much_the_error_says_what_helps(tmp_path, tiny_dataset):
-    line = refused(tmp_path / "out", before=fail_above_none, batch_size=1, data_path=tiny_dataset, **EXACT)
+    line = refused(
+        tmp_path / "out", before=fail_above_none, batch_size=1, data_path=tiny_dataset, **EXACT
+    )
     assert "out of memory at step 5 with one row" in line
     assert "--gradient_checkpointing" in line
 

@@ -32,12 +32,20 @@ from tests import ROOT
 from tests.warm import python
 
 SMALL = ModelConfig(
-    n_layer=2, d_model=64, n_head=4, num_key_value_heads=2, d_ff=96, vocab_size=199, sequence_length=32
+    n_layer=2,
+    d_model=64,
+    n_head=4,
+    num_key_value_heads=2,
+    d_ff=96,
+    vocab_size=199,
+    sequence_length=32,
 )
 VARIANTS = {
     "tied-gqa": SMALL,
     "untied": replace(SMALL, tie_word_embeddings=False, num_key_value_heads=None),
-    "rope-linear": replace(SMALL, rope_scaling={"rope_type": "linear", "factor": 2.0}, rope_theta=5e5),
+    "rope-linear": replace(
+        SMALL, rope_scaling={"rope_type": "linear", "factor": 2.0}, rope_theta=5e5
+    ),
     "rope-llama3": replace(
         SMALL,
         rope_scaling={
@@ -54,7 +62,10 @@ VARIANTS = {
 def build(cfg, seed=0):
     torch.manual_seed(seed)
     model = Llama(cfg).eval()
-    for name, p in model.named_parameters():  # far from the calm of initialization, so that mistakes show
+    for (
+        name,
+        p,
+    ) in model.named_parameters():  # far from the calm of initialization, so that mistakes show
         if p.ndim == 2:
             torch.nn.init.normal_(p, std=0.15)
         elif "norm" in name:
@@ -110,7 +121,9 @@ def test_saved_folder_gives_the_same_logits_in_transformers(cfg, tmp_path):
     transformers = pytest.importorskip("transformers")
     model, ids = build(cfg), some_ids(cfg, 3, 32)
     save_model(model, tmp_path)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager"
+    )
     assert type(theirs).__name__ == "LlamaForCausalLM"
     with torch.no_grad():
         assert torch.allclose(model(ids), theirs(ids).logits, atol=1e-4, rtol=0)
@@ -137,7 +150,9 @@ def test_folder_round_trip_is_exact(cfg, tmp_path):
     save_model(model, tmp_path)
     again = load_model(tmp_path)
     assert to_hf(again.cfg) == to_hf(model.cfg)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
 
 
 def test_every_key_of_the_advanced_preset_reaches_the_model():
@@ -166,7 +181,9 @@ def test_every_backend_is_softmax_attention(backend, heads):
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, 9, 8, generator=g) for h in (heads[0], heads[1], heads[1]))
     causal = torch.ones(9, 9, dtype=torch.bool).tril()
-    assert torch.allclose(attend(q, k, v, backend=backend), explicit_attention(q, k, v, causal), atol=1e-5)
+    assert torch.allclose(
+        attend(q, k, v, backend=backend), explicit_attention(q, k, v, causal), atol=1e-5
+    )
     mask = (torch.rand(2, 1, 9, 9, generator=g) < 0.5) | torch.eye(9, dtype=torch.bool)
     assert torch.allclose(
         attend(q, k, v, mask, backend=backend), explicit_attention(q, k, v, mask), atol=1e-5
@@ -208,7 +225,9 @@ def test_ragged_cache_rows_equal_rows_alone():
     lengths = [3, 7, 5]
     cache = KVCache(SMALL, 3, 16)
     with torch.no_grad():
-        for row, n in enumerate(lengths):  # prefill each row alone, then put it into the shared cache
+        for row, n in enumerate(
+            lengths
+        ):  # prefill each row alone, then put it into the shared cache
             own = KVCache(SMALL, 1, 16)
             model(ids[row : row + 1, :n], cache=own)
             for layer in range(SMALL.n_layer):
@@ -218,7 +237,9 @@ def test_ragged_cache_rows_equal_rows_alone():
         step = torch.stack([ids[row, n : n + 1] for row, n in enumerate(lengths)])
         together = model(step, cache=cache)
         for row, n in enumerate(lengths):
-            assert torch.allclose(together[row, -1], model(ids[row : row + 1, : n + 1])[0, -1], atol=2e-5)
+            assert torch.allclose(
+                together[row, -1], model(ids[row : row + 1, : n + 1])[0, -1], atol=2e-5
+            )
 
 
 def test_documents_in_one_row_do_not_see_each_other():
@@ -268,7 +289,9 @@ def test_loss_and_gradients_equal_torch_cross_entropy(rows_per_group, tied, monk
         "losses.row_groups", lambda x, y, v: zip(x.split(rows_per_group), y.split(rows_per_group))
     )
     model = build(cfg)
-    expected = F.cross_entropy(model(ids).flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+    expected = F.cross_entropy(
+        model(ids).flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
+    )
     expected.backward()
     want = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -278,7 +301,9 @@ def test_loss_and_gradients_equal_torch_cross_entropy(rows_per_group, tied, monk
     for name, p in model.named_parameters():
         assert torch.allclose(p.grad * 7, want[name], atol=2e-4, rtol=1e-4), name
     with torch.no_grad():
-        assert torch.allclose(next_token_loss(model, {"ids": ids, "labels": labels})[0], expected, rtol=1e-6)
+        assert torch.allclose(
+            next_token_loss(model, {"ids": ids, "labels": labels})[0], expected, rtol=1e-6
+        )
 
 
 def test_uniform_model_has_the_vocabulary_as_perplexity():
@@ -318,7 +343,10 @@ def test_bf16_autocast_stays_near_fp32():
         ({"rope_scaling": {"rope_type": "yarn"}}, 'must be one of linear, llama3; got "yarn"'),
         ({"rope_scaling": {"rope_type": []}}, "must be one of linear, llama3; got []"),
         ({"rope_scaling": {"rope_type": "linear"}}, "takes ['factor'], got []"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": float("inf")}}, "factor must be a number > 0"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": float("inf")}},
+            "factor must be a number > 0",
+        ),
         (
             {"rope_scaling": VARIANTS["rope-llama3"].rope_scaling | {"low_freq_factor": 4.0}},
             "low_freq_factor must be less than high_freq_factor",
@@ -366,7 +394,10 @@ def damaged(folder, change):
     ("change", "words"),
     [
         (lambda t: t.pop("model.norm.weight"), "model.norm.weight (missing)"),
-        (lambda t: t.update(extra=torch.zeros(1)), "1 missing or unexpected tensors: extra (unexpected)"),
+        (
+            lambda t: t.update(extra=torch.zeros(1)),
+            "1 missing or unexpected tensors: extra (unexpected)",
+        ),
         (
             lambda t: t.update(extra=t.pop("model.norm.weight")),
             "2 missing or unexpected tensors: extra (unexpected), model.norm.weight (missing)",
@@ -426,7 +457,9 @@ def test_garbage_instead_of_json_is_one_line(name, content, tmp_path):
 
 
 def test_flash_attention_that_does_not_load_is_passed_over_with_its_reason(tmp_path, monkeypatch):
-    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: of another torch')")
+    (tmp_path / "flash_attn.py").write_text(
+        "raise ImportError('undefined symbol: of another torch')"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
     backend, reason = choose_attention("cuda", 1024, torch.bfloat16)

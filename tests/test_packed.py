@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn as nn
 
-from lib.config import UserError
 from engine import Engine, Request, choose_dtype, generate
+from lib.config import UserError
 from model import KVCache, count_parameters
 from packed import Int8Matrix, pack
 from tests.test_engine import BASE, CROWD, GREEDY, PROMPTS, answer, build

@@ -8,13 +8,21 @@ import pytest
 import torch
 
 from lib.config import UserError, configure
+from lib.runtime import CARDS
 from losses import next_token_loss
 from model import Llama, ModelConfig
-from tools.plan import Means, block_bytes, card_plan, card_seconds, end_bytes, memory, tokens_per_step
 from schedule import make_optimizers
 from tests import ROOT
+from tools.plan import (
+    Means,
+    block_bytes,
+    card_plan,
+    card_seconds,
+    end_bytes,
+    memory,
+    tokens_per_step,
+)
 from train import PretrainConfig
-from lib.runtime import CARDS
 
 SHAPE = {"d_model": 64, "n_head": 4, "d_ff": 160, "vocab_size": 128, "sequence_length": 32}
 ROWS = 3
@@ -58,7 +66,9 @@ CASES = [
 def test_the_formula_of_a_block_counts_what_autograd_saves(dtype, backend, changes):
     found = saved_bytes(3, dtype, backend, **changes) - saved_bytes(2, dtype, backend, **changes)
     linear = 2 * 64 * 64 + 2 * 64 * 16 * changes.get("num_key_value_heads", 4) + 3 * 64 * 160
-    found -= 2 * linear * (dtype == torch.bfloat16)  # autocast's copies of the weights: counted in `memory`
+    found -= (
+        2 * linear * (dtype == torch.bfloat16)
+    )  # autocast's copies of the weights: counted in `memory`
     causal = 32 * 32 * (backend == "math" and "documents" not in changes)  # one mask for all rows
     knobs = {k: v for k, v in changes.items() if k != "documents"}
     cfg = PretrainConfig(**SHAPE, **knobs, document_mask="documents" in changes)
@@ -134,18 +144,24 @@ H100 = [
 
 @pytest.mark.parametrize(("name", "rows", "speed", "peak"), H100)
 def test_what_an_h100_measured_is_predicted(name, rows, speed, peak):
-    cfg = replace(configure(PretrainConfig, [str(ROOT / f"configs/{name}.json")]), deterministic=False)
+    cfg = replace(
+        configure(PretrainConfig, [str(ROOT / f"configs/{name}.json")]), deterministic=False
+    )
     accumulation = cfg.gradient_accumulation_steps * cfg.batch_size // rows
     cfg = replace(cfg, batch_size=rows, gradient_accumulation_steps=accumulation)
     # larger pieces are faster than predicted, which knows nothing of launches
     assert 0.78 * speed < tokens_per_step(cfg) / card_seconds(cfg, CARDS["h100"]) < 1.02 * speed
-    assert 0.98 * peak < memory(cfg, Means("cuda", torch.bfloat16, "sdpa", True))["peak"] < 1.18 * peak
+    assert (
+        0.98 * peak < memory(cfg, Means("cuda", torch.bfloat16, "sdpa", True))["peak"] < 1.18 * peak
+    )
 
 
 def test_a_plan_for_a_card_says_whether_it_fits_and_an_unknown_card_what_is_known():
     base = configure(PretrainConfig, [str(ROOT / "configs/base.json"), "--max_steps=5000"])
     assert "fits" in "\n".join(card_plan(base, "rtx3070"))
-    verdict = {card: next(line for line in card_plan(base, card) if "fits" in line) for card in CARDS}
+    verdict = {
+        card: next(line for line in card_plan(base, card) if "fits" in line) for card in CARDS
+    }
     assert "NO" in verdict["rtx3070"]  # 8 GB, and base needs 11
     assert "yes" in verdict["h100"]
     assert any("655,360,000, passes unknown" in line for line in card_plan(base, "h100"))
@@ -154,8 +170,21 @@ def test_a_plan_for_a_card_says_whether_it_fits_and_an_unknown_card_what_is_know
 
 
 def test_a_plan_without_data_times_this_machine_and_writes_nothing(tmp_path):
-    words = ["--n_layer=2", "--d_model=32", "--n_head=2", "--d_ff=64", "--vocab_size=128", "--max_steps=200"]
-    words += ["--sequence_length=32", "--batch_size=4", "--data_path=nowhere", "--plan", "--device=cpu"]
+    words = [
+        "--n_layer=2",
+        "--d_model=32",
+        "--n_head=2",
+        "--d_ff=64",
+        "--vocab_size=128",
+        "--max_steps=200",
+    ]
+    words += [
+        "--sequence_length=32",
+        "--batch_size=4",
+        "--data_path=nowhere",
+        "--plan",
+        "--device=cpu",
+    ]
     command = [sys.executable, str(ROOT / "train.py"), *words]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

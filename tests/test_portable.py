@@ -29,7 +29,18 @@ ROOMS = sorted(ROOT.glob("*.py"))
 
 # ---- what is not everywhere
 
-MODULES = {"crypt", "curses", "fcntl", "grp", "msvcrt", "posix", "pty", "pwd", "readline", "resource"}
+MODULES = {
+    "crypt",
+    "curses",
+    "fcntl",
+    "grp",
+    "msvcrt",
+    "posix",
+    "pty",
+    "pwd",
+    "readline",
+    "resource",
+}
 MODULES |= {"syslog", "termios", "tty", "winreg"}
 LACKING = {
     "os": "chown chroot ctermid fchmod fchown fdatasync fork forkpty getegid geteuid getgid getgroups "
@@ -46,7 +57,14 @@ LACKING = {
 }
 LACKING = {module: set(names.split()) for module, names in LACKING.items()}
 PLACES = ("/proc", "/dev", "/sys", "/tmp", "/etc", "/usr")
-EXCUSES = {"ImportError", "ModuleNotFoundError", "AttributeError", "OSError", "TypeError", "Exception"}
+EXCUSES = {
+    "ImportError",
+    "ModuleNotFoundError",
+    "AttributeError",
+    "OSError",
+    "TypeError",
+    "Exception",
+}
 NO_FILE_NAME = set('<>:"|?*\\')
 NOT_FILES = {
     "Progress",
@@ -71,8 +89,15 @@ def caught(node):
     if isinstance(node, ast.Try):
         types = [handler.type for handler in node.handlers if handler.type is not None]
     else:
-        calls = [item.context_expr for item in node.items if isinstance(item.context_expr, ast.Call)]
-        types = [arg for call in calls if ast.unparse(call.func).endswith("suppress") for arg in call.args]
+        calls = [
+            item.context_expr for item in node.items if isinstance(item.context_expr, ast.Call)
+        ]
+        types = [
+            arg
+            for call in calls
+            if ast.unparse(call.func).endswith("suppress")
+            for arg in call.args
+        ]
     return {name.strip() for one in types for name in ast.unparse(one).strip("()").split(",")}
 
 
@@ -81,7 +106,11 @@ def guarded(node, parents):
     child = node
     while child in parents:
         parent = parents[child]
-        if isinstance(parent, ast.If | ast.IfExp) and child is not parent.test and asks(parent.test):
+        if (
+            isinstance(parent, ast.If | ast.IfExp)
+            and child is not parent.test
+            and asks(parent.test)
+        ):
             return True
         inside = isinstance(parent, ast.Try) and (child in parent.body or child in parent.handlers)
         if inside and caught(parent) & EXCUSES:  # with a fallback, or the fallback itself
@@ -91,7 +120,8 @@ def guarded(node, parents):
         if isinstance(parent, ast.FunctionDef) and child in parent.body:
             before = parent.body[: parent.body.index(child)]
             if any(
-                isinstance(s, ast.If) and asks(s.test) and isinstance(s.body[-1], ast.Return) for s in before
+                isinstance(s, ast.If) and asks(s.test) and isinstance(s.body[-1], ast.Return)
+                for s in before
             ):
                 return True
         child = parent
@@ -115,7 +145,12 @@ def about_files(call):
     name = function.rpartition(".")[2]
     method = isinstance(call.func, ast.Attribute)
     base = ast.unparse(call.func.value) if method else ""
-    if name == "open" and base.split(".")[0] not in NOT_FILES and (mode := mode_of(call)) and "b" not in mode:
+    if (
+        name == "open"
+        and base.split(".")[0] not in NOT_FILES
+        and (mode := mode_of(call))
+        and "b" not in mode
+    ):
         if "encoding" not in given:
             yield "open() of text without encoding="
         if (
@@ -176,7 +211,9 @@ def complaints(source):
                 note(node, what)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
             parts = node.right.values if isinstance(node.right, ast.JoinedStr) else [node.right]
-            texts = [p.value for p in parts if isinstance(p, ast.Constant) and isinstance(p.value, str)]
+            texts = [
+                p.value for p in parts if isinstance(p, ast.Constant) and isinstance(p.value, str)
+            ]
             if NO_FILE_NAME & set("".join(texts)):
                 note(node, "a character that Windows has in no file name")
     return found
@@ -245,7 +282,9 @@ def test_64_bit_floats_stay_where_they_are_known_to_be_on_the_cpu(room):
     for top in tree.body:
         for part in top.body if isinstance(top, ast.ClassDef) else [top]:
             words = {ast.unparse(n) for n in ast.walk(part) if isinstance(n, ast.Attribute)}
-            if {"torch.float64", "torch.double"} & words or any(word.endswith(".double") for word in words):
+            if {"torch.float64", "torch.double"} & words or any(
+                word.endswith(".double") for word in words
+            ):
                 found.add(getattr(part, "name", None) or part.targets[0].id)
     assert found == DOUBLES.get(room.stem, set())
 
@@ -344,7 +383,11 @@ def bare(tmp_path_factory):
     text = PLATFORM.format(modules=MODULES, lacking=LACKING, rooms=rooms, root=str(ROOT))
     (folder / "sitecustomize.py").write_text(text, encoding="utf-8")
     path = os.pathsep.join([str(folder), str(ROOT)])
-    env = os.environ | {"PYTHONPATH": path, "PYTHONWARNDEFAULTENCODING": "1", "OMP_NUM_THREADS": "1"}
+    env = os.environ | {
+        "PYTHONPATH": path,
+        "PYTHONWARNDEFAULTENCODING": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     return env, folder
 
 
@@ -365,7 +408,9 @@ def commands(bare, *lines):
     env, folder = bare
     lines = [[str(ROOT / program), *words] for program, *words in lines]
     words = [sys.executable, *(lines[0] if len(lines) == 1 else ("-c", SEVERAL, json.dumps(lines)))]
-    done = subprocess.run(words, cwd=folder, env=env, capture_output=True, encoding="utf-8", timeout=240)
+    done = subprocess.run(
+        words, cwd=folder, env=env, capture_output=True, encoding="utf-8", timeout=240
+    )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
 
@@ -393,9 +438,20 @@ def test_from_raw_text_to_a_server_without_posix(bare, tiny_documents):
     rows = ({"prompt": f"What is {n}?", "response": str(n)} for n in range(40))
     write_rows(folder / "chats.jsonl", rows)
     size = ("--vocab_size=384", "--sequence_length=32")
-    data = ("--input_path=docs.jsonl", "--output_dir=data", "--use_minhash=false", "--train_ratio=0.7")
+    data = (
+        "--input_path=docs.jsonl",
+        "--output_dir=data",
+        "--use_minhash=false",
+        "--train_ratio=0.7",
+    )
     commands(bare, ("data.py", *size, *data, "--num_workers=2"))
-    steps = ("--max_steps=2", "--warmup_steps=1", "--save_steps=1", "--eval_steps=2", "--sample_tokens=2")
+    steps = (
+        "--max_steps=2",
+        "--warmup_steps=1",
+        "--save_steps=1",
+        "--eval_steps=2",
+        "--sample_tokens=2",
+    )
     steps += ("--batch_size=2", "--device=cpu")
     shape = (
         "--n_layer=1",
@@ -422,16 +478,22 @@ def serve(bare, model):
     env, folder = bare
     words = [ROOT / "server.py", f"--model_path={model}", "--port=0", "--device=cpu"]
     with open(folder / "server.log", "wb") as log:
-        server = subprocess.Popen([sys.executable, *words], cwd=folder, env=env, stdout=log, stderr=log)
+        server = subprocess.Popen(
+            [sys.executable, *words], cwd=folder, env=env, stdout=log, stderr=log
+        )
     try:
-        while not (told := re.search(r"^http://\S+", (folder / "server.log").read_text("utf-8"), re.M)):
+        while not (
+            told := re.search(r"^http://\S+", (folder / "server.log").read_text("utf-8"), re.M)
+        ):
             assert server.poll() is None, (folder / "server.log").read_text(encoding="utf-8")
             time.sleep(0.1)
         address = told[0]
         with urllib.request.urlopen(f"{address}/v1/models", timeout=60) as answer:
             assert json.load(answer)["object"] == "list"
         body = json.dumps({"prompt": "What is 7?", "max_new_tokens": 3}).encode()
-        asked = urllib.request.Request(f"{address}/generate", body, {"Content-Type": "application/json"})
+        asked = urllib.request.Request(
+            f"{address}/generate", body, {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(asked, timeout=60) as answer:
             assert json.load(answer)
     finally:

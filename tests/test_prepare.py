@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from sentencepiece import SentencePieceTrainer
 
-from lib.config import UserError, configure
-from data import DataConfig, Shards, TokenStream, main, read_manifest, unigram_bits_per_byte
 from corpus.prepare import RetokenizeConfig, hash_fraction, in_order, retokenize, unfinished
+from data import DataConfig, Shards, TokenStream, main, read_manifest, unigram_bits_per_byte
+from lib.config import UserError, configure
+from lib.tokenizer import Tokenizer
 from tests import ROOT, SHARED
 from tests.conftest import write_rows
 from tests.warm import python
-from lib.tokenizer import Tokenizer
 
 BOS, EOS = 1, 2
 
@@ -42,7 +42,10 @@ They have no more than three horses and one of them is very old.
 def prose(number, sentences=6):
     """An English document that no other number gives."""
     random, lines = np.random.RandomState(number), SENTENCES.strip().split("\n")
-    body = [lines[random.randint(len(lines))].replace("the", f"the {word(random)}") for _ in range(sentences)]
+    body = [
+        lines[random.randint(len(lines))].replace("the", f"the {word(random)}")
+        for _ in range(sentences)
+    ]
     return f"Story {number}. " + " ".join(body)
 
 
@@ -68,7 +71,9 @@ def prepare_dataset(source, output, **settings):
 
 def read_split(folder, split):
     files = sorted(folder.glob(f"{split}_*.jsonl"))
-    return [json.loads(line)["text"] for file in files for line in file.read_text().split("\n") if line]
+    return [
+        json.loads(line)["text"] for file in files for line in file.read_text().split("\n") if line
+    ]
 
 
 def every(splits):
@@ -77,7 +82,9 @@ def every(splits):
 
 def contents(folder):
     """Every file's bytes, but for the card, which bears the date."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "DATA_CARD.md"}
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.name != "DATA_CARD.md"
+    }
 
 
 def reasons(stats):
@@ -120,7 +127,12 @@ def test_shards_hold_each_document_between_bos_and_eos(prepared):  # traps B3, B
     assert len(list(folder.glob("train_*.bin"))) > 1  # shard_tokens cuts
     for split, documents in splits.items():
         ids = Shards(folder, split).read(0, Shards(folder, split).tokens).tolist()
-        assert ids.count(EOS) == ids.count(BOS) == len(documents) == stats["splits"][split]["documents"]
+        assert (
+            ids.count(EOS)
+            == ids.count(BOS)
+            == len(documents)
+            == stats["splits"][split]["documents"]
+        )
         expected = [[BOS, *tokenizer.encode(text), EOS] for text in documents]
         assert ids == [token for row in expected for token in row]
         assert stats["splits"][split]["bytes"] == sum(len(text.encode()) for text in documents)
@@ -162,12 +174,22 @@ def test_a_mixture_keeps_its_proportions_and_the_card_shows_them(tmp_path):
         {"name": "many", "input_path": str(tmp_path / "many.jsonl"), "weight": 3, "licence": "CC0"},
         {"name": "few", "input_path": str(tmp_path / "few.jsonl"), "max_samples": 40},
     ]
-    (tmp_path / "mix.json").write_text(json.dumps({"mixture": entries, "input_path": "docstrings:"}))
-    options = [tmp_path / "mix.json", "--vocab_size=400", f"--output_dir={tmp_path / 'd'}", "--quality=false"]
+    (tmp_path / "mix.json").write_text(
+        json.dumps({"mixture": entries, "input_path": "docstrings:"})
+    )
+    options = [
+        tmp_path / "mix.json",
+        "--vocab_size=400",
+        f"--output_dir={tmp_path / 'd'}",
+        "--quality=false",
+    ]
     done = data_py(*options, "--max_docs=80", "--train_ratio=0.9")
     assert done.returncode == 0, done.stderr
     stats = json.loads((tmp_path / "d" / "stats.json").read_text())
-    assert {name: source["documents"] for name, source in stats["sources"].items()} == {"many": 60, "few": 20}
+    assert {name: source["documents"] for name, source in stats["sources"].items()} == {
+        "many": 60,
+        "few": 20,
+    }
     texts = read_split(tmp_path / "d", "train") + read_split(tmp_path / "d", "val")
     assert sorted(texts) == sorted(map(prose, [*range(60), *range(500, 520)]))
     card = (tmp_path / "d" / "DATA_CARD.md").read_text()
@@ -181,7 +203,12 @@ def test_a_mixture_is_called_one_and_its_caps_and_licence_stand_on_the_card(tmp_
         write_jsonl(tmp_path / f"{name}.jsonl", map(prose, numbers))
     entries = [{"name": name, "input_path": f"{name}.jsonl"} for name in ("many", "few")]
     entries[0] |= {"max_samples": 30}
-    options = [f"--mixture={json.dumps(entries)}", "--licence=CC BY", "--vocab_size=400", "--no_quality"]
+    options = [
+        f"--mixture={json.dumps(entries)}",
+        "--licence=CC BY",
+        "--vocab_size=400",
+        "--no_quality",
+    ]
     done = data_py(*options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     card = (tmp_path / "data" / "processed" / "mixture" / "DATA_CARD.md").read_text()
@@ -191,12 +218,16 @@ def test_a_mixture_is_called_one_and_its_caps_and_licence_stand_on_the_card(tmp_
     shown = data_py("inspect", "data/processed/mixture", cwd=tmp_path).stdout
     assert all(f"{name}.jsonl" in shown for name in ("many", "few"))
     assert "docstrings" not in shown
-    done = data_py(f"--mixture={json.dumps(entries)}", "--min_length=9999", "--output_dir=d", cwd=tmp_path)
+    done = data_py(
+        f"--mixture={json.dumps(entries)}", "--min_length=9999", "--output_dir=d", cwd=tmp_path
+    )
     assert done.stderr.startswith("error: mixture: 0 usable documents: 70 too-short")
 
 
 def test_what_was_found_in_bad_order_is_noted(tmp_path):
-    (tmp_path / "in.txt").write_bytes((prose(1, 20) + " caf\u00e9\n\n" + prose(2, 20)).encode("cp1252"))
+    (tmp_path / "in.txt").write_bytes(
+        (prose(1, 20) + " caf\u00e9\n\n" + prose(2, 20)).encode("cp1252")
+    )
     _, stats = prepare_dataset(tmp_path / "in.txt", tmp_path / "d", train_ratio=1, vocab_size=300)
     assert stats["documents"]["noted"]["decoded-as-cp1252"]["count"] == 1
 
@@ -267,7 +298,9 @@ def test_what_a_newcomer_types_first_is_answered_by_name(stories, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=f"^{tmp_path / 'file' / 'd'}: cannot be written"):
         prepare_dataset(stories, tmp_path / "file" / "d")
-    with pytest.raises(UserError, match=r"file/t.model: cannot be written .*; name another tokenizer_path"):
+    with pytest.raises(
+        UserError, match=r"file/t.model: cannot be written .*; name another tokenizer_path"
+    ):
         prepare_dataset(stories, tmp_path / "d", tokenizer_path=str(tmp_path / "file" / "t.model"))
 
 
@@ -300,7 +333,9 @@ def test_a_tokenizer_is_trained_once_and_then_reused(stories, tmp_path):  # trap
 def test_a_folder_without_tokenizer_model_is_refused_and_left_as_it_is(stories, tmp_path):
     (tmp_path / "llama").mkdir()
     (tmp_path / "llama" / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match=r"llama/tokenizer.model: not found; name a folder that holds one"):
+    with pytest.raises(
+        UserError, match=r"llama/tokenizer.model: not found; name a folder that holds one"
+    ):
         prepare_dataset(stories, tmp_path / "d", tokenizer_path=str(tmp_path / "llama"))
     assert [path.name for path in (tmp_path / "llama").iterdir()] == ["tokenizer.json"]
 
@@ -318,7 +353,9 @@ def test_the_card_of_a_foreign_tokenizer_says_no_more_than_is_known(stories, pre
     assert "any text survives" in card
 
 
-def test_the_tokenizer_learns_from_training_documents_alone(tmp_path):  # and from long lines: trap B15
+def test_the_tokenizer_learns_from_training_documents_alone(
+    tmp_path,
+):  # and from long lines: trap B15
     rare = "qzxjvq"
     texts = [prose(number) for number in range(200)]
     on_val = [text for text in texts if hash_fraction(text + f" {rare}" * 400) >= 0.5]
@@ -326,7 +363,10 @@ def test_the_tokenizer_learns_from_training_documents_alone(tmp_path):  # and fr
     for name, marked in (("val", on_val[0]), ("train", on_train[0])):
         source = [text + f" {rare}" * 400 if text == marked else text for text in texts]
         prepare_dataset(
-            write_jsonl(tmp_path / "in.jsonl", source), tmp_path / name, train_ratio=0.5, language="off"
+            write_jsonl(tmp_path / "in.jsonl", source),
+            tmp_path / name,
+            train_ratio=0.5,
+            language="off",
         )
     assert len(Tokenizer.load(tmp_path / "val").encode(f" {rare}")) > 1
     assert len(Tokenizer.load(tmp_path / "train").encode(f" {rare}")) == 1
@@ -369,7 +409,9 @@ def test_near_duplicates_go_by_default_and_stay_when_switched_off(tmp_path):  # 
 def test_unusable_input_is_one_line_and_exit_2(tmp_path, name, content, message):
     if name:
         (tmp_path / name).write_bytes(content)
-    done = data_py(f"--input_path={tmp_path / (name or 'nothing.txt')}", f"--output_dir={tmp_path / 'out'}")
+    done = data_py(
+        f"--input_path={tmp_path / (name or 'nothing.txt')}", f"--output_dir={tmp_path / 'out'}"
+    )
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
@@ -430,7 +472,10 @@ def straight(options, tmp_path_factory):
 
 
 def test_the_result_does_not_depend_on_parts_nor_workers(options, straight, tmp_path):
-    for name, code, workers in (("a", RUN, 3), ("b", "import sys, data; data.command_line(sys.argv[1:])", 1)):
+    for name, code, workers in (
+        ("a", RUN, 3),
+        ("b", "import sys, data; data.command_line(sys.argv[1:])", 1),
+    ):
         process = preparing(
             *options,
             f"--output_dir={tmp_path / name}",
@@ -521,7 +566,8 @@ def test_other_settings_or_another_input_start_over_and_say_so(options, straight
     assert "the input has changed" in out
     stats = json.loads((tmp_path / "e" / "stats.json").read_text())
     assert (
-        stats["documents"]["read"] == json.loads((straight / "stats.json").read_text())["documents"]["read"]
+        stats["documents"]["read"]
+        == json.loads((straight / "stats.json").read_text())["documents"]["read"]
     )
 
 
@@ -599,7 +645,9 @@ def test_a_full_disk_is_one_line_and_with_more_room_it_goes_on(options, straight
 
 def test_retokenize_gives_what_preparing_with_that_tokenizer_gives(stories, prepared, tmp_path):
     other = tmp_path / "other.model"
-    prepare_dataset(stories, tmp_path / "fresh", tokenizer_path=str(other), vocab_size=500, shard_tokens=4000)
+    prepare_dataset(
+        stories, tmp_path / "fresh", tokenizer_path=str(other), vocab_size=500, shard_tokens=4000
+    )
     knobs = {"vocab_size": 500, "shard_tokens": 4000, "sequence_length": 32}
     retokenize(RetokenizeConfig(str(prepared[0]), str(tmp_path / "again"), str(other), **knobs))
     for pattern in ("*.bin", "*.jsonl", "tokenizer.model"):
@@ -607,7 +655,9 @@ def test_retokenize_gives_what_preparing_with_that_tokenizer_gives(stories, prep
         assert names == sorted(path.name for path in (tmp_path / "again").glob(pattern))
         assert names
         for name in names:
-            assert (tmp_path / "fresh" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+            assert (tmp_path / "fresh" / name).read_bytes() == (
+                tmp_path / "again" / name
+            ).read_bytes()
     assert read_manifest(tmp_path / "again")["config"]["input_path"] == str(stories)
     assert TokenStream(tmp_path / "again", "train", 32, 1).vocab_size == 500
 
@@ -621,7 +671,9 @@ def test_retokenize_needs_the_statistics(prepared, tmp_path, content):
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"settings": 3}', "\0"])
-def test_unusable_leftovers_of_an_unfinished_run_are_no_hindrance(stories, prepared, tmp_path, content):
+def test_unusable_leftovers_of_an_unfinished_run_are_no_hindrance(
+    stories, prepared, tmp_path, content
+):
     (tmp_path / ".d.partial").mkdir()
     (tmp_path / ".d.partial" / "progress.json").write_text(content)
     (tmp_path / ".d.partial" / "part_00000.train.jsonl").write_text("{")
@@ -680,7 +732,9 @@ def test_retokenize_refuses_changed_text(prepared, tmp_path):
 
 def test_two_runs_at_once_do_not_share_a_folder(stories, tmp_path):
     with unfinished(tmp_path / "d"):
-        done = data_py(f"--input_path={stories}", f"--output_dir={tmp_path / 'd'}", "--vocab_size=400")
+        done = data_py(
+            f"--input_path={stories}", f"--output_dir={tmp_path / 'd'}", "--vocab_size=400"
+        )
         assert done.returncode == 2
         assert "another run is preparing it" in done.stderr
 
@@ -689,5 +743,8 @@ def test_two_runs_at_once_do_not_share_a_folder(stories, tmp_path):
 def test_real_corpora(tmp_path):
     raw = SHARED / "wikitext2" / "wiki.valid.raw"
     splits, stats = prepare_dataset(raw, tmp_path / "wiki", vocab_size=4096, max_length=300_000)
-    assert stats["documents"]["read"] in (60, 61)  # 60 articles, and the blank line before the first
+    assert stats["documents"]["read"] in (
+        60,
+        61,
+    )  # 60 articles, and the blank line before the first
     assert all(text.startswith("= ") for text in every(splits))

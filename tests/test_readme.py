@@ -28,15 +28,29 @@ from tests import ROOT
 from tests.conftest import link_code
 from tests.runs import Run
 
-WALKED = ("README.md", "docs/SESSIONS.md", "ARCHITECTURE.md", "docs/TROUBLESHOOTING.md", "docs/PROMISES.md")
-PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in (*WALKED, "benchmarks/RESULTS.md")}
-MARK = re.compile(r"#.*\b(network|GPU|minutes|hours|days)\b")  # why a line of a `sh` block is not run
+WALKED = (
+    "README.md",
+    "docs/SESSIONS.md",
+    "ARCHITECTURE.md",
+    "docs/TROUBLESHOOTING.md",
+    "docs/PROMISES.md",
+)
+PAGES = {
+    name: (ROOT / name).read_text(encoding="utf-8") for name in (*WALKED, "benchmarks/RESULTS.md")
+}
+MARK = re.compile(
+    r"#.*\b(network|GPU|minutes|hours|days)\b"
+)  # why a line of a `sh` block is not run
 SETTING = re.compile(r"[A-Z][A-Z0-9_]*=")
-ROOMS = sorted(path for folder in (".", "lib", "corpus", "tools") for path in (ROOT / folder).glob("*.py"))
+ROOMS = sorted(
+    path for folder in (".", "lib", "corpus", "tools") for path in (ROOT / folder).glob("*.py")
+)
 
 # Flags added to, or put in place of, what the page says: the same commands, on toy sizes.
 SHAPE = "--n_layer=1 --d_model=32 --n_head=2 --d_ff=64 --sequence_length=64 --vocab_size=400"
-STEPS = "--batch_size=2 --gradient_accumulation_steps=1 --warmup_steps=1 --sample_tokens=4 --dtype=fp32"
+STEPS = (
+    "--batch_size=2 --gradient_accumulation_steps=1 --warmup_steps=1 --sample_tokens=4 --dtype=fp32"
+)
 SHRUNK = {
     "data.py": "--max_docs=60 --min_length=50 --num_workers=1",
     "train.py": f"{SHAPE} {STEPS} --eval_rows=4 --max_minutes=none",
@@ -141,7 +155,9 @@ def problem_with(command):
     if not (ROOT / script).is_file():
         return f"no {script}"
     rest = words[words.index(script) + 1 :]
-    given = [w.partition("=")[0].removeprefix("--") for w in rest if w.startswith("--") and w != "--help"]
+    given = [
+        w.partition("=")[0].removeprefix("--") for w in rest if w.startswith("--") and w != "--help"
+    ]
     if script.startswith("benchmarks"):
         text = (ROOT / script).read_text(encoding="utf-8")
         return [flag for flag in given if f'"--{flag}"' not in text and not passed_on(flag)] or None
@@ -149,7 +165,9 @@ def problem_with(command):
     listed = flags_of(script, word)
     if listed is None:
         return f"{script} knows no {word}"
-    return [flag for flag in given if flag not in listed and flag.removeprefix("no_") not in listed] or None
+    return [
+        flag for flag in given if flag not in listed and flag.removeprefix("no_") not in listed
+    ] or None
 
 
 def passed_on(flag):
@@ -160,16 +178,23 @@ def passed_on(flag):
 
 def sentences():
     """A pattern for every text in the code that says enough, with anything in place of its values."""
-    for node in (node for path in ROOMS for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))):
+    for node in (
+        node for path in ROOMS for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    ):
         parts = node.values if isinstance(node, ast.JoinedStr) else [node]
-        texts = [p.value if isinstance(p, ast.Constant) and isinstance(p.value, str) else None for p in parts]
+        texts = [
+            p.value if isinstance(p, ast.Constant) and isinstance(p.value, str) else None
+            for p in parts
+        ]
         if sum(len(text) for text in texts if text) >= 20:
             yield "".join(".+" if text is None else re.escape(text) for text in texts)
 
 
 def test_every_message_that_is_not_provoked_here_is_in_the_code():
     known = re.compile("|".join(f"(?:{form})" for form in sentences()), flags=re.S)
-    lines = [line for page in WALKED for _, text in blocks(page, "text") for line in text.splitlines()]
+    lines = [
+        line for page in WALKED for _, text in blocks(page, "text") for line in text.splitlines()
+    ]
     assert [line for line in lines if not known.fullmatch(line.removeprefix("error: "))] == []
     assert len(lines) > 10
 
@@ -194,7 +219,9 @@ def test_every_command_is_a_sound_configuration_as_it_stands(page, monkeypatch):
     told = [c for _, c, printed in commands(page) if "error: " not in "".join(printed or ())]
     for command in [*told, *mentions(page)]:
         words = with_files(shlex.split(command, comments=True))
-        script = next((w for w in words if w in SHRUNK or w in ("tools/export.py", "model.py")), None)
+        script = next(
+            (w for w in words if w in SHRUNK or w in ("tools/export.py", "model.py")), None
+        )
         rest = words[words.index(script) + 1 :] if script else []
         presets = [w for w in rest if w.endswith(".json") and "=" not in w]
         if {"...", "--help"} & {*words} or not script or not all(map(os.path.isfile, presets)):
@@ -300,7 +327,9 @@ def missing(expected, text):
 
 def test_every_command_runs_in_the_order_of_the_pages(tmp_path):
     walk, ran = Walk(tmp_path / "clone"), []
-    with socket.socket() as other:  # either we hold the port that the pages speak of, or someone else does
+    with (
+        socket.socket() as other
+    ):  # either we hold the port that the pages speak of, or someone else does
         with suppress(OSError):
             other.bind(("127.0.0.1", 8000))
             other.listen()
@@ -311,7 +340,10 @@ def test_every_command_runs_in_the_order_of_the_pages(tmp_path):
                 status, text = walk.run(command, printed is not None)
                 told = f"{page} line {number}: {command}\n{(text or '')[-3000:]}"
                 assert (status != 0) == ("error: " in "".join(printed or ())), told
-                assert text is None or missing(printed or (), text) is None, (missing(printed, text), told)
+                assert text is None or missing(printed or (), text) is None, (
+                    missing(printed, text),
+                    told,
+                )
                 if command.startswith("curl ") and text:
                     assert json.loads(text).keys() >= {"response", "prompt", "generation_config"}
                 ran.append(command)
@@ -319,7 +351,9 @@ def test_every_command_runs_in_the_order_of_the_pages(tmp_path):
 
 
 def test_every_test_that_is_named_exists():
-    named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", "".join(PAGES[page] for page in WALKED))
+    named = re.findall(
+        r"`(test_\w+\.py)(?:::(test_\w+))?`", "".join(PAGES[page] for page in WALKED)
+    )
     assert len(named) > 100
     for file, name in sorted(set(named)):
         text = (ROOT / "tests" / file).read_text(encoding="utf-8")
@@ -332,7 +366,10 @@ def names_of(room):
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         targets = getattr(node, "targets", [getattr(node, "target", None)])
         yield from (
-            name.id for target in targets for name in ast.walk(target or ast.Pass()) if hasattr(name, "id")
+            name.id
+            for target in targets
+            for name in ast.walk(target or ast.Pass())
+            if hasattr(name, "id")
         )
         yield getattr(node, "name", None)
 

@@ -8,8 +8,8 @@ import shutil
 import pytest
 import torch
 
-from lib.checkpoint import problem_with, seal
 from data import TokenStream
+from lib.checkpoint import problem_with, seal
 from losses import next_token_loss
 from tests.conftest import prepare_dataset
 from tests.runs import Run, begin, differences, fitting, losses, names, records, refused
@@ -32,7 +32,9 @@ def copied(source, target):
 @pytest.mark.parametrize("ranks", [1, 2], ids=["one rank", "two ranks"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["no dropout", "dropout"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_resumed_run_equals_the_straight_one_bit_for_bit(tmp_path, tiny_dataset, dtype, dropout, ranks):
+def test_a_resumed_run_equals_the_straight_one_bit_for_bit(
+    tmp_path, tiny_dataset, dtype, dropout, ranks
+):
     knobs = {"data_path": tiny_dataset, "dtype": dtype, "dropout": dropout, "ranks": ranks}
     straight = trained(tmp_path / "straight", **knobs)
     rest = trained(tmp_path / "rest", resume_from_checkpoint=straight / HALF, **knobs)
@@ -45,7 +47,9 @@ def test_a_resumed_run_equals_the_straight_one_bit_for_bit(tmp_path, tiny_datase
     )  # the comparison sees a difference where there is one
 
 
-@pytest.mark.parametrize("knobs", [{"optimizer": "muon"}, {"gradient_accumulation_steps": 3}], ids=str)
+@pytest.mark.parametrize(
+    "knobs", [{"optimizer": "muon"}, {"gradient_accumulation_steps": 3}], ids=str
+)
 def test_so_does_one_with_muon_or_accumulation(tmp_path, tiny_dataset, knobs):
     knobs |= {"data_path": tiny_dataset, "dropout": 0.1}
     straight = trained(tmp_path / "straight", **knobs)
@@ -74,7 +78,9 @@ def test_with_other_random_numbers_it_does_not(tmp_path, tiny_dataset, ranks):
     if ranks == 2:
         shutil.copy(first, last)  # rank 0's numbers on every rank
     else:
-        torch.save(torch.load(first) | {"torch": torch.Generator().manual_seed(7).get_state()}, first)
+        torch.save(
+            torch.load(first) | {"torch": torch.Generator().manual_seed(7).get_state()}, first
+        )
     seal_again(changed)
     rest = trained(tmp_path / "rest", resume_from_checkpoint=changed, **knobs)
     assert "embed_tokens" in "".join(differences(straight / WHOLE, rest / WHOLE))
@@ -92,15 +98,21 @@ def seal_again(folder):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory, tiny_dataset):
     """A run of two ranks without dropout."""
-    return trained(tmp_path_factory.mktemp("pair") / "pair", ranks=2, data_path=tiny_dataset, sample_tokens=0)
+    return trained(
+        tmp_path_factory.mktemp("pair") / "pair", ranks=2, data_path=tiny_dataset, sample_tokens=0
+    )
 
 
-def test_two_ranks_train_what_one_rank_trains_at_the_same_global_batch(tmp_path, tiny_dataset, pair):
+def test_two_ranks_train_what_one_rank_trains_at_the_same_global_batch(
+    tmp_path, tiny_dataset, pair
+):
     knobs = {"data_path": tiny_dataset, "sample_tokens": 0}
     alone = trained(tmp_path / "alone", gradient_accumulation_steps=2, **knobs)
     assert not differences(alone / WHOLE, pair / WHOLE, but=ROUNDED)
     for one, two in zip(losses(alone), losses(pair), strict=True):
-        assert one == pytest.approx(two, rel=1e-6)  # the printed loss alone is summed in another order
+        assert one == pytest.approx(
+            two, rel=1e-6
+        )  # the printed loss alone is summed in another order
 
 
 def test_a_changed_number_of_ranks_is_refused_and_exact_when_allowed(tmp_path, tiny_dataset, pair):
@@ -149,23 +161,32 @@ def note_weights(folder, model, walk):
     return {}
 
 
-def test_two_ranks_see_other_batches_hold_the_same_weights_and_save_every_step(tmp_path, tiny_dataset):
+def test_two_ranks_see_other_batches_hold_the_same_weights_and_save_every_step(
+    tmp_path, tiny_dataset
+):
     loader, validate = Recorded(tiny_dataset, tmp_path), functools.partial(note_weights, tmp_path)
     knobs = {"save_steps": 1, "eval_steps": 1, "max_steps": 4, "dropout": 0.1}
     one = Run(
-        tmp_path / "log", fitting, (tmp_path / "out", loader, next_token_loss, validate, knobs), ranks=2
+        tmp_path / "log",
+        fitting,
+        (tmp_path / "out", loader, next_token_loss, validate, knobs),
+        ranks=2,
     )
     assert one.wait() == [0, 0], one.text
     batches = [(tmp_path / f"batches{rank}").read_text().splitlines() for rank in (0, 1)]
     weights = [(tmp_path / f"weights{rank}").read_text().splitlines() for rank in (0, 1)]
-    assert len(batches[0]) == len(batches[1]) == 5  # the fifth was fetched before the clock was looked at
+    assert (
+        len(batches[0]) == len(batches[1]) == 5
+    )  # the fifth was fetched before the clock was looked at
     assert not set(batches[0]) & set(batches[1])
     assert weights[0] == weights[1]
     assert len(set(weights[0])) == 4
 
 
 def test_the_random_numbers_of_two_ranks_differ(pair):
-    first, second = (torch.load(pair / WHOLE / "train_state" / f"rng_0000{rank}.pt") for rank in (0, 1))
+    first, second = (
+        torch.load(pair / WHOLE / "train_state" / f"rng_0000{rank}.pt") for rank in (0, 1)
+    )
     assert not torch.equal(first["torch"], second["torch"])
     assert first["python"] != second["python"]
 
@@ -193,7 +214,9 @@ def straight(tmp_path_factory, tiny_dataset):
 def test_another_configuration_is_refused_and_the_difference_shown(
     tmp_path, tiny_dataset, straight, knobs, shown
 ):
-    line = refused(tmp_path / "out", data_path=tiny_dataset, resume_from_checkpoint=straight / HALF, **knobs)
+    line = refused(
+        tmp_path / "out", data_path=tiny_dataset, resume_from_checkpoint=straight / HALF, **knobs
+    )
     for part in shown.split(", now"):
         assert part in line, line
     assert "--allow_config_change accepts it" in line
@@ -202,8 +225,16 @@ def test_another_configuration_is_refused_and_the_difference_shown(
 
 def test_what_changes_nothing_that_is_computed_may_change(tmp_path, tiny_dataset, straight):
     moved = shutil.copytree(tiny_dataset, tmp_path / "moved")
-    knobs = {"eval_steps": 3, "save_steps": 2, "logging_steps": 2, "keep_last": 1, "deterministic": False}
-    rest = trained(tmp_path / "out", data_path=moved, resume_from_checkpoint=straight / HALF, **knobs)
+    knobs = {
+        "eval_steps": 3,
+        "save_steps": 2,
+        "logging_steps": 2,
+        "keep_last": 1,
+        "deterministic": False,
+    }
+    rest = trained(
+        tmp_path / "out", data_path=moved, resume_from_checkpoint=straight / HALF, **knobs
+    )
     assert not differences(rest / "final", straight / "final")
     assert names(rest) == ["final", "metrics.jsonl", "run.lock", WHOLE]
 
@@ -215,7 +246,9 @@ def test_an_allowed_change_is_really_made(tmp_path, tiny_dataset, straight):
         "allow_config_change": True,
     }
     rest = trained(tmp_path / "out", weight_decay=0.5, beta2=0.5, max_steps=12, **knobs)
-    group = torch.load(rest / "step_000012" / "train_state" / "state.pt")["optimizers"][0]["param_groups"][0]
+    group = torch.load(rest / "step_000012" / "train_state" / "state.pt")["optimizers"][0][
+        "param_groups"
+    ][0]
     assert (group["weight_decay"], group["betas"]) == (0.5, (0.9, 0.5))
 
 
@@ -223,7 +256,10 @@ def test_an_allowed_change_is_really_made(tmp_path, tiny_dataset, straight):
     ("knobs", "message"),
     [
         ({"optimizer": "muon"}, "state.pt: does not fit this model and optimizer"),
-        ({"d_model": 64}, "model.safetensors: model.embed_tokens.weight is 384x32, the model wants 384x64"),
+        (
+            {"d_model": 64},
+            "model.safetensors: model.embed_tokens.weight is 384x32, the model wants 384x64",
+        ),
         ({"n_layer": 1}, "missing or unexpected tensors"),
     ],
     ids=str,

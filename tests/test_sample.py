@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 import sample
-from lib.config import UserError, configure
 from engine import Sampling, open_model
+from lib.config import UserError, configure
 from model import save_model
 from sample import SampleConfig
 from tests import ROOT
@@ -23,7 +23,13 @@ def folder(tmp_path_factory, tiny_tokenizer):
     return path
 
 
-ASK = ["--prompt=Why?  the  dog", "--max_new_tokens=8", "--temperature=1.5", "--top_k=0", "--seed=5"]
+ASK = [
+    "--prompt=Why?  the  dog",
+    "--max_new_tokens=8",
+    "--temperature=1.5",
+    "--top_k=0",
+    "--seed=5",
+]
 COMMANDS = {
     "one": ASK,
     "two": [*ASK, "--num_samples=2"],
@@ -42,7 +48,9 @@ def runs(folder):
     for name, words in COMMANDS.items():
         path = [] if name == "no folder" else [f"--model_path={folder}"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        started[name] = subprocess.Popen([*begin, *path, *words], text=True, encoding="utf-8", **pipes)
+        started[name] = subprocess.Popen(
+            [*begin, *path, *words], text=True, encoding="utf-8", **pipes
+        )
     results = {name: process.communicate(timeout=120) for name, process in started.items()}
     return {name: (started[name].returncode, *texts) for name, texts in results.items()}
 
@@ -50,7 +58,9 @@ def runs(folder):
 def expected_text(folder, tokenizer, seed):
     prompt = [tokenizer.bos_id, *tokenizer.encode("Why?  the  dog")]
     sampling = Sampling(temperature=1.5, top_k=0, seed=seed)
-    return tokenizer.decode(answer(open_model(folder)[0], prompt, sampling, 8, stop_ids={tokenizer.eos_id}))
+    return tokenizer.decode(
+        answer(open_model(folder)[0], prompt, sampling, 8, stop_ids={tokenizer.eos_id})
+    )
 
 
 def test_the_response_is_all_that_is_printed(runs, folder, tiny_tokenizer):
@@ -67,14 +77,18 @@ def test_two_samples_are_printed_in_order(runs, folder, tiny_tokenizer):
 
 
 def test_an_empty_prompt_begins_a_document(folder, tiny_tokenizer, capsys):
-    sample.main(configure(SampleConfig, [f"--model_path={folder}", "--max_new_tokens=3", "--temperature=0"]))
+    sample.main(
+        configure(SampleConfig, [f"--model_path={folder}", "--max_new_tokens=3", "--temperature=0"])
+    )
     ids = answer(open_model(folder)[0], [1], GREEDY, 3, stop_ids={tiny_tokenizer.eos_id})
     assert capsys.readouterr().out == tiny_tokenizer.decode(ids) + "\n"
 
 
 def test_a_stop_text_ends_the_sample(folder, tiny_tokenizer, capsys):
     text = expected_text(folder, tiny_tokenizer, 5)
-    sample.main(configure(SampleConfig, [f"--model_path={folder}", *ASK, f"--stop=never seen,{text[2:4]}"]))
+    sample.main(
+        configure(SampleConfig, [f"--model_path={folder}", *ASK, f"--stop=never seen,{text[2:4]}"])
+    )
     assert capsys.readouterr().out == text[: text.index(text[2:4])] + "\n"
 
 

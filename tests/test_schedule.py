@@ -32,7 +32,9 @@ def test_muon_is_that_of_torch_in_the_same_precision(monkeypatch, dtype, off):
     ours, _ = walked(lambda params: Muon(params, 0.02, 0.1, dtype))
     if dtype == torch.float32:  # torch knows no other precision than this
         monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
-    theirs, _ = walked(lambda params: torch.optim.Muon(params, 0.02, 0.1, adjust_lr_fn="match_rms_adamw"))
+    theirs, _ = walked(
+        lambda params: torch.optim.Muon(params, 0.02, 0.1, adjust_lr_fn="match_rms_adamw")
+    )
     assert torch.norm(ours - theirs) < off * torch.norm(theirs - start)
 
 

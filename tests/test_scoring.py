@@ -86,13 +86,17 @@ def test_a_text_scores_as_one_token_at_a_time(model, stride):
 
 def test_the_batch_size_changes_nothing(model):
     ids = ids_of(500)
-    totals = [score(model, text_batches(ids, BOS, 24, 7, size), BYTES)[0] for size in (1, 2, 16, 99)]
+    totals = [
+        score(model, text_batches(ids, BOS, 24, 7, size), BYTES)[0] for size in (1, 2, 16, 99)
+    ]
     assert totals == pytest.approx([totals[0]] * 4, rel=1e-6)
 
 
 def test_several_threads_find_the_same(model):
     ids, before = ids_of(500), torch.get_num_threads()
-    totals = [score(model, text_batches(ids, BOS, 24, 7, 2), BYTES, threads) for threads in (1, 2, 3)]
+    totals = [
+        score(model, text_batches(ids, BOS, 24, 7, 2), BYTES, threads) for threads in (1, 2, 3)
+    ]
     assert totals[1:] == [(pytest.approx(totals[0][0], rel=1e-6), *totals[0][1:])] * 2
     questions = questions_of(SIZES)
     one, two = (answer_scores(model, questions, 30, threads) for threads in (1, 2))
@@ -157,7 +161,10 @@ SIZES = [
 def questions_of(sizes):
     """[(context, answers)] of random ids; sizes: [(length of the context, [lengths of its answers])]."""
     return [
-        ([BOS, *ids_of(length - 1, n)], [ids_of(size, 100 * n + k) for k, size in enumerate(answers)])
+        (
+            [BOS, *ids_of(length - 1, n)],
+            [ids_of(size, 100 * n + k) for k, size in enumerate(answers)],
+        )
         for n, (length, answers) in enumerate(sizes)
     ]
 
@@ -178,7 +185,9 @@ def test_answers_score_as_one_token_at_a_time(model, budget):
     with torch.no_grad():
         answers[0] = [model(torch.tensor([context]))[0, -1].argmax().item()]  # one that is greedy
     seen = set()
-    for (context, answers), scores in zip(questions, answer_scores(model, questions, budget), strict=True):
+    for (context, answers), scores in zip(
+        questions, answer_scores(model, questions, budget), strict=True
+    ):
         for answer, (got, greedy) in zip(answers, scores, strict=True):
             expected, best = one_by_one(model, context, answer)
             assert (got, greedy) == (pytest.approx(expected, abs=1e-4), best)
@@ -191,7 +200,9 @@ def bigram(table):
     size = len(table)
     cfg = ModelConfig(n_layer=1, d_model=4, n_head=2, d_ff=4, vocab_size=size, sequence_length=64)
     decoder = lambda ids, positions=None, documents=None, cache=None: torch.eye(size)[ids]
-    return SimpleNamespace(model=decoder, lm_head=SimpleNamespace(weight=table.T.contiguous()), cfg=cfg)
+    return SimpleNamespace(
+        model=decoder, lm_head=SimpleNamespace(weight=table.T.contiguous()), cfg=cfg
+    )
 
 
 NO, YES = 8, 9
@@ -210,7 +221,12 @@ def yes_no(yes_odds, gold):
 
 def test_known_log_probabilities_give_exactly_the_known_accuracy():
     got = yes_no([2.0, -1.0, 0.5, -0.5, 3.0], gold=[1, 0, 0, 1, 1])
-    assert (got["accuracy"], got["n"], got["majority"], got["majority_answer"]) == (3 / 5, 5, 3 / 5, "yes")
+    assert (got["accuracy"], got["n"], got["majority"], got["majority_answer"]) == (
+        3 / 5,
+        5,
+        3 / 5,
+        "yes",
+    )
     assert got["predicted"] == {"no": 2, "yes": 3}
     assert "not distinguishable from the baseline" in got["verdict"]
 
@@ -226,7 +242,10 @@ def test_calibration_takes_away_the_prior_and_nothing_else():
     gold = [0, 1] * 50
     got = yes_no([3.0 + (1 if right else -1) for right in gold], gold)  # it knows, but leans to yes
     assert (got["accuracy"], got["calibrated_accuracy"]) == (0.5, 1.0)
-    assert got["calibrated_verdict"] == "better than the baseline, the same answers in random order (50.0%)"
+    assert (
+        got["calibrated_verdict"]
+        == "better than the baseline, the same answers in random order (50.0%)"
+    )
     rows = [[-1.0, -2.0], [-4.0, -3.0], [-0.5, -9.0]]
     odds = np.array([a - b for a, b in rows])
     left = np.array([a - b for a, b in without_prior(rows)])
@@ -242,7 +261,12 @@ def test_long_answers_are_also_compared_by_the_character():
 # Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I, method 3
 @pytest.mark.parametrize(
     ("hits", "n", "low", "high"),
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
 )
 def test_wilson_intervals_are_those_of_the_table(hits, n, low, high):
     assert wilson(hits, n) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))

@@ -21,13 +21,13 @@ import torch
 
 import server
 from api import Api, ApiError
-from lib.config import UserError
 from engine import Reply, Request, Sampling, generate, open_model, score
+from lib.config import UserError
+from lib.tokenizer import IM_END, Tokenizer, render, stop_ids
 from scheduler import Call, Closed, Failed, Full, Job, Scheduler, say
 from tests import ROOT
 from tests.conftest import free_port
 from tests.serving import Served, make_model, parse, read_all
-from lib.tokenizer import IM_END, Tokenizer, render, stop_ids
 
 HELLO = [{"role": "user", "content": "why not"}]
 KEY = "correct-horse-battery"
@@ -55,7 +55,9 @@ def others(tmp_path_factory, folder, plain_folder):
         "plain": Served(place / "plain.log", plain_folder),
         "key": Served(place / "key.log", folder, api_key_file=key_file, host="0.0.0.0"),
         "small": Served(place / "small.log", folder, slots=1, queue=2, model_name="other"),
-        "origin": Served(place / "origin.log", folder, allowed_origins=origin, allowed_hosts="box.lan"),
+        "origin": Served(
+            place / "origin.log", folder, allowed_origins=origin, allowed_hosts="box.lan"
+        ),
     }
     yield servers
     for one in servers.values():
@@ -98,7 +100,12 @@ def test_the_curl_line_of_the_readme_this_descends_from(chatty, model, tiny_toke
     fields = {"prompt": "Why?", "max_new_tokens": 20, "temperature": 0.7, "template": "chatml"}
     status, answer = chatty.ask("/generate", fields)
     used = answer["generation_config"]
-    assert (status, answer["prompt"], used["temperature"], used["template"]) == (200, "Why?", 0.7, "chatml")
+    assert (status, answer["prompt"], used["temperature"], used["template"]) == (
+        200,
+        "Why?",
+        0.7,
+        "chatml",
+    )
     prompt = chat_ids(tiny_tokenizer, [{"role": "user", "content": "Why?"}])
     text, ids, finish = alone(model, tiny_tokenizer, prompt, 20, temperature=0.7, seed=used["seed"])
     assert (answer["response"], answer["finish_reason"]) == (text.strip(), finish)
@@ -106,7 +113,9 @@ def test_the_curl_line_of_the_readme_this_descends_from(chatty, model, tiny_toke
 
 
 def test_a_chat_answer_is_the_engines(chatty, model, tiny_tokenizer):
-    status, answer = chatty.ask("/v1/chat/completions", {"messages": HELLO, "max_tokens": 30} | SAMPLING)
+    status, answer = chatty.ask(
+        "/v1/chat/completions", {"messages": HELLO, "max_tokens": 30} | SAMPLING
+    )
     text, ids, _ = alone(model, tiny_tokenizer, chat_ids(tiny_tokenizer), 30, **SAMPLING)
     (choice,) = answer["choices"]
     assert status == 200
@@ -134,7 +143,9 @@ def test_a_stream_is_the_answer_in_pieces(chatty):
         mine = [e["choices"][0] for e in events if e["choices"][0]["index"] == choice["index"]]
         assert mine[0]["delta"] == {"role": "assistant", "content": ""}
         assert "".join(c["delta"].get("content", "") for c in mine) == choice["message"]["content"]
-        assert [c["finish_reason"] for c in mine] == [None] * (len(mine) - 1) + [choice["finish_reason"]]
+        assert [c["finish_reason"] for c in mine] == [None] * (len(mine) - 1) + [
+            choice["finish_reason"]
+        ]
     assert len({choice["message"]["content"] for choice in whole["choices"]}) == 3
 
 
@@ -142,7 +153,9 @@ def test_rows_of_one_request_are_rows_alone(chatty, model, tiny_tokenizer):
     prompts, expected = ["once upon", "the dog", "x" * 30], []
     for number, prompt in enumerate(text for text in prompts for _ in range(2)):
         ids = [1, *tiny_tokenizer.encode(prompt)]
-        expected.append(alone(model, tiny_tokenizer, ids, 12, **(SAMPLING | {"seed": 7 + number}))[0])
+        expected.append(
+            alone(model, tiny_tokenizer, ids, 12, **(SAMPLING | {"seed": 7 + number}))[0]
+        )
     fields = {"prompt": prompts, "n": 2, "max_tokens": 12} | SAMPLING
     _, answer = chatty.ask("/v1/completions", fields)
     assert [choice["text"] for choice in answer["choices"]] == expected
@@ -193,7 +206,12 @@ def test_tokenize_and_back(chatty, tiny_tokenizer):
     assert chatty.ask("/detokenize", {"tokens": ids}) == (200, {"prompt": text})
     assert chatty.ask("/detokenize", {"tokens": ids, "model": "gpt-4"})[0] == 404
     assert chatty.ask("/tokenize", {"messages": HELLO})[1]["tokens"] == chat_ids(tiny_tokenizer)
-    silent = [{"role": "system", "content": ""}, *HELLO, {"role": "assistant", "content": "\n"}, *HELLO]
+    silent = [
+        {"role": "system", "content": ""},
+        *HELLO,
+        {"role": "assistant", "content": "\n"},
+        *HELLO,
+    ]
     assert chatty.ask("/tokenize", {"messages": silent})[1]["tokens"] == chat_ids(
         tiny_tokenizer, [*HELLO, *HELLO]
     )
@@ -207,7 +225,10 @@ def test_a_base_model_continues_what_the_chat_says(others, plain_folder, tiny_to
     model = open_model(plain_folder)[0]
     prompt = [1, *tiny_tokenizer.encode("once upon a time")]
     expected = alone(model, tiny_tokenizer, prompt, 10, template=None, **SAMPLING)[0]
-    messages = [{"role": "assistant", "content": "once upon"}, {"role": "user", "content": " a time"}]
+    messages = [
+        {"role": "assistant", "content": "once upon"},
+        {"role": "user", "content": " a time"},
+    ]
     fields = {"max_tokens": 10} | SAMPLING
     _, chat = plain.ask("/v1/chat/completions", {"messages": messages} | fields)
     assert chat["choices"][0]["message"]["content"] == expected
@@ -227,7 +248,9 @@ def test_a_template_that_is_not_read_is_not_called_none(solo, tmp_path, tiny_tok
     (tmp_path / "tokenizer.model").write_bytes(tiny_tokenizer.model)
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     api = Api(solo.scheduler, Tokenizer.load(tmp_path), "foreign", 60)
-    with pytest.raises(ApiError, match="foreign has a chat template that is none of chatml, instruct, chat"):
+    with pytest.raises(
+        ApiError, match="foreign has a chat template that is none of chatml, instruct, chat"
+    ):
         api.generate({"prompt": "a", "template": "chatml"}, None)
 
 
@@ -246,7 +269,10 @@ def test_markers_in_a_message_are_text(chatty, tiny_tokenizer):
     markers = [id for id in ids if id in (0, 1, 2, 3, 4, 5)]
     assert markers == [1, 4, 5, 4]  # BOS, the message's own two, and the answer's first
     parts = [{"type": "text", "text": text[:9]}, {"type": "text", "text": text[9:]}]
-    assert chatty.ask("/tokenize", {"messages": [{"role": "user", "content": parts}]})[1]["tokens"] == ids
+    assert (
+        chatty.ask("/tokenize", {"messages": [{"role": "user", "content": parts}]})[1]["tokens"]
+        == ids
+    )
 
 
 def test_no_message_makes_a_control_id(solo, tiny_tokenizer):
@@ -294,7 +320,10 @@ def test_logprobs_are_the_models(chatty, model, tiny_tokenizer):
     prompt = [1, *tiny_tokenizer.encode("once upon")]
     fields = {"prompt": prompt, "max_tokens": 8, "logprobs": 3, "echo": True} | SAMPLING
     (choice,) = chatty.ask("/v1/completions", fields)[1]["choices"]
-    logprobs, ids = choice["logprobs"], prompt + alone(model, tiny_tokenizer, prompt, 8, **SAMPLING)[1]
+    logprobs, ids = (
+        choice["logprobs"],
+        prompt + alone(model, tiny_tokenizer, prompt, 8, **SAMPLING)[1],
+    )
     with torch.no_grad():
         truth = model(torch.tensor([ids]))[0].log_softmax(dim=-1)
     assert logprobs["token_logprobs"][0] is None
@@ -306,7 +335,9 @@ def test_logprobs_are_the_models(chatty, model, tiny_tokenizer):
         assert mine in got.values()
     assert choice["text"] == tiny_tokenizer.decode(ids)
     for token, start in zip(logprobs["tokens"], logprobs["text_offset"]):
-        rest = choice["text"][start:].lstrip("\ufffd")  # a character cut short shows only with the next token
+        rest = choice["text"][start:].lstrip(
+            "\ufffd"
+        )  # a character cut short shows only with the next token
         assert token.startswith(("<s>", "bytes:")) or rest.startswith(token)
 
 
@@ -323,7 +354,13 @@ def test_prompts_are_scored_without_an_answer(chatty, model, tiny_tokenizer):
 def test_what_lm_eval_asks(chatty, model, tiny_tokenizer):
     """A row of ids longer than the prompt by exactly one token, whatever it is; ties told by equality."""
     row = [1, *tiny_tokenizer.encode("the quick brown fox")]
-    fields = {"prompt": [row, row[:4]], "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234}
+    fields = {
+        "prompt": [row, row[:4]],
+        "temperature": 0,
+        "max_tokens": 1,
+        "logprobs": 1,
+        "seed": 1234,
+    }
     for choice, ids in zip(
         chatty.ask("/v1/completions", fields | {"echo": True})[1]["choices"], (row, row[:4])
     ):
@@ -363,10 +400,14 @@ def test_chat_logprobs(chatty, model, tiny_tokenizer):
     (known,) = score(model, [prompt + ids], top=5)
     for entry, id, (own, top) in zip(content, ids, known[len(prompt) :]):
         assert (
-            bytes(entry["bytes"]).decode("utf-8", "replace") == entry["token"] == tiny_tokenizer.decode([id])
+            bytes(entry["bytes"]).decode("utf-8", "replace")
+            == entry["token"]
+            == tiny_tokenizer.decode([id])
         )
         assert entry["logprob"] == pytest.approx(own, abs=1e-4)
-        assert [o["logprob"] for o in entry["top_logprobs"]] == pytest.approx([p for _, p in top], abs=1e-4)
+        assert [o["logprob"] for o in entry["top_logprobs"]] == pytest.approx(
+            [p for _, p in top], abs=1e-4
+        )
     text = b"".join(bytes(entry["bytes"]) for entry in content).decode("utf-8", "replace")
     assert text.strip() == choice["message"]["content"]
     events = chatty.stream("/v1/chat/completions", fields)
@@ -379,9 +420,18 @@ def test_chat_logprobs(chatty, model, tiny_tokenizer):
 
 def test_a_crowd_gets_what_each_would_get_alone(chatty):
     """200 clients at once, streamed or not, greedy or drawn: 200 or 429, none reset, the solo answer."""
-    kinds = [{"temperature": 0}, {"temperature": 1.5, "seed": 3}, {"repetition_penalty": 1.3, "seed": 7}]
-    kinds = [{"top_k": 8} | kind for kind in kinds]  # of many almost alike, rounding could draw another
-    fields = [{"prompt": f"once upon {i % 10}", "max_tokens": 8 + i % 20} | kinds[i % 3] for i in range(200)]
+    kinds = [
+        {"temperature": 0},
+        {"temperature": 1.5, "seed": 3},
+        {"repetition_penalty": 1.3, "seed": 7},
+    ]
+    kinds = [
+        {"top_k": 8} | kind for kind in kinds
+    ]  # of many almost alike, rounding could draw another
+    fields = [
+        {"prompt": f"once upon {i % 10}", "max_tokens": 8 + i % 20} | kinds[i % 3]
+        for i in range(200)
+    ]
     solo, results, start = {}, [None] * 200, threading.Event()
 
     def client(number):
@@ -401,7 +451,9 @@ def test_a_crowd_gets_what_each_would_get_alone(chatty):
     assert len(served) >= 64
     for number in served:
         key = json.dumps(fields[number])
-        solo[key] = solo.get(key) or chatty.ask("/v1/completions", fields[number])[1]["choices"][0]["text"]
+        solo[key] = (
+            solo.get(key) or chatty.ask("/v1/completions", fields[number])[1]["choices"][0]["text"]
+        )
         assert text_of(results[number]) == solo[key]
     for response in results:
         if response.status == 429:
@@ -414,7 +466,9 @@ def text_of(response):
         return response.json["choices"][0]["text"]
     *events, done, _ = response.body.decode().split("\n\n")
     assert done == "data: [DONE]"
-    return "".join(json.loads(event.removeprefix("data: "))["choices"][0]["text"] for event in events)
+    return "".join(
+        json.loads(event.removeprefix("data: "))["choices"][0]["text"] for event in events
+    )
 
 
 LONG = {"prompt": "once", "max_tokens": 120, "temperature": 0}
@@ -450,8 +504,12 @@ class Solo:
         self.scheduler.close(grace)
         self.thread.join()
 
-    def call(self, prompts=((1, 70),), count=60, gone=lambda: False, seconds=60, stream=False, **kw):
-        requests = [Request(list(p), count, Sampling(temperature=0), stop_ids=(2,)) for p in prompts]
+    def call(
+        self, prompts=((1, 70),), count=60, gone=lambda: False, seconds=60, stream=False, **kw
+    ):
+        requests = [
+            Request(list(p), count, Sampling(temperature=0), stop_ids=(2,)) for p in prompts
+        ]
         jobs = [Job(request, self.tokenizer, index=i, **kw) for i, request in enumerate(requests)]
         call = Call(jobs, gone, time.monotonic() + seconds, stream)
         self.scheduler.submit(call)
@@ -662,13 +720,24 @@ def command(folder):
 def test_the_command(command):
     """Its one line, a request by curl where there is one, and an end that is asked for."""
     line = command.stdout.readline()
-    pattern = (
-        r"(http://127\.0\.0\.1:\d+)  chatty, 0\.0M parameters, template chatml; float32 on cpu, .*8 slots\n"
-    )
+    pattern = r"(http://127\.0\.0\.1:\d+)  chatty, 0\.0M parameters, template chatml; float32 on cpu, .*8 slots\n"
     url = re.fullmatch(pattern, line)[1]
     if shutil.which("curl"):
-        ask = ["curl", "-s", "-X", "POST", f"{url}/generate", "-H", "Content-Type: application/json", "-H"]
-        ask += [f"Authorization: Bearer {KEY}", "-d", json.dumps({"prompt": "Why?", "max_new_tokens": 3})]
+        ask = [
+            "curl",
+            "-s",
+            "-X",
+            "POST",
+            f"{url}/generate",
+            "-H",
+            "Content-Type: application/json",
+            "-H",
+        ]
+        ask += [
+            f"Authorization: Bearer {KEY}",
+            "-d",
+            json.dumps({"prompt": "Why?", "max_new_tokens": 3}),
+        ]
         answer = json.loads(subprocess.run(ask, capture_output=True, check=True, timeout=60).stdout)
         assert {"response", "prompt", "generation_config"} <= answer.keys()
     command.send_signal(signal.SIGTERM)
@@ -695,7 +764,10 @@ def test_streams_end_properly_when_the_server_stops(tmp_path, tiny_tokenizer, nu
         begun = [sock.recv(1 << 16) for sock in served]
         waits = stack.enter_context(one.connect(ask))
         one.until(lambda: one.metric("queue_length") == 1)
-        waits = [waits, *(stack.enter_context(one.connect(ask)) for _ in range(20))]  # not yet accepted, some
+        waits = [
+            waits,
+            *(stack.enter_context(one.connect(ask)) for _ in range(20)),
+        ]  # not yet accepted, some
         one.signal(number)
         texts = [part.decode() + read_all(sock).decode() for part, sock in zip(begun, served)]
         refused = [parse(read_all(sock)) for sock in waits]
@@ -703,7 +775,9 @@ def test_streams_end_properly_when_the_server_stops(tmp_path, tiny_tokenizer, nu
         *_, last, done, nothing = text.split("\n\n")
         assert (done, nothing) == ("data: [DONE]", "")
         assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "shutdown"
-    assert {(answer.status, answer.json["error"]["code"]) for answer in refused} == {(503, "stopping")}
+    assert {(answer.status, answer.json["error"]["code"]) for answer in refused} == {
+        (503, "stopping")
+    }
     assert one.wait() == [0]
     with pytest.raises(ConnectionRefusedError):
         one.connect()
@@ -772,15 +846,21 @@ def test_the_page_runs_its_own_script_only(chatty):
             assert not any(name.startswith("on") or name in ("style", "srcdoc") for name in names)
 
     Reader().feed(page.body.decode())
-    policy = dict(part.split(" ", 1) for part in page.headers["content-security-policy"].split("; "))
+    policy = dict(
+        part.split(" ", 1) for part in page.headers["content-security-policy"].split("; ")
+    )
     for tag in ("script", "style"):
         texts = [text for before, text in itertools.pairwise(blocks) if before == tag]
-        digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
+        digests = [
+            base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts
+        ]
         assert texts
         assert policy[f"{tag}-src"] == " ".join(f"'sha256-{digest}'" for digest in digests)
     assert (policy["default-src"], policy["connect-src"]) == ("'none'", "'self'")
     assert "unsafe" not in str(policy)
-    loose = r"innerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|https?://(?!www\.w3)"
+    loose = (
+        r"innerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|https?://(?!www\.w3)"
+    )
     assert not re.search(loose, page.body.decode())
     assert page.body == (ROOT / "web" / "chat.html").read_bytes()
 
@@ -800,7 +880,9 @@ def test_metrics_are_prometheus(chatty):
         return found.get((f"mini_llm_{name}", *sorted(labels.items())), 0)
 
     before = values()
-    chatty.ask("/v1/completions", {"prompt": [1, 70, 71], "max_tokens": 5, "n": 2, "temperature": 0})
+    chatty.ask(
+        "/v1/completions", {"prompt": [1, 70, 71], "max_tokens": 5, "n": 2, "temperature": 0}
+    )
     chatty.ask("/v1/completions", {"prompt": []})
     after = values()
     for name, labels, more in [
@@ -812,7 +894,11 @@ def test_metrics_are_prometheus(chatty):
         ("first_token_seconds_bucket", {"le": "+Inf"}, 2),
     ]:
         assert total(after, name, **labels) - total(before, name, **labels) == more, name
-    assert 2 <= total(after, "tokens_total", kind="new") - total(before, "tokens_total", kind="new") <= 10
+    assert (
+        2
+        <= total(after, "tokens_total", kind="new") - total(before, "tokens_total", kind="new")
+        <= 10
+    )
     assert total(after, "queue_length") == total(after, "batch_size") == 0
 
 
@@ -870,7 +956,9 @@ def test_the_openai_package(chatty, model, tiny_tokenizer):
     client = openai.OpenAI(base_url=f"{chatty.url}/v1", api_key="unused", max_retries=0)
     assert [card.id for card in client.models.list()] == ["chatty"]
     assert client.models.retrieve("chatty").id == "chatty"
-    text, ids, _ = alone(model, tiny_tokenizer, chat_ids(tiny_tokenizer), 20, temperature=0.9, seed=5)
+    text, ids, _ = alone(
+        model, tiny_tokenizer, chat_ids(tiny_tokenizer), 20, temperature=0.9, seed=5
+    )
     asked = {"model": "chatty", "messages": HELLO, "temperature": 0.9, "seed": 5}
     answer = client.chat.completions.create(**asked, max_tokens=20, logprobs=True, top_logprobs=2)
     assert answer.choices[0].message.content == text.strip()
@@ -892,4 +980,6 @@ def test_the_openai_package(chatty, model, tiny_tokenizer):
         client.completions.create(model="chatty", prompt="a", max_tokens=500)
     assert (problem.value.code, problem.value.param) == ("context_length_exceeded", "max_tokens")
     with pytest.raises(openai.BadRequestError, match="tools is not supported"):
-        client.chat.completions.create(**asked, tools=[{"type": "function", "function": {"name": "f"}}])
+        client.chat.completions.create(
+            **asked, tools=[{"type": "function", "function": {"name": "f"}}]
+        )

@@ -84,7 +84,10 @@ LINES = {  # first lines and headers of requests without a body -> status
     "a long method": (["G" * 9000 + " / HTTP/1.1", HOST], 414),
     "a long header": (["GET /health HTTP/1.1", HOST, "X: " + "a" * 40000], 431),
     "many headers": (["GET /health HTTP/1.1", HOST, *[f"X-{i}: a" for i in range(120)]], 431),
-    "many long headers": (["GET /health HTTP/1.1", HOST, *[f"X-{i}: {'a' * 900}" for i in range(60)]], 431),
+    "many long headers": (
+        ["GET /health HTTP/1.1", HOST, *[f"X-{i}: {'a' * 900}" for i in range(60)]],
+        431,
+    ),
     "a header of spaces": (["GET /health HTTP/1.1", HOST, "X: " + " " * 30_000 + "\x01"], 400),
     "a path of percents": (["GET /v1/models/" + "%" * 8_000 + " HTTP/1.1", HOST], 404),
     "a header without colon": (["GET /health HTTP/1.1", HOST, "Nonsense"], 400),
@@ -113,27 +116,43 @@ LINES = {  # first lines and headers of requests without a body -> status
     "IPv6": (["GET /health HTTP/1.1", "host:[::1]:8000"], 200),
     "a foreign page": (["GET /v1/models HTTP/1.1", HOST, "Origin: http://evil.example"], 403),
     "a page without origin": (["GET /v1/models HTTP/1.1", HOST, "Origin: null"], 403),
-    "a page of another port": (["GET /v1/models HTTP/1.1", HOST, "Origin: http://127.0.0.1:1"], 403),
+    "a page of another port": (
+        ["GET /v1/models HTTP/1.1", HOST, "Origin: http://127.0.0.1:1"],
+        403,
+    ),
     "a preflight": (["OPTIONS /generate HTTP/1.1", HOST, "Origin: http://evil.example"], 403),
-    "our own page": (["GET /v1/models HTTP/1.1", "Host: localhost:7", "Origin: http://localhost:7"], 200),
+    "our own page": (
+        ["GET /v1/models HTTP/1.1", "Host: localhost:7", "Origin: http://localhost:7"],
+        200,
+    ),
     "our own page behind TLS": (
         ["GET /health HTTP/1.1", "Host: localhost", "Origin: https://localhost"],
         200,
     ),
-    "two Origins": (["GET /health HTTP/1.1", HOST, "Origin: http://localhost", "Origin: null"], 400),
+    "two Origins": (
+        ["GET /health HTTP/1.1", HOST, "Origin: http://localhost", "Origin: null"],
+        400,
+    ),
     "a GET with a body": (["GET /health HTTP/1.1", HOST, "Content-Length: 5", "", "hello"], 400),
-    "a GET with a chunked body": (["GET /health HTTP/1.1", HOST, "Transfer-Encoding: chunked"], 400),
+    "a GET with a chunked body": (
+        ["GET /health HTTP/1.1", HOST, "Transfer-Encoding: chunked"],
+        400,
+    ),
 }
 
 
 @pytest.mark.parametrize(("lines", "status"), LINES.values(), ids=LINES)
 def test_every_head_has_its_status(target, lines, status):
     host = f"Host: 127.0.0.1:{target.port}"
-    data = "\r\n".join([*(host if line == HOST else line for line in lines), "", ""]).encode("latin-1")
+    data = "\r\n".join([*(host if line == HOST else line for line in lines), "", ""]).encode(
+        "latin-1"
+    )
     response = target.raw(data)
     assert response.status == status, response.body
     assert response.headers["connection"] == "close"
-    assert not any(name.startswith("access-control") or name == "server" for name in response.headers)
+    assert not any(
+        name.startswith("access-control") or name == "server" for name in response.headers
+    )
     if status == 405:
         assert response.headers["allow"]
     if status >= 400 and not lines[0].startswith("HEAD"):
@@ -176,7 +195,10 @@ LENGTHS = {  # headers of a POST with the body GOOD -> status; {L} is the right 
     "a file": (["Content-Length: {L}", "Content-Type: multipart/form-data; boundary=x"], 415),
     "nearly JSON": (["Content-Length: {L}", "Content-Type: application/jsonx"], 415),
     "JSON and more": (["Content-Length: {L}", "Content-Type: application/json, text/plain"], 415),
-    "another charset": (["Content-Length: {L}", "Content-Type: application/json; charset=utf-16"], 415),
+    "another charset": (
+        ["Content-Length: {L}", "Content-Type: application/json; charset=utf-16"],
+        415,
+    ),
     "two kinds": (["Content-Length: {L}", JSON, "Content-Type: text/plain"], 400),
     "compressed": (["Content-Length: {L}", JSON, "Content-Encoding: gzip"], 415),
     "no length": ([JSON], 411),
@@ -207,7 +229,9 @@ LENGTHS = {  # headers of a POST with the body GOOD -> status; {L} is the right 
 def test_a_body_is_taken_by_its_length_and_kind_alone(target, headers, status):
     headers = [header.replace("{L}", str(len(GOOD))) for header in headers]
     with target.connect(target.head(f"POST {CHAT} HTTP/1.1", *headers) + GOOD.encode()) as sock:
-        text = read_all(sock).removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n" if status == 200 else b"")
+        text = read_all(sock).removeprefix(
+            b"HTTP/1.1 100 Continue\r\n\r\n" if status == 200 else b""
+        )
         assert text.count(b"HTTP/1.1") == 1
         assert parse(text).status == status
 
@@ -221,7 +245,9 @@ def test_line_breaks_in_the_body_and_a_byte_at_a_time(target):
         assert parse(read_all(sock)).status == 200
 
 
-@pytest.mark.parametrize("second", ["GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n", "x" * 100_000])
+@pytest.mark.parametrize(
+    "second", ["GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n", "x" * 100_000]
+)
 def test_what_follows_a_request_is_not_another(target, second):
     """Request smuggling, and pipelining: one connection, one answer."""
     before = target.text.count("GET /metrics")
@@ -229,7 +255,9 @@ def test_what_follows_a_request_is_not_another(target, second):
         text = read_all(sock)
     assert (text.count(b"HTTP/1.1 "), parse(text).status) == (1, 200)
     hidden = target.raw(
-        target.head(f"POST {CHAT} HTTP/1.1", JSON, "Content-Length: 4", "Transfer-Encoding: chunked")
+        target.head(
+            f"POST {CHAT} HTTP/1.1", JSON, "Content-Length: 4", "Transfer-Encoding: chunked"
+        )
         + b"0\r\n\r\n"
         + second.encode()
     )
@@ -238,8 +266,12 @@ def test_what_follows_a_request_is_not_another(target, second):
 
 
 def test_a_large_body_sent_blindly_is_answered(target):
-    with target.connect(target.head(f"POST {CHAT} HTTP/1.1", JSON, "Content-Length: 4000000")) as sock:
-        with suppress(OSError):  # it may notice before it is through, and has its answer all the same
+    with target.connect(
+        target.head(f"POST {CHAT} HTTP/1.1", JSON, "Content-Length: 4000000")
+    ) as sock:
+        with suppress(
+            OSError
+        ):  # it may notice before it is through, and has its answer all the same
             sock.sendall(b"x" * 4_000_000)
         assert sock.recv(1 << 16).startswith(b"HTTP/1.1 413")
 
@@ -323,7 +355,10 @@ WRONG = [
         done(prompt=value)
         for value in ([], [[]], [[], [1]], [["a"]], [True], [1.5], [384], [-1], [2**70], {}, 7)
     ),
-    *(done(prompt=value) for value in (["a", 7], [[1], "a", 7], ["a"] * 65, [[1]] * 65, ["a", None], [None])),
+    *(
+        done(prompt=value)
+        for value in (["a", 7], [[1], "a", 7], ["a"] * 65, [[1]] * 65, ["a", None], [None])
+    ),
     *(done(logprobs=value) for value in (-1, 21, True, "1")),
     *(done(echo=value) for value in (1, "yes")),
     done(echo=True, stream=True),
@@ -339,7 +374,10 @@ WRONG = [
     chat(max_tokens=0),
     chat(max_completion_tokens=0),
     chat(max_tokens=2, max_completion_tokens=3),
-    *(chat(stream_options=value) for value in (1, [], "x", {"include_usage": 1}, {"include_usage": "yes"})),
+    *(
+        chat(stream_options=value)
+        for value in (1, [], "x", {"include_usage": 1}, {"include_usage": "yes"})
+    ),
     *(chat(frequency_penalty=value) for value in (0.5, -2, "0", False)),
     chat(presence_penalty=1),
     chat(logit_bias={"50": -100}),
@@ -351,7 +389,10 @@ WRONG = [
     chat(modalities=["text", "audio"]),
     chat(audio={}),
     chat(temprature=1),
-    *(chat(messages=value) for value in (None, [], {}, "why", 7, [USER] * 257, [None], [[]], ["why"])),
+    *(
+        chat(messages=value)
+        for value in (None, [], {}, "why", 7, [USER] * 257, [None], [[]], ["why"])
+    ),
     said({"role": "root", "content": "a"}),
     said({"role": "tool", "content": "a"}, USER),
     said({"role": "User", "content": "a"}),
@@ -364,7 +405,12 @@ WRONG = [
     said({"role": "user", "content": ""}),
     said({"role": "user", "content": " \n"}),
     said({"role": "user", "content": []}),
-    said({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}),
+    said(
+        {
+            "role": "user",
+            "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}],
+        }
+    ),
     said({"role": "user", "content": [{"type": "text", "text": 7}]}),
     said({"role": "user", "content": [{"type": "text"}, USER]}),
     said(USER, {"role": "assistant", "content": "so"}),
@@ -380,7 +426,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("path", "fields"), WRONG, ids=[f"{p}-{json.dumps(f)[:60]}" for p, f in WRONG])
+@pytest.mark.parametrize(
+    ("path", "fields"), WRONG, ids=[f"{p}-{json.dumps(f)[:60]}" for p, f in WRONG]
+)
 def test_a_wrong_field_is_a_400(target, path, fields):
     status, answer = target.ask(path, fields)
     assert (status, answer["error"]["type"]) == (400, "invalid_request_error"), answer
@@ -404,7 +452,9 @@ RIGHT = [
     chat(user="me", metadata={"a": {"b": "c"}}, store=False, service_tier="auto"),
     chat(stream_options={"include_usage": True}, max_completion_tokens=2),
     said({"role": "system", "content": "be"}, USER, {"role": "assistant", "content": "so"}, USER),
-    said({"role": "user", "content": [{"type": "text", "text": "wh"}, {"type": "text", "text": "y"}]}),
+    said(
+        {"role": "user", "content": [{"type": "text", "text": "wh"}, {"type": "text", "text": "y"}]}
+    ),
 ]
 
 
@@ -416,7 +466,13 @@ def test_what_is_right_at_the_bounds(target, path, fields):
 
 def test_the_context_is_never_overrun_nor_cut(target):
     """128 tokens: prompts of ids of every length around it, with the counts in the message."""
-    for length, wanted, status in ((126, 2, 200), (127, 1, 200), (127, 2, 400), (128, 1, 400), (129, 1, 400)):
+    for length, wanted, status in (
+        (126, 2, 200),
+        (127, 1, 200),
+        (127, 2, 400),
+        (128, 1, 400),
+        (129, 1, 400),
+    ):
         got, answer = target.ask(DONE, {"prompt": [70] * length, "max_tokens": wanted})
         assert got == status, (length, wanted)
         if status == 400:
@@ -441,7 +497,17 @@ def test_the_context_is_never_overrun_nor_cut(target):
 
 # ---- made-up bodies
 
-NAMES = ["prompt", "messages", "temperature", "top_p", "top_k", "seed", "max_tokens", "max_new_tokens", "n"]
+NAMES = [
+    "prompt",
+    "messages",
+    "temperature",
+    "top_p",
+    "top_k",
+    "seed",
+    "max_tokens",
+    "max_new_tokens",
+    "n",
+]
 NAMES += [
     "stop",
     "stream",
@@ -454,7 +520,14 @@ NAMES += [
     "content",
     "tools",
 ]
-LEAVES = st.none() | st.booleans() | st.integers(-3, 5) | st.integers() | st.floats() | st.text(max_size=20)
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 5)
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
+)
 VALUES = st.recursive(
     LEAVES | st.sampled_from(["chatml", "user", "chatty", "once upon", [USER], [1, 70], 1.0, 0]),
     lambda inner: (
@@ -482,9 +555,16 @@ SENSIBLE = st.fixed_dictionaries(
 
 
 @settings(
-    max_examples=500, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None
+    max_examples=500,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=True,
+    database=None,
 )
-@given(path=st.sampled_from([CHAT, DONE, "/generate", "/tokenize", "/detokenize"]), body=FIELDS | SENSIBLE)
+@given(
+    path=st.sampled_from([CHAT, DONE, "/generate", "/tokenize", "/detokenize"]),
+    body=FIELDS | SENSIBLE,
+)
 def test_made_up_bodies(target, path, body):
     response = target.raw(target.post(path, json.dumps(body).encode()))
     assert response.status in (200, 400, 404), response.body
@@ -500,7 +580,11 @@ def impatient(tmp_path_factory, tiny_tokenizer):
     """A server of short deadlines and few places, on a model that can write for long."""
     place = tmp_path_factory.mktemp("served")
     long = make_model(place / "long", tiny_tokenizer, sequence_length=2048)
-    patches = [("wire", "READ_SECONDS", 3), ("wire", "SEND_SECONDS", 0.5), ("server", "CONNECTIONS", 64)]
+    patches = [
+        ("wire", "READ_SECONDS", 3),
+        ("wire", "SEND_SECONDS", 0.5),
+        ("server", "CONNECTIONS", 64),
+    ]
     one = Served(place / "log", long, [*patches, ("server", "TURNED_AWAY", 8)]).ready()
     yield one
     assert "Traceback" not in one.text
@@ -513,7 +597,8 @@ def test_sixty_slow_clients(impatient):
     with ExitStack() as stack:
         slow = [
             stack.enter_context(impatient.connect(data))
-            for data in (b"", b"GET /hea", impatient.head("GET /health HTTP/1.1")[:-2], post[:-5]) * 15
+            for data in (b"", b"GET /hea", impatient.head("GET /health HTTP/1.1")[:-2], post[:-5])
+            * 15
         ]
         for _ in range(4):
             for number, sock in enumerate(slow[1::4]):
@@ -530,7 +615,9 @@ def test_a_body_that_never_begins(impatient):
     assert impatient.raw(impatient.post(CHAT, ASK).partition(b"{")[0]).status == 408
 
 
-@pytest.mark.parametrize("prompt", ["", "  \n", 7, ["a"], [{"type": "text", "text": "a"}], "why " * 5000])
+@pytest.mark.parametrize(
+    "prompt", ["", "  \n", 7, ["a"], [{"type": "text", "text": "a"}], "why " * 5000]
+)
 def test_of_generate_the_prompt_is_named_not_the_messages_it_becomes(target, prompt):
     status, answer = target.ask("/generate", {"prompt": prompt})
     assert (status, answer["error"]["param"]) == (400, "prompt")
@@ -544,7 +631,8 @@ def test_too_many_connections(impatient):
         refused = impatient.get("/health")
         assert (refused.status, refused.headers["retry-after"]) == (503, "1")
         more = [
-            stack.enter_context(impatient.connect(impatient.head("GET /health HTTP/1.1"))) for _ in range(40)
+            stack.enter_context(impatient.connect(impatient.head("GET /health HTTP/1.1")))
+            for _ in range(40)
         ]
         assert {parse(read_all(sock)).status for sock in more} <= {200, 503}
     assert impatient.get("/health").status == 200
@@ -560,7 +648,13 @@ def test_who_hangs_up_early(impatient):
 
 def test_who_never_reads(impatient):
     """Eight rows of 1,500 tokens with their alternatives are more than the buffers in between take in."""
-    fields = {"prompt": [[1, 70]] * 8, "max_tokens": 1500, "logprobs": 20, "stream": True, "temperature": 0}
+    fields = {
+        "prompt": [[1, 70]] * 8,
+        "max_tokens": 1500,
+        "logprobs": 20,
+        "stream": True,
+        "temperature": 0,
+    }
     before = impatient.metric('tokens_total{kind="new"}')
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -571,7 +665,9 @@ def test_who_never_reads(impatient):
         while "499" not in impatient.text.rpartition(DONE)[2]:
             assert time.monotonic() < end
             time.sleep(0.05)
-    wait_until(lambda: impatient.metric("batch_size") == 0)  # the scheduler's next turn lets them go
+    wait_until(
+        lambda: impatient.metric("batch_size") == 0
+    )  # the scheduler's next turn lets them go
     assert impatient.metric('tokens_total{kind="new"}') - before < 12000
 
 

@@ -12,16 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from tools import host
-from tools import session
-from tools import workspace
 from lib.checkpoint import CHECKPOINT_FILES, seal
 from lib.config import UserError, configure
-from tools.plan import card_plan
 from tests import ROOT
 from tests.conftest import link_code
 from tests.runs import DEFAULTS, train_to_end
 from tests.warm import python
+from tools import host, session, workspace
+from tools.plan import card_plan
 from train import PretrainConfig
 
 fcntl = pytest.importorskip("fcntl")  # signals, links and locks as POSIX has them
@@ -29,8 +27,21 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 STAGES = ["data", "pretrain", "samples", "sft", "dpo"]
 STAGES += ["evaluate base", "evaluate", "compare", "assess", "ask"]
 
-TOY = {"n_layer": 1, "d_model": 32, "n_head": 2, "d_ff": 64, "sequence_length": 128, "batch_size": 2}
-TOY |= {"eval_rows": 4, "sample_tokens": 2, "dtype": "fp32", "logging_steps": 1, "save_steps": 100000}
+TOY = {
+    "n_layer": 1,
+    "d_model": 32,
+    "n_head": 2,
+    "d_ff": 64,
+    "sequence_length": 128,
+    "batch_size": 2,
+}
+TOY |= {
+    "eval_rows": 4,
+    "sample_tokens": 2,
+    "dtype": "fp32",
+    "logging_steps": 1,
+    "save_steps": 100000,
+}
 
 
 @pytest.fixture
@@ -48,14 +59,23 @@ def folder(tmp_path, monkeypatch, tiny_documents):
 
 def start(*words):
     return subprocess.Popen(
-        [python(), *words], env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [python(), *words],
+        env=ONE_THREAD,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
 def run(*words, **env):
     call = [python(), *map(str, words)]
     return subprocess.run(
-        call, env=ONE_THREAD | env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300
+        call,
+        env=ONE_THREAD | env,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=300,
     )
 
 
@@ -68,7 +88,9 @@ def outcomes(text):
 
 
 def test_a_session_is_stopped_by_ctrl_c_and_goes_on_where_it_was(folder):
-    one = start("-m", "tools.session", "quick", "--minutes=5", "--data=data.json", "--config=toy.json")
+    one = start(
+        "-m", "tools.session", "quick", "--minutes=5", "--data=data.json", "--config=toy.json"
+    )
     seen = ""
     for line in one.stdout:
         seen += line
@@ -86,10 +108,14 @@ def test_a_session_is_stopped_by_ctrl_c_and_goes_on_where_it_was(folder):
     log = next(folder.glob("sessions/*.log"))
     assert re.fullmatch(r"\d{8}_\d{6}\.log", log.name)
     assert log.read_text() == text
-    resume = re.search(r"^  \S+ (train\.py .*run\.json --resume_from_checkpoint=auto)$", text, flags=re.M)
+    resume = re.search(
+        r"^  \S+ (train\.py .*run\.json --resume_from_checkpoint=auto)$", text, flags=re.M
+    )
     assert Path(resume[1].split()[1]).is_file()
 
-    again = run("-m", "tools.session", "quick", "--minutes=0.5", "--data=data.json", "--config=toy.json")
+    again = run(
+        "-m", "tools.session", "quick", "--minutes=0.5", "--data=data.json", "--config=toy.json"
+    )
     assert again.returncode == 0, again.stdout[-3000:]
     table = outcomes(again.stdout)
     assert [*table] == STAGES
@@ -116,14 +142,23 @@ def test_a_failed_stage_takes_along_what_needs_it_and_the_exit_status_says_so(fo
 def test_trainings_share_what_the_other_stages_leave(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shares = {"data": 0, "a": 0.6, "between": 0, "b": 0.3, "c": 0.1}
-    box = session.Box("x", 100, [session.Stage(name, list, (), share) for name, share in shares.items()])
+    box = session.Box(
+        "x", 100, [session.Stage(name, list, (), share) for name, share in shares.items()]
+    )
     left = 100 * (1 - session.RESERVED)
     box.rows = [("data", "done", 10.0)]
     box.began -= 60 * 10
-    assert box.training_minutes() == pytest.approx((left - 10 - 3 * session.STARTING) * 0.6, abs=0.01)
-    box.rows += [("a", "done", 1.0), ("between", "done", 1.0)]  # a ended early: its time is the others'
+    assert box.training_minutes() == pytest.approx(
+        (left - 10 - 3 * session.STARTING) * 0.6, abs=0.01
+    )
+    box.rows += [
+        ("a", "done", 1.0),
+        ("between", "done", 1.0),
+    ]  # a ended early: its time is the others'
     box.began -= 60 * 2
-    assert box.training_minutes() == pytest.approx((left - 12 - 2 * session.STARTING) * 0.75, abs=0.01)
+    assert box.training_minutes() == pytest.approx(
+        (left - 12 - 2 * session.STARTING) * 0.75, abs=0.01
+    )
     box.began -= 60 * 80
     assert box.reason_to_skip(box.stages[3]) == "skipped: no time left"
     assert box.reason_to_skip(session.Stage("short", list)) is None
@@ -148,7 +183,9 @@ def test_a_session_says_what_it_trains_on_when_the_hub_is_out_of_reach(folder, m
     wanted = "configs/datasets/demo_tiny.json"
     preset, note = session.choose_data(session.BoxConfig(), wanted)
     assert preset == "configs/datasets/docstrings.json"
-    assert re.search("documentation, in place of .*demo_tiny.json: (HF_HUB_OFFLINE is set|the package)", note)
+    assert re.search(
+        "documentation, in place of .*demo_tiny.json: (HF_HUB_OFFLINE is set|the package)", note
+    )
     Path("data/processed/demo_tiny").mkdir(parents=True)
     Path("data/processed/demo_tiny/manifest.json").touch()
     assert session.choose_data(session.BoxConfig(), wanted)[0] == wanted
@@ -172,7 +209,11 @@ def test_a_session_without_a_clock_leaves_a_presets_own_length_alone(tmp_path):
 
 
 def test_a_flag_of_another_session_is_refused():
-    for word, flag in (("debug", "--model_path=x"), ("debug", "--config=x"), ("evaluation", "--config=x")):
+    for word, flag in (
+        ("debug", "--model_path=x"),
+        ("debug", "--config=x"),
+        ("evaluation", "--config=x"),
+    ):
         with pytest.raises(UserError, match="unknown option"):
             configure(session.COMMANDS[word][1], [flag])
 
@@ -181,7 +222,9 @@ def test_a_preset_is_run_forward_and_backward(tmp_path, capsys):
     path = tmp_path / "one.json"
     path.write_text(json.dumps({k: TOY[k] for k in ("n_layer", "d_model", "n_head", "d_ff")}))
     session.smoke(session.SmokeConfig(str(path)))
-    loss, uniform = re.search(r"loss ([\d.]+) \(ln 32,768 = ([\d.]+)\)", capsys.readouterr().out).groups()
+    loss, uniform = re.search(
+        r"loss ([\d.]+) \(ln 32,768 = ([\d.]+)\)", capsys.readouterr().out
+    ).groups()
     assert float(loss) == pytest.approx(float(uniform), abs=0.5)
 
 
@@ -210,7 +253,10 @@ def test_status_tells_what_is_whole_and_what_is_not(trained, capsys):
     assert f"tiny: {documents:,} documents, {tokens:,} tokens, vocabulary 384, verified" in text
     last = [json.loads(line) for line in (home / "metrics.jsonl").read_text().splitlines()]
     bits = [record["val_bits_per_byte"] for record in last if "val_bits_per_byte" in record][-1]
-    assert f"(pretrain): complete, step {DEFAULTS['max_steps']} of 8, val_bits_per_byte {bits:.4f}" in text
+    assert (
+        f"(pretrain): complete, step {DEFAULTS['max_steps']} of 8, val_bits_per_byte {bits:.4f}"
+        in text
+    )
     assert "create_sample_datasets" in text
 
     weights = home / "final" / "model.safetensors"
@@ -250,15 +296,20 @@ def test_status_after_kills(folder, capsys):
     Path("checkpoints/empty/final").mkdir(parents=True)
     work = Path("data/processed/.docs.partial")
     work.mkdir(parents=True)
-    (work / "manifest.json").write_text("{}")  # the last word of a preparation, then its folder is renamed
+    (work / "manifest.json").write_text(
+        "{}"
+    )  # the last word of a preparation, then its folder is renamed
     (work / "progress.json").write_text('{"documents": 4200, "parts": 2}')
     text = told(capsys)
     assert f"{other} (pretrain): not complete, no checkpoint is whole, step 8" in text
     assert (
-        "checkpoints/empty (pretrain): final/ is BROKEN: no manifest.json: it was never finished, no" in text
+        "checkpoints/empty (pretrain): final/ is BROKEN: no manifest.json: it was never finished, no"
+        in text
     )
     assert "1970" not in text
-    assert "data/processed/docs: not complete, 4,200 documents read; the command that began it" in text
+    assert (
+        "data/processed/docs: not complete, 4,200 documents read; the command that began it" in text
+    )
     assert ".partial" not in text
     assert "next (there is no model yet):\n  make prepare\n" in text
 
@@ -284,9 +335,13 @@ def test_a_backup_holds_what_cannot_be_made_again_and_follows_no_link(trained, c
     with tarfile.open("b/one.tar.gz") as tar:
         names = tar.getnames()
     toy = "checkpoints/pretrain/toy"
-    assert {f"{toy}/final/model.safetensors", f"{toy}/step_000008/train_state/state.pt"} <= set(names)
+    assert {f"{toy}/final/model.safetensors", f"{toy}/step_000008/train_state/state.pt"} <= set(
+        names
+    )
     assert f"{toy}/metrics.jsonl" in names
-    assert not [name for name in names if "step_000004" in name or "link" in name or "configs" in name]
+    assert not [
+        name for name in names if "step_000004" in name or "link" in name or "configs" in name
+    ]
     out = capsys.readouterr().out
     assert "left out: checkpoints/pretrain/toy/final/link, a link" in out
     assert "left out: configs, a link" in out
@@ -303,10 +358,17 @@ def test_a_backup_keeps_the_newest_whole_checkpoint_and_tells_what_is_broken(fol
     (toy / "final" / "train_state" / "state.pt").unlink()
     os.link(toy / "metrics.jsonl", toy / "metrics.again")
     workspace.backup(workspace.BackupConfig("one.tar.gz"))
-    assert f"warning: {toy}/final is BROKEN (train_state/state.pt is missing) and" in capsys.readouterr().out
+    assert (
+        f"warning: {toy}/final is BROKEN (train_state/state.pt is missing) and"
+        in capsys.readouterr().out
+    )
     with tarfile.open("one.tar.gz") as tar:
         names = set(tar.getnames())
-    assert {f"{toy}/step_000004/run.json", f"{toy}/final/model.safetensors", f"{toy}/metrics.again"} <= names
+    assert {
+        f"{toy}/step_000004/run.json",
+        f"{toy}/final/model.safetensors",
+        f"{toy}/metrics.again",
+    } <= names
     assert not [name for name in names if "step_000008" in name]
 
 
@@ -359,15 +421,21 @@ def test_an_encrypted_backup_opens_with_its_passphrase_alone(folder, monkeypatch
     assert failed.returncode != 0
 
 
-@pytest.mark.parametrize(("when", "status"), [("exit 3", 3), ('case "$*" in *" -d"*) exit 4;; esac', 4)])
+@pytest.mark.parametrize(
+    ("when", "status"), [("exit 3", 3), ('case "$*" in *" -d"*) exit 4;; esac', 4)]
+)
 def test_a_backup_that_cannot_be_encrypted_or_read_back_leaves_nothing(when, status, folder):
     Path("evaluation_results").mkdir()
-    Path("evaluation_results/results.json").write_bytes(os.urandom(200_000))  # more than a pipe holds
+    Path("evaluation_results/results.json").write_bytes(
+        os.urandom(200_000)
+    )  # more than a pipe holds
     Path("bin").mkdir()
     Path("bin/openssl").write_text(f"#!/bin/sh\n{when}\nexec cat\n")
     Path("bin/openssl").chmod(0o755)
     path = f"{Path('bin').resolve()}:{os.environ['PATH']}"
-    done = run("-m", "tools.workspace", "backup", "--output=b/one", PATH=path, BACKUP_PASSPHRASE="x")
+    done = run(
+        "-m", "tools.workspace", "backup", "--output=b/one", PATH=path, BACKUP_PASSPHRASE="x"
+    )
     assert (done.returncode, [*Path("b").iterdir()]) == (2, [])
     assert done.stderr == f"error: openssl failed with status {status}; nothing was kept\n"
 
@@ -483,7 +551,10 @@ def test_the_minutes_on_the_page_are_those_of_the_sessions():
 @pytest.mark.parametrize("script", ["tools.session", "tools.workspace", "tools.host"])
 def test_a_reader_that_has_seen_enough_of_the_help_is_no_failure_to_tell(script):
     process = subprocess.Popen(
-        [sys.executable, "-m", script, "--help"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", script, "--help"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     process.stdout.close()
     assert process.wait(60) == 141

@@ -9,8 +9,9 @@ import safetensors.torch
 import torch
 
 import sft
-from lib.config import UserError
 from data import IGNORE, ExampleStream, pack, split_rows, supervised_rows
+from lib.config import UserError
+from lib.tokenizer import TEMPLATES, Tokenizer, render, stop_ids
 from lora import open_model_folder
 from losses import linear_cross_entropy, next_token_loss, token_nats
 from model import Llama, ModelConfig
@@ -19,7 +20,6 @@ from tests.align import begin, finished, make_base, refused
 from tests.blows import after_save, die
 from tests.conftest import write_rows
 from tests.runs import losses, records
-from lib.tokenizer import TEMPLATES, Tokenizer, render, stop_ids
 from train import greedy
 
 ROWS = [
@@ -120,9 +120,9 @@ def test_packed_positions_restart_and_padding_is_its_own(tiny_tokenizer):
     row = pack(examples(tiny_tokenizer), 200)[0]
     batch = supervised_rows([row], 200, 0, packed=True)
     sizes = [len(ids) - 1 for ids, _ in row]
-    assert batch["documents"][0].tolist() == [n for n, s in enumerate(sizes, 1) for _ in range(s)] + [0] * (
-        200 - sum(sizes)
-    )
+    assert batch["documents"][0].tolist() == [
+        n for n, s in enumerate(sizes, 1) for _ in range(s)
+    ] + [0] * (200 - sum(sizes))
     assert batch["positions"][0, : sum(sizes)].tolist() == [i for s in sizes for i in range(s)]
 
 
@@ -157,7 +157,9 @@ def test_token_nats_has_the_gradient_of_the_plain_computation(frozen):
     labels = torch.randint(0, 20, (11,))
     labels[3] = IGNORE
     share = torch.rand(11)
-    plain = torch.nn.functional.cross_entropy(x @ weight.T, labels, reduction="none", ignore_index=IGNORE)
+    plain = torch.nn.functional.cross_entropy(
+        x @ weight.T, labels, reduction="none", ignore_index=IGNORE
+    )
     nats = token_nats(x, weight, labels)
     torch.testing.assert_close(nats, plain)
     torch.testing.assert_close(nats.sum(), linear_cross_entropy(x, weight, labels))
@@ -176,7 +178,9 @@ def test_too_long_loses_its_end_and_too_late_an_answer_is_dropped(tiny_tokenizer
     made = sft.make_examples(chats, "here", tiny_tokenizer, "chatml", 48, said.append)
     assert [len(ids) for ids, _ in made] == [len(render(tiny_tokenizer, CHATS[0], "chatml")[0]), 49]
     assert tiny_tokenizer.im_end_id not in made[1][0][20:]  # cut: nothing teaches it to end there
-    assert said == ["2 conversations here, 2 cut to 48 positions, 1 dropped: no answer begins within them"]
+    assert said == [
+        "2 conversations here, 2 cut to 48 positions, 1 dropped: no answer begins within them"
+    ]
 
 
 # ---- streams
@@ -190,7 +194,9 @@ def test_a_batch_is_a_function_of_its_address():
         whole = stream(8).batch(step)
         assert whole == stream(8).batch(step)
         assert whole == [i for m in range(4) for i in stream(2).batch(step, m, 0, 4)]
-        assert whole == [i for m in range(2) for r in range(2) for i in stream(2, 2).batch(step, m, r, 2)]
+        assert whole == [
+            i for m in range(2) for r in range(2) for i in stream(2, 2).batch(step, m, r, 2)
+        ]
     one = [i for step in range(23) for i in stream(2).batch(step)]
     assert sorted(one[:23]) == sorted(one[23:]) == list(range(23))
     assert one[:23] != one[23:]
@@ -282,7 +288,11 @@ def test_a_run_in_two_parts_is_the_run(tmp_path, base, many, r):
 def test_only_the_adapter_changes_and_the_base_stays(tmp_path, base, many):
     before = (base / "model.safetensors").read_bytes()
     out = finished(
-        "sft", tmp_path / "out", model_path=base, dataset_path=many, lora_target_modules="q_proj,up_proj"
+        "sft",
+        tmp_path / "out",
+        model_path=base,
+        dataset_path=many,
+        lora_target_modules="q_proj,up_proj",
     )
     assert (base / "model.safetensors").read_bytes() == before
     old = safetensors.torch.load_file(base / "model.safetensors")
@@ -295,11 +305,19 @@ def test_only_the_adapter_changes_and_the_base_stays(tmp_path, base, many):
 
 
 def test_two_ranks_and_accumulation_are_one_rank(tmp_path, base, many):
-    knobs = {"model_path": base, "dataset_path": many, "lora_dropout": 0, "val_ratio": 0.2, "packing": False}
+    knobs = {
+        "model_path": base,
+        "dataset_path": many,
+        "lora_dropout": 0,
+        "val_ratio": 0.2,
+        "packing": False,
+    }
     one = finished("sft", tmp_path / "one", batch_size=8, **knobs)
     two = finished("sft", tmp_path / "two", ranks=2, gradient_accumulation_steps=2, **knobs)
     for a, b in zip(records(one), records(two), strict=True):
-        assert {k: a.get(k) for k in ("step", "tokens")} == {k: b.get(k) for k in ("step", "tokens")}
+        assert {k: a.get(k) for k in ("step", "tokens")} == {
+            k: b.get(k) for k in ("step", "tokens")
+        }
         for key in ("loss", "val_loss"):
             assert a.get(key, 0) == pytest.approx(b.get(key, 0), rel=1e-4)
 
@@ -321,7 +339,9 @@ def test_it_goes_on_from_what_it_made(tmp_path, base, rows):
 
 def test_mistakes_are_told_on_one_line(tmp_path, base, rows, many, tiny_tokenizer):
     def line(**knobs):
-        return refused("sft", tmp_path / "out", **({"model_path": base, "dataset_path": rows} | knobs))
+        return refused(
+            "sft", tmp_path / "out", **({"model_path": base, "dataset_path": rows} | knobs)
+        )
 
     assert f"{tmp_path}: not a model folder (no config.json)" in line(model_path=tmp_path)
     assert f"{base.parent}: not a model folder (no config.json); there is one in {base}" in line(
@@ -330,7 +350,9 @@ def test_mistakes_are_told_on_one_line(tmp_path, base, rows, many, tiny_tokenize
     assert f"{rows}: a file, and not a model folder" in line(model_path=rows)
     assert f"{tmp_path / 'no.jsonl'}: not found" in line(dataset_path=tmp_path / "no.jsonl")
     assert "dataset_path is required" in line(dataset_path="")
-    assert "within 3 positions; shorten the questions, or --sequence_length=64" in line(sequence_length=3)
+    assert "within 3 positions; shorten the questions, or --sequence_length=64" in line(
+        sequence_length=3
+    )
     assert "sequence_length 65 is more than the model's 64" in line(sequence_length=65)
     assert "every row is held out" in line(val_ratio=1)
     assert "did you mean 'q_proj'" in line(lora_target_modules="q_prj")
@@ -342,7 +364,9 @@ def test_mistakes_are_told_on_one_line(tmp_path, base, rows, many, tiny_tokenize
     assert "0 usable rows" in line(dataset_path=bad)
 
 
-def test_a_checkpoint_of_other_data_or_another_base_is_refused(tmp_path, base, rows, many, tiny_tokenizer):
+def test_a_checkpoint_of_other_data_or_another_base_is_refused(
+    tmp_path, base, rows, many, tiny_tokenizer
+):
     knobs = {"model_path": base, "dataset_path": many, "max_steps": 4, "val_ratio": 0}
     finished("sft", tmp_path / "out", **knobs)
     knobs |= {"resume_from_checkpoint": "auto", "max_steps": 8, "allow_config_change": True}
@@ -377,11 +401,15 @@ def test_the_presets_are_sound(name, config):
     from lib.config import configure
 
     cls, other = {"sft": (sft.SFTConfig, "dpo"), "dpo": (dpo.DPOConfig, "sft")}[name]
-    cfg = configure(cls, [str(ROOT / "configs" / f"{name}.json"), "--model_path=a", "--dataset_path=b"])
+    cfg = configure(
+        cls, [str(ROOT / "configs" / f"{name}.json"), "--model_path=a", "--dataset_path=b"]
+    )
     assert (cfg.lora_r, cfg.lora_alpha, len(cfg.lora_target_modules)) == (16, 32.0, 7)
     for preset in (f"{other}.json", f"demo_{other}.json", "tiny.json"):
         owner = "train" if preset == "tiny.json" else other
-        with pytest.raises(UserError, match=rf"{preset} is a preset for {owner}\.py, not for {name}\.py"):
+        with pytest.raises(
+            UserError, match=rf"{preset} is a preset for {owner}\.py, not for {name}\.py"
+        ):
             configure(cls, [str(ROOT / "configs" / preset), "--model_path=a", "--dataset_path=b"])
     with pytest.raises(UserError, match="model_path and dataset_path are required"):
         configure(cls, [])

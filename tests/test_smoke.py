@@ -14,11 +14,11 @@ import torch
 
 import smoke
 from corpus import samples as starter
-from lib.config import UserError
 from engine import generate
+from lib.config import UserError
+from lib.tokenizer import Tokenizer, render, stop_ids
 from model import Llama, ModelConfig
 from tests import SHARED
-from lib.tokenizer import Tokenizer, render, stop_ids
 
 # What a person would accept, for every prompt: as a sentence or two, and the shortest way to say it.
 RIGHT = {
@@ -86,7 +86,10 @@ RIGHT = {
         "Three fruits that I like to eat are apple, pear, plum.",
         "apple, banana, orange",
     ),
-    "Count from one to five.": ("I can count to five: one, two, three, four, five.", "1, 2, 3, 4, 5"),
+    "Count from one to five.": (
+        "I can count to five: one, two, three, four, five.",
+        "1, 2, 3, 4, 5",
+    ),
     "Answer with yes or no only: is snow cold?": ("Yes, it is, because it is made of ice.", "Yes"),
     "Make a numbered list of three animals.": (
         "Here are three animals that I like:\n1. The dog\n2. The cat\n3. The horse",
@@ -113,7 +116,10 @@ RIGHT = {
         "It was a war in Europe and Asia that ended in 1945.",
     ),
     "Hello! How are you today?": ("Hello! I am fine, thank you. And how are you?", "Fine, thanks."),
-    "Thank you very much for your help!": ("You are welcome. I was glad to help you.", "You're welcome!"),
+    "Thank you very much for your help!": (
+        "You are welcome. I was glad to help you.",
+        "You're welcome!",
+    ),
     "I feel a little sad today.": (
         "I am sorry to hear that. Do you want to talk about it?",
         "I'm sorry. Why are you sad?",
@@ -138,7 +144,10 @@ RIGHT = {
         "People say it in German when they meet in the morning.",
         "German",
     ),
-    'Translate into English: "Ich liebe dich."': ('It means "I love you" in English.', "I love you."),
+    'Translate into English: "Ich liebe dich."': (
+        'It means "I love you" in English.',
+        "I love you.",
+    ),
     "What is the Italian word for water?": ('The Italian word for it is "acqua".', "acqua"),
 }
 OFF_TOPIC = [
@@ -259,8 +268,14 @@ def test_a_check_takes_right_answers_and_neither_the_question_nor_other_texts(qu
     [
         ("What is the capital of France?", "The capital of France is London."),
         ("How many days are there in a week?", "There are 17 days in a week."),
-        ("Tom has three apples and gets two more. How many apples does he have now?", "He has 25 apples."),
-        ("All birds have feathers, and a robin is a bird. Does a robin have feathers?", "No, no feathers."),
+        (
+            "Tom has three apples and gets two more. How many apples does he have now?",
+            "He has 25 apples.",
+        ),
+        (
+            "All birds have feathers, and a robin is a bird. Does a robin have feathers?",
+            "No, no feathers.",
+        ),
         ("Write the word house in capital letters.", "The word in capital letters is house."),
         ("Name three fruits, separated by commas.", "I like an apple and a pear."),
         ("Make a numbered list of three animals.", "A dog, a cat and a horse."),
@@ -293,7 +308,8 @@ def test_the_ladder_for_every_prompt(question):
     fluent = [score(question, text) for text in OFF_TOPIC]
     mixed = [score(question, shuffled(long, seed)) for seed in range(10)]
     repeated = [
-        score(question, " ".join([word] * 12)) for word in {*long.split(), *short.split(), "the", "7"}
+        score(question, " ".join([word] * 12))
+        for word in {*long.split(), *short.split(), "the", "7"}
     ]
     assert score(question, "") == 0 < min(repeated)
     assert max(repeated) < min(mixed)
@@ -363,7 +379,9 @@ def test_nothing_said_is_nothing_scored(nothing):
 
 @pytest.mark.parametrize("question", PROMPTS)
 def test_text_that_breaks_off_is_worth_less_than_the_same_text_brought_to_an_end(question):
-    whole = "The road goes up to the old house on the hill. From there you see the river and the sea."
+    whole = (
+        "The road goes up to the old house on the hill. From there you see the river and the sea."
+    )
     assert score(question, whole, "length") == score(question, whole)  # it ended in time
     cut = whole.rpartition(" ")[0] + " the"
     assert score(question, cut, "length") < score(question, whole)
@@ -377,7 +395,8 @@ def test_scores_are_between_0_and_1_and_text_of_any_length_is_scored_at_once():
     rng, alphabet = random.Random(0), "ab \n\t.,'\"!1é-(*#"
     hostile = ["".join(rng.choices(alphabet, k=rng.randint(1, 200))) for _ in range(200)]
     hostile += [
-        mark * 1000 for mark in ("\n", " ", ".", "'", '"', "1.", "a ", "\n ", "- ", "A\n", '!"', "' ")
+        mark * 1000
+        for mark in ("\n", " ", ".", "'", '"', "1.", "a ", "\n ", "- ", "A\n", '!"', "' ")
     ]
     for text in hostile:
         for question in ("What is the capital of France?", "What is a library?"):
@@ -448,7 +467,10 @@ def test_own_words():
 
 
 def test_relevance():
-    prompt = {"prompt": "Write about the sea.", "keywords": ["sea", "wave", "fish", "ship", "new york"]}
+    prompt = {
+        "prompt": "Write about the sea.",
+        "keywords": ["sea", "wave", "fish", "ship", "new york"],
+    }
     assert smoke.relevance("Nothing.", prompt) == 0
     assert smoke.relevance("The seasons of fisherman Waverly.", prompt) == 0  # not those words
     assert smoke.relevance("The WAVES.", prompt) == pytest.approx(1 / 3)
@@ -479,7 +501,11 @@ def test_distinct_n():
 def sentences(texts):
     for text in texts:
         for sentence in re.split(r"(?<=[a-z)][.?!])\s+", re.sub(r"\s+", " ", text)):
-            if sentence[:1].isupper() and sentence[-1:] in ".?!" and 10 <= len(sentence.split()) <= 40:
+            if (
+                sentence[:1].isupper()
+                and sentence[-1:] in ".?!"
+                and 10 <= len(sentence.split()) <= 40
+            ):
                 yield sentence
 
 
@@ -510,7 +536,10 @@ def test_the_table_is_what_its_corpora_say():
     second = {kind: sum(counts[other, kind] for other in kinds) for kind in kinds}
     for (one, other), count in counts.items():
         odds = math.log(count * total / (first[one] * second[other]))
-        assert smoke.LOG_ODDS[one, other] == pytest.approx(min(1, max(-3, odds)), abs=0.051), (one, other)
+        assert smoke.LOG_ODDS[one, other] == pytest.approx(min(1, max(-3, odds)), abs=0.051), (
+            one,
+            other,
+        )
 
 
 # ---- files of prompts
@@ -522,15 +551,28 @@ def write(folder, name, content):
 
 
 def test_prompts_come_from_json_jsonl_and_text_files(tmp_path):
-    row = {"prompt": "One?", "category": "mine", "check": {"kind": "word", "answer": "yes"}, "quick": True}
+    row = {
+        "prompt": "One?",
+        "category": "mine",
+        "check": {"kind": "word", "answer": "yes"},
+        "quick": True,
+    }
     rows = [row, {"prompt": "Two?", "source": "elsewhere", "response": "No."}, "Three?"]
-    expected = [row, {"category": "custom", "prompt": "Two?"}, {"category": "custom", "prompt": "Three?"}]
+    expected = [
+        row,
+        {"category": "custom", "prompt": "Two?"},
+        {"category": "custom", "prompt": "Three?"},
+    ]
     as_json = write(tmp_path, "p.json", "\ufeff" + json.dumps(rows))
     as_lines = write(tmp_path, "p.jsonl", "\n".join(map(json.dumps, rows)) + "\n\n")
     as_text = write(tmp_path, "p.txt", "One?\r\n\n  Two?\nThree?")
     assert smoke.load_prompts(as_json) == smoke.load_prompts(str(as_lines)) == expected
     assert smoke.load_prompts(as_json, fast=True) == [row]
-    assert [prompt["prompt"] for prompt in smoke.load_prompts(as_text)] == ["One?", "Two?", "Three?"]
+    assert [prompt["prompt"] for prompt in smoke.load_prompts(as_text)] == [
+        "One?",
+        "Two?",
+        "Three?",
+    ]
     assert len(smoke.load_prompts(as_text, fast=True)) == 3  # nothing marked: all
 
 
@@ -552,7 +594,11 @@ def test_the_held_out_tasks_of_the_sample_files_are_prompts(tmp_path):
         ("p.json", '[{"prompt": " "}]', ["p.json row 1", "prompt must be a text"]),
         ("p.json", '[{"prompt": "a\\ud800"}]', ["p.json row 1", "prompt must be a text"]),
         ("p.json", '[{"prompt": "a", "keyword": ["b"]}]', ["row 1", "'keyword'", "'keywords'"]),
-        ("p.json", '[{"prompt": "a", "keywords": "b"}]', ["row 1", "keywords must be a list", '"b"']),
+        (
+            "p.json",
+            '[{"prompt": "a", "keywords": "b"}]',
+            ["row 1", "keywords must be a list", '"b"'],
+        ),
         (
             "p.json",
             '[{"prompt": "a", "check": {"kind": "is", "answer": "b"}}]',
@@ -563,8 +609,16 @@ def test_the_held_out_tasks_of_the_sample_files_are_prompts(tmp_path):
             '[{"prompt": "a", "check": {"kind": "regex", "answer": "("}}]',
             ["row 1", "check", "regex"],
         ),
-        ("p.json", '[{"prompt": "a", "check": {"kind": "overlap", "answer": "b"}}]', ["row 1", "share"]),
-        ("p.json", '[{"prompt": "a", "min_words": 0}]', ["row 1", "min_words must be 1..1000, got 0"]),
+        (
+            "p.json",
+            '[{"prompt": "a", "check": {"kind": "overlap", "answer": "b"}}]',
+            ["row 1", "share"],
+        ),
+        (
+            "p.json",
+            '[{"prompt": "a", "min_words": 0}]',
+            ["row 1", "min_words must be 1..1000, got 0"],
+        ),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', ["p.jsonl row 2"]),
         ("p.txt", "\n \n", ["p.txt", "holds no prompt"]),
         ("p.csv", "prompt\na\n", ["p.csv", ".jsonl"]),
@@ -620,7 +674,9 @@ def test_a_run_gives_every_prompt_a_score_and_the_same_again(model, tiny_tokeniz
 
 def test_a_response_depends_on_the_seed_and_on_no_other_prompt(model, tiny_tokenizer, monkeypatch):
     prompts = smoke.load_prompts(fast=True)
-    alone = [smoke.run(model, tiny_tokenizer, [p], max_new_tokens=6)["responses"][0] for p in prompts]
+    alone = [
+        smoke.run(model, tiny_tokenizer, [p], max_new_tokens=6)["responses"][0] for p in prompts
+    ]
     monkeypatch.setattr(smoke, "BATCH", 4)
     together = smoke.run(model, tiny_tokenizer, prompts[::-1], max_new_tokens=6)["responses"][::-1]
     assert together == alone
@@ -648,7 +704,9 @@ def test_a_model_is_asked_in_its_own_template_or_continues_plain_text(
         assert row["asked"] == "The capital of France is"
     else:
         messages = [{"role": "user", "content": prompt["prompt"]}]
-        assert seen[0].prompt == render(tokenizer, messages, template, add_generation_prompt=True)[0]
+        assert (
+            seen[0].prompt == render(tokenizer, messages, template, add_generation_prompt=True)[0]
+        )
         assert row["asked"] == prompt["prompt"]
         assert row["response"] == row["response"].strip()
     assert set(seen[0].stop_ids) == set(stop_ids(tokenizer, template))

@@ -24,9 +24,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.config import UserError, configure
 from corpus.formats import MAX_LINE, gap_of, page_text, rows
 from corpus.sources import Tally, input_bytes, input_files, peek, read_documents
+from lib.config import UserError, configure
 from tests import ROOT, SHARED
 from tests.conftest import write_rows
 
@@ -68,7 +68,13 @@ def zstd(data):
     return package.ZstdCompressor(write_checksum=True).compress(data)
 
 
-PACKERS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+PACKERS = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstd,
+}
 ROWS = [{"id": 1, "text": "one\nparagraph"}, {"id": 2, "text": "two, \u00fc"}]
 BOTH = [row["text"] for row in ROWS]
 
@@ -167,7 +173,9 @@ def test_bom_crlf_and_a_last_line_without_an_end_are_accepted(tmp_path):
 def test_carriage_returns_alone_are_line_ends(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"id,text\r1,one\r2,two\r")
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "a"}\r{"text": "b"}\r')
-    (tmp_path / "c.txt").write_bytes(b"a line of words\r" * 1_100_000)  # over MAX_LINE, were it one line
+    (tmp_path / "c.txt").write_bytes(
+        b"a line of words\r" * 1_100_000
+    )  # over MAX_LINE, were it one line
     documents, bad = texts_of(tmp_path, max_length=1 << 20)
     assert documents[:4] == ["one", "two", "a", "b"]
     assert "".join(documents[4:]) == "a line of words\n" * 1_100_000
@@ -213,7 +221,11 @@ def write_table(path, columns, **settings):
 )
 def test_tables_give_their_text_column(tmp_path, name, options):
     texts = [f"document {n} \u00fc" for n in range(200)]
-    columns = {"id": range(200), "text": [*texts[:-1], None], "meta": [{"a": n} for n in range(200)]}
+    columns = {
+        "id": range(200),
+        "text": [*texts[:-1], None],
+        "meta": [{"a": n} for n in range(200)],
+    }
     path = write_table(tmp_path / name, columns, **options)
     documents, tally = read(path)
     assert documents == texts[:-1]
@@ -224,13 +236,19 @@ def test_tables_give_their_text_column(tmp_path, name, options):
 
 
 def test_a_table_without_a_text_column_names_its_columns(tmp_path):
-    path = write_table(tmp_path / "a.parquet", {"n": [1], "text": [{"en": "nested"}], "verse": ["v"]})
-    with pytest.raises(UserError, match="no column 'words' among n, text, verse; name it with --text_column"):
+    path = write_table(
+        tmp_path / "a.parquet", {"n": [1], "text": [{"en": "nested"}], "verse": ["v"]}
+    )
+    with pytest.raises(
+        UserError, match="no column 'words' among n, text, verse; name it with --text_column"
+    ):
         texts_of(path, text_column="words")
     assert texts_of(path, text_column="verse") == (["v"], {})
     assert texts_of(path) == (["v"], {})  # the only one of text
     for column in ("text", "n"):
-        with pytest.raises(UserError, match=f"a.parquet: no column '{column}' of text among n, text, verse"):
+        with pytest.raises(
+            UserError, match=f"a.parquet: no column '{column}' of text among n, text, verse"
+        ):
             texts_of(path, text_column=column)
 
 
@@ -249,7 +267,9 @@ def test_a_bad_value_or_a_damaged_table_is_counted(tmp_path):
 def test_tables_are_read_in_bounded_memory_and_unfold_to_no_bomb(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     word = "x" * 1_000_000
-    path = write_table(tmp_path / "a.parquet", {"text": pyarrow.array([word] * 500).dictionary_encode()})
+    path = write_table(
+        tmp_path / "a.parquet", {"text": pyarrow.array([word] * 500).dictionary_encode()}
+    )
     assert path.stat().st_size < 3_000_000
     with pytest.raises(UserError, match="decompresses to over"):
         texts_of(path)
@@ -302,7 +322,9 @@ def test_bad_elements_of_a_json_list(tmp_path):
     (tmp_path / "b.json").write_text(
         "[" + ",".join(f'{{"text": "{n} {"x" * 999}"}}' for n in range(500)) + "]"
     )
-    assert [text.split()[0] for text in texts_of(tmp_path / "b.json")[0]] == [str(n) for n in range(500)]
+    assert [text.split()[0] for text in texts_of(tmp_path / "b.json")[0]] == [
+        str(n) for n in range(500)
+    ]
     (tmp_path / "c.json").write_text("[" * 100_000)
     assert texts_of(tmp_path / "c.json") == ([], {"too-deep": 1})
 
@@ -310,7 +332,11 @@ def test_bad_elements_of_a_json_list(tmp_path):
 def test_what_is_lost_of_a_json_list_is_said(tmp_path):
     good = '{"text": "good"}'
     for text, reason, told in (
-        (f"[{good}]\n[{good}]", "after-the-list", "what follows the end of its JSON list is dropped"),
+        (
+            f"[{good}]\n[{good}]",
+            "after-the-list",
+            "what follows the end of its JSON list is dropped",
+        ),
         (f"[{good}, {'[' * 100_000}", "too-deep", "element 2 (the file is dropped from here on)"),
         (
             f'[{good}, {{"text": "{"x" * 2 * MAX_LINE}"}}, {good}]',
@@ -356,7 +382,9 @@ def test_no_damage_crashes_a_reader(tmp_path_factory, draws, suffix):
     for _ in range(draws.draw(st.integers(1, 3))):
         data[draws.draw(st.integers(0, len(data) - 1))] = draws.draw(st.integers(0, 255))
     path.write_bytes(data[: draws.draw(st.integers(0, len(data)))])
-    with contextlib.suppress(UserError):  # a damaged end may decode to a few rows before its checksum tells
+    with contextlib.suppress(
+        UserError
+    ):  # a damaged end may decode to a few rows before its checksum tells
         assert len(read(path)[0]) <= 100
 
 
@@ -368,7 +396,9 @@ def test_the_text_column_is_found_or_named_or_asked_for(tmp_path):
     assert texts_of(tmp_path / "in.jsonl")[0] == ["a"]
     write('{"left": "a", "right": "b"}\n')
     assert texts_of(tmp_path / "in.jsonl", text_column="right")[0] == ["b"]
-    with pytest.raises(UserError, match="no column that is surely the text among left, right; name it with"):
+    with pytest.raises(
+        UserError, match="no column that is surely the text among left, right; name it with"
+    ):
         texts_of(tmp_path / "in.jsonl")
     with pytest.raises(UserError, match="no column 'middle' among left, right"):
         texts_of(tmp_path / "in.jsonl", text_column="middle")
@@ -380,17 +410,21 @@ def test_an_odd_first_row_or_file_decides_nothing(tmp_path):
     (tmp_path / "a.json").write_text('{"version": "3", "name": "not data"}')
     assert texts_of(tmp_path) == (["a"], {"missing-text": 1, "no-text-column": 1})
     (tmp_path / "b.jsonl").unlink()
-    with pytest.raises(UserError, match=r"a.json: no column that is surely the text among version, name"):
+    with pytest.raises(
+        UserError, match=r"a.json: no column that is surely the text among version, name"
+    ):
         texts_of(tmp_path)
 
 
 # --- Encodings ----------------------------------------------------------------------------------------------
 
-WESTERN = "\u201cCaf\u00e9s\u201d \u2013 the na\u00efve man\u2019s fa\u00e7ade \u2014 cost \u20ac5.\n"
-RUSSIAN = (
-    "\u0412\u0441\u0435 \u043b\u044e\u0434\u0438 \u0440\u043e\u0436\u0434\u0430\u044e\u0442\u0441\u044f.\n"
+WESTERN = (
+    "\u201cCaf\u00e9s\u201d \u2013 the na\u00efve man\u2019s fa\u00e7ade \u2014 cost \u20ac5.\n"
 )
-JAPANESE = "\u3059\u3079\u3066\u306e\u4eba\u9593\u306f\u3001\u751f\u307e\u308c\u306a\u304c\u3089\u306b.\n"
+RUSSIAN = "\u0412\u0441\u0435 \u043b\u044e\u0434\u0438 \u0440\u043e\u0436\u0434\u0430\u044e\u0442\u0441\u044f.\n"
+JAPANESE = (
+    "\u3059\u3079\u3066\u306e\u4eba\u9593\u306f\u3001\u751f\u307e\u308c\u306a\u304c\u3089\u306b.\n"
+)
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-32-le"])
@@ -398,12 +432,15 @@ JAPANESE = "\u3059\u3079\u3066\u306e\u4eba\u9593\u306f\u3001\u751f\u307e\u308c\u
 def test_a_byte_order_mark_is_believed(tmp_path, encoding, suffix):
     def encoded(text):
         return PACKERS[suffix](
-            ("" if encoding in ("utf-16", "utf-32") else "\ufeff").encode(encoding) + text.encode(encoding)
+            ("" if encoding in ("utf-16", "utf-32") else "\ufeff").encode(encoding)
+            + text.encode(encoding)
         )
 
     text = (WESTERN + RUSSIAN + "\u0a0a\u0d0a \U0001f600\n") * 3000
     (tmp_path / f"a.txt{suffix}").write_bytes(encoded(text))
-    (tmp_path / f"b.jsonl{suffix}").write_bytes(encoded(json.dumps({"text": RUSSIAN}, ensure_ascii=False)))
+    (tmp_path / f"b.jsonl{suffix}").write_bytes(
+        encoded(json.dumps({"text": RUSSIAN}, ensure_ascii=False))
+    )
     (tmp_path / f"c.csv{suffix}").write_bytes(encoded(f'id,text\r\n1,"{JAPANESE}"\r\n'))
     documents, bad = texts_of(tmp_path)
     assert "".join(documents[:-2]) == text
@@ -552,9 +589,7 @@ def test_pages_give_the_words_that_html_parser_sees():
         assert same > 0.995 * max(len(ours), len(theirs))
 
 
-UNITS = (
-    '< <a <!-- <! <? </ </a <a" <a"> <a\' & &# &#9 &amp; <script> <svg> <svg/> <pre> </pre> <p> <td> ]]> = "'
-)
+UNITS = '< <a <!-- <! <? </ </a <a" <a"> <a\' & &# &#9 &amp; <script> <svg> <svg/> <pre> </pre> <p> <td> ]]> = "'
 
 
 @pytest.mark.parametrize("unit", [*UNITS.split(), " ", "\n", "<a b=", "<script></script "])
@@ -566,7 +601,9 @@ def test_a_large_page_of_anything_has_a_text(unit):
 
 @given(
     st.lists(
-        st.sampled_from([*UNITS.split(), "a", " ", ">", "/>", "-->", "\n", "&lt;", "&#55555;", "&#x110000;"])
+        st.sampled_from(
+            [*UNITS.split(), "a", " ", ">", "/>", "-->", "\n", "&lt;", "&#55555;", "&#x110000;"]
+        )
     )
 )
 @settings(max_examples=200, deadline=None)
@@ -614,7 +651,9 @@ def test_wikitext_lines_become_articles(tmp_path):  # trap B10
 def test_wikitext_rows_become_articles_across_files_and_others_stay_documents(tmp_path):
     rows, folder = wikitext_rows(), tmp_path / "wikitext"
     folder.mkdir()
-    write_table(folder / "train-00000-of-00002.parquet", {"text": rows[:5]})  # ends within an article
+    write_table(
+        folder / "train-00000-of-00002.parquet", {"text": rows[:5]}
+    )  # ends within an article
     write_table(folder / "train-00001-of-00002.parquet", {"text": rows[5:]})
     write_jsonl(folder / "whole.jsonl", [" = Title = \nwith its text", "another", "and another"])
     expected = [text.replace(" .\n", " . \n").replace(" =\n", " = \n") + " " for text in ARTICLES]
@@ -640,13 +679,20 @@ def hub(tmp_path, monkeypatch):
     pytest.importorskip("datasets")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "owner" / "name"
-    for config, texts in {"lines": wikitext_rows(), "pages": [f"page {n}" for n in range(300)]}.items():
+    for config, texts in {
+        "lines": wikitext_rows(),
+        "pages": [f"page {n}" for n in range(300)],
+    }.items():
         (folder / config).mkdir(parents=True)
         write_table(folder / config / "train-0.parquet", {"id": range(len(texts)), "text": texts})
-        write_table(folder / config / "test-0.parquet", {"id": [7], "text": [f"the test split of {config}"]})
+        write_table(
+            folder / config / "test-0.parquet", {"id": [7], "text": [f"the test split of {config}"]}
+        )
     files = "".join(
         f"- config_name: {config}\n  data_files:\n"
-        + "".join(f"  - split: {split}\n    path: {config}/{split}-*\n" for split in ("train", "test"))
+        + "".join(
+            f"  - split: {split}\n    path: {config}/{split}-*\n" for split in ("train", "test")
+        )
         for config in ("lines", "pages")
     )
     (folder / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
@@ -661,13 +707,17 @@ def test_hub_datasets_are_streamed_by_config_and_split(hub):  # traps B8, B9, B1
     with pytest.raises(UserError, match="no column 'words' among id, text"):
         texts_of(f"hf:{hub}:pages", text_column="words")
     assert len(texts_of(f"hf:{hub}:pages", input_config="pages")[0]) == 300
-    with pytest.raises(UserError, match="names another configuration than input_config 'lines'; keep one"):
+    with pytest.raises(
+        UserError, match="names another configuration than input_config 'lines'; keep one"
+    ):
         texts_of(f"hf:{hub}:pages", input_config="lines")
 
 
 def test_a_hub_dataset_out_of_reach_or_breaking_off_is_one_line(hub):
     for path in (f"hf:{hub}-not-there", f"hf:{hub}:other", f"hf:{hub}:pages:validation"):
-        with pytest.raises(UserError, match=r"cannot be read \(.*; check the name and the network") as caught:
+        with pytest.raises(
+            UserError, match=r"cannot be read \(.*; check the name and the network"
+        ) as caught:
             texts_of(path)
         assert "\n" not in str(caught.value)
     good = (hub / "pages" / "train-0.parquet").read_bytes()
@@ -675,7 +725,9 @@ def test_a_hub_dataset_out_of_reach_or_breaking_off_is_one_line(hub):
     with pytest.raises(UserError, match=r":pages: broke off after 300 rows \("):
         texts_of(f"hf:{hub}:pages")
     (hub / "name.py").write_text("# a script that loads the data, which the package no longer runs")
-    with pytest.raises(UserError, match=r"the hub's own copy may do: hf:.*owner/name@refs/convert/parquet"):
+    with pytest.raises(
+        UserError, match=r"the hub's own copy may do: hf:.*owner/name@refs/convert/parquet"
+    ):
         texts_of(f"hf:{hub}")
     with pytest.raises(UserError, match=r"hf:.*owner/name@refs/convert/parquet:pages:test$"):
         texts_of(f"hf:{hub}:pages:test")
@@ -692,8 +744,13 @@ def test_presets_name_their_datasets():  # traps B8, B9
         "docstrings": ("docstrings:", ""),
     }
     folder = ROOT / "configs" / "datasets"
-    presets = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
-    found = {name: (preset["input_path"], preset.get("input_config", "")) for name, preset in presets.items()}
+    presets = {
+        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")
+    }
+    found = {
+        name: (preset["input_path"], preset.get("input_config", ""))
+        for name, preset in presets.items()
+    }
     assert found.items() >= names.items()
 
 
@@ -765,13 +822,21 @@ def test_sources_that_end_or_are_capped_leave_the_others_in_their_proportions(tm
         "ended": True,
     }
     assert (tally.sources["b"]["capped"], tally.sources["b"]["ended"]) == (True, False)
-    assert tally.sources["c"] == {"documents": 10, "bytes": 20, "weight": 1, "capped": False, "ended": True}
+    assert tally.sources["c"] == {
+        "documents": 10,
+        "bytes": 20,
+        "weight": 1,
+        "capped": False,
+        "ended": True,
+    }
 
 
 def test_rows_that_are_not_documents_do_not_count_towards_the_weights(tmp_path):
     mixture = mixture_of(tmp_path, [100, 100], [1, 1])
     lines = (tmp_path / "b.jsonl").read_text().split("\n")
-    (tmp_path / "b.jsonl").write_text("\n".join(f'{line}\n{{"text": "\\ud800"}}\n3' for line in lines[:-1]))
+    (tmp_path / "b.jsonl").write_text(
+        "\n".join(f'{line}\n{{"text": "\\ud800"}}\n3' for line in lines[:-1])
+    )
     documents, tally = read(mixture=mixture)
     assert [text[0] for text in documents] == ["a", "b"] * 100
     assert tally.bad_rows == 200
@@ -844,10 +909,14 @@ def test_bytes_read_grow_to_the_bytes_there_are(tmp_path):
     for number in range(3):
         text = "\n".join(json.dumps({"text": f"{n} " * 500}) for n in range(2000))
         (tmp_path / "a" / f"{number}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
-        (tmp_path / "a" / f"{number}.json").write_text(text)  # read twice: it proves to be a row a line
+        (tmp_path / "a" / f"{number}.json").write_text(
+            text
+        )  # read twice: it proves to be a row a line
     for cfg in (
         Config(str(tmp_path)),
-        Config(mixture=tuple({"name": c, "input_path": f"{tmp_path}/a/*{c}"} for c in ("json", "gz"))),
+        Config(
+            mixture=tuple({"name": c, "input_path": f"{tmp_path}/a/*{c}"} for c in ("json", "gz"))
+        ),
     ):
         tally, seen = Tally(), [0]
         for _ in read_documents(cfg, tally):
@@ -855,7 +924,9 @@ def test_bytes_read_grow_to_the_bytes_there_are(tmp_path):
         assert seen == sorted(seen)
         assert len(set(seen)) > 6
         assert (
-            tally.read_bytes == input_bytes(cfg) == sum(p.stat().st_size for p in (tmp_path / "a").iterdir())
+            tally.read_bytes
+            == input_bytes(cfg)
+            == sum(p.stat().st_size for p in (tmp_path / "a").iterdir())
         )
     assert input_bytes(Config()) is None
     assert input_bytes(Config("hf:a/b")) is None
@@ -915,9 +986,17 @@ def test_links_pipes_and_devices(tmp_path):
     (tmp_path / "in" / ".git" / "hidden.txt").write_text("hidden")
     (tmp_path / "in" / "sub" / "a.txt").write_text("a")
     (tmp_path / "elsewhere" / "b.txt").write_text("b")
-    for name, target in {"loop": ".", "loop2": "..", "z": "../elsewhere", "c.txt": "sub/a.txt"}.items():
+    for name, target in {
+        "loop": ".",
+        "loop2": "..",
+        "z": "../elsewhere",
+        "c.txt": "sub/a.txt",
+    }.items():
         (tmp_path / "in" / name).symlink_to(target)
-    assert texts_of(tmp_path / "in") == (["a", "b"], {})  # c.txt is a.txt, the loops lead nowhere new
+    assert texts_of(tmp_path / "in") == (
+        ["a", "b"],
+        {},
+    )  # c.txt is a.txt, the loops lead nowhere new
     assert texts_of(tmp_path / "in" / "**" / "*.txt")[0] == ["a", "b"]
     (tmp_path / "in" / "broken.txt").symlink_to("nowhere")
     os.mkfifo(tmp_path / "in" / "pipe.txt")
@@ -936,7 +1015,9 @@ def test_patterns_match_what_glob_matches(tmp_path, pattern):
         for file in ("a.txt", "c.md", "c.txt"):
             (tmp_path / name / file).write_text(file)
     expected = {
-        Path(path) for path in glob.glob(str(tmp_path / pattern), recursive=True) if os.path.isfile(path)
+        Path(path)
+        for path in glob.glob(str(tmp_path / pattern), recursive=True)
+        if os.path.isfile(path)
     }
     assert input_files(str(tmp_path / pattern)) == sorted(expected)
     assert expected

@@ -8,8 +8,17 @@ from collections import Counter
 import pytest
 
 from corpus.chats import read_chats, read_pairs
+from corpus.samples import (
+    ABOUT,
+    FILES,
+    GENERATORS,
+    SampleConfig,
+    create,
+    make_rows,
+    passes,
+    summaries,
+)
 from lib.config import UserError
-from corpus.samples import ABOUT, FILES, GENERATORS, SampleConfig, create, make_rows, passes, summaries
 from tests import ROOT
 
 
@@ -20,9 +29,18 @@ def rows():
 
 def test_two_processes_write_the_same_bytes(tmp_path):
     for name, seed in (("a", "1"), ("b", "2")):  # of str hashes
-        command = [sys.executable, "data.py", "create_sample_datasets", f"--output_dir={tmp_path / name}"]
+        command = [
+            sys.executable,
+            "data.py",
+            "create_sample_datasets",
+            f"--output_dir={tmp_path / name}",
+        ]
         done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, env={"PYTHONHASHSEED": seed, "PATH": ""}
+            command,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={"PYTHONHASHSEED": seed, "PATH": ""},
         )
         assert done.returncode == 0, done.stderr
     for name in FILES:
@@ -73,7 +91,9 @@ def test_the_files_read_as_conversations_and_pairs(tmp_path, rows):
     for name in FILES:
         read = read_chats if name.startswith("sft") else read_pairs
         assert len(read(tmp_path / f"{name}.jsonl", max_bad=0)) == len(rows[name])
-    assert json.loads((tmp_path / "sft_val.jsonl").read_text().splitlines()[0]) == rows["sft_val"][0]
+    assert (
+        json.loads((tmp_path / "sft_val.jsonl").read_text().splitlines()[0]) == rows["sft_val"][0]
+    )
 
 
 def test_what_is_there_is_kept_and_anything_else_refused(tmp_path, capsys):
@@ -84,7 +104,9 @@ def test_what_is_there_is_kept_and_anything_else_refused(tmp_path, capsys):
     assert capsys.readouterr().out.count("was there") == 3
     assert (tmp_path / "sft_val.jsonl").stat().st_mtime_ns == before.st_mtime_ns
     (tmp_path / "sft_val.jsonl").write_text("mine\n")
-    with pytest.raises(UserError, match=r"sft_val.jsonl: exists, with other contents; name another"):
+    with pytest.raises(
+        UserError, match=r"sft_val.jsonl: exists, with other contents; name another"
+    ):
         create(SampleConfig(str(tmp_path)))
     assert (tmp_path / "sft_val.jsonl").read_text() == "mine\n"
     with pytest.raises(UserError, match="exists, with other contents"):

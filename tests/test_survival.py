@@ -88,10 +88,15 @@ def test_so_do_fine_tunings(tmp_path, tiny_tokenizer, program):
 
 
 def align_rows(program):
-    question = [{"prompt": f"What is {n} plus {n}?", "response": f"It is {2 * n}."} for n in range(40)]
+    question = [
+        {"prompt": f"What is {n} plus {n}?", "response": f"It is {2 * n}."} for n in range(40)
+    ]
     if program == "sft":
         return question
-    return [{"prompt": r["prompt"], "chosen": r["response"], "rejected": "I won't say."} for r in question]
+    return [
+        {"prompt": r["prompt"], "chosen": r["response"], "rejected": "I won't say."}
+        for r in question
+    ]
 
 
 def survive(start, folder, kills, check):
@@ -108,7 +113,9 @@ def survive(start, folder, kills, check):
             passage = 1 if phase in ("evaluation", "checkpoint") else chance.randint(1, 2)
             blow = functools.partial(strike, phase, passage, chance.randint(1, known[phase]), kill)
             one = start(
-                out, resume_from_checkpoint="auto", before=blow if sum(done.values()) < kills else None
+                out,
+                resume_from_checkpoint="auto",
+                before=blow if sum(done.values()) < kills else None,
             )
             (code,) = one.wait()
             assert code in (0, -signal.SIGKILL), one.text
@@ -144,7 +151,9 @@ def test_sigterm_to_torchrun_in_the_middle_of_it_saves(tmp_path, knobs, phase):
         f"training(sys.argv[1:], lambda: strike({phase!r}, 1, 50, tell_torchrun, rank=1))\n"
     )
     torchrun = [python(), *TORCHRUN[1:], "--standalone", "--nproc_per_node=2"]
-    env = os.environ | ONE_THREAD | {"PYTHON_EXEC": sys.executable}  # the ranks' parent shall be torchrun
+    env = (
+        os.environ | ONE_THREAD | {"PYTHON_EXEC": sys.executable}
+    )  # the ranks' parent shall be torchrun
     call = [*torchrun, script, *words(output_dir=out, **knobs)]
     done = subprocess.run(call, env=env, capture_output=True, text=True, timeout=PATIENCE)
     step = {"evaluation": 4, "checkpoint": 2}[phase]
@@ -157,18 +166,30 @@ def test_sigterm_to_torchrun_in_the_middle_of_it_saves(tmp_path, knobs, phase):
 
 
 FULL = {
-    "before": (4, r"a checkpoint needs 0\.4 MB, free are 0\.1 MB; make room, or choose another --output_dir"),
+    "before": (
+        4,
+        r"a checkpoint needs 0\.4 MB, free are 0\.1 MB; make room, or choose another --output_dir",
+    ),
     "during": (4, r"step_000006: not written \(.*\); earlier checkpoints are untouched"),
-    "after": (6, r"metrics\.jsonl: could not be written|a checkpoint needs 0.4 MB, free are 0.0 MB"),
+    "after": (
+        6,
+        r"metrics\.jsonl: could not be written|a checkpoint needs 0.4 MB, free are 0.0 MB",
+    ),
 }
 
 
 @pytest.mark.parametrize("moment", FULL)
-def test_a_disk_that_is_full_at_a_checkpoint_costs_no_earlier_one(small_disk, straight, knobs, moment):
+def test_a_disk_that_is_full_at_a_checkpoint_costs_no_earlier_one(
+    small_disk, straight, knobs, moment
+):
     disk, (newest, says) = small_disk("6m"), FULL[moment]
     out, log = disk / "out", disk.parent / "log"
-    one = begin(log, output_dir=out, before=functools.partial(strike, "checkpoint", 3, 1, kill), **knobs)
-    assert one.wait() == [-signal.SIGKILL], one.text  # saved at 2 and 4, killed before it saved at 6
+    one = begin(
+        log, output_dir=out, before=functools.partial(strike, "checkpoint", 3, 1, kill), **knobs
+    )
+    assert one.wait() == [-signal.SIGKILL], (
+        one.text
+    )  # saved at 2 and 4, killed before it saved at 6
     if moment == "before":
         fill(disk, 100_000)
     before = {
@@ -189,7 +210,9 @@ def test_a_disk_that_is_full_at_a_checkpoint_costs_no_earlier_one(small_disk, st
 # ---- 300 bit flips
 
 
-def test_of_300_flipped_bits_every_one_is_found_and_the_previous_checkpoint_used(tmp_path, straight):
+def test_of_300_flipped_bits_every_one_is_found_and_the_previous_checkpoint_used(
+    tmp_path, straight
+):
     for name in ("step_000006", "step_000008"):
         shutil.copytree(straight / name, tmp_path / name)
     newest, chance, told = tmp_path / "step_000008", random.Random(SEED), []
@@ -260,11 +283,17 @@ class Improving:
 
 def test_the_best_checkpoint_outlives_the_last_ones(tmp_path):
     knobs = {"vocab_size": 32, "max_steps": 12, "save_steps": 2, "eval_steps": 2, "keep_last": 2}
-    one = Run(tmp_path / "log", fitting, (tmp_path / "out", Counting(), next_token_loss, Improving(), knobs))
+    one = Run(
+        tmp_path / "log",
+        fitting,
+        (tmp_path / "out", Counting(), next_token_loss, Improving(), knobs),
+    )
     assert one.wait() == [0], one.text
     found = ["step_000004", "step_000010", "step_000012"]
     assert [n for n in names(tmp_path / "out") if n.startswith("step")] == found
-    best, last, final = (load_model(tmp_path / "out" / n) for n in ("step_000004", "step_000012", "final"))
+    best, last, final = (
+        load_model(tmp_path / "out" / n) for n in ("step_000004", "step_000012", "final")
+    )
     same = lambda a, b: torch.equal(a.lm_head.weight, b.lm_head.weight)
     assert same(last, final)
     assert not same(best, final)
@@ -319,7 +348,12 @@ def on_host(name, address, out, knobs):
     """Starts this host's part of a training of two, as README says it."""
     call = [*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", "--rdzv-id=two"]
     first = f"--rdzv-conf=is_host={address == '10.77.0.1'}"  # both have this machine's name; others' differ
-    call += ["--rdzv-endpoint=10.77.0.1:29400", f"--local-addr={address}", first, str(ROOT / "train.py")]
+    call += [
+        "--rdzv-endpoint=10.77.0.1:29400",
+        f"--local-addr={address}",
+        first,
+        str(ROOT / "train.py"),
+    ]
     with open(out.with_suffix(f".{name}"), "w") as log:
         return subprocess.Popen(
             ["ip", "netns", "exec", name, *call, *words(output_dir=out, **knobs)],

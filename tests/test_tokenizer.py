@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from lib import tokenizer as room
 from lib.config import UserError
-from tests import ROOT, SHARED
 from lib.tokenizer import IM_END, IM_START, TEMPLATES, Tokenizer, render, stop_ids, train_tokenizer
+from tests import ROOT, SHARED
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -29,12 +29,22 @@ CORPORA = SHARED / "corpora"
 FUZZ_STRINGS = int(os.environ.get("FUZZ_STRINGS", 2_000))
 
 RARE = "quizzaciously"
-RESERVED = {"zigzag": "\0", "fuzzy": "\u2581", "jumpy": "\u2585", "wacky": "\uffff", "quirky": "\ud800"}
+RESERVED = {
+    "zigzag": "\0",
+    "fuzzy": "\u2581",
+    "jumpy": "\u2585",
+    "wacky": "\uffff",
+    "quirky": "\ud800",
+}
 DOCUMENTS = [
     *topics.values(),
-    " ".join(f"{RARE} {n}" for n in range(500)),  # one line of about 9,000 bytes, the only one with this word
+    " ".join(
+        f"{RARE} {n}" for n in range(500)
+    ),  # one line of about 9,000 bytes, the only one with this word
     "caf\u00e9 \u2014 na\u00efve \u201cquotes\u201d\r\nand a second line\r\n" * 30,
-    *(f"{word} {reserved} " * 200 for word, reserved in RESERVED.items()),  # reasons to drop a document
+    *(
+        f"{word} {reserved} " * 200 for word, reserved in RESERVED.items()
+    ),  # reasons to drop a document
 ]
 FRAGMENTS = [
     *(
@@ -50,7 +60,20 @@ FRAGMENTS = [
         "<|endoftext|>",
         "[INST]",
     ),
-    *("\n", "\n\n", "\r\n", "\t", " ", "    ", "\u2581", "\0", "\ufeff", "\u200b", "\u2028", "\uffff"),
+    *(
+        "\n",
+        "\n\n",
+        "\r\n",
+        "\t",
+        " ",
+        "    ",
+        "\u2581",
+        "\0",
+        "\ufeff",
+        "\u200b",
+        "\u2028",
+        "\uffff",
+    ),
     *("\U0001f600", "e\u0301", "\u4e2d\u6587", "user", "assistant", "Human:", "1", "!", "A"),
 ]
 TEXT = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=20), max_size=12).map("".join)
@@ -65,7 +88,9 @@ CONVERSATION = [
 
 @pytest.fixture(scope="module")
 def tok(tmp_path_factory):
-    return train_tokenizer(DOCUMENTS, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", 2_000)
+    return train_tokenizer(
+        DOCUMENTS, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", 2_000
+    )
 
 
 def named(tokenizer, ids):
@@ -92,7 +117,9 @@ def test_ids_of_the_specials(tok):
 
 def test_no_document_is_dropped(tok):
     assert f"\u2581{RARE}" in tok.pieces  # from a line longer than SentencePiece's default limit
-    assert set(RESERVED) <= {piece.strip("\u2581") for piece in tok.pieces}  # each beside a reserved one
+    assert set(RESERVED) <= {
+        piece.strip("\u2581") for piece in tok.pieces
+    }  # each beside a reserved one
 
 
 def test_whitespace_is_worth_a_piece(tok):
@@ -133,7 +160,9 @@ def test_too_few_texts_name_the_largest_vocabulary(tmp_path):
 
 @pytest.mark.parametrize("vocab_size", [-1, 0, 5, 261, 300])
 def test_too_small_a_vocabulary_names_the_smallest(vocab_size, tmp_path):
-    with pytest.raises(UserError, match=rf"vocab_size {vocab_size} is too small.* at least (\d+)") as caught:
+    with pytest.raises(
+        UserError, match=rf"vocab_size {vocab_size} is too small.* at least (\d+)"
+    ) as caught:
         train_tokenizer(DOCUMENTS, tmp_path / "x.model", vocab_size)
     smallest = int(re.search(r"at least (\d+)", str(caught.value))[1])
     assert train_tokenizer(DOCUMENTS, tmp_path / "x.model", smallest).vocab_size == smallest
@@ -169,9 +198,7 @@ def test_a_failed_write_leaves_the_old_file(tok, tmp_path, monkeypatch):
 
 
 def test_training_is_silent(tmp_path):
-    code = (
-        f"from tokenizer import train_tokenizer as t; t(['a b c '] * 9, {str(tmp_path / 'x.model')!r}, 268)"
-    )
+    code = f"from tokenizer import train_tokenizer as t; t(['a b c '] * 9, {str(tmp_path / 'x.model')!r}, 268)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -279,7 +306,9 @@ def test_it_travels_to_other_processes(tok):
     assert pickle.loads(pickle.dumps(tok)).encode("over there") == tok.encode("over there")
 
 
-@pytest.mark.parametrize("text", ["a" * 1_000_000, "<" * 1_000_000, " " * 1_000_000, "\u2581" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["a" * 1_000_000, "<" * 1_000_000, " " * 1_000_000, "\u2581" * 100_000]
+)
 def test_a_megabyte_of_one_character_comes_back(tok, text):
     """Not timed here: a quadratic search would take minutes, which is the alarm."""
     assert tok.decode(tok.encode(text)) == text
@@ -290,7 +319,12 @@ def test_a_megabyte_of_one_character_comes_back(tok, text):
 
 def test_a_folder_comes_back(tok, tmp_path):
     tok.save(tmp_path, 512, "instruct")
-    files = {"tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    files = {
+        "tokenizer.model",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+    }
     assert {path.name for path in tmp_path.iterdir()} == files
     assert (tmp_path / "tokenizer.model").read_bytes() == tok.model
     back = Tokenizer.load(tmp_path)
@@ -311,7 +345,10 @@ def test_a_base_model_names_no_template_and_offers_chatml(tok, tmp_path):
 
 
 def test_an_unknown_template_is_named(tok, tmp_path):
-    for call in (lambda: tok.save(tmp_path, 512, "llama"), lambda: render(tok, CONVERSATION, "llama")):
+    for call in (
+        lambda: tok.save(tmp_path, 512, "llama"),
+        lambda: render(tok, CONVERSATION, "llama"),
+    ):
         with pytest.raises(UserError, match="'llama': choose one of chatml, instruct, chat"):
             call()
 
@@ -348,7 +385,9 @@ def test_a_flipped_bit_is_refused_or_harmless(tok):
     rng = random.Random(0)
     for _ in range(300):
         damaged = bytearray(tok.model)
-        where = rng.choice([rng.randrange(len(damaged)), rng.randrange(300), -1 - rng.randrange(300)])
+        where = rng.choice(
+            [rng.randrange(len(damaged)), rng.randrange(300), -1 - rng.randrange(300)]
+        )
         damaged[where] ^= 1 << rng.randrange(8)
         try:
             other = Tokenizer(bytes(damaged))
@@ -391,7 +430,11 @@ SUPERVISED = {
     "instruct": "(Because) it is so.</s>Nothing more 1 \U0001f600</s>",
     "chat": " (Because) it is so.</s> Nothing more 1 \U0001f600</s>",
 }
-OPENING = {"chatml": "\n<|im_start|>assistant\n", "instruct": "\n\n### Response:\n", "chat": "\n\nAssistant:"}
+OPENING = {
+    "chatml": "\n<|im_start|>assistant\n",
+    "instruct": "\n\n### Response:\n",
+    "chat": "\n\nAssistant:",
+}
 
 
 def test_the_original_templates_verbatim(tok):
@@ -431,7 +474,11 @@ def test_the_prompt_for_an_answer_is_the_beginning_of_the_answered_conversation(
 def test_supervised_ids_exactly(tok):
     turn = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
     ids, mask = render(tok, turn, "chatml")
-    assert [id for id, on in zip(ids, mask) if on] == [*tok.encode("yes"), *tok.encode("\n"), tok.im_end_id]
+    assert [id for id, on in zip(ids, mask) if on] == [
+        *tok.encode("yes"),
+        *tok.encode("\n"),
+        tok.im_end_id,
+    ]
     assert ids[:2] == [tok.bos_id, tok.im_start_id]
     ids, mask = render(tok, turn, "chat")
     assert [id for id, on in zip(ids, mask) if on] == [*tok.encode(" yes"), tok.eos_id]
@@ -448,7 +495,9 @@ def test_stop_ids(tok):
 def test_contents_bring_no_control_ids_and_no_supervision(tok, template, contents):
     user, assistant = contents
     ids, mask = render(
-        tok, [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}], template
+        tok,
+        [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}],
+        template,
     )
     frame = {"chatml": [1, 4, 5, 4, 5], "instruct": [1, 2], "chat": [1, 2]}[template]
     assert [id for id in ids if id < 6] == frame
@@ -504,7 +553,9 @@ def corpus_lines(count, every):
     for path in files:
         with gzip.open(path, "rt", encoding="utf-8") as rows:
             lines = (line for row in rows for line in json.loads(row)["text"].splitlines() if line)
-            usable = (line for line in lines if not re.search("\u2581|</?s>|<unk>|<pad>|<[|]im_", line))
+            usable = (
+                line for line in lines if not re.search("\u2581|</?s>|<unk>|<pad>|<[|]im_", line)
+            )
             yield from islice(usable, 0, every * count // len(files) + every, every)
 
 
@@ -574,7 +625,10 @@ def test_apply_chat_template_is_render(tok, tmp_path, template):
         "\u4e2d\t.",
         "'",
     ]
-    talk = [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(awkward)]
+    talk = [
+        {"role": ("user", "assistant")[n % 2], "content": content}
+        for n, content in enumerate(awkward)
+    ]
     for messages in [
         *(CONVERSATION[a:b] for a, b in [(0, 5), (1, 5), (0, 1), (1, 2), (2, 3)]),
         talk,
@@ -626,8 +680,17 @@ def test_a_foreign_model_loads(foreign):
     assert (tokenizer.im_start_id, tokenizer.im_end_id, tokenizer.template) == (None, None, None)
     for text in ["Hello  there", " led by a space", "\U0001f600"]:
         ids, stream = tokenizer.encode(text), tokenizer.stream()
-        assert tokenizer.decode(ids) == "".join([stream.push(id) for id in ids] + [stream.flush()]) == text
-    for text in ["x\u2581y", "\u2581y", " \u2581 y", "\u2581\u2581"]:  # the only dummy prefix is the first
+        assert (
+            tokenizer.decode(ids)
+            == "".join([stream.push(id) for id in ids] + [stream.flush()])
+            == text
+        )
+    for text in [
+        "x\u2581y",
+        "\u2581y",
+        " \u2581 y",
+        "\u2581\u2581",
+    ]:  # the only dummy prefix is the first
         assert tokenizer.decode(tokenizer.encode(text)) == text
     with pytest.raises(UserError, match="chatml needs"):
         render(tokenizer, CONVERSATION, "chatml")
@@ -654,38 +717,57 @@ def write_json(path, content):
 def test_symbols_beyond_the_file_are_control_symbols_whoever_wrote_them(foreign, tmp_path):
     """As fine-tuners add chat markers: in added_tokens.json (old), tokenizer_config.json, tokenizer.json."""
     plain = Tokenizer.load(foreign)
-    start, end = {"id": 1001, "content": IM_START, "special": False}, {"id": 1000, "content": IM_END}
+    start, end = (
+        {"id": 1001, "content": IM_START, "special": False},
+        {"id": 1000, "content": IM_END},
+    )
     ways = {
         "added_tokens.json": {IM_START: 1001, IM_END: 1000},
         "tokenizer_config.json": {"added_tokens_decoder": {"1000": end, "1001": start}},
-        "tokenizer.json": {"added_tokens": [{"id": 2, "content": "</s>", "special": True}, end, start]},
+        "tokenizer.json": {
+            "added_tokens": [{"id": 2, "content": "</s>", "special": True}, end, start]
+        },
     }
     for number, (name, content) in enumerate(ways.items()):
         folder = tmp_path / str(number)
         shutil.copytree(foreign, folder)
         write_json(folder / name, content)
         tokenizer = Tokenizer.load(folder)
-        assert (tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.vocab_size) == (1000, 1001, 1002)
+        assert (tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.vocab_size) == (
+            1000,
+            1001,
+            1002,
+        )
         assert tokenizer.encode(f"a {IM_END} b") == plain.encode(f"a {IM_END} b")  # text stays text
         assert tokenizer.decode([1000, *plain.encode("a")]) == "a"
-    config = {"eos_token": {"__type": "AddedToken", "content": IM_END}, "bos_token": "<s>", "pad_token": None}
+    config = {
+        "eos_token": {"__type": "AddedToken", "content": IM_END},
+        "bos_token": "<s>",
+        "pad_token": None,
+    }
     write_json(folder / "tokenizer_config.json", config)
     tokenizer = Tokenizer.load(folder)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 1000, 1000)
     for role in ("bos", "eos"):  # what the folder names is not to be replaced by what the file has
         write_json(folder / "tokenizer_config.json", {f"{role}_token": "lamp"})
-        with pytest.raises(UserError, match=f"no control symbol is 'lamp', which .* names as {role}_token"):
+        with pytest.raises(
+            UserError, match=f"no control symbol is 'lamp', which .* names as {role}_token"
+        ):
             Tokenizer.load(folder)
 
 
 def test_a_template_that_is_not_read_is_told_of(foreign, tok, tmp_path):
     """transformers writes it into tokenizer_config.json, since version 5 into a file of its own."""
-    tok.save(tmp_path / "ours", 64)  # which offers chatml, as a base model that was not trained in it
+    tok.save(
+        tmp_path / "ours", 64
+    )  # which offers chatml, as a base model that was not trained in it
     for number, name in enumerate(("tokenizer_config.json", "chat_template.jinja")):
         shutil.copytree(foreign, tmp_path / str(number))
         write_json(tmp_path / str(number) / name, {"chat_template": "{{ messages[0].content }}"})
         told = Tokenizer.load(tmp_path / str(number)).without_template("x")
-        assert told.startswith("x has a chat template that is none of chatml, instruct, chat: each text")
+        assert told.startswith(
+            "x has a chat template that is none of chatml, instruct, chat: each text"
+        )
     for folder in (foreign, tmp_path / "ours"):
         assert "has no chat template:" in Tokenizer.load(folder).without_template("x")
 
@@ -706,8 +788,14 @@ def test_a_foreign_model_with_markers_and_padding_is_saved_for_transformers(
     assert (back.pieces, back.eos_id, back.vocab_size) == (tokenizer.pieces, 1000, size)
     assert len(other) == size
     # no line break: this vocabulary joins them to what stands before
-    messages = [{"role": "user", "content": "Why so"}, {"role": "assistant", "content": "It is so"}] * 2
-    assert other.apply_chat_template(messages, return_dict=False) == render(back, messages, template)[0]
+    messages = [
+        {"role": "user", "content": "Why so"},
+        {"role": "assistant", "content": "It is so"},
+    ] * 2
+    assert (
+        other.apply_chat_template(messages, return_dict=False)
+        == render(back, messages, template)[0]
+    )
     with pytest.raises(UserError, match=f"the model has {size + 1} tokens, its tokenizer {size}"):
         back.match(size + 1, "folder")  # ours, and so all there is
     with pytest.raises(UserError, match="do not belong together"):
@@ -751,7 +839,13 @@ def test_a_tokenizer_json_alone_gives_the_ids_of_transformers(byte_level, tok, t
     again = hugging_face(tmp_path / "ours")
     again.save_pretrained(tmp_path / "again")  # what is left of ours after a training elsewhere
     assert not (tmp_path / "again" / "tokenizer.model").exists()
-    texts = [*topics["assert"].splitlines(), "caf\u00e9 \U0001f600", "", "  a\t\n", f"a {IM_START} b"]
+    texts = [
+        *topics["assert"].splitlines(),
+        "caf\u00e9 \U0001f600",
+        "",
+        "  a\t\n",
+        f"a {IM_START} b",
+    ]
     for folder in (byte_level, tmp_path / "again"):
         tokenizer, other = Tokenizer.load(folder), hugging_face(folder)
         plain = [other(text, add_special_tokens=False)["input_ids"] for text in texts[:-1]]
@@ -759,7 +853,9 @@ def test_a_tokenizer_json_alone_gives_the_ids_of_transformers(byte_level, tok, t
         assert tokenizer.im_start_id not in tokenizer.encode(texts[-1])
         for text, ids in zip(texts, tokenizer.encode_batch(texts)):
             stream = tokenizer.stream()
-            assert tokenizer.decode(ids) == "".join([*map(stream.push, ids), stream.flush()]) == text
+            assert (
+                tokenizer.decode(ids) == "".join([*map(stream.push, ids), stream.flush()]) == text
+            )
     assert (tokenizer.template, tokenizer.pieces) == ("chatml", tok.pieces)
     with pytest.raises(UserError, match="lone surrogate"):
         tokenizer.encode("\ud800")
@@ -773,8 +869,14 @@ def test_a_tokenizer_json_is_saved_with_a_template(byte_level, tmp_path, templat
     tokenizer.save(tmp_path, 512, template)
     back, other = Tokenizer.load(tmp_path), hugging_face(tmp_path)
     assert (back.template, back.vocab_size, len(other)) == (template, 960, 960)
-    messages = [{"role": "user", "content": "Why so"}, {"role": "assistant", "content": "It is so"}] * 2
-    assert other.apply_chat_template(messages, return_dict=False) == render(back, messages, template)[0]
+    messages = [
+        {"role": "user", "content": "Why so"},
+        {"role": "assistant", "content": "It is so"},
+    ] * 2
+    assert (
+        other.apply_chat_template(messages, return_dict=False)
+        == render(back, messages, template)[0]
+    )
 
 
 def test_what_reads_no_tokenizer_json_is_one_line(byte_level, tmp_path, monkeypatch):

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from lib.config import UserError, configure
 from data import TokenStream
+from lib.config import UserError, configure
+from lib.runtime import open_world, tune_cpu
+from lib.tokenizer import Tokenizer
 from losses import next_token_loss, token_nats
 from model import ModelConfig, load_model
 from schedule import Clock, lr_at, total_steps
@@ -30,9 +32,7 @@ from tests.runs import (
     training,
 )
 from tests.runs import train_to_end as trained
-from lib.tokenizer import Tokenizer
 from train import LoopConfig, PretrainConfig
-from lib.runtime import open_world, tune_cpu
 
 
 def schedule(**knobs):
@@ -93,13 +93,17 @@ def test_the_clock_ends_the_run_by_steps_or_by_time_whichever_comes_first():
     assert both.progress(50, 6.0) == 0.5
     assert both.progress(50, 54.0) == 0.9
     assert Clock(schedule(max_steps=10, warmup_steps=0), 10).progress(10, 0.0) == 1.0
-    assert Clock(schedule(max_minutes=2), None, before=60.0).seconds >= 60.0  # those before a resume count
+    assert (
+        Clock(schedule(max_minutes=2), None, before=60.0).seconds >= 60.0
+    )  # those before a resume count
 
 
 def test_the_number_of_steps_comes_from_steps_epochs_or_the_clock():
     batch = {"batch_size": 4, "gradient_accumulation_steps": 2, "warmup_steps": 0}
     assert total_steps(LoopConfig(max_steps=7, **batch), 1000, 2) == 7
-    assert total_steps(LoopConfig(num_train_epochs=0.5, **batch), 1000, 2) == 32  # 500 / 16, begun is counted
+    assert (
+        total_steps(LoopConfig(num_train_epochs=0.5, **batch), 1000, 2) == 32
+    )  # 500 / 16, begun is counted
     assert total_steps(LoopConfig(**batch), 1000, 1) == 125
     assert total_steps(LoopConfig(max_minutes=1, **batch), 1000, 1) is None
     assert total_steps(LoopConfig(max_minutes=1, num_train_epochs=1, **batch), 1000, 1) == 125
@@ -108,12 +112,19 @@ def test_the_number_of_steps_comes_from_steps_epochs_or_the_clock():
 def test_a_warmup_longer_than_the_run_is_refused_with_both_numbers():
     with pytest.raises(ValueError, match="warmup_steps 11 is more than max_steps 10"):
         LoopConfig(max_steps=10, warmup_steps=11)
-    with pytest.raises(UserError, match=r"100 is more than the 13 steps of this run; .*--warmup_steps=1\)"):
+    with pytest.raises(
+        UserError, match=r"100 is more than the 13 steps of this run; .*--warmup_steps=1\)"
+    ):
         total_steps(LoopConfig(batch_size=8), 100, 1)
 
 
 def test_a_time_box_ends_with_a_model_and_is_then_complete(tmp_path, tiny_dataset):
-    knobs = {"data_path": tiny_dataset, "max_minutes": 0.005, "max_steps": None, "save_steps": 10_000}
+    knobs = {
+        "data_path": tiny_dataset,
+        "max_minutes": 0.005,
+        "max_steps": None,
+        "save_steps": 10_000,
+    }
     out = trained(tmp_path / "box", **knobs)
     rates = [r["lr"] for r in records(out) if "lr" in r]
     assert all(0 < rate <= 0.01 * (1 + 1e-9) for rate in rates)
@@ -133,7 +144,12 @@ def test_a_time_box_that_ends_at_a_saved_step_is_complete_too(tmp_path, tiny_dat
 
 def test_a_run_of_part_of_an_epoch_has_so_many_steps(tmp_path, tiny_dataset):
     blocks = TokenStream(tiny_dataset, "train", 16, 2).blocks
-    knobs = {"data_path": tiny_dataset, "max_steps": None, "num_train_epochs": 0.01, "batch_size": 4}
+    knobs = {
+        "data_path": tiny_dataset,
+        "max_steps": None,
+        "num_train_epochs": 0.01,
+        "batch_size": 4,
+    }
     out = trained(tmp_path / "out", **knobs)
     assert records(out)[-1]["step"] == math.ceil(0.01 * blocks / 4)
 
@@ -156,8 +172,15 @@ def no_validation(model, walk):
     return {}
 
 
-def fit(tmp_path, loader, loss_fn=next_token_loss, validate=no_validation, name="run", ranks=1, **knobs):
-    one = Run(tmp_path / f"{name}.log", fitting, (tmp_path / name, loader, loss_fn, validate, knobs), ranks)
+def fit(
+    tmp_path, loader, loss_fn=next_token_loss, validate=no_validation, name="run", ranks=1, **knobs
+):
+    one = Run(
+        tmp_path / f"{name}.log",
+        fitting,
+        (tmp_path / name, loader, loss_fn, validate, knobs),
+        ranks,
+    )
     one.wait()
     return one
 
@@ -192,7 +215,9 @@ class Masked:
 def test_four_batches_of_one_row_train_as_one_batch_of_four_whatever_is_supervised(tmp_path):
     knobs = {"max_steps": 6, "vocab_size": 32, "learning_rate": 0.001}
     whole = fit(tmp_path, Masked(4), name="whole", batch_size=4, **knobs)
-    parts = fit(tmp_path, Masked(1), name="parts", batch_size=1, gradient_accumulation_steps=4, **knobs)
+    parts = fit(
+        tmp_path, Masked(1), name="parts", batch_size=1, gradient_accumulation_steps=4, **knobs
+    )
     assert whole.wait() == parts.wait() == [0], whole.text + parts.text
     whole, parts = ([r for r in records(tmp_path / n) if "loss" in r] for n in ("whole", "parts"))
     for a, b in zip(whole, parts, strict=True):
@@ -250,7 +275,16 @@ def finished(tmp_path_factory, tiny_dataset):
 def test_the_log_holds_a_line_for_each_step_and_each_validation(finished):
     steps = [r for r in records(finished) if "loss" in r]
     assert [r["step"] for r in steps] == list(range(1, 9))
-    expected = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "memory", "seconds"}
+    expected = {
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "tokens_per_second",
+        "memory",
+        "seconds",
+    }
     assert all(r.keys() == expected for r in steps)
     assert [r["tokens"] for r in steps] == [32 * n for n in range(1, 9)]
     assert [r["lr"] for r in steps][:3] == pytest.approx([0.005, 0.01, 0.01])
@@ -272,7 +306,12 @@ def test_validation_reads_the_val_shards_and_nothing_else(finished, tiny_dataset
         batch = stream.rows(0, 100)
         ids, labels = torch.from_numpy(batch["ids"]), torch.from_numpy(batch["labels"])
         hidden = model.model(ids).detach()
-        nats = token_nats(hidden.flatten(0, 1), model.lm_head.weight, labels.flatten()).double().sum().item()
+        nats = (
+            token_nats(hidden.flatten(0, 1), model.lm_head.weight, labels.flatten())
+            .double()
+            .sum()
+            .item()
+        )
         return nats / batch["count"], nats / math.log(2) / lengths[labels[labels >= 0]].sum().item()
 
     assert (last["val_loss"], last["val_bits_per_byte"]) == pytest.approx(score("val"), rel=1e-5)
@@ -284,7 +323,9 @@ def test_validation_reads_the_val_shards_and_nothing_else(finished, tiny_dataset
 
 def test_the_output_holds_the_last_checkpoints_the_log_and_the_model(finished):
     assert names(finished) == ["final", "metrics.jsonl", "run.lock", "step_000006", "step_000008"]
-    weights = [(finished / name / "model.safetensors").read_bytes() for name in ("final", "step_000008")]
+    weights = [
+        (finished / name / "model.safetensors").read_bytes() for name in ("final", "step_000008")
+    ]
     assert weights[0] == weights[1]
 
 
@@ -302,9 +343,13 @@ def test_the_final_folder_opens_as_a_model_with_its_tokenizer(finished, tiny_dat
         hidden_dropout=0.0,
     )
     assert (
-        Tokenizer.load(finished / "final").sha256 == Tokenizer.load(tiny_dataset / "tokenizer.model").sha256
+        Tokenizer.load(finished / "final").sha256
+        == Tokenizer.load(tiny_dataset / "tokenizer.model").sha256
     )
-    assert json.loads((finished / "final" / "tokenizer_config.json").read_text())["model_max_length"] == 16
+    assert (
+        json.loads((finished / "final" / "tokenizer_config.json").read_text())["model_max_length"]
+        == 16
+    )
 
 
 @pytest.mark.parametrize("folder", ["step_000006", "final"])
@@ -321,32 +366,44 @@ def again(preset, out):
     training([str(preset), f"--output_dir={out}"])
 
 
-def test_the_run_json_of_a_resumed_run_starts_from_the_beginning_too(finished, tmp_path, tiny_dataset):
+def test_the_run_json_of_a_resumed_run_starts_from_the_beginning_too(
+    finished, tmp_path, tiny_dataset
+):
     out = tmp_path / "resumed"
-    trained(out, data_path=tiny_dataset, resume_from_checkpoint=finished / "step_000006", eval_rows=100)
+    trained(
+        out, data_path=tiny_dataset, resume_from_checkpoint=finished / "step_000006", eval_rows=100
+    )
     cfg = configure(PretrainConfig, [str(out / "final" / "run.json")])
     assert cfg.resume_from_checkpoint is None
 
 
 def test_a_finished_run_that_is_resumed_does_nothing_and_says_so(finished, tmp_path, tiny_dataset):
     out, touched = shutil.copytree(finished, tmp_path / "out"), ("run.lock", "metrics.jsonl")
-    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.name not in touched}
+    before = {
+        p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.name not in touched
+    }
     knobs = {"data_path": tiny_dataset, "save_steps": 2, "keep_last": 2, "eval_rows": 100}
     trained(out, resume_from_checkpoint="auto", **knobs)
     assert "this run is complete" in out.with_suffix(".log").read_text()
     assert losses(out) == losses(finished)
-    after = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.name not in touched}
+    after = {
+        p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.name not in touched
+    }
     assert before == after
 
 
 def test_it_trains_on_a_cpu_with_nothing_said_about_precision(tmp_path, tiny_dataset):
-    out = trained(tmp_path / "plain", data_path=tiny_dataset, dtype=None, max_steps=1, warmup_steps=0)
+    out = trained(
+        tmp_path / "plain", data_path=tiny_dataset, dtype=None, max_steps=1, warmup_steps=0
+    )
     assert (out / "final" / "model.safetensors").is_file()
 
 
 def test_a_document_mask_and_two_weighted_datasets_train(tmp_path, tiny_dataset):
     both = f"{tiny_dataset},{tiny_dataset}"
-    out = trained(tmp_path / "mixed", data_path=both, data_weights="3,1", document_mask=True, batch_size=4)
+    out = trained(
+        tmp_path / "mixed", data_path=both, data_weights="3,1", document_mask=True, batch_size=4
+    )
     assert all(math.isfinite(r["loss"]) for r in records(out) if "loss" in r)
 
 
@@ -368,7 +425,13 @@ class PoisonedLoss:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_gradient_that_is_not_finite_leaves_the_weights_as_they_were(tmp_path, optimizer):
-    knobs = {"vocab_size": 32, "max_steps": 5, "save_steps": 1, "keep_last": 9, "optimizer": optimizer}
+    knobs = {
+        "vocab_size": 32,
+        "max_steps": 5,
+        "save_steps": 1,
+        "keep_last": 9,
+        "optimizer": optimizer,
+    }
     one = fit(tmp_path, Counting(), PoisonedLoss(3), **knobs)
     assert one.wait() == [0], one.text
     assert "warning: step 3 skipped: gradient norm is nan (1 in a row)" in one.text
@@ -387,12 +450,20 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_as_they_were(tmp_path,
 
 
 def test_too_many_such_steps_in_a_row_end_the_run_and_name_the_last_good_checkpoint(tmp_path):
-    knobs = {"vocab_size": 32, "max_steps": 50, "save_steps": 2, "max_bad_steps": 3, "warmup_steps": 0}
+    knobs = {
+        "vocab_size": 32,
+        "max_steps": 50,
+        "save_steps": 2,
+        "max_bad_steps": 3,
+        "warmup_steps": 0,
+    }
     one = fit(tmp_path, Counting(), PoisonedLoss(6, always=True), **knobs)
     assert one.wait() == [4]
     assert "Traceback" not in one.text
     last = one.text.splitlines()[-1]
-    assert last.startswith("error: 3 steps in a row were skipped, the last because gradient norm is nan")
+    assert last.startswith(
+        "error: 3 steps in a row were skipped, the last because gradient norm is nan"
+    )
     assert f"the last good checkpoint is {tmp_path / 'run' / 'step_000006'}" in last
     weights = load_model(tmp_path / "run" / "step_000006").state_dict()
     assert all(torch.isfinite(t).all() for t in weights.values())
@@ -430,21 +501,33 @@ REFUSED = {
         {"vocab_size": 512},
         "vocab_size is 512, but .* tokenizer of 384; use --vocab_size=384",
     ),
-    "no GPU": ({"device": "cuda"}, "device=cuda: this machine has no CUDA device; use --device=cpu"),
+    "no GPU": (
+        {"device": "cuda"},
+        "device=cuda: this machine has no CUDA device; use --device=cpu",
+    ),
     "fp16 on a CPU": ({"dtype": "fp16"}, "dtype=fp16 needs CUDA; use --dtype=bf16 or --dtype=fp32"),
     "a long warmup": ({"warmup_steps": 9}, "warmup_steps 9 is more than max_steps 8"),
     "NaN": ({"learning_rate": "nan"}, "learning_rate must be a finite number > 0"),
     "no learning": ({"learning_rate": 0}, "learning_rate must be a finite number > 0"),
     "a high floor": ({"min_lr": 1}, "min_lr 1.0 is more than learning_rate 0.01"),
-    "no such metric": ({"early_stopping_metric": "val_los"}, "must be one of val_loss, val_bits_per_byte"),
+    "no such metric": (
+        {"early_stopping_metric": "val_los"},
+        "must be one of val_loss, val_bits_per_byte",
+    ),
     "no layers": ({"n_layer": 0}, r"n_layer must be 1\.\.512"),
     "heads that do not divide": ({"d_model": 30}, "d_model 30 is not divisible by n_head 4"),
     "too little data": ({"sequence_length": 100000}, "only [0-9]+ tokens, need at least 100001"),
     "no data": ({"data_path": "/nowhere"}, "/nowhere"),
-    "a file as a folder": ({"output_dir": "/dev/null/out"}, "output_dir /dev/null/out: Not a directory"),
+    "a file as a folder": (
+        {"output_dir": "/dev/null/out"},
+        "output_dir /dev/null/out: Not a directory",
+    ),
     "no output": ({"output_dir": ""}, "output_dir must name a folder, got an empty string"),
     "a text file as data": ({"data_path": __file__}, "test_train.py: a file, not a prepared"),
-    "a checkpoint misspelled": ({"resume_from_checkpoint": "step_9"}, "step_9: .*; name a step_.* or auto"),
+    "a checkpoint misspelled": (
+        {"resume_from_checkpoint": "step_9"},
+        "step_9: .*; name a step_.* or auto",
+    ),
     "no checkpoints": ({"keep_last": 0}, "keep_last must be"),
 }
 
@@ -465,14 +548,18 @@ def as_nobody():
         os.seteuid(65534)
 
 
-def test_an_output_folder_that_cannot_be_written_is_named_before_training(tmp_path_factory, tiny_dataset):
+def test_an_output_folder_that_cannot_be_written_is_named_before_training(
+    tmp_path_factory, tiny_dataset
+):
     with tempfile.TemporaryDirectory() as place:
         Path(place).chmod(0o755)
         shutil.copytree(tiny_dataset, Path(place) / "data")
         closed = Path(place) / "closed"
         closed.mkdir(mode=0o555)
         out = tmp_path_factory.mktemp("log") / "out"
-        line = refused(out, before=as_nobody, data_path=Path(place) / "data", output_dir=closed / "run")
+        line = refused(
+            out, before=as_nobody, data_path=Path(place) / "data", output_dir=closed / "run"
+        )
         assert line.startswith(f"error: output_dir {closed / 'run'}: Permission denied")
         assert not list(closed.iterdir())
 
@@ -535,12 +622,19 @@ def as_on_two_machines_of_eight_cores():
 
 
 def test_a_rank_alone_on_its_machine_has_all_its_cores(tmp_path, tiny_dataset):
-    knobs = {"max_steps": 1, "warmup_steps": 0, "ranks": 2, "before": as_on_two_machines_of_eight_cores}
+    knobs = {
+        "max_steps": 1,
+        "warmup_steps": 0,
+        "ranks": 2,
+        "before": as_on_two_machines_of_eight_cores,
+    }
     out = trained(tmp_path / "out", data_path=tiny_dataset, **knobs)
     assert "device cpu, 8 threads, 2 ranks" in out.with_suffix(".log").read_text()
 
 
-def test_an_output_folder_that_holds_a_run_is_refused_and_left_alone(finished, tmp_path, tiny_dataset):
+def test_an_output_folder_that_holds_a_run_is_refused_and_left_alone(
+    finished, tmp_path, tiny_dataset
+):
     before = names(finished)
     line = refused(tmp_path / "second", output_dir=finished, data_path=tiny_dataset)
     assert "already holds a run; continue it with --resume_from_checkpoint=auto" in line

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from lib.tokenizer import Tokenizer, render
 from model import load_model
 from tests.align import finished, make_base
 from tests.conftest import write_rows
 from tests.runs import records
-from lib.tokenizer import Tokenizer, render
 from tuning import answer_to
 
 ANSWERS = [(f"what is {n}?", f"a {n}", "I won't say") for n in range(12)]
@@ -30,7 +30,9 @@ def greedy_by_transformers(folder, question, count):
     made = tokenizer.apply_chat_template(
         chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    ids = model.generate(**made, do_sample=False, max_new_tokens=count)[0, made["input_ids"].shape[1] :]
+    ids = model.generate(**made, do_sample=False, max_new_tokens=count)[
+        0, made["input_ids"].shape[1] :
+    ]
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 

@@ -15,7 +15,9 @@ from tests.serving import Served, make_model
 
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no chromium here")
 
 XSS = "<img src=x onerror='window.caught=1'><script>window.caught=1</script>{{7*7}}&lt;b&gt;"
@@ -70,7 +72,9 @@ class Chat:
 
     def __init__(self, browser, server, width=1000, before=None, **context):
         self.server = server
-        self.page = browser.new_context(viewport={"width": width, "height": 800}, **context).new_page()
+        self.page = browser.new_context(
+            viewport={"width": width, "height": 800}, **context
+        ).new_page()
         self.page.set_default_timeout(30_000)
         self.complaints = []
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
@@ -129,7 +133,11 @@ def opened(browser, server):
 
 def reference(server, text, **fields):
     """What a client gets for the same question."""
-    body = {"messages": [{"role": "user", "content": text}], "logprobs": True, "top_logprobs": 5} | fields
+    body = {
+        "messages": [{"role": "user", "content": text}],
+        "logprobs": True,
+        "top_logprobs": 5,
+    } | fields
     return server.ask("/v1/chat/completions", body)[1]["choices"][0]
 
 
@@ -149,7 +157,9 @@ def test_the_page_shows_what_the_server_answers(opened, server):
         reference(server, "What is the sun?", **FIELDS)["message"]["content"],
     ]
     expect(chat.page.locator(".remark").last).to_have_text(
-        re.compile(r"^24 tokens(, \d+ per second)? · reached the length limit$")  # all may come at once
+        re.compile(
+            r"^24 tokens(, \d+ per second)? · reached the length limit$"
+        )  # all may come at once
     )
     used = reference(server, "What is the sun?", **FIELDS, stream=False)
     assert used["finish_reason"] == "length"
@@ -218,7 +228,9 @@ def test_an_edit_outlives_a_drawing_of_the_page(opened, start, folder):
     area.evaluate("e => e.setSelectionRange(4, 4)")
     one.kill()
     start(folder, port=one.port, model_name="renamed")
-    chat.page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")  # as on coming back to it
+    chat.page.evaluate(
+        "document.dispatchEvent(new Event('visibilitychange'))"
+    )  # as on coming back to it
     expect(chat.page.locator("#model")).to_have_text("renamed", timeout=30_000)
     chat.page.keyboard.type(" and more")
     expect(area).to_have_value("half and more of a change")
@@ -256,7 +268,9 @@ def test_a_reload_keeps_everything_and_a_new_conversation_can_be_undone(opened):
 
 
 def test_where_nothing_can_be_kept_the_page_says_so(opened):
-    refuse = "Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError') }"
+    refuse = (
+        "Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError') }"
+    )
     chat = opened(before=refuse).ready().set(Longest_answer=4)
     chat.ask("Hello")
     chat.settle()
@@ -280,7 +294,9 @@ def test_export_import_and_markup_stays_text(opened, tmp_path):
     chat.ask(XSS)
     chat.settle()
     messages = [{"role": "system", "content": XSS}]
-    messages += [{"role": role, "content": f"{XSS}\n  {role}"} for role in ("user", "assistant") * 2]
+    messages += [
+        {"role": role, "content": f"{XSS}\n  {role}"} for role in ("user", "assistant") * 2
+    ]
     hostile = tmp_path / "hostile.json"
     hostile.write_text(json.dumps({"messages": messages}))
     chat.press("Settings")
@@ -325,7 +341,9 @@ def test_a_file_that_is_no_conversation_changes_nothing(opened, tmp_path):
     chat.ask("Hello")
     chat.settle()
     texts = chat.texts()
-    for number, text in enumerate(["{", "[1]", '{"messages": [{"role": "tool", "content": ""}]}', "3"]):
+    for number, text in enumerate(
+        ["{", "[1]", '{"messages": [{"role": "tool", "content": ""}]}', "3"]
+    ):
         path = tmp_path / f"{number}.json"
         path.write_text(text)
         chat.page.set_input_files("#file", path)
@@ -359,10 +377,16 @@ def test_probabilities_by_pointer_and_by_keyboard(opened, server):
     chat.settle()
     chat.press("Probabilities")
     choice = reference(server, "Why?", **FIELDS)
-    tokens, peek, right = chat.page.locator(".token"), chat.page.get_by_role("tooltip"), spans(choice)
+    tokens, peek, right = (
+        chat.page.locator(".token"),
+        chat.page.get_by_role("tooltip"),
+        spans(choice),
+    )
     assert tokens.all_text_contents() == [text for text, _ in right]
     assert "".join(tokens.all_text_contents()).strip() == choice["message"]["content"]
-    levels = [str(sum(exp(e["logprob"]) < bound for bound in (0.9, 0.5, 0.2, 0.05))) for _, e in right]
+    levels = [
+        str(sum(exp(e["logprob"]) < bound for bound in (0.9, 0.5, 0.2, 0.05))) for _, e in right
+    ]
     assert [token.get_attribute("data-level") for token in tokens.all()] == levels
     tokens.nth(1).hover()
     expect(peek).to_be_visible()
@@ -470,7 +494,9 @@ def test_every_text_can_be_read(opened, scheme):
     chat.ask("Hello")
     chat.settle()
     chat.press("Probabilities")
-    chat.page.evaluate("document.querySelectorAll('.token').forEach((e, i) => e.dataset.level = i % 5)")
+    chat.page.evaluate(
+        "document.querySelectorAll('.token').forEach((e, i) => e.dataset.level = i % 5)"
+    )
     chat.page.locator(".token").first.hover()
     found += chat.page.evaluate(CONTRASTS)
     chat.press("Settings")
@@ -512,9 +538,21 @@ def test_everything_has_a_name_and_can_be_reached_by_keyboard(opened):
     reached, outlined = [], "getComputedStyle(document.activeElement).outlineStyle !== 'none'"
     for _ in range(12):
         keys.press("Tab")
-        reached.append(page.evaluate("document.activeElement.ariaLabel || document.activeElement.id"))
-        assert page.evaluate(outlined) or reached[-1] in ("", "draft"), "the composer is framed as a whole"
-    names = {"Probabilities", "New conversation", "Light or dark", "Settings", "Edit", "Copy", "Answer again"}
+        reached.append(
+            page.evaluate("document.activeElement.ariaLabel || document.activeElement.id")
+        )
+        assert page.evaluate(outlined) or reached[-1] in ("", "draft"), (
+            "the composer is framed as a whole"
+        )
+    names = {
+        "Probabilities",
+        "New conversation",
+        "Light or dark",
+        "Settings",
+        "Edit",
+        "Copy",
+        "Answer again",
+    }
     assert names <= set(reached)
     while page.evaluate("document.activeElement.ariaLabel") != "Settings":
         keys.press("Tab")
@@ -598,7 +636,9 @@ def test_a_full_queue_is_told_and_can_be_tried_again(opened, start, folder):
 
 
 def test_a_full_context_is_told_with_ways_out(opened, start, tiny_tokenizer, tmp_path):
-    chat = opened(start(talkative(tmp_path / "short", tiny_tokenizer, "chatml", sequence_length=64))).ready()
+    chat = opened(
+        start(talkative(tmp_path / "short", tiny_tokenizer, "chatml", sequence_length=64))
+    ).ready()
     chat.set(Longest_answer=4)
     chat.ask("the quick brown fox")
     chat.settle()
@@ -645,7 +685,9 @@ def test_a_base_model_continues_a_text(opened, start, tiny_tokenizer, tmp_path):
     assert "".join(chat.page.locator(".token").all_text_contents()) == written
 
 
-def test_a_text_that_fills_the_context_goes_on_without_its_beginning(opened, start, tiny_tokenizer, tmp_path):
+def test_a_text_that_fills_the_context_goes_on_without_its_beginning(
+    opened, start, tiny_tokenizer, tmp_path
+):
     chat = opened(start(talkative(tmp_path / "short", tiny_tokenizer, sequence_length=64))).ready()
     chat.ask("7" * 55)
     chat.settle()

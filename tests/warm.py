@@ -34,8 +34,15 @@ def start_server():
     with open(path, "w") as file:
         file.write(f'#!/bin/sh\nexec {words} "$@"\n')
     os.chmod(path, 0o755)
-    env = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True, "env": env}
+    env = os.environ | dict.fromkeys(
+        ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"
+    )
+    pipes = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "start_new_session": True,
+        "env": env,
+    }
     SERVERS.append(subprocess.Popen([sys.executable, __file__, "serve", address, path], **pipes))
     assert SERVERS[0].stdout.readline() == b"ready\n"
     return folder
@@ -90,7 +97,9 @@ def number_from(conn):
 
 def ask(address, plain, *words):
     """Has `python WORDS` run by the server, or becomes a plain one where that would not be the same."""
-    rest = words[next((n for n, word in enumerate(words) if word not in ("-u", "-B")), len(words)) :]
+    rest = words[
+        next((n for n, word in enumerate(words) if word not in ("-u", "-B")), len(words)) :
+    ]
     known = rest and (os.path.isfile(rest[0]) or (rest[0] in ("-c", "-m") and len(rest) > 1))
     files = sorted(n for n in map(int, os.listdir("/dev/fd")) if n < 3 or is_inherited(n))
     conn = socket.socket(socket.AF_UNIX)
@@ -205,7 +214,9 @@ def hear(conn, pid, selector):
 
 def become(words, folder, env, unbuffered, files, received):
     """Makes this process what `python WORDS` would be, with open `files` of those numbers, and runs it."""
-    aside = [fcntl.fcntl(number, fcntl.F_DUPFD, 200) for number in received]  # out of each other's way
+    aside = [
+        fcntl.fcntl(number, fcntl.F_DUPFD, 200) for number in received
+    ]  # out of each other's way
     for number in received:
         os.close(number)
     for number, file in zip(files, aside):
@@ -237,7 +248,9 @@ def become(words, folder, env, unbuffered, files, received):
         module.__file__ = os.path.abspath(words[0])
         sys.path.insert(0, os.path.dirname(os.path.realpath(words[0])))
         sys.argv = words
-        code = importlib.machinery.SourceFileLoader("__main__", module.__file__).get_code("__main__")
+        code = importlib.machinery.SourceFileLoader("__main__", module.__file__).get_code(
+            "__main__"
+        )
     exec(code, module.__dict__)
 
 
@@ -283,7 +296,11 @@ elif __name__ == "__main__":
     sys.path[0] = str(room)
     for name in [
         *(path.stem for path in room.glob("*.py")),
-        *(f"{path.parent.name}.{path.stem}" for d in ("lib", "corpus", "tools") for path in (room / d).glob("*.py")),
+        *(
+            f"{path.parent.name}.{path.stem}"
+            for d in ("lib", "corpus", "tools")
+            for path in (room / d).glob("*.py")
+        ),
         *("torch._dynamo", "torch.distributed.run", "ftfy", "datasketch"),
         *("pytest", "tests.runs"),  # of what tests have their forks do
     ]:

@@ -23,9 +23,9 @@ import torch
 from safetensors import SafetensorError
 
 from lib.config import UserError, run
+from lib.tokenizer import TEMPLATES, Tokenizer, jinja, stop_ids
 from lora import model_folder, open_model_folder
 from model import Llama, load_model, save_model
-from lib.tokenizer import TEMPLATES, Tokenizer, jinja, stop_ids
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -36,14 +36,20 @@ class ExportConfig:
 
     model_path: str  # a model or adapter folder, or that of a whole training
     output: str  # the folder (hf) or file (gguf) to write; it must not exist
-    format: Literal["hf", "gguf"] = "hf"  # a folder for transformers and others, or a file for llama.cpp
-    dtype: Literal["f32", "f16", "bf16", "q8_0"] = "f32"  # of the weights; q8_0 (8 bits, 32 to a scale): gguf
+    format: Literal["hf", "gguf"] = (
+        "hf"  # a folder for transformers and others, or a file for llama.cpp
+    )
+    dtype: Literal["f32", "f16", "bf16", "q8_0"] = (
+        "f32"  # of the weights; q8_0 (8 bits, 32 to a scale): gguf
+    )
 
 
 def main(cfg):
     """Writes the model, proves that what was written is the model, and says so."""
     if cfg.format == "hf" and cfg.dtype == "q8_0":
-        raise UserError("dtype=q8_0 is for --format=gguf; a Hugging Face folder takes f32, f16 or bf16")
+        raise UserError(
+            "dtype=q8_0 is for --format=gguf; a Hugging Face folder takes f32, f16 or bf16"
+        )
     output = Path(cfg.output)
     if output.exists():
         raise UserError(f"{output}: exists; name another --output, or delete it")
@@ -68,8 +74,13 @@ def main(cfg):
     finally:
         remove(unfinished)
     files = [output] if output.is_file() else [*output.iterdir()]
-    size, count = sum(file.stat().st_size for file in files), sum(p.numel() for p in model.parameters())
-    print(f"{output}: {count / 1e6:.1f}M parameters in {cfg.dtype}, {size / 1e6:.1f} MB\n{proof}{warning}")
+    size, count = (
+        sum(file.stat().st_size for file in files),
+        sum(p.numel() for p in model.parameters()),
+    )
+    print(
+        f"{output}: {count / 1e6:.1f}M parameters in {cfg.dtype}, {size / 1e6:.1f} MB\n{proof}{warning}"
+    )
 
 
 def remove(path):
@@ -84,7 +95,9 @@ def check_range(model, dtype):
     largest = torch.finfo(torch.float16).max if dtype in ("f16", "q8_0") else torch.inf
     for name, p in model.named_parameters():
         if not p.abs().max() <= largest * (127 if dtype == "q8_0" else 1):
-            raise UserError(f"{name} holds {p.abs().max():.3g}, too large for {dtype}; use --dtype=bf16")
+            raise UserError(
+                f"{name} holds {p.abs().max():.3g}, too large for {dtype}; use --dtype=bf16"
+            )
 
 
 def check_tokenizer(cfg, tokenizer):
@@ -119,7 +132,9 @@ def sentencepiece_kind(model):
     habits = {
         "normalize characters": normalizer.get(2),
         "drop superfluous spaces": normalizer.get(4, 1),
-        "keep user-defined symbols whole": any(dict(protobuf(piece)).get(3) == 4 for piece in parts[1]),
+        "keep user-defined symbols whole": any(
+            dict(protobuf(piece)).get(3) == 4 for piece in parts[1]
+        ),
     }
     kind = {1: "unigram", 2: "BPE", 3: "word", 4: "character"}[trainer.get(3, 1)]
     return kind, [habit for habit, on in habits.items() if on]
@@ -292,7 +307,10 @@ def metadata(cfg, tokenizer, dtype):
         "pre": (STRING, "default"),
         "tokens": (ARRAY, (STRING, tokenizer.pieces)),
         "scores": (ARRAY, (FLOAT32, tokenizer.scores)),
-        "token_type": (ARRAY, (INT32, [token_type(tokenizer, id) for id in range(tokenizer.vocab_size)])),
+        "token_type": (
+            ARRAY,
+            (INT32, [token_type(tokenizer, id) for id in range(tokenizer.vocab_size)]),
+        ),
         "bos_token_id": (UINT32, tokenizer.bos_id),
         "eos_token_id": (UINT32, tokenizer.eos_id),
         "unknown_token_id": (UINT32, tokenizer.unk_id),
@@ -305,7 +323,10 @@ def metadata(cfg, tokenizer, dtype):
     if tokenizer.template:
         chat["tokenizer.chat_template"] = STRING, jinja(TEMPLATES[tokenizer.template])
         ends = stop_ids(tokenizer, tokenizer.template)
-        words["eot_token_id"] = UINT32, next((id for id in ends if id != tokenizer.eos_id), tokenizer.eos_id)
+        words["eot_token_id"] = (
+            UINT32,
+            next((id for id in ends if id != tokenizer.eos_id), tokenizer.eos_id),
+        )
     return {
         "general.architecture": (STRING, "llama"),
         "general.name": (STRING, cfg.model_name),
@@ -352,13 +373,17 @@ def encoded(kind, value):
         return text(value)
     if kind == ARRAY:
         inner, items = value
-        return struct.pack("<IQ", inner, len(items)) + b"".join(encoded(inner, item) for item in items)
+        return struct.pack("<IQ", inner, len(items)) + b"".join(
+            encoded(inner, item) for item in items
+        )
     return struct.pack(SCALARS[kind], value)
 
 
 def packed_size(count, kind):
     """Returns the bytes of `count` numbers."""
-    return {F32: 4 * count, F16: 2 * count, BF16: 2 * count, Q8_0: count // 32 * BLOCK.itemsize}[kind]
+    return {F32: 4 * count, F16: 2 * count, BF16: 2 * count, Q8_0: count // 32 * BLOCK.itemsize}[
+        kind
+    ]
 
 
 def packed(array, kind):
@@ -380,9 +405,13 @@ def packed(array, kind):
 def unpacked(data, shape, kind):
     """Returns the float32 array of what `packed` wrote."""
     if kind == BF16:
-        return torch.frombuffer(bytearray(data), dtype=torch.bfloat16).float().numpy().reshape(shape)
+        return (
+            torch.frombuffer(bytearray(data), dtype=torch.bfloat16).float().numpy().reshape(shape)
+        )
     if kind != Q8_0:
-        return np.frombuffer(data, "<f4" if kind == F32 else "<f2").astype(np.float32).reshape(shape)
+        return (
+            np.frombuffer(data, "<f4" if kind == F32 else "<f2").astype(np.float32).reshape(shape)
+        )
     blocks = np.frombuffer(data, BLOCK)
     return (blocks["scale"].astype(np.float32)[:, None] * blocks["steps"]).reshape(shape)
 
@@ -444,7 +473,11 @@ def read_model(path, cfg):
     _, arrays = read_gguf(path)
     model = Llama(cfg).eval()
     for name, p in model.state_dict().items():
-        source = "model.embed_tokens.weight" if name == "lm_head.weight" and cfg.tie_word_embeddings else name
+        source = (
+            "model.embed_tokens.weight"
+            if name == "lm_head.weight" and cfg.tie_word_embeddings
+            else name
+        )
         array = arrays[gguf_name(source)]
         if "q_proj" in name or "k_proj" in name:
             array = apart(array, cfg.n_head if "q_proj" in name else cfg.kv_heads)

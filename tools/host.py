@@ -55,7 +55,9 @@ def memory():
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
-    known = {name: int(rest.split()[0]) * 1024 for name, rest in (line.split(":") for line in lines)}
+    known = {
+        name: int(rest.split()[0]) * 1024 for name, rest in (line.split(":") for line in lines)
+    }
     return known["MemTotal"], known["MemAvailable"]
 
 
@@ -73,7 +75,9 @@ def describe_cuda(torch):
             *(["Apple's MPS is there"] * torch.backends.mps.is_available()),
         ]
     if not shutil.which("nvidia-smi"):
-        return [f"no: torch knows {torch.version.cuda}, but there is no NVIDIA driver (no nvidia-smi)"]
+        return [
+            f"no: torch knows {torch.version.cuda}, but there is no NVIDIA driver (no nvidia-smi)"
+        ]
     return [
         f"no: torch knows {torch.version.cuda}, but no card: an old driver, or CUDA_VISIBLE_DEVICES is empty"
     ]
@@ -98,7 +102,11 @@ def check_env(cfg=None):
         rows += [("CUDA", line) for line in describe_cuda(torch)]
     space, there = shutil.disk_usage("."), memory()
     rows.append(("cores", str(cores())))
-    free = f"{shown_bytes(there[0])}, {shown_bytes(there[1])} free" if there else "not told by this system"
+    free = (
+        f"{shown_bytes(there[0])}, {shown_bytes(there[1])} free"
+        if there
+        else "not told by this system"
+    )
     rows.append(("memory", free))
     rows.append(("disk here", f"{shown_bytes(space.free)} free of {shown_bytes(space.total)}"))
     rows += [
@@ -158,7 +166,9 @@ def last_line():
     if newest is None:
         return "no training"
     keys = ("step", "loss", "val_loss", "lr", "tokens_per_second")
-    told = (f"{k} {newest.last[k]:.6g}" for k in keys if isinstance(newest.last.get(k), (int, float)))
+    told = (
+        f"{k} {newest.last[k]:.6g}" for k in keys if isinstance(newest.last.get(k), (int, float))
+    )
     return f"{newest.folder}: {' | '.join(told) or 'nothing logged'}, {time.time() - newest.when:,.0f} s ago"
 
 
@@ -186,7 +196,9 @@ def monitor(cfg):
 class GpuConfig:
     """Which preset for which card."""
 
-    config: str = "configs/small.json"  # the preset to fit: its batch and accumulation are chosen anew
+    config: str = (
+        "configs/small.json"  # the preset to fit: its batch and accumulation are chosen anew
+    )
     gpu: str | None = None  # a card that is elsewhere, as rtx4090; none = the card found
     output: str = "configs/rtx4090.json"  # the preset to write; it must not exist
 
@@ -253,7 +265,9 @@ def config_gpu(cfg):
     values |= {"batch_size": rows, "gradient_accumulation_steps": times}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    print(f"{output}: batch_size {rows}, gradient_accumulation_steps {times}, the same step; {told}")
+    print(
+        f"{output}: batch_size {rows}, gradient_accumulation_steps {times}, the same step; {told}"
+    )
 
 
 COMMANDS = {

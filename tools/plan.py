@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from lib.config import UserError
+from lib.runtime import CARDS, memory_used
 from losses import group_rows
 from model import Llama, ModelConfig, count_parameters, flops_per_token
 from schedule import Muon
-from lib.runtime import CARDS, memory_used
 
 TIMED = 3  # optimizer steps that are timed after the warm-up
 PATIENCE = 120  # seconds that these may take; a slower machine is timed with one row at a time
@@ -168,11 +168,17 @@ class RandomTokens:
     blocks = None
 
     def __init__(self, cfg):
-        self.batch_size, self.length, self.vocab_size = cfg.batch_size, cfg.sequence_length, cfg.vocab_size
+        self.batch_size, self.length, self.vocab_size = (
+            cfg.batch_size,
+            cfg.sequence_length,
+            cfg.vocab_size,
+        )
 
     def batch(self, step, micro=0, rank=0, accumulation=1):
         shape = (self.batch_size, self.length + 1)
-        rows = np.random.default_rng([step, micro, rank]).integers(0, self.vocab_size, shape, dtype=np.int64)
+        rows = np.random.default_rng([step, micro, rank]).integers(
+            0, self.vocab_size, shape, dtype=np.int64
+        )
         return {"ids": rows[:, :-1].copy(), "labels": rows[:, 1:].copy(), "count": rows[:, 1:].size}
 
 
@@ -216,7 +222,10 @@ def timed(one_step, loader, accumulation):
         micros = 1
     times = [one_step(micros) for _ in range(TIMED)]
     computing, updating = (float(np.median(column)) for column in zip(*times, strict=True))
-    return computing / micros * accumulation * rows / loader.batch_size + updating, loader.batch_size
+    return (
+        computing / micros * accumulation * rows / loader.batch_size + updating,
+        loader.batch_size,
+    )
 
 
 # ---- the tables
@@ -239,12 +248,21 @@ def size_lines(cfg, ranks=1, total=None, blocks=None):
     rows = f"{cfg.batch_size} rows x {cfg.gradient_accumulation_steps} x {cfg.sequence_length:,} tokens"
     tokens = tokens_per_step(cfg, ranks)
     yield row("tokens per step", f"{tokens:,} = {rows}{f' x {ranks} ranks' if ranks > 1 else ''}")
-    box = f"what {cfg.max_minutes:g} minutes hold" if cfg.max_minutes else "unknown without data or max_steps"
+    box = (
+        f"what {cfg.max_minutes:g} minutes hold"
+        if cfg.max_minutes
+        else "unknown without data or max_steps"
+    )
     yield row("steps", f"{total:,}" if total else box)
     if total:
-        passes = f"{total * tokens / cfg.sequence_length / blocks:.2f} passes" if blocks else "passes unknown"
+        passes = (
+            f"{total * tokens / cfg.sequence_length / blocks:.2f} passes"
+            if blocks
+            else "passes unknown"
+        )
         yield row(
-            "tokens in all", f"{total * tokens:,}, {passes}{'' if blocks else ': there is no data yet'}"
+            "tokens in all",
+            f"{total * tokens:,}, {passes}{'' if blocks else ': there is no data yet'}",
         )
 
 
@@ -276,7 +294,11 @@ def memory_lines(cfg, means, framework=0):
 def local_plan(cfg, model, means, world, total, blocks, framework):
     """Returns the lines of a plan for this machine that need no timing, for the `cfg` of any training."""
     if isinstance(cfg, ModelConfig):
-        return [*size_lines(cfg, world.size, total, blocks), "", *memory_lines(cfg, means, framework)]
+        return [
+            *size_lines(cfg, world.size, total, blocks),
+            "",
+            *memory_lines(cfg, means, framework),
+        ]
     numbers = [p.numel() for p in model.parameters()]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows = cfg.batch_size * cfg.gradient_accumulation_steps * world.size
@@ -290,7 +312,9 @@ def local_plan(cfg, model, means, world, total, blocks, framework):
 
 def time_lines(cfg, seconds, total, world, rows):
     """Yields what was measured here: speed, memory so far, and hours from them."""
-    yield from title(f"timed on this machine, {rows} of {cfg.batch_size} rows at a time, {TIMED} steps")
+    yield from title(
+        f"timed on this machine, {rows} of {cfg.batch_size} rows at a time, {TIMED} steps"
+    )
     if isinstance(cfg, ModelConfig):
         yield row("tokens a second", f"{tokens_per_step(cfg, world.size) / seconds:,.0f}")
     if rows == cfg.batch_size:
@@ -301,12 +325,16 @@ def time_lines(cfg, seconds, total, world, rows):
 def hour_lines(cfg, seconds, total):
     yield row("seconds a step", f"{seconds:,.2f}")
     if total is None and cfg.max_minutes:
-        yield row("steps", f"about {60 * cfg.max_minutes / seconds:,.0f} in {cfg.max_minutes:g} minutes")
+        yield row(
+            "steps", f"about {60 * cfg.max_minutes / seconds:,.0f} in {cfg.max_minutes:g} minutes"
+        )
     elif total:
         hours = total * seconds / 3600
         hours = min(hours, cfg.max_minutes / 60) if cfg.max_minutes else hours
         end = datetime.now() + timedelta(hours=hours)
-        yield row("hours", f"{hours:,.2f}, without validations; begun now it ends {end:%Y-%m-%d %H:%M}")
+        yield row(
+            "hours", f"{hours:,.2f}, without validations; begun now it ends {end:%Y-%m-%d %H:%M}"
+        )
 
 
 def card_plan(cfg, name):
@@ -317,10 +345,14 @@ def card_plan(cfg, name):
     seconds, tokens, total = card_seconds(cfg, card), tokens_per_step(cfg), cfg.max_steps
     room = card.memory - RESERVE
     fitting = [
-        n for n in (2**k for k in range(11)) if memory(replace(cfg, batch_size=n), means)["peak"] <= room
+        n
+        for n in (2**k for k in range(11))
+        if memory(replace(cfg, batch_size=n), means)["peak"] <= room
     ]
     peak = memory(cfg, means)["peak"]
-    largest = f"the largest batch_size that does is {fitting[-1]}" if fitting else "no batch_size does"
+    largest = (
+        f"the largest batch_size that does is {fitting[-1]}" if fitting else "no batch_size does"
+    )
     mfu = flops_per_token(cfg) * tokens / seconds / card.flops
     return [
         *size_lines(cfg, total=total),

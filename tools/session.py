@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib.config import PositiveFloat, UserError, configure, dispatch, read_object
-from tools.host import memory
 from lib.folders import read_manifest
+from tools.host import memory
 from tools.workspace import (
     SESSIONS,
     command,
@@ -87,7 +87,9 @@ class Stage(NamedTuple):
     """One command of a session."""
 
     name: str
-    words: Callable  # () -> the words after `python`, when its turn has come; None: it is done already
+    words: (
+        Callable  # () -> the words after `python`, when its turn has come; None: it is done already
+    )
     needs: tuple[str, ...] = ()  # stages without which it makes no sense
     share: float = 0.0  # of the minutes that the trainings have among them
 
@@ -152,13 +154,19 @@ class Box:
         self.rows.append((stage.name, outcome, self.spent - began))
 
     def reason_to_skip(self, stage):
-        lacking = [name for name in stage.needs if not (self.outcome(name) or "").startswith("done")]
+        lacking = [
+            name for name in stage.needs if not (self.outcome(name) or "").startswith("done")
+        ]
         if self.stopped:
             return "skipped: stopped"
         if lacking:
             return f"skipped: needs {', '.join(lacking)}"
         trainings = any(each.share for each in self.stages)
-        if self.training_minutes() < LEAST if stage.share else not trainings and self.spent >= self.minutes:
+        if (
+            self.training_minutes() < LEAST
+            if stage.share
+            else not trainings and self.spent >= self.minutes
+        ):
             return "skipped: no time left"  # beside trainings, what is short runs over rather than not at all
         return None
 
@@ -255,7 +263,9 @@ def folder_of(preset):
     """Returns the folder that a dataset preset is prepared into."""
     folder = read_object(preset).get("output_dir")
     if not folder:
-        raise UserError(f"{preset}: a session wants to know its output_dir; write it into the preset")
+        raise UserError(
+            f"{preset}: a session wants to know its output_dir; write it into the preset"
+        )
     return Path(folder)
 
 
@@ -268,7 +278,10 @@ def choose_data(cfg, wanted=None):
         return wanted, f"data: {wanted}, prepared before"
     why = hub()
     if why:
-        return fallback, f"data: {fallback}, this Python's documentation, in place of {wanted}: {why}"
+        return (
+            fallback,
+            f"data: {fallback}, this Python's documentation, in place of {wanted}: {why}",
+        )
     return wanted, f"data: {wanted}, from the hub"
 
 
@@ -293,7 +306,12 @@ def training(box, out, boxed, *words):
     return [*words, f"--max_minutes={spent + minutes:.3f}", "--allow_config_change"]
 
 
-CPU = ("--sequence_length=256", "--batch_size=8", "--gradient_accumulation_steps=1", "--learning_rate=1e-3")
+CPU = (
+    "--sequence_length=256",
+    "--batch_size=8",
+    "--gradient_accumulation_steps=1",
+    "--learning_rate=1e-3",
+)
 CPU += ("--warmup_steps=100", "--eval_steps=250", "--save_steps=250")
 
 
@@ -313,7 +331,9 @@ def chain(box, name, data, pretrain, tuning, boxed=True, fast=False):
 
     def tune(kind, model, out):
         files = (f"--{key}_path={SAMPLES / f'{kind}_{part}.jsonl'}" for key, part in PARTS.items())
-        return training(box, out, boxed, f"{kind}.py", tuning[kind], f"--model_path={model}", *files)
+        return training(
+            box, out, boxed, f"{kind}.py", tuning[kind], f"--model_path={model}", *files
+        )
 
     def best():
         return next(p for p in (dpo, sft, base) if (Path(p) / "final").is_dir())
@@ -321,7 +341,13 @@ def chain(box, name, data, pretrain, tuning, boxed=True, fast=False):
     def evaluate(model, results):
         text = f"--perplexity_path={folder / 'val_00000.jsonl'}"
         flags = ("--fast_mode", "--skip_boolq", text) if fast else text_and_questions(folder, hub())
-        return ["eval.py", f"--model_path={model}", *flags, "--detailed_output", f"--output_dir={results}"]
+        return [
+            "eval.py",
+            f"--model_path={model}",
+            *flags,
+            "--detailed_output",
+            f"--output_dir={results}",
+        ]
 
     def compare():
         return ["eval.py", "compare", f"{results}_base", results]
@@ -352,7 +378,11 @@ LORA = {"sft": "configs/sft.json", "dpo": "configs/dpo.json"}
 
 def text_and_questions(folder, away):
     """Returns what to evaluate on: the hub's texts, or if those are `away` what a dataset holds out."""
-    return ("--skip_boolq", f"--perplexity_path={folder / 'val_00000.jsonl'}") if away and folder else ()
+    return (
+        ("--skip_boolq", f"--perplexity_path={folder / 'val_00000.jsonl'}")
+        if away and folder
+        else ()
+    )
 
 
 def quick(cfg):
@@ -360,7 +390,9 @@ def quick(cfg):
     data, note = choose_data(cfg)
     pretrain = ["configs/demo.json", *filter(None, [cfg.config])]
     minutes = cfg.minutes or 30
-    run_box("quick", minutes, lambda box: chain(box, "quick", data, pretrain, DEMO, fast=True), [note])
+    run_box(
+        "quick", minutes, lambda box: chain(box, "quick", data, pretrain, DEMO, fast=True), [note]
+    )
 
 
 def long_session(cfg, name, minutes, preset, tuning, boxed=True):
@@ -429,7 +461,13 @@ def evaluation(cfg):
 TOY = ("--vocab_size=400", "--sequence_length=32")
 TOY_DATA = ("--max_docs=80", "--min_length=50", *TOY)
 TOY_SHAPE = ("--n_layer=2", "--d_model=32", "--n_head=2", "--d_ff=64", *TOY)
-TOY_STEPS = ("--max_steps=20", "--save_steps=10", "--eval_steps=20", "--warmup_steps=2", "--eval_rows=8")
+TOY_STEPS = (
+    "--max_steps=20",
+    "--save_steps=10",
+    "--eval_steps=20",
+    "--warmup_steps=2",
+    "--eval_rows=8",
+)
 
 
 def debug(cfg):
@@ -443,8 +481,16 @@ def debug(cfg):
         Stage("environment", lambda: ["-m", "tools.host", "check-env"]),
         Stage("data", lambda: ["data.py", "configs/datasets/docstrings.json", *TOY_DATA, *data]),
         Stage("train 20 steps", lambda: [*train, f"--output_dir={whole}"], ("data",)),
-        Stage("10 + resume + 10", lambda: [*train, f"--output_dir={half}", resume], ("train 20 steps",)),
-        Stage("the same weights", lambda: ["-m", "tools.session", "same", whole, half], ("10 + resume + 10",)),
+        Stage(
+            "10 + resume + 10",
+            lambda: [*train, f"--output_dir={half}", resume],
+            ("train 20 steps",),
+        ),
+        Stage(
+            "the same weights",
+            lambda: ["-m", "tools.session", "same", whole, half],
+            ("10 + resume + 10",),
+        ),
         Stage(
             "sample",
             lambda: ["sample.py", f"--model_path={whole}", "--max_new_tokens=8"],
@@ -456,11 +502,19 @@ def debug(cfg):
 
 def architecture(cfg):
     """30 minutes: the report of every preset; a forward and backward pass of each that fits the memory."""
-    found = [path for path in sorted(Path("configs").glob("*.json")) if "n_layer" in path.read_text("utf-8")]
+    found = [
+        path
+        for path in sorted(Path("configs").glob("*.json"))
+        if "n_layer" in path.read_text("utf-8")
+    ]
     presets = [*found, *([Path(cfg.config)] if cfg.config else [])]
-    stages = [Stage(f"report {path.stem}", functools.partial(list, ["model.py", path])) for path in presets]
+    stages = [
+        Stage(f"report {path.stem}", functools.partial(list, ["model.py", path]))
+        for path in presets
+    ]
     stages += [
-        Stage(f"pass {path.stem}", functools.partial(list, ["-m", "tools.session", "smoke", path])) for path in presets
+        Stage(f"pass {path.stem}", functools.partial(list, ["-m", "tools.session", "smoke", path]))
+        for path in presets
     ]
     run_box("architecture", cfg.minutes or 30, stages)
 
@@ -475,7 +529,9 @@ class SameConfig:
 
 def same(cfg):
     """Are the final weights of two trainings the same, bit for bit? python -m tools.session same A B"""
-    first, second = (Path(folder) / "final" / "model.safetensors" for folder in (cfg.one, cfg.other))
+    first, second = (
+        Path(folder) / "final" / "model.safetensors" for folder in (cfg.one, cfg.other)
+    )
     for path in (first, second):
         if not path.is_file():
             raise UserError(f"{path}: not found; name the folders of two finished trainings")
@@ -499,15 +555,25 @@ def smoke(cfg):
 
     shape = configure(ModelConfig, [cfg.path], foreign_keys=True)
     count, there = count_parameters(shape)["total"], memory()
-    if there and 3 * 4 * count > there[1]:  # weights, gradients and as much again for everything else
-        print(f"{cfg.path}: {count:,} parameters; not run, it needs about {12 * count / 1e9:.1f} GB")
+    if (
+        there and 3 * 4 * count > there[1]
+    ):  # weights, gradients and as much again for everything else
+        print(
+            f"{cfg.path}: {count:,} parameters; not run, it needs about {12 * count / 1e9:.1f} GB"
+        )
         return
     torch.manual_seed(0)
     model = Llama(shape)
     ids = torch.randint(shape.vocab_size, (1, min(32, shape.sequence_length)))
-    loss = torch.nn.functional.cross_entropy(model(ids).flatten(0, 1).float(), ids.flatten().roll(-1))
+    loss = torch.nn.functional.cross_entropy(
+        model(ids).flatten(0, 1).float(), ids.flatten().roll(-1)
+    )
     loss.backward()
-    bad = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    bad = [
+        name
+        for name, p in model.named_parameters()
+        if p.grad is None or not p.grad.isfinite().all()
+    ]
     if bad:
         raise UserError(f"{cfg.path}: no gradient, or none that is finite, at {bad[0]}")
     told = f"loss {loss.item():.4f} (ln {shape.vocab_size:,} = {math.log(shape.vocab_size):.4f})"

@@ -51,7 +51,11 @@ def size_of(path):
     """Returns the bytes of a file or of all files in a folder; a link counts as itself."""
     if path.is_symlink() or not path.is_dir():
         return path.lstat().st_size
-    return sum((Path(folder) / name).lstat().st_size for folder, _, names in os.walk(path) for name in names)
+    return sum(
+        (Path(folder) / name).lstat().st_size
+        for folder, _, names in os.walk(path)
+        for name in names
+    )
 
 
 def shown_bytes(count):
@@ -70,14 +74,20 @@ def datasets():
 
 def describe_dataset(folder):
     """Returns what a dataset holds, its hashes compared where that is quick, or what is wrong with it."""
-    from lib.folders import VERIFY_BYTES, Shards, read_manifest  # numpy, which host.py may find missing
+    from lib.folders import (  # numpy, which host.py may find missing
+        VERIFY_BYTES,
+        Shards,
+        read_manifest,
+    )
 
     try:
         manifest = read_manifest(folder)
         shards = [Shards(folder, split) for split, entries in manifest["splits"].items() if entries]
     except UserError as error:
         return f"  {folder}: BROKEN: {error}"
-    documents, tokens = (sum(getattr(one, name) for one in shards) for name in ("documents", "tokens"))
+    documents, tokens = (
+        sum(getattr(one, name) for one in shards) for name in ("documents", "tokens")
+    )
     checked = all(one.tokens * one.dtype.itemsize <= VERIFY_BYTES for one in shards)
     state = "verified (sha256)" if checked else "sizes verified; too large to hash each time"
     held = f"{documents:,} documents, {tokens:,} tokens, vocabulary {manifest['vocab_size']:,}"
@@ -105,14 +115,21 @@ class Training(NamedTuple):
     @property
     def problem(self):
         """What is wrong with final/, None if it is a whole model by its manifest's hashes."""
-        from lib.checkpoint import FINAL_FILES, problem_with  # needs packages, whose want check-env is to tell
+        from lib.checkpoint import (  # needs packages, whose want check-env is to tell
+            FINAL_FILES,
+            problem_with,
+        )
 
         return problem_with(self.folder / "final", FINAL_FILES)
 
 
 def newest_steps(folder):
     """Returns the step_* folders, newest first."""
-    steps = [p for p in folder.glob("step_*") if p.name[5:].isdecimal() and p.is_dir() and not p.is_symlink()]
+    steps = [
+        p
+        for p in folder.glob("step_*")
+        if p.name[5:].isdecimal() and p.is_dir() and not p.is_symlink()
+    ]
     return sorted(steps, key=lambda p: -int(p.name[5:]))
 
 
@@ -127,7 +144,9 @@ def read_training(folder):
     last, metrics = {}, folder / "metrics.jsonl"
     with contextlib.suppress(OSError):
         for line in metrics.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError, TypeError):  # a run that is being written, or was cut
+            with contextlib.suppress(
+                ValueError, TypeError
+            ):  # a run that is being written, or was cut
                 last |= json.loads(line)
     homes = [p / "run.json" for p in (*newest_steps(folder)[:1], folder / "final")]
     config = next(filter(None, map(read_json, homes)), {})
@@ -196,7 +215,9 @@ def next_command(found, sound, seen):
             words.append(f"--output_dir={halves[0].folder}")  # it was renamed, or copied
         return command(*words), f"{halves[0].folder} is not complete"
     if not sound:
-        words = ("train.py", "configs/demo.json", f"--data_path={datasets()[0]}") if datasets() else ()
+        words = (
+            ("train.py", "configs/demo.json", f"--data_path={datasets()[0]}") if datasets() else ()
+        )
         return command(*words) if words else "make prepare", "there is no model yet"
     newest = sound[0]
     if newest.kind != "dpo":
@@ -204,7 +225,11 @@ def next_command(found, sound, seen):
         script, nouns = lessons[newest.kind]
         file = Path("data/samples") / f"{script}_train.jsonl"
         words = (f"{script}.py", f"configs/{script}.json", f"--model_path={newest.folder}")
-        words = (*words, f"--dataset_path={file}") if file.exists() else ("data.py", "create_sample_datasets")
+        words = (
+            (*words, f"--dataset_path={file}")
+            if file.exists()
+            else ("data.py", "create_sample_datasets")
+        )
         return command(*words), f"{newest.folder} has not learned to give {nouns}"
     paths = {Path(read_json(p / "results.json").get("model", {}).get("path", "")) for p in seen}
     if not paths & {newest.folder, newest.folder / "final"}:
@@ -212,7 +237,9 @@ def next_command(found, sound, seen):
         return command(
             "eval.py", f"--model_path={newest.folder}", f"--output_dir={out}"
         ), "it was never evaluated"
-    return command("sample.py", "--chat", f"--model_path={newest.folder}"), "all is there: talk to it"
+    return command(
+        "sample.py", "--chat", f"--model_path={newest.folder}"
+    ), "all is there: talk to it"
 
 
 @dataclass(frozen=True)
@@ -252,7 +279,8 @@ def newest(kind="any"):
         hint = f"no dataset in {DATA}; {command('data.py', 'configs/datasets/docstrings.json')} makes it"
     else:
         folder = next(
-            (one.folder for one in trainings() if kind in (one.kind, "any") and not one.problem), None
+            (one.folder for one in trainings() if kind in (one.kind, "any") and not one.problem),
+            None,
         )
         which = "" if kind == "any" else f"{kind} "
         hint = f"no complete {which}model in {CHECKPOINTS}; name one by MODEL_PATH, or train one: make demo"
@@ -310,7 +338,9 @@ def worth_keeping():
         if (one.folder / "final").exists() and (problem := one.problem):
             warnings.append(f"{one.folder / 'final'} is BROKEN ({problem}) and kept as it is")
     for root in roots:
-        below = [Path(folder) / name for folder, dirs, names in os.walk(root) for name in [*dirs, *names]]
+        below = [
+            Path(folder) / name for folder, dirs, names in os.walk(root) for name in [*dirs, *names]
+        ]
         for path in [root, *below]:
             link = next((p for p in [*reversed(path.parents), path] if p.is_symlink()), None)
             if link:
@@ -330,7 +360,9 @@ def filtered(words, stdin, stdout):
             f"BACKUP_PASSPHRASE is set, but {words[0]} is not installed; install it, or unset that"
         ) from None
     whole = False
-    with contextlib.suppress(BrokenPipeError, tarfile.ReadError):  # it ended early, and its status says why
+    with contextlib.suppress(
+        BrokenPipeError, tarfile.ReadError
+    ):  # it ended early, and its status says why
         with process:  # closes the pipe and waits
             yield process.stdin if stdin is subprocess.PIPE else process.stdout
         whole = True
@@ -342,7 +374,10 @@ def write_tar(files, target, secret):
     """Writes files to an open file, encrypted if `secret`. Returns {name: sha256} of what went in."""
     sums = {}
     pipe = filtered(OPENSSL, subprocess.PIPE, target) if secret else contextlib.nullcontext(target)
-    with pipe as sink, tarfile.open(fileobj=sink, mode="w|gz", dereference=True) as tar:  # of hard links too
+    with (
+        pipe as sink,
+        tarfile.open(fileobj=sink, mode="w|gz", dereference=True) as tar,
+    ):  # of hard links too
         for path in files:
             with packable(path) as file:
                 reader = Hashing(file)
@@ -377,10 +412,15 @@ class Hashing:
 def read_tar(path, secret):
     """Returns {name: sha256} of what a backup holds."""
     with path.open("rb") as file:
-        pipe = filtered((*OPENSSL, "-d"), file, subprocess.PIPE) if secret else contextlib.nullcontext(file)
+        pipe = (
+            filtered((*OPENSSL, "-d"), file, subprocess.PIPE)
+            if secret
+            else contextlib.nullcontext(file)
+        )
         with pipe as source, tarfile.open(fileobj=source, mode="r|gz") as tar:
             return {
-                entry.name: hashlib.file_digest(tar.extractfile(entry), "sha256").hexdigest() for entry in tar
+                entry.name: hashlib.file_digest(tar.extractfile(entry), "sha256").hexdigest()
+                for entry in tar
             }
 
 
@@ -391,7 +431,9 @@ def backup(cfg):
     """
     secret = os.environ.get("BACKUP_PASSPHRASE")
     if secret == "":
-        raise UserError("BACKUP_PASSPHRASE is empty; set it, or unset it for a backup that anyone can read")
+        raise UserError(
+            "BACKUP_PASSPHRASE is empty; set it, or unset it for a backup that anyone can read"
+        )
     name = time.strftime("%Y%m%d_%H%M%S") + ".tar.gz" + (".enc" if secret else "")
     path = Path(cfg.output) if cfg.output else BACKUPS / name
     if path.exists():
@@ -412,7 +454,9 @@ def backup(cfg):
         print(f"warning: {warning}")
     for link in links:
         print(f"left out: {link}, a link")
-    print(f"{path}: {len(sums):,} files, {shown_bytes(path.stat().st_size)}, read back and compared")
+    print(
+        f"{path}: {len(sums):,} files, {shown_bytes(path.stat().st_size)}, read back and compared"
+    )
     print(f"to unpack: {unpack(path, secret)}")
 
 
@@ -454,7 +498,9 @@ def refuse_if_in_use():
             held = not lock_file(handle)
             handle.seek(0)
             if held:
-                raise UserError(f"{lock.parent} is in use by process {handle.read().strip()}; stop it first")
+                raise UserError(
+                    f"{lock.parent} is in use by process {handle.read().strip()}; stop it first"
+                )
 
 
 def inside(folder):
@@ -473,7 +519,9 @@ def throw_away(paths, cfg):
         print(f"  {shown_bytes(size_of(path)):>12}  {path}{note}", flush=True)  # before an error
     if not cfg.yes:
         if not sys.stdin.isatty():
-            raise UserError("deleting needs a yes and there is no terminal to ask; YES=1 (--yes=1) says it")
+            raise UserError(
+                "deleting needs a yes and there is no terminal to ask; YES=1 (--yes=1) says it"
+            )
         if input("delete these? type yes: ").strip().lower() != "yes":
             print("nothing was deleted")
             return
