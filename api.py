@@ -11,9 +11,9 @@ import time
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated
 
-from engine import Request, Sampling
 from lib.config import PositiveInt, Range, UserError, accept, did_you_mean, knobs_of, narrow
 from lib.tokenizer import ROLES, TEMPLATES, jinja, render, stop_ids
+from sample import Request, Sampling
 from scheduler import Call, Closed, Failed, Full, Job, Piece, Token
 
 ROWS = 64  # prompts x n of one request, at most

@@ -36,9 +36,14 @@ from lib.config import (
 from lib.runtime import autocast, choose_dtype, open_world, to_device
 from lib.survival import Walk
 from lib.tokenizer import Tokenizer, render
-from lora import LoRAConfig, lora_off, model_folder
-from losses import supervised_hidden, token_nats
-from model import choose_attention
+from model import (
+    LoRAConfig,
+    choose_attention,
+    lora_off,
+    model_folder,
+    supervised_hidden,
+    token_nats,
+)
 from train import LoopConfig, fit
 from tuning import answer_to, check_held_out, files_for, open_base, read_rows
 
@@ -51,33 +56,28 @@ class DPOConfig(LoopConfig, LoRAConfig):
     dataset_path: str  # preference pairs: a file, a folder or a glob
     val_path: str | None = None  # held-out pairs; none = a share of dataset_path, see val_ratio
     val_ratio: Fraction = 0.05  # that share; a pair falls into it by the hash of its prompt
-    sequence_length: PositiveInt | None = (
-        None  # of a prompt with its answer; none = the model's context
-    )
+    # of a prompt with its answer; none = the model's context
+    sequence_length: PositiveInt | None = None
 
     loss: Literal["sigmoid", "ipo"] = "sigmoid"  # DPO's own, or IPO's (Azar et al. 2023)
     beta: PositiveFloat = 0.1  # how strongly the policy is held to the reference; IPO's tau
-    label_smoothing: Annotated[float, Range(0, 0.5)] = (
-        0.0  # share of pairs that may be labelled wrongly
-    )
-    precompute_ref: bool | None = (
-        None  # compute the reference once, beforehand; none = where it pays
-    )
+    # share of pairs that may be labelled wrongly
+    label_smoothing: Annotated[float, Range(0, 0.5)] = 0.0
+    # compute the reference once, beforehand; none = where it pays
+    precompute_ref: bool | None = None
     sample_tokens: NonNegativeInt = 48  # length of the answer shown at each evaluation; 0 = none
 
     output_dir: str = "checkpoints/dpo"  # checkpoints, metrics.jsonl and final/ go here
-    learning_rate: PositiveFloat = (
-        5e-4  # at the top; for LoRA on a small model, full fine-tuning wants 5e-7
-    )
+    # at the top; for LoRA on a small model, full fine-tuning wants 5e-7
+    learning_rate: PositiveFloat = 5e-4
     num_train_epochs: PositiveFloat | None = 1.0  # passes over the pairs
     warmup_steps: NonNegativeInt = 10  # linear rise to the top
     weight_decay: NonNegativeFloat = 0.0  # on matrices
     batch_size: PositiveInt = 4  # pairs per micro-batch and rank
     eval_steps: PositiveInt = 50  # steps between validations
     save_steps: PositiveInt = 100  # steps between checkpoints
-    early_stopping_metric: Literal["val_loss", "val_rewards/accuracies"] = (
-        "val_loss"  # decides which is best
-    )
+    # decides which is best
+    early_stopping_metric: Literal["val_loss", "val_rewards/accuracies"] = "val_loss"
 
     def __post_init__(self):
         LoopConfig.__post_init__(self)

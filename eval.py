@@ -33,11 +33,10 @@ from assess import assess, compare, draw, headline, markdown
 from corpus.chats import Bad, raw_rows, read_rows, told
 from corpus.formats import kind_of, open_bounded
 from corpus.sources import Tally, Unreachable
-from engine import open_model
 from lib.config import PositiveInt, Range, UserError, run, shown
 from lib.runtime import tune_cpu
-from lora import identify
-from model import count_parameters
+from model import count_parameters, identify
+from sample import open_model
 from scoring import (
     accuracy,
     answer_scores,
@@ -63,9 +62,8 @@ class EvalConfig:
     tasks: tuple[
         str, ...
     ] = ()  # files of {context, choices, answer} or {text}, separated by commas, or hf:
-    custom_prompts: str | None = (
-        None  # smoke prompts of your own: .json, .jsonl, or .txt with one a line
-    )
+    # smoke prompts of your own: .json, .jsonl, or .txt with one a line
+    custom_prompts: str | None = None
     skip_perplexity: bool = False  # leave it out
     skip_boolq: bool = False  # leave it out
     fast_mode: bool = False  # a part of everything, and stride = context: minutes become seconds
@@ -77,9 +75,8 @@ class EvalConfig:
     max_new_tokens: PositiveInt = 64  # of a response to a smoke prompt
     seed: Annotated[int, Range(0, 2**64 - 1)] = 0  # of samples, and of which questions are drawn
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
-    dtype: Literal["fp32", "bf16", "fp16"] = (
-        "fp32"  # of weights; 16 bits are faster and a little less exact
-    )
+    # of weights; 16 bits are faster and a little less exact
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
 
 
 FAST_BYTES, FAST_QUESTIONS = 100_000, 100

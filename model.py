@@ -7,12 +7,15 @@ V vocabulary. Submodules carry the names of Hugging Face's LlamaForCausalLM, so 
 a saved folder needs no converter. Nothing here knows text, ranks or training.
 """
 
+import contextlib
+import hashlib
 import importlib.util
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import safetensors.torch
 import torch
@@ -20,7 +23,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lib.config import Fraction, PositiveFloat, Range, UserError, accept, knobs_of, read_object, run
+from lib.config import (
+    Fraction,
+    NonNegativeInt,
+    PositiveFloat,
+    Range,
+    UserError,
+    accept,
+    did_you_mean,
+    knobs_of,
+    read_object,
+    run,
+)
 
 
 @dataclass(frozen=True)
@@ -38,9 +52,8 @@ class ModelConfig:
     sequence_length: Annotated[int, Range(1, 1 << 20)] = 1024  # longest context, in tokens
     dropout: Fraction = 0.0  # on embeddings, and the default of the two below
     attention_dropout: Fraction | None = None  # on attention probabilities; none = dropout
-    hidden_dropout: Fraction | None = (
-        None  # on what each block adds to the residual stream; none = dropout
-    )
+    # on what each block adds to the residual stream; none = dropout
+    hidden_dropout: Fraction | None = None
     rope_theta: PositiveFloat = 10000.0  # base of the rotary frequencies
     # {"rope_type": "linear", "factor": 2.0}, or "llama3" with its four numbers
     rope_scaling: dict | None = None
@@ -534,22 +547,6 @@ def save_model(model, folder, stop_ids=None):
     safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def choose_device(wanted):
-    """Returns the torch.device for `auto`, `cpu`, `cuda` or `mps`; UserError where it does not exist."""
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if wanted == "auto":
-        wanted = next(name for name, found in there.items() if found)
-    if not there[wanted]:
-        raise UserError(
-            f"device={wanted}: this machine has no {wanted.upper()} device; use --device=cpu"
-        )
-    return torch.device(wanted)
-
-
 def load_model(folder, device="cpu", dtype=torch.float32):
     """Returns the Llama of a model folder in evaluation mode, its parameters in `dtype`; or UserError.
 
@@ -763,6 +760,543 @@ def main(cfg):
     print("\n".join(report(cfg)))
     if cfg.foreign_keys:
         print(f"\n  not about the architecture, left to train.py: {', '.join(cfg.foreign_keys)}")
+
+
+# ----------------------------------------------------------------------------------------------
+# Losses: sums over supervised positions, never means; the caller divides by the count that is right for it.
+#
+# None of them holds the (tokens, vocabulary) logits, the largest tensor of a small model's training.
+
+
+IGNORE = -100  # label of a position that is not supervised
+
+
+def next_token_loss(model, batch):
+    """Returns (summed cross-entropy in nats, {}) of batch["labels"] (B, T), already shifted, -100 = none.
+
+    Where few positions are supervised, batch["where"] (N,) are their places in the flattened rows, and the
+    labels are theirs, (N,): the head, the most expensive part of a small model, then works on nothing else.
+    """
+    hidden, labels = supervised_hidden(model, batch), batch["labels"].flatten()
+    return linear_cross_entropy(hidden, model.lm_head.weight, labels), {}
+
+
+@torch.no_grad()
+def score_batch(model, batch, token_bytes):
+    """Returns (nats, tokens, bytes): -log p summed over a batch's labels, and how many they are.
+
+    batch as `next_token_loss` takes it; token_bytes (V,), how many UTF-8 bytes of text an id stands for.
+    """
+    labels = batch["labels"]
+    known = labels >= 0
+    size = torch.where(known, token_bytes[labels.clamp(min=0)], 0).sum()
+    # plain numbers: a tensor kept behind a batch's logits would keep the next batch's from their place
+    return float(next_token_loss(model, batch)[0]), int(known.sum()), int(size)
+
+
+def supervised_hidden(model, batch):
+    """Returns the hidden states (N, C) that the labels of a batch belong to (see next_token_loss)."""
+    hidden = model.model(batch["ids"], batch.get("positions"), batch.get("documents")).flatten(0, 1)
+    return hidden.index_select(0, batch["where"]) if "where" in batch else hidden
+
+
+def linear_cross_entropy(x, weight, labels):
+    """Returns the sum over labels != -100 of -log softmax(x @ weight.T)[label], without the (N, V) logits.
+
+    x (N, C), weight (V, C), labels (N,). Logits are made a few rows at a time and turned, in their own
+    buffer, into their gradient, so the backward pass has nothing left to do but scale (the idea of Liger
+    kernel's fused linear cross-entropy, 2024). Exact up to the order of sums.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return LinearCrossEntropy.apply(x, weight, labels)
+    return token_nats(x, weight, labels).sum()
+
+
+def token_nats(x, weight, labels):
+    """Returns -log p of each label, (N,) float32 nats, 0 where it is -100. Shapes as linear_cross_entropy."""
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return TokenNats.apply(x, weight, labels)
+    weight = weight.to(x.dtype)
+    return torch.cat([nats(rows @ weight.T, to) for rows, to in row_groups(x, labels, len(weight))])
+
+
+def row_groups(x, labels, vocab_size):
+    rows = group_rows(vocab_size, x.device.type)
+    return zip(x.split(rows), labels.split(rows), strict=True)
+
+
+def group_rows(vocab_size, device):
+    """Returns how many rows' logits stand at once: 2^25 numbers (CPU: caches) or 2^27 (GPU: launches)."""
+    return max(1, (1 << (25 if device == "cpu" else 27)) // vocab_size)
+
+
+def nats(logits, labels):
+    """Returns -log softmax(logits (N, V))[label] for labels (N,), float32, 0 where the label is -100."""
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none")
+
+
+def nats_and_gradient(logits, labels):
+    """As `nats`, and overwrites `logits` with the gradient of their sum: softmax - onehot, 0 where -100."""
+    if logits.dtype == torch.float32 and not torch.compiler.is_compiling():
+        return _nats_and_gradient_in_place(logits, labels)
+    supervised = labels != IGNORE
+    target = labels.clamp(min=0)
+    top = logits.float()
+    log_total = torch.logsumexp(top, dim=-1)
+    loss = torch.where(supervised, log_total - top.gather(1, target[:, None])[:, 0], 0.0)
+    hit = torch.arange(logits.shape[1], device=logits.device) == target[:, None]
+    gradient = torch.where(
+        supervised[:, None], torch.exp(top - log_total[:, None]) - hit.float(), 0.0
+    )
+    logits.copy_(gradient)
+    return loss
+
+
+def _nats_and_gradient_in_place(logits, labels):
+    """The same for float32 where no compiler fuses: a few passes over the logits instead of a dozen.
+
+    The softmax takes their place; its largest entry, which never underflows, gives the logsumexp.
+    """
+    target = labels.clamp(min=0)[:, None]
+    at_target, top = logits.gather(1, target), logits.amax(dim=-1, keepdim=True)
+    torch.softmax(logits, dim=-1, out=logits)
+    log_total = top - logits.amax(dim=-1, keepdim=True).log()
+    logits.scatter_add_(1, target, logits.new_full(target.shape, -1.0))
+    logits.index_fill_(0, (labels == IGNORE).nonzero()[:, 0], 0.0)
+    return torch.where(labels != IGNORE, (log_total - at_target)[:, 0], 0.0)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    kernel = staticmethod(
+        nats_and_gradient
+    )  # world.py puts the compiled one here where it compiles
+
+    @staticmethod
+    def forward(ctx, x, weight, labels):
+        low = weight.to(x.dtype)
+        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        dx = torch.empty_like(x)
+        dweight = torch.zeros_like(weight) if weight.requires_grad else None
+        groups = row_groups(x, labels, len(weight))
+        buffer, start = None, 0
+        for rows, to in groups:
+            if buffer is None or len(buffer) != len(
+                rows
+            ):  # one for all groups: fresh ones cost page faults
+                buffer = torch.empty(len(rows), len(weight), dtype=x.dtype, device=x.device)
+            torch.mm(rows, low.T, out=buffer)
+            total += LinearCrossEntropy.kernel(buffer, to).sum()
+            torch.mm(buffer, low, out=dx[start : start + len(rows)])
+            if dweight is not None and dweight.dtype == x.dtype:
+                dweight.addmm_(buffer.T, rows)
+            elif dweight is not None:
+                dweight += buffer.T @ rows
+            start += len(rows)
+        ctx.save_for_backward(dx, dweight)
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream):
+        dx, dweight = ctx.saved_tensors
+        return dx * upstream, None if dweight is None else dweight * upstream, None
+
+
+class TokenNats(torch.autograd.Function):
+    """As LinearCrossEntropy, but a loss for each row, which later sums may weigh as they like (dpo.py)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, labels):
+        low, loss, dx = weight.to(x.dtype), [], []
+        for rows, to in row_groups(x, labels, len(weight)):
+            logits = rows @ low.T
+            loss.append(LinearCrossEntropy.kernel(logits, to))
+            dx.append(logits @ low)
+        ctx.save_for_backward(x, weight, labels, torch.cat(dx))
+        return torch.cat(loss)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        x, weight, labels, dx = ctx.saved_tensors
+        dweight, share = None, upstream[:, None].to(x.dtype)
+        if ctx.needs_input_grad[
+            1
+        ]:  # not of a frozen head: the logits are made once more, rather than kept
+            low, dweight, start = weight.to(x.dtype), torch.zeros_like(weight), 0
+            for rows, to in row_groups(x, labels, len(weight)):
+                logits = rows @ low.T
+                LinearCrossEntropy.kernel(logits, to)
+                dweight += (logits * share[start : start + len(rows)]).T @ rows
+                start += len(rows)
+        return dx * share, dweight, None
+
+
+# ----------------------------------------------------------------------------------------------
+# LoRA (Hu et al. 2021): surgery on a built Llama, and the PEFT adapter folder it is kept in.
+#
+# A projection's W stays as it is; beside it learns a low-rank difference, y = W x + (alpha / r) B A dropout(x),
+# with A (r, in) random and B (out, r) zero, so that the model begins as its base. W keeps its own name:
+# the base's part of `state_dict()` is what it was, and the rest is named as PEFT names it.
+#
+# An adapter folder holds the differences only, and says what they differ from:
+#
+#     adapter_config.json         PEFT's description; base_model_name_or_path is where the base lies
+#     adapter_model.safetensors   lora_A and lora_B of every target, by PEFT's names
+#     base.json                   the base's sha256, and its place seen from here: both may move together
+
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # what PEFT puts before every name
+# keys of PEFT's adapter_config.json for what is more, or something else, than the LoRA of this file
+NOT_PLAIN = (
+    *("use_rslora", "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "modules_to_save"),
+    *("rank_pattern", "alpha_pattern", "layers_to_transform", "trainable_token_indices"),
+    "alora_invocation_tokens",
+)
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """The knobs of an adapter, for whoever trains one."""
+
+    # rank of the difference that is learned; 0 = train all weights instead
+    lora_r: NonNegativeInt = 16
+    lora_alpha: PositiveFloat = 32.0  # it is scaled by lora_alpha / lora_r
+    lora_dropout: Fraction = 0.0  # on what enters it
+    lora_target_modules: tuple[str, ...] = TARGETS  # the projections that get one
+    # final/ is a whole model, its adapter beside in final/adapter; else the adapter alone
+    merge: bool = True
+
+    def __post_init__(self):
+        check_targets(self.lora_target_modules)
+        if self.lora_r and getattr(self, "optimizer", "adamw") == "muon":
+            raise ValueError("optimizer=muon is for whole matrices: use adamw, or lora_r=0")
+
+
+class LoRALinear(nn.Module):
+    """A linear layer with a frozen weight and a learned low-rank difference: x (..., in) -> (..., out)."""
+
+    def __init__(self, linear, r, alpha, dropout):
+        super().__init__()
+        self.weight = linear.weight
+        where = {"device": linear.weight.device}
+        self.lora_A = nn.Linear(linear.in_features, r, bias=False, **where)
+        self.lora_B = nn.Linear(r, linear.out_features, bias=False, **where)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+        self.dropout, self.r, self.alpha, self.on = nn.Dropout(dropout), r, alpha, True
+
+    def forward(self, x):
+        rows = x.flatten(0, -2)
+        y = F.linear(rows, self.weight)
+        if self.on:  # added in place by the product itself: no pass over y but its own
+            small = self.lora_A(self.dropout(rows)) * (self.alpha / self.r)
+            y.addmm_(small.to(y.dtype), self.lora_B.weight.T.to(y.dtype))
+        return y.unflatten(0, x.shape[:-1])
+
+    def merged(self):
+        """Returns the plain linear layer that computes the same without dropout."""
+        linear = nn.Linear(self.weight.shape[1], self.weight.shape[0], bias=False, device="meta")
+        difference = self.lora_B.weight.float() @ self.lora_A.weight.float()
+        linear.weight = nn.Parameter(
+            self.weight.detach() + self.alpha / self.r * difference.detach()
+        )
+        return linear
+
+
+def adapters(model):
+    """Returns {name: LoRALinear} of all there are in `model`."""
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)
+    }
+
+
+def check_targets(targets):
+    """Raises UserError unless `targets` names projections of a Llama block, each once."""
+    for name in targets:
+        if name not in TARGETS:
+            hint = did_you_mean(name, TARGETS) or f"; choose from {', '.join(TARGETS)}"
+            raise UserError(f"lora_target_modules: unknown module {name!r}{hint}")
+    if not targets or len(set(targets)) < len(targets):
+        raise UserError("lora_target_modules: name at least one module, and each only once")
+
+
+def add_lora(model, r, alpha, dropout=0.0, targets=TARGETS):
+    """Puts an adapter beside every projection in `targets` and freezes everything else. Returns `model`."""
+    check_targets(targets)
+    if adapters(model):
+        raise UserError("this model has an adapter already; merge it first")
+    model.requires_grad_(False)
+    for block in model.model.layers:
+        for part in (block.self_attn, block.mlp):
+            for name in [name for name, _ in part.named_children() if name in targets]:
+                setattr(part, name, LoRALinear(getattr(part, name), r, alpha, dropout))
+    return model
+
+
+@contextlib.contextmanager
+def lora_off(model):
+    """Turns the adapter off: inside, the model computes what its base does."""
+    modules = adapters(model).values()
+    for module in modules:
+        module.on = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.on = True
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """Adds the adapter into the weights, in float32, and proves it: a probe's logits stay what they were.
+
+    Returns the largest difference between the logits before and after; the model has no adapter any more, and
+    all of it may be trained. Raises UserError if there is none, as at a second merge.
+    """
+    found, training = adapters(model), model.training
+    if not found:
+        raise UserError("this model has no adapter to merge, or it is merged already")
+    assert all(module.weight.dtype == torch.float32 for module in found.values()), (
+        "merge, then halve"
+    )
+    ids = torch.arange(min(32, model.cfg.sequence_length), device=model.lm_head.weight.device)
+    probe = (ids * 7919 % model.cfg.vocab_size)[None]  # arbitrary, but spread over the vocabulary
+    with torch.compiler.set_stance("force_eager"):
+        before = model.eval()(probe)
+        for name, module in found.items():
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, module.merged())
+        after = model(probe)
+    difference, size = (after - before).abs().max().item(), before.abs().max().item()
+    assert difference <= 1e-4 * max(1.0, size), f"merging changed the logits by {difference}"
+    model.requires_grad_(True).train(training)
+    return difference
+
+
+# ---- folders
+
+
+class Base(NamedTuple):
+    """What an adapter belongs to: a folder, and the sha256 of the weights in it."""
+
+    path: Path
+    sha256: str
+
+
+def model_folder(path):
+    """Returns `path`, or the final/ in it where that is what it holds; UserError if it can't be a model."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(
+            f"{path}: no such folder; give a training's output_dir, or a folder fetched with `hf download`"
+        )
+    if path.is_file():
+        raise UserError(f"{path}: a file, and not a model folder, which holds a config.json")
+    if any((path / name).is_file() for name in ("config.json", CONFIG, WEIGHTS)):
+        return path
+    if not (path / "final").is_dir():
+        files = [
+            f"{folder}/{name}" for folder in ("*", "*/final") for name in ("config.json", CONFIG)
+        ]
+        homes = {file.parent for pattern in files for file in path.glob(pattern)}
+        below = sorted(str(home.parent if home.name == "final" else home) for home in homes)
+        hint = f"; there is one in {below[-1]}" if below else ""
+        raise UserError(f"{path}: not a model folder (no config.json){hint}")
+    return path / "final"
+
+
+def identify(folder):
+    """Returns the Base that `folder` is, by the sha256 of its weights (an adapter folder's own weights)."""
+    folder = model_folder(folder)
+    own = folder / WEIGHTS
+    files, digest = (
+        [own] if own.is_file() else weight_files(folder / "model.safetensors"),
+        hashlib.sha256(),
+    )
+    for path in files:
+        if not path.is_file():
+            raise UserError(
+                f"{folder}: not a model folder, or a part of one (neither {path.name} nor {WEIGHTS})"
+            )
+        with open(path, "rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return Base(folder, digest.hexdigest())
+
+
+def save_adapter(model, folder, base):
+    """Writes the adapter of `model` into `folder`, which must exist, as PEFT would; `base` is its Base."""
+    folder, found = Path(folder), adapters(model)
+    first = next(iter(found.values()))
+    named = {name.rpartition(".")[2] for name in found}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base.path.resolve()),  # PEFT looks from where it runs
+        "r": first.r,
+        "lora_alpha": int(first.alpha) if first.alpha == int(first.alpha) else first.alpha,
+        "lora_dropout": first.dropout.p,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": [name for name in TARGETS if name in named],
+        "use_rslora": False,
+        "use_dora": False,
+    }
+    home = {"relative_path": _relative(base.path, folder), "sha256": base.sha256}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "base.json").write_text(json.dumps(home, indent=2) + "\n", encoding="utf-8")
+    tensors = {
+        PREFIX + name: tensor.detach().contiguous() for name, tensor in _tensors(model).items()
+    }
+    safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def _relative(path, folder):
+    try:
+        return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
+    except ValueError:  # another drive of Windows
+        return None
+
+
+def _tensors(model):
+    return {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
+
+
+def load_adapter(model, folder, base=None):
+    """Reads an adapter folder into `model`, adding the adapter if there is none yet. Returns `model`.
+
+    `base` is the Base that `model` was loaded from. Raises UserError if the adapter belongs to another one or
+    is something else than the plain LoRA that this file computes.
+    """
+    folder = Path(folder)
+    config, home = _read_config(folder), _read_home(folder)
+    wanted = home.get("sha256")
+    if base and wanted and wanted != base.sha256:
+        raise UserError(_other_base(folder, wanted, base))
+    if not adapters(model):
+        add_lora(
+            model,
+            config["r"],
+            config["lora_alpha"],
+            config["lora_dropout"],
+            config["target_modules"],
+        )
+    try:
+        tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    except (OSError, safetensors.SafetensorError) as problem:
+        raise UserError(f"{folder / WEIGHTS}: not readable as safetensors ({problem})") from None
+    tensors, own = (
+        {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()},
+        _tensors(model),
+    )
+    wrong = sorted(own.keys() ^ tensors.keys())
+    wrong = wrong or [name for name in own if own[name].shape != tensors[name].shape]
+    if wrong:
+        raise UserError(
+            f"{folder}: does not fit this model: {wrong[0]} is missing, foreign or of another shape"
+        )
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise UserError(f"{folder / WEIGHTS}: holds NaN or infinity")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+    return model
+
+
+def _other_base(folder, wanted, base):
+    return (
+        f"{folder}: this adapter was trained on a base with sha256 {wanted[:12]}.., but {base.path} has "
+        f"{base.sha256[:12]}..; they do not belong together"
+    )
+
+
+def _read_home(folder):
+    """Returns base.json's dict, empty in a folder of PEFT's own."""
+    return read_object(folder / "base.json") if (folder / "base.json").is_file() else {}
+
+
+def _read_config(folder):
+    """Returns adapter_config.json's dict; UserError where it describes what this file does not compute."""
+    config = read_object(folder / CONFIG)
+    plain = {"peft_type": "LORA", "bias": "none"}
+    odd = [key for key, value in plain.items() if config.get(key, value) != value]
+    odd += [key for key in NOT_PLAIN if config.get(key)]
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
+        odd.append("init_lora_weights")  # the others, as PiSSA, change the base as well
+    if odd:
+        raise UserError(
+            f"{folder / CONFIG}: {odd[0]} is {json.dumps(config[odd[0]])}; only plain LoRA loads"
+        )
+    shape = {"r": int, "lora_alpha": (int, float), "target_modules": list}
+    for key, kind in shape.items():
+        if not isinstance(config.get(key), kind) or not config[key]:
+            raise UserError(
+                f"{folder / CONFIG}: {key} is {json.dumps(config.get(key))}; expected a LoRA's"
+            )
+    # PEFT writes full names where it chose the modules itself; a layer without one is found missing later
+    targets = dict.fromkeys(str(name).rpartition(".")[2] for name in config["target_modules"])
+    config["target_modules"] = list(targets)
+    check_targets(config["target_modules"])
+    return {"lora_dropout": 0.0} | config
+
+
+def save_trained(model, folder, base, stop_ids, merge=False):
+    """Writes what was trained on top of `base`: the adapter, or the whole model if there is none.
+
+    With `merge` it is the whole model in any case, and an adapter goes into folder/adapter beside it; `model`
+    is merged then.
+    """
+    if adapters(model) and not merge:
+        save_adapter(model, folder, base)
+        return
+    if adapters(model):
+        (Path(folder) / "adapter").mkdir()
+        save_adapter(model, Path(folder) / "adapter", base)
+        merge_lora(model)
+    save_model(model, folder, stop_ids)
+
+
+def load_trained(model, folder, base):
+    """Reads what `save_trained` wrote, without `merge`, into the same `model`."""
+    if adapters(model):
+        load_adapter(model, folder, base)
+    else:
+        load_weights(model, Path(folder) / "model.safetensors")
+
+
+def find_base(folder):
+    """Returns the Base of an adapter folder: looked for beside it first, then where it once was."""
+    home, named = _read_home(folder), _read_config(folder).get("base_model_name_or_path")
+    places = [folder / home["relative_path"]] if home.get("relative_path") else []
+    places += [Path(named), folder / named] if named else []
+    there = [identify(place) for place in places if place.exists()]
+    for base in there:
+        if home.get("sha256") in (None, base.sha256):
+            return base
+    if there:
+        raise UserError(_other_base(folder, home["sha256"], there[0]))
+    raise UserError(
+        f"{folder}: its base model {named} is not there; put it back, or mend base_model_name_or_path in "
+        f"{CONFIG}"
+    )
+
+
+def open_model_folder(folder, device="cpu", dtype=torch.float32):
+    """Returns the Llama of any folder in evaluation mode: a model's, or an adapter's with its base.
+
+    `folder` may also be the folder of a whole training: its final/ is meant. An adapter's base may be an
+    adapter folder again. Raises UserError where something is missing or does not belong together.
+    """
+    folder = model_folder(folder)
+    if not (folder / CONFIG).is_file():
+        return load_model(folder, device, dtype)
+    base = find_base(folder)
+    if base.path.resolve() == folder.resolve():
+        raise UserError(f"{folder / CONFIG}: names its own folder as the base")
+    model = load_adapter(open_model_folder(base.path), folder, base)
+    merge_lora(model)
+    return placed(model, device, dtype)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from engine import Engine, Reply, ending, score
+from sample import Engine, Reply, ending, score
 
 PACE = 0.02  # seconds between two pieces of a stream, at least
 FIRST_TOKEN = (

@@ -13,8 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import torch
 
-from losses import nats, next_token_loss, row_groups
-from model import KVCache
+from model import KVCache, nats, row_groups, score_batch
 
 # ----------------------------------------------------------------------------------------------
 # Text
@@ -29,15 +28,7 @@ def score(model, batches, token_bytes, threads=1):
     """
     token_bytes = torch.as_tensor(token_bytes, device=model.lm_head.weight.device)
 
-    def totals(batch):
-        labels = batch["labels"]
-        known = labels >= 0
-        size = torch.where(known, token_bytes[labels.clamp(min=0)], 0).sum()
-        # as plain numbers: a tensor that is kept, however small, would lie behind a batch's logits in the
-        # heap and keep the next batch's from taking their place
-        return float(next_token_loss(model, batch)[0]), int(known.sum()), int(size)
-
-    found = side_by_side(totals, batches, threads)
+    found = side_by_side(lambda batch: score_batch(model, batch, token_bytes), batches, threads)
     return tuple(map(sum, zip(*found))) if found else (0.0, 0, 0)
 
 

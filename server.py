@@ -32,9 +32,9 @@ from typing import Annotated, Literal, NamedTuple
 from urllib.parse import unquote
 
 from api import Api, ApiError
-from engine import open_model
 from lib.config import PositiveFloat, PositiveInt, Range, UserError, parse_json, run
-from lora import model_folder
+from model import model_folder
+from sample import open_model
 from scheduler import FIRST_TOKEN, Scheduler, say
 from wire import Gone, Refused, Wire
 
@@ -61,13 +61,11 @@ class ServerConfig:
         str, ...
     ] = ()  # web pages of others that may ask, as http://localhost:3000
     model_name: str = ""  # the name clients ask for; by default the folder's
-    slots: Annotated[int, Range(1, 256)] = (
-        8  # answers written at the same time; each holds a KV cache
-    )
+    # answers written at the same time; each holds a KV cache
+    slots: Annotated[int, Range(1, 256)] = 8
     queue: PositiveInt = 64  # requests that may wait for a slot; more are told 429
-    request_seconds: PositiveFloat = (
-        300.0  # a request's time in queue and making; then it ends as it is
-    )
+    # a request's time in queue and making; then it ends as it is
+    request_seconds: PositiveFloat = 300.0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     # fp32 on a CPU, bf16 on a GPU that has it; int8 (CPU) is a fourth of the memory, faster, and a little off
     dtype: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto"

@@ -29,8 +29,7 @@ from lib.config import (
 )
 from lib.runtime import open_world, to_device
 from lib.tokenizer import Tokenizer, render, stop_ids, usual_template
-from lora import LoRAConfig, model_folder
-from losses import next_token_loss
+from model import LoRAConfig, model_folder, next_token_loss
 from train import LoopConfig, fit
 from tuning import answer_to, check_held_out, files_for, open_base, read_rows
 
@@ -43,9 +42,8 @@ class SFTConfig(LoopConfig, LoRAConfig):
         str  # what to begin from: a model's folder, an adapter's, or that of a whole training
     )
     dataset_path: str  # conversations: a file, a folder or a glob
-    val_path: str | None = (
-        None  # held-out conversations; none = a share of dataset_path, see val_ratio
-    )
+    # held-out conversations; none = a share of dataset_path, see val_ratio
+    val_path: str | None = None
     val_ratio: Fraction = 0.05  # that share; a row falls into it by its hash
     # none = the model's own; without one chatml, or instruct where the tokenizer lacks chatml's markers
     prompt_template: Literal["chatml", "instruct", "chat"] | None = None
@@ -54,9 +52,8 @@ class SFTConfig(LoopConfig, LoRAConfig):
     sample_tokens: NonNegativeInt = 48  # length of the answer shown at each evaluation; 0 = none
 
     output_dir: str = "checkpoints/sft"  # checkpoints, metrics.jsonl and final/ go here
-    learning_rate: PositiveFloat = (
-        1e-3  # at the top; for LoRA on a small model, full fine-tuning wants 5e-5
-    )
+    # at the top; for LoRA on a small model, full fine-tuning wants 5e-5
+    learning_rate: PositiveFloat = 1e-3
     num_train_epochs: PositiveFloat | None = 3.0  # passes over the data
     warmup_steps: NonNegativeInt = 10  # linear rise to the top
     weight_decay: NonNegativeFloat = 0.0  # on matrices

@@ -40,9 +40,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from corpus.samples import passes
-from engine import Request, Sampling, generate
 from lib.config import UserError, closest, did_you_mean, parse_json, shown
 from lib.tokenizer import render, stop_ids
+from sample import Request, Sampling, generate
 
 PROMPTS = Path(__file__).parent / "configs" / "eval" / "smoke_prompts.json"
 SAMPLING = Sampling(

@@ -54,7 +54,6 @@ from lib.log import Log
 from lib.runtime import (
     autocast,
     choose_dtype,
-    compile_model,
     open_world,
     rng_state,
     seed_everything,
@@ -71,19 +70,175 @@ from lib.survival import (
     smaller_update,
 )
 from lib.tokenizer import Tokenizer
-from losses import next_token_loss
-from model import KVCache, Llama, ModelConfig, choose_attention, load_weights, save_model
-from schedule import Clock, lr_at, make_optimizers, total_steps
-from scoring import score
-from tools.plan import (
-    Means,
-    RandomTokens,
-    card_plan,
-    framework_bytes,
-    local_plan,
-    time_lines,
-    timed,
+from model import (
+    KVCache,
+    LinearCrossEntropy,
+    Llama,
+    ModelConfig,
+    choose_attention,
+    flops_per_token,
+    load_weights,
+    nats_and_gradient,
+    next_token_loss,
+    save_model,
+    score_batch,
 )
+
+# ----------------------------------------------------------------------------------------------
+# How a training proceeds: its optimizers, its learning rate at every step, its length in steps or minutes.
+#
+# The configuration is a `LoopConfig` of train.py. Of the model only the names of its embedding and head are
+# known here.
+
+
+def make_optimizers(cfg, model, device, dtype=torch.float32):
+    """Returns the optimizers of cfg.optimizer over the trainable parameters; only matrices decay.
+
+    muon: Muon, computing in `dtype`, for the blocks' matrices, AdamW for embedding, head and norms. Both take
+    the same learning_rate, as in Moonlight (Liu et al. 2025), because Muon's updates are scaled to the size
+    of AdamW's.
+    """
+    matrices, rest = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            embedding = "embed_tokens" in name or (
+                name == "lm_head.weight" and model.cfg.tie_word_embeddings
+            )
+            (matrices if p.ndim == 2 and not embedding else rest).append((name, p))
+    head = [p for name, p in matrices if name == "lm_head.weight"]
+    blocks = [p for name, p in matrices if name != "lm_head.weight"]
+    decayed = {
+        "params": head if cfg.optimizer == "muon" else head + blocks,
+        "weight_decay": cfg.weight_decay,
+    }
+    groups = [decayed, {"params": [p for _, p in rest], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(
+        [g for g in groups if g["params"]],
+        lr=cfg.learning_rate,
+        betas=(cfg.beta1, cfg.beta2),
+        fused=device.type in ("cuda", "cpu", "mps"),
+    )
+    muon = (
+        [Muon(blocks, cfg.learning_rate, cfg.weight_decay, dtype)]
+        if cfg.optimizer == "muon"
+        else []
+    )
+    return [*muon, adamw]
+
+
+class Muon(torch.optim.Optimizer):
+    """Updates matrices by their orthogonalized Nesterov momentum (Jordan et al. 2024), with decoupled decay.
+
+    An update is scaled by 0.2 sqrt(max(rows, columns)), which gives it the root mean square of AdamW's, so
+    one learning rate serves both (Liu et al. 2025). Matrices of one shape are orthogonalized together, in a
+    few kernels instead of hundreds, and in `dtype`: float32 where bfloat16 would be emulated, at several
+    times the cost. Nothing waits for the device.
+    """
+
+    TOGETHER = 1 << 24  # numbers at most in a batch, of which memory holds several copies at once
+
+    def __init__(self, params, lr, weight_decay, dtype=torch.float32, momentum=0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for batch in self._batches(group["params"]):
+                self._update(batch, group)
+
+    def _batches(self, params):
+        """Yields lists of parameters of one shape that have a gradient, in a fixed order."""
+        shapes = {}
+        for p in params:
+            if p.grad is not None:
+                shapes.setdefault(p.shape, []).append(p)
+        for shape, alike in shapes.items():
+            most = max(1, self.TOGETHER // shape.numel())
+            yield from (alike[at : at + most] for at in range(0, len(alike), most))
+
+    def _update(self, params, group):
+        grads, momentum = [p.grad for p in params], group["momentum"]
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        ahead = torch.stack(torch._foreach_lerp(grads, buffers, momentum))  # Nesterov's
+        updates = orthogonalized(ahead.to(self.dtype)).to(ahead.dtype)
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        scale = 0.2 * math.sqrt(max(params[0].shape))
+        torch._foreach_add_(params, list(updates), alpha=-group["lr"] * scale)
+
+
+def orthogonalized(x, steps=5):
+    """Returns x (N, rows, columns) with every matrix's singular values replaced by values of about 1.
+
+    A Newton-Schulz iteration of degree five. Its coefficients (Jordan 2024) are steepest at 0; they leave
+    singular values between 0.7 and 1.2 instead of converging, which works as well.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(
+        min=1e-7
+    )  # the largest singular value is 1 at most
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def lr_at(cfg, step, progress, total):
+    """Returns the learning rate of `step` (from 0) of `total` when `progress` (0..1) of the run is done.
+
+    A linear warmup, then a cosine down to the floor at progress 1. In a time box the warmup ends after a
+    tenth of it at the latest and the cosine begins there, however slow the machine.
+    """
+    warm = (step + 1) / cfg.warmup_steps if cfg.warmup_steps else 1.0
+    begin = cfg.warmup_steps / total if total else 0.0
+    if cfg.max_minutes:
+        warm, begin = max(warm, progress / 0.1), 0.1
+    if warm < 1:
+        return cfg.learning_rate * warm
+    share = (progress - begin) / (1 - begin) if begin < 1 else 0.0
+    return cfg.floor + (cfg.learning_rate - cfg.floor) * 0.5 * (
+        1 + math.cos(math.pi * min(1, max(0, share)))
+    )
+
+
+def total_steps(cfg, rows, world_size):
+    """Returns the number of optimizer steps, or None when only the clock ends the run."""
+    if cfg.max_steps:
+        return cfg.max_steps
+    if cfg.max_minutes and not cfg.num_train_epochs:
+        return None
+    rows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * world_size
+    total = max(1, math.ceil((cfg.num_train_epochs or 1) * rows / rows_per_step))
+    if cfg.warmup_steps > total and not cfg.max_minutes:
+        raise UserError(
+            f"warmup_steps {cfg.warmup_steps} is more than the {total} steps of this run; use a time box "
+            f"(--max_minutes=30), a shorter warmup (--warmup_steps={total // 10}) or more data"
+        )
+    return total
+
+
+class Clock:
+    """Seconds of training, those before a resume included, and the share of the run that is done."""
+
+    def __init__(self, cfg, total, before=0.0):
+        self.total, self.limit = total, cfg.max_minutes and 60 * cfg.max_minutes
+        self.began = time.monotonic() - before
+
+    @property
+    def seconds(self):
+        return time.monotonic() - self.began
+
+    def progress(self, step, seconds):
+        """Returns 0..1, by steps or by time, whichever is further; 1 ends the run."""
+        by_step = step / self.total if self.total else 0.0
+        by_time = seconds / self.limit if self.limit else 0.0
+        return max(by_step, by_time)
 
 
 @dataclass(frozen=True)
@@ -91,47 +246,36 @@ class LoopConfig:
     """What every training shares. Nothing changes it after `configure`."""
 
     output_dir: str = "checkpoints/run"  # checkpoints, metrics.jsonl and final/ go here
-    resume_from_checkpoint: str | None = (
-        None  # auto = the newest sound one in output_dir; or a folder
-    )
-    allow_config_change: bool = (
-        False  # resume although the configuration differs from the checkpoint's
-    )
-    allow_world_size_change: bool = (
-        False  # resume on another number of ranks, at the same global batch
-    )
+    # auto = the newest sound one in output_dir; or a folder
+    resume_from_checkpoint: str | None = None
+    # resume although the configuration differs from the checkpoint's
+    allow_config_change: bool = False
+    # resume on another number of ranks, at the same global batch
+    allow_world_size_change: bool = False
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto = cuda, else mps, else cpu
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = (
-        "auto"  # of matmuls; weights and optimizer stay fp32
-    )
-    compile: bool | None = (
-        None  # torch.compile; none = on CUDA only, where it pays for its start-up soonest
-    )
+    # of matmuls; weights and optimizer stay fp32
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    # torch.compile; none = on CUDA only, where it pays for its start-up soonest
+    compile: bool | None = None
     flash_attn: bool = True  # use the flash-attn package where it is installed and supported
-    gradient_checkpointing: bool = (
-        False  # recompute blocks in the backward: less memory, a quarter slower
-    )
+    # recompute blocks in the backward: less memory, a quarter slower
+    gradient_checkpointing: bool = False
     deterministic: bool = True  # refuse kernels whose result changes from run to run
     seed: int = 42  # initial weights, data order and dropout
-    plan: bool = (
-        False  # say what the run would need and take, after a few timed steps, and write nothing
-    )
+    # say what the run would need and take, after a few timed steps, and write nothing
+    plan: bool = False
 
     batch_size: PositiveInt = 8  # rows per micro-batch and rank
     gradient_accumulation_steps: PositiveInt = 1  # micro-batches per step and rank
-    max_steps: PositiveInt | None = (
-        None  # optimizer steps; none = as num_train_epochs or max_minutes say
-    )
-    num_train_epochs: PositiveFloat | None = (
-        None  # passes over the data; 1 when nothing else ends the run
-    )
-    max_minutes: PositiveFloat | None = (
-        None  # time box: the schedule follows the clock and ends with it
-    )
+    # optimizer steps; none = as num_train_epochs or max_minutes say
+    max_steps: PositiveInt | None = None
+    # passes over the data; 1 when nothing else ends the run
+    num_train_epochs: PositiveFloat | None = None
+    # time box: the schedule follows the clock and ends with it
+    max_minutes: PositiveFloat | None = None
 
-    optimizer: Literal["adamw", "muon"] = (
-        "adamw"  # muon: Muon on the blocks' matrices, AdamW on the rest
-    )
+    # muon: Muon on the blocks' matrices, AdamW on the rest
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: PositiveFloat = 3e-4  # at the top of the schedule
     min_lr: NonNegativeFloat | None = None  # at its end; none = a tenth of learning_rate
     warmup_steps: NonNegativeInt = 100  # linear rise to the top (a tenth of a time box at most)
@@ -139,22 +283,18 @@ class LoopConfig:
     beta1: Fraction = 0.9  # AdamW's memory of the gradient
     beta2: Fraction = 0.95  # AdamW's memory of its square
     max_grad_norm: PositiveFloat = 1.0  # gradients longer than this are scaled down to it
-    max_bad_steps: PositiveInt = (
-        10  # stop after so many steps in a row with a gradient that is not finite
-    )
+    # stop after so many steps in a row with a gradient that is not finite
+    max_bad_steps: PositiveInt = 10
 
     logging_steps: PositiveInt = 10  # steps between log lines
     eval_steps: PositiveInt = 500  # steps between validations
     save_steps: PositiveInt = 500  # steps between checkpoints
-    keep_last: PositiveInt = (
-        3  # checkpoints kept beside the best validated one; older ones are deleted
-    )
-    early_stopping_patience: PositiveInt | None = (
-        None  # stop after so many validations without a better one
-    )
-    early_stopping_metric: str = (
-        "val_loss"  # better is lower, of accuracies higher; final/ is then the best
-    )
+    # checkpoints kept beside the best validated one; older ones are deleted
+    keep_last: PositiveInt = 3
+    # stop after so many validations without a better one
+    early_stopping_patience: PositiveInt | None = None
+    # better is lower, of accuracies higher; final/ is then the best
+    early_stopping_metric: str = "val_loss"
     report_to: tuple[
         Literal["wandb", "tensorboard"], ...
     ] = ()  # who else is told what metrics.jsonl is
@@ -401,7 +541,7 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
         if complete and problem_with(output / "final", FINAL_FILES) is None:
             world.say(f"this run is complete: its model is in {output / 'final'}; nothing to do")
             return {}
-        log = until_end.enter_context(Log(cfg, model, world, state))
+        log = until_end.enter_context(Log(cfg, flops_per_token(model.cfg), world, state))
         walk, metrics = Walk("the validation", cfg.batch_size, world, stop), {}
 
         def checkpoint():
@@ -470,6 +610,8 @@ def say_plan(cfg, model, loader, loss_fn, world):
     model.to(world.device).train()
     dtype, backend = announce(cfg, model, world)
     state = State(cfg, model, world, dtype)
+    from tools.plan import Means, framework_bytes, local_plan, time_lines, timed
+
     means = Means(world.device.type, dtype, backend, compiles(cfg, world.device))
     total = total_steps(cfg, loader.blocks, world.size) if loader.blocks else cfg.max_steps
     weights = 4 * sum(p.numel() for p in model.parameters())
@@ -518,6 +660,24 @@ def announce(cfg, model, world):
         f"attention {backend} ({reason}) | torch.compile {'on' if compiled else 'off'}"
     )
     return dtype, backend
+
+
+def compile_model(model):
+    """Compiles the decoder and the loss kernel in place; no wrapper, so no prefix on any name.
+
+    On CUDA the decoder becomes a CUDA graph: launched one by one, the kernels of a small model leave the GPU
+    waiting. Its gradients must then keep their place in memory (train.State sees to that).
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        import torch._inductor.config as inductor
+
+        if hasattr(
+            inductor, "deterministic"
+        ):  # kernels picked by a stopwatch would differ from run to run
+            inductor.deterministic = True
+    cuda = model.lm_head.weight.device.type == "cuda"
+    model.model.compile(mode="reduce-overhead" if cuda else None)
+    LinearCrossEntropy.kernel = staticmethod(torch.compile(nats_and_gradient))
 
 
 def compiles(cfg, device):
@@ -639,18 +799,15 @@ class PretrainConfig(LoopConfig, ModelConfig):
         "data/processed/docstrings",
     )  # prepared datasets, comma separated
     data_weights: tuple[float, ...] | None = None  # their shares of the tokens; none = by size
-    document_mask: bool = (
-        False  # tokens look at their own document only, positions restart with each
-    )
+    # tokens look at their own document only, positions restart with each
+    document_mask: bool = False
     eval_rows: PositiveInt = 128  # rows of the validation set that are scored at each evaluation
     sample_prompt: str = "The"  # continued greedily at each evaluation
     sample_tokens: Annotated[int, Range(0, 1000)] = 48  # length of that continuation; 0 = none
-    early_stopping_metric: Literal["val_loss", "val_bits_per_byte"] = (
-        "val_loss"  # decides which is best
-    )
-    plan_gpu: str | None = (
-        None  # say what the run would need on such a card, as h100; nothing is trained
-    )
+    # decides which is best
+    early_stopping_metric: Literal["val_loss", "val_bits_per_byte"] = "val_loss"
+    # say what the run would need on such a card, as h100; nothing is trained
+    plan_gpu: str | None = None
 
     def __post_init__(self):
         LoopConfig.__post_init__(self)
@@ -659,11 +816,15 @@ class PretrainConfig(LoopConfig, ModelConfig):
 
 def main(cfg):
     if cfg.plan_gpu:
+        from tools.plan import card_plan
+
         print("\n".join(card_plan(cfg, cfg.plan_gpu)))
         return
     with open_world(cfg) as world:
         if cfg.plan and not all((Path(path) / "manifest.json").is_file() for path in cfg.data_path):
             model = Llama(narrow(cfg, ModelConfig))
+            from tools.plan import RandomTokens
+
             return fit(cfg, model, RandomTokens(cfg), next_token_loss, world, None, None, None)
         stream = TokenStream(
             cfg.data_path, "train", cfg.sequence_length, cfg.batch_size, cfg.seed, world.size,
@@ -735,7 +896,7 @@ def language_validation(cfg, world, tokenizer):
 
     def validate(model, walk):
         def scored(batch):
-            return score(model, [to_device(batch, world.device)], token_bytes)
+            return score_batch(model, to_device(batch, world.device), token_bytes)
 
         nats, count, size = walk.total(scored, stream, rows, 3)
         metrics = {

@@ -11,7 +11,7 @@ import torch
 from data import read_aloud, rows_sha256, split_rows
 from lib.config import UserError
 from lib.tokenizer import render, stop_ids
-from lora import add_lora, identify, load_trained, open_model_folder, save_trained
+from model import add_lora, identify, load_trained, open_model_folder, save_trained
 from train import check_data, check_tokenizer, greedy
 
 

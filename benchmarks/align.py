@@ -28,10 +28,10 @@ import torch
 from corpus.samples import passes
 from corpus.sources import Tally
 from data import read_chats, split_rows, supervised_rows
-from engine import Request, Sampling, generate, open_model
 from lib.runtime import to_device
 from lib.tokenizer import render, stop_ids
-from losses import next_token_loss
+from model import next_token_loss
+from sample import Request, Sampling, generate, open_model
 
 SHARED = ROOT.parent / "shared/data"
 INSTRUCTIONS, PAIRS = SHARED / "sft/[lw]*_*.jsonl*", SHARED / "dpo/lfs_preference_1100.jsonl"

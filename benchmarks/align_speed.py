@@ -32,9 +32,7 @@ from data import supervised_rows
 from dpo import DPOConfig, Pair, drop_nothing, pair_rows, preference_loss
 from lib.config import configure
 from lib.runtime import World, memory_used, tune_cpu
-from lora import add_lora
-from losses import next_token_loss
-from model import Llama, ModelConfig, choose_attention, to_hf
+from model import Llama, ModelConfig, add_lora, choose_attention, next_token_loss, to_hf
 from train import LoopConfig, State, forward_backward
 
 LENGTH, PROMPT, ROWS, RATE = 256, 128, 8, 1e-4

@@ -25,9 +25,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from corpus.chats import read_rows
-from engine import open_model
 from eval import encode_questions, to_question
 from lib.runtime import tune_cpu
+from sample import open_model
 from scoring import answer_scores, cores, score, text_batches
 
 DATA = ROOT.parent / "shared" / "data"

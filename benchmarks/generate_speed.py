@@ -43,7 +43,7 @@ print(pipeline("text-generation", model={folder!r})("why", max_new_tokens=1)[0][
 
 
 def ours(folder, dtype):
-    from engine import Request, Sampling, generate, open_model
+    from sample import Request, Sampling, generate, open_model
 
     model, _ = open_model(folder, "cpu", dtype)
 

@@ -30,9 +30,18 @@ import torch
 
 from lib.config import configure, narrow
 from lib.runtime import World, autocast, choose_dtype, compile_model, seed_everything, tune_cpu
-from losses import next_token_loss
-from model import Llama, ModelConfig, choose_device, flops_per_token, load_model, save_model, to_hf
-from packed import pack
+from lib.runtime import choose_device
+from model import (
+    Llama,
+    ModelConfig,
+    choose_device,
+    flops_per_token,
+    load_model,
+    next_token_loss,
+    save_model,
+    to_hf,
+)
+from sample import pack
 from tools.plan import RandomTokens
 from train import PretrainConfig, State, forward_backward
 
@@ -310,7 +319,7 @@ def aligned(small, name, stage):
     """SFT or DPO steps of a rank 16 adapter: 16 sequences of 512 (8 pairs), the second half an answer."""
     from data import supervised_rows
     from dpo import DPOConfig, Pair, drop_nothing, pair_rows, preference_loss
-    from lora import add_lora
+    from model import add_lora
 
     device, rows, length = choose_device("auto"), 4 if small else 16, 32 if small else 512
     loop = {
@@ -366,7 +375,7 @@ def memory(small, name, *options):
 
 def profile(small, name, *options):
     """The kernels of two optimizer steps, or of 32 decoded tokens with `decode`, the dearest first."""
-    from engine import Engine, Request, Sampling, generate
+    from sample import Engine, Request, Sampling, generate
 
     device = choose_device("auto")
     if "decode" in options:
@@ -460,7 +469,7 @@ def ready_to_generate(cfg, device):
 
 def decode(small, name, *options):
     """Our engine, greedy, prompt 64, 192 new tokens per row: in CUDA graphs, and as it is unless `graphs`."""
-    from engine import Engine, Request, Sampling, generate
+    from sample import Engine, Request, Sampling, generate
 
     device = choose_device("auto")
     cuda = device.type == "cuda"

@@ -46,9 +46,8 @@ from lib.config import configure, narrow
 from lib.runtime import choose_dtype, to_device
 from lib.tokenizer import Tokenizer
 from model import ModelConfig, to_hf
-from schedule import lr_at
 from scoring import cores, score
-from train import PretrainConfig
+from train import PretrainConfig, lr_at
 
 SHARED = ROOT.parent / "shared/data"
 DOCS = [
@@ -229,8 +228,8 @@ def train_transformers(fair, folder, args):
 
 def measure(folder, args):
     """Prints {"wikitext2", "held_out"} of a model folder, bits per byte, as one line; the child's side."""
-    from engine import open_model  # tells OpenMP how to wait: not to be inherited by what trains
     from eval import EvalConfig, prepare_text, text_result
+    from sample import open_model  # tells OpenMP how to wait: not to be inherited by what trains
 
     model, tokenizer = open_model(folder, "cpu", "fp32")
     cfg = EvalConfig(model_path=str(folder), perplexity_path=args.text)

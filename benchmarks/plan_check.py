@@ -18,8 +18,7 @@ import torch
 
 from lib.config import configure, narrow
 from lib.runtime import World, memory_used, tune_cpu
-from losses import next_token_loss
-from model import Llama, ModelConfig, choose_device
+from model import Llama, ModelConfig, choose_device, next_token_loss
 from tools import plan
 from train import PretrainConfig, State, announce, forward_backward
 

@@ -46,8 +46,7 @@ import torch
 import train
 from lib import runtime as machine
 from lib.config import configure
-from losses import next_token_loss
-from model import Llama, ModelConfig, flops_per_token, load_weights, save_model
+from model import Llama, ModelConfig, flops_per_token, load_weights, next_token_loss, save_model
 
 CPU = torch.device("cpu")
 NATIVE = (

@@ -456,14 +456,12 @@ class InspectConfig:
 
     # a file of conversations or preference pairs, any source of text, or the folder of a prepared dataset
     path: str = ""
-    text_column: str = (
-        ""  # of a source of text: the column that holds it; empty = found by its name
-    )
+    # of a source of text: the column that holds it; empty = found by its name
+    text_column: str = ""
     # how to write the example out; none = what sft.py would take with that tokenizer
     template: Literal["chatml", "instruct", "chat"] | None = None
-    tokenizer_path: str = (
-        ""  # a .model file or a folder with one: lengths are then counted in tokens too
-    )
+    # a .model file or a folder with one: lengths are then counted in tokens too
+    tokenizer_path: str = ""
 
 
 def show_rows(cfg):

@@ -24,12 +24,10 @@ class CleanConfig:
     code: Literal["remove", "blocks", "keep"] = "remove"
     mask_private: bool = True  # [EMAIL], [PHONE], [IP], [CARD], [KEY] in place of the real ones
     min_length: NonNegativeInt = 50  # characters; shorter documents are dropped
-    max_length: PositiveInt = (
-        10000  # characters; longer documents are dropped, longer plain-text files cut
-    )
-    language: str = (
-        "en"  # the language to keep: en, off (any), or, with py3langid, another ISO 639 code
-    )
+    # characters; longer documents are dropped, longer plain-text files cut
+    max_length: PositiveInt = 10000
+    # the language to keep: en, off (any), or, with py3langid, another ISO 639 code
+    language: str = "en"
     language_threshold: Fraction = 0.7  # the score from which a document counts as of that language
     # builtin: words and spelling, English only; py3langid: the package, most languages
     language_detector: Literal["builtin", "py3langid"] = "builtin"

@@ -90,9 +90,8 @@ class DataConfig(CleanConfig, SourceConfig):
     tokenizer_path: str = ""
     train_tokenizer: bool = True  # may a tokenizer be trained where tokenizer_path holds none?
     vocab_size: PositiveInt = 32768  # of the tokenizer, trained or reused
-    sequence_length: PositiveInt = (
-        1024  # the length you will train at: the report counts blocks of it
-    )
+    # the length you will train at: the report counts blocks of it
+    sequence_length: PositiveInt = 1024
     train_ratio: Fraction = 0.98  # share of documents for training; the rest is val
     shard_tokens: PositiveInt = 100_000_000  # a shard ends with the document that reaches this
     seed: NonNegativeInt = 42  # of the tokenizer's sample and of the MinHash permutations
@@ -676,9 +675,8 @@ class RetokenizeConfig:
     tokenizer_path: str = ""  # a .model file to use, or to train if it is absent; empty = train one
     train_tokenizer: bool = True  # may a tokenizer be trained where tokenizer_path holds none?
     vocab_size: PositiveInt = 32768  # of the tokenizer, trained or reused
-    sequence_length: PositiveInt = (
-        1024  # the length you will train at: the report counts blocks of it
-    )
+    # the length you will train at: the report counts blocks of it
+    sequence_length: PositiveInt = 1024
     shard_tokens: PositiveInt = 100_000_000  # a shard ends with the document that reaches this
     seed: NonNegativeInt = 42  # of the tokenizer's sample
     num_workers: PositiveInt = 2  # threads that encode; the result does not depend on it

@@ -21,7 +21,6 @@ import torch
 from lib.config import UserError
 from lib.curves import draw_run
 from lib.runtime import memory_used, peak_flops
-from model import flops_per_token
 
 WINDOW, ENOUGH = (
     100,
@@ -33,8 +32,8 @@ PATIENCE = 60  # seconds that an upload may take when the run is over
 class Log:
     """The log of one run, on rank 0, to which the others add their shares. Entered while the run lasts."""
 
-    def __init__(self, cfg, model, world, state):
-        self.world, self.flops = world, flops_per_token(model.cfg)
+    def __init__(self, cfg, flops_per_token, world, state):
+        self.world, self.flops = world, flops_per_token
         self.peak = peak_flops(world.device)
         self.path = Path(cfg.output_dir) / "metrics.jsonl"
         self.unread = []  # (step, this rank's share of its loss, gradient norm)

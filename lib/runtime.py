@@ -18,8 +18,6 @@ import torch
 import torch.distributed as dist
 
 from lib.config import UserError
-from losses import LinearCrossEntropy, nats_and_gradient
-from model import choose_device
 
 
 @dataclass(frozen=True)
@@ -117,6 +115,22 @@ def open_world(cfg):
     finally:
         if size > 1:
             dist.destroy_process_group()
+
+
+def choose_device(wanted):
+    """Returns the torch.device for `auto`, `cpu`, `cuda` or `mps`; UserError where it does not exist."""
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if wanted == "auto":
+        wanted = next(name for name, found in there.items() if found)
+    if not there[wanted]:
+        raise UserError(
+            f"device={wanted}: this machine has no {wanted.upper()} device; use --device=cpu"
+        )
+    return torch.device(wanted)
 
 
 def cpu_flags():
@@ -277,21 +291,3 @@ def to_device(batch, device):
     if device.type == "cuda":
         return {k: v.pin_memory().to(device, non_blocking=True) for k, v in tensors.items()}
     return {k: v.to(device) for k, v in tensors.items()}
-
-
-def compile_model(model):
-    """Compiles the decoder and the loss kernel in place; no wrapper, so no prefix on any name.
-
-    On CUDA the decoder becomes a CUDA graph: launched one by one, the kernels of a small model leave the GPU
-    waiting. Its gradients must then keep their place in memory (train.State sees to that).
-    """
-    if torch.are_deterministic_algorithms_enabled():
-        import torch._inductor.config as inductor
-
-        if hasattr(
-            inductor, "deterministic"
-        ):  # kernels picked by a stopwatch would differ from run to run
-            inductor.deterministic = True
-    cuda = model.lm_head.weight.device.type == "cuda"
-    model.model.compile(mode="reduce-overhead" if cuda else None)
-    LinearCrossEntropy.kernel = staticmethod(torch.compile(nats_and_gradient))

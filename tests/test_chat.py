@@ -13,14 +13,12 @@ from functools import partial
 import pytest
 import torch
 
-from chat import Chat, obey, trimmed
 from corpus.chats import read_chats
 from corpus.sources import Tally
-from engine import Sampling
 from lib.config import UserError, configure
 from lib.tokenizer import Tokenizer, render, stop_ids
 from model import save_model
-from sample import SampleConfig
+from sample import Chat, SampleConfig, Sampling, obey, trimmed
 from tests import ROOT
 from tests.test_engine import BASE, GREEDY, answer, build
 from tests.warm import python

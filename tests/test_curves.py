@@ -21,7 +21,7 @@ from lib.checkpoint import checkpoints
 from lib.config import UserError
 from lib.curves import command_line, draw, running_mean, short, ticks
 from lib.log import spike_limit
-from losses import next_token_loss
+from model import next_token_loss
 from tests import ROOT
 from tests.blows import after_save, die
 from tests.runs import Run, fitting, losses, names, records, refused

@@ -13,9 +13,7 @@ import torch
 import dpo
 from lib.config import UserError, configure
 from lib.tokenizer import Tokenizer, render
-from lora import adapters, add_lora, lora_off, open_model_folder
-from losses import next_token_loss
-from model import load_model
+from model import adapters, add_lora, load_model, lora_off, next_token_loss, open_model_folder
 from tests.align import begin, finished, make_base, refused
 from tests.blows import after_save, die
 from tests.conftest import write_rows

@@ -8,8 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import engine as engine_room
-from engine import (
+import sample as engine_room
+from lib.config import UserError
+from model import Llama, ModelConfig, save_model
+from sample import (
     Engine,
     Reply,
     Request,
@@ -19,13 +21,11 @@ from engine import (
     generate,
     keep,
     open_model,
+    pack,
     pick,
     score,
     uniforms,
 )
-from lib.config import UserError
-from model import Llama, ModelConfig, save_model
-from packed import pack
 
 BASE = ModelConfig(
     n_layer=2,

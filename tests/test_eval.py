@@ -15,7 +15,6 @@ import torch
 import assess as assess_room
 from assess import METRICS, assess, compare, read_expected, size_class
 from corpus.chats import read_rows
-from engine import open_model
 from eval import (
     EvalConfig,
     encode_questions,
@@ -26,8 +25,18 @@ from eval import (
     to_question,
 )
 from lib.config import UserError, configure
-from lora import add_lora, identify, merge_lora, save_adapter
-from model import Llama, ModelConfig, count_parameters, load_model, save_model
+from model import (
+    Llama,
+    ModelConfig,
+    add_lora,
+    count_parameters,
+    identify,
+    load_model,
+    merge_lora,
+    save_adapter,
+    save_model,
+)
+from sample import open_model
 from scoring import answer_scores
 from tests import ROOT, SHARED
 from tests.align import make_base

@@ -11,11 +11,19 @@ import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine import open_model
 from lib.config import UserError
 from lib.tokenizer import Tokenizer
-from lora import add_lora, identify, open_model_folder, save_adapter
-from model import Llama, ModelConfig, load_model, save_model
+from model import (
+    Llama,
+    ModelConfig,
+    add_lora,
+    identify,
+    load_model,
+    open_model_folder,
+    save_adapter,
+    save_model,
+)
+from sample import open_model
 from tests import ROOT
 from tests.warm import python
 from tools.export import ExportConfig, main, metadata, packed

@@ -1,7 +1,6 @@
 """The architecture as a test: the folders say who may import whom; sizes are counted, not trusted."""
 
 import ast
-import re
 import shutil
 import subprocess
 import sys

@@ -7,22 +7,25 @@ import shutil
 import pytest
 import torch
 
-import lora
+import model as lora
 from lib.config import UserError
-from lora import (
+from model import (
     TARGETS,
+    Llama,
     LoRALinear,
+    ModelConfig,
     adapters,
     add_lora,
     identify,
     load_adapter,
+    load_model,
     lora_off,
     merge_lora,
     model_folder,
+    next_token_loss,
     save_adapter,
+    save_model,
 )
-from losses import next_token_loss
-from model import Llama, ModelConfig, load_model, save_model
 
 SHAPE = {
     "n_layer": 2,

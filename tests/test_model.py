@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 from lib.config import UserError, configure
-from losses import next_token_loss, token_nats
 from model import (
     KVCache,
     Llama,
@@ -23,10 +22,12 @@ from model import (
     from_hf,
     load_model,
     memory_parts,
+    next_token_loss,
     rope_tables,
     rotate,
     save_model,
     to_hf,
+    token_nats,
 )
 from tests import ROOT
 from tests.warm import python

@@ -6,10 +6,9 @@ import pytest
 import torch
 import torch.nn as nn
 
-from engine import Engine, Request, choose_dtype, generate
 from lib.config import UserError
 from model import KVCache, count_parameters
-from packed import Int8Matrix, pack
+from sample import Engine, Int8Matrix, Request, choose_dtype, generate, pack
 from tests.test_engine import BASE, CROWD, GREEDY, PROMPTS, answer, build
 
 SHAPES = [

@@ -9,9 +9,7 @@ import torch
 
 from lib.config import UserError, configure
 from lib.runtime import CARDS
-from losses import next_token_loss
-from model import Llama, ModelConfig
-from schedule import make_optimizers
+from model import Llama, ModelConfig, next_token_loss
 from tests import ROOT
 from tools.plan import (
     Means,
@@ -22,7 +20,7 @@ from tools.plan import (
     memory,
     tokens_per_step,
 )
-from train import PretrainConfig
+from train import PretrainConfig, make_optimizers
 
 SHAPE = {"d_model": 64, "n_head": 4, "d_ff": 160, "vocab_size": 128, "sequence_length": 32}
 ROWS = 3

@@ -17,13 +17,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora import add_lora
-from losses import next_token_loss
-from model import Llama, ModelConfig
-from schedule import make_optimizers
+from model import Llama, ModelConfig, add_lora, next_token_loss
 from tests import ROOT
 from tests.conftest import write_rows
-from train import PretrainConfig
+from train import PretrainConfig, make_optimizers
 
 ROOMS = sorted(ROOT.glob("*.py"))
 

@@ -10,7 +10,7 @@ import torch
 
 from data import TokenStream
 from lib.checkpoint import problem_with, seal
-from losses import next_token_loss
+from model import next_token_loss
 from tests.conftest import prepare_dataset
 from tests.runs import Run, begin, differences, fitting, losses, names, records, refused
 from tests.runs import train_to_end as trained

@@ -6,10 +6,9 @@ from dataclasses import replace
 import pytest
 
 import sample
-from engine import Sampling, open_model
 from lib.config import UserError, configure
 from model import save_model
-from sample import SampleConfig
+from sample import SampleConfig, Sampling, open_model
 from tests import ROOT
 from tests.test_engine import BASE, GREEDY, answer, build
 from tests.warm import python

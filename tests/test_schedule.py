@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from schedule import Muon, orthogonalized
+from train import Muon, orthogonalized
 
 SHAPES = [(16, 48), (48, 16), (16, 48), (32, 32), (16, 48)]
 

@@ -21,9 +21,9 @@ import torch
 
 import server
 from api import Api, ApiError
-from engine import Reply, Request, Sampling, generate, open_model, score
 from lib.config import UserError
 from lib.tokenizer import IM_END, Tokenizer, render, stop_ids
+from sample import Reply, Request, Sampling, generate, open_model, score
 from scheduler import Call, Closed, Failed, Full, Job, Scheduler, say
 from tests import ROOT
 from tests.conftest import free_port

@@ -12,9 +12,14 @@ import sft
 from data import IGNORE, ExampleStream, pack, split_rows, supervised_rows
 from lib.config import UserError
 from lib.tokenizer import TEMPLATES, Tokenizer, render, stop_ids
-from lora import open_model_folder
-from losses import linear_cross_entropy, next_token_loss, token_nats
-from model import Llama, ModelConfig
+from model import (
+    Llama,
+    ModelConfig,
+    linear_cross_entropy,
+    next_token_loss,
+    open_model_folder,
+    token_nats,
+)
 from tests import ROOT
 from tests.align import begin, finished, make_base, refused
 from tests.blows import after_save, die

@@ -14,10 +14,10 @@ import torch
 
 import smoke
 from corpus import samples as starter
-from engine import generate
 from lib.config import UserError
 from lib.tokenizer import Tokenizer, render, stop_ids
 from model import Llama, ModelConfig
+from sample import generate
 from tests import SHARED
 
 # What a person would accept, for every prompt: as a sentence or two, and the shortest way to say it.

@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from lib.checkpoint import checkpoints, find_checkpoint, problem_with
-from losses import next_token_loss
-from model import load_model
+from model import load_model, next_token_loss
 from tests import ROOT, align
 from tests.blows import (
     PHASES,

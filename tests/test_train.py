@@ -17,9 +17,7 @@ from data import TokenStream
 from lib.config import UserError, configure
 from lib.runtime import open_world, tune_cpu
 from lib.tokenizer import Tokenizer
-from losses import next_token_loss, token_nats
-from model import ModelConfig, load_model
-from schedule import Clock, lr_at, total_steps
+from model import ModelConfig, load_model, next_token_loss, token_nats
 from tests.runs import (
     Run,
     differences,
@@ -32,7 +30,7 @@ from tests.runs import (
     training,
 )
 from tests.runs import train_to_end as trained
-from train import LoopConfig, PretrainConfig
+from train import Clock, LoopConfig, PretrainConfig, lr_at, total_steps
 
 
 def schedule(**knobs):

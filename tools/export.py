@@ -24,8 +24,7 @@ from safetensors import SafetensorError
 
 from lib.config import UserError, run
 from lib.tokenizer import TEMPLATES, Tokenizer, jinja, stop_ids
-from lora import model_folder, open_model_folder
-from model import Llama, load_model, save_model
+from model import Llama, load_model, model_folder, open_model_folder, save_model
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -36,12 +35,10 @@ class ExportConfig:
 
     model_path: str  # a model or adapter folder, or that of a whole training
     output: str  # the folder (hf) or file (gguf) to write; it must not exist
-    format: Literal["hf", "gguf"] = (
-        "hf"  # a folder for transformers and others, or a file for llama.cpp
-    )
-    dtype: Literal["f32", "f16", "bf16", "q8_0"] = (
-        "f32"  # of the weights; q8_0 (8 bits, 32 to a scale): gguf
-    )
+    # a folder for transformers and others, or a file for llama.cpp
+    format: Literal["hf", "gguf"] = "hf"
+    # of the weights; q8_0 (8 bits, 32 to a scale): gguf
+    dtype: Literal["f32", "f16", "bf16", "q8_0"] = "f32"
 
 
 def main(cfg):

@@ -196,9 +196,8 @@ def monitor(cfg):
 class GpuConfig:
     """Which preset for which card."""
 
-    config: str = (
-        "configs/small.json"  # the preset to fit: its batch and accumulation are chosen anew
-    )
+    # the preset to fit: its batch and accumulation are chosen anew
+    config: str = "configs/small.json"
     gpu: str | None = None  # a card that is elsewhere, as rtx4090; none = the card found
     output: str = "configs/rtx4090.json"  # the preset to write; it must not exist
 

@@ -18,9 +18,8 @@ import torch
 
 from lib.config import UserError
 from lib.runtime import CARDS, memory_used
-from losses import group_rows
-from model import Llama, ModelConfig, count_parameters, flops_per_token
-from schedule import Muon
+from model import Llama, ModelConfig, count_parameters, flops_per_token, group_rows
+from train import Muon
 
 TIMED = 3  # optimizer steps that are timed after the warm-up
 PATIENCE = 120  # seconds that these may take; a slower machine is timed with one row at a time

@@ -267,9 +267,8 @@ def status(cfg=None):
 class NewestConfig:
     """What is looked for."""
 
-    kind: Literal["any", "pretrain", "sft", "dpo", "data"] = (
-        "any"  # a model of this kind of training, or a dataset
-    )
+    # a model of this kind of training, or a dataset
+    kind: Literal["any", "pretrain", "sft", "dpo", "data"] = "any"
 
 
 def newest(kind="any"):
