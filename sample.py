@@ -30,8 +30,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lib.config import Fraction, PositiveInt, Range, UserError, narrow, run
+from lib.runtime import choose_device
 from lib.tokenizer import Tokenizer, render, stop_ids
-from model import KVCache, attend, choose_device, document_mask, model_folder, open_model_folder
+from model import KVCache, attend, document_mask, model_folder, open_model_folder
 
 # ----------------------------------------------------------------------------------------------
 # Generation: prompts in, tokens out - prefill, cached decode, sampling rules.

@@ -29,12 +29,10 @@ import numpy as np
 import torch
 
 from lib.config import configure, narrow
-from lib.runtime import World, autocast, choose_dtype, compile_model, seed_everything, tune_cpu
-from lib.runtime import choose_device
+from lib.runtime import World, autocast, choose_device, choose_dtype, seed_everything, tune_cpu
 from model import (
     Llama,
     ModelConfig,
-    choose_device,
     flops_per_token,
     load_model,
     next_token_loss,
@@ -43,7 +41,7 @@ from model import (
 )
 from sample import pack
 from tools.plan import RandomTokens
-from train import PretrainConfig, State, forward_backward
+from train import PretrainConfig, State, compile_model, forward_backward
 
 PEAK = 989e12
 ITEMS = [

@@ -17,8 +17,8 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from lib.config import configure, narrow
-from lib.runtime import World, memory_used, tune_cpu
-from model import Llama, ModelConfig, choose_device, next_token_loss
+from lib.runtime import World, choose_device, memory_used, tune_cpu
+from model import Llama, ModelConfig, next_token_loss
 from tools import plan
 from train import PretrainConfig, State, announce, forward_backward
 
