@@ -32,9 +32,8 @@ from corpus.samples import SampleConfig, create
 from corpus.sources import Tally, peek
 from lib.config import UserError, closest, run
 from lib.folders import AGAIN, Shards, open_all, read_manifest
-from lib.tokenizer import Tokenizer
+from lib.tokenizer import IGNORE, Tokenizer
 
-IGNORE = -100  # the label of a position that is not supervised
 MIXTURE_PERIOD = 1024  # rows after which the proportions of a mixture are exact
 
 # --- The stream ---------------------------------------------------------------------------------------------

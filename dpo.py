@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import IGNORE, ExampleStream, read_pairs, supervised_rows
+from data import ExampleStream, read_pairs, supervised_rows
 from lib.checkpoint import check_unused
 from lib.config import (
     Fraction,
@@ -35,7 +35,7 @@ from lib.config import (
 )
 from lib.runtime import autocast, choose_dtype, open_world, to_device
 from lib.survival import Walk
-from lib.tokenizer import Tokenizer, render
+from lib.tokenizer import IGNORE, Tokenizer, render
 from model import (
     LoRAConfig,
     choose_attention,

@@ -35,6 +35,7 @@ from lib.config import (
     read_object,
     run,
 )
+from lib.tokenizer import IGNORE
 
 
 @dataclass(frozen=True)
@@ -766,9 +767,6 @@ def main(cfg):
 # Losses: sums over supervised positions, never means; the caller divides by the count that is right for it.
 #
 # None of them holds the (tokens, vocabulary) logits, the largest tensor of a small model's training.
-
-
-IGNORE = -100  # label of a position that is not supervised
 
 
 def next_token_loss(model, batch):

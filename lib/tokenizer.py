@@ -29,6 +29,7 @@ import sentencepiece as spm
 from lib.config import UserError, read_object, write_whole
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
+IGNORE = -100  # the label of a position that is not supervised, as torch's cross_entropy has it
 NAMES = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "unk": "<unk>"}
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece

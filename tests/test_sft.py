@@ -9,9 +9,9 @@ import safetensors.torch
 import torch
 
 import sft
-from data import IGNORE, ExampleStream, pack, split_rows, supervised_rows
+from data import ExampleStream, pack, split_rows, supervised_rows
 from lib.config import UserError
-from lib.tokenizer import TEMPLATES, Tokenizer, render, stop_ids
+from lib.tokenizer import IGNORE, TEMPLATES, Tokenizer, render, stop_ids
 from model import (
     Llama,
     ModelConfig,
