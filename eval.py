@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 import smoke
 from assess import assess, compare, draw, headline, markdown
-from corpus.chats import Bad, raw_rows, read_rows, told
-from corpus.formats import kind_of, open_bounded
-from corpus.sources import Tally, Unreachable
+from corpus.chats import Bad, read_rows, told
+from corpus.files import kind_of, text_of
+from corpus.sources import Tally, Unreachable, rows_of
 from lib.config import PositiveInt, Range, UserError, run, shown
 from lib.runtime import tune_cpu
 from model import count_parameters, identify
@@ -252,7 +252,7 @@ def read_text(path):
     elif hub or kind_of(Path(path)) in ("json", "jsonl", "csv"):
         text = "\n\n".join(row_texts(path))
     else:
-        text = decoded(path)
+        text = text_of(Path(path))
     if not text.strip():
         raise UserError(f"{path}: holds no text to score")
     return text
@@ -261,7 +261,7 @@ def read_text(path):
 def row_texts(path):
     """Yields the "text" of each row; UserError for a row without one."""
     tally = Tally()
-    for where, row in raw_rows(path, tally):
+    for where, row in rows_of(path, tally):
         text = row.get("text") if isinstance(row, dict) else None
         if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
             raise UserError(
@@ -270,17 +270,6 @@ def row_texts(path):
         yield text
     if tally.bad_rows:
         raise UserError(f"{path}: {tally.bad_rows} rows cannot be read{told(tally, path)}")
-
-
-def decoded(path):
-    try:
-        with open_bounded(Path(path)) as file:
-            return file.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise UserError(f"{path}: byte {byte:#04x} at offset {error.start}: not UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: damaged, or not permitted ({error})") from None
 
 
 def beginning(text, size):

@@ -10,24 +10,19 @@ with line number and field, and passed over; a file with too many of them, or wi
 `python data.py inspect PATH` shows all of this.
 """
 
-import glob
-import os
 import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Literal
 
-from corpus.formats import MAX_LINE, JsonReader, json_rows, jsonl_rows, kind_of, open_bounded
-from corpus.formats import rows as file_rows
-from corpus.sources import USUAL, Tally, hub_rows, input_files
+from corpus.files import ROW_KINDS, kind_of
+from corpus.sources import USUAL, Tally, input_files, rows_of
 from lib.config import UserError
 from lib.tokenizer import TEMPLATES, Tokenizer, render, usual_template
 
-ROW_KINDS = {"json", "jsonl", "csv", "tsv", "parquet", "arrow"}
 MAX_BAD = 0.05  # the share of unusable rows from which a file is refused
 
 DIALOGUE = (
@@ -92,7 +87,7 @@ def read_rows(path, convert, tally=None, max_bad=MAX_BAD):
     """Read rows and bring them to one form by `convert`: [(where, format, what convert made of it), ...]."""
     tally = Tally() if tally is None else tally
     rows, bad, seen = [], tally.bad_rows, 0
-    for where, row in raw_rows(path, tally):
+    for where, row in rows_of(path, tally):
         try:
             kind, value = convert(row)
         except Bad as error:
@@ -130,86 +125,6 @@ def told(tally, path):
         for reason, e in entries
     ]
     return f": {'; '.join(parts)}" if parts else ""
-
-
-def raw_rows(path, tally):
-    """Yield (where, value) of every row of the files, or of the hub's dataset (hf:), that `path` names."""
-    if str(path).startswith("hf:"):
-        yield from hub_rows(str(path))
-        return
-    path = os.path.expanduser(path)
-    if (Path(path) / "config.json").is_file():
-        raise UserError(f"{path}: the folder of a model, which holds no rows; give a file of them")
-    if not os.path.exists(path) and not glob.has_magic(path):
-        raise UserError(
-            f"{path}: not found; give a file of rows (.jsonl, .json, .csv ...), a folder or a glob"
-        )
-    files = input_files(path, tally, tables=True)
-    files = [file for file in files if len(files) == 1 or kind_of(file) in ROW_KINDS]
-    if not files:
-        raise UserError(
-            f"{path}: holds no file of rows: .jsonl, .json, .csv, .tsv, .parquet or .arrow"
-        )
-    for file in files:
-        try:
-            if kind_of(file) in ROW_KINDS - {"json", "jsonl"}:
-                yield from file_rows(file, tally)
-            elif (opening := json_opening(file)) == "[":
-                yield from whole_list(file, tally)
-            else:
-                yield from (json_rows if opening else jsonl_rows)(file, tally)
-        except OSError as error:
-            raise UserError(
-                f"{file}: cannot be read: damaged, or not permitted ({error})"
-            ) from None
-
-
-def json_opening(path):
-    """What a file that is one JSON value begins with: "[", a list of rows, or "{", one row; else "".
-
-    Suffixes mislead: a .json often has a row a line, a .jsonl may be a list. The first two lines tell. A
-    line that is a list of messages is a conversation, so a row; any other list is the list of rows.
-    """
-    with open_bounded(path) as file:
-        lines = iter(partial(file.readline, MAX_LINE), b"")
-        lines = filter(None, (line.removeprefix(b"\xef\xbb\xbf").strip() for line in lines))
-        line, more = (next(lines, b"") for _ in range(2))
-    value, start = complete(line), line[:1].decode("ascii", "replace")
-    if isinstance(value, list):
-        bare = value and isinstance(value[0], dict) and value[0].keys() & {"role", "from"}
-        return "" if more or bare else "["
-    opens = value is None and start in ("[", "{") and (line == line[:1] or complete(more) is None)
-    return start if opens else ""
-
-
-def whole_list(path, tally):
-    """The (where, element) of a JSON list; raises UserError where it breaks off, or text follows its end."""
-
-    def problems():
-        found = tally.dropped["read"]
-        return [
-            found.get(why, {}).get("count", 0) for why in ("not-json", "too-deep", "after-the-list")
-        ]
-
-    before, count = problems(), 0
-    for entry in json_rows(path, tally):
-        count += 1
-        yield entry
-    if (after := problems()) != before:
-        what = "with more text behind it" if after[:2] == before[:2] else "that breaks off"
-        raise UserError(
-            f"{path}: a JSON list {what} after {count} elements; mend it, or write .jsonl"
-        )
-
-
-def complete(line):
-    """The JSON value that a line is from end to end, or None."""
-    try:
-        text = line.decode("utf-8")
-        value, end = JsonReader().read(text)
-    except (UnicodeDecodeError, JsonReader.Bad):
-        return None
-    return value if end == len(text) else None
 
 
 # ---- rows
@@ -496,7 +411,7 @@ def show_rows(cfg):
 
 def holds_pairs(path):
     """Does the first row that is an object, as far as one can be read, hold a preference pair?"""
-    for _, row in raw_rows(path, Tally()):
+    for _, row in rows_of(path, Tally()):
         if isinstance(row, dict):
             return "chosen" in row and "rejected" in row
     return False
@@ -510,7 +425,7 @@ def holds_text(path):
         files = input_files(str(path), tables=True) if Path(path).exists() else []
         if files and not any(kind_of(file) in ROW_KINDS or kind_of(file) is None for file in files):
             return True
-    rows = [row for _, row in islice(raw_rows(path, Tally()), 20) if isinstance(row, dict)]
+    rows = [row for _, row in islice(rows_of(path, Tally()), 20) if isinstance(row, dict)]
     usual = any(row.keys() & set(USUAL) for row in rows)
     return usual and not any(row.keys() & {*DIALOGUE, *QUESTION, "chosen"} for row in rows)
 

@@ -3,7 +3,7 @@
 A source is a generator of (where, text): `where` names the place for people ("corpus.jsonl line 7"), `text`
 is one raw document. What cannot be read is counted by reason in the `Tally` and passed over; only what makes
 a whole source useless (nothing there, no column that could be the text, a network that fails) ends the run,
-as a UserError. `formats.py` knows what the files hold, this room which documents come, and in what order.
+as a UserError. `files.py` knows what the files hold, this room which documents come, and in what order.
 """
 
 import ast
@@ -21,13 +21,18 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from corpus.formats import (
+from corpus.files import (
     KINDS,
     MAX_LINE,
     OPENERS,
+    ROW_KINDS,
     TABLES,
+    JsonReader,
+    json_rows,
+    jsonl_rows,
     kind_of,
     need_packages,
+    open_bounded,
     page_lines,
     rows,
     text_lines,
@@ -693,3 +698,86 @@ def hub_documents(source, tally):
     rows = hub_rows(source.input_path, source.input_config)
     lines, texts = lines_or_not(column_texts(rows, source.text_column, tally))
     yield from articles(texts) if lines else texts
+
+
+# --- Rows of a training ---
+
+
+def rows_of(path, tally):
+    """Yield (where, value) of every row of the files, or of the hub's dataset (hf:), that `path` names."""
+    if str(path).startswith("hf:"):
+        yield from hub_rows(str(path))
+        return
+    path = os.path.expanduser(path)
+    if (Path(path) / "config.json").is_file():
+        raise UserError(f"{path}: the folder of a model, which holds no rows; give a file of them")
+    if not os.path.exists(path) and not glob.has_magic(path):
+        raise UserError(
+            f"{path}: not found; give a file of rows (.jsonl, .json, .csv ...), a folder or a glob"
+        )
+    files = input_files(path, tally, tables=True)
+    files = [file for file in files if len(files) == 1 or kind_of(file) in ROW_KINDS]
+    if not files:
+        raise UserError(
+            f"{path}: holds no file of rows: .jsonl, .json, .csv, .tsv, .parquet or .arrow"
+        )
+    for file in files:
+        try:
+            if kind_of(file) in ROW_KINDS - {"json", "jsonl"}:
+                yield from rows(file, tally)
+            elif (opening := json_opening(file)) == "[":
+                yield from whole_list(file, tally)
+            else:
+                yield from (json_rows if opening else jsonl_rows)(file, tally)
+        except OSError as error:
+            raise UserError(
+                f"{file}: cannot be read: damaged, or not permitted ({error})"
+            ) from None
+
+
+def json_opening(path):
+    """What a file that is one JSON value begins with: "[", a list of rows, or "{", one row; else "".
+
+    Suffixes mislead: a .json often has a row a line, a .jsonl may be a list. The first two lines tell. A
+    line that is a list of messages is a conversation, so a row; any other list is the list of rows.
+    """
+    with open_bounded(path) as file:
+        lines = iter(partial(file.readline, MAX_LINE), b"")
+        lines = filter(None, (line.removeprefix(b"\xef\xbb\xbf").strip() for line in lines))
+        line, more = (next(lines, b"") for _ in range(2))
+    value, start = complete(line), line[:1].decode("ascii", "replace")
+    if isinstance(value, list):
+        bare = value and isinstance(value[0], dict) and value[0].keys() & {"role", "from"}
+        return "" if more or bare else "["
+    opens = value is None and start in ("[", "{") and (line == line[:1] or complete(more) is None)
+    return start if opens else ""
+
+
+def whole_list(path, tally):
+    """The (where, element) of a JSON list; raises UserError where it breaks off, or text follows its end."""
+
+    def problems():
+        found = tally.dropped["read"]
+        return [
+            found.get(why, {}).get("count", 0) for why in ("not-json", "too-deep", "after-the-list")
+        ]
+
+    before, count = problems(), 0
+    for entry in json_rows(path, tally):
+        count += 1
+        yield entry
+    if (after := problems()) != before:
+        what = "with more text behind it" if after[:2] == before[:2] else "that breaks off"
+        raise UserError(
+            f"{path}: a JSON list {what} after {count} elements; mend it, or write .jsonl"
+        )
+
+
+def complete(line):
+    """The JSON value that a line is from end to end, or None."""
+    try:
+        text = line.decode("utf-8")
+        value, end = JsonReader().read(text)
+    except (UnicodeDecodeError, JsonReader.Bad):
+        return None
+    return value if end == len(text) else None

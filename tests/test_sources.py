@@ -1,4 +1,4 @@
-"""sources.py and formats.py: every kind of file gives its documents, and no hostile one a traceback."""
+"""sources.py and files.py: every kind of file gives its documents, and no hostile one a traceback."""
 
 import bz2
 import contextlib
@@ -24,7 +24,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corpus.formats import MAX_LINE, gap_of, page_text, rows
+from corpus.files import MAX_LINE, gap_of, page_text, rows
 from corpus.sources import Tally, input_bytes, input_files, peek, read_documents
 from lib.config import UserError, configure
 from tests import ROOT, SHARED

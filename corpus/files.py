@@ -48,6 +48,7 @@ KINDS = {
     ".arrow": "arrow",
 }
 TABLES = ("parquet", "arrow")
+ROW_KINDS = {"json", "jsonl", "csv", "tsv", *TABLES}
 
 
 def kind_of(path):
@@ -260,6 +261,18 @@ class Recoded(io.RawIOBase):
         count = min(len(buffer), len(self.held))
         buffer[:count], self.held = self.held[:count], self.held[count:]
         return count
+
+
+def text_of(path):
+    """Returns the whole text of a file in UTF-8; UserError for other bytes, and for a damaged file."""
+    try:
+        with open_bounded(path) as file:
+            return file.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise UserError(f"{path}: byte {byte:#04x} at offset {error.start}: not UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: damaged, or not permitted ({error})") from None
 
 
 # --- Lines of text ------------------------------------------------------------------------------------------
