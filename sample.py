@@ -38,7 +38,7 @@ from model import KVCache, attend, document_mask, model_folder, open_model_folde
 # Generation: prompts in, tokens out - prefill, cached decode, sampling rules.
 #
 # From the inside out: `pick` turns logits into tokens, `Engine` holds the rows being decoded, `generate` runs
-# requests to their end, `score` tells how likely given ids are, `Reply` turns one row's ids into text.
+# requests to their end, `token_logprobs` tells how likely given ids are, `Reply` turns one row's ids into text.
 # Terminal, server and evaluation all generate through these. A row's tokens depend on its own prompt, settings
 # and seed, never on its neighbours. (Up to rounding: a matrix product of 8 rows may differ from that of one in
 # the last bit, which matters where two tokens are as good as equal: in bfloat16 now and then, in
@@ -517,7 +517,7 @@ def listed(own, values, ids):
 
 
 @torch.no_grad()
-def score(model, rows, top=0, chunk=256):
+def token_logprobs(model, rows, top=0, chunk=256):
     """Yields for each row of ids what `Request.logprobs` would hold of every id; of the first (None, []).
 
     The (T, V) logits never stand whole: `chunk` positions at a time. Raises UserError for a row that is
@@ -545,34 +545,40 @@ def score(model, rows, top=0, chunk=256):
 class Reply:
     """The text of one row as it grows: whole characters, no control tokens, nothing from a stop text on.
 
-    What might be the beginning of a stop text is held back until that is known, whatever tokens spell it.
+    Text is held back while it may be the beginning of a stop text, whatever tokens spell it. With `trim` the
+    white space around the answer goes, so white space is held back until more text follows it.
+    `shown` counts the characters given out, `held` is the text held back; `cut`: some text was left out.
     """
 
-    def __init__(self, tokenizer, stop=()):
-        self.characters, self.stop = tokenizer.stream(begun=True), tuple(stop)
-        self.held, self.stopped = "", False
+    def __init__(self, tokenizer, stop=(), trim=False):
+        self.characters, self.stop, self.trim = tokenizer.stream(begun=True), tuple(stop), trim
+        self.shown, self.held, self.stopped, self.cut = 0, "", False, False
 
     def push(self, id):
         """Takes an id, returns the text that is now certain. A stop text sets `stopped` and ends it all."""
         return self._certain(self.characters.push(id))
 
     def end(self):
-        """Returns what is left once no more ids come."""
-        text = self._certain(self.characters.flush()) + self.held
-        self.held = ""
-        return text
+        """Returns the text that is left once no more ids come."""
+        return self._certain(self.characters.flush(), last=True)
 
-    def _certain(self, text):
+    def _certain(self, text, last=False):
         if self.stopped:
             return ""
         text = self.held + text
-        found = [at for at in map(text.find, self.stop) if at >= 0]
-        if found:
-            self.stopped, self.held = True, ""
-            return text[: min(found)]
-        keep = max((overlap(text, stop) for stop in self.stop), default=0)
-        self.held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        stops = [at for at in map(text.find, self.stop) if at >= 0]
+        if stops:
+            self.stopped, text = True, text[: min(stops)]
+        last = last or self.stopped
+        hold = 0 if last else max((overlap(text, stop) for stop in self.stop), default=0)
+        text, held = text[: len(text) - hold], text[len(text) - hold :]
+        if self.trim:
+            text = text if self.shown else text.lstrip()
+            body = text.rstrip()
+            text, held = body, text[len(body) :] + held
+        self.held, self.cut = "" if last else held, self.stopped or (last and bool(held))
+        self.shown += len(text)
+        return text
 
 
 def overlap(text, stop):
@@ -882,16 +888,12 @@ class Chat:
 
     def written(self, request):
         """Returns the pieces of an answer as they come; the white space around it is the template's."""
-        reply = Reply(self.tokenizer, self.stop)
-
-        def pieces():
-            for (id,) in generate(self.model, [request], self.engine):
-                yield reply.push(id)
-                if reply.stopped:
-                    request.finish = "stop"
-            yield reply.end()
-
-        return pieces() if self.template is None else trimmed(pieces())
+        reply = Reply(self.tokenizer, self.stop, trim=self.template is not None)
+        for (id,) in generate(self.model, [request], self.engine):
+            yield reply.push(id)
+            if reply.stopped:
+                request.finish = "stop"
+        yield reply.end()
 
     def make_room(self):
         """Returns the ids to answer. A full context forgets the oldest turns, and that is said."""
@@ -919,17 +921,6 @@ class Chat:
         end = ends.get(request.finish, "")
         used = f"context {len(request.prompt) + count} of {limit}"
         return f"({end}{count} tokens, {count / max(seconds, 1e-9):,.0f} tokens/s, {used})"
-
-
-def trimmed(pieces):
-    """Yields a text in pieces without the white space at its ends."""
-    held, begun = "", False
-    for piece in pieces:
-        text = held + piece if begun else (held + piece).lstrip()
-        body = text.rstrip()
-        held, begun = text[len(body) :], begun or bool(body)
-        if body:
-            yield body
 
 
 def visible(text):

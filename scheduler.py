@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from sample import Engine, Reply, ending, score
+from sample import Engine, Reply, ending, token_logprobs
 
 PACE = 0.02  # seconds between two pieces of a stream, at least
 FIRST_TOKEN = (
@@ -83,14 +83,10 @@ class Job:
     """
 
     def __init__(self, request, tokenizer, stop=(), ends=(), trim=False, score=None, index=0):
-        self.request, self.ends, self.trim, self.index = request, ends, trim, index
+        self.request, self.ends, self.index = request, ends, index
         self.score, self.scored = score, None
         self.begun = time.monotonic()
-        self.reply = Reply(tokenizer, stop)
-        self.shown, self.space = (
-            0,
-            "",
-        )  # characters that are certain; white space that may be the last
+        self.reply = Reply(tokenizer, stop, trim)
         self.held, self.text, self.tokens = (
             [],
             "",
@@ -104,7 +100,7 @@ class Job:
 
     def push(self, id):
         """Takes the request's newest id."""
-        start = self.shown + len(self.space) + len(self.reply.held)
+        start = self.reply.shown + len(self.reply.held)
         self.held.append(
             Token(start, id, self.request.logprobs[-1] if self.request.logprobs else None)
         )
@@ -127,21 +123,11 @@ class Job:
 
     def _settle(self, text, last=False):
         """Tokens wait until all of their text is certain; in the end some may have been cut off with it."""
-        text = self._trimmed(text)
         self.text += text
-        self.shown += len(text)
-        cut = self.reply.stopped or self.space
-        if last or not (self.reply.held or cut):
-            self.tokens += [token for token in self.held if not cut or token.start < self.shown]
+        reply = self.reply
+        if last or not (reply.held or reply.stopped):
+            self.tokens += [t for t in self.held if not reply.cut or t.start < reply.shown]
             self.held = []
-
-    def _trimmed(self, text):
-        if not self.trim:
-            return text
-        text = self.space + text
-        text = text if self.shown else text.lstrip()
-        self.space = text[len(text.rstrip()) :]
-        return text.rstrip()
 
 
 @dataclass(eq=False)
@@ -280,7 +266,7 @@ class Scheduler:
         if job is None or job.score is None or job.scored is not None:
             return
         with ending([job.request]):
-            job.scored = next(score(self.model, [job.request.prompt], job.score))
+            job.scored = next(token_logprobs(self.model, [job.request.prompt], job.score))
         if job.request.max_new_tokens == 0:
             self.prompt_tokens += len(job.request.prompt)
             job.request.finish = "length"

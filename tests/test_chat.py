@@ -18,7 +18,7 @@ from corpus.sources import Tally
 from lib.config import UserError, configure
 from lib.tokenizer import Tokenizer, render, stop_ids
 from model import save_model
-from sample import Chat, SampleConfig, Sampling, obey, trimmed
+from sample import Chat, Reply, SampleConfig, Sampling, obey
 from tests import ROOT
 from tests.test_engine import BASE, GREEDY, answer, build
 from tests.warm import python
@@ -178,8 +178,10 @@ def test_commands(folders, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n a  b \n", "ab", " \n a \n\n b c \n"])
-def test_white_space_around_a_text_in_pieces(text):
-    assert "".join(trimmed(iter(text))) == text.strip()
+def test_white_space_around_a_text_in_pieces(text, tiny_tokenizer):
+    reply = Reply(tiny_tokenizer, trim=True)
+    ids = [id for character in text for id in tiny_tokenizer.encode(character)]
+    assert "".join(map(reply.push, ids)) + reply.end() == text.strip()
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ import server
 from api import Api, ApiError
 from lib.config import UserError
 from lib.tokenizer import IM_END, Tokenizer, render, stop_ids
-from sample import Reply, Request, Sampling, generate, open_model, score
+from sample import Reply, Request, Sampling, generate, open_model, token_logprobs
 from scheduler import Call, Closed, Failed, Full, Job, Scheduler, say
 from tests import ROOT
 from tests.conftest import free_port
@@ -345,7 +345,7 @@ def test_prompts_are_scored_without_an_answer(chatty, model, tiny_tokenizer):
     rows = [[1, *tiny_tokenizer.encode(text)] for text in ("the quick brown fox", "a lazy dog")]
     fields = {"prompt": rows, "max_tokens": 0, "logprobs": 0, "echo": True}
     choices = chatty.ask("/v1/completions", fields)[1]["choices"]
-    for choice, ids, known in zip(choices, rows, score(model, rows), strict=True):
+    for choice, ids, known in zip(choices, rows, token_logprobs(model, rows), strict=True):
         assert choice["logprobs"]["token_logprobs"] == [own for own, _ in known]
         assert choice["text"] == tiny_tokenizer.decode(ids)
         assert choice["finish_reason"] == "length"
@@ -397,7 +397,7 @@ def test_chat_logprobs(chatty, model, tiny_tokenizer):
     (choice,) = chatty.ask("/v1/chat/completions", fields)[1]["choices"]
     content, prompt = choice["logprobs"]["content"], chat_ids(tiny_tokenizer)
     ids = alone(model, tiny_tokenizer, prompt, 12, **SAMPLING)[1]
-    (known,) = score(model, [prompt + ids], top=5)
+    (known,) = token_logprobs(model, [prompt + ids], top=5)
     for entry, id, (own, top) in zip(content, ids, known[len(prompt) :]):
         assert (
             bytes(entry["bytes"]).decode("utf-8", "replace")
