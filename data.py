@@ -27,11 +27,11 @@ from corpus.chats import (  # noqa: F401 - others ask us for rows
     read_pairs,
     show_rows,
 )
-from corpus.prepare import DataConfig, RetokenizeConfig, hash_fraction, main, retokenize
+from corpus.prepare import DataConfig, RetokenizeConfig, main, retokenize
 from corpus.samples import SampleConfig, create
 from corpus.sources import Tally, peek
 from lib.config import UserError, closest, run
-from lib.folders import AGAIN, Shards, open_all, read_manifest
+from lib.folders import AGAIN, Shards, hash_fraction, open_all, read_manifest
 from lib.tokenizer import IGNORE, Tokenizer
 
 MIXTURE_PERIOD = 1024  # rows after which the proportions of a mixture are exact

@@ -15,7 +15,6 @@ Memory does not grow with the corpus except for the deduplication index (see ded
 """
 
 import errno
-import hashlib
 import itertools
 import json
 import multiprocessing
@@ -46,6 +45,7 @@ from lib.folders import (
     ShardWriter,
     dtype_name,
     file_sha256,
+    hash_fraction,
     lock_file,
     read_manifest,
     read_rows,
@@ -348,11 +348,6 @@ class Intake:
 def fraction(digest):
     """A number in 0..1 from the first 8 bytes of a hash."""
     return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def hash_fraction(text, seed=""):
-    """A number in 0..1 that is a function of the text (and seed) alone."""
-    return fraction(hashlib.sha256(f"{seed}{text}".encode()).digest())
 
 
 # --- Processes ----------------------------------------------------------------------------------------------

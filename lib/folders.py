@@ -36,6 +36,12 @@ def file_sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def hash_fraction(text, seed=""):
+    """Returns a number in 0..1 that depends on the text (and seed) alone."""
+    digest = hashlib.sha256(f"{seed}{text}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
 def lock_file(file):
     """Locks an open file, without waiting, until it is closed. Returns False if another process holds it."""
     try:

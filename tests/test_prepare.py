@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from sentencepiece import SentencePieceTrainer
 
-from corpus.prepare import RetokenizeConfig, hash_fraction, in_order, retokenize, unfinished
+from corpus.prepare import RetokenizeConfig, in_order, retokenize, unfinished
 from data import DataConfig, Shards, TokenStream, main, read_manifest, unigram_bits_per_byte
 from lib.config import UserError, configure
+from lib.folders import hash_fraction
 from lib.tokenizer import Tokenizer
 from tests import ROOT, SHARED
 from tests.conftest import write_rows
@@ -421,7 +422,7 @@ def test_unusable_input_is_one_line_and_exit_2(tmp_path, name, content, message)
 
 # --- Interrupted, and gone on with --------------------------------------------------------------------------
 
-SMALL = "import sys, prepare, data; prepare.PART_BYTES = 60_000; prepare.BATCH_CHARACTERS = 8_000; "
+SMALL = "import sys, data; from corpus import prepare; prepare.PART_BYTES = 60_000; prepare.BATCH_CHARACTERS = 8_000; "
 RUN = SMALL + "data.command_line(sys.argv[1:])"
 
 
