@@ -56,7 +56,7 @@ install-flash: .venv/installed ## flash-attn, where there is CUDA and its compil
 	$(RUN) -m pip install flash-attn --no-build-isolation
 
 check-env: .venv/installed ## Python, torch, CUDA, memory, disk, optional packages
-	$(RUN) -m tools.host check-env
+	$(RUN) -m tools.workspace check-env
 
 ASK = $(RUN) sample.py --chat --prompt="What is the plural of tree?" --temperature=0 --max_new_tokens=24
 
@@ -173,10 +173,10 @@ test-pipeline: .venv/installed ## session-quick in ten minutes
 ##@ Upkeep (what deletes asks first; YES=1 for scripts)
 
 monitor: .venv/installed ## processor, memory, GPU and the newest training, once a second
-	$(RUN) -m tools.host monitor
+	$(RUN) -m tools.workspace monitor
 
 config-rtx4090: .venv/installed ## a preset fitted to this machine's card: configs/rtx4090.json; CONFIG, GPU, OUTPUT
-	$(RUN) -m tools.host config-gpu $(call flag,CONFIG,config) $(call flag,GPU,gpu) $(call flag,OUTPUT,output)
+	$(RUN) -m tools.workspace config-gpu $(call flag,CONFIG,config) $(call flag,GPU,gpu) $(call flag,OUTPUT,output)
 
 backup: .venv/installed ## presets, models, newest checkpoints, evaluations in one file; BACKUP_PASSPHRASE encrypts, OUTPUT names it
 	$(RUN) -m tools.workspace backup $(call flag,OUTPUT,output)

@@ -237,6 +237,7 @@ def become(words, folder, env, unbuffered, files, received):
     if words[0] == "-m":
         sys.path.insert(0, folder)
         sys.argv = words[1:]
+        sys.modules.pop(words[1], None)  # a program, no module that is there already
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         return
     module = sys.modules["__main__"] = types.ModuleType("__main__")

@@ -1,157 +1,122 @@
-"""What lies in this folder - datasets, trainings, evaluations - and what is kept or thrown away.
+"""What is in this folder and on this machine, and what may be kept or deleted.
 
     python -m tools.workspace status
     python -m tools.workspace newest --kind=sft
     python -m tools.workspace backup --output=backups/monday.tar.gz
     python -m tools.workspace clean | clean-checkpoints | clean-sessions
+    python -m tools.workspace check-env | monitor --once
+    python -m tools.workspace config-gpu --config=configs/small.json --gpu=rtx4090
 
-Everything is looked for where the commands put it, below the current folder: data/processed, checkpoints,
-evaluation_results, sessions. No link is followed, neither to keep nor to delete what is behind it.
+The commands look where the programs write, below the current folder: data/processed, checkpoints,
+evaluation_results, sessions. They follow no link, neither to keep nor to delete its target.
 """
 
 import contextlib
-import errno
-import hashlib
+import filecmp
 import json
 import os
+import platform
 import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from lib.config import UserError, dispatch
+from lib.config import UserError, configure, dispatch, read_object
 
 DATA, CHECKPOINTS, RESULTS = Path("data/processed"), Path("checkpoints"), Path("evaluation_results")
 SESSIONS, BACKUPS = Path("sessions"), Path("backups")
 
 
+@dataclass(frozen=True)
+class NoOptions:
+    """Nothing to choose."""
+
+
 def command(*words):
-    """Returns the words as what to type: with the Python that runs this, where that one is of this folder."""
+    """Returns a command line to type, with .venv's Python where that runs this."""
     python = Path(sys.prefix) / ("Scripts" if os.name == "nt" else "bin") / "python"
-    inside = python.is_relative_to(Path.cwd())
-    return " ".join([str(python.relative_to(Path.cwd())) if inside else "python", *map(str, words)])
+    here = python.is_relative_to(Path.cwd())
+    return " ".join([str(python.relative_to(Path.cwd())) if here else "python", *map(str, words)])
 
 
-def read_json(path):
-    """Returns the object in a file, {} where there is none that can be read."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+def read_values(path):
+    """Returns the JSON object in a file, {} where there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return values if isinstance(values, dict) else {}
+    return {}
 
 
-def size_of(path):
-    """Returns the bytes of a file or of all files in a folder; a link counts as itself."""
-    if path.is_symlink() or not path.is_dir():
-        return path.lstat().st_size
-    return sum(
-        (Path(folder) / name).lstat().st_size
-        for folder, _, names in os.walk(path)
-        for name in names
-    )
-
-
-def shown_bytes(count):
+def megabytes(count):
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
 # ----------------------------------------------------------------------------------------------
-# What is there
+# Status
+
+
+def by_age(paths):
+    return sorted(paths, key=lambda path: -path.stat().st_mtime)
 
 
 def datasets():
     """Returns the folders of prepared datasets, the newest first."""
-    found = [path for path in DATA.glob("[!.]*/manifest.json") if path.is_file()]
-    return [path.parent for path in sorted(found, key=lambda path: -path.stat().st_mtime)]
+    return [path.parent for path in by_age(DATA.glob("[!.]*/manifest.json"))]
 
 
-def describe_dataset(folder):
-    """Returns what a dataset holds, its hashes compared where that is quick, or what is wrong with it."""
-    from lib.folders import (  # numpy, which host.py may find missing
-        VERIFY_BYTES,
-        Shards,
-        read_manifest,
-    )
-
-    try:
-        manifest = read_manifest(folder)
-        shards = [Shards(folder, split) for split, entries in manifest["splits"].items() if entries]
-    except UserError as error:
-        return f"  {folder}: BROKEN: {error}"
-    documents, tokens = (
-        sum(getattr(one, name) for one in shards) for name in ("documents", "tokens")
-    )
-    checked = all(one.tokens * one.dtype.itemsize <= VERIFY_BYTES for one in shards)
-    state = "verified (sha256)" if checked else "sizes verified; too large to hash each time"
-    held = f"{documents:,} documents, {tokens:,} tokens, vocabulary {manifest['vocab_size']:,}"
-    return f"  {folder}: {held}, {state}"
-
-
-def preparations():
-    """Returns a line on each preparation that has not ended."""
-    works = sorted(DATA.glob(".*.partial"))
-    read = (read_json(work / "progress.json").get("documents") or 0 for work in works)
-    names = (work.name.removeprefix(".").removesuffix(".partial") for work in works)
-    told = "documents read; the command that began it goes on"
-    return [f"  {DATA / name}: not complete, {count:,} {told}" for name, count in zip(names, read)]
+def evaluations():
+    """Returns the folders that hold results, the newest first."""
+    return [path.parent for path in by_age(RESULTS.rglob("results.json"))]
 
 
 class Training(NamedTuple):
-    """One folder of a training and what its files say."""
+    """One folder of a training and the contents of its files."""
 
     folder: Path
     kind: str  # pretrain, sft or dpo
-    config: dict  # of its newest run.json
-    last: dict  # every key that metrics.jsonl holds, its newest value
-    when: float  # of the newest file that says something
+    config: dict  # its newest run.json
+    last: dict  # the newest value of every key in metrics.jsonl
+    time: float  # when it last wrote something
 
     @property
     def problem(self):
-        """What is wrong with final/, None if it is a whole model by its manifest's hashes."""
-        from lib.checkpoint import (  # needs packages, whose want check-env is to tell
-            FINAL_FILES,
-            problem_with,
-        )
+        """What is wrong with final/; None if it is a whole model by the hashes of its manifest."""
+        from lib.checkpoint import FINAL_FILES, problem_with  # check-env runs without packages
 
         return problem_with(self.folder / "final", FINAL_FILES)
 
+    @property
+    def steps(self):
+        """The checkpoints' folders, the newest first."""
+        steps = [p for p in self.folder.glob("step_*") if p.name[5:].isdecimal()]
+        return sorted((p for p in steps if not p.is_symlink()), key=lambda p: -int(p.name[5:]))
 
-def newest_steps(folder):
-    """Returns the step_* folders, newest first."""
-    steps = [
-        p
-        for p in folder.glob("step_*")
-        if p.name[5:].isdecimal() and p.is_dir() and not p.is_symlink()
-    ]
-    return sorted(steps, key=lambda p: -int(p.name[5:]))
+    @property
+    def whole_step(self):
+        """The newest checkpoint from which a training can be resumed, or None."""
+        from lib.checkpoint import problem_with
 
-
-def sound_step(folder):
-    """Returns the newest checkpoint that a resume would take, None if there is none."""
-    from lib.checkpoint import problem_with
-
-    return next((step for step in newest_steps(folder) if problem_with(step) is None), None)
+        return next((step for step in self.steps if problem_with(step) is None), None)
 
 
 def read_training(folder):
-    last, metrics = {}, folder / "metrics.jsonl"
-    with contextlib.suppress(OSError):
-        for line in metrics.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(
-                ValueError, TypeError
-            ):  # a run that is being written, or was cut
-                last |= json.loads(line)
-    homes = [p / "run.json" for p in (*newest_steps(folder)[:1], folder / "final")]
-    config = next(filter(None, map(read_json, homes)), {})
+    """Returns the Training in a folder, whatever state it is in."""
+    training, last = Training(folder, "", {}, {}, 0.0), {}
+    metrics = folder / "metrics.jsonl"
+    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else ():
+        with contextlib.suppress(ValueError, TypeError):  # the last line may be half written
+            last |= json.loads(line)
+    presets = [path / "run.json" for path in (*training.steps[:1], folder / "final")]
+    config = next(filter(None, map(read_values, presets)), {})
     kind = "dpo" if "beta" in config else "sft" if "dataset_path" in config else "pretrain"
-    times = [p.stat().st_mtime for p in (metrics, *homes) if p.is_file()]
+    times = [path.stat().st_mtime for path in (metrics, *presets) if path.is_file()]
     return Training(folder, kind, config, last, max(times, default=0.0))
 
 
@@ -159,113 +124,110 @@ def trainings():
     """Returns every training below checkpoints/, the newest first."""
     marks = [p for name in ("metrics.jsonl", "final", "step_*") for p in CHECKPOINTS.rglob(name)]
     folders = {p.parent for p in marks if not any(part.startswith(".") for part in p.parts)}
-    return sorted(map(read_training, folders), key=lambda one: -one.when)
+    return sorted(map(read_training, folders), key=lambda training: -training.time)
 
 
-def describe_training(one, problem):
-    """Returns a line: how far a training is, how good, since when. problem: its Training.problem."""
-    steps = newest_steps(one.folder)
-    known = [one.last.get("step"), *(int(path.name[5:]) for path in steps[:1])]  # logged, and saved
-    step = max((number for number in known if number is not None), default=None)
-    goal, minutes = one.config.get("max_steps"), one.config.get("max_minutes")
-    far = "no step logged" if step is None else f"step {step:,}" + (f" of {goal:,}" if goal else "")
-    if minutes and "seconds" in one.last:
-        far += f", {one.last['seconds'] / 60:.1f} of {minutes:g} minutes"
-    elif not goal and one.config.get("num_train_epochs"):
-        far += f", {one.config['num_train_epochs']:g} passes asked for"
-    name = next((k for k in ("val_bits_per_byte", "val_loss") if one.last.get(k) is not None), None)
-    good = f", {name} {one.last[name]:.4f}" if name else ""
+def describe_dataset(folder):
+    """Returns a line on a dataset: its size, or what is wrong with it."""
+    from lib.folders import Shards, read_manifest
+
+    try:
+        manifest = read_manifest(folder)
+        shards = [Shards(folder, split) for split, files in manifest["splits"].items() if files]
+    except UserError as error:
+        return f"  {folder}: BROKEN: {error}"
+    documents, tokens = (sum(getattr(s, name) for s in shards) for name in ("documents", "tokens"))
+    vocabulary = manifest["vocab_size"]
+    return f"  {folder}: {documents:,} documents, {tokens:,} tokens, vocabulary {vocabulary:,}"
+
+
+def preparations():
+    """Returns a line on each data preparation that has not ended."""
+    for folder in sorted(DATA.glob(".*.partial")):
+        name = folder.name.removeprefix(".").removesuffix(".partial")
+        count = read_values(folder / "progress.json").get("documents") or 0
+        yield f"  {DATA / name}: not complete, {count:,} documents read; the same command goes on"
+
+
+def describe_training(training, problem):
+    """Returns a line: state, progress, quality and time of a training. problem: of its final/."""
+    last, config, steps = training.last, training.config, training.steps
+    reached = [last.get("step") or 0, *(int(path.name[5:]) for path in steps[:1])]
+    progress = f"step {max(reached):,}" if max(reached) else "no step logged"
+    if config.get("max_steps"):
+        progress += f" of {config['max_steps']:,}"
+    if config.get("max_minutes") and "seconds" in last:
+        progress += f", {last['seconds'] / 60:.1f} of {config['max_minutes']:g} minutes"
+    metric = next((k for k in ("val_bits_per_byte", "val_loss") if last.get(k) is not None), None)
+    quality = f", {metric} {last[metric]:.4f}" if metric else ""
     if problem is None:
         state = "complete"
-    elif (one.folder / "final").exists():
+    elif (training.folder / "final").exists():
         state = f"final/ is BROKEN: {problem}"
-    else:
+    elif training.whole_step:
         state = "not complete"
-        if not sound_step(one.folder):
-            state += ", no checkpoint is whole" if steps else ", no checkpoint yet"
-    when = time.strftime(", %Y-%m-%d %H:%M", time.localtime(one.when)) if one.when else ""
-    return f"  {one.folder} ({one.kind}): {state}, {far}{good}{when}"
-
-
-def evaluations():
-    """Returns the folders of results below evaluation_results/, the newest first."""
-    found = [p for p in RESULTS.rglob("results.json") if p.is_file()]
-    return [p.parent for p in sorted(found, key=lambda p: -p.stat().st_mtime)]
+    else:
+        state = f"not complete, no checkpoint {'is whole' if steps else 'yet'}"
+    day = time.strftime("%Y-%m-%d %H:%M", time.localtime(training.time)) if training.time else "-"
+    return f"  {training.folder} ({training.kind}): {state}, {progress}{quality}, {day}"
 
 
 def describe_evaluation(folder):
-    results = read_json(folder / "results.json")
-    model, text = (
-        results.get(k) if isinstance(results.get(k), dict) else {} for k in ("model", "perplexity")
-    )
+    """Returns a line on the results of an evaluation."""
+    results = read_values(folder / "results.json")
+    model, text = (results.get(key) or {} for key in ("model", "perplexity"))
     bits = text.get("bits_per_byte")
-    measured = f"{bits:.4f} bits per byte" if isinstance(bits, float) else "perplexity not measured"
-    return f"  {folder}: {model.get('path', 'not readable')}, {measured}"
+    quality = f"{bits:.4f} bits per byte" if isinstance(bits, float) else "perplexity not measured"
+    return f"  {folder}: {model.get('path', 'not readable')}, {quality}"
 
 
-def next_command(found, sound, seen):
-    """Returns (what to do next, why). found: trainings, newest first; sound: the whole; seen: evaluations."""
-    if not found and not datasets():
+def next_command(runs):
+    """Returns (the next command, its reason). runs: (Training, its problem), newest first."""
+    whole = [training for training, problem in runs if problem is None]
+    halves = [training for training, problem in runs if problem and training.whole_step]
+    if not datasets() and not runs:
         return command("data.py", "configs/datasets/docstrings.json"), "there is no dataset yet"
-    halves = [one for one in found if one not in sound and sound_step(one.folder)]
-    if halves and (not sound or halves[0].when > sound[0].when):
-        step, script = sound_step(halves[0].folder), halves[0].kind.replace("pretrain", "train")
-        words = [f"{script}.py", step / "run.json", "--resume_from_checkpoint=auto"]
-        if Path(halves[0].config.get("output_dir", "")).resolve() != halves[0].folder.resolve():
-            words.append(f"--output_dir={halves[0].folder}")  # it was renamed, or copied
-        return command(*words), f"{halves[0].folder} is not complete"
-    if not sound:
-        words = (
-            ("train.py", "configs/demo.json", f"--data_path={datasets()[0]}") if datasets() else ()
-        )
-        return command(*words) if words else "make prepare", "there is no model yet"
-    newest = sound[0]
-    if newest.kind != "dpo":
-        lessons = {"pretrain": ("sft", "an answer"), "sft": ("dpo", "the better of two answers")}
-        script, nouns = lessons[newest.kind]
-        file = Path("data/samples") / f"{script}_train.jsonl"
-        words = (f"{script}.py", f"configs/{script}.json", f"--model_path={newest.folder}")
-        words = (
-            (*words, f"--dataset_path={file}")
-            if file.exists()
-            else ("data.py", "create_sample_datasets")
-        )
-        return command(*words), f"{newest.folder} has not learned to give {nouns}"
-    paths = {Path(read_json(p / "results.json").get("model", {}).get("path", "")) for p in seen}
-    if not paths & {newest.folder, newest.folder / "final"}:
-        out = RESULTS / newest.folder.name
-        return command(
-            "eval.py", f"--model_path={newest.folder}", f"--output_dir={out}"
-        ), "it was never evaluated"
-    return command(
-        "sample.py", "--chat", f"--model_path={newest.folder}"
-    ), "all is there: talk to it"
+    if halves and (not whole or halves[0].time > whole[0].time):
+        return resume_command(halves[0]), f"{halves[0].folder} is not complete"
+    if not whole:
+        data = [f"--data_path={folder}" for folder in datasets()[:1]]
+        words = command("train.py", "configs/demo.json", *data) if data else "make prepare"
+        return words, "there is no model yet"
+    model = f"--model_path={whole[0].folder}"
+    program = {"pretrain": "sft", "sft": "dpo"}.get(whole[0].kind)
+    if program is None:
+        return command("sample.py", "--chat", model), "every training is done"
+    rows = Path(f"data/samples/{program}_train.jsonl")
+    if not rows.exists():
+        return command("data.py", "create_sample_datasets"), f"{program}.py needs rows"
+    words = (f"{program}.py", f"configs/{program}.json", model, f"--dataset_path={rows}")
+    return command(*words), f"{program} follows {whole[0].kind}"
 
 
-@dataclass(frozen=True)
-class StatusConfig:
-    """Nothing to choose."""
+def resume_command(training):
+    """Returns the command that resumes a training, also where its folder was renamed since."""
+    program = training.kind.replace("pretrain", "train")
+    words = (f"{program}.py", training.whole_step / "run.json", "--resume_from_checkpoint=auto")
+    return command(*words, f"--output_dir={training.folder}")
 
 
 def status(cfg=None):
-    """What is in this folder, as it is on the disk, and what to do next: python -m tools.workspace status"""
-    found, seen = trainings(), evaluations()
-    problems = [one.problem for one in found]
-    sound = [one for one, problem in zip(found, problems, strict=True) if problem is None]
-    parts = {
+    """Datasets, trainings and evaluations as they are on the disk, and the next command."""
+    runs = [(training, training.problem) for training in trainings()]
+    lines = {
         "datasets": [*map(describe_dataset, datasets()), *preparations()],
-        "trainings": [describe_training(*pair) for pair in zip(found, problems, strict=True)],
-        "evaluations": [describe_evaluation(folder) for folder in seen],
+        "trainings": [describe_training(*run) for run in runs],
+        "evaluations": list(map(describe_evaluation, evaluations())),
     }
-    for name, lines in parts.items():
-        print(name, *(lines or ["  none"]), sep="\n")
-    todo, why = next_command(found, sound, seen)
-    print(f"\nnext ({why}):\n  {todo}")
+    for name, section in lines.items():
+        print(name, *(section or ["  none"]), sep="\n")
+    todo, reason = next_command(runs)
+    print(f"\nnext ({reason}):\n  {todo}")
 
 
 @dataclass(frozen=True)
 class NewestConfig:
-    """What is looked for."""
+    """The kind to look for."""
 
     # a model of this kind of training, or a dataset
     kind: Literal["any", "pretrain", "sft", "dpo", "data"] = "any"
@@ -274,211 +236,117 @@ class NewestConfig:
 def newest(kind="any"):
     """Returns the folder of the newest whole model of a kind, or of the newest dataset."""
     if kind == "data":
-        folder = next(iter(datasets()), None)
-        hint = f"no dataset in {DATA}; {command('data.py', 'configs/datasets/docstrings.json')} makes it"
+        folders = datasets()
+        remedy = f"no dataset in {DATA}; make one: make prepare"
     else:
-        folder = next(
-            (one.folder for one in trainings() if kind in (one.kind, "any") and not one.problem),
-            None,
-        )
-        which = "" if kind == "any" else f"{kind} "
-        hint = f"no complete {which}model in {CHECKPOINTS}; name one by MODEL_PATH, or train one: make demo"
+        folders = (t.folder for t in trainings() if kind in (t.kind, "any") and not t.problem)
+        name = "model" if kind == "any" else f"{kind} model"
+        remedy = f"no complete {name} in {CHECKPOINTS}; set MODEL_PATH, or train one: make demo"
+    folder = next(iter(folders), None)
     if folder is None:
-        raise UserError(hint)
+        raise UserError(remedy)
     return folder
 
 
-def say_newest(cfg):
-    """The newest whole model, or dataset, by name: python -m tools.workspace newest --kind=sft"""
+def print_newest(cfg):
+    """The folder of the newest whole model, or dataset."""
     folder = newest(cfg.kind)
     print(f"using the newest: {folder}", file=sys.stderr)
     print(folder)
 
 
-@dataclass(frozen=True)
-class VocabConfig:
-    """Whose vocabulary."""
-
-    path: str  # a prepared dataset
-
-
-def say_vocab(cfg):
-    """The size of a dataset's vocabulary, which is its model's: python -m tools.workspace vocab PATH"""
-    from lib.folders import read_manifest
-
-    print(read_manifest(cfg.path.split(",")[0])["vocab_size"])
-
-
 # ----------------------------------------------------------------------------------------------
-# Kept in one file
+# Backup
 
-OPENSSL = ("openssl", "enc", "-aes-256-cbc", "-pbkdf2", "-iter", "600000", "-salt")
-OPENSSL += ("-pass", "env:BACKUP_PASSPHRASE")
+OPENSSL = "openssl enc -aes-256-cbc -pbkdf2 -iter 600000 -salt -pass env:BACKUP_PASSPHRASE".split()
 
 
 @dataclass(frozen=True)
 class BackupConfig:
-    """Where to. A passphrase is taken from the environment alone, where no list of processes shows it."""
+    """Where to write. A passphrase comes from the environment: no list of processes shows it."""
 
-    output: str = ""  # the file, .tar.gz or, encrypted, .tar.gz.enc; empty = backups/ and the time
+    output: str = ""  # the file, .tar.gz or encrypted .tar.gz.enc; empty = backups/ and the time
 
 
-def worth_keeping():
-    """Returns (files, links left out, warnings): presets, evaluations, of trainings final/, a step, logs.
+def files_to_keep():
+    """Returns (files, warnings): presets, results; of a training final/, a step, metrics, curves.
 
-    The step is the newest that is whole, else the newest; what is not whole is kept as it is, and told.
+    The step is the newest whole one, else the newest. Links are left out and named in the warnings.
     """
-    files, links, warnings = [], set(), []
-    roots = [Path("configs"), RESULTS]
-    for one in trainings():
-        step = sound_step(one.folder) or next(iter(newest_steps(one.folder)), None)
-        roots += [one.folder / "final", *filter(None, [step])]
-        roots += [p for p in one.folder.iterdir() if p.name.startswith(("metrics", "curves"))]
-        if (one.folder / "final").exists() and (problem := one.problem):
-            warnings.append(f"{one.folder / 'final'} is BROKEN ({problem}) and kept as it is")
-    for root in roots:
-        below = [
-            Path(folder) / name for folder, dirs, names in os.walk(root) for name in [*dirs, *names]
-        ]
-        for path in [root, *below]:
-            link = next((p for p in [*reversed(path.parents), path] if p.is_symlink()), None)
-            if link:
-                links.add(link)
-            elif path.is_file() and not any(part.startswith(".") for part in path.parts):
-                files.append(path)
-    return sorted(set(files)), sorted(links), warnings
+    roots, warnings, files = [Path("configs"), RESULTS], [], set()
+    for training in trainings():
+        step = training.whole_step or next(iter(training.steps), None)
+        roots += [training.folder / "final", *filter(None, [step])]
+        roots += [*training.folder.glob("metrics*"), *training.folder.glob("curves*")]
+        if (training.folder / "final").exists() and (problem := training.problem):
+            warnings.append(f"warning: {training.folder / 'final'} is BROKEN ({problem})")
+    for path in (path for root in roots for path in (root, *sorted(root.rglob("*")))):
+        if path.is_symlink():
+            warnings.append(f"left out: {path}, a link")
+        elif path.is_file() and not any(part.startswith(".") for part in path.parts):
+            files.add(path)
+    return sorted(p for p in files if not any(q.is_symlink() for q in p.parents)), warnings
 
 
-@contextlib.contextmanager
-def filtered(words, stdin, stdout):
-    """Yields a program's end to write to, or to read from where stdin is a file; UserError if it fails."""
+def run_openssl(*words):
     try:
-        process = subprocess.Popen(words, stdin=stdin, stdout=stdout)
+        code = subprocess.run([*OPENSSL, *map(str, words)]).returncode
     except FileNotFoundError:
-        raise UserError(
-            f"BACKUP_PASSPHRASE is set, but {words[0]} is not installed; install it, or unset that"
-        ) from None
-    whole = False
-    with contextlib.suppress(
-        BrokenPipeError, tarfile.ReadError
-    ):  # it ended early, and its status says why
-        with process:  # closes the pipe and waits
-            yield process.stdin if stdin is subprocess.PIPE else process.stdout
-        whole = True
-    if process.returncode or not whole:
-        raise UserError(f"{words[0]} failed with status {process.returncode}; nothing was kept")
+        raise UserError("BACKUP_PASSPHRASE needs openssl; install it, or unset that") from None
+    if code:
+        raise UserError(f"openssl failed with status {code}; nothing was kept")
 
 
-def write_tar(files, target, secret):
-    """Writes files to an open file, encrypted if `secret`. Returns {name: sha256} of what went in."""
-    sums = {}
-    pipe = filtered(OPENSSL, subprocess.PIPE, target) if secret else contextlib.nullcontext(target)
-    with (
-        pipe as sink,
-        tarfile.open(fileobj=sink, mode="w|gz", dereference=True) as tar,
-    ):  # of hard links too
-        for path in files:
-            with packable(path) as file:
-                reader = Hashing(file)
-                tar.addfile(tar.gettarinfo(fileobj=file, arcname=path.as_posix()), reader)
-            sums[path.as_posix()] = reader.sum.hexdigest()
-    return sums
-
-
-def packable(path):
-    """Opens a file to pack it; UserError if it is no longer there, or not to be read."""
-    try:
-        return path.open("rb")
-    except FileNotFoundError:
-        why = "gone since the packing began, as old checkpoints are while a training runs; start it again"
-        raise UserError(f"{path}: {why}") from None
-    except OSError as problem:
-        raise UserError(f"{path}: cannot be read ({problem.strerror})") from None
-
-
-class Hashing:
-    """A file that hashes what is read of it."""
-
-    def __init__(self, file):
-        self.file, self.sum = file, hashlib.sha256()
-
-    def read(self, count):
-        data = self.file.read(count)
-        self.sum.update(data)
-        return data
-
-
-def read_tar(path, secret):
-    """Returns {name: sha256} of what a backup holds."""
-    with path.open("rb") as file:
-        pipe = (
-            filtered((*OPENSSL, "-d"), file, subprocess.PIPE)
-            if secret
-            else contextlib.nullcontext(file)
-        )
-        with pipe as source, tarfile.open(fileobj=source, mode="r|gz") as tar:
-            return {
-                entry.name: hashlib.file_digest(tar.extractfile(entry), "sha256").hexdigest()
-                for entry in tar
-            }
+def write_backup(files, path, folder, secret):
+    """Packs files in `folder`, reads them back, encrypts them if `secret`, and moves to `path`."""
+    archive = folder / "backup.tar.gz"
+    with tarfile.open(archive, "w:gz", dereference=True) as tar:
+        for file in files:
+            tar.add(file, file.as_posix(), recursive=False)
+    with tarfile.open(archive) as tar:  # to its end: gzip checks every byte
+        if tar.getnames() != [file.as_posix() for file in files]:
+            raise UserError(f"{path}: does not hold what was written; nothing was kept")
+    if secret:
+        encrypted, decrypted = folder / "encrypted", folder / "decrypted"
+        run_openssl("-in", archive, "-out", encrypted)
+        run_openssl("-d", "-in", encrypted, "-out", decrypted)
+        if not filecmp.cmp(archive, decrypted, shallow=False):
+            raise UserError(f"{path}: openssl does not decrypt it; nothing was kept")
+        archive = encrypted
+    os.replace(archive, path)
 
 
 def backup(cfg):
-    """Presets, models, newest checkpoints and evaluations in one verified file: python -m tools.workspace backup
+    """Presets, models, newest checkpoints and evaluations in one file, read back afterwards.
 
-    With BACKUP_PASSPHRASE in the environment it is encrypted by openssl (AES-256, PBKDF2).
+    With BACKUP_PASSPHRASE in the environment openssl encrypts it (AES-256, PBKDF2).
     """
     secret = os.environ.get("BACKUP_PASSPHRASE")
     if secret == "":
-        raise UserError(
-            "BACKUP_PASSPHRASE is empty; set it, or unset it for a backup that anyone can read"
-        )
+        raise UserError("BACKUP_PASSPHRASE is empty; set it, or unset it for an open backup")
     name = time.strftime("%Y%m%d_%H%M%S") + ".tar.gz" + (".enc" if secret else "")
     path = Path(cfg.output) if cfg.output else BACKUPS / name
     if path.exists():
         raise UserError(f"{path}: exists; name another --output")
-    files, links, warnings = worth_keeping()
-    print(f"packing {shown_bytes(sum(map(size_of, files)))} into {path}", flush=True)
-    part = path.with_name(f".tmp-{path.name}")
-    target = writable(part)
-    try:
-        with target:
-            sums = write_tar(files, target, secret)
-        if read_tar(part, secret) != sums:
-            raise UserError(f"{path}: what was written is not what was read; nothing was kept")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    for warning in warnings:
-        print(f"warning: {warning}")
-    for link in links:
-        print(f"left out: {link}, a link")
-    print(
-        f"{path}: {len(sums):,} files, {shown_bytes(path.stat().st_size)}, read back and compared"
-    )
-    print(f"to unpack: {unpack(path, secret)}")
-
-
-def writable(path):
-    """Opens a file to write it, in a folder made if need be; UserError where that cannot be."""
+    files, warnings = files_to_keep()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("wb")
-    except OSError as problem:
-        if problem.errno == errno.ENOSPC:
-            raise
-        why = f"cannot be written ({problem.strerror})"
-        raise UserError(f"{path.parent}: {why}; name another --output") from None
+        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=path.parent) as folder:
+            write_backup(files, path, Path(folder), secret)
+    except (FileNotFoundError, PermissionError, NotADirectoryError, FileExistsError) as error:
+        remedy = "name another --output, or start again if a training deleted it"
+        raise UserError(f"{error.filename or path}: {error.strerror}; {remedy}") from None
+    print(*warnings, f"{path}: {len(files):,} files, {megabytes(path.stat().st_size)}", sep="\n")
+    print(f"to unpack: {unpack_command(path, secret)}")
 
 
-def unpack(path, secret):
-    """Returns the command that unpacks a backup into the folder one stands in."""
+def unpack_command(path, secret):
     path = shlex.quote(str(path))
     return f"{' '.join(OPENSSL)} -d -in {path} | tar -xz" if secret else f"tar -xzf {path}"
 
 
 # ----------------------------------------------------------------------------------------------
-# Thrown away
+# Deleting
 
 
 @dataclass(frozen=True)
@@ -488,73 +356,222 @@ class CleanConfig:
     yes: Literal["", "1"] = ""  # 1 = do not ask
 
 
-def refuse_if_in_use():
-    """UserError if a training holds one of the folders below checkpoints/."""
-    from lib.folders import lock_file  # numpy, as above
-
-    for lock in CHECKPOINTS.rglob("run.lock"):
-        with lock.open(encoding="utf-8") as handle:
-            held = not lock_file(handle)
-            handle.seek(0)
-            if held:
-                raise UserError(
-                    f"{lock.parent} is in use by process {handle.read().strip()}; stop it first"
-                )
-
-
-def inside(folder):
-    """Returns what lies in a folder; of a folder that is a link, the link."""
-    return [folder] if folder.is_symlink() else sorted(folder.glob("*"))
-
-
-def throw_away(paths, cfg):
-    """Lists `paths` with their sizes, asks, and deletes them; of a link only the link."""
+def delete(paths, cfg):
+    """Lists paths, asks and deletes them; of a link only the link."""
     paths = [path for path in paths if path.exists() or path.is_symlink()]
     if not paths:
-        print("nothing to delete")
-        return
+        return print("nothing to delete")
     for path in paths:
         note = "  (a link; what it points to stays)" if path.is_symlink() else ""
-        print(f"  {shown_bytes(size_of(path)):>12}  {path}{note}", flush=True)  # before an error
+        print(f"  {path}{note}", flush=True)
     if not cfg.yes:
         if not sys.stdin.isatty():
-            raise UserError(
-                "deleting needs a yes and there is no terminal to ask; YES=1 (--yes=1) says it"
-            )
+            raise UserError("deleting needs a yes, and there is no terminal; set YES=1 (--yes=1)")
         if input("delete these? type yes: ").strip().lower() != "yes":
-            print("nothing was deleted")
-            return
+            return print("nothing was deleted")
     for path in paths:
         path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path)
     print("deleted")
 
 
+def contents(folder):
+    """Returns what is in a folder; of a folder that is a link, the link."""
+    return [folder] if folder.is_symlink() else sorted(folder.glob("*"))
+
+
 def clean(cfg):
-    """Delete caches of Python and of the tools, and what killed backups left: python -m tools.workspace clean"""
-    caches = [Path(name) for name in ("__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis")]
-    halves = sorted(BACKUPS.glob(".tmp-*"))
-    throw_away([*caches, *sorted(Path(".").glob("[!.]*/__pycache__")), *halves], cfg)
+    """Delete caches of Python and of the tools, and the halves of killed backups."""
+    caches = [Path(name) for name in (".pytest_cache", ".ruff_cache", ".hypothesis")]
+    caches += [Path("__pycache__"), *sorted(Path(".").glob("[!.]*/__pycache__"))]
+    delete([*caches, *sorted(BACKUPS.glob(".tmp-*"))], cfg)
 
 
 def clean_checkpoints(cfg):
-    """Delete every training, its models included: python -m tools.workspace clean-checkpoints"""
-    refuse_if_in_use()
-    throw_away(inside(CHECKPOINTS), cfg)
+    """Delete every training, its models included."""
+    from lib.folders import lock_file
+
+    for lock in CHECKPOINTS.rglob("run.lock"):
+        with lock.open(encoding="utf-8") as handle:
+            if not lock_file(handle):
+                raise UserError(f"{lock.parent} is in use by a running training; stop it first")
+    delete(contents(CHECKPOINTS), cfg)
 
 
 def clean_sessions(cfg):
-    """Delete the logs of sessions and the toys of session-debug: python -m tools.workspace clean-sessions"""
-    throw_away(inside(SESSIONS), cfg)
+    """Delete the logs of sessions and the toy models of session-debug."""
+    delete(contents(SESSIONS), cfg)
 
 
-COMMANDS: dict[str, tuple[Callable, type]] = {
-    "status": (status, StatusConfig),
-    "newest": (say_newest, NewestConfig),
-    "vocab": (say_vocab, VocabConfig),
+# ----------------------------------------------------------------------------------------------
+# The machine
+
+REQUIRED = "torch numpy sentencepiece datasketch ftfy tqdm safetensors matplotlib".split()
+OPTIONAL = {
+    "flash-attn": "faster attention on CUDA",
+    "datasets": "hf: sources, WikiText-2 and BoolQ for eval.py",
+    "pyarrow": ".parquet",
+    "zstandard": ".zst",
+    "py3langid": "languages other than English",
+    "tokenizers": "other models' byte-level tokenizers",
+    "gguf": "python -m tools.export --format=gguf",
+    "wandb": "--report_to=wandb",
+    "tensorboard": "--report_to=tensorboard",
+}
+
+
+def version_of(package):
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def memory():
+    """Returns (bytes in all, bytes available), None where there is no /proc."""
+    path = Path("/proc/meminfo")
+    if not path.exists():
+        return None
+    lines = dict(line.split(":") for line in path.read_text(encoding="utf-8").splitlines())
+    return tuple(int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+
+
+def describe_memory():
+    if (numbers := memory()) is None:
+        return "not told by this system"
+    return f"{megabytes(numbers[0])}, {megabytes(numbers[1])} free"
+
+
+def describe_cuda():
+    """Returns the names of the cards that torch can use, or the reason why there are none."""
+    import torch
+
+    if torch.cuda.is_available():
+        return ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
+    version = torch.version.cuda
+    return f"no card found for CUDA {version}" if version else "no: this torch was built without it"
+
+
+def check_env(cfg=None):
+    """What this machine has for the programs; exits 1 if something required is missing."""
+    versions = {package: version_of(package) for package in REQUIRED}
+    missing = [package for package, version in versions.items() if version is None]
+    rows = [("python", platform.python_version()), ("system", platform.platform())]
+    rows += [(package, version or "MISSING") for package, version in versions.items()]
+    rows += [("CUDA", describe_cuda())] if versions["torch"] else []
+    disk = shutil.disk_usage(".")
+    rows += [("cores", str(cores())), ("memory", describe_memory())]
+    rows += [("disk here", f"{megabytes(disk.free)} free of {megabytes(disk.total)}")]
+    for package, use in OPTIONAL.items():
+        rows.append((f"{package} (optional)", f"{version_of(package) or 'not installed'}: {use}"))
+    print("\n".join(f"{name:<24}{value}" for name, value in rows))
+    if missing:
+        remedy = command("-m", "pip", "install", "-r", "requirements.txt")
+        print(f"\nmissing: {', '.join(missing)}; {remedy}")
+        raise SystemExit(1)
+    print("\nall that is required is there")
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """How long."""
+
+    once: bool = False  # one look, for scripts
+
+
+def describe_cards():
+    """Returns a line for each NVIDIA card, or one that says that there is none."""
+    if not shutil.which("nvidia-smi"):
+        return ["no gpu"]
+    fields = "--query-gpu=name,utilization.gpu,memory.used,memory.total,temperature.gpu"
+    query = ["nvidia-smi", fields, "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, encoding="utf-8").stdout.splitlines()
+
+
+def last_metrics():
+    """Returns the newest values that the newest training logged, as text."""
+    for training in trainings()[:1]:
+        keys = ("step", "loss", "val_loss", "lr", "tokens_per_second")
+        values = [f"{k} {training.last[k]:.6g}" for k in keys if training.last.get(k) is not None]
+        age = f"{time.time() - training.time:,.0f} s ago"
+        return f"{training.folder}: {' | '.join(values) or 'nothing logged'}, {age}"
+    return "no training"
+
+
+def monitor(cfg):
+    """Load, memory, GPU and the newest training, once a second until Ctrl-C."""
+    while True:
+        load = f"load {os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "load not told"
+        parts = [time.strftime("%H:%M:%S"), f"{load} on {cores()} cores"]
+        parts += [f"memory {describe_memory()}", *describe_cards(), last_metrics()]
+        print(" | ".join(parts), flush=True)
+        if cfg.once:
+            return
+        time.sleep(1)
+
+
+@dataclass(frozen=True)
+class GpuConfig:
+    """Which preset for which card."""
+
+    config: str = "configs/small.json"  # the preset to fit: its batch and accumulation change
+    gpu: str | None = None  # a card that is elsewhere, as rtx4090; none = the card in this machine
+    output: str = "configs/rtx4090.json"  # the preset to write; it must not exist
+
+
+def find_card(gpu):
+    """Returns (name, bytes of memory) of a card by its datasheet, or of this machine's card."""
+    from lib.runtime import CARDS
+
+    if gpu:
+        if gpu not in CARDS:
+            raise UserError(f"gpu: {gpu!r} is not known; use one of {', '.join(CARDS)}")
+        return gpu, CARDS[gpu].memory
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(f"no CUDA card ({describe_cuda()}); name one elsewhere: --gpu=rtx4090")
+    card = torch.cuda.get_device_properties(0)
+    return card.name, card.total_memory
+
+
+def config_gpu(cfg):
+    """Write a preset with the largest micro-batch that fits a card, at the same tokens per step."""
+    output, values = Path(cfg.output), read_object(cfg.config)
+    if output.exists():
+        raise UserError(f"{output}: exists; name another --output, or delete it")
+    name, space = find_card(cfg.gpu)
+    from tools.plan import RESERVE, card_memory
+    from train import PretrainConfig
+
+    preset = configure(PretrainConfig, [cfg.config])
+    rows = preset.batch_size * preset.gradient_accumulation_steps
+    for size in sorted((2**k for k in range(rows.bit_length()) if rows % 2**k == 0), reverse=True):
+        batch = {"batch_size": size, "gradient_accumulation_steps": rows // size}
+        need = card_memory(replace(preset, **batch))
+        if need <= space - RESERVE:
+            break
+    else:
+        raise UserError(f"{cfg.config}: one row needs {megabytes(need)}, too much for {name}")
+    reason = f"{cfg.config} for {name}: about {megabytes(need)} of {megabytes(space)}"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(values | {"_why": reason} | batch, indent=2), encoding="utf-8")
+    print(f"{output}: {reason}; batch_size {size}, {rows // size} to a step")
+
+
+COMMANDS = {
+    "status": (status, NoOptions),
+    "newest": (print_newest, NewestConfig),
     "backup": (backup, BackupConfig),
     "clean": (clean, CleanConfig),
     "clean-checkpoints": (clean_checkpoints, CleanConfig),
     "clean-sessions": (clean_sessions, CleanConfig),
+    "check-env": (check_env, NoOptions),
+    "monitor": (monitor, MonitorConfig),
+    "config-gpu": (config_gpu, GpuConfig),
 }
 
 

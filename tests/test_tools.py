@@ -1,0 +1,464 @@
+"""Sessions, status, backup, deleting and the report on the machine: run as a user runs them."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from lib.checkpoint import CHECKPOINT_FILES, seal
+from lib.config import UserError, configure
+from tests import ROOT
+from tests.conftest import link_code
+from tests.runs import DEFAULTS, train_to_end
+from tests.warm import python
+from tools import session, workspace
+from tools.plan import card_plan
+from train import PretrainConfig
+
+fcntl = pytest.importorskip("fcntl")  # signals, links and locks as POSIX has them
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+STAGES = ["data", "pretrain", "samples", "sft", "dpo"]
+STAGES += ["evaluate", "evaluate base", "compare", "assess", "ask"]
+TOY = {"n_layer": 1, "d_model": 32, "n_head": 2, "d_ff": 64, "sequence_length": 128}
+TOY |= {"batch_size": 2, "eval_rows": 4, "sample_tokens": 2, "dtype": "fp32"}
+TOY |= {"logging_steps": 1, "save_steps": 100000}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, tiny_documents):
+    """An empty clone as the current folder, with presets of toys."""
+    link_code(tmp_path)
+    texts = [{"text": text} for text in tiny_documents]
+    data = {"input_path": "texts.json", "output_dir": "data/processed/toy", "vocab_size": 384}
+    data |= {"train_ratio": 0.75, "use_minhash": False}
+    for name, content in {"texts.json": texts, "data.json": data, "toy.json": TOY}.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def start(*words):
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen([python(), "-m", *words], env=ONE_THREAD, text=True, **streams)
+
+
+def run(*words, **env):
+    """`python -m WORDS` to its end."""
+    call, streams = [python(), "-m", *words], {"capture_output": True, "stdin": subprocess.DEVNULL}
+    return subprocess.run(call, env=ONE_THREAD | env, text=True, timeout=300, **streams)
+
+
+def outcomes(text):
+    """The table at a session's end, as {stage: outcome}."""
+    return dict(re.findall(r"^  (\w[\w +]*?) +[\d.]+ min  (.*)$", text, flags=re.M))
+
+
+# ---- sessions
+
+
+def test_a_session_is_stopped_by_ctrl_c_and_goes_on_where_it_was(folder):
+    quick = ("tools.session", "quick", "--data=data.json", "--config=toy.json")
+    first, text = start(*quick, "--minutes=5"), ""
+    for line in first.stdout:
+        text += line
+        if re.match(r"step +5 ", line):
+            first.send_signal(signal.SIGINT)  # to the session alone, which passes it on, once
+            break
+    text += first.stdout.read()
+    assert first.wait() == 130, text
+    assert "stopped at step" in text
+    assert "Traceback" not in text
+    assert outcomes(text) == {"data": "done", "pretrain": "stopped"}
+    log = next(folder.glob("sessions/*.log"))
+    assert re.fullmatch(r"\d{8}_\d{6}\.log", log.name)
+    assert log.read_text() == text
+    assert re.search(
+        r"^  \S+ train\.py .*run\.json --resume_from_checkpoint=auto", text, flags=re.M
+    )
+
+    again = run(*quick, "--minutes=0.6")
+    assert again.returncode == 0, again.stdout[-3000:]
+    table = outcomes(again.stdout)
+    assert set(table) <= set(STAGES)
+    assert table["data"] == "done before"
+    assert "resumed from checkpoints/pretrain/quick/step_" in again.stdout
+    assert table["pretrain"] == "done"
+    assert {table[name] for name in ("samples", "evaluate", "assess", "ask")} == {"done"}
+    assert table["sft"] in ("done", "skipped: no time left")
+    assert Path("evaluation_results/quick/report.md").is_file()
+
+
+def test_a_failed_stage_ends_the_session_and_the_exit_status_says_so(folder):
+    Path("toy.json").write_text(json.dumps(TOY | {"n_head": 3}))
+    done = run("tools.session", "quick", "--data=data.json", "--config=toy.json")
+    assert done.returncode == 1
+    assert outcomes(done.stdout) == {"data": "done", "pretrain": "failed: status 2"}
+    assert "error: d_model 32 is not divisible by n_head 3" in done.stdout
+
+
+def test_trainings_share_the_minutes_that_are_left(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    box, calls = session.Session("x", 100), []
+    monkeypatch.setattr(box, "run", lambda stage, *words: calls.append(words[-1]))
+    left = 100 * (1 - session.RESERVED) - session.START
+    for stage, share, spent in (("a", 0.7, 10), ("b", 2 / 3, 12), ("c", 1, 95)):
+        box.start -= 60 * (spent - box.spent)
+        box.train(stage, share, f"checkpoints/{stage}", "train.py")
+    minutes = [float(word.removeprefix("--max_minutes=")) for word in calls]
+    assert minutes == pytest.approx([(left - 10) * 0.7, (left - 12) * 2 / 3], abs=0.01)
+    assert box.rows == [("c", 0.0, "skipped: no time left")]
+
+
+def test_the_newest_twenty_logs_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("sessions").mkdir()
+    for n in range(30):
+        Path(f"sessions/20200101_0000{n:02}.log").touch()
+    Path("sessions/notes.log").touch()  # not a session's
+    session.open_log().close()
+    names = sorted(path.name for path in Path("sessions").iterdir())
+    assert len(names) == session.LOGS + 1
+    assert "20200101_000011.log" in names
+    assert "20200101_000010.log" not in names
+
+
+def test_a_session_says_what_it_trains_on_when_the_hub_is_out_of_reach(folder, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    wanted, cfg = "configs/datasets/demo_tiny.json", session.TrainingSessionConfig()
+    preset, note = session.choose_data(cfg, wanted)
+    assert preset == "configs/datasets/docstrings.json"
+    assert re.search("in place of .*demo_tiny.json: (HF_HUB_OFFLINE is set|the package)", note)
+    Path("data/processed/demo_tiny").mkdir(parents=True)
+    Path("data/processed/demo_tiny/manifest.json").touch()
+    assert session.choose_data(cfg, wanted)[0] == wanted
+
+
+def test_a_training_without_a_clock_keeps_the_length_of_its_preset(tmp_path):
+    (tmp_path / "own.json").write_text('{"num_train_epochs": 1, "n_layer": 2}')
+    assert session.length_without_clock("") == ["--num_train_epochs=3", "--warmup_steps=20"]
+    assert session.length_without_clock(str(tmp_path / "own.json")) == ["--warmup_steps=20"]
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [("debug", "--model_path=x"), ("debug", "--config=x"), ("evaluation", "--config=x")],
+)
+def test_a_flag_of_another_session_is_refused(name, flag):
+    with pytest.raises(UserError, match="unknown option"):
+        configure(session.COMMANDS[name][1], [flag])
+
+
+def test_a_preset_is_run_forward_and_backward(tmp_path, capsys):
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps({k: TOY[k] for k in ("n_layer", "d_model", "n_head", "d_ff")}))
+    session.smoke(session.SmokeConfig(str(path)))
+    numbers = re.search(r"loss ([\d.]+) \(ln 32,768 = ([\d.]+)\)", capsys.readouterr().out)
+    assert float(numbers[1]) == pytest.approx(float(numbers[2]), abs=0.5)
+
+
+# ---- status
+
+
+@pytest.fixture
+def trained(folder, tiny_dataset):
+    """The folder with a dataset and a finished training of eight steps."""
+    shutil.copytree(tiny_dataset, "data/processed/tiny")
+    train_to_end(folder / "checkpoints/pretrain/toy", data_path=str(folder / "data/processed/tiny"))
+    (folder / "checkpoints/pretrain/toy.log").unlink()
+    return folder
+
+
+def status(capsys):
+    workspace.status()
+    return capsys.readouterr().out
+
+
+def test_status_tells_what_is_whole_and_what_is_not(trained, capsys):
+    manifest = json.loads(Path("data/processed/tiny/manifest.json").read_text())
+    entries = [entry for split in manifest["splits"].values() for entry in split]
+    documents, tokens = (sum(entry[key] for entry in entries) for key in ("documents", "tokens"))
+    text, home = status(capsys), Path("checkpoints/pretrain/toy")
+    assert f"tiny: {documents:,} documents, {tokens:,} tokens, vocabulary 384" in text
+    metrics = [json.loads(line) for line in (home / "metrics.jsonl").read_text().splitlines()]
+    bits = [record["val_bits_per_byte"] for record in metrics if "val_bits_per_byte" in record][-1]
+    steps = DEFAULTS["max_steps"]
+    assert f"complete, step {steps} of {steps}, val_bits_per_byte {bits:.4f}" in text
+    assert "create_sample_datasets" in text
+
+    weights = home / "final" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert "final/ is BROKEN: model.safetensors: checksum mismatch" in status(capsys)
+    with pytest.raises(UserError, match="no complete pretrain model"):
+        workspace.newest("pretrain")
+    shutil.rmtree(home / "final")
+    text = status(capsys)
+    assert "not complete, step 8 of 8" in text
+    assert f"train.py {home}/step_000008/run.json --resume_from_checkpoint=auto" in text
+    shard = Path("data/processed/tiny") / entries[0]["bin"]
+    shard.write_bytes(shard.read_bytes()[:-2])
+    assert "data/processed/tiny: BROKEN" in status(capsys)
+
+
+def sealed(folder, **config):
+    """A checkpoint that is whole by its manifest."""
+    for name in (*CHECKPOINT_FILES, "model.safetensors"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(config))
+    seal(folder)
+
+
+def test_status_after_kills(folder, capsys):
+    renamed = Path("checkpoints/pretrain/renamed")
+    for step in ("step_000004", "step_000008"):
+        sealed(renamed / step, output_dir="checkpoints/pretrain/toy", max_steps=8)
+    (renamed / "step_000008" / "run.json").unlink()
+    (renamed / "metrics.jsonl").write_text('{"step": 1, "loss": 6.5}\n{"step": 2, "lo')
+    text = status(capsys)
+    resume = f"{renamed}/step_000004/run.json --resume_from_checkpoint=auto --output_dir={renamed}"
+    assert f"train.py {resume}\n" in text
+    assert f"{renamed} (pretrain): not complete, step 8," in text
+    (renamed / "step_000004" / "manifest.json").unlink()
+    Path("checkpoints/empty/final").mkdir(parents=True)
+    work = Path("data/processed/.docs.partial")
+    work.mkdir(parents=True)
+    (work / "progress.json").write_text('{"documents": 4200, "parts": 2}')
+    text = status(capsys)
+    assert f"{renamed} (pretrain): not complete, no checkpoint is whole, step 8" in text
+    assert "checkpoints/empty (pretrain): final/ is BROKEN: no manifest.json" in text
+    assert "1970" not in text
+    assert "data/processed/docs: not complete, 4,200 documents read" in text
+    assert "next (there is no model yet):\n  make prepare\n" in text
+
+
+def test_status_of_nothing(folder, capsys):
+    text = status(capsys)
+    assert text.count("  none") == 3
+    assert "data.py configs/datasets/docstrings.json" in text
+
+
+# ---- backup
+
+
+def test_a_backup_holds_what_cannot_be_made_again_and_follows_no_link(trained, capsys):
+    Path("secret").write_text("not of this project")
+    Path("checkpoints/pretrain/toy/final/link").symlink_to("../../../../secret")
+    workspace.backup(workspace.BackupConfig("b/one.tar.gz"))
+    with tarfile.open("b/one.tar.gz") as tar:
+        names = tar.getnames()
+    toy = "checkpoints/pretrain/toy"
+    kept = {"final/model.safetensors", "step_000008/train_state/state.pt", "metrics.jsonl"}
+    assert {f"{toy}/{name}" for name in kept} <= set(names)
+    assert not [n for n in names if "step_000004" in n or "link" in n or "configs" in n]
+    out = capsys.readouterr().out
+    assert "left out: checkpoints/pretrain/toy/final/link, a link" in out
+    assert "left out: configs, a link" in out
+    with pytest.raises(UserError, match="exists"):
+        workspace.backup(workspace.BackupConfig("b/one.tar.gz"))
+
+
+def test_a_backup_keeps_the_newest_whole_checkpoint_and_tells_what_is_broken(folder, capsys):
+    toy = Path("checkpoints/pretrain/toy")
+    for name in ("step_000004", "step_000008", "final"):
+        sealed(toy / name)
+    (toy / "metrics.jsonl").touch()
+    (toy / "step_000008" / "run.json").unlink()
+    (toy / "final" / "train_state" / "state.pt").unlink()
+    os.link(toy / "metrics.jsonl", toy / "metrics.again")
+    workspace.backup(workspace.BackupConfig("one.tar.gz"))
+    assert f"{toy}/final is BROKEN (train_state/state.pt is missing)" in capsys.readouterr().out
+    with tarfile.open("one.tar.gz") as tar:
+        names = set(tar.getnames())
+    kept = {"step_000004/run.json", "final/model.safetensors", "metrics.again"}
+    assert {f"{toy}/{name}" for name in kept} <= names
+    assert not [name for name in names if "step_000008" in name]
+
+
+def test_a_backup_that_cannot_be_written_is_one_line(folder):
+    Path("file").touch()
+    with pytest.raises(UserError, match=r"^file.*: .+; name another --output"):
+        workspace.backup(workspace.BackupConfig("file/b.tar.gz"))
+
+
+def test_what_a_killed_backup_left_is_cleaned_away(folder, capsys):
+    Path("backups/.tmp-x").mkdir(parents=True)
+    for name in (".tmp-x/backup.tar.gz", "20260102_030405.tar.gz"):
+        Path("backups", name).write_text("half")
+    workspace.clean(workspace.CleanConfig("1"))
+    assert os.listdir("backups") == ["20260102_030405.tar.gz"]
+
+
+def test_an_empty_passphrase_is_a_mistake(folder, monkeypatch):
+    monkeypatch.setenv("BACKUP_PASSPHRASE", "")
+    with pytest.raises(UserError, match="BACKUP_PASSPHRASE is empty"):
+        workspace.backup(workspace.BackupConfig())
+    assert not Path("backups").exists()
+
+
+@pytest.mark.parametrize(("suffix", "secret"), [("", False), (".enc", True)])
+def test_the_page_says_how_a_backup_is_unpacked(suffix, secret):
+    page = (ROOT / "docs" / "SESSIONS.md").read_text(encoding="utf-8")
+    name = f"backups/20260102_030405.tar.gz{suffix}"
+    assert f"    {workspace.unpack_command(name, secret)}\n" in page
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
+def test_an_encrypted_backup_opens_with_its_passphrase_alone(folder, monkeypatch, capsys):
+    Path("evaluation_results").mkdir()
+    Path("evaluation_results/results.json").write_text("{}")
+    monkeypatch.setenv("BACKUP_PASSPHRASE", "a b\"c' $d")
+    workspace.backup(workspace.BackupConfig("kept.enc"))
+    command = capsys.readouterr().out.split("to unpack: ")[1].replace("kept.enc", "../kept.enc")
+    assert "a b" not in command
+    assert not tarfile.is_tarfile("kept.enc")
+    Path("there").mkdir()
+    subprocess.run(command, shell=True, check=True, cwd="there")
+    assert Path("there/evaluation_results/results.json").read_text() == "{}"
+    monkeypatch.setenv("BACKUP_PASSPHRASE", "another")
+    failed = subprocess.run(command, shell=True, cwd="there", capture_output=True)
+    assert failed.returncode != 0
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("exit 3", "openssl failed with status 3; nothing was kept"),
+        ('case "$*" in *" -d "*) exit 4;; *) touch "${12}";; esac', "openssl failed with status 4"),
+        ('for last; do :; done; echo other > "$last"', "does not decrypt it; nothing was kept"),
+    ],
+)
+def test_a_backup_that_openssl_spoils_leaves_nothing(script, message, folder):
+    Path("evaluation_results").mkdir()
+    Path("evaluation_results/results.json").write_bytes(os.urandom(200_000))
+    Path("bin").mkdir()
+    Path("bin/openssl").write_text(f"#!/bin/sh\n{script}\n")
+    Path("bin/openssl").chmod(0o755)
+    env = {"PATH": f"{Path('bin').resolve()}:{os.environ['PATH']}", "BACKUP_PASSPHRASE": "x"}
+    done = run("tools.workspace", "backup", "--output=b/one", **env)
+    assert (done.returncode, [*Path("b").iterdir()]) == (2, [])
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+# ---- deleting
+
+
+def test_nothing_is_deleted_without_a_yes(folder):
+    Path("checkpoints/sft").mkdir(parents=True)
+    for command in ("clean-checkpoints", "clean"):
+        Path("__pycache__").mkdir(exist_ok=True)
+        done = run("tools.workspace", command)
+        assert done.returncode == 2
+        assert "YES=1" in done.stderr
+    assert Path("checkpoints/sft").is_dir()
+    assert run("tools.workspace", "clean-checkpoints", "--yes=1").returncode == 0
+    assert not Path("checkpoints/sft").exists()
+    assert run("tools.workspace", "clean-sessions").stdout == "nothing to delete\n"
+    with pytest.raises(UserError, match=r"yes must be one of '', 1, got string \"yes\""):
+        configure(workspace.CleanConfig, ["--yes=yes"])
+
+
+@pytest.mark.parametrize("path", ["checkpoints", "checkpoints/pretrain"])
+def test_of_a_link_only_the_link_is_deleted(path, folder, capsys):
+    Path("elsewhere/a").mkdir(parents=True)
+    Path(path).parent.mkdir(exist_ok=True)
+    Path(path).symlink_to(folder / "elsewhere")
+    workspace.clean_checkpoints(workspace.CleanConfig("1"))
+    assert not Path(path).is_symlink()
+    assert Path("elsewhere/a").is_dir()
+
+
+def test_a_training_that_runs_is_not_deleted(folder):
+    Path("checkpoints/pretrain/a").mkdir(parents=True)
+    with open("checkpoints/pretrain/a/run.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="in use"):
+            workspace.clean_checkpoints(workspace.CleanConfig("1"))
+    assert Path("checkpoints/pretrain/a").is_dir()
+
+
+# ---- the machine
+
+
+def test_check_env_names_what_is_missing_and_fails_then(folder):
+    whole = run("tools.workspace", "check-env")
+    assert whole.returncode == 0, whole.stdout
+    assert re.search(rf"^cores +{workspace.cores()}$", whole.stdout, flags=re.M)
+    (folder / ".venv/bin").mkdir(parents=True)
+    (folder / ".venv/bin/python").symlink_to(sys.executable)
+    (folder / ".venv/pyvenv.cfg").write_text(f"home = {Path(sys.base_prefix) / 'bin'}\n")
+    words = [".venv/bin/python", "-m", "tools.workspace", "check-env"]
+    bare = subprocess.run(words, capture_output=True, text=True)
+    assert bare.returncode == 1
+    remedy = r"missing: .*sentencepiece.*; .venv/bin/python -m pip install -r requirements.txt"
+    assert re.search(remedy, bare.stdout)
+
+
+def test_monitor_shows_the_newest_training_and_ends_without_a_trace(trained):
+    process = start("tools.workspace", "monitor")
+    line = process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    assert process.stdout.read().count("Traceback") == 0
+    assert "checkpoints/pretrain/toy: step 8 | loss" in line
+    assert re.search(r"load [\d.]+ on \d+ cores \| memory [\d.]+ GB, ", line)
+    assert len(run("tools.workspace", "monitor", "--once").stdout.splitlines()) == 1
+
+
+@pytest.mark.parametrize("card", ["rtx4090", "rtx3080"])
+def test_a_preset_fits_its_card_at_the_same_tokens_per_step(card, folder):
+    output = f"new/{card}.json"
+    workspace.config_gpu(workspace.GpuConfig("configs/base.json", card, output))
+    preset = json.loads(Path(output).read_text())
+    assert preset["batch_size"] * preset["gradient_accumulation_steps"] == 64
+    assert preset["n_layer"] == 24
+    for rows, fits in ((preset["batch_size"], "yes"), (2 * preset["batch_size"], "NO")):
+        cfg = configure(PretrainConfig, [output, f"--batch_size={rows}"])
+        assert re.search(rf"fits +{fits}", "\n".join(card_plan(cfg, card)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--output=toy.json", "--gpu=rtx4090"], "toy.json: exists"),
+        (["--gpu=abacus"], "'abacus' is not known; use one of "),
+        (["--config=huge.json", "--gpu=rtx3070"], "one row needs"),
+        ([], "--gpu=rtx4090"),
+    ],
+)
+def test_a_preset_that_cannot_be_made_is_refused(options, message, folder):
+    Path("huge.json").write_text(json.dumps({"n_layer": 500, "d_model": 8192, "n_head": 64}))
+    done = run("tools.workspace", "config-gpu", *options, CUDA_VISIBLE_DEVICES="")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert message in done.stderr
+    assert not Path("configs/rtx4090.json").exists()
+
+
+# ---- the page
+
+
+def test_the_minutes_on_the_page_are_those_of_the_sessions():
+    page = (ROOT / "docs" / "SESSIONS.md").read_text(encoding="utf-8")
+    minutes = dict(re.findall(r"^\| `make session-(\w+)` \| (\d+) min", page, flags=re.M))
+    source = (ROOT / "tools" / "session.py").read_text()
+    assert len(minutes) == 5
+    for name, count in minutes.items():
+        body = source.split(f"def {name}(cfg)")[1].split("\n\n\n")[0]
+        assert f"or {count}" in body, name
+
+
+@pytest.mark.parametrize("module", ["tools.session", "tools.workspace"])
+def test_a_reader_that_closes_the_pipe_ends_the_help_quietly(module):
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-m", module, "--help"], cwd=ROOT, **streams)
+    process.stdout.close()
+    assert process.wait(60) == 141
+    assert process.stderr.read() == b""
