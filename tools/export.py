@@ -1,22 +1,19 @@
-"""A trained model for other programs: a Hugging Face folder, or one GGUF file for llama.cpp and its kin.
+"""A trained model for other programs: a Hugging Face folder, or one GGUF file for llama.cpp.
 
-    python -m tools.export --model_path=checkpoints/sft --format=hf --dtype=bf16 --output=exported/sft
-    python -m tools.export --model_path=checkpoints/sft --format=gguf --dtype=q8_0 --output=exported/sft.gguf
+    python -m tools.export --model_path=checkpoints/sft --format=hf --output=exported/sft
+    python -m tools.export --model_path=checkpoints/sft --format=gguf --dtype=q8_0 --output=sft.gguf
 
-An adapter is merged into its base. What was written is read back and compared, tensor by tensor, with the
-model it came from, and then run: the logits of both are what the last line compares. Nothing is overwritten.
-
-GGUF, version 3, as llama.cpp documents it (ggml/docs/gguf.md): a header of typed key-value pairs, a table of
-tensors, then their data, each aligned to 32 bytes. Written with numpy alone.
+An adapter is merged into its base. The export is read back, compared with the model tensor by
+tensor, and run: the last line compares the logits of both. Nothing is overwritten. llama.cpp's own
+package gguf writes GGUF.
 """
 
 import copy
 import os
 import shutil
-import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,117 +28,111 @@ DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Which model, and what to make of it."""
+    """Which model, and in which form."""
 
     model_path: str  # a model or adapter folder, or that of a whole training
     output: str  # the folder (hf) or file (gguf) to write; it must not exist
-    # a folder for transformers and others, or a file for llama.cpp
-    format: Literal["hf", "gguf"] = "hf"
-    # of the weights; q8_0 (8 bits, 32 to a scale): gguf
+    format: Literal["hf", "gguf"] = "hf"  # a folder for transformers, or a file for llama.cpp
+    # of the weights; q8_0 (8 bits, 32 numbers to a scale) is gguf's
     dtype: Literal["f32", "f16", "bf16", "q8_0"] = "f32"
+
+    def __post_init__(self):
+        if self.format == "hf" and self.dtype == "q8_0":
+            raise ValueError("dtype=q8_0 is for --format=gguf; hf takes f32, f16 or bf16")
 
 
 def main(cfg):
-    """Writes the model, proves that what was written is the model, and says so."""
-    if cfg.format == "hf" and cfg.dtype == "q8_0":
-        raise UserError(
-            "dtype=q8_0 is for --format=gguf; a Hugging Face folder takes f32, f16 or bf16"
-        )
+    """Writes the model, proves that the export is the model, and reports it."""
     output = Path(cfg.output)
     if output.exists():
         raise UserError(f"{output}: exists; name another --output, or delete it")
+    write, read = (write_folder, read_folder) if cfg.format == "hf" else (write_gguf, read_gguf)
     model = open_model_folder(cfg.model_path)
     tokenizer = Tokenizer.load(model_folder(cfg.model_path))
     tokenizer.match(model.cfg.vocab_size, cfg.model_path)
-    check_range(model, cfg.dtype)
+    check_weights(model, cfg.dtype)
     warning = check_tokenizer(cfg, tokenizer)
     output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f".{output.name}.partial")
-    remove(unfinished)  # of an export that was killed
+    partial = output.with_name(f".{output.name}.partial")
+    delete_export(partial)  # of an export that was killed
     try:
-        if cfg.format == "hf":
-            write_folder(unfinished, model, tokenizer, cfg.dtype)
-            proof = compare(model, load_model(unfinished), cfg.dtype)
-        else:
-            write_gguf(unfinished, model, tokenizer, cfg.dtype)
-            proof = compare(model, read_model(unfinished, model.cfg), cfg.dtype)
-        os.replace(unfinished, output)
-    except SafetensorError as problem:  # what it makes of the system's errors
-        raise UserError(f"{output}: could not be written ({problem})") from None
+        write(partial, model, tokenizer, cfg.dtype)
+        proof = compare_models(model, read(partial, model.cfg), cfg.dtype)
+        os.replace(partial, output)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{output}: not written ({error}); is there no space left?") from None
     finally:
-        remove(unfinished)
-    files = [output] if output.is_file() else [*output.iterdir()]
-    size, count = (
-        sum(file.stat().st_size for file in files),
-        sum(p.numel() for p in model.parameters()),
-    )
-    print(
-        f"{output}: {count / 1e6:.1f}M parameters in {cfg.dtype}, {size / 1e6:.1f} MB\n{proof}{warning}"
-    )
+        delete_export(partial)
+    size = sum(file.stat().st_size for file in [output, *output.glob("*")] if file.is_file())
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{output}: {count / 1e6:.1f}M parameters in {cfg.dtype}, {size / 1e6:.1f} MB")
+    print(proof + warning)
 
 
-def remove(path):
-    """Deletes a file or folder, if there is one."""
+def delete_export(path):
     if path.is_dir():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
 
 
-def check_range(model, dtype):
-    """UserError if a weight is too large for the dtype it is to be written in."""
-    largest = torch.finfo(torch.float16).max if dtype in ("f16", "q8_0") else torch.inf
+def check_weights(model, dtype):
+    """Raises UserError if the dtype cannot hold a weight."""
+    limit = {"f16": 65504, "q8_0": 127 * 65504}.get(dtype, torch.inf)
     for name, p in model.named_parameters():
-        if not p.abs().max() <= largest * (127 if dtype == "q8_0" else 1):
-            raise UserError(
-                f"{name} holds {p.abs().max():.3g}, too large for {dtype}; use --dtype=bf16"
-            )
+        if not p.abs().max() <= limit:
+            size = p.abs().max()
+            raise UserError(f"{name} holds {size:.3g}, too large for {dtype}; use --dtype=bf16")
+        if dtype == "q8_0" and p.ndim > 1 and p.shape[1] % 32:
+            width = f"{name}: rows of {p.shape[1]} numbers"
+            raise UserError(f"{width}; q8_0 takes multiples of 32; use --dtype=f16")
 
 
 def check_tokenizer(cfg, tokenizer):
-    """Returns a line on where other programs will read a text otherwise, or "".
+    """Returns a warning where other programs will tokenize otherwise, or "".
 
-    UserError for a tokenizer that cannot be written in cfg.format.
+    Raises UserError for a tokenizer that cannot be written in cfg.format.
     """
     if tokenizer.file != "tokenizer.model":
         if cfg.format == "hf":
-            return ""  # it is copied
+            return ""  # the file is copied
         raise UserError(
             f"{cfg.model_path}: its tokenizer is a {tokenizer.file}, and GGUF is written from "
-            "SentencePiece's tokenizer.model; use --format=hf and llama.cpp's own converter"
+            "tokenizer.model; use --format=hf and llama.cpp's own converter"
         )
     kind, habits = sentencepiece_kind(tokenizer.model)
     if kind != "BPE":
         raise UserError(
-            f"{cfg.model_path}: its tokenizer.model is a {kind} model; what export writes for other programs "
-            "is BPE and would give other ids; use the folder itself, with its base model's tokenizer files"
+            f"{cfg.model_path}: its tokenizer.model is a {kind} model, and an export as BPE gives "
+            "other ids; use the folder with its base model's tokenizer files"
         )
-    where = "tokenizer.json" if cfg.format == "hf" else "the tokenizer in the file"
-    told = f"\nwarning: {where} is not exact: it does not {' or '.join(habits)}, as tokenizer.model does"
-    return told if habits else ""
+    if not habits:
+        return ""
+    file = "tokenizer.json" if cfg.format == "hf" else "the tokenizer in the file"
+    return f"\nwarning: {file} does not {' or '.join(habits)}, as tokenizer.model does"
 
 
 def sentencepiece_kind(model):
-    """Returns (kind, what it does to a text besides) of a .model file, by sentencepiece_model.proto."""
-    parts = {1: [], 2: [], 3: []}
-    for number, value in protobuf(model):
-        parts.setdefault(number, []).append(value)
-    trainer, normalizer = (dict(protobuf(b"".join(parts[number]))) for number in (2, 3))
+    """Returns (kind, habits) of a tokenizer.model, by the numbers of sentencepiece_model.proto."""
+    fields = list(protobuf_fields(model))
+    trainer, normalizer = (
+        dict(protobuf_fields(b"".join(value for number, value in fields if number == message)))
+        for message in (2, 3)
+    )
+    pieces = (dict(protobuf_fields(value)) for number, value in fields if number == 1)
     habits = {
         "normalize characters": normalizer.get(2),
         "drop superfluous spaces": normalizer.get(4, 1),
-        "keep user-defined symbols whole": any(
-            dict(protobuf(piece)).get(3) == 4 for piece in parts[1]
-        ),
+        "keep user-defined symbols whole": any(piece.get(3) == 4 for piece in pieces),
     }
     kind = {1: "unigram", 2: "BPE", 3: "word", 4: "character"}[trainer.get(3, 1)]
-    return kind, [habit for habit, on in habits.items() if on]
+    return kind, [habit for habit, present in habits.items() if present]
 
 
-def protobuf(data):
-    """Yields (number, value) of a message's fields: integers, or bytes for what is not one."""
+def protobuf_fields(data):
+    """Yields (number, value) of a protobuf message: an integer, or bytes for every other type."""
     at = 0
 
-    def integer():
+    def varint():
         nonlocal at
         value = shift = 0
         while True:
@@ -151,334 +142,184 @@ def protobuf(data):
                 return value
 
     while at < len(data):
-        key = integer()
+        key = varint()
         if key & 7 == 0:
-            yield key >> 3, integer()
+            yield key >> 3, varint()
         else:
-            size = {1: 8, 5: 4}.get(key & 7) or integer()
+            size = {1: 8, 5: 4}.get(key & 7) or varint()
             yield key >> 3, data[at : at + size]
             at += size
 
 
 @torch.no_grad()
-def compare(model, written, dtype):
-    """Returns a line on how `written`, read back, differs from `model`; fails if by more than rounding."""
-    worst, own = 0.0, written.state_dict()
+def compare_models(model, copy, dtype):
+    """Returns a line on how the copy read back differs; fails if by more than dtype's rounding."""
+    largest_difference, tensors = 0.0, copy.state_dict()
     for name, expected in model.state_dict().items():
-        assert own[name].shape == expected.shape, f"{name}: {own[name].shape}, not {expected.shape}"
-        difference = (own[name] - expected).abs()
+        difference = (tensors[name] - expected).abs()
         if dtype == "q8_0" and expected.ndim > 1:
             largest = expected.reshape(-1, 32).abs().amax(dim=1, keepdim=True)
             allowed = (0.5 / 127 + 2**-11) * largest  # half a step, and the rounding of its scale
             same = (difference.reshape(-1, 32) <= allowed).all()
         else:
             rounded = expected.to(DTYPES.get(dtype, torch.float32)).float()
-            same = torch.equal(own[name], rounded) or torch.equal(own[name], expected)
-        assert same, f"{name}: written as something else"
-        worst = max(worst, difference.max().item())
+            same = any(torch.equal(tensors[name], each) for each in (rounded, expected))
+        assert same, f"{name}: the export holds other numbers"
+        largest_difference = max(largest_difference, difference.max().item())
     ids = torch.arange(min(64, model.cfg.sequence_length)) * 7919 % model.cfg.vocab_size
-    before, after = model(ids[None]), written(ids[None])
+    before, after = model(ids[None]), copy(ids[None])
     apart, size = (before - after).abs().max().item(), before.abs().max().item()
-    agreed = (before.argmax(-1) == after.argmax(-1)).float().mean().item()
+    agreement = (before.argmax(-1) == after.argmax(-1)).float().mean().item()
     return (
-        f"read back: {len(own)} tensors, at most {worst:.2g} from the model's; logits of {len(ids)} "
-        f"positions at most {apart:.2g} apart (the largest is {size:.3g}), "
-        f"the likeliest token the same in {agreed:.0%}"
+        f"read back: {len(tensors)} tensors, at most {largest_difference:.2g} from the model's; "
+        f"logits of {len(ids)} positions at most {apart:.2g} apart (the largest is {size:.3g}), "
+        f"the likeliest token the same in {agreement:.0%}"
     )
 
 
-# ---- Hugging Face
+# ----------------------------------------------------------------------------------------------
+# Hugging Face
 
 
 def write_folder(folder, model, tokenizer, dtype):
-    """Writes what AutoModelForCausalLM and AutoTokenizer open."""
+    """Writes a folder for AutoModelForCausalLM and AutoTokenizer."""
     folder.mkdir()
-    half = copy.deepcopy(model).to(DTYPES[dtype])
-    save_model(half, folder, stop_ids(tokenizer, tokenizer.template))
+    model = copy.deepcopy(model).to(DTYPES[dtype])
+    save_model(model, folder, stop_ids(tokenizer, tokenizer.template))
     tokenizer.save(folder, model.cfg.sequence_length)
 
 
-# ---- GGUF
-
-UINT32, FLOAT32, BOOL, STRING, ARRAY, INT32 = 4, 6, 7, 8, 9, 5  # types of values
-SCALARS = {UINT32: "<I", INT32: "<i", FLOAT32: "<f", BOOL: "<?"}
-F32, F16, Q8_0, BF16 = 0, 1, 8, 30  # types of tensors
-FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
-TENSOR_TYPES = {"f32": F32, "f16": F16, "q8_0": Q8_0, "bf16": BF16}
-NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # types of tokens
-ALIGNMENT = 32
-BLOCK = np.dtype([("scale", "<f2"), ("steps", "i1", 32)])  # of Q8_0: 32 numbers, each scale x step
-NAMES = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    **{f"self_attn.{name}_proj": f"attn_{name}" for name in "qkv"},
-    "self_attn.o_proj": "attn_output",
-    **{f"mlp.{name}_proj": f"ffn_{name}" for name in ("gate", "up", "down")},
-}
-TOP_NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
+def read_folder(folder, cfg):
+    return load_model(folder)
 
 
-def gguf_name(name):
-    """Returns llama.cpp's name of a tensor of ours."""
-    if name in TOP_NAMES:
-        return TOP_NAMES[name]
-    _, _, layer, inner = name.split(".", 3)
-    return f"blk.{layer}.{NAMES[inner.removesuffix('.weight')]}.weight"
+# ----------------------------------------------------------------------------------------------
+# GGUF
+
+
+def gguf_package():
+    """Returns the module gguf; UserError with the pip command where it is missing."""
+    try:
+        import gguf
+    except ImportError:
+        raise UserError("--format=gguf needs the package gguf: pip install gguf") from None
+    return gguf
+
+
+def gguf_tensors(cfg):
+    """Yields (our name, llama.cpp's name, heads if it is rotated else None) of the tensors."""
+    gguf = gguf_package()
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, cfg.n_layer)
+    with torch.device("meta"):
+        ours = list(Llama(cfg).state_dict())
+    for name in ours:
+        if name == "lm_head.weight" and cfg.tie_word_embeddings:
+            continue
+        heads = cfg.n_head if "q_proj" in name else cfg.kv_heads if "k_proj" in name else None
+        yield name, names.get_name(name, try_suffixes=(".weight",)), heads
+
+
+def reorder_rows(array, heads, pairs):
+    """Returns a query or key matrix (heads D, C) with the rows of each head reordered.
+
+    Rotary positions turn the pair of rows (i, i + D/2) in our order, which is Hugging Face's, and
+    neighbours (2i, 2i + 1) in llama.cpp's. pairs: (2, -1) to llama.cpp's order, (-1, 2) back.
+    """
+    rows = array.reshape(heads, *pairs, array.shape[1])
+    return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(array.shape)
 
 
 def write_gguf(path, model, tokenizer, dtype):
-    """Writes a GGUF file of `model`; norms stay float32."""
-    cfg, tensors = model.cfg, {}
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and cfg.tie_word_embeddings:
-            continue
-        array = tensor.numpy()
-        if "q_proj" in name or "k_proj" in name:
-            array = interleaved(array, cfg.n_head if "q_proj" in name else cfg.kv_heads)
-        tensors[gguf_name(name)] = array, TENSOR_TYPES[dtype] if array.ndim > 1 else F32
-        if dtype == "q8_0" and array.ndim > 1 and array.shape[1] % 32:
-            raise UserError(
-                f"{name}: rows of {array.shape[1]} numbers; q8_0 takes multiples of 32; use --dtype=f16"
-            )
+    """Writes a GGUF file; norms stay float32."""
+    gguf, cfg, weights = gguf_package(), model.cfg, model.state_dict()
+    writer = gguf.GGUFWriter(path, "llama")
+    add_model(
+        writer, cfg, gguf.LlamaFileType[{"f32": "ALL_F32"}.get(dtype, f"MOSTLY_{dtype.upper()}")]
+    )
+    add_tokenizer(writer, tokenizer)
+    for name, gguf_name, heads in gguf_tensors(cfg):
+        array = weights[name].numpy()
+        array = reorder_rows(array, heads, (2, -1)) if heads else array
+        kind = gguf.GGMLQuantizationType[dtype.upper() if array.ndim > 1 else "F32"]
+        writer.add_tensor(gguf_name, gguf.quants.quantize(array, kind), raw_dtype=kind)
     if (cfg.rope_scaling or {}).get("rope_type") == "llama3":
-        tensors["rope_freqs.weight"] = frequency_factors(cfg), F32
-    with open(path, "wb") as file:
-        file.write(header(metadata(cfg, tokenizer, dtype), tensors))
-        for array, kind in tensors.values():
-            file.write(b"\0" * (-file.tell() % ALIGNMENT) + packed(array, kind))
-        file.flush()
-        os.fsync(file.fileno())
+        writer.add_tensor("rope_freqs.weight", frequency_divisors(cfg))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
-def interleaved(array, heads):
-    """Returns a query or key matrix with each head's rows reordered for rotary pairs (2i, 2i + 1).
+def add_model(writer, cfg, file_type):
+    """Adds the values from which llama.cpp builds the model."""
+    writer.add_name(cfg.model_name)
+    writer.add_file_type(file_type)
+    writer.add_context_length(cfg.sequence_length)
+    writer.add_embedding_length(cfg.d_model)
+    writer.add_block_count(cfg.n_layer)
+    writer.add_feed_forward_length(cfg.d_ff)
+    writer.add_head_count(cfg.n_head)
+    writer.add_head_count_kv(cfg.kv_heads)
+    writer.add_layer_norm_rms_eps(cfg.layer_norm_epsilon)
+    writer.add_rope_dimension_count(cfg.head_dim)
+    writer.add_rope_freq_base(cfg.rope_theta)
+    writer.add_vocab_size(cfg.vocab_size)
+    if (cfg.rope_scaling or {}).get("rope_type") == "linear":
+        writer.add_rope_scaling_type(gguf_package().RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(cfg.rope_scaling["factor"])
 
-    Ours are (i, i + D/2), as Hugging Face's: llama.cpp's `llama` architecture rotates neighbours.
-    """
-    rows = array.reshape(heads, 2, -1, array.shape[1])
-    return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(array.shape)
+
+def add_tokenizer(writer, tokenizer):
+    """Adds the vocabulary, its special tokens and the chat template."""
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokenizer.pieces)
+    writer.add_token_scores(tokenizer.scores)
+    writer.add_token_types([token_type(tokenizer, id) for id in range(tokenizer.vocab_size)])
+    writer.add_bos_token_id(tokenizer.bos_id)
+    writer.add_eos_token_id(tokenizer.eos_id)
+    writer.add_unk_token_id(tokenizer.unk_id)
+    writer.add_pad_token_id(tokenizer.pad_id)
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(tokenizer.dummy_prefix)
+    if tokenizer.template:
+        writer.add_chat_template(jinja(TEMPLATES[tokenizer.template]))
+        ends = [id for id in stop_ids(tokenizer, tokenizer.template) if id != tokenizer.eos_id]
+        writer.add_eot_token_id(ends[0] if ends else tokenizer.eos_id)
 
 
-def apart(array, heads):
-    """Undoes `interleaved`."""
-    rows = array.reshape(heads, -1, 2, array.shape[1])
-    return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(array.shape)
+def token_type(tokenizer, id):
+    """Returns llama.cpp's type of a token."""
+    types = gguf_package().TokenType
+    if id == tokenizer.unk_id:
+        return types.UNKNOWN
+    if not tokenizer.spelled(id, controls=False):
+        return types.CONTROL
+    piece = tokenizer.pieces[id]
+    byte = len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
+    return types.BYTE if byte else types.NORMAL
 
 
-def frequency_factors(cfg):
-    """Returns by what llama3's rule divides each rotary frequency, (D/2,) float32: see model.rope_tables."""
-    scaling, D = cfg.rope_scaling, cfg.head_dim
-    frequency = cfg.rope_theta ** (-np.arange(0, D, 2) / D)
+def frequency_divisors(cfg):
+    """Returns the divisors of llama3's rotary frequencies, (D/2,) float32."""
+    frequency = cfg.rope_theta ** (-np.arange(0, cfg.head_dim, 2) / cfg.head_dim)
+    scaling = cfg.rope_scaling
     turns = scaling["original_max_position_embeddings"] * frequency / (2 * np.pi)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     keep = np.clip((turns - low) / (high - low), 0, 1)
     return (1 / (keep + (1 - keep) / scaling["factor"])).astype(np.float32)
 
 
-def metadata(cfg, tokenizer, dtype):
-    """Returns {key: (type, value)} of all that llama.cpp asks of a Llama and of its tokenizer."""
-    scaling = cfg.rope_scaling or {}
-    model = {
-        "context_length": (UINT32, cfg.sequence_length),
-        "embedding_length": (UINT32, cfg.d_model),
-        "block_count": (UINT32, cfg.n_layer),
-        "feed_forward_length": (UINT32, cfg.d_ff),
-        "attention.head_count": (UINT32, cfg.n_head),
-        "attention.head_count_kv": (UINT32, cfg.kv_heads),
-        "attention.layer_norm_rms_epsilon": (FLOAT32, cfg.layer_norm_epsilon),
-        "rope.dimension_count": (UINT32, cfg.head_dim),
-        "rope.freq_base": (FLOAT32, cfg.rope_theta),
-        "vocab_size": (UINT32, cfg.vocab_size),
-    }
-    if scaling.get("rope_type") == "linear":
-        model |= {
-            "rope.scaling.type": (STRING, "linear"),
-            "rope.scaling.factor": (FLOAT32, scaling["factor"]),
-        }
-    words = {
-        "model": (STRING, "llama"),
-        "pre": (STRING, "default"),
-        "tokens": (ARRAY, (STRING, tokenizer.pieces)),
-        "scores": (ARRAY, (FLOAT32, tokenizer.scores)),
-        "token_type": (
-            ARRAY,
-            (INT32, [token_type(tokenizer, id) for id in range(tokenizer.vocab_size)]),
-        ),
-        "bos_token_id": (UINT32, tokenizer.bos_id),
-        "eos_token_id": (UINT32, tokenizer.eos_id),
-        "unknown_token_id": (UINT32, tokenizer.unk_id),
-        "padding_token_id": (UINT32, tokenizer.pad_id),
-        "add_bos_token": (BOOL, True),
-        "add_eos_token": (BOOL, False),
-        "add_space_prefix": (BOOL, tokenizer.dummy_prefix),
-    }
-    chat = {}
-    if tokenizer.template:
-        chat["tokenizer.chat_template"] = STRING, jinja(TEMPLATES[tokenizer.template])
-        ends = stop_ids(tokenizer, tokenizer.template)
-        words["eot_token_id"] = (
-            UINT32,
-            next((id for id in ends if id != tokenizer.eos_id), tokenizer.eos_id),
-        )
-    return {
-        "general.architecture": (STRING, "llama"),
-        "general.name": (STRING, cfg.model_name),
-        "general.alignment": (UINT32, ALIGNMENT),
-        "general.file_type": (UINT32, FILE_TYPES[dtype]),
-        **{f"llama.{key}": value for key, value in model.items()},
-        **{f"tokenizer.ggml.{key}": value for key, value in words.items()},
-        **chat,
-    }
-
-
-def token_type(tokenizer, id):
-    """Returns what kind of token an id is."""
-    if id == tokenizer.unk_id:
-        return UNKNOWN
-    if not tokenizer.spelled(id, controls=False):
-        return CONTROL
-    piece = tokenizer.pieces[id]
-    return BYTE if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">") else NORMAL
-
-
-def header(values, tensors):
-    """Returns all that stands before the tensors' data."""
-    parts = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(values))]
-    for key, (kind, value) in values.items():
-        parts += [text(key), struct.pack("<I", kind), encoded(kind, value)]
-    place = 0
-    for name, (array, kind) in tensors.items():
-        parts += [text(name), struct.pack("<I", array.ndim)]
-        parts += [struct.pack("<Q", size) for size in reversed(array.shape)]  # the fastest first
-        parts += [struct.pack("<IQ", kind, place)]
-        place += -(-packed_size(array.size, kind) // ALIGNMENT) * ALIGNMENT
-    whole = b"".join(parts)
-    return whole + b"\0" * (-len(whole) % ALIGNMENT)
-
-
-def text(word):
-    data = word.encode()
-    return struct.pack("<Q", len(data)) + data
-
-
-def encoded(kind, value):
-    if kind == STRING:
-        return text(value)
-    if kind == ARRAY:
-        inner, items = value
-        return struct.pack("<IQ", inner, len(items)) + b"".join(
-            encoded(inner, item) for item in items
-        )
-    return struct.pack(SCALARS[kind], value)
-
-
-def packed_size(count, kind):
-    """Returns the bytes of `count` numbers."""
-    return {F32: 4 * count, F16: 2 * count, BF16: 2 * count, Q8_0: count // 32 * BLOCK.itemsize}[
-        kind
-    ]
-
-
-def packed(array, kind):
-    """Returns the bytes of a float32 array in a type of tensors."""
-    if kind == BF16:
-        return torch.from_numpy(array).to(torch.bfloat16).view(torch.int16).numpy().tobytes()
-    if kind != Q8_0:
-        return array.astype("<f4" if kind == F32 else "<f2").tobytes()
-    rows = array.reshape(-1, 32)
-    scale = np.abs(rows).max(axis=1) / np.float32(127)
-    turned = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
-    steps = rows * turned[:, None]
-    blocks = np.empty(len(rows), BLOCK)
-    blocks["scale"] = scale
-    blocks["steps"] = np.trunc(steps + np.copysign(np.float32(0.5), steps))  # halves away from zero
-    return blocks.tobytes()
-
-
-def unpacked(data, shape, kind):
-    """Returns the float32 array of what `packed` wrote."""
-    if kind == BF16:
-        return (
-            torch.frombuffer(bytearray(data), dtype=torch.bfloat16).float().numpy().reshape(shape)
-        )
-    if kind != Q8_0:
-        return (
-            np.frombuffer(data, "<f4" if kind == F32 else "<f2").astype(np.float32).reshape(shape)
-        )
-    blocks = np.frombuffer(data, BLOCK)
-    return (blocks["scale"].astype(np.float32)[:, None] * blocks["steps"]).reshape(shape)
-
-
-class Info(NamedTuple):
-    """An entry of the table of tensors."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: int
-    place: int
-
-
-class Reader:
-    """Reads values off a GGUF file in their order."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def number(self, form):
-        return struct.unpack(form, self.file.read(struct.calcsize(form)))[0]
-
-    def text(self):
-        return self.file.read(self.number("<Q")).decode()
-
-    def value(self, kind):
-        if kind == STRING:
-            return self.text()
-        if kind == ARRAY:
-            inner, count = self.number("<I"), self.number("<Q")
-            return [self.value(inner) for _ in range(count)]
-        return self.number(SCALARS[kind])
-
-    def info(self):
-        name, dimensions = self.text(), self.number("<I")
-        shape = tuple(self.number("<Q") for _ in range(dimensions))[::-1]
-        return Info(name, shape, self.number("<I"), self.number("<Q"))
-
-
-def read_gguf(path):
-    """Returns (metadata, {name: float32 array}) of a file that `write_gguf` wrote."""
-    with open(path, "rb") as file:
-        reader = Reader(file)
-        assert file.read(4) == b"GGUF"
-        assert reader.number("<I") == 3
-        tensors, values = reader.number("<Q"), reader.number("<Q")
-        found = {reader.text(): reader.value(reader.number("<I")) for _ in range(values)}
-        table = [reader.info() for _ in range(tensors)]
-        start = file.tell() + -file.tell() % found["general.alignment"]
-        arrays = {}
-        for name, shape, kind, place in table:
-            file.seek(start + place)
-            arrays[name] = unpacked(file.read(packed_size(int(np.prod(shape)), kind)), shape, kind)
-    return found, arrays
-
-
-def read_model(path, cfg):
-    """Returns the Llama of shape `cfg` with the weights of a file that `write_gguf` wrote."""
-    _, arrays = read_gguf(path)
-    model = Llama(cfg).eval()
-    for name, p in model.state_dict().items():
-        source = (
-            "model.embed_tokens.weight"
-            if name == "lm_head.weight" and cfg.tie_word_embeddings
-            else name
-        )
-        array = arrays[gguf_name(source)]
-        if "q_proj" in name or "k_proj" in name:
-            array = apart(array, cfg.n_head if "q_proj" in name else cfg.kv_heads)
-        p.copy_(torch.from_numpy(array))
+def read_gguf(path, cfg):
+    """Returns the Llama of shape `cfg` with the weights of a GGUF file."""
+    gguf, model = gguf_package(), Llama(cfg).eval()
+    tensors, weights = {t.name: t for t in gguf.GGUFReader(path).tensors}, model.state_dict()
+    for name, gguf_name, heads in gguf_tensors(cfg):
+        tensor = tensors[gguf_name]
+        array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        array = reorder_rows(array, heads, (-1, 2)) if heads else array
+        weights[name].copy_(torch.from_numpy(array))
     return model
 
 
