@@ -21,7 +21,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import ExampleStream, read_pairs, supervised_rows
+from corpus.chats import read_pairs
+from data import ExampleStream, supervised_rows
 from lib.checkpoint import check_unused
 from lib.config import (
     Fraction,
@@ -44,8 +45,8 @@ from model import (
     supervised_hidden,
     token_nats,
 )
+from sft import answer_to, check_held_out, model_files, open_base, read_split
 from train import LoopConfig, fit
-from tuning import answer_to, check_held_out, files_for, open_base, read_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +175,7 @@ def main(cfg):
                 f"{cfg.model_path}: names no chat template of ours; train it with sft.py first"
             )
         check_unused(cfg)
-        pairs, held_out, sha256 = read_rows(cfg, read_pairs, "prompt", world.say)
+        pairs, held_out, sha256 = read_split(cfg, read_pairs, "prompt", world.say)
         model, base, length = open_base(cfg, tokenizer, world.say)
         drop_nothing(model)
 
@@ -200,10 +201,10 @@ def main(cfg):
                 for one in (loader, val_stream):
                     one.examples = with_reference(model, one, world, walk)
             check_start(cfg, loss_fn, model, loader, world, walk, precise)
-        questions = (row["prompt"] for row in held_out or pairs)
+        questions = [row["prompt"] for row in held_out or pairs]
         show = answer_to(cfg, tokenizer, template, questions, model.cfg.sequence_length)
         validate = validation(cfg, world, val_stream, loss_fn, show)
-        files = files_for(cfg, base, tokenizer, template, sha256)
+        files = model_files(cfg, base, tokenizer, template, sha256)
         fit(cfg, model, loader, loss_fn, world, validate, *files)
 
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import smoke
 from assess import assess, compare, draw, headline, markdown
-from corpus.chats import Bad, read_rows, told
+from corpus.chats import BadRow, reasons_of, usable_rows
 from corpus.files import kind_of, text_of
 from corpus.sources import Tally, Unreachable, rows_of
 from lib.config import PositiveInt, Range, UserError, run, shown
@@ -269,7 +269,7 @@ def row_texts(path):
             )
         yield text
     if tally.bad_rows:
-        raise UserError(f"{path}: {tally.bad_rows} rows cannot be read{told(tally, path)}")
+        raise UserError(f"{path}: {tally.bad_rows} rows cannot be read{reasons_of(tally, path)}")
 
 
 def beginning(text, size):
@@ -357,7 +357,7 @@ def prepare_task(cfg, path, model, tokenizer):
         raise UserError("tasks: an empty path; give files separated by commas")
     if path.startswith("hf:"):
         say(f"fetching {path}")
-    rows = read_rows(path, to_question, max_bad=0)
+    rows = usable_rows(path, to_question, max_bad=0)
     kinds = {kind for _, kind, _ in rows}
     if len(kinds) > 1:
         raise UserError(
@@ -377,9 +377,9 @@ def prepare_task(cfg, path, model, tokenizer):
 
 
 def to_question(row):
-    """Returns (kind, Question) of a row; raises chats.Bad."""
+    """Returns (kind, Question) of a row; raises chats.BadRow."""
     if not isinstance(row, dict):
-        raise Bad("not-an-object", f"expected an object, got {shown(row)}")
+        raise BadRow("not-an-object", f"expected an object, got {shown(row)}")
     if "choices" in row:
         return "multiple-choice", to_choices(row)
     if "question" in row or "passage" in row:
@@ -387,11 +387,11 @@ def to_question(row):
     if "text" in row:
         context, space, word = text_field(row, "text").strip().rpartition(" ")
         if not space or not context.strip():
-            raise Bad("one-word", '"text" must hold a last word and what comes before it')
+            raise BadRow("one-word", '"text" must hold a last word and what comes before it')
         return "last-word", Question(context, (" " + word,), 0)
     found = ", ".join(map(str, row)) or "none"
     expected = "{question, passage, answer}, {context, choices, answer} or {text}"
-    raise Bad("unknown-row", f"expected {expected}, found the fields {found:.80}")
+    raise BadRow("unknown-row", f"expected {expected}, found the fields {found:.80}")
 
 
 def to_boolq(row):
@@ -402,7 +402,7 @@ def to_boolq(row):
     answer = answer.lower() if isinstance(answer, str) else answer
     answer = known.get(answer) if isinstance(answer, (str, int)) else None
     if answer is None:
-        raise Bad("no-answer", '"answer" must be true or false')
+        raise BadRow("no-answer", '"answer" must be true or false')
     kept = f"\nQuestion: {question}?\nAnswer:"
     return Question(passage + kept, (" no", " yes"), answer, kept)
 
@@ -414,11 +414,11 @@ def to_choices(row):
         row.get("answer"),
     )
     if not isinstance(choices, list) or len(choices) < 2 or not all(map(smoke.is_text, choices)):
-        raise Bad("no-choices", '"choices" must be a list of at least two texts')
+        raise BadRow("no-choices", '"choices" must be a list of at least two texts')
     if isinstance(answer, str) and answer in choices:
         answer = choices.index(answer)
     if type(answer) is not int or not 0 <= answer < len(choices):
-        raise Bad("no-answer", f'"answer" must be one of the choices or 0..{len(choices) - 1}')
+        raise BadRow("no-answer", f'"answer" must be one of the choices or 0..{len(choices) - 1}')
     joint = "" if context[-1:].isspace() else " "
     return Question(context, tuple(c if c[0].isspace() else joint + c for c in choices), answer)
 
@@ -426,7 +426,7 @@ def to_choices(row):
 def text_field(row, name, empty=False):
     value = row.get(name)
     if not (smoke.is_text(value) or (empty and isinstance(value, str) and not value.strip())):
-        raise Bad(f"missing-{name}", f'"{name}" must be a text')
+        raise BadRow(f"missing-{name}", f'"{name}" must be a text')
     return value
 
 

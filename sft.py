@@ -1,22 +1,32 @@
-"""Supervised fine-tuning: conversations -> ids and masks -> `fit`. Learned are the answers and their ends.
+"""Supervised fine-tuning on conversations: the model learns the answers and their ends.
 
-    python sft.py configs/sft.json --model_path=checkpoints/pretrain/tiny --dataset_path=chats.jsonl
-    python sft.py configs/sft.json --model_path=... --dataset_path=... --lora_r=0 --learning_rate=5e-5
-    python sample.py --model_path=checkpoints/sft/final --prompt="Why?"
+    python sft.py configs/sft.json --model_path=checkpoints/pretrain/tiny
+    --dataset_path=chats.jsonl python sft.py configs/sft.json --model_path=... --dataset_path=...
+    --lora_r=0 --learning_rate=5e-5 python sample.py --model_path=checkpoints/sft/final
+    --prompt="Why?"
 
-Rows may be prompt/response, alpaca, OpenAI messages or ShareGPT, in JSON, JSON Lines or CSV. Each is rendered
-in the chat template, whose name the resulting folder keeps: later programs ask in no other. A conversation
-longer than the context loses its end, and the mark of it: nobody is to learn to break off there. One
-whose answers are cut away whole is dropped. Both are counted.
+Rows may be prompt/response, alpaca, OpenAI messages or ShareGPT, in JSON, JSON Lines, CSV or
+parquet. Each is rendered in a chat template, whose name the resulting folder keeps. A conversation
+longer than the context is cut, and its end-of-turn token is not trained: nobody is to learn to
+break off there. A conversation of which no answer is left is dropped. Both are counted.
+
+The second half of this file is what dpo.py shares: rows and their split, the model to begin from,
+the files of a checkpoint, validation.
 """
 
+import hashlib
+import json
 from dataclasses import dataclass
 from itertools import takewhile
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 
-from data import ExampleStream, pack, read_chats, supervised_rows
+from corpus.chats import read_chats
+from corpus.sources import Tally
+from data import ExampleStream, pack_examples, supervised_rows
 from lib.checkpoint import check_unused
 from lib.config import (
     Fraction,
@@ -27,25 +37,33 @@ from lib.config import (
     UserError,
     run,
 )
+from lib.folders import hash_fraction
 from lib.runtime import open_world, to_device
 from lib.tokenizer import Tokenizer, render, stop_ids, usual_template
-from model import LoRAConfig, model_folder, next_token_loss
-from train import LoopConfig, fit
-from tuning import answer_to, check_held_out, files_for, open_base, read_rows
+from model import (
+    LoRAConfig,
+    add_lora,
+    identify,
+    load_trained,
+    model_folder,
+    next_token_loss,
+    open_model_folder,
+    save_trained,
+)
+from train import LoopConfig, check_data, check_tokenizer, fit, greedy
 
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig(LoopConfig, LoRAConfig):
     """Fine-tuning on conversations; the defaults are made for LoRA."""
 
-    model_path: (
-        str  # what to begin from: a model's folder, an adapter's, or that of a whole training
-    )
+    # what to begin from: a model's folder, an adapter's, or that of a whole training
+    model_path: str
     dataset_path: str  # conversations: a file, a folder or a glob
     # held-out conversations; none = a share of dataset_path, see val_ratio
     val_path: str | None = None
     val_ratio: Fraction = 0.05  # that share; a row falls into it by its hash
-    # none = the model's own; without one chatml, or instruct where the tokenizer lacks chatml's markers
+    # none = the model's own; without one chatml, or instruct where the tokenizer lacks its markers
     prompt_template: Literal["chatml", "instruct", "chat"] | None = None
     sequence_length: PositiveInt | None = None  # positions of a row; none = the model's context
     packing: bool = True  # several conversations in a row, which do not see each other
@@ -72,13 +90,13 @@ def main(cfg):
         tokenizer = Tokenizer.load(model_folder(cfg.model_path))
         template = choose_template(cfg, tokenizer)
         check_unused(cfg)
-        chats, held_out, sha256 = read_rows(cfg, read_chats, "messages", world.say)
+        chats, held_out, sha256 = read_split(cfg, read_chats, "messages", world.say)
         model, base, length = open_base(cfg, tokenizer, world.say)
         context = model.cfg.sequence_length
 
         def stream(chats, purpose):
             examples = make_examples(chats, purpose, tokenizer, template, length, world.say)
-            rows = pack(examples, length) if cfg.packing else [[example] for example in examples]
+            rows = pack_examples(examples, length) if cfg.packing else [[e] for e in examples]
             return ExampleStream(rows, collate, cfg.batch_size, cfg.seed, world.size)
 
         def collate(rows):
@@ -95,38 +113,38 @@ def main(cfg):
         world.say(
             f"{loader.blocks:,} rows of up to {length} positions in a pass; template {template}"
         )
-        questions = (question_of(chat["messages"]) for chat in held_out or chats)
+        questions = [question_of(chat["messages"]) for chat in held_out or chats]
         show = answer_to(cfg, tokenizer, template, questions, context)
-        files = files_for(cfg, base, tokenizer, template, sha256)
-        fit(cfg, model, loader, next_token_loss, world, validation(world, val_stream, show), *files)
+        validate = validation(world, val_stream, next_token_loss, (), show)
+        files = model_files(cfg, base, tokenizer, template, sha256)
+        fit(cfg, model, loader, next_token_loss, world, validate, *files)
 
 
 def choose_template(cfg, tokenizer):
-    """Returns the template to train in.
+    """Returns the name of the template to train in.
 
-    UserError if the model was trained in another one already, or the tokenizer lacks the template's markers.
+    UserError if the model was trained in another one already, or the tokenizer lacks its markers.
     """
-    asked, own = cfg.prompt_template, tokenizer.template
-    if asked and own and asked != own:
+    asked, trained = cfg.prompt_template, tokenizer.template
+    if asked and trained and asked != trained:
         raise UserError(
-            f"prompt_template={asked}: {cfg.model_path} was trained in {own!r} and knows no other template; "
-            f"use --prompt_template={own}, or begin from a model without one"
+            f"prompt_template={asked}: {cfg.model_path} was trained in {trained!r} and knows no "
+            f"other template; use --prompt_template={trained}, or begin from a model without one"
         )
     template = asked or usual_template(tokenizer)
-    stop_ids(
-        tokenizer, template
-    )  # refuses a template that the tokenizer cannot write, before any work
+    stop_ids(tokenizer, template)  # raises for a template that the tokenizer cannot write
     return template
 
 
 def make_examples(chats, purpose, tokenizer, template, length, say):
-    """Renders conversations: [(ids, mask), ...] of at most length + 1 ids each, something in each supervised.
+    """Returns conversations as [(ids, mask), ...], each with something supervised in it.
 
-    One more than `length`, because the last id is only ever predicted.
+    ids and mask are (at most length + 1,): one more than the positions, because the last id is only
+    predicted and never read.
     """
     examples, cut = [], 0
     for chat in chats:
-        ids, mask = (np.array(half) for half in render(tokenizer, chat["messages"], template))
+        ids, mask = map(np.array, render(tokenizer, chat["messages"], template))
         cut += len(ids) > length + 1
         if mask[: length + 1].any():
             examples.append((ids[: length + 1], mask[: length + 1]))
@@ -141,17 +159,140 @@ def question_of(messages):
     return list(takewhile(lambda message: message["role"] != "assistant", messages))
 
 
-def validation(world, stream, show):
-    """Returns validate(model, walk): nats per supervised token of held-out rows, and an answer to look at."""
+# ----------------------------------------------------------------------------------------------
+# What sft.py and dpo.py share
+
+
+def read_split(cfg, read, key, say):
+    """Returns (rows to train on, rows held out, the sha256 of everything in dataset_path).
+
+    `read` is chats.read_chats or read_pairs. Without val_path a row is held out by the hash of its
+    `key`: equal ones stay together, and a higher val_ratio only adds rows.
+    """
+    rows = read_reporting(read, cfg.dataset_path, say)
+    sha256 = hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
+    if cfg.val_path:
+        return rows, read_reporting(read, cfg.val_path, say), sha256
+    rows, held_out = split_rows(rows, cfg.val_ratio, key)
+    if not rows:
+        raise UserError(
+            f"{cfg.dataset_path}: every row is held out at val_ratio {cfg.val_ratio}; lower it"
+        )
+    return rows, held_out, sha256
+
+
+def read_reporting(read, path, say):
+    """Returns the rows of `path`, after saying which of them cannot be used."""
+    tally = Tally()
+    rows = read(path, tally)
+    for _, reason, count, example in tally.reasons():
+        number = "1 row" if count == 1 else f"{count:,} rows"
+        say(f"{number} of {path} passed over: {reason} ({example.removeprefix(f'{path} ')})")
+    return rows
+
+
+def split_rows(rows, ratio, key):
+    """Returns (the other rows, about `ratio` of them), split by the hash of row[key]."""
+    sides = [], []
+    for row in rows:
+        sides[hash_fraction(json.dumps(row[key], ensure_ascii=False)) < ratio].append(row)
+    return sides
+
+
+def check_held_out(cfg, stream):
+    """Raises UserError if early stopping is asked for and no row is held out to decide by."""
+    if cfg.early_stopping_patience and not stream.blocks:
+        raise UserError(
+            f"early_stopping_patience={cfg.early_stopping_patience}: "
+            f"{cfg.early_stopping_metric} is not validated, because no row is held out; give "
+            "--val_path, a higher --val_ratio, or --early_stopping_patience=none"
+        )
+
+
+def open_base(cfg, tokenizer, say):
+    """Returns (cfg.model_path with a new adapter to train, its Base, positions of a row)."""
+    base, model = identify(cfg.model_path), open_model_folder(cfg.model_path)
+    context = model.cfg.sequence_length
+    tokenizer.match(model.cfg.vocab_size, cfg.model_path)
+    length = cfg.sequence_length or context
+    if cfg.sequence_length is None:
+        whole = f"sequence_length {context:,}, the model's whole context"
+        say(f"{whole}; a shorter one takes less memory")
+    if length > context:
+        raise UserError(f"sequence_length {length} is more than the model's {context}; lower it")
+    torch.manual_seed(cfg.seed)
+    if cfg.lora_r:
+        add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_target_modules)
+    return model.train(), base, length
+
+
+def model_files(cfg, base, tokenizer, template, data_sha256):
+    """Returns (write_model, read_model, write_final) for `fit`, of a training on top of `base`.
+
+    A folder holds the adapter or the model, the tokenizer with the template's name, and data.json,
+    the hashes of what it was trained from. read_model raises UserError for a checkpoint of
+    something else.
+    """
+    data = {cfg.model_path: base.sha256, cfg.dataset_path: data_sha256}
+    ends = stop_ids(tokenizer, template)
+
+    def write_model(model, folder, merge=False):
+        save_trained(model, folder, base, ends, merge)
+        for home in filter(Path.is_dir, (folder, folder / "adapter")):
+            tokenizer.save(home, model.cfg.sequence_length, template)
+        (folder / "data.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+    def read_model(model, folder):
+        check_tokenizer(tokenizer, folder)
+        check_data(cfg, data, folder)
+        load_trained(model, folder, base)
+
+    def write_final(model, folder):
+        write_model(model, folder, cfg.merge)
+
+    return write_model, read_model, write_final
+
+
+def validation(world, stream, loss_fn, names, show):
+    """Returns validate(model, walk): means over the held-out rows, and an answer to look at.
+
+    The means are val_loss, in nats per supervised term, and val_NAME for each of `names`, which
+    loss_fn sums up too. Without held-out rows there is only the answer.
+    """
 
     def validate(model, walk):
-        def scored(batch):
-            return next_token_loss(model, to_device(batch, world.device))[0].item(), batch["count"]
+        def sums_of(batch):
+            loss, sums = loss_fn(model, to_device(batch, world.device))
+            return [loss.item(), *(sums[name].item() for name in names), batch["count"]]
 
-        nats, count = walk.total(scored, stream, stream.blocks, 2)
-        return ({"val_loss": nats / count} if count else {}) | show(model)
+        *sums, count = walk.total(sums_of, stream, stream.blocks, len(names) + 2)
+        means = zip(("loss", *names), sums) if count else ()
+        return {f"val_{name}": total / count for name, total in means} | show(model)
 
     return validate
+
+
+def answer_to(cfg, tokenizer, template, questions, context):
+    """Returns show(model): a held-out question and the model's greedy answer, as texts to log.
+
+    Numbers do not show everything: a model can prefer every chosen answer and write none of its
+    own any more. `questions` are lists of messages. The first that leaves room for an answer in
+    `context` positions is asked; without one nothing is shown.
+    """
+    ends, question, ids = stop_ids(tokenizer, template), "", []
+    for messages in filter(None, questions):
+        prompt, _ = render(tokenizer, messages, template, add_generation_prompt=True)
+        if len(prompt) < context:
+            question, ids = messages[-1]["content"], prompt
+            break
+
+    def show(model):
+        if not (ids and cfg.sample_tokens):
+            return {}
+        answer = greedy(model, ids, cfg.sample_tokens, ends)
+        return {"question": question[:200], "answer": tokenizer.decode(answer).strip()}
+
+    return show
 
 
 if __name__ == "__main__":

@@ -25,13 +25,15 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 
+from corpus.chats import read_chats
 from corpus.samples import passes
 from corpus.sources import Tally
-from data import read_chats, split_rows, supervised_rows
+from data import supervised_rows
 from lib.runtime import to_device
 from lib.tokenizer import render, stop_ids
 from model import next_token_loss
 from sample import Request, Sampling, generate, open_model
+from sft import split_rows
 
 SHARED = ROOT.parent / "shared/data"
 INSTRUCTIONS, PAIRS = SHARED / "sft/[lw]*_*.jsonl*", SHARED / "dpo/lfs_preference_1100.jsonl"

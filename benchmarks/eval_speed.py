@@ -24,7 +24,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from corpus.chats import read_rows
+from corpus.chats import usable_rows
 from eval import encode_questions, to_question
 from lib.runtime import tune_cpu
 from sample import open_model
@@ -94,7 +94,7 @@ def main():
         f"lm_eval {n}": LmEval(args.model_path, int(n)) for n in args.batch_sizes.split(",")
     }
     text = args.text.read_bytes()[: args.bytes].decode("utf-8", "ignore")
-    rows = read_rows(args.boolq, to_question)[: args.questions]
+    rows = usable_rows(args.boolq, to_question)[: args.questions]
     room = ours.context - 4  # only questions that fit: lm-eval would cut BOS off
     rows = [row for row in rows if len(ours.tokenizer.encode(row[2].context)) < room]
     result = {"bytes": len(text.encode()), "questions": len(rows), "unit": "s: median, min, max"}

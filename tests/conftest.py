@@ -10,7 +10,7 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from data import DataConfig, main
+from corpus.prepare import DataConfig, main
 from lib.tokenizer import train_tokenizer
 from tests import ROOT
 

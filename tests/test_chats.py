@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corpus.chats import marked, read_chats, read_pairs, rendered, tokens_of
+from corpus.chats import read_chats, read_pairs
+from corpus.inspect import marked, rendered, tokens_of
 from corpus.sources import Tally
 from lib.config import UserError
 from lib.tokenizer import render

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import TokenStream, read_manifest, unigram_bits_per_byte
+from data import TokenStream, unigram_bits_per_byte
 from lib.config import UserError
+from lib.folders import read_manifest
 
 PAD, BOS, EOS = 0, 1, 2
 

@@ -14,7 +14,7 @@ import torch
 
 import assess as assess_room
 from assess import METRICS, assess, compare, read_expected, size_class
-from corpus.chats import read_rows
+from corpus.chats import usable_rows
 from eval import (
     EvalConfig,
     encode_questions,
@@ -561,7 +561,7 @@ def test_lm_eval_finds_the_same_likelihoods(lm, place):
 
     model, tokenizer = open_model(place / "base", "cpu", "fp32")
     for name in ("boolq", "choices", "last"):
-        rows = read_rows(place / f"{name}.jsonl", to_question)
+        rows = usable_rows(place / f"{name}.jsonl", to_question)
         # "<s>" is BOS to its tokenizer; a context that does not fit it would cut off at the BOS
         rows = [row for row in rows if len(tokenizer.encode(row[2].context)) < CONTEXT - 9]
         pairs = [("<s>" + row.context, choice) for _, _, row in rows for choice in row.choices]

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from sentencepiece import SentencePieceTrainer
 
-from corpus.prepare import RetokenizeConfig, in_order, retokenize, unfinished
-from data import DataConfig, Shards, TokenStream, main, read_manifest, unigram_bits_per_byte
+from corpus.prepare import DataConfig, RetokenizeConfig, in_order, main, retokenize, unfinished
+from data import TokenStream, unigram_bits_per_byte
 from lib.config import UserError, configure
-from lib.folders import hash_fraction
+from lib.folders import Shards, hash_fraction, read_manifest
 from lib.tokenizer import Tokenizer
 from tests import ROOT, SHARED
 from tests.conftest import write_rows
@@ -423,7 +423,7 @@ def test_unusable_input_is_one_line_and_exit_2(tmp_path, name, content, message)
 # --- Interrupted, and gone on with --------------------------------------------------------------------------
 
 SMALL = "import sys, data; from corpus import prepare; prepare.PART_BYTES = 60_000; prepare.BATCH_CHARACTERS = 8_000; "
-RUN = SMALL + "data.command_line(sys.argv[1:])"
+RUN = SMALL + "data.main(sys.argv[1:])"
 
 
 def preparing(*arguments, code=RUN, executable=None, **settings):
@@ -475,7 +475,7 @@ def straight(options, tmp_path_factory):
 def test_the_result_does_not_depend_on_parts_nor_workers(options, straight, tmp_path):
     for name, code, workers in (
         ("a", RUN, 3),
-        ("b", "import sys, data; data.command_line(sys.argv[1:])", 1),
+        ("b", "import sys, data; data.main(sys.argv[1:])", 1),
     ):
         process = preparing(
             *options,
@@ -504,7 +504,7 @@ def step(function):
         return function(*words)
     return dies
 os.replace, os.fsync = step(replace), step(fsync)
-data.command_line(sys.argv[1:])
+data.main(sys.argv[1:])
 """
 )
 

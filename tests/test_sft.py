@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 import sft
-from data import ExampleStream, pack, split_rows, supervised_rows
+from data import ExampleStream, pack_examples, supervised_rows
 from lib.config import UserError
 from lib.tokenizer import IGNORE, TEMPLATES, Tokenizer, render, stop_ids
 from model import (
@@ -108,21 +108,21 @@ def test_rows_are_as_long_as_the_longest_needs_in_powers_of_two(tiny_tokenizer):
 def test_packing_changes_neither_loss_nor_gradients(tiny_tokenizer, backend):
     made, results = examples(tiny_tokenizer), []
     for packed in (True, False):
-        rows = pack(made, 96) if packed else [[example] for example in made]
+        rows = pack_examples(made, 96) if packed else [[example] for example in made]
         model = build()
         model.use_attention(backend)
         loss, _ = next_token_loss(model, tensors(supervised_rows(rows, 96, 0, packed)))
         loss.backward()
         results.append((loss, [p.grad for p in model.parameters()]))
     (one, grads), (other, others) = results
-    assert len(pack(made, 96)) == 1  # three conversations in one row
+    assert len(pack_examples(made, 96)) == 1  # three conversations in one row
     torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-5)
     for a, b in zip(grads, others):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_packed_positions_restart_and_padding_is_its_own(tiny_tokenizer):
-    row = pack(examples(tiny_tokenizer), 200)[0]
+    row = pack_examples(examples(tiny_tokenizer), 200)[0]
     batch = supervised_rows([row], 200, 0, packed=True)
     sizes = [len(ids) - 1 for ids, _ in row]
     assert batch["documents"][0].tolist() == [
@@ -134,7 +134,7 @@ def test_packed_positions_restart_and_padding_is_its_own(tiny_tokenizer):
 def test_pack_takes_everything_once_and_fits():
     rng = np.random.RandomState(0)
     made = [(np.arange(n + 2), np.ones(n + 2)) for n in rng.randint(1, 64, 300)]
-    rows = pack(made, 64)
+    rows = pack_examples(made, 64)
     assert sorted(id(e[0]) for row in rows for e in row) == sorted(id(e[0]) for e in made)
     used = [sum(len(ids) - 1 for ids, _ in row) for row in rows]
     assert max(used) <= 64
@@ -210,11 +210,11 @@ def test_a_batch_is_a_function_of_its_address():
 
 def test_the_split_is_by_content():
     rows = [{"messages": [str(n)], "other": n} for n in range(1000)]
-    _, val = split_rows(rows, 0.1, "messages")
+    _, val = sft.split_rows(rows, 0.1, "messages")
     assert 70 < len(val) < 130
-    assert split_rows(rows[::-1], 0.1, "messages")[1] == val[::-1]
-    assert split_rows(rows, 0, "messages") == (rows, [])
-    more = split_rows(rows, 0.2, "messages")[1]
+    assert sft.split_rows(rows[::-1], 0.1, "messages")[1] == val[::-1]
+    assert sft.split_rows(rows, 0, "messages") == (rows, [])
+    more = sft.split_rows(rows, 0.2, "messages")[1]
     assert all(row in more for row in val)
 
 

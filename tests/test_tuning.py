@@ -5,10 +5,10 @@ import torch
 
 from lib.tokenizer import Tokenizer, render
 from model import load_model
+from sft import answer_to
 from tests.align import finished, make_base
 from tests.conftest import write_rows
 from tests.runs import records
-from tuning import answer_to
 
 ANSWERS = [(f"what is {n}?", f"a {n}", "I won't say") for n in range(12)]
 ROWS = {
