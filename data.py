@@ -308,7 +308,12 @@ def sample_datasets_command(argv):
     """
     from corpus import samples
 
-    run(samples.create, samples.SampleConfig, cleandoc(sample_datasets_command.__doc__), argv=argv)
+    run(
+        samples.main,
+        samples.SampleFilesConfig,
+        cleandoc(sample_datasets_command.__doc__),
+        argv=argv,
+    )
 
 
 def main(argv):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import smoke
-from corpus import samples as starter
+from corpus import samples
 from lib.config import UserError
 from lib.tokenizer import Tokenizer, render, stop_ids
 from model import Llama, ModelConfig
@@ -577,7 +577,7 @@ def test_prompts_come_from_json_jsonl_and_text_files(tmp_path):
 
 
 def test_the_held_out_tasks_of_the_sample_files_are_prompts(tmp_path):
-    rows = starter.make_rows(seed=42)["sft_val"][:50]
+    rows = samples.make_rows(seed=42)["sft_val"][:50]
     path = write(tmp_path, "sft_val.jsonl", "\n".join(map(json.dumps, rows)))
     for prompt, row in zip(smoke.load_prompts(path), rows, strict=True):
         assert smoke.score(prompt, row["response"], "stop")["parts"]["answer"] == 1
