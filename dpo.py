@@ -35,7 +35,6 @@ from lib.config import (
     run,
 )
 from lib.runtime import autocast, choose_dtype, open_world, to_device
-from lib.survival import Walk
 from lib.tokenizer import IGNORE, Tokenizer, render
 from model import (
     LoRAConfig,
@@ -192,15 +191,15 @@ def main(cfg):
                 f"{cfg.dataset_path}: no two different answers within {length} positions"
             )
         check_held_out(cfg, val_stream)
-        loss_fn, walk = preference_loss(cfg), Walk("the reference", cfg.batch_size, world)
+        loss_fn = preference_loss(cfg)
         with as_in_training(cfg, world, model) as precise:
             if precomputed(cfg, loader, world):
                 world.say(
                     f"the reference: {loader.blocks + val_stream.blocks:,} pairs, computed once"
                 )
                 for one in (loader, val_stream):
-                    one.examples = with_reference(model, one, world, walk)
-            check_start(cfg, loss_fn, model, loader, world, walk, precise)
+                    one.examples = with_reference(model, one, world)
+            check_start(cfg, loss_fn, model, loader, world, precise)
         questions = [row["prompt"] for row in held_out or pairs]
         show = answer_to(cfg, tokenizer, template, questions, model.cfg.sequence_length)
         validate = validation(cfg, world, val_stream, loss_fn, show)
@@ -293,29 +292,26 @@ def precomputed(cfg, loader, world):
     return not cfg.max_minutes and (cfg.num_train_epochs or 1) >= 1
 
 
-def with_reference(model, stream, world, walk):
-    """Returns the pairs of `stream` with the reference's log-probabilities; each rank computes a share."""
-
-    def known(batch):
-        with lora_off(model):
-            return answer_log_probs(model, to_device(batch, world.device))[0].view(2, -1).T.cpu()
-
+def with_reference(model, stream, world):
+    """Returns the pairs of `stream` with the reference's log-probabilities, each rank a share."""
     values = np.zeros((stream.blocks, 2))
-    for first, found in walk.each(known, stream, stream.blocks):
-        values[first : first + len(found)] = found
+    for first, batch in world.batches(stream, stream.blocks, stream.batch_size):
+        with lora_off(model):
+            log_probs, _ = answer_log_probs(model, to_device(batch, world.device))
+        values[first : first + batch["count"]] = log_probs.view(2, -1).T.cpu()
     values = np.reshape(world.sum(*values.flat), values.shape)
     return [pair._replace(reference=tuple(value)) for pair, value in zip(stream.examples, values)]
 
 
-def check_start(cfg, loss_fn, model, stream, world, walk, precise):
-    """Asserts that policy and reference begin as one: margin 0, so a loss of ln 2 (IPO: 1 / (2 beta)^2)."""
-
-    def begun(batch):
-        loss, metrics = loss_fn(model, to_device(batch, world.device))
-        return loss.item(), metrics["rewards/margins"].item(), batch["count"]
-
-    loss, margin, pairs = walk.total(begun, stream, min(cfg.batch_size, stream.blocks), 3)
-    loss, margin = loss / pairs, margin / pairs
+def check_start(cfg, loss_fn, model, stream, world, precise):
+    """Asserts that policy and reference begin as one: margin 0, a loss of ln 2 (IPO: 1 / (2 beta)^2)."""
+    loss = margin = 0.0
+    pairs = min(cfg.batch_size, stream.blocks)
+    for _, batch in world.batches(stream, pairs, cfg.batch_size):
+        losses, metrics = loss_fn(model, to_device(batch, world.device))
+        loss += losses.item() / pairs
+        margin += metrics["rewards/margins"].item() / pairs
+    loss, margin = world.sum(loss, margin)
     expected = math.log(2) if cfg.loss == "sigmoid" else 1 / (2 * cfg.beta) ** 2
     assert abs(margin) < cfg.beta * (1e-2 if precise else 1.0), (
         f"the margin begins at {margin}, not at 0"
@@ -330,16 +326,16 @@ def check_start(cfg, loss_fn, model, stream, world, walk, precise):
 
 
 def validation(cfg, world, stream, loss_fn, show):
-    """Returns validate(model, walk): loss and metrics of held-out pairs, named val_..., and an answer."""
+    """Returns validate(model): loss and metrics of held-out pairs, named val_..., and an answer."""
 
     names = ["loss", *metrics_of(torch.zeros(2), torch.zeros(2))]
 
-    def validate(model, walk):
-        def scored(batch):
+    def validate(model):
+        sums = np.zeros(len(names) + 1)
+        for _, batch in world.batches(stream, stream.blocks, stream.batch_size):
             loss, metrics = loss_fn(model, to_device(batch, world.device))
-            return [loss.item(), *map(float, metrics.values()), batch["count"]]
-
-        *sums, pairs = walk.total(scored, stream, stream.blocks, len(names) + 1)
+            sums += [loss.item(), *map(float, metrics.values()), batch["count"]]
+        *sums, pairs = world.sum(*sums.tolist())
         if not pairs:
             return show(model)
         metrics = {f"val_{name}": value / pairs for name, value in zip(names, sums)}

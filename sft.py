@@ -254,19 +254,21 @@ def model_files(cfg, base, tokenizer, template, data_sha256):
 
 
 def validation(world, stream, loss_fn, names, show):
-    """Returns validate(model, walk): means over the held-out rows, and an answer to look at.
+    """Returns validate(model): means over the held-out rows, and an answer to look at.
 
     The means are val_loss, in nats per supervised term, and val_NAME for each of `names`, which
     loss_fn sums up too. Without held-out rows there is only the answer.
     """
 
-    def validate(model, walk):
-        def sums_of(batch):
+    def validate(model):
+        totals = dict.fromkeys(("loss", *names, "count"), 0.0)
+        for _, batch in world.batches(stream, stream.blocks, stream.batch_size):
             loss, sums = loss_fn(model, to_device(batch, world.device))
-            return [loss.item(), *(sums[name].item() for name in names), batch["count"]]
-
-        *sums, count = walk.total(sums_of, stream, stream.blocks, len(names) + 2)
-        means = zip(("loss", *names), sums) if count else ()
+            for name in ("loss", *names):
+                totals[name] += (sums | {"loss": loss})[name].item()
+            totals["count"] += batch["count"]
+        *totals, count = world.sum(*totals.values())
+        means = zip(("loss", *names), totals) if count else ()
         return {f"val_{name}": total / count for name, total in means} | show(model)
 
     return validate

@@ -33,7 +33,8 @@ from dpo import DPOConfig, Pair, drop_nothing, pair_rows, preference_loss
 from lib.config import configure
 from lib.runtime import World, memory_used, tune_cpu
 from model import Llama, ModelConfig, add_lora, choose_attention, next_token_loss, to_hf
-from train import LoopConfig, State, forward_backward
+from tools.plan import forward_backward
+from train import LoopConfig, State
 
 LENGTH, PROMPT, ROWS, RATE = 256, 128, 8, 1e-4
 CPU = torch.device("cpu")
@@ -60,7 +61,7 @@ def ours(cfg):
 
 def our_step(state, loop, world, batch, loss_fn):
     forward_backward(state, [batch], loss_fn, batch["count"], CPU, torch.float32)
-    state.update(loop, RATE, world, batch["count"])
+    state.update(RATE, state.clip(loop.max_grad_norm), batch["count"])
 
 
 def our_sft(cfg):

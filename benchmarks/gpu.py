@@ -40,8 +40,8 @@ from model import (
     to_hf,
 )
 from sample import pack
-from tools.plan import RandomTokens
-from train import PretrainConfig, State, compile_model, forward_backward
+from tools.plan import RandomTokens, forward_backward
+from train import PretrainConfig, State, compile_model, with_vocab_size
 
 PEAK = 989e12
 ITEMS = [
@@ -92,7 +92,7 @@ ITEMS = [
 
 def preset(name, small, **changes):
     """Returns the PretrainConfig of configs/NAME.json, shrunk to toy size for a run without a GPU."""
-    cfg = configure(PretrainConfig, [str(ROOT / f"configs/{name}.json")])
+    cfg = with_vocab_size(configure(PretrainConfig, [str(ROOT / f"configs/{name}.json")]))
     if small:
         toy = {
             "n_layer": 2,
@@ -240,9 +240,9 @@ def stepper(cfg, device, model=None, loss_fn=next_token_loss, batch=None):
     def take(step):
         now = coming.pop()
         count = sum(b["count"] for b in now)
-        loss = forward_backward(state, now, loss_fn, count, device, dtype)["loss"]
+        loss = forward_backward(state, now, loss_fn, count, device, dtype)
         coming.append(batches(step + 1))  # while the GPU computes, as in fit
-        state.update(cfg, cfg.learning_rate, world, count)
+        state.update(cfg.learning_rate, state.clip(cfg.max_grad_norm), count)
         return loss
 
     return model, take

@@ -20,7 +20,7 @@ from lib.config import configure, narrow
 from lib.runtime import World, choose_device, memory_used, tune_cpu
 from model import Llama, ModelConfig, next_token_loss
 from tools import plan
-from train import PretrainConfig, State, announce, forward_backward
+from train import PretrainConfig, State, announce, with_vocab_size
 
 CASES = [
     *("tiny:8:256:adamw", "tiny:8:256:muon", "tiny:8:512:adamw", "tiny:8:512:adamw:checkpointing"),
@@ -38,7 +38,7 @@ def measure(case):
     """Runs three optimizer steps of a case. Returns bytes: the peak, the prediction and its parts."""
     name, rows, length, optimizer, *options = case.split(":")
     cfg = replace(
-        configure(PretrainConfig, [str(ROOT / f"configs/{name}.json")]),
+        with_vocab_size(configure(PretrainConfig, [str(ROOT / f"configs/{name}.json")])),
         sequence_length=int(length), batch_size=int(rows), optimizer=optimizer,
         gradient_accumulation_steps=2 if "accumulation" in options else 1,
         gradient_checkpointing="checkpointing" in options,
@@ -56,8 +56,8 @@ def measure(case):
     for step in range(3):
         batches = [loader.batch(step, m) for m in range(cfg.gradient_accumulation_steps)]
         count = sum(batch["count"] for batch in batches)
-        forward_backward(state, batches, next_token_loss, count, device, means.dtype)
-        state.update(cfg, cfg.learning_rate, world, count)
+        plan.forward_backward(state, batches, next_token_loss, count, device, means.dtype)
+        state.update(cfg.learning_rate, state.clip(cfg.max_grad_norm), count)
     return {"measured": memory_used(device)} | plan.memory(cfg, means, framework)
 
 

@@ -6,7 +6,7 @@
     python benchmarks/train_speed.py --programs=ours_fp32,ours_fp32_plain,ours_fp32_active,ours_fp32_onednn
 
 A program's name says what it is, word by word. `ours` goes through open_world, announce, State,
-forward_backward and update of train.py; `transformers` is the straight loop over model(input_ids,
+clip and update of train.py; `transformers` is the straight loop over model(input_ids,
 labels).loss. Then the precision. `compile`: torch.compile. `muon`: instead of AdamW. `tuned` gives
 transformers our allocator and thread settings, `plain` takes them from ours. `active`: OpenMP's threads
 spin while they wait. `onednn` multiplies float32 with oneDNN instead of MKL. `math`: attention
@@ -47,6 +47,7 @@ import train
 from lib import runtime as machine
 from lib.config import configure
 from model import Llama, ModelConfig, flops_per_token, load_weights, next_token_loss, save_model
+from tools.plan import forward_backward
 
 CPU = torch.device("cpu")
 NATIVE = (
@@ -99,9 +100,9 @@ def ours(words, cfg, folder, until_end):
     state = train.State(loop, model, world, dtype)
 
     def step(batch):
-        sums = train.forward_backward(state, [batch], next_token_loss, batch["count"], CPU, dtype)
-        state.update(loop, loop.learning_rate, world, batch["count"])
-        return sums["loss"].item()
+        loss = forward_backward(state, [batch], next_token_loss, batch["count"], CPU, dtype)
+        state.update(loop.learning_rate, state.clip(loop.max_grad_norm), batch["count"])
+        return loss.item()
 
     return step
 

@@ -16,8 +16,6 @@ import time
 from pathlib import Path
 from statistics import median
 
-import torch
-
 from lib.config import UserError
 from lib.curves import draw_run
 from lib.runtime import memory_used, peak_flops
@@ -34,9 +32,8 @@ class Log:
 
     def __init__(self, cfg, flops_per_token, world, state):
         self.world, self.flops = world, flops_per_token
-        self.peak = peak_flops(world.device)
+        self.peak, self.logging_steps = peak_flops(world.device), cfg.logging_steps
         self.path = Path(cfg.output_dir) / "metrics.jsonl"
-        self.unread = []  # (step, this rank's share of its loss, gradient norm)
         self.trackers = []
         if world.rank == 0:
             try:
@@ -92,29 +89,6 @@ class Log:
         for tracker in self.trackers:
             tracker.send(plain)
 
-    def watch(self, state, share, norm):
-        """Remembers the loss of a step, this rank's share of it, without reading it."""
-        self.unread.append((state.step, share, norm))
-
-    def read(self, state):
-        """Reads all unread losses at once and reports those that are spikes; every rank calls it.
-
-        Returns the last one's value, None if there is none. What a loss is compared with is part of `state`,
-        so a resumed run reports what the uninterrupted one would have.
-        """
-        if not self.unread:
-            return None
-        steps, shares, norms = zip(*self.unread, strict=True)
-        losses = self.world.sum(*torch.stack(shares).tolist())
-        for step, loss, norm in zip(steps, losses, norms, strict=True):
-            if (
-                0 < norm < math.inf
-            ):  # otherwise the step was not applied, which is reported elsewhere
-                self._alarm(state, step, loss, norm)
-                state.recent = [*state.recent, loss][-WINDOW:]
-        self.unread = []
-        return losses[-1]
-
     def _alarm(self, state, step, loss, norm):
         middle, limit = spike_limit(state.recent)
         if loss > limit >= state.recent[-1]:  # reported once, not at every step that it lasts
@@ -124,12 +98,19 @@ class Log:
                 f"{len(state.recent)} steps before; gradient norm {norm:.3f}"
             )
 
-    def step(self, state, clock, shares, lr, norm):
-        """Logs one optimizer step, `shares` summed over ranks; tokens per second since the last line."""
-        loss, names = self.read(state), [name for name in shares if name != "loss"]
-        stats = dict(
-            zip(names, self.world.sum(*(shares[name].item() for name in names)), strict=True)
-        )
+    def step(self, state, clock, stats, lr, norm):
+        """Takes one optimizer step, its stats summed over ranks; logs it every `logging_steps`.
+
+        The loss is compared with those of the steps before. These are part of `state`, so a resumed run
+        raises the alarms that the uninterrupted one would have.
+        """
+        loss = stats["loss"]
+        if 0 < norm < math.inf:  # otherwise the step was not applied, which is reported elsewhere
+            self._alarm(state, state.step, loss, norm)
+            state.recent = [*state.recent, loss][-WINDOW:]
+        if state.step % self.logging_steps and state.step > 1:
+            return
+        stats = {name: value for name, value in stats.items() if name != "loss"}
         (then, tokens), now = self.mark, time.monotonic()
         rate = (state.tokens - tokens) / max(1e-9, now - then)
         self.mark = (now, state.tokens)

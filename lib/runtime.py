@@ -1,15 +1,15 @@
-"""The machine a training runs on: ranks and their two sums, device, precision, random numbers.
+"""The machine a training runs on: ranks, stop signals, device, precision, random numbers, memory, GPUs.
 
-Data parallelism by hand: weights are broadcast once and gradients summed every step, so there is no wrapper
-around the model and no prefix on any name.
+Data parallelism is done by hand: the weights are broadcast once and the gradients summed every step. There
+is no wrapper around the model, and so no prefix on the names of its parameters.
 """
 
 import contextlib
 import ctypes
-import gc
 import os
 import random
 import re
+import signal
 import sys
 from dataclasses import dataclass
 
@@ -20,13 +20,18 @@ import torch.distributed as dist
 from lib.config import UserError
 
 
-@dataclass(frozen=True)
+class Stopped(Exception):
+    """A rank was asked to stop between two batches of `World.batches`. Every rank raises it."""
+
+
+@dataclass
 class World:
-    """Which rank this process is, of how many, and the two sums that data parallelism is made of."""
+    """Which rank this process is, of how many, and the sums that data parallelism is made of."""
 
     rank: int
     size: int
     device: torch.device
+    stop_signal: int = 0  # SIGINT or SIGTERM once it has come, see `stop_signals`
 
     def sum(self, *numbers):
         """Returns the sums of `numbers` over all ranks in float64, exact for counts. Waits for every rank."""
@@ -38,24 +43,17 @@ class World:
 
     def sum_gradients(self, parameters, bucket=1 << 23):
         """Replaces every gradient by its sum over ranks, in flat buckets of about `bucket` numbers."""
-        if self.size == 1:
-            return
         group, length = [], 0
-        for p in parameters:
+        for number, p in enumerate(parameters if self.size > 1 else (), 1):
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             group.append(p.grad)
             length += p.grad.numel()
-            if length >= bucket:
-                self._sum_flat(group)
+            if length >= bucket or number == len(parameters):
+                flat = torch.cat([gradient.flatten() for gradient in group])
+                dist.all_reduce(flat)
+                for gradient, total in zip(group, flat.split([g.numel() for g in group])):
+                    gradient.copy_(total.view_as(gradient))
                 group, length = [], 0
-        if group:
-            self._sum_flat(group)
-
-    def _sum_flat(self, tensors):
-        flat = torch.cat([t.flatten() for t in tensors])
-        dist.all_reduce(flat)
-        for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            t.copy_(total.view_as(t))
 
     def broadcast(self, tensors):
         """Overwrites `tensors` with rank 0's."""
@@ -65,9 +63,38 @@ class World:
     def barrier(self):
         self.sum(0)
 
+    def batches(self, stream, rows, batch_size):
+        """Yields (first row, batch): this rank's share of the first `rows` rows of `stream`, in order.
+
+        Every rank takes equally many turns, its last ones without a batch. Raises Stopped on all ranks if
+        one has been asked to stop, because torchrun waits for half a minute only.
+        """
+        for start in range(0, rows, self.size * batch_size):
+            first = start + self.rank * batch_size
+            if first < rows:
+                yield first, stream.rows(first, min(first + batch_size, rows))
+            if self.sum(self.stop_signal > 0)[0]:
+                raise Stopped
+
     def say(self, text):
         if self.rank == 0:
             print(text, flush=True)
+
+
+@contextlib.contextmanager
+def stop_signals(world):
+    """While entered, SIGINT or SIGTERM is noted in world.stop_signal; a SIGINT after that interrupts."""
+
+    def note(number, frame):
+        world.stop_signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    handlers = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def from_environment(name, default):
@@ -79,7 +106,10 @@ def from_environment(name, default):
 
 @contextlib.contextmanager
 def open_world(cfg):
-    """Yields the World that torchrun's environment describes, or a world of one; tidies up on the way out."""
+    """Yields the World that torchrun's environment describes, or a world of one rank.
+
+    What ends every training alike becomes a UserError here: memory that runs out, and a rank that is gone.
+    """
     rank, size = from_environment("RANK", 0), from_environment("WORLD_SIZE", 1)
     if size > 1 and "MASTER_ADDR" not in os.environ:  # set by a cluster's shell, or left over
         raise UserError(
@@ -88,7 +118,7 @@ def open_world(cfg):
     device = choose_device(cfg.device)
     if size > 1 and device.type == "mps":
         raise UserError(
-            "device=mps is one GPU, which ranks can't share; leave torchrun out, or --device=cpu"
+            "device=mps: ranks can't share a GPU; start without torchrun, or --device=cpu"
         )
     if device.type == "cuda":
         device = torch.device("cuda", from_environment("LOCAL_RANK", 0))
@@ -97,7 +127,7 @@ def open_world(cfg):
         tune_cpu(min(size, from_environment("LOCAL_WORLD_SIZE", size)))
     if (
         size > 1
-    ):  # numbers that steer the run travel through gloo, gradients through nccl where there is CUDA
+    ):  # counts and decisions travel through gloo, gradients through nccl where there is CUDA
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first CUDA matmul
@@ -106,49 +136,50 @@ def open_world(cfg):
         torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield World(rank, size, device)
-    except RuntimeError as problem:
-        if size == 1 or not re.search("(?i)gloo|nccl|connection", str(problem)):
-            raise
-        raise UserError(
-            f"rank {rank} lost another rank, whose own message says why ({problem!s:.80})"
-        ) from None
+    except (RuntimeError, MemoryError) as problem:
+        if is_out_of_memory(problem):
+            raise UserError(
+                f"out of memory; checkpoints are untouched; {less_memory(cfg)}"
+            ) from None
+        if size > 1 and re.search("(?i)gloo|nccl|connection", str(problem)):
+            why = f"whose own message says why ({problem!s:.80})"
+            raise UserError(f"rank {rank} lost another rank, {why}") from None
+        raise
     finally:
         if size > 1:
             dist.destroy_process_group()
 
 
+# ---- device and precision
+
+
 def choose_device(wanted):
     """Returns the torch.device for `auto`, `cpu`, `cuda` or `mps`; UserError where it does not exist."""
-    there = {
+    present = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
     if wanted == "auto":
-        wanted = next(name for name, found in there.items() if found)
-    if not there[wanted]:
+        wanted = next(name for name in present if present[name])
+    if not present[wanted]:
         raise UserError(
             f"device={wanted}: this machine has no {wanted.upper()} device; use --device=cpu"
         )
     return torch.device(wanted)
 
 
-def cpu_flags():
-    """Returns what the processor can do, as {"avx512_bf16": True, ...}; empty where torch can't tell."""
-    return getattr(torch.cpu, "get_capabilities", dict)()
-
-
 def tune_cpu(ranks=1):
     """Applies settings that measurably help on a CPU; `ranks` is how many share this machine.
 
     The cores that the affinity mask allows are divided among the ranks, unless OMP_NUM_THREADS says how many
-    threads to use. (A 1 under torchrun does not count: torchrun sets it by itself.) glibc is told to keep big
-    blocks instead of returning them to the kernel at every free: page faults on fresh tensors cost as much as
-    the matmuls that fill them.
+    threads to use. (A 1 under torchrun does not count: torchrun sets it by itself.) glibc keeps large blocks
+    instead of returning them to the kernel at every free: page faults on fresh tensors cost as much as the
+    matmuls that fill them.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    asked = os.environ.get("OMP_NUM_THREADS")
-    if asked is None or (asked == "1" and "TORCHELASTIC_RUN_ID" in os.environ):
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if threads is None or (threads == "1" and "TORCHELASTIC_RUN_ID" in os.environ):
         torch.set_num_threads(max(1, cores // ranks))
     with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc only
         libc = ctypes.CDLL(None)
@@ -156,24 +187,42 @@ def tune_cpu(ranks=1):
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+def cpu_flags():
+    """Returns the processor's features as {"avx512_bf16": True, ...}; empty where torch can't tell."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
 def choose_dtype(wanted, device):
     """Returns (dtype of matmuls, reason)."""
     if wanted == "fp16" and device.type != "cuda":
         raise UserError("dtype=fp16 needs CUDA; use --dtype=bf16 or --dtype=fp32")
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     if wanted != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[
-            wanted
-        ], "as asked"
+        return dtypes[wanted], "as asked"
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device)[0] >= 8:
             return torch.bfloat16, "the GPU multiplies bf16 natively"
         return torch.float16, "the GPU has fp16 units but no bf16"
     if device.type == "mps":
         return torch.float32, "16 bits only on request: --dtype=bf16"
-    flags = cpu_flags()
-    if flags.get("avx512_bf16") or flags.get("amx_bf16"):
+    if cpu_flags().get("avx512_bf16") or cpu_flags().get("amx_bf16"):
         return torch.bfloat16, "the CPU multiplies bf16 natively"
     return torch.float32, "no 16-bit units on this cpu"
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def to_device(batch, device):
+    """Returns the batch's arrays as tensors on `device`, copied while the GPU works; counts are left out."""
+    tensors = {k: torch.from_numpy(v) for k, v in batch.items() if isinstance(v, np.ndarray)}
+    if device.type == "cuda":
+        return {k: v.pin_memory().to(device, non_blocking=True) for k, v in tensors.items()}
+    return {k: v.to(device) for k, v in tensors.items()}
+
+
+# ---- random numbers
 
 
 def seed_everything(seed):
@@ -183,14 +232,12 @@ def seed_everything(seed):
 
 
 def rng_state(device):
-    """Returns every global generator's state in builtins and tensors, all that weights_only=True reads."""
+    """Returns every global generator's state in builtins and tensors, which weights_only=True reads."""
     kind, keys, *rest = np.random.get_state()
     state = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
     state["torch"] = torch.get_rng_state()
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    if device.type == "mps":
-        state["mps"] = torch.mps.get_rng_state()
+    if device.type != "cpu":
+        state[device.type] = getattr(torch, device.type).get_rng_state()
     return state
 
 
@@ -198,10 +245,47 @@ def set_rng_state(state, device):
     random.setstate(state["python"])
     np.random.set_state(tuple(state["numpy"]))
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
-    if "mps" in state and device.type == "mps":
-        torch.mps.set_rng_state(state["mps"])
+    if device.type != "cpu" and device.type in state:
+        getattr(torch, device.type).set_rng_state(state[device.type])
+
+
+# ---- memory
+
+
+def memory_used(device):
+    """Returns the peak memory in bytes so far: of a CUDA device, else of this process (0 on Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def is_out_of_memory(problem):
+    """Returns whether an exception means that memory ran out; torch has a type for that on CUDA only."""
+    words = "(?i)out of memory|can't allocate memory|not enough memory|bad_alloc|ALLOC_FAILED"
+    types = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(problem, types) or bool(re.search(words, str(problem)))
+
+
+def less_memory(cfg):
+    """Returns how a run of `cfg` goes on in less memory: the end of an error message."""
+    rows, ways = cfg.batch_size * cfg.gradient_accumulation_steps, []
+    half = next((n for n in range(cfg.batch_size // 2, 0, -1) if rows % n == 0), None)
+    if half:  # a step keeps its rows: nothing changes in what is learned
+        ways.append(f"--batch_size={half} --gradient_accumulation_steps={rows // half}")
+    if not cfg.gradient_checkpointing:
+        ways.append("--gradient_checkpointing")
+    start = "use "
+    if ways:
+        start = f"continue with --resume_from_checkpoint=auto and {' or '.join(ways)}; else use "
+    return f"{start}a shorter --sequence_length or a smaller model (--plan shows what takes how much)"
+
+
+# ---- GPUs
 
 
 @dataclass(frozen=True)
@@ -235,8 +319,8 @@ CARDS = {
     "rtx3090": Card("RTX 3090", 71e12, 24e9, 936e9),
     "rtx3080": Card("RTX 3080", 59.5e12, 10e9, 760e9),
     "rtx3070": Card("RTX 3070", 40.6e12, 8e9, 448e9),
-    # computed as those papers' figures are, 4 FLOPs a clock and core: cores and boost clock of NVIDIA's pages
-    "rtx4090-16gb": Card("RTX 4090 Laptop", 4 * 9728 * 2.04e9, 16e9, 576e9),  # the laptop's
+    # computed as those papers compute theirs, 4 FLOPs a clock and core, from NVIDIA's pages
+    "rtx4090-16gb": Card("RTX 4090 Laptop", 4 * 9728 * 2.04e9, 16e9, 576e9),
     "rtx4070": Card("RTX 4070", 4 * 5888 * 2.475e9, 12e9, 504e9),
     "rtx4060ti-16gb": Card("RTX 4060 Ti", 4 * 4352 * 2.535e9, 16e9, 288e9),
     "rtx4060": Card("RTX 4060", 4 * 3072 * 2.46e9, 8e9, 272e9),
@@ -247,47 +331,5 @@ CARDS = {
 def peak_flops(device):
     """Returns the dense bf16 FLOP/s of the card at hand by its datasheet, or None if it is unknown."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    known = [card for card in CARDS.values() if re.search(rf"\b{card.label}\b", name)]
-    return max(known, key=lambda card: len(card.label)).flops if known else None
-
-
-def memory_used(device):
-    """Returns the peak memory in bytes so far: of a CUDA device, else of this process (0 on Windows)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-    except ImportError:  # Windows
-        return 0
-
-
-def out_of_memory(problem):
-    """Returns whether an exception means that memory ran out; torch has a type for that on CUDA only."""
-    said = "(?i)out of memory|can't allocate memory|not enough memory|bad_alloc|ALLOC_FAILED"
-    return isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or bool(
-        re.search(said, str(problem))
-    )
-
-
-def free_memory(device):
-    """Frees what a failed step leaves behind: reference cycles, compiled graphs' pools, cached blocks."""
-    gc.collect()
-    if "torch._dynamo" in sys.modules:  # otherwise nothing was compiled
-        torch.compiler.reset()
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).empty_cache()
-
-
-def autocast(device, dtype):
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-
-def to_device(batch, device):
-    """Returns the batch's arrays as tensors on `device`, copied while the GPU works; counts are left out."""
-    tensors = {k: torch.from_numpy(v) for k, v in batch.items() if isinstance(v, np.ndarray)}
-    if device.type == "cuda":
-        return {k: v.pin_memory().to(device, non_blocking=True) for k, v in tensors.items()}
-    return {k: v.to(device) for k, v in tensors.items()}
+    cards = [card for card in CARDS.values() if re.search(rf"\b{card.label}\b", name)]
+    return max(cards, key=lambda card: len(card.label)).flops if cards else None

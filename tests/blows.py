@@ -6,10 +6,14 @@ import signal
 import sys
 import time
 
+import torch
+
+import model
 import train
 
 PHASES = {
-    "step": (train, "forward_backward"),
+    "forward": (model.Decoder, "forward"),
+    "backward": (torch.Tensor, "backward"),
     "update": (train.State, "update"),
     "evaluation": (train, "evaluate"),
     "checkpoint": (train.State, "save"),

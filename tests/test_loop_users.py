@@ -1,4 +1,4 @@
-"""What `fit` promises holds for each of its users: without memory, at a stop, in a plan, in a time box."""
+"""What `fit` promises holds for each of its users: at a stop, in a plan, in a time box."""
 
 import functools
 import os
@@ -83,89 +83,6 @@ def at_passes(learning, act, rank=None):
 
     if rank in (None, int(os.environ.get("RANK", 0))):
         torch.nn.modules.module.register_module_forward_hook(hook)
-
-
-# ---- memory
-
-
-def no_memory(above, after, number, rows):
-    if rows > above and number > after:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-
-@pytest.mark.parametrize(("user", "ranks"), [*((user, 1) for user in USERS), ("sft", 2)])
-def test_a_validation_without_memory_takes_fewer_rows_and_finds_the_same(
-    tmp_path, begin, whole, user, ranks
-):
-    rows = 4 if user == "dpo" else 2  # two for each pair
-    before = functools.partial(at_passes, False, functools.partial(no_memory, rows, 1), ranks - 1)
-    out = finished(begin[user], tmp_path / "out", ranks, before=before)
-    told = "out of memory in the validation: from here 2 rows at a time instead of 4; what it finds stays"
-    assert said(out).count(told) == said(out).count("out of memory") == 1
-    for ours, theirs in zip(records(out), records(whole(user, ranks)), strict=True):
-        for key in {"loss", "val_loss", "val_bits_per_byte", "val_rewards/margins"} & theirs.keys():
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-6)
-    if user == "pretraining":
-        assert not differences(out / "final", whole(user, ranks) / "final")
-
-
-@pytest.mark.parametrize("user", ["sft", "dpo"])
-def test_training_without_memory_halves_its_batches_and_a_resumed_run_again(tmp_path, begin, user):
-    act = functools.partial(no_memory, 2 if user == "dpo" else 1, 0)
-    knobs = {"lora_dropout": 0, "eval_steps": 100}
-    straight = finished(begin[user], tmp_path / "straight", **knobs)
-    knobs["before"] = functools.partial(at_passes, True, act)
-    out = finished(begin[user], tmp_path / "out", **knobs)
-    assert "micro-batches of 1 rows instead of 2, 4 a step instead of 2" in said(out)
-    ours, theirs = (
-        [r["loss"] for r in records(run) if "grad_norm" in r] for run in (out, straight)
-    )
-    assert ours == pytest.approx(theirs, rel=1e-4)
-    rest = finished(
-        begin[user], tmp_path / "rest", resume_from_checkpoint=out / "step_000004", **knobs
-    )
-    assert losses(rest) == losses(out, after=4)
-
-
-def fails_in(moment):
-    """No memory for the sixth update, or for the last checkpoint's second file."""
-    owner, name, call = {"update": (torch.optim.AdamW, "step", 6), "save": (torch, "save", 4)}[
-        moment
-    ]
-    original, calls = getattr(owner, name), []
-
-    def patched(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
-            raise RuntimeError(
-                "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"
-            )
-        return original(*args, **kwargs)
-
-    setattr(owner, name, patched)
-
-
-@everyone
-@pytest.mark.parametrize("moment", ["update", "save"])
-def test_without_memory_elsewhere_it_ends_in_one_line_and_goes_on_from_the_last_checkpoint(
-    tmp_path, begin, whole, user, moment
-):
-    expected = {
-        "update": "in the update of step 6; checkpoints are untouched; smaller batches would not help",
-        "save": "/step_000008 was written; checkpoints are untouched; free some, and continue",
-    }[moment]
-    out = tmp_path / "out"
-    one = begin[user](out, before=functools.partial(fails_in, moment))
-    assert one.wait() == [2], one.text
-    last = one.text.splitlines()[-1]
-    assert last.startswith("error: out of memory ")
-    assert expected in last
-    assert "Traceback" not in one.text
-    assert not [name for name in names(out) if name.startswith(".tmp")]
-    assert [folder.name for folder in checkpoints(out)] == ["step_000004"]
-    assert problem_with(checkpoints(out)[0]) is None
-    finished(begin[user], out, resume_from_checkpoint="auto")
-    assert losses(out) == losses(whole(user, 1))
 
 
 # ---- a stop

@@ -1,5 +1,6 @@
-"""Running out of memory: smaller micro-batches, the same steps; by injected failures and by a real limit."""
+"""Running out of memory: one line that names the flags that fit, by injected and by real failures."""
 
+import functools
 import os
 import re
 import resource
@@ -9,37 +10,47 @@ import pytest
 import torch
 
 import model
-from tests.runs import begin, differences, records, refused
+from lib.checkpoint import checkpoints, problem_with
+from tests import align
+from tests.conftest import write_rows
+from tests.runs import begin, names, records, refused
 from tests.runs import train_to_end as trained
 
 EXACT = {"sample_tokens": 0, "logging_steps": 1}
+CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
 
 
-def fail_above(rows, rank=None):
-    """From the fifth micro-batch on, the second block's MLP finds no memory for more than `rows`."""
-    if rank is not None and os.environ["RANK"] != str(rank):
-        return
-    seen = []
+def failing(error, above, number, learning=True, rank=None):
+    """The MLPs of the model find no memory for more than `above` rows, from their `number`-th call on."""
+    calls = []
 
     def hook(module, inputs, output):
-        if isinstance(module, model.MLP) and module.training:
-            seen.append(1)
-            if len(seen) % 2 == 0 and len(seen) > 8 and len(output) > rows:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        if isinstance(module, model.MLP) and module.training == learning and len(output) > above:
+            calls.append(1)
+            if len(calls) >= number:
+                raise error
 
-    torch.nn.modules.module.register_module_forward_hook(hook)
-
-
-def fail_above_one():
-    fail_above(1)
+    if rank in (None, int(os.environ.get("RANK", 0))):
+        torch.nn.modules.module.register_module_forward_hook(hook)
 
 
-def fail_above_none():
-    fail_above(0)
+def failing_save(number):
+    """The `number`-th file of a checkpoint finds no memory."""
+    failing_call(torch, "save", number)
 
 
-def fail_above_two_on_rank_one():
-    fail_above(2, rank=1)
+def failing_call(owner, name, number):
+    """The `number`-th call of a function finds no memory."""
+    original, calls = getattr(owner, name), []
+
+    def patched(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number:
+            raise CPU
+        return original(*args, **kwargs)
+
+    setattr(owner, name, patched)
 
 
 def limit_address_space():
@@ -49,93 +60,101 @@ def limit_address_space():
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
+def flags_in(line):
+    """The flags that an error names, as knobs."""
+    return dict(re.findall(r"--(\w+)=(\w+)", line))
+
+
 def curve(out):
     return [r["loss"] for r in records(out) if "grad_norm" in r]
 
 
-def log_of(out):
-    return out.with_suffix(".log").read_text()
-
-
-def test_without_memory_the_micro_batches_halve_and_every_step_stays_what_it_was(
-    tmp_path, tiny_dataset
+@pytest.mark.parametrize(("rows", "halves"), [(4, "2"), (3, "1")], ids=["4 rows", "3 rows"])
+@pytest.mark.parametrize("error", [CUDA, CPU], ids=["CUDA", "CPU"])
+def test_the_flags_that_it_names_train_the_same_steps_from_the_last_checkpoint(
+    tmp_path, tiny_dataset, error, rows, halves
 ):
-    knobs = EXACT | {"data_path": tiny_dataset}
-    whole = trained(tmp_path / "whole", batch_size=4, **knobs)
-    halved = trained(tmp_path / "halved", before=fail_above_one, batch_size=4, **knobs)
-    said = re.findall(r"out of memory at step .*", log_of(halved))
-    assert [line.split(":")[0] for line in said] == ["out of memory at step 5"] * 2
-    assert "micro-batches of 1 rows instead of 2, 4 a step instead of 2" in said[1]
-    assert curve(halved) == pytest.approx(curve(whole), rel=1e-5)
+    knobs = EXACT | {"data_path": tiny_dataset, "batch_size": rows}
+    whole, out = trained(tmp_path / "whole", **knobs), tmp_path / "out"
+    before = functools.partial(failing, error, int(halves), 11)  # in step 6
+    line = refused(out, before=before, **knobs)
+    assert line.startswith("error: out of memory; checkpoints are untouched; continue with ")
+    assert "or --gradient_checkpointing" in line
+    assert [folder.name for folder in checkpoints(out)] == ["step_000004"]
+    flags = flags_in(line)
+    assert flags["batch_size"] == halves
+    out = trained(out, **knobs | flags | {"before": functools.partial(failing, error, int(halves), 1)})
+    assert curve(out) == pytest.approx(curve(whole), rel=1e-5)
+    again = trained(tmp_path / "again", **knobs, resume_from_checkpoint=out / "step_000004",
+                    gradient_checkpointing=True)  # fmt: skip
+    assert curve(again) == pytest.approx(curve(whole)[4:], rel=1e-5)
 
 
-def test_a_halved_run_resumes_as_if_it_had_not_stopped_with_either_command_line(
-    tmp_path, tiny_dataset
-):
-    knobs = EXACT | {"data_path": tiny_dataset, "dropout": 0.1}
-    whole = trained(tmp_path / "whole", before=fail_above_one, batch_size=2, **knobs)
-    again = {"resume_from_checkpoint": whole / "step_000004"}
-    same = trained(tmp_path / "same", before=fail_at_once_above_one, batch_size=2, **knobs, **again)
-    assert not differences(whole / "step_000008", same / "step_000008")
-    said = {"batch_size": 1, "gradient_accumulation_steps": 2}
-    other = trained(tmp_path / "other", **said, **knobs, **again)
-    assert not differences(
-        whole / "step_000008", other / "step_000008", but=["state.best"]
-    )  # a sum's order
-
-
-def fail_at_once_above_one():
-    def hook(module, inputs, output):
-        if isinstance(module, model.MLP) and module.training and len(output) > 1:
-            raise RuntimeError(
-                "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
-            )
-
-    torch.nn.modules.module.register_module_forward_hook(hook)
-
-
-def test_three_rows_become_single_ones(tmp_path, tiny_dataset):
-    out = trained(
-        tmp_path / "out", before=fail_above_one, batch_size=3, data_path=tiny_dataset, **EXACT
+def test_with_one_row_and_checkpointing_it_names_what_is_left(tmp_path, tiny_dataset):
+    knobs = EXACT | {"data_path": tiny_dataset, "batch_size": 1, "gradient_checkpointing": True}
+    line = refused(tmp_path / "out", before=functools.partial(failing, CUDA, 0, 1), **knobs)
+    assert line == (
+        "error: out of memory; checkpoints are untouched; use a shorter --sequence_length or a "
+        "smaller model (--plan shows what takes how much)"
     )
-    assert "micro-batches of 1 rows instead of 3, 3 a step instead of 1" in log_of(out)
 
 
-def test_when_one_row_is_too_much_the_error_says_what_helps(tmp_path, tiny_dataset):
-    line = refused(
-        tmp_path / "out", before=fail_above_none, batch_size=1, data_path=tiny_dataset, **EXACT
-    )
-    assert "out of memory at step 5 with one row" in line
-    assert "--gradient_checkpointing" in line
-
-
-def test_one_rank_without_memory_halves_them_all(tmp_path, tiny_dataset):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_without_memory_ends_them_all(tmp_path, tiny_dataset, rank):
     knobs = EXACT | {"data_path": tiny_dataset, "batch_size": 4}
-    whole = trained(tmp_path / "whole", ranks=2, **knobs)
-    halved = trained(tmp_path / "halved", ranks=2, before=fail_above_two_on_rank_one, **knobs)
-    assert log_of(halved).count("out of memory at step") == 1
-    assert curve(halved) == pytest.approx(curve(whole), rel=1e-5)
+    before = functools.partial(failing, CUDA, 2, 5, rank=rank)
+    one = begin(tmp_path / "out", ranks=2, before=before, **knobs)
+    assert one.wait() == [2, 2], one.text
+    assert one.text.count("error: out of memory; checkpoints are untouched; continue with") == 1
+    assert one.text.count(f"error: rank {1 - rank} lost another rank, whose own message says") == 1
+    assert "Traceback" not in one.text
+
+
+MOMENTS = {
+    "validation": (failing, CUDA, 1, 1, False),
+    "update": (failing_call, torch.optim.AdamW, "step", 6),
+    "checkpoint": (failing_save, 4),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("program", ["train", "sft", "dpo"])
+def test_wherever_it_runs_out_nothing_of_the_last_checkpoint_is_lost(
+    tmp_path, tiny_dataset, tiny_tokenizer, program, moment
+):
+    out, before = tmp_path / "out", functools.partial(*MOMENTS[moment])
+    knobs = {"batch_size": 4, "eval_steps": 6, "before": before}
+    if program == "train":
+        one = begin(out, data_path=tiny_dataset, **knobs)
+    else:
+        base = align.make_base(tmp_path / "base", tiny_tokenizer, "chatml")
+        rows = write_rows(tmp_path / "rows.jsonl", ROWS)
+        one = align.begin(
+            program, out, model_path=base, dataset_path=rows, val_ratio=0.4, save_steps=4, **knobs
+        )
+    assert one.wait() == [2], one.text
+    assert one.text.splitlines()[-1].startswith("error: out of memory; checkpoints are untouched; ")
+    assert "Traceback" not in one.text
+    assert [name for name in names(out) if name.startswith(("step", ".tmp"))] == ["step_000004"]
+    assert problem_with(out / "step_000004") is None
+
+
+ROWS = [
+    {"prompt": f"what is {n}?", "response": f"a {n}", "chosen": f"a {n}", "rejected": "I won't say"}
+    for n in range(40)
+]
 
 
 def test_another_error_is_not_taken_for_want_of_memory(tmp_path, tiny_dataset):
-    one = begin(tmp_path / "out", before=break_shapes, data_path=tiny_dataset, **EXACT)
+    before = functools.partial(failing, RuntimeError("size mismatch of a kind"), 0, 1)
+    one = begin(tmp_path / "out", before=before, data_path=tiny_dataset, **EXACT)
     assert one.wait() == [1]
     assert "size mismatch of a kind" in one.text
     assert "out of memory" not in one.text
 
 
-def break_shapes():
-    def hook(module, inputs, output):
-        raise RuntimeError("size mismatch of a kind")
-
-    torch.nn.modules.module.register_module_forward_hook(hook)
-
-
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux")
-def test_a_real_limit_of_the_address_space_costs_time_but_not_the_run(tmp_path, tiny_dataset):
-    knobs = EXACT | {"data_path": tiny_dataset, "batch_size": 4096, "max_steps": 2, "eval_rows": 1}
-    knobs |= {"save_steps": 100, "eval_steps": 100}
-    whole = trained(tmp_path / "whole", **knobs)
-    tight = trained(tmp_path / "tight", before=limit_address_space, **knobs)
-    assert "out of memory at step 1: from here micro-batches of 2048 rows" in log_of(tight)
-    assert curve(tight) == pytest.approx(curve(whole), rel=1e-4)
+def test_a_real_limit_of_the_address_space_is_told_in_one_line(tmp_path, tiny_dataset):
+    knobs = EXACT | {"data_path": tiny_dataset, "batch_size": 4096, "eval_rows": 1}
+    line = refused(tmp_path / "out", before=limit_address_space, **knobs)
+    assert "--batch_size=2048 --gradient_accumulation_steps=2" in line

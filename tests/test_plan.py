@@ -20,7 +20,7 @@ from tools.plan import (
     memory,
     tokens_per_step,
 )
-from train import PretrainConfig, make_optimizers
+from train import PretrainConfig, make_optimizers, with_vocab_size
 
 SHAPE = {"d_model": 64, "n_head": 4, "d_ff": 160, "vocab_size": 128, "sequence_length": 32}
 ROWS = 3
@@ -142,9 +142,8 @@ H100 = [
 
 @pytest.mark.parametrize(("name", "rows", "speed", "peak"), H100)
 def test_what_an_h100_measured_is_predicted(name, rows, speed, peak):
-    cfg = replace(
-        configure(PretrainConfig, [str(ROOT / f"configs/{name}.json")]), deterministic=False
-    )
+    cfg = with_vocab_size(configure(PretrainConfig, [str(ROOT / f"configs/{name}.json")]))
+    cfg = replace(cfg, deterministic=False)
     accumulation = cfg.gradient_accumulation_steps * cfg.batch_size // rows
     cfg = replace(cfg, batch_size=rows, gradient_accumulation_steps=accumulation)
     # larger pieces are faster than predicted, which knows nothing of launches
@@ -156,6 +155,7 @@ def test_what_an_h100_measured_is_predicted(name, rows, speed, peak):
 
 def test_a_plan_for_a_card_says_whether_it_fits_and_an_unknown_card_what_is_known():
     base = configure(PretrainConfig, [str(ROOT / "configs/base.json"), "--max_steps=5000"])
+    base = with_vocab_size(base)
     assert "fits" in "\n".join(card_plan(base, "rtx3070"))
     verdict = {
         card: next(line for line in card_plan(base, card) if "fits" in line) for card in CARDS

@@ -153,7 +153,7 @@ class Recorded:
         return batch
 
 
-def note_weights(folder, model, walk):
+def note_weights(folder, model):
     """A validation that notes the weights of its rank."""
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters()))
     with open(folder / f"weights{torch.distributed.get_rank()}", "a") as f:

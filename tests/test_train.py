@@ -166,7 +166,7 @@ class Counting:
         return {"ids": rows[:, :-1].copy(), "labels": rows[:, 1:].copy(), "count": 64}
 
 
-def no_validation(model, walk):
+def no_validation(model):
     return {}
 
 
@@ -238,7 +238,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_run(tmp_pat
 # ---- validation and the log
 
 
-def draws(model, walk):
+def draws(model):
     torch.rand(3)
     np.random.rand()
     return {"val_loss": 1.0}

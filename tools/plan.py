@@ -9,6 +9,7 @@ is timed; for a card that is elsewhere, `card_seconds` knows two limits, arithme
 """
 
 import os
+import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -17,9 +18,9 @@ import numpy as np
 import torch
 
 from lib.config import UserError
-from lib.runtime import CARDS, memory_used
+from lib.runtime import CARDS, autocast, memory_used, to_device
 from model import Llama, ModelConfig, count_parameters, flops_per_token, group_rows
-from train import Muon
+from train import Muon, State, announce, compiles, total_steps, with_vocab_size
 
 TIMED = 3  # optimizer steps that are timed after the warm-up
 PATIENCE = 120  # seconds that these may take; a slower machine is timed with one row at a time
@@ -94,6 +95,7 @@ def memory(cfg, means, framework=0):
     as well if accumulation adds to them or a CUDA graph needs them to keep their place. `framework` is given
     for a process on a CPU: see `heap_holes`.
     """
+    cfg = with_vocab_size(cfg)
     N, s, counts = cfg.batch_size * cfg.sequence_length, means.size, count_parameters(cfg)
     total, table = counts["total"], cfg.vocab_size * cfg.d_model
     block, stream = N * block_bytes(cfg, means), N * cfg.d_model * s
@@ -290,6 +292,43 @@ def memory_lines(cfg, means, framework=0):
     yield row("the finished model", f"{counts / 1e6:>12,.0f}")
 
 
+def local(cfg, model, loader, loss_fn, world):
+    """Says what `train.fit` would need and take here: counted, then timed. Writes nothing."""
+    model.to(world.device).train()
+    dtype, attention = announce(cfg, model, world)
+    state = State(cfg, model, world, dtype)
+    means = Means(world.device.type, dtype, attention, compiles(cfg, world.device))
+    total = total_steps(cfg, loader.blocks, world.size) if loader.blocks else cfg.max_steps
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    framework = framework_bytes(world.device, weights, cfg.gradient_checkpointing)
+    world.say("\n".join(local_plan(cfg, model, means, world, total, loader.blocks, framework)))
+
+    def one_step(micros):
+        began = time.perf_counter()
+        batches = [loader.batch(0, micro, world.rank, micros) for micro in range(micros)]
+        count = sum(batch["count"] for batch in batches)
+        forward_backward(state, batches, loss_fn, count, world.device, dtype).item()
+        middle = time.perf_counter()
+        world.sum_gradients(state.parameters)
+        state.update(cfg.floor, state.clip(cfg.max_grad_norm), count)
+        return middle - began, time.perf_counter() - middle
+
+    seconds, rows = timed(one_step, loader, cfg.gradient_accumulation_steps)
+    world.say("\n".join(time_lines(cfg, seconds, total, world, rows)))
+
+
+def forward_backward(state, batches, loss_fn, count, device, dtype):
+    """Adds up the gradients of a step as `train.fit` does. Returns its mean loss, (), on `device`."""
+    total = 0.0
+    for batch in batches:
+        with autocast(device, dtype):
+            loss_sum, _ = loss_fn(state.model, to_device(batch, device))
+        loss = loss_sum / max(1, count)
+        state.scaler.scale(loss).backward()
+        total += loss.detach()
+    return total
+
+
 def local_plan(cfg, model, means, world, total, blocks, framework):
     """Returns the lines of a plan for this machine that need no timing, for the `cfg` of any training."""
     if isinstance(cfg, ModelConfig):
@@ -340,6 +379,7 @@ def card_plan(cfg, name):
     """Returns the lines of a plan for a card that need not be here; UserError if it is not in world.CARDS."""
     if name not in CARDS:
         raise UserError(f"plan_gpu: {name!r} is not known; use one of {', '.join(CARDS)}")
+    cfg = with_vocab_size(cfg)
     card, means = CARDS[name], Means("cuda", torch.bfloat16, "sdpa", cfg.compile is not False)
     seconds, tokens, total = card_seconds(cfg, card), tokens_per_step(cfg), cfg.max_steps
     room = card.memory - RESERVE
