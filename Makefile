@@ -16,8 +16,8 @@ PRESET = $${CONFIG:+"$$CONFIG"}
 FIT = $(call flag,BATCH_SIZE,batch_size) $(call flag,LEARNING_RATE,learning_rate) \
   $(call flag,GRADIENT_ACCUMULATION_STEPS,gradient_accumulation_steps) $(call flag,MAX_STEPS,max_steps) \
   $(call flag,WARMUP_STEPS,warmup_steps) $(call flag,MAX_MINUTES,max_minutes) $(call flag,OUTPUT,output_dir)
-DATA = data="$${DATA_PATH:-$$($(RUN) -m tools.workspace newest --kind=data)}" && vocab="$$($(RUN) -m tools.workspace vocab "$$data")" &&
-PRETRAIN = $(PRESET) --data_path="$$data" --vocab_size="$$vocab" $(FIT)
+DATA = data="$${DATA_PATH:-$$($(RUN) -m tools.workspace newest --kind=data)}" &&
+PRETRAIN = $(PRESET) --data_path="$$data" $(FIT)
 MODEL = model="$${MODEL_PATH:-$$($(RUN) -m tools.workspace newest$(1))}" &&
 PREPARED = $(call flag,RAW_DATASET,input_path) $(call flag,OUTPUT,output_dir)
 EVALUATE = $(call MODEL) $(RUN) eval.py $(PRESET) --model_path="$$model" --output_dir="$${OUTPUT:-evaluation_results}"

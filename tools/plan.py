@@ -191,7 +191,7 @@ def time_step(cfg, state, loader, loss_fn, world, dtype):
 
 
 def forward_backward(state, batches, loss_fn, count, device, dtype):
-    """Adds up the gradients of a step as `train.fit` does. Returns its mean loss, (), on `device`."""
+    """Adds up the gradients of a step as `train.fit` does. Returns its mean loss, ()."""
     total = 0.0
     for batch in batches:
         with autocast(device, dtype):
@@ -203,7 +203,7 @@ def forward_backward(state, batches, loss_fn, count, device, dtype):
 
 
 class RandomTokens:
-    """A loader of random ids for a plan without data; .blocks is None, because passes are unknown."""
+    """A loader of random ids for a plan without data; .blocks None: passes are unknown."""
 
     blocks = None
 
@@ -344,7 +344,7 @@ def card_plan(cfg, name):
         *size_lines(cfg, total=cfg.max_steps),
         *memory_lines(cfg, card_kernels(cfg)),
         "",
-        f"on {name}: a prediction from its datasheet, {datasheet}, {card.bandwidth / 1e9:,.0f} GB/s",
+        f"on {name}, predicted from its datasheet: {datasheet}, {card.bandwidth / 1e9:,.0f} GB/s",
         row("fits", f"{fits}, with 1 GB left to CUDA; rows that fit, {largest}"),
         row("MFU", f"{mfu:.0%}, extrapolated from an H100 (benchmarks/RESULTS.md); compiled"),
         row("tokens a second", f"{tokens / seconds:,.0f}"),

@@ -250,7 +250,7 @@ def text_to_chat(session, data, preset, tuning, timed=True, fast=False):
     results = f"evaluation_results/{name}"
     held_out = ["--skip_boolq", f"--perplexity_path={folder / 'val_00000.jsonl'}"]
     limits = ["--fast_mode", *held_out] if fast else held_out if hub_problem() else []
-    pretrain = ["train.py", *preset, f"--data_path={folder}"]
+    pretrain = ["train.py", *preset, f"--data_path={folder}", "--vocab_size=none"]  # the data's
 
     if (folder / "manifest.json").is_file():
         session.rows.append(("data", 0.0, "done before"))
