@@ -29,7 +29,7 @@ MIXTURE_PERIOD = 1024  # rows after which the proportions of a mixture are exact
 # Streams: endless shuffled batches, addressed by number
 
 
-class Stream:
+class BatchStream:
     """Endless passes over `blocks` rows, each pass in another order.
 
     A subclass sets `blocks` and says which block stands at a row of the endless stream
@@ -65,7 +65,7 @@ def permutation(size, seed, *words):
     )
 
 
-class TokenStream(Stream):
+class TokenStream(BatchStream):
     """The tokens of one split of prepared datasets, cut into blocks of T inputs and T labels.
 
     Block i of a dataset holds tokens [i T, i T + T) as "ids" and those one further as "labels".
@@ -190,7 +190,7 @@ def unigram_bits_per_byte(paths):
     return float(nats / (sum(source.bytes for source in val) * math.log(2)))
 
 
-class ExampleStream(Stream):
+class ExampleStream(BatchStream):
     """A list of examples as a stream; `collate` makes the batch of some of them."""
 
     def __init__(self, examples, collate, batch_size, seed=0, world_size=1):

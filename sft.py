@@ -1,9 +1,8 @@
 """Supervised fine-tuning on conversations: the model learns the answers and their ends.
 
-    python sft.py configs/sft.json --model_path=checkpoints/pretrain/tiny
-    --dataset_path=chats.jsonl python sft.py configs/sft.json --model_path=... --dataset_path=...
-    --lora_r=0 --learning_rate=5e-5 python sample.py --model_path=checkpoints/sft/final
-    --prompt="Why?"
+    python sft.py configs/sft.json --model_path=checkpoints/pretrain/tiny --dataset_path=chats.jsonl
+    python sft.py configs/sft.json ... --lora_r=0 --learning_rate=5e-5
+    python sample.py --model_path=checkpoints/sft/final --prompt="Why?"
 
 Rows may be prompt/response, alpaca, OpenAI messages or ShareGPT, in JSON, JSON Lines, CSV or
 parquet. Each is rendered in a chat template, whose name the resulting folder keeps. A conversation
@@ -54,35 +53,39 @@ from train import LoopConfig, check_data, check_tokenizer, fit, greedy
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTConfig(LoopConfig, LoRAConfig):
-    """Fine-tuning on conversations; the defaults are made for LoRA."""
+class FineTuningConfig(LoopConfig, LoRAConfig):
+    """What fine-tunings share: the model to begin from, the rows, and defaults made for LoRA."""
 
     # what to begin from: a model's folder, an adapter's, or that of a whole training
     model_path: str
-    dataset_path: str  # conversations: a file, a folder or a glob
-    # held-out conversations; none = a share of dataset_path, see val_ratio
-    val_path: str | None = None
+    dataset_path: str  # rows to train on: a file, a folder or a glob
+    val_path: str | None = None  # held-out rows; none = a share of dataset_path, see val_ratio
     val_ratio: Fraction = 0.05  # that share; a row falls into it by its hash
-    # none = the model's own; without one chatml, or instruct where the tokenizer lacks its markers
-    prompt_template: Literal["chatml", "instruct", "chat"] | None = None
     sequence_length: PositiveInt | None = None  # positions of a row; none = the model's context
-    packing: bool = True  # several conversations in a row, which do not see each other
     sample_tokens: NonNegativeInt = 48  # length of the answer shown at each evaluation; 0 = none
-
-    output_dir: str = "checkpoints/sft"  # checkpoints, metrics.jsonl and final/ go here
-    # at the top; for LoRA on a small model, full fine-tuning wants 5e-5
-    learning_rate: PositiveFloat = 1e-3
-    num_train_epochs: PositiveFloat | None = 3.0  # passes over the data
     warmup_steps: NonNegativeInt = 10  # linear rise to the top
     weight_decay: NonNegativeFloat = 0.0  # on matrices
-    lora_dropout: Fraction = 0.1  # on what enters the adapter
-    eval_steps: PositiveInt = 100  # steps between validations
     save_steps: PositiveInt = 100  # steps between checkpoints
-    early_stopping_metric: Literal["val_loss"] = "val_loss"  # decides which is best
 
     def __post_init__(self):
         LoopConfig.__post_init__(self)
         LoRAConfig.__post_init__(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(FineTuningConfig):
+    """Fine-tuning on conversations."""
+
+    # none = the model's own; without one chatml, or instruct where the tokenizer lacks its markers
+    prompt_template: Literal["chatml", "instruct", "chat"] | None = None
+    packing: bool = True  # several conversations in a row, which do not see each other
+    output_dir: str = "checkpoints/sft"  # checkpoints, metrics.jsonl and final/ go here
+    # at the top; for LoRA on a small model, full fine-tuning wants 5e-5
+    learning_rate: PositiveFloat = 1e-3
+    num_train_epochs: PositiveFloat | None = 3.0  # passes over the data
+    lora_dropout: Fraction = 0.1  # on what enters the adapter
+    eval_steps: PositiveInt = 100  # steps between validations
+    early_stopping_metric: Literal["val_loss"] = "val_loss"  # decides which is best
 
 
 def main(cfg):
@@ -253,23 +256,24 @@ def model_files(cfg, base, tokenizer, template, data_sha256):
     return write_model, read_model, write_final
 
 
-def validation(world, stream, loss_fn, names, show):
+def validation(world, stream, loss_fn, names, show, watch=lambda means: None):
     """Returns validate(model): means over the held-out rows, and an answer to look at.
 
-    The means are val_loss, in nats per supervised term, and val_NAME for each of `names`, which
-    loss_fn sums up too. Without held-out rows there is only the answer.
+    The means are val_loss, per supervised term, and val_NAME for each of `names`, which loss_fn
+    sums up too; watch(means) may comment on them. Without held-out rows there is only the answer.
     """
 
     def validate(model):
-        totals = dict.fromkeys(("loss", *names, "count"), 0.0)
+        totals = np.zeros(2 + len(names))
         for _, batch in world.batches(stream, stream.blocks, stream.batch_size):
             loss, sums = loss_fn(model, to_device(batch, world.device))
-            for name in ("loss", *names):
-                totals[name] += (sums | {"loss": loss})[name].item()
-            totals["count"] += batch["count"]
-        *totals, count = world.sum(*totals.values())
-        means = zip(("loss", *names), totals) if count else ()
-        return {f"val_{name}": total / count for name, total in means} | show(model)
+            totals += [batch["count"], loss.item(), *(sums[name].item() for name in names)]
+        count, *totals = world.sum(*totals.tolist())
+        if not count:
+            return show(model)
+        means = {f"val_{n}": total / count for n, total in zip(("loss", *names), totals)}
+        watch(means)
+        return means | show(model)
 
     return validate
 

@@ -131,7 +131,7 @@ def to_chat(row):
     if answer:
         name = first(row, ANSWERS) or next((name for name in ANSWERS if name in row), None)
         if name is None:
-            raise BadRow("missing-field", f'missing "{answer}"{advice(row)}')
+            raise BadRow("missing-field", f'missing "{answer}"{rename_advice(row)}')
         messages += messages_of(row[name], name, "assistant")
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
@@ -146,7 +146,7 @@ def to_pair(row):
         raise BadRow("not-an-object", f"a pair must be an object, got {json_name(row)}")
     if missing := [name for name in PAIR if name not in row]:
         is_chat = len(missing) == 2 and first(row, ANSWERS + DIALOGUES)
-        hint = "; conversations are for sft.py" if is_chat else advice(row)
+        hint = "; conversations are for sft.py" if is_chat else rename_advice(row)
         raise BadRow("missing-field", f'missing "{missing[0]}"{hint}')
     prompt_field = first(row, (*QUESTIONS, *DIALOGUES))
     prompt = dialogue(row)[1] if prompt_field else system_message(row)
@@ -184,7 +184,7 @@ def dialogue(row):
     names = (*QUESTIONS, *DIALOGUES) if "chosen" in row else (*DIALOGUES, *QUESTIONS)
     name = first(row, names) or next((name for name in names if name in row), None)
     if name is None:
-        raise BadRow("missing-field", f'missing "prompt" (or "messages", ...){advice(row)}')
+        raise BadRow("missing-field", f'missing "prompt" (or "messages", ...){rename_advice(row)}')
     messages = system_message(row) + history(row) + messages_of(row[name], name, "user")
     if name in DIALOGUES:
         items = row[name] if isinstance(row[name], list) else []
@@ -203,7 +203,7 @@ def first(row, names):
     return next((name for name in names if row.get(name) is not None), None)
 
 
-def advice(row):
+def rename_advice(row):
     """Returns how the error on a missing field goes on: the names the row has, and the remedy.
 
     Names are foreign text: what would move a terminal's cursor is shown as a question mark.

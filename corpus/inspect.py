@@ -53,7 +53,7 @@ def main(cfg):
     if any((folder / name).is_file() for name in ("manifest.json", "tokenizer.model")):
         print("\n".join(dataset_lines(folder, cfg.tokenizer_path)))
     elif cfg.text_column or holds_text(cfg.path):
-        print("\n".join(text_lines(cfg.path, cfg.text_column)))
+        print("\n".join(document_lines(cfg.path, cfg.text_column)))
     else:
         show_rows(cfg)
 
@@ -111,7 +111,7 @@ def holds_text(path):
     return usual and not any(row.keys() & {*dialogue_fields(), *PAIR} for row in rows)
 
 
-def text_lines(path, column):
+def document_lines(path, column):
     """Returns the lines on the first documents of a source of text, before anything is cleaned."""
     seen = peek(DataConfig(input_path=path, text_column=column))
     lines = [f"  {count:>10,}  {kind}" for kind, count in seen["kinds"].items()]

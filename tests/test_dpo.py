@@ -394,7 +394,7 @@ def test_dropout_is_off_whatever_the_model_says(tmp_path, tiny_tokenizer):
     model = load_model(folder).train()
     batch = {"ids": torch.arange(20)[None], "labels": torch.arange(1, 21)[None]}
     assert next_token_loss(model, batch)[0] != next_token_loss(model, batch)[0]
-    dpo.drop_nothing(model)
+    dpo.turn_dropout_off(model)
     assert next_token_loss(model, batch)[0] == next_token_loss(model, batch)[0]
 
 
@@ -432,4 +432,4 @@ def test_knobs_that_contradict_each_other(knobs, words):
 )  # fmt: skip
 def test_the_reference_is_computed_once_where_that_is_cheaper(knobs, expected):
     loader, world = type("Loader", (), {"blocks": 50}), type("World", (), {"size": 1})
-    assert dpo.precomputed(config(warmup_steps=0, **knobs), loader, world) == expected
+    assert dpo.precomputes(config(warmup_steps=0, **knobs), loader, world) == expected
