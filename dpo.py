@@ -102,7 +102,7 @@ def ipo_loss(margin, beta):
 
 
 def preference_loss(cfg):
-    """Returns loss_fn(model, batch) for `fit`: (the summed loss of the pairs, sums of METRIC_NAMES).
+    """Returns loss_fn(model, batch) for `fit`: the loss of the pairs, sums of METRIC_NAMES.
 
     A batch of B pairs has 2 B rows, the chosen answers first, and "reference" (2 B,), the
     reference's log p of each answer, where that was computed beforehand.
