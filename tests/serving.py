@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 import server
-import wire
 from lib.config import run
 from model import Llama, ModelConfig, save_model
 from tests.runs import Run
@@ -38,10 +37,10 @@ def make_model(folder, tokenizer, template=None, **shape):
 
 
 def serving(argv, patches):
-    """`python server.py ARGV`, in which constants such as wire.READ_SECONDS have other values."""
+    """`python server.py ARGV`, in which constants such as READ_SECONDS have other values."""
     sys.argv = ["server.py", *argv]
-    for room, name, value in patches:
-        setattr({"server": server, "wire": wire}[room], name, value)
+    for name, value in dict(patches).items():
+        setattr(server, name, value)
     run(server.main, server.ServerConfig, server.__doc__)
 
 

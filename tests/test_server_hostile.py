@@ -12,9 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lib.config import UserError
-from server import Server, ServerConfig
+from server import Handler, Server, ServerConfig
 from tests.serving import Served, make_model, parse, read_all
-from wire import Wire
 
 CHAT, DONE = "/v1/chat/completions", "/v1/completions"
 ASK = {"messages": [{"role": "user", "content": "why"}], "max_tokens": 2}
@@ -580,12 +579,8 @@ def impatient(tmp_path_factory, tiny_tokenizer):
     """A server of short deadlines and few places, on a model that can write for long."""
     place = tmp_path_factory.mktemp("served")
     long = make_model(place / "long", tiny_tokenizer, sequence_length=2048)
-    patches = [
-        ("wire", "READ_SECONDS", 3),
-        ("wire", "SEND_SECONDS", 0.5),
-        ("server", "CONNECTIONS", 64),
-    ]
-    one = Served(place / "log", long, [*patches, ("server", "TURNED_AWAY", 8)]).ready()
+    patches = {"READ_SECONDS": 3, "SEND_SECONDS": 0.5, "MAX_CONNECTIONS": 64, "MAX_TURNED_AWAY": 8}
+    one = Served(place / "log", long, patches).ready()
     yield one
     assert "Traceback" not in one.text
     one.kill()
@@ -671,7 +666,14 @@ def test_who_never_reads(impatient):
     assert impatient.metric('tokens_total{kind="new"}') - before < 12000
 
 
-# ---- the wire alone
+# ---- whether a client is gone
+
+
+def handler_of(sock):
+    """A Handler that has read its request."""
+    handler = Handler.__new__(Handler)
+    handler.connection = sock
+    return handler
 
 
 @pytest.fixture
@@ -684,7 +686,7 @@ def pair():
     ours, _ = listener.accept()
     listener.close()
     with ours, theirs:
-        yield Wire(ours), theirs
+        yield handler_of(ours), theirs
 
 
 def wait_until(ready):
@@ -695,26 +697,26 @@ def wait_until(ready):
 
 
 def test_a_client_that_closes_its_half_is_gone(pair):
-    wire, client = pair
-    assert not wire.gone()
+    handler, client = pair
+    assert not handler.gone()
     client.sendall(b"and another thing")
-    assert not wire.gone()
+    assert not handler.gone()
     client.shutdown(socket.SHUT_WR)  # a client that is through with sending counts as gone
-    wait_until(wire.gone)
+    wait_until(handler.gone)
 
 
 def test_gone_behind_other_bytes(pair):
-    wire, client = pair
+    handler, client = pair
     client.sendall(b"GET /health HTTP/1.1\r\n\r\n")
     client.close()
-    wait_until(wire.gone)
+    wait_until(handler.gone)
 
 
 def test_gone_by_talking(pair):
-    wire, client = pair
+    handler, client = pair
     thread = threading.Thread(target=talk, args=(client,), daemon=True)
     thread.start()
-    wait_until(wire.gone)
+    wait_until(handler.gone)
     client.close()
 
 
@@ -730,19 +732,21 @@ def test_gone_beyond_what_select_can_count(pair):
     if before[1] != resource.RLIM_INFINITY and before[1] < 2048:
         pytest.skip("so many files may not be open here")
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0], 2048), before[1]))
-    wire, client = pair
+    handler, client = pair
     try:
-        with socket.socket(fileno=fcntl.fcntl(wire.sock.fileno(), fcntl.F_DUPFD, 1500)) as high:
-            wire = Wire(high)
-            assert not wire.gone()
+        with socket.socket(
+            fileno=fcntl.fcntl(handler.connection.fileno(), fcntl.F_DUPFD, 1500)
+        ) as high:
+            handler = handler_of(high)
+            assert not handler.gone()
             client.close()
-            wait_until(wire.gone)
+            wait_until(handler.gone)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_gone_when_closed_on_our_side(pair):
-    pair[0].sock.close()
+    pair[0].connection.close()
     assert pair[0].gone()
 
 
