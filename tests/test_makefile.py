@@ -21,10 +21,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 ORIGINAL = """help install install-flash check-env prepare prepare-owt prepare-wiki prepare-wt103
-prepare-demo pretrain-tiny pretrain-small pretrain-base sft dpo evaluate evaluate-quick evaluate-detailed
-assess-performance serve session-status session-cleanup session-quick session-prototype
-session-experiment session-evaluation session-debug session-architecture pipeline-full resume-pretrain-tiny
-create-sample-datasets test-pipeline backup clean clean-checkpoints monitor config-rtx4090"""
+prepare-demo pretrain-tiny pretrain-small pretrain-base sft dpo evaluate evaluate-quick
+evaluate-detailed assess-performance serve session-status session-cleanup session-quick session-prototype
+session-experiment session-evaluation session-debug session-architecture pipeline-full
+resume-pretrain-tiny create-sample-datasets test-pipeline backup clean clean-checkpoints monitor config-rtx4090"""
 ORIGINAL = set(ORIGINAL.split())
 SCRIPTLESS = {"help", "install", "install-flash"}  # awk and pip
 
@@ -260,7 +260,7 @@ def test_the_chain_from_text_to_backup_in_an_empty_folder(tmp_path, tiny_documen
         "checkpoints/sft (sft)",
         "checkpoints/dpo (dpo)",
     ):
-        assert f"{name}: complete, step 2 of 2" in status
+        assert f"{name}: complete | step 2, loss" in status
     assert "evaluation_results: checkpoints/dpo" in status
     assert "sample.py --chat --model_path=checkpoints/dpo" in status
     with tarfile.open(folder / "kept.tar.gz") as tar:

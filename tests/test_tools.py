@@ -188,8 +188,8 @@ def test_status_tells_what_is_whole_and_what_is_not(trained, capsys):
     assert f"tiny: {documents:,} documents, {tokens:,} tokens, vocabulary 384" in text
     metrics = [json.loads(line) for line in (home / "metrics.jsonl").read_text().splitlines()]
     bits = [record["val_bits_per_byte"] for record in metrics if "val_bits_per_byte" in record][-1]
-    steps = DEFAULTS["max_steps"]
-    assert f"complete, step {steps} of {steps}, val_bits_per_byte {bits:.4f}" in text
+    assert f"(pretrain): complete | step {DEFAULTS['max_steps']}, loss" in text
+    assert f"val_bits_per_byte {bits:.6g}, lr" in text
     assert "create_sample_datasets" in text
 
     weights = home / "final" / "model.safetensors"
@@ -201,7 +201,7 @@ def test_status_tells_what_is_whole_and_what_is_not(trained, capsys):
         workspace.newest("pretrain")
     shutil.rmtree(home / "final")
     text = status(capsys)
-    assert "not complete, step 8 of 8" in text
+    assert "not complete, step_000008 | step 8" in text
     assert f"train.py {home}/step_000008/run.json --resume_from_checkpoint=auto" in text
     shard = Path("data/processed/tiny") / entries[0]["bin"]
     shard.write_bytes(shard.read_bytes()[:-2])
@@ -225,14 +225,14 @@ def test_status_after_kills(folder, capsys):
     text = status(capsys)
     resume = f"{renamed}/step_000004/run.json --resume_from_checkpoint=auto --output_dir={renamed}"
     assert f"train.py {resume}\n" in text
-    assert f"{renamed} (pretrain): not complete, step 8," in text
+    assert f"{renamed} (pretrain): not complete, step_000004 | step 1, loss 6.5" in text
     (renamed / "step_000004" / "manifest.json").unlink()
     Path("checkpoints/empty/final").mkdir(parents=True)
     work = Path("data/processed/.docs.partial")
     work.mkdir(parents=True)
     (work / "progress.json").write_text('{"documents": 4200, "parts": 2}')
     text = status(capsys)
-    assert f"{renamed} (pretrain): not complete, no checkpoint is whole, step 8" in text
+    assert f"{renamed} (pretrain): not complete, no whole checkpoint | step 1" in text
     assert "checkpoints/empty (pretrain): final/ is BROKEN: no manifest.json" in text
     assert "1970" not in text
     assert "data/processed/docs: not complete, 4,200 documents read" in text
@@ -408,7 +408,7 @@ def test_monitor_shows_the_newest_training_and_ends_without_a_trace(trained):
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
     assert process.stdout.read().count("Traceback") == 0
-    assert "checkpoints/pretrain/toy: step 8 | loss" in line
+    assert "checkpoints/pretrain/toy: step 8, loss" in line
     assert re.search(r"load [\d.]+ on \d+ cores \| memory [\d.]+ GB, ", line)
     assert len(run("tools.workspace", "monitor", "--once").stdout.splitlines()) == 1
 

@@ -150,26 +150,22 @@ def preparations():
 
 
 def describe_training(training, problem):
-    """Returns a line: state, progress, quality and time of a training. problem: of its final/."""
-    last, config, steps = training.last, training.config, training.steps
-    reached = [last.get("step") or 0, *(int(path.name[5:]) for path in steps[:1])]
-    progress = f"step {max(reached):,}" if max(reached) else "no step logged"
-    if config.get("max_steps"):
-        progress += f" of {config['max_steps']:,}"
-    if config.get("max_minutes") and "seconds" in last:
-        progress += f", {last['seconds'] / 60:.1f} of {config['max_minutes']:g} minutes"
-    metric = next((k for k in ("val_bits_per_byte", "val_loss") if last.get(k) is not None), None)
-    quality = f", {metric} {last[metric]:.4f}" if metric else ""
-    if problem is None:
-        state = "complete"
-    elif (training.folder / "final").exists():
+    """Returns a line on a training: state, time and newest metrics. problem: of its final/."""
+    state = "complete"
+    if problem and (training.folder / "final").exists():
         state = f"final/ is BROKEN: {problem}"
-    elif training.whole_step:
-        state = "not complete"
-    else:
-        state = f"not complete, no checkpoint {'is whole' if steps else 'yet'}"
+    elif problem:
+        checkpoint = training.whole_step.name if training.whole_step else "no whole checkpoint"
+        state = f"not complete, {checkpoint}"
     day = time.strftime("%Y-%m-%d %H:%M", time.localtime(training.time)) if training.time else "-"
-    return f"  {training.folder} ({training.kind}): {state}, {progress}{quality}, {day}"
+    return f"  {training.folder} ({training.kind}): {state} | {metrics_of(training)} | {day}"
+
+
+def metrics_of(training):
+    """Returns the newest values that a training logged, as text."""
+    keys = ("step", "loss", "val_loss", "val_bits_per_byte", "lr", "tokens_per_second")
+    values = [f"{k} {training.last[k]:.6g}" for k in keys if training.last.get(k) is not None]
+    return ", ".join(values) or "nothing logged"
 
 
 def describe_evaluation(folder):
@@ -491,22 +487,13 @@ def describe_cards():
     return subprocess.run(query, capture_output=True, encoding="utf-8").stdout.splitlines()
 
 
-def last_metrics():
-    """Returns the newest values that the newest training logged, as text."""
-    for training in trainings()[:1]:
-        keys = ("step", "loss", "val_loss", "lr", "tokens_per_second")
-        values = [f"{k} {training.last[k]:.6g}" for k in keys if training.last.get(k) is not None]
-        age = f"{time.time() - training.time:,.0f} s ago"
-        return f"{training.folder}: {' | '.join(values) or 'nothing logged'}, {age}"
-    return "no training"
-
-
 def monitor(cfg):
     """Load, memory, GPU and the newest training, once a second until Ctrl-C."""
     while True:
         load = f"load {os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "load not told"
         parts = [time.strftime("%H:%M:%S"), f"{load} on {cores()} cores"]
-        parts += [f"memory {describe_memory()}", *describe_cards(), last_metrics()]
+        parts += [f"memory {describe_memory()}", *describe_cards()]
+        parts += [f"{t.folder}: {metrics_of(t)}" for t in trainings()[:1]] or ["no training"]
         print(" | ".join(parts), flush=True)
         if cfg.once:
             return
