@@ -729,7 +729,9 @@ class PretrainConfig(LoopConfig, ModelConfig):
 
     def __post_init__(self):
         LoopConfig.__post_init__(self)
-        if self.vocab_size is not None:  # else checked by with_vocab_size
+        if self.vocab_size is None:
+            with_vocab_size(self)  # for its checks
+        else:
             ModelConfig.__post_init__(self)
 
 
