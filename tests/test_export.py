@@ -258,16 +258,7 @@ def test_a_sharded_folder_opens_and_its_shards_are_its_identity(tiny_tokenizer, 
     save_file(changed, shard)
     assert identify(folder).sha256 != before
     shard.unlink()
-    with pytest.raises(UserError, match=f"{shard.name}: not found"):
-        open_model_folder(folder)
-    with pytest.raises(UserError, match=f"or a part of one.*{shard.name}"):
-        identify(folder)
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"x": "../../etc/passwd"}}))
-    with pytest.raises(UserError, match="illegal file name"):
-        open_model_folder(folder)
-    index.write_text("[]")
-    with pytest.raises(UserError, match="weight_map"):
+    with pytest.raises(UserError, match=r"does not fit the model: .*Missing key"):
         open_model_folder(folder)
 
 
@@ -365,8 +356,8 @@ def configured(**changes):
         (configured(model_type="qwen2"), 'model_type is "qwen2"'),
         (configured(mlp_bias=True), "mlp_bias is true"),
         (configured(head_dim=32), "head_dim 32 is not hidden_size / heads = 16"),
-        (configured(intermediate_size=128), "down_proj.weight is 64x96, the model wants 64x128"),
-        (configured(vocab_size=380), "is 384x64, the model wants 380x64"),
+        (configured(intermediate_size=128), r"gate_proj.weight: .*\[96, 64\].*\[128, 64\]"),
+        (configured(vocab_size=380), r"embed_tokens.weight: .*\[384, 64\].*\[380, 64\]"),
         (lambda folder: (folder / "tokenizer.model").unlink(), r"tokenizer\.model: No such file"),
     ],
 )

@@ -256,11 +256,8 @@ def test_an_allowed_change_is_really_made(tmp_path, tiny_dataset, straight):
     ("knobs", "message"),
     [
         ({"optimizer": "muon"}, "state.pt: does not fit this model and optimizer"),
-        (
-            {"d_model": 64},
-            "model.safetensors: model.embed_tokens.weight is 384x32, the model wants 384x64",
-        ),
-        ({"n_layer": 1}, "missing or unexpected tensors"),
+        ({"d_model": 64}, "model.safetensors: does not fit the model: "),
+        ({"n_layer": 1}, "Unexpected key(s) in state_dict"),
     ],
     ids=str,
 )

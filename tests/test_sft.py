@@ -360,7 +360,7 @@ def test_mistakes_are_told_on_one_line(tmp_path, base, rows, many, tiny_tokenize
     )
     assert "sequence_length 65 is more than the model's 64" in line(sequence_length=65)
     assert "every row is held out" in line(val_ratio=1)
-    assert "did you mean 'q_proj'" in line(lora_target_modules="q_prj")
+    assert "down_proj, each once; got q_prj" in line(lora_target_modules="q_prj")
     assert "optimizer=muon is for whole matrices" in line(optimizer="muon")
     wide = make_base(tmp_path / "wide", tiny_tokenizer, vocab_size=400)
     assert "400 tokens, its tokenizer 384" in line(model_path=wide)

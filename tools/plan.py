@@ -17,7 +17,7 @@ import torch
 
 from lib.config import UserError
 from lib.runtime import CARDS, autocast, memory_used, to_device
-from model import ModelConfig, count_parameters, flops_per_token, group_rows
+from model import ModelConfig, count_parameters, flops_per_token, rows_per_group
 from train import Muon, State, announce, compiles, total_steps, with_vocab_size
 
 STEPS = 3  # optimizer steps that are timed after the warm-up
@@ -99,7 +99,7 @@ def memory(cfg, kernels):
     saved = cfg.n_layer * (stream if cfg.gradient_checkpointing else block)
     saved += N * end_bytes(cfg, kernels)
     saved += 0 if s == 4 else 2 * counts["layers"]  # autocast's copies of the weights
-    rows = min(N, group_rows(cfg.vocab_size, kernels.device))
+    rows = min(N, rows_per_group(cfg.vocab_size, kernels.device))
     # where no compiler fuses them, 16 bits take four float32 copies of the logits and a mask
     logits = rows * cfg.vocab_size * (s if s == 4 or kernels.compiled else s + 4 * 4 + 1)
     head = (4 if s == 4 else 6) * table + stream
