@@ -68,7 +68,8 @@ class ModelConfig:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if (id := getattr(self, name)) >= self.vocab_size:
                 raise ValueError(f"{name} {id} is outside the vocabulary of {self.vocab_size}")
-        check_rope_scaling(self.rope_scaling or {"rope_type": "none"})
+        if self.rope_scaling is not None:
+            check_rope_scaling(self.rope_scaling)
 
     @property
     def kv_heads(self):
@@ -90,7 +91,6 @@ class ModelConfig:
 # ---- Rotary positions (Su et al. 2021)
 
 ROPE_NUMBERS = {  # by rope_type
-    "none": set(),
     "linear": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
 }
