@@ -61,17 +61,9 @@ class ApiError(Exception):
     def body(self):
         """Returns the error in OpenAI's shape."""
         kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-        kind = kinds.get(self.status, "invalid_request_error")
-        kind = "server_error" if self.status >= 500 else kind
-        return {
-            "error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}
-        }
-
-    def reason(self):
-        """Returns the reason in words that a log may hold: ours, none of the client's."""
-        if self.param is None or self.code == "unknown_parameter":  # then param is the client's
-            return self.code or str(self)
-        return f"{self.param}: {self.code or 'not accepted'}"
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        error = {"message": str(self), "type": kinds.get(self.status, kind)}
+        return {"error": error | {"param": self.param, "code": self.code}}
 
 
 def require(condition, status, message, param=None, code=None, headers=()):
@@ -97,40 +89,29 @@ def internal_error():
     return ApiError(500, message, code="internal_error")
 
 
-LOG_LOCK = threading.Lock()
-
-
 def log_line(text):
     """Writes to stderr, or drops the text where a pipe is full: no answer waits for its reader."""
-    with LOG_LOCK, suppress(OSError):
-        with suppress(OSError, ValueError):  # no file, or Windows, where select knows sockets only
-            if not select.select([], [sys.stderr], [], 0)[1]:
-                return
-        sys.stderr.write(text + "\n")
+    with suppress(OSError, ValueError):  # no file, or Windows, where select knows sockets only
+        if not select.select([], [sys.stderr], [], 0)[1]:
+            return
+    with suppress(OSError):
+        sys.stderr.write(text + "\n")  # in one piece, whichever threads write
 
 
 # --------------------------------------------------------------------------------------------------
-# The fields of a request. Each is declared once, in a dataclass; its annotation is its check. Fields
-# that would change the answer and are not supported are refused, never ignored.
+# The fields of a request: a dataclass for each route, whose annotations are the checks. Fields that
+# would change the answer and are not supported are refused, never ignored.
 
 MAX_ROWS = 64  # prompts x n of one request
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls"}
 IGNORED |= {"prompt_cache_key", "prompt_cache_retention"}  # OpenAI's, and without effect here
-NEUTRAL = {  # fields that are not supported, and the values with which they change nothing
-    "tools": ([],),
-    "functions": ([],),
-    "tool_choice": ("none", "auto"),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "logit_bias": ({},),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "best_of": (1,),
-    "suffix": ("",),
-}
-UNKNOWN_HERE = ("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options")
-NEUTRAL |= dict.fromkeys(UNKNOWN_HERE, ())
+# Fields that are not supported, and the values with which they change nothing.
+NEUTRAL = {"tools": ([],), "functions": ([],), "response_format": ({"type": "text"},)}
+NEUTRAL |= {"modalities": (["text"],), "logit_bias": ({},), "suffix": ("",), "best_of": (1,)}
+NEUTRAL |= dict.fromkeys(["frequency_penalty", "presence_penalty"], (0,))
+NEUTRAL |= dict.fromkeys(["tool_choice", "function_call"], ("none", "auto"))
+NEUTRAL |= dict.fromkeys(["audio", "prediction", "web_search_options"], ())
+NEUTRAL |= dict.fromkeys(["reasoning_effort", "verbosity"], ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,10 +123,8 @@ class GenerationFields(Sampling):
     stream: bool = False
 
     def __post_init__(self):
-        few = len(self.stop) <= 8 and all(self.stop)
-        require(few, 400, "stop: up to 8 texts, none of them empty", "stop")
-        short = all(len(text) <= 256 for text in self.stop)
-        require(short, 400, "stop: a text of more than 256 characters", "stop")
+        fair = len(self.stop) <= 8 and all(1 <= len(text) <= 256 for text in self.stop)
+        require(fair, 400, "stop: up to 8 texts, each of 1 to 256 characters", "stop")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +169,7 @@ class GenerateFields(GenerationFields):
 @dataclass(frozen=True, kw_only=True)
 class TokenizeFields:
     model: str | None = None
-    prompt: str = ""
+    prompt: str | None = None
     messages: list | None = None
     add_special_tokens: bool = False
 
@@ -228,17 +207,19 @@ def read_fields(cls, body):
 
 def flat(message, number):
     """Returns a message with its content as one text; ApiError unless all of it is text."""
-    place = f"message {number}"
-    is_object = isinstance(message, dict)
-    require(is_object, 400, f"{place}: must be an object with role and content", "messages")
+
+    def check(condition, problem):
+        require(condition, 400, f"message {number}: {problem}", "messages")
+
+    check(isinstance(message, dict), "must be an object with role and content")
     role, content = message.get("role"), message.get("content")
     if isinstance(content, list):
         texts = [p.get("text") for p in content if isinstance(p, dict) and p.get("type") == "text"]
-        only = len(texts) == len(content) and all(isinstance(text, str) for text in texts)
-        require(only, 400, f"{place}: only text parts are supported", "messages")
+        texts = [text for text in texts if isinstance(text, str)]
+        check(len(texts) == len(content), "only text parts are supported")
         content = "".join(texts)
-    require(role in ROLES, 400, f"{place}: role must be one of {', '.join(ROLES)}", "messages")
-    require(isinstance(content, str), 400, f"{place}: content must be a string", "messages")
+    check(role in ROLES, f"role must be one of {', '.join(ROLES)}")
+    check(isinstance(content, str), "content must be a string")
     return {"role": role, "content": content}
 
 
@@ -257,10 +238,6 @@ class Api:
         self.scheduler, self.tokenizer = scheduler, tokenizer
         self.name, self.seconds, self.started = name, seconds, int(time.time())
         self.context, self.template = scheduler.model.cfg.sequence_length, tokenizer.template
-        self.longest = int(tokenizer.token_bytes().max())  # bytes that a token stands for, at most
-
-    def models(self):
-        return {"object": "list", "data": [self.card()]}
 
     def card(self):
         """Returns the model's entry: OpenAI's four fields, and the page's needs."""
@@ -291,15 +268,12 @@ class Api:
         require(name == self.name, 404, message, "model", "model_not_found")
 
     def tokenize(self, body, gone):
-        """POST /tokenize: the ids of `prompt`, or of `messages` as a chat request would put them."""
+        """POST /tokenize: the ids of `prompt`, or of `messages` as in a chat request."""
         fields = self.read(TokenizeFields, body)
-        if fields.messages is not None:
-            ids = self.conversation(fields.messages)
+        if fields.messages is None:
+            ids = self.continued(fields.prompt)[not fields.add_special_tokens :]  # with BOS or not
         else:
-            given = body.get("prompt") is not None
-            require(given, 400, "prompt is missing", "prompt", "missing_required_parameter")
-            bos = [self.tokenizer.bos_id] * fields.add_special_tokens
-            ids = bos + self.encode(fields.prompt, "prompt")
+            ids = self.conversation(fields.messages)
         return {"tokens": ids, "count": len(ids), "max_model_len": self.context}
 
     def detokenize(self, body, gone):
@@ -308,10 +282,6 @@ class Api:
         return {"prompt": self.tokenizer.decode(ids)}
 
     # ---- prompts
-
-    def encode(self, text, param):
-        with blame(param):
-            return self.tokenizer.encode(text)
 
     def checked_ids(self, ids, param):
         size = self.tokenizer.vocab_size
@@ -322,12 +292,11 @@ class Api:
     def continued(self, text, param="prompt"):
         """Returns the ids of a text to continue: BOS and its own."""
         require(isinstance(text, str), 400, f"{param} must be a string", param)
-        self.check_characters(len(text), param)
-        return [self.tokenizer.bos_id, *self.encode(text, param)]
+        with blame(param):
+            return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
 
     def rendered(self, messages, param):
         """Returns the ids of messages in the model's template, up to where the answer begins."""
-        self.check_characters(sum(len(message["content"]) for message in messages), param)
         with blame(param):
             return render(self.tokenizer, messages, self.template, add_generation_prompt=True)[0]
 
@@ -336,41 +305,35 @@ class Api:
 
         A model without a template only continues text: BOS, then all contents in one.
         """
-        fair = 1 <= len(messages) <= 256
-        require(fair, 400, "messages must be a list of 1 to 256 messages", "messages")
+        require(1 <= len(messages) <= 256, 400, "messages must be 1 to 256", "messages")
         messages = [flat(message, number) for number, message in enumerate(messages, start=1)]
         text = "".join(message["content"] for message in messages)
         # an empty system prompt is none, and an empty answer no reason to end the conversation
         messages = [m for m in messages if m["content"].strip() or m["role"] == "user"]
-        asked = messages and messages[-1]["role"] == "user"
-        problem = "the last message must be the user's: it is what is answered"
-        require(asked, 400, problem, "messages")
+        last = messages[-1]["role"] if messages else None
+        require(last == "user", 400, "the last message must be the user's", "messages")
         if self.template:
             return self.rendered(messages, "messages")
         return self.continued(text, "messages")
-
-    def check_characters(self, count, param):
-        """Refuses, before the work, so many characters that they must overflow the context."""
-        self.check_context(count <= self.context * self.longest, "prompt is too long", param)
 
     def check_context(self, fits, problem, param):
         message = f"this model's context is {self.context} tokens; {problem}"
         require(fits, 400, message, param, "context_length_exceeded")
 
+    # ---- generation
+
     def room(self, prompt, wanted, param):
         """Returns how many tokens the answer may have; ApiError if it does not fit the context."""
         room, size = self.context - len(prompt), f"the prompt has {len(prompt)} tokens"
-        some, problem = room >= (wanted != 0), "which leave no room for an answer: shorten it"
-        self.check_context(some, f"{size}, {problem}", param)
-        remedy = f"lower it to {room} or shorten the prompt"
+        problem = f"{size}, which leave no room for an answer: shorten it"
+        self.check_context(room > 0 or wanted == 0, problem, param)
         wanted = room if wanted is None else wanted
-        self.check_context(wanted <= room, f"{size} and {param} is {wanted}: {remedy}", param)
+        problem = f"{size} and {param} is {wanted}: lower it to {room} or shorten the prompt"
+        self.check_context(wanted <= room, problem, param)
         return wanted
 
-    # ---- generation
-
-    def ask(self, fields, prompts, limits, gone, n=1, top=None, trim=False, ends=(), score=None):
-        """Submits a Call of each prompt n times; `limits` are their longest answers in tokens.
+    def ask(self, fields, prompts, wanted, gone, n=1, top=None, trim=False, ends=(), score=None):
+        """Submits a Call of each prompt n times. `wanted`: the longest answer and its field's name.
 
         Seeds count up from the one asked for, or from a fresh one. `top`: see Request.top_logprobs;
         `ends`, `score`: see Row.
@@ -378,13 +341,11 @@ class Api:
         first = secrets.randbits(32) if fields.seed is None else fields.seed
         stops = () if ends else stop_ids(self.tokenizer, self.template)
         call = Call(gone, time.monotonic() + self.seconds, fields.stream)
-        for prompt, limit in zip(prompts, limits, strict=True):
-            for _ in range(n):
-                seed = (first + len(call.rows)) % 2**64
-                sampling = replace(config.narrow(fields, Sampling), seed=seed)
-                request = Request(prompt, limit, sampling, stops, top)
-                reply = Reply(self.tokenizer, fields.stop, trim)
-                call.rows.append(Row(call, len(call.rows), request, reply, ends, score))
+        for index, prompt in enumerate(prompt for prompt in prompts for _ in range(n)):
+            sampling = replace(config.narrow(fields, Sampling), seed=(first + index) % 2**64)
+            reply = Reply(self.tokenizer, fields.stop, trim)
+            request = prompt, self.room(prompt, *wanted), sampling, stops, top
+            call.rows.append(Row(call, reply, *request, ends=ends, score=score))
         count, room = len(call.rows), self.scheduler.room
         message = f"{count} rows in one request; the queue holds {room}"
         require(count <= room, 400, message, "n" if n > 1 else "prompt")
@@ -422,8 +383,7 @@ class Api:
         require(meant, 400, f"top_logprobs is given, but {message}", "top_logprobs")
         top = (fields.top_logprobs or 0) if fields.logprobs else None
         prompt, trim = self.conversation(fields.messages), self.template is not None
-        limit = self.room(prompt, wanted, param)
-        call = self.ask(fields, [prompt], [limit], gone, fields.n, top, trim)
+        call = self.ask(fields, [prompt], (wanted, param), gone, fields.n, top, trim)
 
         def choices(pieces):
             for piece in pieces:
@@ -478,11 +438,11 @@ class Api:
             for row in fields.prompt
         ]
         require(all(prompts), 400, "prompt: an empty list of ids; give at least BOS", "prompt")
-        limits = [self.room(row, fields.max_tokens, "max_tokens") for row in prompts]
+        wanted = fields.max_tokens, "max_tokens"
         # lm-eval counts on the end of the answer among the tokens
         ends = () if top is None else stop_ids(self.tokenizer, self.template)
         score = (top or 0) if echo and (top is not None or fields.max_tokens == 0) else None
-        call = self.ask(fields, prompts, limits, gone, fields.n, top, ends=ends, score=score)
+        call = self.ask(fields, prompts, wanted, gone, fields.n, top, ends=ends, score=score)
 
         def choices(pieces):
             for piece in pieces:
@@ -495,7 +455,7 @@ class Api:
 
     def echoed(self, piece, row):
         """Returns a piece with the prompt, and its log-probabilities, in front of it."""
-        ids, stream, tokens, start = row.request.prompt, self.tokenizer.stream(), [], 0
+        ids, stream, tokens, start = row.prompt, self.tokenizer.stream(), [], 0
         for id, score in zip(ids, row.scores or [(None, [])] * len(ids)):
             tokens.append(Token(start, id, *score))
             start += len(stream.push(id))
@@ -535,11 +495,11 @@ class Api:
             prompt = self.rendered([{"role": "user", "content": fields.prompt}], "prompt")
         else:
             prompt = self.continued(fields.prompt)
-        room = self.room(prompt, fields.max_new_tokens, "max_new_tokens")
-        limit = min(room, fields.max_new_tokens or 128)
-        call = self.ask(fields, [prompt], [limit], gone, trim=template is not None)
-        used = asdict(call.rows[0].request.sampling) | {"max_new_tokens": limit}
-        used |= {"template": template, "stop": list(fields.stop)}
+        limit = fields.max_new_tokens or max(1, min(128, self.context - len(prompt)))
+        wanted, trim = (limit, "max_new_tokens"), template is not None
+        call = self.ask(fields, [prompt], wanted, gone, trim=trim)
+        used = {"max_new_tokens": limit, "template": template, "stop": list(fields.stop)}
+        used |= asdict(call.rows[0].sampling)
 
         def answers():
             for piece in call.pieces():
@@ -556,9 +516,7 @@ class Api:
 # every step free slots are filled, and whoever went away or ran out of time is dropped. The threads
 # that ask hand in a call and read its pieces; they touch neither model nor engine.
 
-PACE = (
-    0.02  # seconds between two pieces of a row's stream, at least: each takes time from the model
-)
+PACE = 0.02  # seconds between two pieces of a row, at least: each takes time from the model
 FIRST_TOKEN = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # seconds: the histogram's buckets
 
 
@@ -590,12 +548,6 @@ class Call:
         self.gone, self.deadline, self.stream = gone, deadline, stream
         self.rows, self.inbox = [], queue.SimpleQueue()
 
-    def verdict(self):
-        """Returns the reason to end before the answer is complete, or None."""
-        if self.gone():
-            return "gone"
-        return "time" if time.monotonic() > self.deadline else None
-
     def pieces(self):
         """Yields Pieces as they come until every row has ended; raises what ended one early."""
         left = len(self.rows)
@@ -607,32 +559,32 @@ class Call:
             yield piece
 
     def usage(self):
-        requests = [row.request for row in self.rows]
-        prompt = sum({id(r.prompt): len(r.prompt) for r in requests}.values())
-        new = sum(len(r.ids) for r in requests)
+        prompt = sum({id(row.prompt): len(row.prompt) for row in self.rows}.values())
+        new = sum(len(row.ids) for row in self.rows)
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
 
-class Row:
-    """One row of a call: the engine's request, and what of the answer is certain and not yet told.
+class Row(Request):
+    """One row of a call: the engine's Request, and what of the answer is certain and not yet told.
 
     `ends`: ids that end the answer and are among its tokens (the engine's `stop_ids` are not).
     `score`: compute the log-probabilities of the prompt first, with this many alternatives a token.
     """
 
-    def __init__(self, call, index, request, reply, ends=(), score=None):
-        self.call, self.index, self.request, self.reply = call, index, request, reply
+    def __init__(self, call, reply, *request, ends=(), score=None):
+        super().__init__(*request)
+        self.call, self.index, self.reply = call, len(call.rows), reply
         self.ends, self.score, self.scores, self.slot = ends, score, None, None
         self.held, self.tokens, self.text = [], [], ""  # held: tokens whose text is not yet certain
         self.begun, self.told = time.monotonic(), 0.0
 
     def push(self, id):
-        """Takes the request's newest id."""
-        logprobs = self.request.logprobs[-1] if self.request.logprobs else (None, [])
+        """Takes the newest id."""
+        logprobs = self.logprobs[-1] if self.logprobs else (None, [])
         self.held.append(Token(self.reply.shown + len(self.reply.held), id, *logprobs))
         self.settle(self.reply.push(id))
         if self.reply.stopped or id in self.ends:
-            self.request.finish = "stop"
+            self.finish = "stop"
 
     def settle(self, text, last=False):
         """Adds text. Tokens wait until theirs is certain; in the end some are cut off with it."""
@@ -644,16 +596,16 @@ class Row:
 
     def tell(self):
         """Sends a Piece of what became certain since the last one."""
-        if self.text or self.tokens or self.request.finish:
-            piece = Piece(self.index, self.text, self.tokens, self.request.finish)
+        if self.text or self.tokens or self.finish:
+            piece = Piece(self.index, self.text, self.tokens, self.finish)
             self.call.inbox.put(piece)
             self.text, self.tokens, self.told = "", [], time.monotonic()
 
     def end(self, failure):
         """Sends the last Piece, or an error if the row failed, or was dropped without a token."""
-        finish, nobody = self.request.finish, ConnectionAbortedError()
+        finish, nobody = self.finish, ConnectionAbortedError()
         errors = {"error": failure, "gone": nobody}
-        if not self.request.ids:
+        if not self.ids:
             errors |= {"time": queue_full(), "shutdown": stopping()}
         if finish in errors:
             self.call.inbox.put(errors[finish])
@@ -716,9 +668,9 @@ class Scheduler:
             except Exception:  # a failure ends the rows it concerns, not the server
                 self.failure = internal_error()
                 rows = [*self.waiting, *self.seated]
-                if not any(row.request.finish == "error" for row in rows):  # the engine names some
+                if not any(row.finish == "error" for row in rows):  # the engine names some
                     for row in self.seated:
-                        row.request.finish = "error"
+                        row.finish = "error"
 
     def _work(self):
         """Waits for work; returns whether there is any before the end."""
@@ -728,37 +680,43 @@ class Scheduler:
             return bool(self.waiting or self.seated)
 
     def _drop(self):
-        """Lets go of rows that have ended, and of those whose client is gone or whose time is up."""
+        """Lets go of rows that have ended; ends those whose client is gone or whose time is up."""
         with self.changed:
             rows = [*self.waiting, *self.seated]
-        verdicts = {call: call.verdict() for call in {row.call for row in rows}}
+        gone, now = {call for call in {row.call for row in rows} if call.gone()}, time.monotonic()
         for row in rows:
-            late = self.last is not None and (time.monotonic() > self.last or not row.request.ids)
-            verdict = verdicts[row.call] or ("shutdown" if late else None)
-            row.request.finish = row.request.finish or verdict
-            if row.request.finish:
+            reason = "time" if now > row.call.deadline else None
+            if self.last is not None and (now > self.last or not row.ids):
+                reason = "shutdown"
+            reason = "gone" if row.call in gone else reason
+            row.finish = row.finish or reason
+            if row.finish:
                 row.end(self.failure)
         with self.changed:
-            self.waiting = deque(row for row in self.waiting if not row.request.finish)
-        self.seated = [row for row in self.seated if not row.request.finish]
+            self.waiting = deque(row for row in self.waiting if not row.finish)
+        self.seated = [row for row in self.seated if not row.finish]
 
     def _seat(self):
-        """Gives free slots to the oldest rows; scores one prompt, if one wants that, a turn."""
+        """Gives free slots to the oldest rows. Of those that want it, one a turn is scored."""
         with self.changed:
             while self.waiting and len(self.seated) < self.slots:
                 self.seated.append(self.waiting.popleft())
-        idle = [row for row in self.seated if row.slot is None and not row.request.finish]
-        for row in [row for row in idle if row.score is not None and row.scores is None][:1]:
-            with ending([row.request]):
-                row.scores = next(token_logprobs(self.model, [row.request.prompt], row.score))
-        ready = [row for row in idle if row.score is None or row.scores is not None]
-        self.prompt_tokens += sum(len(row.request.prompt) for row in ready)
-        for row in ready:
-            if row.request.max_new_tokens == 0:
-                row.request.finish = "length"
-        ready = [row for row in ready if not row.request.finish]
-        for row, slot in zip(ready, self.engine.join([row.request for row in ready])):
-            row.slot = slot
+        for row in self.seated:
+            if row.slot is None and not row.finish:
+                with ending([row]):
+                    self._join(row)
+                if row.scores:
+                    return
+
+    def _join(self, row):
+        prompt = row.prompt
+        self.prompt_tokens += len(prompt)
+        if row.score is not None:
+            row.scores = next(token_logprobs(self.model, [prompt], row.score))
+        if row.max_new_tokens == 0:
+            row.finish = "length"
+        else:
+            (row.slot,) = self.engine.join([row])
 
     def _step(self):
         for ids in self.engine.advance():
@@ -768,12 +726,12 @@ class Scheduler:
                     self._count(row)
                     row.push(ids[row.slot])
                     paused = time.monotonic() - row.told > PACE
-                    if row.call.stream and paused and not row.request.finish:
+                    if row.call.stream and paused and not row.finish:
                         row.tell()
 
     def _count(self, row):
         self.new_tokens += 1
-        if len(row.request.ids) == 1:
+        if len(row.ids) == 1:
             seconds = time.monotonic() - row.begun
             self.first_seconds += seconds
             self.first_tokens[bisect_left(FIRST_TOKEN, seconds)] += 1
@@ -794,7 +752,8 @@ REQUEST_LINE = re.compile(rb"[A-Z]{1,20} ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])\r\n"
 HEADER_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n")
 ONCE = ["host", "origin", "authorization", "expect", "content-type", "content-length"]
 ONCE += ["content-encoding", "transfer-encoding"]  # two readers may heed different ones
-HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
+HOST_NAME = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)"
+HOST = re.compile(HOST_NAME + "(:[0-9]{1,5})?")
 ADDRESS = re.compile(r"\[.*\]|[0-9.]+")  # as a host: nobody's name
 
 
@@ -837,7 +796,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # or each token waits for the last one's ACK
     request_version = "HTTP/1.1"  # until it is read: otherwise no status line would be sent
-    command, route, reason = None, "other", None
+    command, route, reason, streaming = None, "other", None, False
     discarded = 0  # bytes behind the request
 
     def setup(self):
@@ -947,7 +906,7 @@ class Handler(BaseHTTPRequestHandler):
         return int(length)
 
     def gone(self):
-        """Returns whether the client has hung up, or sends without end. All it sends is discarded."""
+        """Returns whether the client has hung up, or sends without end; discards what it sends."""
         try:
             while self.discarded <= MAX_BODY and has_bytes(self.connection):
                 count = len(self.connection.recv(1 << 16))
@@ -961,7 +920,7 @@ class Handler(BaseHTTPRequestHandler):
     # ---- the gates
 
     def answer(self):
-        """Returns the answer of a route: a dict, a TextAnswer, or a generator of dicts."""
+        """Returns the answer of a route, as `send` takes it."""
         self.read_head()
         server, soon = self.server, {"Retry-After": "1"}
         free = server.active <= MAX_CONNECTIONS
@@ -972,7 +931,7 @@ class Handler(BaseHTTPRequestHandler):
         require(route in ROUTES, 404, f"there is no {self.path[:80]} here", code="not_found")
         self.route, methods = route, ROUTES[route]
         if self.command == "OPTIONS" and self.headers_out is not server.headers:
-            return TextAnswer("text/plain", "")  # a preflight
+            return ("text/plain", "")  # a preflight
         allowed = ", ".join(methods)
         message, headers = f"{route} takes {allowed}", {"Allow": allowed}
         require(self.command in methods, 405, message, headers=headers)
@@ -1024,20 +983,35 @@ class Handler(BaseHTTPRequestHandler):
     def respond(self):
         """Answers the request; returns the status. Raises OSError if there is nobody to answer."""
         try:
-            answer = self.answer()
-            if isinstance(answer, Iterator):
-                return self.stream(answer)
-            return self.send(200, answer)
+            return self.send(200, self.answer())
         except OSError:
             raise
         except Exception as problem:  # whatever it was: the client is told, the server lives on
-            error = self.error_of(problem)
-        return self.send(error.status, error.body(), error.headers)
+            error = problem if isinstance(problem, ApiError) else internal_error()
+        self.reason = error.code or error.param or str(error)  # no word of the client's
+        if not self.streaming:
+            return self.send(error.status, error.body(), error.headers)
+        self.wfile.write(event(error.body()))
+        return 200
 
-    def error_of(self, problem):
-        error = problem if isinstance(problem, ApiError) else internal_error()
-        self.reason = error.reason()
-        return error
+    def send(self, status, answer, headers=()):
+        """Sends a dict as JSON, a generator of dicts as server-sent events, or (type, text)."""
+        if isinstance(answer, Iterator):
+            first = next(answer)  # a failure before the first token still gets a status of its own
+            self.send_head(status, {"Content-Type": "text/event-stream; charset=utf-8"})
+            self.streaming = True
+            for fields in itertools.chain([first], answer):
+                self.wfile.write(event(fields))
+            self.wfile.write(b"data: [DONE]\n\n")
+            return status
+        if isinstance(answer, dict):
+            answer = "application/json", json.dumps(answer, ensure_ascii=False)
+        body = answer[1].encode("utf-8", "replace")
+        kind = {"Content-Type": answer[0], "Content-Length": str(len(body))}
+        self.send_head(status, kind | dict(headers))
+        if self.command != "HEAD":
+            self.wfile.write(body)
+        return status
 
     def send_head(self, status, headers):
         self.connection.settimeout(SEND_SECONDS)  # for each write, however slowly it is read
@@ -1045,31 +1019,6 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in (self.headers_out | headers | {"Connection": "close"}).items():
             self.send_header(name, value)
         self.end_headers()
-
-    def send(self, status, answer, headers=None):
-        if not isinstance(answer, TextAnswer):
-            answer = TextAnswer("application/json", json.dumps(answer, ensure_ascii=False))
-        body = answer.text.encode("utf-8", "replace")
-        kind = {"Content-Type": answer.kind, "Content-Length": str(len(body))}
-        self.send_head(status, kind | (headers or {}))
-        if self.command != "HEAD":
-            self.wfile.write(body)
-        return status
-
-    def stream(self, answers):
-        """Sends answers as server-sent events; a failure on the way is the last of them."""
-        first = next(answers)  # a failure before the first token still gets a status of its own
-        self.send_head(200, {"Content-Type": "text/event-stream; charset=utf-8"})
-        last = b"data: [DONE]\n\n"
-        try:
-            for fields in itertools.chain([first], answers):
-                self.wfile.write(event(fields))
-        except OSError:
-            raise
-        except Exception as problem:
-            last = event(self.error_of(problem).body())
-        self.wfile.write(last)
-        return 200
 
 
 def event(fields):
@@ -1080,18 +1029,11 @@ def event(fields):
 # ---- the routes
 
 
-class TextAnswer(NamedTuple):
-    """An answer that is not JSON."""
-
-    kind: str
-    text: str
-
-
 def chat_page(server, path):
     """The chat page, the only file that is served, read when the server starts."""
     there = server.page is not None
     require(there, 404, "this copy of the code has no chat page (chat.html)", code="not_found")
-    return TextAnswer("text/html; charset=utf-8", server.page)
+    return ("text/html; charset=utf-8", server.page)
 
 
 def health(server, path):
@@ -1125,7 +1067,7 @@ def metrics(server, path):
     put("gauge", "batch_size", {"": len(scheduler.seated)})
     put("gauge", "connections", {"": server.active})
     put("histogram", "first_token_seconds", first)  # from a request's arrival
-    return TextAnswer("text/plain; version=0.0.4; charset=utf-8", "\n".join(lines) + "\n")
+    return ("text/plain; version=0.0.4; charset=utf-8", "\n".join(lines) + "\n")
 
 
 def get(function):
@@ -1137,7 +1079,7 @@ ROUTES = {
     "/health": get(health),
     "/metrics": get(metrics),
     "/tokenizer_info": get(lambda server, path: server.api.tokenizer_info()),
-    "/v1/models": get(lambda server, path: server.api.models()),
+    "/v1/models": get(lambda server, path: {"object": "list", "data": [server.api.card()]}),
     "/v1/models/{model}": get(model_card),
     "/generate": {"POST": Api.generate},
     "/tokenize": {"POST": Api.tokenize},
@@ -1178,14 +1120,14 @@ class ServerConfig:
     dtype: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto"
 
     def __post_init__(self):
-        for name in self.allowed_hosts:
-            match, form = HOST.fullmatch(name), "a host's name; write it bare, as box.lan"
-            if not match or match[2]:
-                raise ValueError(f"allowed_hosts: {name!r} is not {form}")
-        for origin in self.allowed_origins:
-            form = "a page's origin, as http://localhost:3000"
-            if not re.fullmatch(r"https?://[^/\s]+", origin):
-                raise ValueError(f"allowed_origins: {origin!r} is not {form}")
+        host, origin = "a host's name; write it bare, as box.lan", "an origin, as http://box:3000"
+        for field, pattern, form in [
+            ("allowed_hosts", HOST_NAME, host),
+            ("allowed_origins", r"https?://[^/\s]+", origin),
+        ]:
+            for text in getattr(self, field):
+                if not re.fullmatch(pattern, text):
+                    raise ValueError(f"{field}: {text!r} is not {form}")
 
 
 class Server(ThreadingHTTPServer):
@@ -1221,11 +1163,6 @@ class Server(ThreadingHTTPServer):
                 f"host={cfg.host} port={cfg.port}: cannot listen there: {reason}; choose an "
                 "address of this machine, as 127.0.0.1, and a free port, or --port=0"
             ) from None
-
-    @property
-    def url(self):
-        host = f"[{self.cfg.host}]" if ":" in self.cfg.host else self.cfg.host
-        return f"http://{host}:{self.server_address[1]}"
 
     def process_request(self, request, client_address):
         while self.active >= MAX_CONNECTIONS + MAX_TURNED_AWAY:
@@ -1323,11 +1260,13 @@ def main(cfg):
 
 def first_line(server, model):
     """Returns the line that says where the server is, and what it serves."""
-    api, weight = server.api, model.lm_head.weight
+    api, weight, host = server.api, model.lm_head.weight, server.cfg.host
+    host = f"[{host}]" if ":" in host else host
     size = sum(p.numel() for p in model.parameters()) / 1e6
     kind = f"{api.name}, {size:.1f}M parameters, template {api.template or 'none'}"
     place = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
-    return f"{server.url}  {kind}; {place}, context {api.context}, {server.cfg.slots} slots"
+    url = f"http://{host}:{server.server_address[1]}"
+    return f"{url}  {kind}; {place}, context {api.context}, {server.cfg.slots} slots"
 
 
 if __name__ == "__main__":

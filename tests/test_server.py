@@ -506,12 +506,10 @@ class Solo:
     def call(
         self, prompts=((1, 70),), count=60, gone=lambda: False, seconds=60, stream=False, **kw
     ):
-        requests = [
-            Request(list(p), count, Sampling(temperature=0), stop_ids=(2,)) for p in prompts
-        ]
         call = Call(gone, time.monotonic() + seconds, stream)
-        for index, request in enumerate(requests):
-            call.rows.append(Row(call, index, request, Reply(self.tokenizer), **kw))
+        for prompt in prompts:
+            request = list(prompt), count, Sampling(temperature=0), (2,)
+            call.rows.append(Row(call, Reply(self.tokenizer), *request, **kw))
         self.scheduler.submit(call)
         return call
 
@@ -541,7 +539,7 @@ def finishes(call):
 def test_generation_stops_with_the_client(solo, tokens):
     request = None
     call = solo.call(gone=lambda: request is not None and len(request.ids) >= tokens)
-    request = call.rows[0].request
+    request = call.rows[0]
     assert finishes(call) == ["gone"]
     assert tokens <= len(request.ids) <= tokens + 1
 
@@ -550,7 +548,7 @@ def test_who_waits_and_leaves_costs_nothing(solo):
     running = [solo.call(count=100) for _ in range(2)]
     waiting = solo.call(gone=lambda: True)
     assert finishes(waiting) == ["gone"]
-    assert waiting.rows[0].request.ids == []
+    assert waiting.rows[0].ids == []
     assert [finishes(call) for call in running] == [["length"], ["length"]]
 
 
@@ -563,7 +561,7 @@ def test_a_call_enters_whole_or_not_at_all(solo):
 
 def test_a_row_ends_with_its_time_and_one_that_waited_too_long_is_refused(solo):
     def expire():
-        if call and len(call.rows[0].request.ids) >= 3:
+        if call and len(call.rows[0].ids) >= 3:
             call.deadline = 0
 
     call = None
@@ -579,7 +577,7 @@ def test_a_row_ends_with_its_time_and_one_that_waited_too_long_is_refused(solo):
 def test_stopping_ends_what_runs_and_refuses_what_waits(solo):
     slowly = lambda: time.sleep(0.005)  # or they might be through before they are stopped
     running, waiting = [solo.call(count=120, gone=slowly) for _ in range(2)], solo.call()
-    while not all(call.rows[0].request.ids for call in running):
+    while not all(call.rows[0].ids for call in running):
         time.sleep(0.001)
     solo.scheduler.close(0)
     assert [finishes(call) for call in running] == [["shutdown"]] * 2
@@ -617,7 +615,7 @@ def test_a_failure_ends_its_own_calls_only(fragile, capsys):
 
 def test_a_failing_score_leaves_the_rows_under_way_alone(fragile):
     running = fragile.call(count=120, gone=lambda: time.sleep(0.001))
-    while not running.rows[0].request.ids:
+    while not running.rows[0].ids:
         time.sleep(0.001)
     with refused(500):
         finishes(fragile.call(prompts=[(1, 99, 70)], score=1))
@@ -917,10 +915,10 @@ def test_the_log_is_short_and_holds_no_contents(chatty):
     assert "secret" not in chatty.text
     reasons = re.findall(r"(\d{3}) \d+\.\d{3} s \((.*)\)$", chatty.text, flags=re.M)[-7:]
     assert reasons == [
-        ("400", "temperature: not accepted"),
+        ("400", "temperature"),
         ("400", "unknown_parameter"),
-        ("400", "prompt: context_length_exceeded"),
-        ("404", "model: model_not_found"),
+        ("400", "context_length_exceeded"),
+        ("404", "model_not_found"),
         ("400", "invalid_json"),
         ("411", "Content-Length is missing"),
         ("400", "not HTTP; if this is HTTPS: the server speaks plain HTTP"),

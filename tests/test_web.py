@@ -651,9 +651,12 @@ def test_a_full_context_is_told_with_ways_out(opened, start, tiny_tokenizer, tmp
     chat.settle()
     assert chat.texts()[0] == ("jumps over a lazy dog " * 4).strip()
     assert len(chat.texts()) == 2
-    (tmp_path / "long.json").write_text(json.dumps([{"role": "user", "content": "fox " * 9999}]))
+    long = [{"role": "user", "content": "fox " * 9999}]
+    (tmp_path / "long.json").write_text(json.dumps(long))
     chat.page.set_input_files("#file", tmp_path / "long.json")
-    expect(chat.page.locator("#used")).to_have_text("more than 64 tokens")
+    count = chat.server.ask("/tokenize", {"messages": long})[1]["count"]
+    expect(chat.page.locator("#used")).to_have_text(f"{count:,} / 64 tokens")
+    expect(chat.page.locator("#context")).to_have_class("full")
 
 
 # ---- a base model
