@@ -291,14 +291,14 @@ def inspect_command(argv):
     from corpus import inspect
 
     doc = cleandoc(inspect_command.__doc__)
-    run(inspect.main, inspect.InspectConfig, doc, argv=argv, places=["path"])
+    run(inspect.main, inspect.InspectConfig, doc, argv=argv, positional=["path"])
 
 
 def retokenize_command(argv):
     from corpus import prepare
 
     doc = cleandoc(prepare.retokenize.__doc__)
-    run(prepare.retokenize, prepare.RetokenizeConfig, doc, argv=argv, places=["path"])
+    run(prepare.retokenize, prepare.RetokenizeConfig, doc, argv=argv, positional=["path"])
 
 
 def sample_datasets_command(argv):

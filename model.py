@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lib.config import Fraction, PositiveFloat, Range, UserError, accept, knobs_of, read_object, run
+from lib.config import Fraction, PositiveFloat, Range, UserError, accept, options_of, read_object, run
 
 
 @dataclass(frozen=True)
@@ -686,7 +686,7 @@ def from_hf(hf, where="config.json"):
     try:  # values are checked as a preset's: 100,000 layers would take hours to build
         values = {
             name: accept(name, hf[HF_NAMES.get(name, name)], knob, where)
-            for name, knob in knobs_of(ModelConfig).items()
+            for name, option in options_of(ModelConfig).items()
             if HF_NAMES.get(name, name) in hf
         }
         cfg = ModelConfig(**values)

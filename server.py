@@ -180,7 +180,7 @@ class DetokenizeFields:
     tokens: list
 
 
-fields_of = functools.cache(config.knobs_of)
+fields_of = functools.cache(config.options_of)
 
 
 def read_fields(cls, body):
@@ -200,7 +200,7 @@ def read_fields(cls, body):
         harmless = value in NEUTRAL[name] and not isinstance(value, bool)
         require(harmless, 400, f"{name} is not supported here", name, "unsupported_parameter")
     for name, field in fields.items():
-        given = name in values or field.default is not config.REQUIRED
+        given = name in values or field.default is not config.NO_DEFAULT
         require(given, 400, f"{name} is missing", name, "missing_required_parameter")
     return cls(**values)
 

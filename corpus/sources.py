@@ -39,13 +39,13 @@ from corpus.files import (
     unpacked,
 )
 from lib.config import (
-    REQUIRED,
+    NO_DEFAULT,
     PositiveFloat,
     PositiveInt,
     UserError,
     accept,
     did_you_mean,
-    knobs_of,
+    options_of,
     shown,
 )
 
@@ -188,7 +188,7 @@ def source_of(place, entry):
     """The Source that an entry of `mixture` describes, a dict; UserError names the entry by its `place`."""
     if not isinstance(entry, dict):
         raise UserError(f"{place} must be a JSON object, got {shown(entry)}")
-    knobs, values = knobs_of(Source), {}
+    knobs, values = options_of(Source), {}
     for key, value in entry.items():
         if key in knobs:
             values[key] = accept(key, value, knobs[key], place)
@@ -196,7 +196,7 @@ def source_of(place, entry):
             hint = did_you_mean(key, knobs) or f"; known are {', '.join(knobs)}"
             raise UserError(f"{place}: unknown key {key!r}{hint}")
     for key, knob in knobs.items():
-        if knob.default is REQUIRED and not values.get(key):
+        if knob.default is NO_DEFAULT and not values.get(key):
             raise UserError(f"{place}: {key} is {'empty' if key in values else 'missing'}")
     return Source(**values)
 

@@ -2,9 +2,10 @@
 
     python train.py configs/tiny.json --n_layer=2 --learning_rate 1e-3 --no_compile
 
-A knob is declared once, as a field of a dataclass: its name is its flag, its annotation its check, its
-trailing comment its line in --help. Presets (JSON) apply in the order given, then flags; a mistake in either
-is told in the same words, on one line. This room knows no knob of any other room, and guesses nothing.
+An option is declared once, as a field of a dataclass: its name is the flag, its annotation the
+check, the comment beside or above it the line in --help. Presets (JSON) apply in the order given,
+then flags. A mistake in either is reported in the same words, on one line. Nothing here knows the
+options of a program.
 """
 
 import ast
@@ -25,59 +26,58 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-# ---- mistakes
+# ----------------------------------------------------------------------------------------------
+# Mistakes
 
 
 class UserError(Exception):
-    """A mistake its user can mend; str() is one line: what, the value, what was expected, the remedy."""
+    """A mistake that the user can mend; str() is one line: what, value, expected, remedy."""
 
-    exit_code = 2  # what `run` ends the process with
+    exit_code = 2  # the exit status of the program
 
     def __str__(self):
-        return " ".join(
-            super().__str__().splitlines()
-        )  # one line, whatever path or message was quoted in it
+        return " ".join(super().__str__().splitlines())  # a quoted path may hold line breaks
 
 
 def closest(word, choices, cutoff=0.6):
-    """Return the choice spelled most like `word` (case aside, `-` like `_`), or None where none is near."""
+    """Returns the choice spelled most like `word` (case aside, `-` as `_`), or None."""
     plain = {choice.lower().replace("-", "_"): choice for choice in choices}
     near = difflib.get_close_matches(word.lower().replace("-", "_"), plain, n=1, cutoff=cutoff)
     return plain[near[0]] if near else None
 
 
 def did_you_mean(word, choices, form="'{}'"):
-    """Return how an error about an unknown `word` ends: '; did you mean ...?', or '' if no choice is near.
+    """Returns '; did you mean ...?' for an unknown word, or '' if no choice is near.
 
-    Near is what is spelled alike, or the only choice with this word in it: num_train_epochs for epochs.
+    Near is a similar spelling, or the only choice that contains the word: num_train_epochs for
+    epochs.
     """
-    holding = [
-        choice for choice in choices if len(word) > 3 and word.lower() in choice.lower().split("_")
-    ]
-    near = closest(word, choices) or (holding[0] if len(holding) == 1 else None)
+    containing = [c for c in choices if len(word) > 3 and word.lower() in c.lower().split("_")]
+    near = closest(word, choices) or (containing[0] if len(containing) == 1 else None)
     return f"; did you mean {form.format(near)}?" if near else ""
 
 
 def shown(value):
-    """Render a value for an error: as JSON spells it, strings called strings, cut to fit a line."""
+    """Returns a value for an error message: as JSON spells it, cut to fit a line."""
     text = str(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
     text = text if len(text) <= 60 else text[:57] + "..."
     return f"string {text}" if isinstance(value, str) else text
 
 
-# ---- what an annotation allows
+# ----------------------------------------------------------------------------------------------
+# Annotations
 
 
 @dataclass(frozen=True)
 class Range:
-    """Bound a number, ends included unless `open_low`: `n_layer: Annotated[int, Range(1, 512)] = 6`."""
+    """Bounds of a number, both included unless open_low: `n: Annotated[int, Range(1, 512)] = 6`."""
 
     low: float | None = None
     high: float | None = None
     open_low: bool = False
 
     def __contains__(self, value):
-        finite = -math.inf < value < math.inf  # false for NaN, as every comparison with it
+        finite = -math.inf < value < math.inf  # false for NaN
         above = self.low is None or value > self.low or (value == self.low and not self.open_low)
         return finite and above and (self.high is None or value <= self.high)
 
@@ -96,21 +96,19 @@ Fraction = Annotated[float, Range(0, 1)]
 
 NOUNS = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}
 NOUNS |= {tuple: "a list", list: "a JSON list", dict: "a JSON object"}
-REQUIRED = (
-    object()
-)  # the default of a field that has none; MISSING cannot stand as a default itself
+NO_DEFAULT = object()
 
 
 @dataclass(frozen=True)
-class Knob:
-    """What a field takes. The inside of a `list` or `dict` is checked by the room that declares it."""
+class Option:
+    """The values a field takes. Programs check the contents of a `list` or `dict` themselves."""
 
     base: type
     limits: Range = Range()
     optional: bool = False
     choices: tuple = ()
-    item: "Knob | None" = None  # of a tuple
-    default: Any = REQUIRED
+    item: "Option | None" = None  # of a tuple
+    default: Any = NO_DEFAULT
 
     def __str__(self):
         kind = "true|false" if self.base is bool else self.base.__name__
@@ -119,75 +117,74 @@ class Knob:
         return f"{name} or none" if self.optional else name
 
 
-def knob_of(annotation):
-    """Read an annotation; one that no flag can carry is the programmer's mistake and fails an assert."""
+def option_of(annotation):
+    """Returns the Option that an annotation declares; an annotation no flag can carry is a bug."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         limits = next((extra for extra in args[1:] if isinstance(extra, Range)), Range())
-        return replace(knob_of(args[0]), limits=limits)
+        return replace(option_of(args[0]), limits=limits)
     if origin in (Union, UnionType):
         inner = [arg for arg in args if arg is not NoneType]
         assert len(inner) == 1, f"X | None is the only union understood, not {annotation}"
-        return replace(knob_of(inner[0]), optional=True)
+        return replace(option_of(inner[0]), optional=True)
     if origin is Literal:
-        return Knob(type(args[0]), choices=args)
+        return Option(type(args[0]), choices=args)
     if origin is tuple:
         assert args[1:] == (...,), f"tuple[X, ...] is the only tuple understood, not {annotation}"
-        return Knob(tuple, item=knob_of(args[0]))
+        return Option(tuple, item=option_of(args[0]))
     base = origin or annotation
     assert base in NOUNS.keys() - {tuple}, f"no flag can carry {annotation}"
-    return Knob(base)
+    return Option(base)
 
 
-def knobs_of(cls):
-    """Return {name: Knob} of a dataclass's fields, defaults included."""
-    hints, knobs = get_type_hints(cls, include_extras=True), {}
+def options_of(cls):
+    """Returns {name: Option} of a dataclass's fields, defaults included."""
+    hints, options = get_type_hints(cls, include_extras=True), {}
     for field in fields(cls):
         default = field.default if field.default_factory is MISSING else field.default_factory()
-        default = REQUIRED if default is MISSING else default
+        default = NO_DEFAULT if default is MISSING else default
         if field.init:
-            knobs[field.name] = replace(knob_of(hints[field.name]), default=default)
-    return knobs
+            options[field.name] = replace(option_of(hints[field.name]), default=default)
+    return options
 
 
-def accept(name, value, knob, source):
-    """Return a JSON value as the type its field declares; UserError names the field, value and source."""
+def accept(name, value, option, source):
+    """Returns a JSON value as the type of its field; UserError with field, value and source."""
 
     def refuse(expected):
-        none = " or none (null in JSON)" if knob.optional else ""
+        none = " or none (null in JSON)" if option.optional else ""
         raise UserError(f"{name} must be {expected}{none}, got {shown(value)} ({source})")
 
-    if value is None and knob.optional:
+    if value is None and option.optional:
         return None
-    if knob.choices:  # compared with their types, or true would pass for 1
-        if (type(value), value) not in [(type(choice), choice) for choice in knob.choices]:
-            refuse("one of " + ", ".join(str(choice) or "''" for choice in knob.choices))
+    if option.choices:  # compared with their types, else true would pass for 1
+        if (type(value), value) not in [(type(choice), choice) for choice in option.choices]:
+            refuse("one of " + ", ".join(str(choice) or "''" for choice in option.choices))
         return value
-    if knob.base is tuple and isinstance(value, list):
-        return tuple(
-            accept(f"{name}[{i}]", entry, knob.item, source) for i, entry in enumerate(value)
-        )
-    if knob.base is int and isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
-        value = int(value)  # 1e4 is a fair way to write a count; past 2**53 it no longer says which
-    if knob.base is float and type(value) is int:
-        value = float(
-            str(value)
-        )  # as text: float() of too large an int overflows, of a text it is inf
-    if (
-        type(value) is not knob.base
-    ):  # not isinstance: to Python True is an int, to a user it is not
-        refuse(NOUNS[knob.base])
-    if knob.base in (int, float) and value not in knob.limits:
-        limits = str(knob.limits)
-        refuse(limits if ".." in limits else f"{NOUNS[knob.base]} {limits}".rstrip())
+    if option.base is tuple and isinstance(value, list):
+        items = enumerate(value)
+        return tuple(accept(f"{name}[{i}]", item, option.item, source) for i, item in items)
+    if type(value) is float and option.base is int and value.is_integer() and abs(value) <= 2**53:
+        value = int(value)  # 1e4 is a count; past 2**53 a float no longer says which
+    if type(value) is int and option.base is float:
+        value = float(str(value))  # as text: too large an int is then inf instead of an error
+    if type(value) is not option.base:  # not isinstance: to Python True is an int
+        refuse(NOUNS[option.base])
+    if option.base in (int, float) and value not in option.limits:
+        limits = str(option.limits)
+        refuse(limits if ".." in limits else f"{NOUNS[option.base]} {limits}".rstrip())
     return value
 
 
-# ---- presets
+# ----------------------------------------------------------------------------------------------
+# Presets
 
 
 def parse_json(text, origin):
-    """Parse JSON, no key twice, no NaN or Infinity; UserError says where in `origin`, a file or flag."""
+    """Returns parsed JSON; UserError names the place in `origin` (a file or flag) of a mistake.
+
+    No key may stand twice, and no number may be NaN or Infinity.
+    """
 
     def unique(pairs):
         values = {}
@@ -204,26 +201,21 @@ def parse_json(text, origin):
         return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
     except json.JSONDecodeError as error:
         message = error.msg.replace("Expecting", "expected")
-        where = f"{origin} line {error.lineno} column {error.colno}"
-        raise UserError(f"{where}: {message[0].lower()}{message[1:]}") from None
-    except (
-        ValueError,
-        RecursionError,
-    ):  # Python's own caps: thousands of digits, thousands of brackets
-        raise UserError(
-            f"{origin}: a number is too long, or lists are nested too deep, to be read"
-        ) from None
+        position = f"{origin} line {error.lineno} column {error.colno}"
+        raise UserError(f"{position}: {message[0].lower()}{message[1:]}") from None
+    except (ValueError, RecursionError):  # Python's limits on digits and brackets
+        raise UserError(f"{origin}: a number is too long, or lists are nested too deep") from None
 
 
 def read_object(path, form='{"key": value, ...}'):
-    """Read the JSON object in a file; a byte order mark, which some editors leave, is skipped.
+    """Returns the JSON object in a file, with or without a byte order mark.
 
-    `form` is what an error says of the object that was expected.
+    `form` is the object that an error message says was expected.
     """
     try:
         values = parse_json(Path(path).read_text(encoding="utf-8-sig"), path)
     except FileNotFoundError:
-        raise UserError(f"{path}: not found{elsewhere(str(path))}") from None
+        raise UserError(f"{path}: not found{similar_preset(Path(path))}") from None
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise UserError(f"{path}: byte {byte:#04x} at offset {error.start}: not UTF-8") from None
@@ -234,69 +226,64 @@ def read_object(path, form='{"key": value, ...}'):
     return values
 
 
-def elsewhere(path):
-    """Return the hint for a preset that is not there: one spelled nearly so, or one under configs/."""
-    name = path.replace("\\", "/").rpartition("/")[
-        2
-    ]  # a Windows path on another system names its file still
-    near = closest(Path(path).stem, [sibling.stem for sibling in Path(path).parent.glob("*.json")])
+def similar_preset(path):
+    """Returns a hint for a preset that does not exist: a similar name there, or in configs/."""
+    near = closest(path.stem, [sibling.stem for sibling in path.parent.glob("*.json")])
     if near:
-        return f"; did you mean {Path(path).with_name(near + '.json')}?"
-    shipped = (
-        Path(sys.argv[0]).parent / "configs"
-    )  # beside the program, wherever it was called from
-    found = next((p for p in sorted(shipped.rglob("*.json")) if p.name == name), None)
-    return f"; did you mean {found}?" if found else ""
+        return f"; did you mean {path.with_name(near + '.json')}?"
+    shipped = sorted((Path(sys.argv[0]).parent / "configs").rglob("*.json"))
+    name = str(path).replace("\\", "/").rpartition("/")[2]  # of a Windows path too
+    preset = next((p for p in shipped if p.name == name), None)
+    return f"; did you mean {preset}?" if preset else ""
 
 
-def read_preset(path, knobs, foreign, cls):
-    """Return a preset's checked values; other rooms' keys go to the list `foreign`, if there is one.
+def read_preset(path, options, foreign, cls):
+    """Returns a preset's checked values; keys of other programs go to the list `foreign`, if given.
 
-    A key very near to one of ours is misspelled, not another room's: passed over, it would silently be lost.
-    A preset may say which program it is for, in its key `_program`; `cls` is declared in that program's file.
+    A key very near to an option is a misspelling, not another program's key. A preset may name its
+    program, the file that declares `cls`, in its key `_program`. Other keys with `_` are comments.
     """
-    given, values = read_object(path), {}
-    program = given.get("_program")
-    if program and foreign is None and program != (own := Path(inspect.getfile(cls)).name):
-        raise UserError(f"{path} is a preset for {program}, not for {own}")
-    for key, value in given.items():
-        if key in knobs:
-            values[key] = accept(key, value, knobs[key], path)
+    preset, values, own = read_object(path), {}, Path(inspect.getfile(cls)).name
+    if foreign is None and preset.get("_program", own) != own:
+        raise UserError(f"{path} is a preset for {preset['_program']}, not for {own}")
+    for key, value in preset.items():
+        if key in options:
+            values[key] = accept(key, value, options[key], path)
         elif key.startswith("_"):
-            continue  # a comment: JSON has no other
-        elif foreign is not None and not closest(key, knobs, cutoff=0.85):
+            continue
+        elif foreign is not None and not closest(key, options, cutoff=0.85):
             foreign.append(key)
         else:
-            raise UserError(
-                f"{path}: unknown key {key!r}{did_you_mean(key, knobs) or '; --help lists them'}"
-            )
+            hint = did_you_mean(key, options) or "; --help lists them"
+            raise UserError(f"{path}: unknown key {key!r}{hint}")
     return values
 
 
-# ---- flags
+# ----------------------------------------------------------------------------------------------
+# Flags
 
 
-def from_text(text, knob, flag):
-    """Return the JSON value a flag's text stands for; other text is left as it is, for `accept` to refuse."""
-    if knob.optional and text.lower() == "none":
+def from_text(text, option, flag):
+    """Returns the JSON value of a flag's text; other text unchanged, which `accept` refuses."""
+    if option.optional and text.lower() == "none":
         return None
-    if knob.choices:
-        return next((choice for choice in knob.choices if str(choice) == text), text)
-    if knob.base is tuple:
-        return [from_text(part, knob.item, flag) for part in text.split(",")] if text else []
-    if knob.base is bool:
+    if option.choices:
+        return next((choice for choice in option.choices if str(choice) == text), text)
+    if option.base is tuple:
+        return [from_text(part, option.item, flag) for part in text.split(",")] if text else []
+    if option.base is bool:
         return {"true": True, "false": False}.get(text.lower(), text)
-    if knob.base in (list, dict):
+    if option.base in (list, dict):
         return parse_json(text, flag)
-    for number in (int, float) if knob.base in (int, float) else ():
+    for number in (int, float) if option.base in (int, float) else ():
         with suppress(ValueError):
             return number(text)
     return text
 
 
 def to_text(value):
-    """Return the text a flag would take for this value, for --help and examples."""
-    if value is REQUIRED:
+    """Returns the text of a flag for this value."""
+    if value is NO_DEFAULT:
         return "VALUE"
     if isinstance(value, tuple):
         return ",".join(map(to_text, value)) or '""'
@@ -305,171 +292,147 @@ def to_text(value):
     return json.dumps(value) if isinstance(value, (list, dict)) else str(value) or '""'
 
 
-def read_flag(word, rest, knobs):
-    """Return the field an option sets and its value, taken from the deque `rest` if it stands apart."""
+def read_flag(word, rest, options):
+    """Returns (field, value) of a flag; a value that stands apart leaves the deque `rest`."""
     flag, equals, text = word.partition("=")
-    negations = {f"no_{name}": name for name, knob in knobs.items() if knob.base is bool}
+    negations = {f"no_{name}": name for name, option in options.items() if option.base is bool}
     name = flag.removeprefix("--")
-    off = (
-        name not in knobs and name in negations
-    )  # a field may itself be called no_something: it comes first
-    if not (off or name in knobs):
-        hint = did_you_mean(name, [*knobs, *negations], "--{}") or "; --help lists them"
+    off = name not in options and name in negations  # a field called no_something comes first
+    if not (off or name in options):
+        hint = did_you_mean(name, [*options, *negations], "--{}") or "; --help lists them"
         raise UserError(f"unknown option {flag}{hint}")
     if off and equals:
         raise UserError(f"{flag} takes no value; write {flag} or --{negations[name]}")
     name = negations[name] if off else name
-    if not equals and knobs[name].base is bool:
+    option = options[name]
+    if not equals and option.base is bool:
         apart = not off and rest and rest[0].lower() in ("true", "false")
         text = rest.popleft() if apart else str(not off)
     elif not equals:
-        if not rest or rest[0].startswith("--"):  # one dash may be a negative number's
-            raise UserError(f"{flag} needs a value: {flag}={to_text(knobs[name].default)}")
+        if not rest or rest[0].startswith("--"):  # a single dash may begin a negative number
+            raise UserError(f"{flag} needs a value: {flag}={to_text(option.default)}")
         text = rest.popleft()
-    return name, accept(name, from_text(text, knobs[name], flag), knobs[name], flag)
+    return name, accept(name, from_text(text, option, flag), option, flag)
 
 
-def read_words(argv, knobs, places=()):
-    """Sort a command line into the paths of its presets, in order, and {name: value} of its flags.
+def read_words(argv, options, positional=()):
+    """Returns (paths of the presets in order, {name: value} of the flags) of a command line.
 
-    The first words that are no flags are the values of the fields `places`; presets come after them.
+    The first words that are no flags are the values of the fields `positional`; presets follow.
     """
-    presets, flags, rest, places = [], {}, deque(argv), deque(places)
+    presets, flags, rest, positional = [], {}, deque(argv), deque(positional)
     while rest:
         word = rest.popleft()
-        if places and not word.startswith("-"):
-            word = f"--{places.popleft()}={word}"
+        if positional and not word.startswith("-"):
+            word = f"--{positional.popleft()}={word}"
         if word.startswith("-"):
-            name, value = read_flag(word, rest, knobs)
+            name, value = read_flag(word, rest, options)
             if name in flags:
-                raise UserError(
-                    f"{word.partition('=')[0]}: {name} is given twice as an option; keep one"
-                )
+                flag = word.partition("=")[0]
+                raise UserError(f"{flag}: {name} is given twice as an option; keep one")
             flags[name] = value
         elif word.endswith(".json"):
             presets.append(word)
         else:
-            hint = f"; did you mean --{word}?" if word.partition("=")[0] in knobs else ""
+            hint = f"; did you mean --{word}?" if word.partition("=")[0] in options else ""
             raise UserError(f"expected a preset (a .json file) or --key=value, got {word!r}{hint}")
     return presets, flags
 
 
-# ---- help
+# ----------------------------------------------------------------------------------------------
+# Help
 
 
 def comments_of(cls):
-    """Return {field: comment} from the source of `cls` and its bases, each in its own module.
+    """Returns {field: comment} from the source of `cls` and its bases.
 
-    A field's comment stands beside it, else right above it; redeclared without one, it keeps its base's.
+    A comment stands beside its field, else above it. A field declared again without a comment keeps
+    that of its base.
     """
-    found = {}
+    helps = {}
     for owner in reversed(cls.__mro__):
         try:
             source = textwrap.dedent(inspect.getsource(owner))
         except (OSError, TypeError):
-            continue  # built in, or typed at a prompt: no source, no comments
-        tokens = tokenize.generate_tokens(
-            io.StringIO(source).readline
-        )  # a search for "#" would find strings
-        comments = {
-            at[0]: text.lstrip("# ") for kind, text, at, *_ in tokens if kind == tokenize.COMMENT
-        }
+            continue  # built in, or typed at a prompt
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
         lines = source.splitlines()
         for node in ast.parse(source).body[0].body:
             if isinstance(node, ast.AnnAssign):
-                name = node.target.id
-                found[name] = comment_of(node, comments, lines) or found.get(name, "")
-    return found
+                name, first = node.target.id, node.lineno
+                text = [comments[n] for n in range(first, node.end_lineno + 1) if n in comments]
+                while first - 1 in comments and lines[first - 2].lstrip().startswith("#"):
+                    first -= 1
+                text = text or [comments[n] for n in range(first, node.lineno)]
+                helps[name] = " ".join(text) or helps.get(name, "")
+    return helps
 
 
-def comment_of(node, comments, lines):
-    """Return the comment on a field's own lines, else what stands on the lines right above it."""
-    beside = [
-        comments[line] for line in range(node.lineno, node.end_lineno + 1) if line in comments
-    ]
-    first = node.lineno
-    while first - 1 in comments and lines[first - 2].lstrip().startswith("#"):
-        first -= 1
-    return " ".join(beside or [comments[line] for line in range(first, node.lineno)])
-
-
-def program():
-    """Returns what stands after `python` on the command line: train.py, or -m tools.export."""
-    path = Path(sys.argv[0])
-    return f"-m tools.{path.stem}" if path.parent.name == "tools" else path.name
-
-
-def usage(cls, knobs, argv, places, doc):
-    """Return what --help prints: two paragraphs of the docstring `doc`, then a line for every field."""
+def usage(cls, options, argv, positional, doc):
+    """Returns the text of --help: two paragraphs of the docstring `doc`, then a line per option."""
     helps, rows = comments_of(cls), [("option", "takes", "default", "")]
-    rows += [
-        (f"--{name}", str(k), to_text(k.default), helps.get(name, "")) for name, k in knobs.items()
-    ]
+    for name, option in options.items():
+        rows.append((f"--{name}", str(option), to_text(option.default), helps.get(name, "")))
     widths = [min(28, max(map(len, column))) for column in zip(*rows, strict=True)][:3] + [0]
-    table = (
-        "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows) if knobs else ""
-    )
+    table = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows] if options else []
+    path = Path(sys.argv[0])
+    program = f"-m tools.{path.stem}" if path.parent.name == "tools" else path.name
     subcommand = [] if argv == sys.argv[1:] else sys.argv[1:2]
-    options = ["[PRESET.json ...]", "[--key=value ...]"] if knobs else []
-    call = " ".join([f"usage: python {program()}", *subcommand, *map(str.upper, places), *options])
+    forms = ["[PRESET.json ...]", "[--key=value ...]"] if options else []
+    call = ["usage: python", program, *subcommand, *map(str.upper, positional), *forms]
     about = (doc or "").strip().split("\n\n")[:2]
-    return "\n\n".join(filter(None, [call, *about, table]))
+    return "\n\n".join(filter(None, [" ".join(call), *about, "\n".join(table)]))
 
 
-# ---- what the other rooms call
+# ----------------------------------------------------------------------------------------------
+# For the programs
 
 
-def configure(cls, argv=None, *, foreign_keys=False, places=(), doc=None):
-    """Build the dataclass `cls` from presets in order, then flags (by default those of this process).
+def configure(cls, argv=None, *, foreign_keys=False, positional=(), doc=None):
+    """Returns the dataclass `cls` made of presets in order, then flags (by default sys.argv's).
 
-    With `foreign_keys` presets may hold keys of other rooms; the result then carries their names, a tuple, in
-    its attribute `foreign_keys`, which is no field. `places` names the fields that may be given as words
-    without a flag, in their order. Raises UserError for any mistake, `__post_init__`'s ValueError among them,
-    and SystemExit after --help, which opens with `doc`.
+    foreign_keys: presets may hold keys of other programs; their names are then in the result's
+    attribute `foreign_keys`, which is no field. positional: fields that may be given as words
+    without a flag, in order. Raises UserError for any mistake, __post_init__'s ValueError
+    included, and SystemExit after --help, which opens with `doc`.
     """
     argv = sys.argv[1:] if argv is None else argv
-    knobs = knobs_of(cls)
+    options = options_of(cls)
     if "--help" in argv or "-h" in argv:
-        print(usage(cls, knobs, argv, places, doc), flush=True)
+        print(usage(cls, options, argv, positional, doc), flush=True)
         raise SystemExit(0)
     values, foreign = {}, [] if foreign_keys else None
-    presets, flags = read_words(argv, knobs, places)
+    presets, flags = read_words(argv, options, positional)
     for path in presets:
-        values |= read_preset(path, knobs, foreign, cls)
+        values |= read_preset(path, options, foreign, cls)
     values |= flags
-    needed = [name for name, knob in knobs.items() if knob.default is REQUIRED]
-    if lacking := [
-        name for name in needed if values.get(name, "") == ""
-    ]:  # "": of a shell's unset variable
-        verb = "is" if len(lacking) == 1 else "are"
-        told = " ".join(f"--{name}=VALUE" for name in lacking)
-        raise UserError(f"{' and '.join(lacking)} {verb} required: {told}")
+    required = [name for name, option in options.items() if option.default is NO_DEFAULT]
+    missing = [n for n in required if values.get(n, "") == ""]  # "" is a shell's unset variable
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        remedy = " ".join(f"--{name}=VALUE" for name in missing)
+        raise UserError(f"{' and '.join(missing)} {verb} required: {remedy}")
     try:
         cfg = cls(**values)
     except ValueError as error:
         raise UserError(str(error)) from error
     if foreign_keys:
-        object.__setattr__(
-            cfg, "foreign_keys", tuple(dict.fromkeys(foreign))
-        )  # frozen, but nobody's yet
+        object.__setattr__(cfg, "foreign_keys", tuple(dict.fromkeys(foreign)))  # cfg is frozen
     return cfg
 
 
 def narrow(cfg, cls):
-    """Build a `cls` from the same-named fields of `cfg`: the ModelConfig within a TrainConfig."""
-    names = {field.name for field in fields(cfg)} & {
-        field.name for field in fields(cls) if field.init
-    }
+    """Returns a `cls` of the fields it shares with `cfg`: the ModelConfig in a PretrainConfig."""
+    names = {f.name for f in fields(cfg)} & {f.name for f in fields(cls) if f.init}
     return cls(**{name: getattr(cfg, name) for name in names})
 
 
 def write_whole(path, content):
-    """Write bytes to a file, in a folder made if need be; a crash leaves the old file or the new one."""
+    """Writes bytes to a file, making its folder; a crash leaves the old file or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(
-        f".{path.name}.{os.getpid()}.tmp"
-    )  # in the same folder: there a rename is atomic
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # a rename is atomic in one folder
     try:
         with part.open("wb") as file:
             file.write(content)
@@ -481,29 +444,29 @@ def write_whole(path, content):
 
 
 def save_config(cfg, path):
-    """Write the resolved `cfg` as a preset that gives its equal, whole or not at all."""
+    """Writes `cfg` as a preset from which an equal one is made."""
     values = {field.name: getattr(cfg, field.name) for field in fields(cfg) if field.init}
     write_whole(path, (json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
 
 
 def run(main, cls, doc=None, **kw):
-    """Call `main(cfg)` on what `configure(cls, doc=doc, **kw)` gives, with a command's manners."""
-    with manners():
+    """Calls `main(cfg)` with the result of `configure(cls, doc=doc, **kw)`; see exit_statuses."""
+    with exit_statuses():
         main(configure(cls, doc=doc, **kw))
 
 
 def dispatch(commands, argv, doc):
-    """Run the one of `commands`, {word: (function, configuration)}, that the first word names.
+    """Runs the command that the first word names, of {word: (function, configuration class)}.
 
-    Fields without a default may be given as words without a flag, in their order, as in `same A B`.
+    Fields without a default may be given as words without a flag, in their order.
     """
     word, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     if word in commands:
         function, config = commands[word]
-        places = [name for name, knob in knobs_of(config).items() if knob.default is REQUIRED]
-        run(function, config, inspect.cleandoc(function.__doc__), argv=rest, places=places)
-        return
-    with manners():
+        required = [n for n, option in options_of(config).items() if option.default is NO_DEFAULT]
+        doc = inspect.cleandoc(function.__doc__)
+        return run(function, config, doc, argv=rest, positional=required)
+    with exit_statuses():
         if word not in ("--help", "-h"):
             near = closest(word, commands)
             hint = f"did you mean {near}?" if near else f"expected one of {', '.join(commands)}"
@@ -514,16 +477,16 @@ def dispatch(commands, argv, doc):
 
 
 @contextmanager
-def manners():
-    """How a command ends: a UserError prints `error: ...` and exits 2, or with a status of its own.
+def exit_statuses():
+    """Ends a program without a traceback for what its user can mend.
 
-    Ctrl-C exits 130, a reader gone from our pipe (`| head`) 141, as shells count, both without a traceback.
-    What the terminal has no character for becomes a question mark, and a closed stdout swallows what it is
-    given: neither is worth a run.
+    UserError prints `error: ...` and exits 2, or with its exit_code; Ctrl-C exits 130; a reader
+    that closed our pipe (`| head`) 141; a full disk 2. Characters that the terminal lacks become
+    question marks, and a closed stdout swallows the output.
     """
     if sys.stdout is None:  # `>&-`
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the rest of the process
-    if os.name == "nt":  # where a pipe or a file would be written in the local code page
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the end
+    if os.name == "nt":  # a pipe or file would get the local code page
         for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):
             if not stream.isatty():
                 stream.reconfigure(encoding="utf-8")
@@ -531,7 +494,7 @@ def manners():
         sys.stdout.reconfigure(errors="replace")
     try:
         yield
-        sys.stdout.flush()  # so that a closed pipe shows here, not while the interpreter shuts down
+        sys.stdout.flush()  # a closed pipe shows here, not while the interpreter shuts down
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -543,15 +506,14 @@ def manners():
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        discard_stdout()  # it may be what is full
-        where = f"{error.filename}: " if error.filename else ""
-        print(
-            f"error: {where}no space left on the disk; free some and start again", file=sys.stderr
-        )
+        discard_stdout()  # it may be on the full disk
+        path = f"{error.filename}: " if error.filename else ""
+        remedy = "free some and start again"
+        print(f"error: {path}no space left on the disk; {remedy}", file=sys.stderr)
         sys.exit(2)
 
 
 def discard_stdout():
-    """Send what stdout still holds nowhere: the flush at exit needs a place to go."""
-    with suppress(OSError, ValueError):  # no file behind it: nothing to flush
+    """Sends the rest of stdout nowhere, for the flush at exit."""
+    with suppress(OSError, ValueError):  # stdout is no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
