@@ -685,7 +685,7 @@ def from_hf(hf, where="config.json"):
         hf["pad_token_id"] = 0
     try:  # values are checked as a preset's: 100,000 layers would take hours to build
         values = {
-            name: accept(name, hf[HF_NAMES.get(name, name)], knob, where)
+            name: accept(name, hf[HF_NAMES.get(name, name)], option, where)
             for name, option in options_of(ModelConfig).items()
             if HF_NAMES.get(name, name) in hf
         }
