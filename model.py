@@ -402,7 +402,7 @@ def supervised_hidden(model, batch):
 
 @torch.no_grad()
 def score_batch(model, batch, token_bytes):
-    """Returns (nats, tokens, bytes) of a batch's labels; token_bytes (V,) are those of ids."""
+    """Returns (nats, tokens, bytes) of a batch's labels; token_bytes (V,) are those of each id."""
     loss = float(next_token_loss(model, batch)[0])
     labels = batch["labels"][batch["labels"] >= 0]
     return loss, len(labels), int(token_bytes[labels].sum())
@@ -631,20 +631,13 @@ def merge_lora(model):
 # ---- A model's folder, Hugging Face's: config.json, generation_config.json, model.safetensors
 
 MODEL_WEIGHTS = "model.safetensors"
-HF_NAMES = {  # of the fields that config.json names otherwise
+HF_NAMES = {  # the keys of config.json for the fields that have another name there
     "d_model": "hidden_size",
     "d_ff": "intermediate_size",
     "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads",
     "sequence_length": "max_position_embeddings",
     "layer_norm_epsilon": "rms_norm_eps",
-}
-HF_DEFAULTS = {  # of the keys that config.json may leave out, where ours are others
-    "model_name": "imported",
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
 }
 
 
@@ -662,7 +655,9 @@ def to_hf(cfg, dtype="float32"):
 
 def from_hf(hf, where="config.json"):
     """Returns the ModelConfig of config.json's dict; UserError if this model can't compute it."""
-    hf = HF_DEFAULTS | hf
+    # what transformers assumes where a key is absent
+    defaults = {"model_name": "imported", "hidden_act": "silu", "max_position_embeddings": 2048}
+    hf = defaults | {"rms_norm_eps": 1e-6, "tie_word_embeddings": False} | hf
     supported = {"model_type": "llama", "hidden_act": "silu"}
     for key in (*supported, "attention_bias", "mlp_bias", "quantization_config"):
         if (hf.get(key) or None) != supported.get(key):
@@ -776,8 +771,9 @@ def read_safetensors(path):
         raise UserError(f"{path}: not readable as safetensors ({error})") from None
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            expected = "expected floats of 16, 32 or 64 bits"
-            raise UserError(f"{path}: {name} holds {tensor.dtype} numbers; {expected}")
+            raise UserError(
+                f"{path}: {name} holds {tensor.dtype} numbers, not floats of 16 to 64 bits"
+            )
         if not tensor.isfinite().all():
             raise UserError(f"{path}: {name} holds NaN or infinity")
     return tensors
@@ -868,11 +864,14 @@ def read_adapter_config(folder):
 def load_adapter(model, folder, base=None):
     """Reads an adapter's folder into `model`, adding the adapter if it has none. Returns `model`.
 
-    Raises UserError if the adapter does not fit, or belongs to another Base than `base`.
+    Raises UserError if the adapter does not fit, or was trained on another Base than `base`.
     """
     config, path = read_adapter_config(folder), Path(folder) / ADAPTER_WEIGHTS
-    if base:
-        check_base(folder, base)
+    sha256 = read_base_json(folder).get("sha256")
+    if base and sha256 not in (None, base.sha256):
+        trained = f"this adapter was trained on a base with sha256 {sha256!s:.12}.."
+        given = f"{base.path} has {base.sha256:.12}.."
+        raise UserError(f"{folder}: {trained}, but {given}; they do not belong together")
     if not adapters(model):
         numbers = (config[key] for key in ("r", "lora_alpha", "lora_dropout"))
         add_lora(model, *numbers, config["target_modules"])
@@ -888,28 +887,14 @@ def read_base_json(folder):
     return read_object(path) if path.is_file() else {}
 
 
-def check_base(folder, base):
-    """Raises UserError if the adapter in `folder` was trained on another Base."""
-    sha256 = str(read_base_json(folder).get("sha256", base.sha256))
-    if sha256 != base.sha256:
-        trained = f"this adapter was trained on a base with sha256 {sha256:.12}.."
-        given = f"{base.path} has {base.sha256:.12}.."
-        raise UserError(f"{folder}: {trained}, but {given}; they do not belong together")
-
-
 def find_base(folder):
     """Returns the Base of an adapter's folder: looks beside it first, then where it once was."""
-    home, name = read_base_json(folder), read_adapter_config(folder).get("base_model_name_or_path")
-    paths = [folder / str(home["relative_path"])] if home.get("relative_path") else []
+    path = read_base_json(folder).get("relative_path")
+    name = read_adapter_config(folder).get("base_model_name_or_path")
+    paths = [folder / str(path)] if path else []
     paths += [Path(str(name)), folder / str(name)] if name else []
-    other = None
     for path in filter(Path.exists, paths):
-        base = identify(path)
-        if base.sha256 == home.get("sha256", base.sha256):
-            return base
-        other = base
-    if other:
-        check_base(folder, other)
+        return identify(path)
     mend = f"put it back, or correct base_model_name_or_path in {ADAPTER_CONFIG}"
     raise UserError(f"{folder}: its base model {name} is not there; {mend}")
 

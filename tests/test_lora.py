@@ -6,29 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+import model as llama
 from lib.config import UserError
-from model import (
-    PEFT_PREFIX,
-    PROJECTIONS,
-    Llama,
-    LoRALinear,
-    ModelConfig,
-    adapters,
-    add_lora,
-    identify,
-    load_adapter,
-    load_model,
-    lora_off,
-    merge_lora,
-    model_folder,
-    next_token_loss,
-    open_model_folder,
-    save_adapter,
-    save_model,
-)
 
-TINY = ModelConfig(
+TINY = llama.ModelConfig(
     "tiny", 2, 32, 4, num_key_value_heads=2, d_ff=48, vocab_size=96, sequence_length=32
 )
 IDS = torch.randint(0, 96, (2, 12), generator=torch.Generator().manual_seed(5))
@@ -37,15 +20,15 @@ BATCH = {"ids": IDS[:, :-1], "labels": IDS[:, 1:]}
 
 def build(tied=True, seed=0):
     torch.manual_seed(seed)
-    return Llama(replace(TINY, tie_word_embeddings=tied)).eval()
+    return llama.Llama(replace(TINY, tie_word_embeddings=tied)).eval()
 
 
-def adapted(model=None, r=4, targets=PROJECTIONS, dropout=0.0, seed=1):
+def adapted(model=None, r=4, targets=llama.PROJECTIONS, dropout=0.0, seed=1):
     """A model with a LoRA whose B is not zero, as after training."""
     model = build() if model is None else model
     torch.manual_seed(seed)
-    add_lora(model, r, 8, dropout, targets)
-    for layer in adapters(model).values():
+    llama.add_lora(model, r, 8, dropout, targets)
+    for layer in llama.adapters(model).values():
         torch.nn.init.normal_(layer.lora_B.weight, std=0.3)
     return model
 
@@ -55,7 +38,7 @@ def base(tmp_path):
     """The folder of a base model."""
     folder = tmp_path / "base"
     folder.mkdir()
-    save_model(build(), folder)
+    llama.save_model(build(), folder)
     return folder
 
 
@@ -64,7 +47,7 @@ def adapter(base, tmp_path):
     """The folder of an adapter for it."""
     folder = tmp_path / "adapter"
     folder.mkdir()
-    save_adapter(adapted(load_model(base)), folder, identify(base))
+    llama.save_adapter(adapted(llama.load_model(base)), folder, llama.identify(base))
     return folder
 
 
@@ -75,21 +58,21 @@ def adapter(base, tmp_path):
 def test_the_model_begins_as_its_base(tied):
     model = build(tied)
     before = model(IDS)
-    add_lora(model, 4, 8, 0.5)
+    llama.add_lora(model, 4, 8, 0.5)
     assert torch.equal(model.eval()(IDS), before)
-    layer = adapters(model)["model.layers.0.self_attn.k_proj"]
+    layer = llama.adapters(model)["model.layers.0.self_attn.k_proj"]
     assert {p.shape for p in layer.parameters()} == {(16, 32), (4, 32), (16, 4)}
 
 
 def test_names_of_the_base_stay_and_the_rest_is_named_as_peft_does():
-    base, names = (set(model.state_dict()) for model in (build(), add_lora(build(), 4, 8)))
+    base, names = (set(model.state_dict()) for model in (build(), llama.add_lora(build(), 4, 8)))
     assert base < names
     assert len(names - base) == 2 * 7 * 2
     assert "model.layers.1.mlp.down_proj.lora_A.weight" in names
 
 
 def test_a_is_drawn_as_kaiming_uniform_does_and_b_is_zero():
-    layer = LoRALinear(torch.nn.Linear(64, 64, bias=False), 32, 8, 0.0)
+    layer = llama.LoRALinear(torch.nn.Linear(64, 64, bias=False), 32, 8, 0.0)
     bound = 1 / 64**0.5  # gain sqrt(2 / (1 + 5)) * sqrt(3 / fan_in)
     assert layer.lora_A.weight.abs().max() <= bound
     assert layer.lora_A.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
@@ -101,7 +84,7 @@ def test_only_the_adapter_learns_and_checkpointing_changes_no_gradient():
     for checkpointing in (False, True):
         model = adapted().train()
         model.model.gradient_checkpointing = checkpointing
-        next_token_loss(model, BATCH)[0].backward()
+        llama.next_token_loss(model, BATCH)[0].backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
         assert gradients[-1].keys() == {name for name in model.state_dict() if ".lora_" in name}
         assert all(gradient.any() for gradient in gradients[-1].values())
@@ -112,19 +95,19 @@ def test_only_the_adapter_learns_and_checkpointing_changes_no_gradient():
 def test_compiled_it_computes_the_same():
     model = adapted()
     expected = model(IDS)
-    with lora_off(model):
+    with llama.lora_off(model):
         plain = model(IDS)
     model.model.compile(backend="eager", fullgraph=True)  # traced as by any backend, without C++
     torch.testing.assert_close(model(IDS), expected, atol=1e-5, rtol=0)
-    with lora_off(model):
+    with llama.lora_off(model):
         torch.testing.assert_close(model(IDS), plain, atol=1e-5, rtol=0)
 
 
 def test_off_is_the_base_and_on_again_after_an_error():
     model, base = adapted(), build()
-    with lora_off(model):
+    with llama.lora_off(model):
         assert torch.equal(model(IDS), base(IDS))
-    with pytest.raises(ZeroDivisionError), lora_off(model):
+    with pytest.raises(ZeroDivisionError), llama.lora_off(model):
         1 / 0  # noqa: B018
     assert not torch.equal(model(IDS), base(IDS))
 
@@ -135,22 +118,17 @@ def test_off_is_the_base_and_on_again_after_an_error():
 def test_unknown_targets_are_refused(targets):
     words = f"each once; got {', '.join(targets) or 'none'}$"
     with pytest.raises(UserError, match=f"lora_target_modules: expected some of q_proj.*{words}"):
-        add_lora(build(), 4, 8, 0.0, targets)
-
-
-def test_two_adapters_are_refused():
-    with pytest.raises(UserError, match="already"):
-        add_lora(adapted(), 4, 8)
+        llama.add_lora(build(), 4, 8, 0.0, targets)
 
 
 # ---- merging
 
 
-@pytest.mark.parametrize("targets", [PROJECTIONS, ("v_proj", "up_proj")])
+@pytest.mark.parametrize("targets", [llama.PROJECTIONS, ("v_proj", "up_proj")])
 def test_merging_keeps_the_logits_and_leaves_a_plain_model(targets):
     model = adapted(targets=targets, dropout=0.3).train()
     before = model.eval()(IDS)
-    after = merge_lora(model)(IDS)
+    after = llama.merge_lora(model)(IDS)
     assert not torch.equal(before, after)
     torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
     assert list(model.state_dict()) == list(build().state_dict())
@@ -158,74 +136,69 @@ def test_merging_keeps_the_logits_and_leaves_a_plain_model(targets):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_a_second_merge_is_refused():
+def test_a_second_adapter_and_a_second_merge_are_refused():
+    with pytest.raises(UserError, match="has an adapter already; merge it first"):
+        llama.add_lora(adapted(), 4, 8)
     with pytest.raises(UserError, match="merged already"):
-        merge_lora(merge_lora(adapted()))
+        llama.merge_lora(llama.merge_lora(adapted()))
 
 
 # ---- folders
 
 
 def test_a_folder_brings_the_adapter_back(base, adapter):
-    expected = adapted(load_model(base))(IDS)
-    model = load_adapter(load_model(base), adapter, identify(base))
+    expected = adapted(llama.load_model(base))(IDS)
+    model = llama.load_adapter(llama.load_model(base), adapter, llama.identify(base))
     assert torch.equal(model(IDS), expected)
-    assert torch.equal(load_adapter(model, adapter)(IDS), expected)  # once more into the same
-    opened = open_model_folder(adapter)
-    assert not adapters(opened)
+    assert torch.equal(llama.load_adapter(model, adapter)(IDS), expected)  # once more into the same
+    opened = llama.open_model_folder(adapter)
+    assert not llama.adapters(opened)
     torch.testing.assert_close(opened(IDS), expected, atol=1e-5, rtol=0)
 
 
 def test_the_folder_says_what_it_is(base, adapter):
     config = json.loads((adapter / "adapter_config.json").read_text())
-    keys = (
-        "peft_type task_type base_model_name_or_path r lora_alpha lora_dropout bias fan_in_fan_out"
-    )
-    keys += " inference_mode target_modules use_rslora use_dora"
+    keys = "peft_type task_type base_model_name_or_path r lora_alpha lora_dropout target_modules"
+    keys += " bias fan_in_fan_out inference_mode use_rslora use_dora"
     assert set(config) == set(keys.split())
     assert config["base_model_name_or_path"] == str(base)
     home = json.loads((adapter / "base.json").read_text())
-    assert home == {"relative_path": "../base", "sha256": identify(base).sha256}
+    assert home == {"relative_path": "../base", "sha256": llama.identify(base).sha256}
 
 
 def test_both_folders_may_move_together(base, adapter, tmp_path):
-    expected = open_model_folder(adapter)(IDS)
+    expected = llama.open_model_folder(adapter)(IDS)
     (tmp_path / "elsewhere").mkdir()
     shutil.move(base, tmp_path / "elsewhere" / "base")
     with pytest.raises(UserError, match=rf"its base model {base} is not there"):
-        open_model_folder(adapter)
+        llama.open_model_folder(adapter)
     shutil.move(adapter, tmp_path / "elsewhere" / "adapter")
-    assert torch.equal(open_model_folder(tmp_path / "elsewhere" / "adapter")(IDS), expected)
+    assert torch.equal(llama.open_model_folder(tmp_path / "elsewhere" / "adapter")(IDS), expected)
 
 
 def test_an_adapter_of_another_base_is_refused_by_both_hashes(base, adapter):
-    trained = identify(base).sha256
-    save_model(build(seed=9), base)
-    words = f"sha256 {trained[:12]}.*has {identify(base).sha256[:12]}.*do not belong together"
+    trained = llama.identify(base).sha256
+    llama.save_model(build(seed=9), base)
+    words = f"sha256 {trained[:12]}.*has {llama.identify(base).sha256[:12]}.*do not belong together"
     with pytest.raises(UserError, match=words):
-        open_model_folder(adapter)
+        llama.open_model_folder(adapter)
     with pytest.raises(UserError, match=words):
-        load_adapter(build(), adapter, identify(base))
+        llama.load_adapter(build(), adapter, llama.identify(base))
 
 
 def test_an_adapter_may_stand_on_an_adapter(adapter, tmp_path):
     second = tmp_path / "second"
     second.mkdir()
-    model = adapted(open_model_folder(adapter), r=2, targets=("q_proj",), seed=4)
+    model = adapted(llama.open_model_folder(adapter), r=2, targets=("q_proj",), seed=4)
     expected = model(IDS)
-    save_adapter(model, second, identify(adapter))
-    torch.testing.assert_close(open_model_folder(second)(IDS), expected, atol=1e-5, rtol=0)
+    llama.save_adapter(model, second, llama.identify(adapter))
+    torch.testing.assert_close(llama.open_model_folder(second)(IDS), expected, atol=1e-5, rtol=0)
 
 
 def test_the_folder_of_a_training_is_its_final(base, tmp_path):
     shutil.move(base, tmp_path / "run" / "final")
-    assert torch.equal(open_model_folder(tmp_path / "run")(IDS), build()(IDS))
-
-
-def test_opened_in_half_precision(adapter):
-    model = open_model_folder(adapter, dtype=torch.bfloat16)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert model.model.cos.dtype == torch.float32
+    model = llama.open_model_folder(tmp_path / "run", dtype=torch.bfloat16)
+    assert torch.equal(model.lm_head.weight, build().lm_head.weight.bfloat16())
 
 
 def spoil(folder, **changes):
@@ -256,42 +229,47 @@ def spoil(folder, **changes):
 def test_what_is_no_plain_lora_is_refused(adapter, changes, words):
     spoil(adapter, **changes)
     with pytest.raises(UserError) as refusal:
-        open_model_folder(adapter)
+        llama.open_model_folder(adapter)
     assert words in str(refusal.value)
 
 
 def test_damaged_folders_are_refused_on_one_line(adapter):
     weights = adapter / "adapter_model.safetensors"
-    for content, words in ((weights.read_bytes()[:100], "safetensors"), (b"", "safetensors")):
+    for content in (weights.read_bytes()[:100], b""):
         weights.write_bytes(content)
-        with pytest.raises(UserError, match=words):
-            open_model_folder(adapter)
+        with pytest.raises(UserError, match="safetensors"):
+            llama.open_model_folder(adapter)
     (adapter / "adapter_config.json").write_text("[1]")
     with pytest.raises(UserError, match="must be an object"):
-        open_model_folder(adapter)
+        llama.open_model_folder(adapter)
     with pytest.raises(UserError, match="not a model folder"):
-        open_model_folder(adapter.parent)
+        llama.open_model_folder(adapter.parent)
 
 
 def test_an_adapter_that_is_its_own_base_is_refused(adapter):
     (adapter / "base.json").unlink()
     spoil(adapter, base_model_name_or_path=str(adapter))
     with pytest.raises(UserError, match="its own folder"):
-        open_model_folder(adapter)
+        llama.open_model_folder(adapter)
 
 
 # ---- peft
 
 
+def peft_of(base):
+    """Returns the packages peft and transformers, and transformers' model of the base's folder."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    return peft, transformers, transformers.LlamaForCausalLM.from_pretrained(base)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_peft_opens_our_folder_and_computes_the_same(base, adapter):
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    ours = load_adapter(load_model(base), adapter)(IDS)
-    hf = transformers.LlamaForCausalLM.from_pretrained(base)
+    peft, transformers, hf = peft_of(base)
+    ours = llama.load_adapter(llama.load_model(base), adapter)(IDS)
     theirs = peft.PeftModel.from_pretrained(hf, adapter).eval()
     torch.testing.assert_close(theirs(IDS).logits, ours, atol=2e-6, rtol=0)
     merged = theirs.merge_and_unload()(IDS).logits
-    torch.testing.assert_close(merged, open_model_folder(adapter)(IDS), atol=2e-6, rtol=0)
+    torch.testing.assert_close(merged, llama.open_model_folder(adapter)(IDS), atol=2e-6, rtol=0)
     at_once = transformers.AutoModelForCausalLM.from_pretrained(adapter).eval()
     torch.testing.assert_close(at_once(IDS).logits, ours, atol=2e-6, rtol=0)
 
@@ -299,28 +277,26 @@ def test_peft_opens_our_folder_and_computes_the_same(base, adapter):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("targets", [["k_proj", "gate_proj"], "all-linear"])
 def test_we_open_a_folder_of_peft(base, tmp_path, targets):
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    peft, _, hf = peft_of(base)
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, init_lora_weights=False)
-    model = peft.get_peft_model(transformers.LlamaForCausalLM.from_pretrained(base), config).eval()
+    model = peft.get_peft_model(hf, config).eval()
     model.save_pretrained(tmp_path / "theirs")
-    opened = open_model_folder(tmp_path / "theirs")
+    opened = llama.open_model_folder(tmp_path / "theirs")
     torch.testing.assert_close(opened(IDS), model(IDS).logits, atol=2e-6, rtol=0)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_peft_learns_the_same_gradients(base, adapter):
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    ours = load_adapter(load_model(base), adapter).train()
-    loss, _ = next_token_loss(ours, BATCH)
-    loss.backward()
-    hf = transformers.LlamaForCausalLM.from_pretrained(base)
+    peft, _, hf = peft_of(base)
+    ours = llama.load_adapter(llama.load_model(base), adapter).train()
+    llama.next_token_loss(ours, BATCH)[0].backward()
     theirs = peft.PeftModel.from_pretrained(hf, adapter, is_trainable=True)
-    logits = theirs(IDS[:, :-1]).logits.flatten(0, 1)
-    torch.nn.functional.cross_entropy(logits, IDS[:, 1:].flatten(), reduction="sum").backward()
+    logits = theirs(BATCH["ids"]).logits.flatten(0, 1)
+    F.cross_entropy(logits, BATCH["labels"].flatten(), reduction="sum").backward()
     named = dict(theirs.named_parameters())
     for name, p in ours.named_parameters():
         if p.requires_grad:
-            other = named[PEFT_PREFIX + name.replace(".weight", ".default.weight")]
+            other = named[llama.PEFT_PREFIX + name.replace(".weight", ".default.weight")]
             torch.testing.assert_close(p.grad, other.grad, atol=1e-5, rtol=1e-4)
 
 
@@ -329,5 +305,5 @@ def test_a_folder_of_models_names_the_one_in_it(place, tmp_path):
     (tmp_path / place).mkdir(parents=True)
     (tmp_path / place / "config.json").touch()
     with pytest.raises(UserError) as refusal:
-        model_folder(tmp_path)
+        llama.model_folder(tmp_path)
     assert str(refusal.value).endswith(f"; there is one in {tmp_path / place}")

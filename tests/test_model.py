@@ -10,31 +10,12 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
+import model as llama
 from lib.config import UserError, configure
-from model import (
-    KVCache,
-    Llama,
-    ModelConfig,
-    attend,
-    choose_attention,
-    count_parameters,
-    flops_per_token,
-    from_hf,
-    load_model,
-    main,
-    memory_parts,
-    next_token_loss,
-    rope_tables,
-    rotate,
-    save_model,
-    score_batch,
-    to_hf,
-    token_nats,
-)
 from tests import ROOT
 from tests.warm import python
 
-SMALL = ModelConfig(
+SMALL = llama.ModelConfig(
     "small", 2, 64, 4, num_key_value_heads=2, d_ff=96, vocab_size=199, sequence_length=32
 )
 LINEAR = {"rope_type": "linear", "factor": 2.0}
@@ -52,13 +33,18 @@ each_variant = pytest.mark.parametrize("cfg", VARIANTS.values(), ids=VARIANTS)
 def build(cfg, seed=0):
     """A model far from the calm of initialization, so that mistakes show."""
     torch.manual_seed(seed)
-    model = Llama(cfg).eval()
+    model = llama.Llama(cfg).eval()
     for name, p in model.named_parameters():
         if p.ndim == 2:
             torch.nn.init.normal_(p, std=0.15)
         elif "norm" in name:
             torch.nn.init.uniform_(p, 0.5, 1.5)
     return model
+
+
+def preset(name):
+    path = str(ROOT / f"configs/{name}.json")
+    return configure(llama.ModelConfig, [path], foreign_keys=True)
 
 
 def some_ids(cfg, *shape, seed=1):
@@ -76,28 +62,27 @@ COUNTS = {  # without embeddings, and in all
 }
 
 
-@pytest.mark.parametrize("preset", COUNTS)
-def test_preset_counts_are_the_published_ones(preset):
-    cfg = configure(ModelConfig, [str(ROOT / f"configs/{preset}.json")], foreign_keys=True)
-    counts = count_parameters(cfg)
-    assert (counts["non_embedding"], counts["total"]) == COUNTS[preset]
+@pytest.mark.parametrize("name", COUNTS)
+def test_preset_counts_are_the_published_ones(name):
+    counts = llama.count_parameters(preset(name))
+    assert (counts["non_embedding"], counts["total"]) == COUNTS[name]
 
 
 @each_variant
 def test_counts_equal_the_built_model(cfg):
-    model = Llama(cfg)
-    assert count_parameters(cfg)["total"] == sum(p.numel() for p in model.parameters())
+    model = llama.Llama(cfg)
+    assert llama.count_parameters(cfg)["total"] == sum(p.numel() for p in model.parameters())
 
 
 def test_flops_of_tiny_equal_the_hand_computed_sum():
-    cfg = ModelConfig()  # tiny's shape: blocks 6*16*L*d^2, head 6*V*d, attention 12*L*d*T
-    assert flops_per_token(cfg) == 37_748_736 + 50_331_648 + 18_874_368
+    cfg = llama.ModelConfig()  # tiny's shape: blocks 6*16*L*d^2, head 6*V*d, attention 12*L*d*T
+    assert llama.flops_per_token(cfg) == 37_748_736 + 50_331_648 + 18_874_368
 
 
 def test_kv_cache_bytes_in_the_report_are_those_of_a_real_cache():
-    cache = KVCache(SMALL, 1, SMALL.sequence_length, dtype=torch.bfloat16)
+    cache = llama.KVCache(SMALL, 1, SMALL.sequence_length, dtype=torch.bfloat16)
     size = 2 * sum(tensor.numel() for tensor in cache.k + cache.v)
-    assert memory_parts(SMALL, 1)["KV cache of one full row (16 bit)"] == size
+    assert llama.memory_parts(SMALL, 1)["KV cache of one full row (16 bit)"] == size
 
 
 # ---- against transformers
@@ -107,7 +92,7 @@ def test_kv_cache_bytes_in_the_report_are_those_of_a_real_cache():
 def test_saved_folder_gives_the_same_logits_in_transformers(cfg, tmp_path):
     transformers = pytest.importorskip("transformers")
     model, ids = build(cfg), some_ids(cfg, 3, 32)
-    save_model(model, tmp_path)
+    llama.save_model(model, tmp_path)
     auto = transformers.AutoModelForCausalLM
     theirs = auto.from_pretrained(tmp_path, attn_implementation="eager")
     assert type(theirs).__name__ == "LlamaForCausalLM"
@@ -124,7 +109,7 @@ def test_folder_saved_by_transformers_loads_with_the_same_logits(tied, tmp_path)
     hf = transformers.LlamaConfig(**shape, tie_word_embeddings=tied)
     theirs = transformers.LlamaForCausalLM(hf).eval()
     theirs.save_pretrained(tmp_path)
-    ours, ids = load_model(tmp_path), some_ids(SMALL, 2, 20) % 99
+    ours, ids = llama.load_model(tmp_path), some_ids(SMALL, 2, 20) % 99
     with torch.no_grad():
         assert torch.allclose(ours(ids), theirs(ids).logits, atol=1e-4, rtol=0)
 
@@ -132,16 +117,15 @@ def test_folder_saved_by_transformers_loads_with_the_same_logits(tied, tmp_path)
 @each_variant
 def test_folder_round_trip_is_exact(cfg, tmp_path):
     model = build(replace(cfg, model_name="mine", dropout=0.1, attention_dropout=0.2))
-    save_model(model, tmp_path)
-    again = load_model(tmp_path)
-    assert to_hf(again.cfg) == to_hf(model.cfg)
+    llama.save_model(model, tmp_path)
+    again = llama.load_model(tmp_path)
+    assert llama.to_hf(again.cfg) == llama.to_hf(model.cfg)
     pairs = zip(model.parameters(), again.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_every_key_of_the_advanced_preset_reaches_the_model():
-    cfg = configure(ModelConfig, [str(ROOT / "configs/advanced_example.json")], foreign_keys=True)
-    model = Llama(replace(cfg, n_layer=1, d_ff=64, vocab_size=512))
+    model = llama.Llama(replace(preset("advanced_example"), n_layer=1, d_ff=64, vocab_size=512))
     block = model.model.layers[0]
     assert block.self_attn.k_proj.weight.shape == (5 * 64, 640)
     assert model.lm_head.weight is not model.model.embed_tokens.weight
@@ -167,35 +151,14 @@ def test_every_backend_is_softmax_attention(backend, heads):
     causal = torch.ones(9, 9, dtype=torch.bool).tril()
     other = (torch.rand(2, 1, 9, 9, generator=g) < 0.5) | torch.eye(9, dtype=torch.bool)
     for mask, looks in ((None, causal), (other, other)):
-        y = attend(q, k, v, mask, backend=backend)
+        y = llama.attend(q, k, v, mask, backend=backend)
         assert torch.allclose(y, explicit_attention(q, k, v, looks), atol=1e-5)
-
-
-def test_a_later_token_changes_no_earlier_output():
-    model, ids = build(SMALL), some_ids(SMALL, 1, 20)
-    other = ids.clone()
-    other[0, 11] = (other[0, 11] + 1) % SMALL.vocab_size
-    with torch.no_grad():
-        before, after = model(ids), model(other)
-    assert torch.equal(before[:, :11], after[:, :11])
-    assert not torch.equal(before[:, 11:], after[:, 11:])
-
-
-def test_rotary_scores_depend_on_distance_only():
-    cos, sin = rope_tables(replace(SMALL, sequence_length=64))
-    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
-
-    def score(i, j):
-        return (rotate(q, cos[i], sin[i]) * rotate(k, cos[j], sin[j])).sum()
-
-    assert torch.allclose(score(5, 2), score(40, 37), atol=1e-5)
-    assert not torch.allclose(score(5, 2), score(5, 3), atol=1e-3)
 
 
 @each_variant
 def test_cached_forward_in_pieces_equals_the_whole(cfg):
     model, ids = build(cfg), some_ids(cfg, 2, 24)
-    cache = KVCache(cfg, 2, 32)
+    cache = llama.KVCache(cfg, 2, 32)
     with torch.no_grad():
         pieces = [model(part, cache=cache) for part in ids.split([5, 1, 9, 1, 8], dim=1)]
         assert torch.allclose(torch.cat(pieces, 1), model(ids), atol=2e-5)
@@ -204,10 +167,10 @@ def test_cached_forward_in_pieces_equals_the_whole(cfg):
 def test_ragged_cache_rows_equal_rows_alone():
     model, ids = build(SMALL), some_ids(SMALL, 3, 12)
     lengths = [3, 7, 5]
-    cache = KVCache(SMALL, 3, 16)
+    cache = llama.KVCache(SMALL, 3, 16)
     with torch.no_grad():
         for row, n in enumerate(lengths):
-            alone = KVCache(SMALL, 1, 16)
+            alone = llama.KVCache(SMALL, 1, 16)
             model(ids[row : row + 1, :n], cache=alone)
             for ours, theirs in zip(cache.k + cache.v, alone.k + alone.v, strict=True):
                 ours[row] = theirs[0]
@@ -249,7 +212,7 @@ def test_gradient_checkpointing_changes_no_gradient():
         model = build(replace(SMALL, dropout=0.1)).train()
         model.model.gradient_checkpointing = wanted
         torch.manual_seed(5)  # the same dropout, which the recomputation must draw again
-        next_token_loss(model, {"ids": ids, "labels": labels})[0].backward()
+        llama.next_token_loss(model, {"ids": ids, "labels": labels})[0].backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
@@ -270,44 +233,19 @@ def test_loss_and_gradients_equal_torch_cross_entropy(rows, tied, monkeypatch):
     expected.backward()
     want = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    loss, _ = next_token_loss(model, batch)
+    loss, _ = llama.next_token_loss(model, batch)
     (loss / 7).backward()
     assert torch.allclose(loss, expected, rtol=1e-6)
     for name, p in model.named_parameters():
         assert torch.allclose(p.grad * 7, want[name], atol=2e-4, rtol=1e-4), name
-    nats, tokens, size = score_batch(model, batch, torch.arange(cfg.vocab_size))
+    nats, tokens, size = llama.score_batch(model, batch, torch.arange(cfg.vocab_size))
     assert nats == pytest.approx(expected.item(), rel=1e-6)
     assert (tokens, size) == (33 - 5, labels[labels >= 0].sum())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_loss_of_each_token_has_the_gradient_of_autograd(dtype, monkeypatch):
-    monkeypatch.setattr("model.rows_per_group", lambda vocab_size, device: 7)
-    x, weight = torch.randn(20, 16), torch.randn(50, 16)
-    labels, weights = some_ids(SMALL, 20) % 50, torch.rand(20)
-    labels[3] = -100
-    gradients = []
-    for ours in (True, False):
-        x, weight = (t.detach().to(dtype).requires_grad_() for t in (x, weight))
-        ordinary = F.cross_entropy((x @ weight.T).float(), labels, reduction="none")
-        loss = token_nats(x, weight, labels) if ours else ordinary
-        assert torch.allclose(loss, ordinary, atol=1e-5)
-        (loss * weights).sum().backward()
-        gradients.append((x.grad.float(), weight.grad.float()))
-    atol = 1e-5 if dtype == torch.float32 else 0.05
-    assert all(torch.allclose(a, b, atol=atol) for a, b in zip(*gradients, strict=True))
-
-
-def test_uniform_model_has_the_vocabulary_as_perplexity():
-    model, labels = build(SMALL), some_ids(SMALL, 50)
-    torch.nn.init.zeros_(model.lm_head.weight)
-    nats = token_nats(torch.randn(50, 64), model.lm_head.weight, labels).double().mean()
-    assert nats.exp().item() == pytest.approx(SMALL.vocab_size, rel=1e-6)
-
-
 def test_all_labels_ignored_is_zero_loss_and_zero_gradient():
     model, ids = build(SMALL), some_ids(SMALL, 1, 8)
-    loss, _ = next_token_loss(model, {"ids": ids, "labels": torch.full_like(ids, -100)})
+    loss, _ = llama.next_token_loss(model, {"ids": ids, "labels": torch.full_like(ids, -100)})
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is None or p.grad.count_nonzero() == 0 for p in model.parameters())
@@ -315,9 +253,9 @@ def test_all_labels_ignored_is_zero_loss_and_zero_gradient():
 
 def test_bf16_autocast_stays_near_fp32():
     model, ids, labels = build(SMALL), some_ids(SMALL, 2, 16), some_ids(SMALL, 2, 16, seed=3)
-    exact = next_token_loss(model, {"ids": ids, "labels": labels})[0]
+    exact = llama.next_token_loss(model, {"ids": ids, "labels": labels})[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rough = next_token_loss(model, {"ids": ids, "labels": labels})[0]
+        rough = llama.next_token_loss(model, {"ids": ids, "labels": labels})[0]
     assert rough.dtype == torch.float32
     assert rough.item() == pytest.approx(exact.item(), rel=0.03)
 
@@ -365,16 +303,16 @@ def test_impossible_shapes_are_refused_by_name(change, words):
     ],
 )
 def test_foreign_configurations_are_refused_by_name(change, words):
-    hf = to_hf(SMALL) | change
+    hf = llama.to_hf(SMALL) | change
     hf = {k: v for k, v in hf.items() if v is not None}
     with pytest.raises(UserError) as refusal:
-        from_hf(hf)
+        llama.from_hf(hf)
     assert words in str(refusal.value)
 
 
 @pytest.fixture
 def saved(tmp_path):
-    save_model(build(SMALL), tmp_path)
+    llama.save_model(build(SMALL), tmp_path)
     return tmp_path
 
 
@@ -394,7 +332,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(change, words, saved):
     change(tensors)
     safetensors.torch.save_file(tensors, saved / "model.safetensors")
     with pytest.raises(UserError) as refusal:
-        load_model(saved)
+        llama.load_model(saved)
     assert words in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert len(str(refusal.value)) < 999
@@ -402,26 +340,25 @@ def test_weights_that_do_not_fit_are_refused_by_name(change, words, saved):
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
 def test_the_prefixes_of_wrappers_are_no_part_of_a_name(prefix, saved):
-    path, expected = saved / "model.safetensors", load_model(saved).lm_head.weight
+    path, expected = saved / "model.safetensors", llama.load_model(saved).lm_head.weight
     tensors = safetensors.torch.load_file(path)
     safetensors.torch.save_file({prefix + name: t for name, t in tensors.items()}, path)
-    assert torch.equal(load_model(saved).lm_head.weight, expected)
+    assert torch.equal(llama.load_model(saved).lm_head.weight, expected)
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"\x00" * 100])
-def test_garbage_instead_of_weights_is_one_line(content, saved):
-    (saved / "model.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match="not readable as safetensors") as refusal:
-        load_model(saved)
-    assert "\n" not in str(refusal.value)
-
-
-@pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff", b"[1]"])
-def test_garbage_instead_of_json_is_one_line(content, saved):
-    (saved / "config.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"config\.json") as refusal:
-        load_model(saved)
-    assert "\n" not in str(refusal.value)
+@pytest.mark.parametrize(
+    ("name", "contents", "words"),
+    [
+        ("model.safetensors", [b"", b"hello", b"\x00" * 100], "not readable as safetensors"),
+        ("config.json", [b"[" * 100_000, b"\xff", b"[1]"], "config.json"),
+    ],
+)
+def test_garbage_in_a_file_is_one_line(name, contents, words, saved):
+    for content in contents:
+        (saved / name).write_bytes(content)
+        with pytest.raises(UserError, match=words) as refusal:
+            llama.load_model(saved)
+        assert "\n" not in str(refusal.value)
 
 
 def test_flash_attention_that_does_not_load_is_passed_over_with_its_reason(tmp_path, monkeypatch):
@@ -429,19 +366,19 @@ def test_flash_attention_that_does_not_load_is_passed_over_with_its_reason(tmp_p
     (tmp_path / "flash_attn.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
-    backend, reason = choose_attention("cuda", 1024, torch.bfloat16)
+    backend, reason = llama.choose_attention("cuda", 1024, torch.bfloat16)
     assert (backend, "undefined symbol: of another torch" in reason) == ("sdpa", True)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(UserError, match="not a model folder"):
-        load_model(tmp_path)
+        llama.load_model(tmp_path)
     with pytest.raises(UserError, match="none: no such folder; give a training's output_dir"):
-        load_model(tmp_path / "none")
+        llama.load_model(tmp_path / "none")
 
 
 def test_rotary_tables_stay_exact_in_bf16(saved):
-    model = load_model(saved, dtype=torch.bfloat16)
+    model = llama.load_model(saved, dtype=torch.bfloat16)
     assert model.lm_head.weight.dtype == torch.bfloat16
     assert model.model.cos.dtype == torch.float32
 
@@ -464,11 +401,11 @@ def test_report_prints_exact_counts_and_warnings():
     assert "warning" not in result.stdout
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda p: p.stem)
-def test_every_model_preset_reports(path, capsys):
-    if "n_layer" in json.loads(path.read_text()):
-        main(configure(ModelConfig, [str(path)], foreign_keys=True))
-        assert "training FLOPs" in capsys.readouterr().out
+def test_every_model_preset_reports(capsys):
+    for path in (ROOT / "configs").glob("*.json"):
+        if "n_layer" in json.loads(path.read_text()):
+            llama.main(preset(path.stem))
+            assert "training FLOPs" in capsys.readouterr().out, path
 
 
 def test_impossible_preset_exits_2_with_one_line():
