@@ -1,18 +1,20 @@
-"""What a model is worth, in numbers that can be compared: perplexity, questions, smoke prompts.
+"""Measures a language model: perplexity of a text, answers to questions, responses to prompts.
 
     python eval.py --model_path=checkpoints/pretrain/tiny/final --output_dir=evaluation_results/tiny
     python eval.py compare evaluation_results/a evaluation_results/b
     python eval.py assess evaluation_results/tiny
 
-Perplexity of a text (WikiText-2, if no other is named): every token is predicted once, in windows of
-`context` tokens that move on by `stride`. Questions are answered by likelihood: BoolQ, and any file of
-{context, choices, answer} or {text}, whose last word is asked for. Prompts are answered by generation
-(smoke.py). Every number comes with its count, its baselines and how it was measured: results.json for
-programs, report.md for people (assess.py). What is not at hand is "not measured", never 0.
+A text (WikiText-2 by default) is scored in windows of `context` tokens that move by `stride`: every
+token is predicted once. Questions (BoolQ; files of {context, choices, answer} or {text}) are
+answered by likelihood. Smoke prompts are answered by generation and scored by plain counts: these
+scores tell broken from working, not good from better, so read the responses. Every number stands
+with its count, its baselines and its protocol. A part out of reach is "not measured", never 0.
 """
 
+import copy
 import gzip
 import hashlib
+import inspect
 import json
 import lzma
 import math
@@ -21,34 +23,30 @@ import random
 import re
 import sys
 import time
-from dataclasses import dataclass
-from inspect import cleandoc
+import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-import smoke
-from assess import assess, compare, draw, headline, markdown
-from corpus.chats import BadRow, reasons_of, usable_rows
+from corpus.chats import BadRow, usable_rows
 from corpus.files import kind_of, text_of
-from corpus.sources import Tally, Unreachable, rows_of
-from lib.config import PositiveInt, Range, UserError, run, shown
+from corpus.samples import passes
+from corpus.sources import Unreachable
+from lib import config
+from lib.config import PositiveInt, Range, UserError
 from lib.runtime import tune_cpu
-from model import count_parameters, identify
-from sample import open_model
-from scoring import (
-    accuracy,
-    answer_scores,
-    cores,
-    multiple_choice,
-    perplexity,
-    rates,
-    score,
-    text_batches,
-    unigram_nats,
-    windows,
-)
+from lib.tokenizer import render, stop_ids
+from model import KVCache, count_parameters, identify, nats, next_token_loss, row_groups
+from sample import Request, Sampling, generate, open_model
 
 
 @dataclass(frozen=True)
@@ -56,12 +54,11 @@ class EvalConfig:
     """What to measure, on what, and how."""
 
     model_path: str  # a model or adapter folder, or that of a whole training
-    output_dir: str = "evaluation_results"  # results.json, report.md and report.png go here
+    output_dir: str = "evaluation_results"  # results.json and report.md go here
     perplexity_path: str = "hf:Salesforce/wikitext:wikitext-2-raw-v1:test"  # a text file, or hf:
     boolq_path: str = "hf:google/boolq::validation"  # a file of {question, passage, answer}, or hf:
-    tasks: tuple[
-        str, ...
-    ] = ()  # files of {context, choices, answer} or {text}, separated by commas, or hf:
+    # files of {context, choices, answer} or {text}, separated by commas, or hf:
+    tasks: tuple[str, ...] = ()
     # smoke prompts of your own: .json, .jsonl, or .txt with one a line
     custom_prompts: str | None = None
     skip_perplexity: bool = False  # leave it out
@@ -79,437 +76,868 @@ class EvalConfig:
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
 
 
-FAST_BYTES, FAST_QUESTIONS = 100_000, 100
+# ----------------------------------------------------------------------------------------------
+# Scores: how likely a model finds given ids, in nats.
+# B batch, T positions, C width, V vocabulary; Q questions, N answers to all of them
 
 
-def main(cfg):
-    began, out = time.monotonic(), Path(cfg.output_dir)
-    make_folder(out)
-    tune_cpu()
-    model, tokenizer = open_model(cfg.model_path, cfg.device, cfg.dtype)
-    # everything is read and checked before anything is measured: a typing error must not cost an hour
-    prompts = smoke.load_prompts(cfg.custom_prompts, cfg.fast_mode)
-    text = take("perplexity_path", cfg.skip_perplexity, prepare_text, cfg, model, tokenizer)
-    boolq = take("boolq_path", cfg.skip_boolq, prepare_task, cfg, cfg.boolq_path, model, tokenizer)
-    tasks = {
-        path: take("tasks", False, prepare_task, cfg, path, model, tokenizer) for path in cfg.tasks
-    }
-    say(f"{len(prompts)} smoke prompts")
-    answers = smoke.run(model, tokenizer, prompts, cfg.max_new_tokens, cfg.seed)
-    results = {
-        "model": describe(cfg, model, tokenizer),
-        "protocol": protocol(cfg, model),
-        "perplexity": text if missing(text) else text_result(cfg, model, tokenizer, text),
-        "boolq": boolq if missing(boolq) else task_result(cfg, model, boolq),
-        "tasks": {
-            path: task if missing(task) else task_result(cfg, model, task)
-            for path, task in tasks.items()
-        },
-        "smoke": answers,
-    }
-    results["protocol"]["seconds"] = round(time.monotonic() - began, 1)
-    write(cfg, out, results)
+def side_by_side(work, items, device):
+    """Yields work(item) of each item, in order; on a CPU each core works on an item of its own.
+
+    All cores at one item wait for each other after every operation: 1.8 times slower on two.
+    """
+    work, threads = torch.no_grad()(work), torch.get_num_threads()  # both: settings of a thread
+    if device.type != "cpu" or threads == 1:
+        yield from map(work, items)
+        return
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from pool.map(work, items)
 
 
-def say(text):
-    print(text, file=sys.stderr, flush=True)
+def windows(count, context, stride):
+    """Yields (start, end, first): inputs start..end of `count` targets, of which first..end count.
+
+    Every target counts once. A window is `context` long - the last moves back rather than being
+    shorter - so all but the first targets have at least context - stride + 1 tokens before them.
+    """
+    end = min(context, count)
+    yield 0, end, 0
+    while end < count:
+        first, end = end, min(end + stride, count)
+        yield end - context, end, first
 
 
-def take(flag, skipped, prepare, *arguments):
-    """Returns what `prepare` does, or the result of a part that is not measured."""
-    if skipped:
-        return {"verdict": "not measured", "reason": "skipped, as asked"}
-    try:
-        return prepare(*arguments)
-    except Unreachable as problem:
-        reason = f"{problem}; --{flag}=FILE takes one of yours"
-        say(f"not measured: {reason}")
-        return {"verdict": "not measured", "reason": reason}
+def text_nats(model, ids, bos_id, context, stride, rows):
+    """Returns the sum of -log p over `ids`, the first after bos_id; `rows` windows run together."""
+    stream, device = torch.tensor([bos_id, *ids]), model.lm_head.weight.device
+    cuts = list(windows(len(ids), context, stride))
+
+    def work(group):
+        width = group[0][1] - group[0][0]
+        counted = [torch.arange(first - start, end - start) for start, end, first in group]
+        batch = {
+            "ids": torch.stack([stream[start:end] for start, end, _ in group]),  # (B, T)
+            # the head works only on the positions that count, of the B * T
+            "where": torch.cat([steps + row * width for row, steps in enumerate(counted)]),
+            "labels": torch.cat([stream[first + 1 : end + 1] for _, end, first in group]),
+        }
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        return float(next_token_loss(model, batch)[0])
+
+    groups = [cuts[at : at + rows] for at in range(0, len(cuts), rows)]
+    sums = side_by_side(work, groups, device)
+    return sum(tqdm(sums, "perplexity", len(groups), unit=" batches", disable=None))
 
 
-def missing(part):
-    return isinstance(part, dict)
+def answer_scores(model, questions, budget):
+    """Returns for each question [(log p of the answer in nats, is it the greedy one), ...].
+
+    questions: [(context ids, [answer ids, ...])], no list empty; a context and its longest answer
+    may have one id more than the model's positions. `budget`: how many positions run at once.
+    """
+
+    def size(number):
+        context, answers = questions[number]
+        return max(map(len, answers)), len(context)
+
+    groups = []  # of indices: longest answers equally long, contexts of like length
+    for number in sorted(range(len(questions)), key=size, reverse=True):
+        longest, width = size(groups[-1][0]) if groups else (0, 0)
+        copies = 1 + (longest > 1) * len(questions[number][1])  # of the context's keys and values
+        if size(number)[0] != longest or (len(groups[-1]) + 1) * width * copies > budget:
+            groups.append([])
+        groups[-1].append(number)
+    work = lambda group: group_scores(model, [questions[number] for number in group])
+    rows = side_by_side(work, groups, model.lm_head.weight.device)
+    scores = dict(zip(chain.from_iterable(groups), chain.from_iterable(rows)))
+    return [scores[number] for number in range(len(questions))]
 
 
-def finite(nats, cfg):
-    """Returns `nats`; UserError if they are none, before they are written as numbers."""
-    if not math.isfinite(nats):
-        raise UserError(
-            f"{cfg.model_path}: its likelihoods overflow in {cfg.dtype}; use --dtype=fp32"
-        )
-    return nats
+def group_scores(model, questions):
+    """As `answer_scores`. A context runs once, however many answers it has.
+
+    Its last hidden state predicts their first ids. Their other ids are predicted from the ids
+    before them and from copies of the context's keys and values.
+    """
+    weight = model.lm_head.weight
+    answers = [ids for _, choices in questions for ids in choices]  # N
+    owner = [number for number, (_, choices) in enumerate(questions) for _ in choices]
+    owner = torch.tensor(owner, device=weight.device)  # (N,), which question an answer belongs to
+    contexts, lengths = padded([ids for ids, _ in questions], weight.device)  # (Q, T)
+    labels, sizes = padded(answers, weight.device)  # (N, longest), (N,)
+    longest, cache = labels.shape[1], None
+    if longest > 1:
+        capacity = contexts.shape[1] + longest - 1
+        cache = KVCache(model.cfg, len(questions), capacity, weight.device, weight.dtype)
+    x = model.model(contexts, cache=cache)[owner, lengths[owner] - 1][:, None]  # (N, 1, C)
+    if longest > 1:
+        copies = copy.copy(cache)
+        copies.k, copies.v = ([kept[owner] for kept in layers] for layers in (cache.k, cache.v))
+        copies.lengths, copies.start = lengths[owner], None  # ragged: a length for each row
+        x = torch.cat([x, model.model(labels[:, :-1], cache=copies)], dim=1)  # (N, longest, C)
+    real = torch.arange(longest, device=weight.device) < sizes[:, None]  # the rest is padding
+    pairs = []  # (-log p, is it the likeliest) of every id of every answer
+    for rows, to in row_groups(x[real], labels[real], len(weight)):
+        logits = rows @ weight.T
+        pairs += zip(nats(logits, to).tolist(), (logits.argmax(dim=-1) == to).tolist())
+    pairs = iter(pairs)
+    of_answers = (zip(*islice(pairs, len(ids))) for ids in answers)
+    scores = ((-sum(losses), all(greedy)) for losses, greedy in of_answers)
+    return [list(islice(scores, len(choices))) for _, choices in questions]
 
 
-def describe(cfg, model, tokenizer):
-    """Returns what a reader of results must know of the model."""
-    shape, counts = model.cfg, count_parameters(model.cfg)
-    return {
-        "path": cfg.model_path,
-        "name": shape.model_name,
-        "sha256": identify(cfg.model_path).sha256,
-        "parameters": counts["total"],
-        "non_embedding": counts["non_embedding"],
-        "shape": {
-            key: getattr(shape, key) for key in ("n_layer", "d_model", "n_head", "kv_heads", "d_ff")
-        },
-        "sequence_length": shape.sequence_length,
-        "vocab_size": shape.vocab_size,
-        "tokenizer_sha256": tokenizer.sha256,
-        "template": tokenizer.template,
-    }
+def padded(rows, device):
+    """Returns rows of ids as one tensor, and their lengths. No id looks at the zeros after it."""
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    return ids.to(device), torch.tensor([len(row) for row in rows], device=device)
 
 
-def protocol(cfg, model):
-    """Returns how the numbers were measured, in the words of report.md."""
-    return {
-        "perplexity": "every token once, the first after BOS; windows of `context` tokens move by `stride`; "
-        "bytes are those of the text in UTF-8; words are separated by whitespace, as lm-eval counts them; "
-        "line ends are not words (the published counts of WikiText add one per line)",
-        "baselines": "uniform: every token equally likely; unigram: token frequencies of this very text, so "
-        "the best any model without context could do; gzip -9 and xz -6 of its bytes",
-        "questions": "answers compared by log-likelihood after BOS and the context, tokenized as in lm-eval; "
-        "accuracy_norm: per character; a context too long loses its beginning; no template, no examples",
-        "boolq": "PASSAGE, 'Question: QUESTION?', 'Answer:', followed by ' no' or ' yes' (as lm-eval)",
-        "calibrated_accuracy": "the mean log-odds over all questions is taken off each (after Batch "
-        "Calibration, Zhou et al. 2024): what is left when the liking for one answer is gone",
-        "ci95": "Wilson's interval; the verdict asks whether the baseline lies inside",
-        "fast_mode": cfg.fast_mode,
-        "seed": cfg.seed,
-        "device": model.lm_head.weight.device.type,
-        "dtype": cfg.dtype,
-    }
+# ----------------------------------------------------------------------------------------------
+# From answers to accuracies
 
 
-def rows_at_once(cfg, model, context):
-    return cfg.batch_size or max(
-        1, (2048 if model.lm_head.weight.device.type == "cpu" else 32768) // context
+def wilson(hits, n, z=1.959964):
+    """Returns the 95% confidence interval (low, high) of a share, hits / n (Wilson 1927)."""
+    share, spread = hits / n, z * z / n
+    middle = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / n / 4)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def accuracy(chosen, gold, baseline, name):
+    """Returns {"accuracy", "n", "ci95", "verdict"} of the indices `chosen`; `gold` is right."""
+    hits = sum(map(int.__eq__, chosen, gold))
+    low, high = wilson(hits, len(gold))
+    words = "better than" if low > baseline else "not distinguishable from"
+    words = "worse than" if high < baseline else words
+    result = {"accuracy": hits / len(gold), "n": len(gold), "ci95": [low, high]}
+    return result | {"verdict": f"{words} the baseline, {name} ({baseline:.1%})"}
+
+
+def multiple_choice(scores, sizes, gold, names=None):
+    """Returns accuracies and verdicts from the log-likelihoods `scores` of answers to questions.
+
+    sizes: of the answers, in characters; gold: the right ones' indices; names: of the answers, if
+    all questions have the same ones. Only then is there a prior to remove.
+    """
+    chosen = [int(np.argmax(row)) for row in scores]
+    by_size = [int(np.argmax(np.divide(*pair))) for pair in zip(scores, sizes)]
+    index, count = Counter(gold).most_common(1)[0]
+    majority, chance = count / len(gold), sum(1 / len(row) for row in scores) / len(scores)
+    always = f"always answering {repr(names[index]) if names else f'number {index + 1}'}"
+    result = accuracy(chosen, gold, *max((majority, always), (chance, "guessing")))
+    result["accuracy_norm"] = sum(map(int.__eq__, by_size, gold)) / len(gold)
+    result |= {"majority": majority, "chance": chance, "calibrated_accuracy": None}
+    if names:
+        result["majority_answer"] = names[index]
+        result["predicted"] = {name: chosen.count(at) for at, name in enumerate(names)}
+        # less their mean over all questions (after Batch Calibration, Zhou et al. 2024)
+        with np.errstate(invalid="ignore"):  # NaN is refused later
+            log_p = scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
+        chosen = np.argmax(log_p - log_p.mean(axis=0), axis=1).tolist()
+        shuffled = sum(chosen.count(at) * gold.count(at) for at in set(gold)) / len(gold) ** 2
+        without = accuracy(chosen, gold, shuffled, "the same answers in random order")
+        result |= {f"calibrated_{key}": value for key, value in without.items() if key != "n"}
+    return result
+
+
+# ----------------------------------------------------------------------------------------------
+# Reading texts, questions and prompts
+
+CONFIGS = Path(__file__).parent / "configs" / "eval"
+YES_NO = {"false": 0, "no": 0, "0": 0, "true": 1, "yes": 1, "1": 1}
+
+
+def need(right, expected):
+    if not right:
+        raise BadRow("unusable", expected)
+
+
+def is_text(value):
+    """Is it a text of whole Unicode characters, with something in it?"""
+    return (
+        isinstance(value, str) and bool(value.strip()) and not re.search("[\ud800-\udfff]", value)
     )
 
 
-# ----------------------------------------------------------------------------------------------
-# Perplexity
-
-# sha256 of files everybody has
-KNOWN_TEXTS = {
-    "4cd0f6876d07a413aa911261ff6d363c72d757d47f0fdd6015702014c89cb9c7": "WikiText-2 raw, validation",
-    "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08": "WikiText-2 raw, test",
-}
-
-
-class Text(NamedTuple):
-    """A text to be scored, its ids, and how it is cut into windows."""
-
-    about: dict
-    text: str
-    ids: list[int]
-    context: int
-    stride: int
-
-
-def prepare_text(cfg, model, tokenizer):
-    """Reads and encodes cfg.perplexity_path. UserError for one that cannot be scored as asked."""
-    limit = model.cfg.sequence_length
-    context = cfg.context or limit
-    if context > limit:
-        raise UserError(f"context {context} is more than the {limit} positions of the model")
-    stride = cfg.stride or (context if cfg.fast_mode else max(1, context // 2))
-    if stride > context:
-        raise UserError(f"stride {stride} is more than context {context}: it would skip tokens")
-    text = read_text(cfg.perplexity_path)
-    raw = text.encode()
-    sha256 = hashlib.sha256(raw).hexdigest()
-    about = {
-        "path": cfg.perplexity_path,
-        "name": KNOWN_TEXTS.get(sha256),
-        "sha256": sha256,
-        "part": "all",
-    }
-    if cfg.fast_mode and len(raw) > FAST_BYTES:
-        text = beginning(text, FAST_BYTES)
-        about["part"] = f"the first {len(text.encode()):,} of {len(raw):,} bytes"
-    ids = tokenizer.encode(text)
-    if len(ids) < context:
-        raise UserError(
-            f"{cfg.perplexity_path}: {len(ids)} tokens are fewer than the context of {context}; "
-            f"give a longer text, or --context={len(ids)} or less"
-        )
-    return Text(about, text, ids, context, stride)
-
-
 def read_text(path):
-    """Returns a text as it is, to the byte; the rows of a table or of the hub are joined by blank lines.
-
-    The hub keeps WikiText's lines as rows, and blank ones as empty texts: together they give the file again.
-    Raises UserError for what is missing, empty or not UTF-8.
-    """
+    """Returns a text to the byte; rows of a table or of the hub are joined by blank lines."""
     hub = path.startswith("hf:")
-    if not hub and not Path(path).is_file():
-        raise UserError(f"{path}: not found; give a text file, or hf:owner/name:config:split")
-    if hub:
-        say(f"fetching {path}")
-    if hub and "wikitext" in path.lower():
-        text = "".join(line or " \n" for line in row_texts(path))
-    elif hub or kind_of(Path(path)) in ("json", "jsonl", "csv"):
-        text = "\n\n".join(row_texts(path))
+    if hub or kind_of(Path(path)) in ("json", "jsonl", "csv"):
+        texts = [text for _, _, text in usable_rows(path, text_in_row, max_bad=0)]
+        # the hub keeps WikiText's lines as rows, and blank lines as empty texts
+        wikitext = hub and "wikitext" in path.lower()
+        text = "".join(t or " \n" for t in texts) if wikitext else "\n\n".join(texts)
     else:
         text = text_of(Path(path))
     if not text.strip():
-        raise UserError(f"{path}: holds no text to score")
+        raise UserError(f"{path}: holds no text")
     return text
 
 
-def row_texts(path):
-    """Yields the "text" of each row; UserError for a row without one."""
-    tally = Tally()
-    for where, row in rows_of(path, tally):
-        text = row.get("text") if isinstance(row, dict) else None
-        if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
-            raise UserError(
-                f'{where}: expected an object with a "text" of whole Unicode characters'
-            )
-        yield text
-    if tally.bad_rows:
-        raise UserError(f"{path}: {tally.bad_rows} rows cannot be read{reasons_of(tally, path)}")
-
-
-def beginning(text, size):
-    """Returns the first lines of a text, at most `size` bytes of UTF-8; of a first line too long a part."""
-    part = text.encode()[:size].decode("utf-8", "ignore")
-    return part[: part.rfind("\n") + 1] or part
-
-
-def text_result(cfg, model, tokenizer, text):
-    """Returns the "perplexity" of results.json."""
-    context, stride, size = text.context, text.stride, len(text.text.encode())
-    rows, device = rows_at_once(cfg, model, context), model.lm_head.weight.device
-    batches = text_batches(text.ids, tokenizer.bos_id, context, stride, rows, device)
-    steps = math.ceil(sum(1 for _ in windows(len(text.ids), context, stride)) / rows)
-    bar = tqdm(batches, desc="perplexity", total=steps, unit=" batches", disable=None)
-    nats, tokens, _ = score(model, bar, tokenizer.token_bytes(), cores(model))
-    words = (
-        sum(1 for _ in re.finditer(r"\s+", text.text)) + 1
-    )  # len(re.split(...)), without the list
-    result = rates(finite(nats, cfg), tokens, words, size)
-    result |= {"bytes_per_token": size / tokens, "nats": nats, "tokens": tokens, "words": words}
-    result |= {"lines": text.text.count("\n"), "bytes": size, "context": context, "stride": stride}
-    baselines = {
-        name: rates(value, tokens, words, size)
-        for name, value in baseline_nats(text, tokenizer).items()
-    }
-    lossless = tokenizer.decode(text.ids) == text.text
-    told = text_verdict(result["bits_per_byte"], baselines, lossless)
-    return result | {
-        "text": text.about,
-        "lossless": lossless,
-        "baselines": baselines,
-        "verdict": told,
-    }
-
-
-def baseline_nats(text, tokenizer):
-    """Returns what others spend on a text, in nats: models that know nothing, and compressors."""
-    raw, bits = text.text.encode(), 8 * math.log(2)
-    return {
-        "uniform": len(text.ids) * math.log(tokenizer.vocab_size),
-        "unigram": unigram_nats(text.ids),
-        "gzip": bits * len(gzip.compress(raw, 9, mtime=0)),
-        "xz": bits * len(lzma.compress(raw)),
-    }
-
-
-def text_verdict(bits, baselines, lossless):
-    beaten = [name for name, value in baselines.items() if bits < value["bits_per_byte"]]
-    others = [name for name in baselines if name not in beaten]
-    words = f"better than {', '.join(beaten)}" if beaten else "better than no baseline"
-    if beaten and others:
-        words += f"; not better than {', '.join(others)}"
-    return words if lossless else f"{words}; too low: the tokenizer loses parts of this text"
-
-
-# ----------------------------------------------------------------------------------------------
-# Questions
+def text_in_row(row):
+    text = row.get("text") if isinstance(row, dict) else None
+    need(is_text(f"{text}.") and isinstance(text, str), 'expected {"text": whole characters}')
+    return "text", text
 
 
 class Question(NamedTuple):
-    """A context and its answers, each with the space that parts them; `answer` is the right one's index.
-
-    `kept`: the end of the context that must never be cut off.
-    """
+    """A context and its answers, each with the space before it; `answer` is an index."""
 
     context: str
     choices: tuple[str, ...]
     answer: int
-    kept: str = ""
-
-
-class Task(NamedTuple):
-    """Questions of one file, encoded: `encoded` is [(context ids, [answer ids, ...])]."""
-
-    kind: str
-    questions: list[Question]
-    encoded: list
-    about: dict
-
-
-def prepare_task(cfg, path, model, tokenizer):
-    """Reads, draws and encodes the questions of a file. UserError for a row that is none."""
-    if not path.strip():
-        raise UserError("tasks: an empty path; give files separated by commas")
-    if path.startswith("hf:"):
-        say(f"fetching {path}")
-    rows = usable_rows(path, to_question, max_bad=0)
-    kinds = {kind for _, kind, _ in rows}
-    if len(kinds) > 1:
-        raise UserError(
-            f"{path}: holds {' and '.join(sorted(kinds))} rows; give one file for each kind"
-        )
-    if path == cfg.boolq_path and kinds != {"boolq"}:
-        raise UserError(
-            f"{path}: expected {{question, passage, answer}} rows; others go to --tasks"
-        )
-    total, limit = len(rows), FAST_QUESTIONS if cfg.fast_mode else len(rows)
-    limit = (path == cfg.boolq_path and cfg.max_boolq_samples) or limit
-    if limit < total:
-        rows = [rows[at] for at in sorted(random.Random(cfg.seed).sample(range(total), limit))]
-    encoded, cut = encode_questions(tokenizer, rows, model.cfg.sequence_length)
-    about = {"path": path, "rows": total, "cut": cut}
-    return Task(kinds.pop(), [question for _, _, question in rows], encoded, about)
 
 
 def to_question(row):
-    """Returns (kind, Question) of a row; raises chats.BadRow."""
-    if not isinstance(row, dict):
-        raise BadRow("not-an-object", f"expected an object, got {shown(row)}")
+    """Returns (kind, Question) of a row."""
+    expected = "{question, passage, answer}, {context, choices, answer} or {text}"
+    need(isinstance(row, dict), f"expected an object {expected}, got {config.shown(row)}")
     if "choices" in row:
         return "multiple-choice", to_choices(row)
-    if "question" in row or "passage" in row:
-        return "boolq", to_boolq(row)
-    if "text" in row:
-        context, space, word = text_field(row, "text").strip().rpartition(" ")
-        if not space or not context.strip():
-            raise BadRow("one-word", '"text" must hold a last word and what comes before it')
-        return "last-word", Question(context, (" " + word,), 0)
-    found = ", ".join(map(str, row)) or "none"
-    expected = "{question, passage, answer}, {context, choices, answer} or {text}"
-    raise BadRow("unknown-row", f"expected {expected}, found the fields {found:.80}")
-
-
-def to_boolq(row):
-    """The prompt of lm-eval's task boolq."""
-    question, passage = text_field(row, "question"), text_field(row, "passage")
-    answer = row.get("answer", row.get("label"))
-    known = {True: 1, False: 0, "yes": 1, "no": 0, "true": 1, "false": 0}
-    answer = answer.lower() if isinstance(answer, str) else answer
-    answer = known.get(answer) if isinstance(answer, (str, int)) else None
-    if answer is None:
-        raise BadRow("no-answer", '"answer" must be true or false')
-    kept = f"\nQuestion: {question}?\nAnswer:"
-    return Question(passage + kept, (" no", " yes"), answer, kept)
+    if "question" in row or "passage" in row:  # the prompt of lm-eval's task boolq
+        question, passage, answer = row.get("question"), row.get("passage"), row.get("answer")
+        answer = YES_NO.get(str(row.get("label", answer)).lower())
+        need(is_text(question) and is_text(passage), '"question" and "passage" must be texts')
+        need(answer is not None, '"answer" must be true or false')
+        context = f"{passage}\nQuestion: {question}?\nAnswer:"
+        return "boolq", Question(context, (" no", " yes"), answer)
+    need("text" in row, f"expected {expected}, found the fields {', '.join(row):.80}")
+    context, _, word = str(row["text"]).strip().rpartition(" ")
+    need(is_text(row["text"]) and context, '"text" must hold a last word and text before it')
+    return "last-word", Question(context, (" " + word,), 0)
 
 
 def to_choices(row):
-    context, choices, answer = (
-        text_field(row, "context", empty=True),
-        row["choices"],
-        row.get("answer"),
-    )
-    if not isinstance(choices, list) or len(choices) < 2 or not all(map(smoke.is_text, choices)):
-        raise BadRow("no-choices", '"choices" must be a list of at least two texts')
-    if isinstance(answer, str) and answer in choices:
-        answer = choices.index(answer)
-    if type(answer) is not int or not 0 <= answer < len(choices):
-        raise BadRow("no-answer", f'"answer" must be one of the choices or 0..{len(choices) - 1}')
-    joint = "" if context[-1:].isspace() else " "
-    return Question(context, tuple(c if c[0].isspace() else joint + c for c in choices), answer)
-
-
-def text_field(row, name, empty=False):
-    value = row.get(name)
-    if not (smoke.is_text(value) or (empty and isinstance(value, str) and not value.strip())):
-        raise BadRow(f"missing-{name}", f'"{name}" must be a text')
-    return value
+    context, choices, answer = (row.get(key) for key in ("context", "choices", "answer"))
+    need(isinstance(context, str) and is_text(f"{context}."), '"context" must be a text')
+    right = isinstance(choices, list) and len(choices) > 1 and all(map(is_text, choices))
+    need(right, '"choices" must be a list of at least two texts')
+    answer = choices.index(answer) if isinstance(answer, str) and answer in choices else answer
+    right = type(answer) is int and 0 <= answer < len(choices)
+    need(right, f'"answer" must be one of the choices or 0..{len(choices) - 1}')
+    space = "" if context[-1:].isspace() else " "
+    return Question(context, tuple(c if c[0].isspace() else space + c for c in choices), answer)
 
 
 def encode_questions(tokenizer, rows, positions):
     """Returns ([(context ids, [answer ids, ...])], how many contexts lost their beginning).
 
-    As lm-eval: the ids of an answer are what it adds to those of the context, whose last blanks go to it.
+    As in lm-eval, the ids of an answer are those it adds to its context's; the context's last
+    blanks belong to the answer.
     """
-    pairs = []
+    texts = []
     for _, _, question in rows:
-        context = question.context.rstrip()
-        blanks = question.context[len(context) :]
-        pairs.append([context, *(context + blanks + choice for choice in question.choices)])
-    flat = iter(
-        tokenizer.encode_batch([text for texts in pairs for text in texts], os.cpu_count() or 1)
-    )
+        texts += [question.context.rstrip(), *(question.context + c for c in question.choices)]
+    encodings = iter(tokenizer.encode_batch(texts, os.cpu_count() or 1))
     encoded, cut = [], 0
-    for (where, _, question), texts in zip(rows, pairs):
-        context, *wholes = (next(flat) for _ in texts)
-        answers = [whole[len(context) :] for whole in wholes]
+    for where, _, question in rows:
+        context = next(encodings)
+        answers = [next(encodings)[len(context) :] for _ in question.choices]
         if not all(answers):
-            raise UserError(
-                f"{where}: an answer adds no token to its context; put a line break between them"
-            )
-        room = positions - max(map(len, answers))  # BOS, context and all but an answer's last token
-        needed = len(tokenizer.encode(question.kept)) if len(context) > room else 0
-        if room < max(1, needed):
-            raise UserError(
-                f"{where}: question and answer do not fit the {positions} positions of the model"
-            )
+            remedy = "put a line break between them"
+            raise UserError(f"{where}: an answer adds no token to its context; {remedy}")
+        room = positions - max(map(len, answers))  # BOS, context, all but an answer's last token
+        if room < 1:
+            raise UserError(f"{where}: an answer does not fit the model's {positions} positions")
         cut += len(context) > room
         encoded.append(([tokenizer.bos_id, *context[-room:]], answers))
     return encoded, cut
 
 
-def task_result(cfg, model, task):
-    """Returns what results.json says of a task."""
-    context = model.cfg.sequence_length
-    budget = context * rows_at_once(cfg, model, context)
-    say(f"{len(task.questions):,} questions of {task.about['path']}")
-    scores = answer_scores(model, task.encoded, budget, cores(model))
-    rows = [[value for value, _ in row] for row in scores]
-    finite(sum(map(sum, rows)), cfg)
-    if task.kind == "last-word":
-        right = [int(greedy) for ((_, greedy),) in scores]
-        words = {"perplexity": perplexity(-sum(map(sum, rows)), len(rows))}
-        words["verdict"] = "right where every token of the last word is the likeliest"
-        return accuracy(right, [1] * len(right)) | words | task.about
-    choices = [question.choices for question in task.questions]
-    names = [name.strip() for name in choices[0]] if len(set(choices)) == 1 else None
-    sizes = [[len(choice.strip()) for choice in row] for row in choices]
-    return (
-        multiple_choice(rows, sizes, [question.answer for question in task.questions], names)
-        | task.about
-    )
+@dataclass(frozen=True)
+class Prompt:
+    """A row of configs/eval/smoke_prompts.json, or of --custom_prompts."""
+
+    prompt: str
+    base: str | None = None  # the text that a model without a chat template continues
+    category: str = "custom"
+    check: dict | None = None  # {"kind": exact, word, number, overlap or regex, "answer": a text}
+    keywords: tuple[str, ...] = ()  # where there is no check: words that a response may use
+    min_words: Annotated[int, Range(1, 1000)] = 4  # of a response
+    quick: bool = False  # asked in fast mode too
+
+
+def read_prompts(path=None, fast=False):
+    """Returns the Prompts of a file, by default our 40; with `fast` those marked "quick", if any.
+
+    .json (a list), .jsonl (one a line) or .txt (a prompt a line).
+    """
+    path = str(path or CONFIGS / "smoke_prompts.json")
+    if path.endswith(".txt"):
+        lines = read_text(path).split("\n")
+        prompts = [Prompt(line.strip()) for line in lines if line.strip()]
+    else:
+        prompts = [prompt for _, _, prompt in usable_rows(path, to_prompt, max_bad=0)]
+    return [prompt for prompt in prompts if fast and prompt.quick] or prompts
+
+
+def to_prompt(row):
+    """Returns ("prompt", Prompt) of a text or an object; keys that are no fields are ignored."""
+    row, knobs = {"prompt": row} if isinstance(row, str) else row, config.knobs_of(Prompt)
+    need(isinstance(row, dict) and is_text(row.get("prompt")), 'expected {"prompt": text}')
+    for key in row.keys() - knobs.keys():
+        near = config.closest(key, knobs, cutoff=0.8)
+        need(not near, f"unknown key {key!r}; did you mean {near!r}?")
+    try:
+        values = {
+            key: config.accept(key, row[key], knobs[key], "prompt") for key in row.keys() & knobs
+        }
+        prompt = Prompt(**values)
+        prompt.check and is_right(prompt.check, "words")
+    except (UserError, AssertionError, KeyError, TypeError, re.error) as problem:
+        raise BadRow("unusable", f"{problem}, in {config.shown(row)}") from None
+    need(all(map(is_text, (prompt.category, prompt.base or "-", *prompt.keywords))), "no text")
+    return "prompt", prompt
 
 
 # ----------------------------------------------------------------------------------------------
-# What is left behind
+# Smoke prompts
+
+SAMPLING = Sampling(temperature=0.5, top_p=0.95, top_k=0)  # cooler, a base model repeats itself
+WORD_OR_NUMBER = re.compile(r"[^\W\d_]+(?:['.][^\W\d_]+)*|\d+(?:[.,:]\d+)*")
+PARTS_OF_SCORE = ("repetition", "ending", "answer", "length")
+SENTENCE_END = re.compile(r"[.!?][\"')*]*(?=\s|$)")
+FORMS = "(?:'?s|es|d|ed|ing|er|ers|y|ly)?"  # in which a keyword counts
 
 
-def make_folder(out):
+def words_of(text):
+    """Returns the words and numbers of a text, in small letters."""
+    return [word.lower() for word in WORD_OR_NUMBER.findall(text)]
+
+
+def distinct(texts, n):
+    """Returns distinct word n-grams / words over all texts (Li et al. 2016, arXiv:1510.03055)."""
+    texts = [words_of(text) for text in texts]
+    grams = {tuple(words[at : at + n]) for words in texts for at in range(len(words) - n + 1)}
+    return len(grams) / max(1, sum(map(len, texts)))
+
+
+def score_response(prompt, response, finish):
+    """Returns {"score", "parts"}: the mean of the parts, each from 0 to 1; all 0 without words.
+
+    repetition: the share of its runs of eight characters that are not repeated
+    ending: 1 if the model stopped by itself, else the share up to the end of the last sentence
+    answer: 1 or 0 by the prompt's check; without one, keywords / 3, at most 1; None without both
+    length: words / min_words, at most 1; a right answer may be short
+    An echo of the prompt does not count.
+    """
+    text = response.replace("\u2019", "'")
+    for asked in filter(None, (prompt.prompt, prompt.base)):
+        text = re.sub(rf"(?<!\w){re.escape(asked)}(?!\w)", " ", text).strip()
+    words, parts = words_of(text), dict.fromkeys(PARTS_OF_SCORE, 0.0)
+    if words:
+        pieces = [text[at : at + 8] for at in range(max(1, len(text) - 7))]
+        ends = [mark.end() for mark in SENTENCE_END.finditer(text)]
+        parts["repetition"] = len(set(pieces)) / len(pieces)
+        parts["ending"] = 1.0 if finish == "stop" else max(ends, default=0) / len(text)
+        parts["length"] = min(1.0, len(words) / prompt.min_words)
+        forms = [rf"\b{re.escape(word)}{FORMS}\b" for word in prompt.keywords]
+        hits = sum(bool(re.search(form, text, re.IGNORECASE)) for form in forms)
+        parts["answer"] = min(1.0, hits / min(3, len(forms))) if forms else None
+        if prompt.check:
+            parts["answer"] = float(is_right(prompt.check, text))
+            parts["length"] = max(parts["answer"], parts["length"])
+    return {"score": mean(parts.values()), "parts": parts}
+
+
+def is_right(check, text):
+    """Is the answer right? A regex is searched in the first 30 words, case aside."""
+    if check["kind"] != "regex":
+        return passes(check, text)
+    head = " ".join(text.split()[:30])
+    return bool(re.search(check["answer"], head, re.IGNORECASE | re.DOTALL))
+
+
+def mean(values):
+    """Returns the mean of the values that are not None; None if there are none."""
+    values = [value for value in values if value is not None]
+    return sum(values) / len(values) if values else None
+
+
+def ask_prompts(model, tokenizer, prompts, max_new_tokens=64, seed=0, together=64):
+    """Returns the "smoke" of results.json: every prompt is answered once, and the response scored.
+
+    A model with a chat template is asked `prompt` in it, any other continues `base`. A response is
+    sampled with a seed made of `seed` and its prompt: no other prompt changes it.
+    """
+    template, context, requests, rows = tokenizer.template, model.cfg.sequence_length, [], []
+    for prompt in prompts:
+        text = prompt.prompt if template else prompt.base or prompt.prompt
+        rows.append({"prompt": prompt.prompt, "asked": text, "category": prompt.category})
+        ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+        if template:
+            messages = [{"role": "user", "content": text}]
+            ids = render(tokenizer, messages, template, add_generation_prompt=True)[0]
+        if len(ids) >= context:
+            problem = f"{len(ids)} tokens leave no room in the model's context of {context}"
+            raise UserError(f"prompt {config.shown(text)}: {problem}; shorten it")
+        sampling = replace(SAMPLING, seed=zlib.crc32(f"{seed} {prompt.prompt}".encode()))
+        requests.append(Request(ids, max_new_tokens, sampling, stop_ids(tokenizer, template)))
+    start = time.perf_counter()
+    for at in range(0, len(requests), together):
+        for _ in generate(model, requests[at : at + together]):
+            pass
+    speed = sum(len(request.ids) for request in requests) / (time.perf_counter() - start)
+    by_category = {prompt.category: [] for prompt in prompts}
+    for prompt, request, row in zip(prompts, requests, rows):
+        text = tokenizer.decode(request.ids)
+        row["response"] = text.strip() if template else text  # a template may leave a space to it
+        row |= score_response(prompt, row["response"], request.finish) | {"finish": request.finish}
+        by_category[prompt.category].append(row["score"])
+    settings = {"template": template, "temperature": SAMPLING.temperature}
+    settings |= {"top_p": SAMPLING.top_p, "max_new_tokens": max_new_tokens, "seed": seed}
+    return {
+        "score": mean([row["score"] for row in rows]),
+        "parts": {name: mean([row["parts"][name] for row in rows]) for name in PARTS_OF_SCORE},
+        "by_category": {name: mean(scores) for name, scores in by_category.items()},
+        "eos_rate": mean([row["finish"] == "stop" for row in rows]),
+        "distinct_n": {str(n): distinct([row["response"] for row in rows], n) for n in (1, 2)},
+        "tokens_per_second": speed,
+        "settings": settings,
+        "responses": rows,
+    }
+
+
+# ----------------------------------------------------------------------------------------------
+# The measurement
+
+FAST_BYTES, FAST_QUESTIONS = 100_000, 100
+KNOWN_TEXTS = {  # by the beginning of their sha256
+    "4cd0f6876d07a413aa911261ff6d363c": "WikiText-2 raw, validation",
+    "173c87a53759e0201f33e0ccf978e510": "WikiText-2 raw, test",
+}
+PROTOCOL = {
+    "perplexity": "every token once, the first after BOS; windows of `context` tokens move by "
+    "`stride`; bytes in UTF-8; words separated by whitespace, as in lm-eval, without line ends",
+    "baselines": "uniform: every token equally likely; unigram: the token frequencies of this very "
+    "text, the best that a model without context can do; gzip -9 and xz -6 of its bytes",
+    "questions": "log-likelihood of answers after BOS and the context, tokenized as in lm-eval; "
+    "accuracy_norm: per character; a long context loses its beginning; no template, no examples",
+    "boolq": "PASSAGE, 'Question: QUESTION?', 'Answer:', followed by ' no' or ' yes' (as lm-eval)",
+    "calibrated_accuracy": "without the mean log-odds over all questions (after Batch Calibration, "
+    "Zhou et al. 2024): without the liking for one answer",
+    "ci95": "Wilson's interval; the verdict asks whether the baseline lies inside",
+    "smoke": "the mean of repetition, ending, answer and length; see score_response in eval.py",
+}
+
+
+@contextmanager
+def refusing(errors, message):
+    """Turns `errors` that a user's files may cause into a UserError."""
     try:
+        yield
+    except errors as problem:
+        raise UserError(f"{message} ({problem!r:.100})") from None
+
+
+def main(cfg):
+    began, out = time.monotonic(), Path(cfg.output_dir)
+    with refusing(OSError, f"output_dir {out}: cannot be made; name another"):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise UserError(
-            f"output_dir {out}: cannot be made ({problem.strerror}); name another"
-        ) from None
+    tune_cpu()
+    model, tokenizer = open_model(cfg.model_path, cfg.device, cfg.dtype)
+
+    def prepared(flag, prepare, *arguments, skip=False):
+        """Returns a function that measures, or that says why a part is not measured."""
+        reason = "skipped, as asked"
+        try:
+            if not skip:
+                return prepare(cfg, model, tokenizer, *arguments)
+        except Unreachable as problem:
+            reason = f"{problem}; --{flag}=FILE takes one of yours"
+        return lambda: {"verdict": "not measured", "reason": reason}
+
+    # everything is read and checked before anything is measured: a typing error costs no hour
+    prompts = read_prompts(cfg.custom_prompts, cfg.fast_mode)
+    text = prepared("perplexity_path", prepare_text, skip=cfg.skip_perplexity)
+    boolq = prepared("boolq_path", prepare_task, cfg.boolq_path, skip=cfg.skip_boolq)
+    tasks = {path: prepared("tasks", prepare_task, path) for path in cfg.tasks}
+    print(f"{len(prompts)} smoke prompts", file=sys.stderr, flush=True)
+    smoke = ask_prompts(model, tokenizer, prompts, cfg.max_new_tokens, cfg.seed)
+    results = {"model": model_facts(cfg, model, tokenizer), "protocol": dict(PROTOCOL)}
+    results |= {"perplexity": text(), "boolq": boolq()}
+    results |= {"tasks": {path: task() for path, task in tasks.items()}, "smoke": smoke}
+    device, seconds = model.lm_head.weight.device.type, round(time.monotonic() - began, 1)
+    results["protocol"] |= {"fast_mode": cfg.fast_mode, "seed": cfg.seed, "device": device}
+    results["protocol"] |= {"dtype": cfg.dtype, "seconds": seconds}
+    remedy = f"its likelihoods overflow in {cfg.dtype}; use --dtype=fp32"
+    with refusing(ValueError, f"{cfg.model_path}: {remedy}"):  # NaN and infinity are no results
+        content = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    config.write_whole(out / "results.json", content.encode())
+    (out / "report.md").write_text(report_text(results, cfg.detailed_output), encoding="utf-8")
+    print(headline(results), f"\n{out / 'results.json'}, {out / 'report.md'}", sep="\n")
 
 
-def write(cfg, out, results):
-    """Writes results.json, whole or not at all, report.md and, with matplotlib, its picture."""
-    text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    part = out / f".results.json.{os.getpid()}.tmp"
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, out / "results.json")
-    picture = draw(results, out / "report.png")
-    (out / "report.md").write_text(
-        markdown(results, smoke.table(results["smoke"]), cfg.detailed_output, picture),
-        encoding="utf-8",
-    )
-    print(headline(results))
-    print(f"\n{out / 'results.json'}, {out / 'report.md'}")
+def model_facts(cfg, model, tokenizer):
+    shape, counts = model.cfg, count_parameters(model.cfg)
+    sizes = ("n_layer", "d_model", "n_head", "kv_heads", "d_ff")
+    facts = {"path": cfg.model_path, "name": shape.model_name}
+    facts |= {"sha256": identify(cfg.model_path).sha256, "parameters": counts["total"]}
+    facts |= {"non_embedding": counts["non_embedding"]}
+    facts |= {"shape": {key: getattr(shape, key) for key in sizes}}
+    facts |= {"sequence_length": shape.sequence_length, "vocab_size": shape.vocab_size}
+    return facts | {"tokenizer_sha256": tokenizer.sha256, "template": tokenizer.template}
+
+
+def rows_at_once(cfg, model, context):
+    tokens = 2048 if model.lm_head.weight.device.type == "cpu" else 32768
+    return cfg.batch_size or max(1, tokens // context)
+
+
+def perplexity(nats, count):
+    """Returns exp(nats / count), None where no float can hold it."""
+    return math.exp(nats / count) if nats / count < 700 else None
+
+
+def prepare_text(cfg, model, tokenizer):
+    """Reads and encodes cfg.perplexity_path; returns the function that measures "perplexity"."""
+    limit, path = model.cfg.sequence_length, cfg.perplexity_path
+    context = cfg.context or limit
+    stride = cfg.stride or (context if cfg.fast_mode else max(1, context // 2))
+    if context > limit:
+        raise UserError(f"context {context} is more than the {limit} positions of the model")
+    if stride > context:
+        raise UserError(f"stride {stride} is more than context {context}: it would skip tokens")
+    text = read_text(path)
+    raw, part = text.encode(), "all"
+    sha256 = hashlib.sha256(raw).hexdigest()
+    if cfg.fast_mode and len(raw) > FAST_BYTES:
+        text = raw[:FAST_BYTES].decode("utf-8", "ignore")
+        text = text[: text.rfind("\n") + 1] or text  # whole lines
+        part = f"the first {len(text.encode()):,} of {len(raw):,} bytes"
+    ids, rows = tokenizer.encode(text), rows_at_once(cfg, model, context)
+    if len(ids) < context:
+        remedy = f"give a longer text, or --context={len(ids)} or less"
+        raise UserError(f"{path}: {len(ids)} tokens are fewer than the context {context}; {remedy}")
+    name = KNOWN_TEXTS.get(sha256[:32])
+    about = {"text": {"path": path, "name": name, "sha256": sha256, "part": part}}
+    about |= {"context": context, "stride": stride}
+
+    def measure():
+        nats = text_nats(model, ids, tokenizer.bos_id, context, stride, rows)
+        return text_result(nats, text, ids, tokenizer) | about
+
+    return measure
+
+
+def text_result(nats, text, ids, tokenizer):
+    """Returns rates of the nats spent on a text, beside the rates of baselines."""
+    raw, tokens, words = text.encode(), len(ids), sum(1 for _ in re.finditer(r"\s+", text)) + 1
+
+    def rates(nats):
+        of_words, of_tokens = perplexity(nats, words), perplexity(nats, tokens)
+        bits = nats / math.log(2) / len(raw)
+        return {"bits_per_byte": bits, "word_perplexity": of_words, "token_perplexity": of_tokens}
+
+    result, byte = rates(nats), 8 * math.log(2)
+    baselines = {
+        "uniform": rates(tokens * math.log(tokenizer.vocab_size)),
+        # the ids under their own frequencies: the best a model without context can do
+        "unigram": rates(-sum(n * math.log(n / tokens) for n in Counter(ids).values())),
+        "gzip": rates(byte * len(gzip.compress(raw, 9, mtime=0))),
+        "xz": rates(byte * len(lzma.compress(raw))),
+    }
+    bits = {name: value["bits_per_byte"] for name, value in baselines.items()}
+    beaten = ", ".join(name for name in bits if result["bits_per_byte"] < bits[name])
+    others = ", ".join(name for name in bits if name not in beaten.split(", "))
+    verdict = f"better than {beaten or 'no baseline'}"
+    verdict += f"; not better than {others}" if beaten and others else ""
+    lossless = tokenizer.decode(ids) == text
+    verdict += "" if lossless else "; too low: the tokenizer loses parts of this text"
+    result |= {"nats": nats, "tokens": tokens, "words": words, "lines": text.count("\n")}
+    result |= {"bytes": len(raw), "bytes_per_token": len(raw) / tokens}
+    return result | {"lossless": lossless, "baselines": baselines, "verdict": verdict}
+
+
+def prepare_task(cfg, model, tokenizer, path):
+    """Reads, draws and encodes the questions of a file; returns the function that answers them."""
+    if not path.strip():
+        raise UserError("tasks: an empty path; give files separated by commas")
+    rows = usable_rows(path, to_question, max_bad=0)
+    kinds = sorted({kind for _, kind, _ in rows})
+    if len(kinds) > 1:
+        raise UserError(f"{path}: holds {' and '.join(kinds)} rows; give one file for each kind")
+    if path == cfg.boolq_path and kinds != ["boolq"]:
+        expected = "expected {question, passage, answer} rows; others go to --tasks"
+        raise UserError(f"{path}: {expected}")
+    total, limit = len(rows), FAST_QUESTIONS if cfg.fast_mode else len(rows)
+    limit = (path == cfg.boolq_path and cfg.max_boolq_samples) or limit
+    if limit < total:
+        rows = [rows[at] for at in sorted(random.Random(cfg.seed).sample(range(total), limit))]
+    context = model.cfg.sequence_length
+    encoded, cut = encode_questions(tokenizer, rows, context)
+    questions, budget = [row[2] for row in rows], context * rows_at_once(cfg, model, context)
+
+    def measure():
+        print(f"{len(rows):,} questions of {path}", file=sys.stderr, flush=True)
+        scores = answer_scores(model, encoded, budget)
+        return task_result(kinds[0], questions, scores) | {"path": path, "rows": total, "cut": cut}
+
+    return measure
+
+
+def task_result(kind, questions, scores):
+    """Returns accuracies of questions of one kind from their `answer_scores`."""
+    rows = [[value for value, _ in row] for row in scores]
+    nats = -sum(map(sum, rows))
+    if kind == "last-word":
+        right = [int(greedy) for ((_, greedy),) in scores]
+        words = "right where every token of the last word is the likeliest"
+        result = accuracy(right, [1] * len(right), 0, "") | {"verdict": words, "nats": nats}
+        return result | {"perplexity": perplexity(nats, len(rows))}
+    choices = [question.choices for question in questions]
+    names = [name.strip() for name in choices[0]] if len(set(choices)) == 1 else None
+    sizes = [[len(choice.strip()) for choice in row] for row in choices]
+    gold = [question.answer for question in questions]
+    return multiple_choice(rows, sizes, gold, names) | {"nats": nats}
+
+
+# ----------------------------------------------------------------------------------------------
+# The report
+
+
+def dig(results, *keys):
+    """Returns what lies at this place of nested objects, None if nothing does."""
+    for key in keys:
+        results = results.get(key) if isinstance(results, dict) else None
+    return results
+
+
+class Metric(NamedTuple):
+    """A number of results.json: its place, how it is shown, which end of a range is good."""
+
+    name: str
+    place: tuple[str, ...]
+    form: str
+    lower_is_better: bool = False
+
+    def of(self, results):
+        """Returns the number, None where it was not measured."""
+        value = dig(results, *self.place)
+        return value if type(value) in (int, float) and math.isfinite(value) else None
+
+    def shown(self, value):
+        if value is None:
+            return "not measured"
+        return f"{value:.3g}" if self.form == ",.2f" and value >= 1e5 else format(value, self.form)
+
+
+def tasks_of(*all_results):
+    """Returns {name: place} of BoolQ and of all other tasks."""
+    paths = [path for results in all_results for path in results.get("tasks", {})]
+    return {"BoolQ": ("boolq",)} | {Path(path).name: ("tasks", path) for path in paths}
+
+
+def result_metrics(*all_results):
+    """Returns the Metrics of results; of those that none has, only the main ones."""
+    metrics = [Metric("bits per byte", ("perplexity", "bits_per_byte"), ".4f", True)]
+    for kind in ("word", "token"):
+        name, place = f"{kind} perplexity", ("perplexity", f"{kind}_perplexity")
+        metrics.append(Metric(name, place, ",.2f", True))
+    for name, place in tasks_of(*all_results).items():
+        metrics += [
+            Metric(f"{name} accuracy", (*place, "accuracy"), ".1%"),
+            Metric(f"{name}, by the character", (*place, "accuracy_norm"), ".1%"),
+            Metric(f"{name}, calibrated", (*place, "calibrated_accuracy"), ".1%"),
+            Metric(f"{name}, perplexity of the word", (*place, "perplexity"), ",.2f", True),
+        ]
+    metrics.append(Metric("smoke score", ("smoke", "score"), ".3f"))
+    metrics.append(Metric("ends by itself", ("smoke", "eos_rate"), ".1%"))
+    main = ("bits_per_byte", "accuracy", "score", "eos_rate")
+    has = lambda metric: any(metric.of(results) is not None for results in all_results)
+    return [metric for metric in metrics if metric.place[-1] in main or has(metric)]
+
+
+def aligned(rows):
+    """Returns rows of texts as lines with straight columns."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def headline(results):
+    """Returns the main numbers, each with what to hold it against, and a verdict on each part."""
+    rows, verdicts = [], []
+    for metric in result_metrics(results):
+        part, key, beside = dig(results, *metric.place[:-1]), metric.place[-1], ""
+        if "baselines" in part:
+            others = {name: part["baselines"][name][key] for name in ("unigram", "xz")}
+            beside = ", ".join(f"{name} {metric.shown(other)}" for name, other in others.items())
+        elif limits := part.get(key.replace("accuracy", "ci95")) if "accuracy" in key else None:
+            beside = f"95% {limits[0]:.1%} to {limits[1]:.1%}, n {part['n']:,}"
+        rows.append([metric.name, metric.shown(metric.of(results)), beside])
+    for name, place in {"perplexity": ("perplexity",), **tasks_of(results)}.items():
+        part = dig(results, *place)
+        verdicts.append(
+            f"{name}: " + ": ".join([part["verdict"], *filter(None, [part.get("reason")])])
+        )
+        if part.get("calibrated_verdict"):
+            counts = ", ".join(f"{key!r} {count:,}" for key, count in part["predicted"].items())
+            words = f"{part['calibrated_verdict']}; uncalibrated it answered {counts}"
+            verdicts.append(f"{name}, calibrated: {words}")
+    return "\n".join([aligned(rows), "", *verdicts])
+
+
+def report_text(results, detailed=False):
+    """Returns report.md: the headline, all of results.json as lists; `detailed` adds responses."""
+    results = results | {"smoke": dict(results["smoke"])}
+    responses, name = results["smoke"].pop("responses"), results["model"]["name"]
+    parts = [f"# {name}: evaluation", f"```text\n{headline(results)}\n```"]
+    if results["protocol"]["fast_mode"]:
+        parts.append("**Fast mode: parts of the data only. Do not compare with full evaluations.**")
+    for name, part in results.items():
+        parts += [f"## {name}", "\n".join(listing(part))]
+    for row in responses if detailed else ():
+        scores = ", ".join(
+            f"{name} {value:.2f}" for name, value in row["parts"].items() if value is not None
+        )
+        parts.append(f"**{row['category']}: {row['score']:.2f}** ({scores}; {row['finish']})")
+        parts.append("\n".join(f"> {line}" for line in row["prompt"].strip().splitlines()))
+        parts.append(
+            "\n".join(f"    {line}" for line in row["response"].splitlines()) or "(nothing)"
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def listing(part, indent=""):
+    """Yields nested objects as the lines of a list."""
+    for key, value in part.items():
+        if isinstance(value, dict) and value:
+            yield f"{indent}- {key}:"
+            yield from listing(value, indent + "  ")
+        else:
+            yield f"{indent}- {key}: {f'{value:,.5g}' if isinstance(value, float) else value}"
+
+
+# ----------------------------------------------------------------------------------------------
+# Results side by side, and beside what is expected of a size
+
+BROKEN = (
+    AttributeError,
+    ArithmeticError,
+    IndexError,
+    KeyError,
+    TypeError,
+    ValueError,
+)  # by odd JSON
+
+
+def read_results(path):
+    """Returns the results in a file, or in a folder's results.json; UserError if they are none."""
+    path = Path(path) / "results.json" if Path(path).is_dir() else Path(path)
+    results = config.read_object(str(path))
+    with refusing(BROKEN, f"{path}: not whole results of eval.py; run it again"):
+        report_text(results), math.log(results["model"]["non_embedding"])
+    return results
+
+
+def compare(files, cfg):
+    """Several models side by side: python eval.py compare A.json B.json ... (or their folders)
+
+    The best of each line is marked where its values may be compared; below stands which may not.
+    """
+    if len(files) < 2:
+        raise UserError("compare needs two results or more: python eval.py compare A.json B.json")
+    all_results = [read_results(file) for file in files]
+    rows, notes = [["", *map(str, files)]], ["* the best"]
+    for place in ("model name", "model non_embedding", "perplexity context", "perplexity stride"):
+        values = [dig(results, *place.split()) for results in all_results]
+        rows.append([place.split()[1], *("" if v is None else str(v) for v in values)])
+    for metric in result_metrics(*all_results):
+        measured = [results for results in all_results if metric.of(results) is not None]
+        top = (min if metric.lower_is_better else max)(map(metric.of, measured), default=None)
+        star = " *" if len(measured) > 1 else ""
+        basis = [basis_of(metric, results) for results in measured]
+        if any(other != basis[0] for other in basis):
+            star = ""
+            notes.append(f"{metric.name}: not to be compared, {basis[0][0]} differ")
+        values = [metric.of(results) for results in all_results]
+        rows.append([metric.name, *(metric.shown(v) + star * (v == top) for v in values)])
+    return "\n".join([aligned(rows), "", *notes])
+
+
+def basis_of(metric, results):
+    """Returns what a metric was measured on, its name first: values compare where it is equal."""
+    part = results[metric.place[0]]
+    if metric.place[0] == "smoke":
+        prompts = [row["prompt"] for row in part["responses"]]
+        return "the prompts or lengths", prompts, dig(part, "settings", "max_new_tokens")
+    if metric.place[0] != "perplexity":
+        return "the numbers of questions", dig(results, *metric.place[:-1], "n")
+    text = part["text"]["sha256"], part["text"]["part"]
+    if metric.place[1] == "token_perplexity":
+        return "the texts or tokenizers", text, results["model"].get("tokenizer_sha256")
+    return "the texts", text
+
+
+def assess(files, cfg):
+    """One model beside what is expected of its size: python eval.py assess results.json (or folder)
+
+    Ranges are those of configs/eval/expected.json, or of --expected=FILE, each with its source.
+    Exits with 1 if the results cannot be read.
+    """
+    if len(files) != 1:
+        raise UserError("assess needs one file of results: python eval.py assess results.json")
+    results, rows = read_results(files[0]), []
+    expected, count = config.read_object(cfg.expected), results["model"]["non_embedding"]
+    form = '{size: {"non_embedding": count, "ranges": [{metric: [low, high], ...}]}}'
+    with refusing(BROKEN, f"{cfg.expected}: must hold sizes, {form}"):
+        sizes = {name: entry["non_embedding"] for name, entry in expected["sizes"].items()}
+        size = min(sizes, key=lambda name: abs(math.log(count / sizes[name])))  # nearest by ratio
+        for entry in expected["sizes"][size]["ranges"]:
+            for metric in result_metrics(results):
+                if limits := entry.get(".".join(metric.place)):
+                    rows.append(judged(metric, results, entry, *limits))
+    known = ", ".join(f"{name} {number:,}" for name, number in sizes.items())
+    parts = [f"{files[0]}: size class {size}: {count:,} parameters without embeddings, of {known}"]
+    head = ["metric", "value", "expected", "verdict", "source"]
+    parts += ["", aligned([head, *rows]) if rows else f"no ranges are known for {size}", ""]
+    todo = [f"- {sentence}" for sentence in recommendations(results, rows)] or [
+        "- nothing stands out"
+    ]
+    return "\n".join([*parts, headline(results), "", "what to do", *todo])
+
+
+def judged(metric, results, entry, low, high):
+    """Returns a row: the metric, its value, the range, a verdict in words, the range's source."""
+    value, text = metric.of(results), dig(results, "perplexity", "text", "name") or "another text"
+    words = "within"
+    if value is None:
+        words = "not measured"
+    elif metric.place[0] == "perplexity" and not text.startswith(entry.get("text", "")):
+        words = f"not comparable: measured on {text}"
+    elif not low <= value <= high:
+        words = "better" if (value < low) == metric.lower_is_better else "worse"
+    expected = f"{metric.shown(low)} to {metric.shown(high)}"
+    return [metric.name, metric.shown(value), expected, words, entry.get("source", "not named")]
+
+
+REMEDIES = {  # for a part of the smoke score that is low
+    "repetition": "it repeats itself: train longer; sample with --repetition_penalty=1.1",
+    "ending": "responses break off: fine-tune on answers that end, or raise --max_new_tokens",
+    "answer": "responses are wrong or off the point: fine-tune (sft.py), with more varied data",
+    "length": "responses are too short: look at the answers in the fine-tuning data",
+}
+STRANGE = "is this the tokenizer it was trained with?"
+OVERWRITTEN = "fine-tuning overwrote the rest: lower --learning_rate, fewer epochs or --lora_r=16"
+
+
+def recommendations(results, rows):
+    """Yields what to do about what is low; `rows` are `judged`'s."""
+    for name in ("perplexity", "boolq"):
+        if "reason" in results[name]:
+            yield f"{name} was not measured: {results[name]['reason']}"
+    text = results["perplexity"]
+    if "baselines" in text and "unigram" not in text["verdict"].partition(";")[0]:
+        cause = OVERWRITTEN if results["model"].get("template") else STRANGE
+        yield f"token frequencies alone predict the text as well: {cause}"
+    elif any(row[3] == "worse" and row[0].endswith(("byte", "perplexity")) for row in rows):
+        yield "perplexity: train longer while the validation loss falls, then on more text"
+    if re.search("not distinguishable|worse", results["boolq"]["verdict"]):
+        yield "BoolQ: no sign that it reads the passage; do not report the accuracy as a skill"
+    for name, value in (results["smoke"].get("parts") or {}).items():
+        if value is not None and value < 0.5:
+            yield f"smoke prompts: {name} is low ({value:.2f}): {REMEDIES[name]}"
 
 
 # ----------------------------------------------------------------------------------------------
@@ -523,37 +951,27 @@ class CompareConfig:
 
 @dataclass(frozen=True)
 class AssessConfig:
-    """What a model is held against."""
+    """The expectations that a model is compared with."""
 
-    expected: str = str(
-        Path(__file__).parent / "configs" / "eval" / "expected.json"
-    )  # ranges by size
+    expected: str = str(CONFIGS / "expected.json")  # ranges by size
 
 
-def command_line(argv):
+COMMANDS_OF_RESULTS = {"compare": (compare, CompareConfig), "assess": (assess, AssessConfig)}
+
+
+def dispatch_words(argv):
     """Measures, unless the first word asks for something else."""
-    word, files = argv[0] if argv else "", [w for w in argv[1:] if not w.startswith("-")]
-    flags = [w for w in argv[1:] if w.startswith("-")]
-    if word == "compare":
-        run(
-            lambda cfg: print(compare(files)),
-            CompareConfig,
-            argv=flags,
-            doc=cleandoc(compare.__doc__),
-        )
-    elif word == "assess":
-        try:
-            run(
-                lambda cfg: print(assess(files, cfg.expected)),
-                AssessConfig,
-                argv=flags,
-                doc=cleandoc(assess.__doc__),
-            )
-        except SystemExit as end:  # 2 elsewhere; whoever scripts this one was promised 1
-            sys.exit(1 if end.code == 2 else end.code)
-    else:
-        run(main, EvalConfig, __doc__, argv=argv)
+    if not argv or argv[0] not in COMMANDS_OF_RESULTS:
+        return config.run(main, EvalConfig, __doc__, argv=argv)
+    function, settings = COMMANDS_OF_RESULTS[argv[0]]
+    files = [word for word in argv[1:] if not word.startswith("-")]
+    flags = [word for word in argv[1:] if word.startswith("-")]
+    doc = inspect.cleandoc(function.__doc__)
+    try:
+        config.run(lambda cfg: print(function(files, cfg)), settings, doc, argv=flags)
+    except SystemExit as end:  # scripts were promised 1 of assess, 2 elsewhere
+        sys.exit(1 if (argv[0], end.code) == ("assess", 2) else end.code)
 
 
 if __name__ == "__main__":
-    command_line(sys.argv[1:])
+    dispatch_words(sys.argv[1:])

@@ -1,8 +1,6 @@
-"""scoring.py: against one token at a time, a bigram model of known log-probabilities, tables from papers."""
+"""Scores: as one token at a time, as a bigram table says, as published tables say."""
 
-import itertools
 import math
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,21 +9,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib.config import UserError
-from model import Llama, ModelConfig
-from scoring import (
+from eval import (
+    accuracy,
     answer_scores,
     multiple_choice,
-    rates,
-    score,
+    perplexity,
     side_by_side,
-    text_batches,
-    unigram_nats,
-    verdict,
+    text_nats,
+    text_result,
     wilson,
     windows,
-    without_prior,
 )
+from lib.config import UserError
+from model import Llama, ModelConfig
 
 CFG = ModelConfig(
     n_layer=2,
@@ -38,7 +34,7 @@ CFG = ModelConfig(
     initializer_range=0.3,
 )
 BOS = CFG.bos_token_id
-BYTES = torch.arange(CFG.vocab_size) % 5
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module", params=["math", "sdpa"])
@@ -65,12 +61,12 @@ def log_p(model, context, id):
 @given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 40))
 def test_every_target_counts_once_with_as_much_context_as_promised(count, context, stride):
     stride = min(stride, context)
-    told = []
+    targets = []
     for start, end, first in windows(count, context, stride):
         assert end - start == min(context, count)
         assert first == 0 or first - start >= context - stride
-        told += range(first, end)
-    assert told == list(range(count))
+        targets += range(first, end)
+    assert targets == list(range(count))
 
 
 @pytest.mark.parametrize("stride", [1, 5, 12, 24])
@@ -79,68 +75,81 @@ def test_a_text_scores_as_one_token_at_a_time(model, stride):
     stream, expected = [BOS, *ids], 0.0
     for start, end, first in windows(len(ids), context, stride):
         expected -= sum(log_p(model, stream[start : at + 1], ids[at]) for at in range(first, end))
-    nats, tokens, size = score(model, text_batches(ids, BOS, context, stride, 3), BYTES)
+    nats = text_nats(model, ids, BOS, context, stride, rows=3)
     assert nats == pytest.approx(expected, rel=1e-5)
-    assert (tokens, size) == (100, sum(BYTES[id].item() for id in ids))
 
 
 def test_the_batch_size_changes_nothing(model):
-    ids = ids_of(500)
-    totals = [
-        score(model, text_batches(ids, BOS, 24, 7, size), BYTES)[0] for size in (1, 2, 16, 99)
-    ]
+    totals = [text_nats(model, ids_of(500), BOS, 24, 7, rows) for rows in (1, 2, 16, 99)]
     assert totals == pytest.approx([totals[0]] * 4, rel=1e-6)
 
 
-def test_several_threads_find_the_same(model):
-    ids, before = ids_of(500), torch.get_num_threads()
-    totals = [
-        score(model, text_batches(ids, BOS, 24, 7, 2), BYTES, threads) for threads in (1, 2, 3)
-    ]
-    assert totals[1:] == [(pytest.approx(totals[0][0], rel=1e-6), *totals[0][1:])] * 2
-    questions = questions_of(SIZES)
-    one, two = (answer_scores(model, questions, 30, threads) for threads in (1, 2))
-    assert [[pytest.approx(pair, abs=1e-4) for pair in row] for row in one] == two
-    assert torch.get_num_threads() == before
+@pytest.fixture
+def threads():
+    """Sets the threads of torch, and sets them back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
-def test_work_side_by_side_keeps_its_order_and_ends_with_the_first_failure():
-    assert side_by_side(lambda n: n * n, iter(range(50)), 3) == [n * n for n in range(50)]
-    seen, cores = [], torch.get_num_threads()
+def test_several_threads_find_the_same(model, threads):
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        nats = text_nats(model, ids_of(500), BOS, 24, 7, 2)
+        results.append((nats, answer_scores(model, questions_of(SIZES), 30)))
+        assert torch.get_num_threads() == count
+    for nats, answers in results[1:]:
+        assert nats == pytest.approx(results[0][0], rel=1e-6)
+        for row, other in zip(answers, results[0][1], strict=True):
+            assert row == [(pytest.approx(value, abs=1e-4), greedy) for value, greedy in other]
 
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_work_side_by_side_keeps_its_order_and_ends_with_the_first_failure(count, threads):
     def work(n):
         seen.append(n)
         if n == 5:
             raise UserError("five")
-        time.sleep(0.001)
+        return n * n
 
+    threads(count)
+    assert [*side_by_side(lambda n: n * n, range(50), CPU)] == [n * n for n in range(50)]
+    seen, results = [], []
     with pytest.raises(UserError, match="five"):
-        side_by_side(work, itertools.count(), 2)
-    assert len(seen) < 1000
-    assert torch.get_num_threads() == cores
+        results += side_by_side(work, range(10_000), CPU)
+    assert len(seen) < 10_000
+    assert torch.get_num_threads() == count
 
 
 def test_a_uniform_model_has_the_vocabulary_as_its_perplexity():
     model = Llama(CFG).eval()
     torch.nn.init.zeros_(model.lm_head.weight)
-    nats, tokens, _ = score(model, text_batches(ids_of(77), BOS, 24, 12, 2), BYTES)
-    got = rates(nats, tokens, words=11, size=154)
-    assert got["token_perplexity"] == pytest.approx(90)
-    assert got["word_perplexity"] == pytest.approx(90**7)
-    assert got["bits_per_byte"] == pytest.approx(math.log2(90) / 2)
+    nats = text_nats(model, ids_of(77), BOS, 24, 12, 2)
+    assert perplexity(nats, 77) == pytest.approx(90)
+    assert perplexity(1e6, 1) is None  # no float holds it
 
 
-def test_nothing_to_score_is_nothing(model):  # a rank without validation rows
-    assert score(model, [], BYTES) == (0, 0, 0)
-
-
-def test_perplexities_beyond_any_float_are_none():
-    assert rates(1e6, 10, 1, 1)["word_perplexity"] is None
-
-
-def test_the_unigram_baseline_is_the_entropy_of_the_text():
-    ids = [5, 5, 5, 9]
-    assert unigram_nats(ids) == pytest.approx(-3 * math.log(3 / 4) - math.log(1 / 4))
+def test_a_text_is_held_against_baselines():
+    letters = SimpleNamespace(vocab_size=8, decode=lambda ids: "".join("abcd efg"[i] for i in ids))
+    text, ids = "aaab", [0, 0, 0, 1]
+    result = text_result(3.0, text, ids, letters)
+    entropy = -3 * math.log(3 / 4) - math.log(1 / 4)
+    assert result["bits_per_byte"] == pytest.approx(3.0 / math.log(2) / 4)
+    assert result["word_perplexity"] == pytest.approx(math.exp(3))
+    assert result["baselines"]["unigram"]["token_perplexity"] == pytest.approx(
+        math.exp(entropy / 4)
+    )
+    assert result["baselines"]["uniform"]["token_perplexity"] == pytest.approx(8)
+    others = "better than uniform, gzip, xz; not better than unigram"
+    assert (result["lossless"], result["verdict"]) == (True, others)
+    assert (
+        text_result(1.0, text, ids, letters)["verdict"] == "better than uniform, unigram, gzip, xz"
+    )
+    assert text_result(99.0, "aaac", ids, letters)["verdict"] == (
+        "better than gzip, xz; not better than uniform, unigram; "
+        "too low: the tokenizer loses parts of this text"
+    )
 
 
 # ---- answers
@@ -159,7 +168,7 @@ SIZES = [
 
 
 def questions_of(sizes):
-    """[(context, answers)] of random ids; sizes: [(length of the context, [lengths of its answers])]."""
+    """[(context, answers)] of random ids; sizes: [(length of context, [lengths of answers])]."""
     return [
         (
             [BOS, *ids_of(length - 1, n)],
@@ -246,10 +255,6 @@ def test_calibration_takes_away_the_prior_and_nothing_else():
         got["calibrated_verdict"]
         == "better than the baseline, the same answers in random order (50.0%)"
     )
-    rows = [[-1.0, -2.0], [-4.0, -3.0], [-0.5, -9.0]]
-    odds = np.array([a - b for a, b in rows])
-    left = np.array([a - b for a, b in without_prior(rows)])
-    assert left == pytest.approx(odds - odds.mean())
 
 
 def test_long_answers_are_also_compared_by_the_character():
@@ -274,7 +279,10 @@ def test_wilson_intervals_are_those_of_the_table(hits, n, low, high):
     assert mirrored == (pytest.approx(1 - high, abs=5e-5), pytest.approx(1 - low, abs=5e-5))
 
 
-def test_a_verdict_needs_more_than_the_baseline():
-    assert verdict((0.60, 0.66), 0.62, "b").startswith("not distinguishable from the baseline, b")
-    assert verdict((0.63, 0.66), 0.62, "b").startswith("better")
-    assert verdict((0.50, 0.61), 0.62, "b").startswith("worse")
+@pytest.mark.parametrize(
+    ("baseline", "words"),
+    [(0.63, "not distinguishable from"), (0.5, "better than"), (0.7, "worse than")],
+)
+def test_a_verdict_needs_more_than_the_baseline(baseline, words):
+    result = accuracy([1] * 630 + [0] * 370, [1] * 1000, baseline, "b")  # 0.60 to 0.66
+    assert result["verdict"] == f"{words} the baseline, b ({baseline:.1%})"
