@@ -25,10 +25,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from corpus.chats import usable_rows
-from eval import encode_questions, to_question
+from eval import answer_scores, encode_questions, text_nats, to_question
 from lib.runtime import tune_cpu
 from sample import open_model
-from scoring import answer_scores, cores, score, text_batches
 
 DATA = ROOT.parent / "shared" / "data"
 
@@ -41,12 +40,12 @@ class Ours:
 
     def text(self, text):
         ids = self.tokenizer.encode(text)
-        batches = text_batches(ids, self.tokenizer.bos_id, self.context, self.context, self.rows)
-        return [score(self.model, batches, self.tokenizer.token_bytes(), cores(self.model))[0]]
+        window = self.context, self.context, self.rows
+        return [text_nats(self.model, ids, self.tokenizer.bos_id, *window)]
 
     def questions(self, rows):
         encoded, _ = encode_questions(self.tokenizer, rows, self.context)
-        scores = answer_scores(self.model, encoded, self.rows * self.context, cores(self.model))
+        scores = answer_scores(self.model, encoded, self.rows * self.context)
         return [value for row in scores for value, _ in row]
 
 

@@ -45,8 +45,7 @@ from data import TokenStream
 from lib.config import configure, narrow
 from lib.runtime import choose_dtype, to_device
 from lib.tokenizer import Tokenizer
-from model import ModelConfig, to_hf
-from scoring import cores, score
+from model import ModelConfig, score_batch, to_hf
 from train import PretrainConfig, lr_at
 
 SHARED = ROOT.parent / "shared/data"
@@ -228,16 +227,17 @@ def train_transformers(fair, folder, args):
 
 def measure(folder, args):
     """Prints {"wikitext2", "held_out"} of a model folder, bits per byte, as one line; the child's side."""
-    from eval import EvalConfig, prepare_text, text_result
+    from eval import EvalConfig, prepare_text
     from sample import open_model  # tells OpenMP how to wait: not to be inherited by what trains
 
     model, tokenizer = open_model(folder, "cpu", "fp32")
     cfg = EvalConfig(model_path=str(folder), perplexity_path=args.text)
-    text = text_result(cfg, model, tokenizer, prepare_text(cfg, model, tokenizer))
+    text = prepare_text(cfg, model, tokenizer)()
     stream = TokenStream((args.data,), "val", model.cfg.sequence_length, 8)
     batches = (stream.rows(at, at + 8) for at in range(0, stream.blocks, 8))
     batches = (to_device(batch, torch.device("cpu")) for batch in batches)
-    nats, _, size = score(model, batches, tokenizer.token_bytes(), cores(model))
+    sizes = torch.from_numpy(tokenizer.token_bytes())
+    nats, _, size = map(sum, zip(*(score_batch(model, batch, sizes) for batch in batches)))
     print(json.dumps({"wikitext2": text["bits_per_byte"], "held_out": nats / math.log(2) / size}))
 
 

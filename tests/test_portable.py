@@ -268,7 +268,6 @@ def test_the_reader_lets_fallbacks_pass(source):
 DOUBLES = {
     "model": {"rope_tables", "READABLE"},  # on the CPU, when a model is built or read
     "world": {"sum"},  # on the CPU, where numbers travel
-    "scoring": {"without_prior"},  # of numbers that have left the device
     "engine": {"draw"},  # which asks for MPS
 }
 
