@@ -1,4 +1,6 @@
-"""tokenizer.py: nothing is lost on the way to ids and back, no text makes a control id, others agree."""
+"""tokenizer.py: nothing is lost on the way to ids and back, no text makes a control id, others
+agree.
+"""
 
 import gzip
 import json
@@ -18,7 +20,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib import tokenizer as room
+from lib import tokenizer as tokenizer_module
 from lib.config import UserError
 from lib.tokenizer import IM_END, IM_START, TEMPLATES, Tokenizer, render, stop_ids, train_tokenizer
 from tests import ROOT, SHARED
@@ -111,7 +113,12 @@ def test_ids_of_the_specials(tok):
         4,
         5,
     ]
-    assert (room.PAD, room.BOS, room.EOS, room.UNK) == (0, 1, 2, 3)
+    assert (
+        tokenizer_module.PAD,
+        tokenizer_module.BOS,
+        tokenizer_module.EOS,
+        tokenizer_module.UNK,
+    ) == (0, 1, 2, 3)
     assert tok.vocab_size == len(tok.pieces) == 2_000
 
 
@@ -198,7 +205,8 @@ def test_a_failed_write_leaves_the_old_file(tok, tmp_path, monkeypatch):
 
 
 def test_training_is_silent(tmp_path):
-    code = f"from tokenizer import train_tokenizer as t; t(['a b c '] * 9, {str(tmp_path / 'x.model')!r}, 268)"
+    path = str(tmp_path / "x.model")
+    code = f"from lib.tokenizer import train_tokenizer as t; t(['a b c '] * 9, {path!r}, 268)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -338,7 +346,7 @@ def test_a_base_model_names_no_template_and_offers_chatml(tok, tmp_path):
     tok.save(tmp_path, 512)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))
     assert Tokenizer.load(tmp_path).template is None
-    assert config["chat_template"] == room.jinja(TEMPLATES["chatml"])
+    assert config["chat_template"] == tokenizer_module.jinja(TEMPLATES["chatml"])
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert config["model_input_names"] == ["input_ids", "attention_mask"]
     assert config["model_max_length"] == 512
@@ -503,7 +511,8 @@ def test_contents_bring_no_control_ids_and_no_supervision(tok, template, content
     assert [id for id in ids if id < 6] == frame
     answer = [id for id, on in zip(ids, mask) if on]
     assert tok.decode(answer).strip() == assistant.strip()
-    # What meets at a cut encodes apart as it does in one: a run between controls is the encoding of its text.
+    # What meets at a cut encodes apart as it does in one: a run between controls is the encoding
+    # of its text.
     for run in re.split("[\x01-\x06]", "".join(chr(id + 1) for id in ids)):
         piecewise = [ord(char) - 1 for char in run]
         if "\u2581" not in user + assistant:
@@ -546,7 +555,9 @@ def hugging_face(folder):
 
 
 def corpus_lines(count, every):
-    """`count` lines over all the corpora, each `every`-th of a file, without literal specials and U+2581."""
+    """`count` lines over all the corpora, each `every`-th of a file, without literal specials and
+    U+2581.
+    """
     files = sorted(CORPORA.glob("*.jsonl.gz"))
     if not files:
         pytest.skip(f"no corpora in {CORPORA}")
@@ -643,13 +654,15 @@ def test_apply_chat_template_is_render(tok, tmp_path, template):
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_the_jinja_is_plain(template):
-    assert set(re.findall(r"{%-?\s*(\w+)", room.jinja(TEMPLATES[template]))) == {
+    assert set(re.findall(r"{%-?\s*(\w+)", tokenizer_module.jinja(TEMPLATES[template]))) == {
         "for",
         "endfor",
         "if",
         "endif",
     }
-    assert set(re.findall(r"\|\s*(\w+)\s*}}", room.jinja(TEMPLATES[template]))) == {"trim"}
+    assert set(re.findall(r"\|\s*(\w+)\s*}}", tokenizer_module.jinja(TEMPLATES[template]))) == {
+        "trim"
+    }
 
 
 # ---- a foreign model
@@ -657,7 +670,9 @@ def test_the_jinja_is_plain(template):
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory):
-    """A model of Llama's kind: its own order of ids, a space before every text, no pad, no chat markers."""
+    """A model of Llama's kind: its own order of ids, a space before every text, no pad, no chat
+    markers.
+    """
     path = tmp_path_factory.mktemp("foreign") / "tokenizer.model"
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(topics.values()),
@@ -695,7 +710,7 @@ def test_a_foreign_model_loads(foreign):
     with pytest.raises(UserError, match="chatml needs"):
         render(tokenizer, CONVERSATION, "chatml")
     assert stop_ids(tokenizer, "instruct") == [2]
-    assert room.usual_template(tokenizer) == "instruct"  # which needs no markers
+    assert tokenizer_module.usual_template(tokenizer) == "instruct"  # which needs no markers
 
 
 def test_a_foreign_model_is_saved_for_transformers(foreign, tmp_path):
@@ -715,7 +730,9 @@ def write_json(path, content):
 
 
 def test_symbols_beyond_the_file_are_control_symbols_whoever_wrote_them(foreign, tmp_path):
-    """As fine-tuners add chat markers: in added_tokens.json (old), tokenizer_config.json, tokenizer.json."""
+    """As fine-tuners add chat markers: in added_tokens.json (old), tokenizer_config.json,
+    tokenizer.json.
+    """
     plain = Tokenizer.load(foreign)
     start, end = (
         {"id": 1001, "content": IM_START, "special": False},
@@ -883,7 +900,9 @@ def test_what_reads_no_tokenizer_json_is_one_line(byte_level, tmp_path, monkeypa
     for name, content in (("words", {"type": "WordLevel"}), ("none", None)):
         (tmp_path / name).mkdir()
         write_json(tmp_path / name / "tokenizer.json", {"model": content, "decoder": None})
-        with pytest.raises(UserError, match="not a byte-level or SentencePiece BPE"):
+        with pytest.raises(
+            UserError, match="not a tokenizer.json of byte-level or SentencePiece BPE"
+        ):
             Tokenizer.load(tmp_path / name)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(
