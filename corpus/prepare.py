@@ -34,7 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from corpus.cards import data_card, documents_part, report, tokenizer_card, tokens_part
+from corpus.report import data_card, documents_part, report, tokenizer_card, tokens_part
 from corpus.clean import CleanConfig, clean, language_score, reject
 from corpus.dedup import Index, RedisIndex, hidden, minhash, sha256
 from corpus.sources import Tally, input_bytes, read_documents
