@@ -256,28 +256,29 @@ def index_growth(folder, documents):
     from corpus.dedup import PERMUTATIONS, Index
 
     random, batch = np.random.default_rng(1), 1024
-    index, spent, peak = Index(folder, 0.8), 0, 0
+    index, spent, peak, judged = Index(folder, 0.8), 0, 0, 0
     before = pss(os.getpid())
-    while index.documents < documents:
+    while judged < documents:
         digests = random.integers(0, 256, (batch, 16), np.uint8)
         signatures = random.integers(0, 2**32, (batch, PERMUTATIONS), np.uint32)
         began = time.process_time()
         index.judge(digests, signatures)
         spent += time.process_time() - began
-        if index.documents % (batch * 16) == 0:
+        judged += batch
+        if judged % (batch * 16) == 0:
             peak = max(peak, pss(os.getpid()) - before)
     on_disk = sum(path.stat().st_size for path in Path(folder).iterdir())
-    figures = {"arrays": index.bytes_per_document, "growth": peak / index.documents}
+    figures = {"arrays": index.nbytes / judged, "growth": peak / judged}
     bytes_each = {name: round(value, 1) for name, value in figures.items()}
     result = {
-        "documents": index.documents,
-        "bytes a document": bytes_each | {"disk": on_disk / index.documents},
+        "documents": judged,
+        "bytes a document": bytes_each | {"disk": on_disk / judged},
     }
-    projection = round(8e6 * peak / index.documents / 1e9, 2)
+    projection = round(8e6 * peak / judged / 1e9, 2)
     print(
         json.dumps(
             result
-            | {"microseconds": round(1e6 * spent / index.documents, 1), "GB of 8M": projection}
+            | {"microseconds": round(1e6 * spent / judged, 1), "GB of 8M": projection}
         )
     )
 

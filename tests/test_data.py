@@ -222,11 +222,11 @@ def top(field, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (shard("bin", "../../etc/passwd"), "illegal file name '../../etc/passwd'"),
-        (shard("bin", "/etc/passwd"), "illegal file name"),
-        (shard("bin", ".."), "illegal file name"),
-        (shard("bin", "a\\b"), "illegal file name"),
-        (shard("text", "x\n"), "illegal file name"),
+        (shard("bin", "../../etc/passwd"), "illegal 'bin' '../../etc/passwd'"),
+        (shard("bin", "/etc/passwd"), "illegal 'bin'"),
+        (shard("bin", ".."), "illegal 'bin'"),
+        (shard("bin", "a\\b"), "illegal 'bin'"),
+        (shard("text", "x\n"), "illegal 'text'"),
         (shard("bin", "none.bin"), "not found"),
         (shard("tokens", -1), "illegal 'tokens'"),
         (shard("tokens", True), "illegal 'tokens'"),
@@ -237,7 +237,7 @@ def top(field, value):
         (top("splits", {}), "holds no train documents"),
         (top("splits", {"train": [3]}), "expected an object"),
         (top("vocab_size", 9), "outside the vocabulary of 9"),
-        (top("tokenizer_sha256", "0" * 64), "sha256 is"),
+        (top("tokenizer_sha256", "0" * 64), "sha256 mismatch"),
         (lambda manifest: manifest.pop("vocab_size"), "'vocab_size' is missing"),
     ],
 )

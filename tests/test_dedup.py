@@ -1,15 +1,10 @@
-"""dedup.py: signatures are datasketch's, decisions brute force's, whatever the batches, kills and servers."""
+"""dedup.py: datasketch's signatures, brute force's decisions, in any batches and after kills."""
 
 import gzip
 import hashlib
 import itertools
 import json
 import re
-import shutil
-import socket
-import subprocess
-import sys
-import time
 import tracemalloc
 from collections import Counter, defaultdict
 
@@ -22,17 +17,14 @@ from corpus.dedup import (
     GROUP,
     PERMUTATIONS,
     Index,
-    RedisIndex,
     band_shape,
     fingerprints,
-    hidden,
     minhash,
     sha256,
     shingles,
 )
 from lib.config import UserError
-from tests import ROOT, SHARED
-from tests.conftest import free_port
+from tests import SHARED
 
 NEAR, EXACT = "near-duplicate", "exact-duplicate"
 PAIRS = SHARED / "dedup"
@@ -45,7 +37,7 @@ def prose(number, words=300):
 
 
 def changed(text, share, seed=0):
-    """The text with a share of its words replaced, all in one place: few shingles straddle the border."""
+    """Returns the text with a share of its words replaced, all in one place."""
     words = text.split(" ")
     count = round(len(words) * share)
     return " ".join([f"new{seed}x{n}" for n in range(count)] + words[count:])
@@ -76,7 +68,7 @@ def judge_prints(index, digests, signatures, sizes=(10**9,)):
     return reasons
 
 
-# --- Fingerprints -------------------------------------------------------------------------------------------
+# ---- fingerprints
 
 TEXTS = [
     prose(1),
@@ -156,10 +148,10 @@ def test_a_megabyte_of_anything_passes(unit):
     minhash([unit * (1_000_000 // len(unit))], 1)
 
 
-# --- The index ----------------------------------------------------------------------------------------------
+# ---- the index
 
 
-def test_what_goes_and_what_stays(tmp_path):
+def test_copies_in_any_case_go_and_texts_without_words_stay(tmp_path):
     text = prose(1)
     near, shouted, other = changed(text, 0.05), text.upper(), changed(text, 0.6)
     texts = [text, text, near, near, shouted, other, prose(2), "", "", "...", "?!", "ab", "Ab"]
@@ -169,7 +161,7 @@ def test_what_goes_and_what_stays(tmp_path):
     index = Index(tmp_path / "exact")
     assert index.judge(sha256(texts)) == [EXACT if reason == EXACT else None for reason in expected]
     assert index.checkpoint()["signatures"] == 0
-    assert index.bytes_per_document <= 8
+    assert index.nbytes <= 8 * len(texts)
 
 
 @pytest.mark.parametrize("threshold", [1.0, 0.9, 0.8, 0.7, 0.5, 0.3, 0.1, 0.001, 1e-6])
@@ -190,7 +182,7 @@ def test_bands_fit_the_threshold(threshold, tmp_path):
 
 
 def corpus(seed, clusters=90, copies=6):
-    """Signatures of clusters, shuffled, with pairs of all similarities, exact copies and wordless texts."""
+    """Returns prints of clusters, shuffled, of all similarities, some equal, some without words."""
     random = np.random.RandomState(seed)
     digests = random.randint(0, 256, (clusters * copies, 16)).astype(np.uint8)
     signatures = random.randint(0, 2**32, (clusters, PERMUTATIONS), np.uint64).repeat(
@@ -209,12 +201,8 @@ def corpus(seed, clusters=90, copies=6):
 
 def brute_force(digests, signatures, threshold):
     """Everyone with everyone kept, where a band and enough places are equal."""
-    (bands, rows), reasons, seen, kept = (
-        band_shape(threshold),
-        [],
-        set(),
-        np.empty((0, PERMUTATIONS), np.uint32),
-    )
+    (bands, rows), reasons, seen = band_shape(threshold), [], set()
+    kept = np.empty((0, PERMUTATIONS), np.uint32)
     for digest, signature in zip(digests, signatures, strict=True):
         equal = kept == signature
         band = equal[:, : bands * rows].reshape(-1, bands, rows).all(axis=2).any(axis=1)
@@ -246,9 +234,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path):
     (tmp_path / "cut").mkdir()
     reasons, state = [], None
     while len(reasons) < len(digests):
-        index = Index(
-            tmp_path / "cut", 0.8, state
-        )  # the one before was killed: what it had written since stays
+        index = Index(tmp_path / "cut", 0.8, state)  # the files hold more than the state says
         for _ in range(random.randint(1, 4)):
             part = slice(len(reasons), len(reasons) + random.randint(1, 90))
             reasons += index.judge(digests[part], signatures[part])
@@ -259,7 +245,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path):
     assert reasons == expected
     index = Index(tmp_path / "cut", 0.8, state)
     assert index.checkpoint() == state == whole.checkpoint()
-    assert index.bytes_per_document == whole.bytes_per_document
+    assert index.nbytes == whole.nbytes
     for name in ("digests.bin", "signatures.bin"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     (tmp_path / "cut" / "digests.bin").write_bytes(b"12345678")
@@ -280,7 +266,7 @@ def test_memory_is_as_stated(tmp_path):
         held, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert index.bytes_per_document == 72
+    assert index.nbytes == 72 * count
     assert held < 100 * count
 
 
@@ -291,13 +277,8 @@ def real():
         pytest.skip("needs the shared pairs")
     with gzip.open(PAIRS / "docs.dev.jsonl.gz", "rt", encoding="utf-8") as file:
         docs = {row["id"]: row["text"] for row in map(json.loads, file)}
-    return dict(
-        zip(
-            docs,
-            zip(docs.values(), *fingerprints(list(docs.values()), 42), strict=True),
-            strict=True,
-        )
-    )
+    rows = zip(docs.values(), *fingerprints(list(docs.values()), 42), strict=True)
+    return dict(zip(docs, rows, strict=True))
 
 
 def test_labelled_pairs_lose_their_second_document(real, tmp_path):
@@ -330,137 +311,3 @@ def test_real_documents_in_a_row(real, tmp_path):
     goes, best = np.array([reason is not None for reason in reasons]), np.array(best)
     assert goes[best >= 0.9].mean() >= 0.995
     assert goes[best < 0.7].mean() <= 0.002
-
-
-# --- The index that runs share ------------------------------------------------------------------------------
-
-
-def refuses(port):
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port))
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """The URL of a real Redis server, started for this module."""
-    pytest.importorskip("redis")
-    if not (program := shutil.which("redis-server")):
-        pytest.skip("needs redis-server")
-    port, place = free_port(), tmp_path_factory.mktemp("redis")
-    words = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(place)]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
-    try:
-        while refuses(port):
-            assert process.poll() is None
-            time.sleep(0.02)
-        yield f"redis://127.0.0.1:{port}/0"
-    finally:
-        process.kill()
-        process.wait()
-
-
-def test_a_shared_index_decides_as_brute_force_does(server):
-    digests, signatures = corpus(9)
-    near, exact = (
-        RedisIndex(server, "near", "a", 0.8, 42),
-        RedisIndex(server, "exact", "a", None, 42),
-    )
-    expected = brute_force(digests, signatures, 0.8)
-    assert judge_prints(near, digests, signatures, (7, 300, 64)) == expected
-    assert exact.judge(digests) == [EXACT if reason == EXACT else None for reason in expected]
-
-
-def test_a_password_is_never_shown():
-    for password in ("secret", "sec@ret", "sec/ret@1"):
-        assert hidden(f"redis://me:{password}@host:6379/0#name") == "redis://***@host:6379/0#name"
-    assert hidden("redis://host:6379/0#name") == "redis://host:6379/0#name"
-
-
-CHILD = """
-import json, sys
-from pathlib import Path
-import numpy as np
-from corpus.dedup import RedisIndex
-
-url, owner, folder = sys.argv[1:]
-digests, signatures = np.load(f"{folder}/{owner}.digests.npy"), np.load(f"{folder}/{owner}.signatures.npy")
-note = Path(folder, f"{owner}.json")
-done = json.loads(note.read_text()) if note.exists() else {"state": None, "reasons": []}
-index = RedisIndex(url, "together", owner, 0.8, 42, done["state"])
-while (place := len(done["reasons"])) < len(digests):
-    done["reasons"] += index.judge(digests[place : place + 20], signatures[place : place + 20])
-    done["state"] = index.checkpoint()
-    if place % 60 == 0:
-        note.with_suffix(".new").write_text(json.dumps(done))
-        note.with_suffix(".new").replace(note)
-note.write_text(json.dumps(done))
-"""
-
-
-def test_two_runs_keep_together_what_one_would(server, tmp_path):
-    """One of them is killed again and again, and somebody breaks the lock all the time."""
-    import redis
-
-    random, clusters = np.random.RandomState(5), np.arange(400).repeat(5)
-    random.shuffle(clusters)
-    base = random.randint(0, 2**32, (400, PERMUTATIONS), np.uint64).astype(np.uint32)
-    signatures = base[clusters]
-    signatures[np.arange(2000), random.randint(0, PERMUTATIONS, 2000)] = random.randint(
-        0, 2**31, 2000
-    )
-    digests = random.randint(0, 256, (2000, 16)).astype(np.uint8)
-    parts = {"a": slice(0, 1000), "b": slice(1000, 2000)}
-    for owner, part in parts.items():
-        np.save(tmp_path / f"{owner}.digests.npy", digests[part])
-        np.save(tmp_path / f"{owner}.signatures.npy", signatures[part])
-    runs = {owner: [sys.executable, "-c", CHILD, server, owner, str(tmp_path)] for owner in parts}
-    client, kills = redis.Redis.from_url(server), 0
-    going = {owner: subprocess.Popen(words, cwd=ROOT) for owner, words in runs.items()}
-    try:
-        while any(process.poll() is None for process in going.values()):
-            client.delete("together:lock")
-            time.sleep(0.01)
-            if client.hlen("together:verdicts:a") > 250 * (kills + 1) and kills < 3:
-                going["a"].kill()
-                going["a"].wait()
-                going["a"] = subprocess.Popen(runs["a"], cwd=ROOT)
-                kills += 1
-    finally:
-        for process in going.values():
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in going.values()] == [0, 0]
-    assert kills == 3
-    reasons = [
-        r
-        for owner in parts
-        for r in json.loads((tmp_path / f"{owner}.json").read_text())["reasons"]
-    ]
-    kept = Counter(
-        cluster for cluster, reason in zip(clusters, reasons, strict=True) if reason is None
-    )
-    assert kept == dict.fromkeys(range(400), 1)
-
-
-def test_what_stands_in_the_way_of_a_shared_index_is_one_line(server):
-    digests, signatures = corpus(4)
-    index = RedisIndex(server, "mine", "a", 0.8, 42)
-    index.judge(digests[:50], signatures[:50])
-    with pytest.raises(
-        UserError, match=r"threshold 0\.8, seed 42, this run threshold 0\.7, seed 42; set the same"
-    ):
-        RedisIndex(server, "mine", "b", 0.7, 42)
-    with pytest.raises(UserError, match="'a' had another document 0 before; name another index"):
-        RedisIndex(server, "mine", "a", 0.8, 42).judge(digests[50:99], signatures[50:99])
-    with pytest.raises(
-        UserError, match="has 50 documents of 'a', 80 were there at the last checkpoint"
-    ):
-        RedisIndex(server, "mine", "a", 0.8, 42, {"documents": 80})
-    with pytest.raises(
-        UserError, match=r"^redis://\*\*\*@127.0.0.1:1/0: .* start redis-server there"
-    ):
-        RedisIndex("redis://:secret@127.0.0.1:1/0", "mine", "a", 0.8, 42)
-    with pytest.raises(
-        UserError, match=r"dedup_storage 'localhost:6379': .* expected redis://HOST:PORT/0"
-    ):
-        RedisIndex("localhost:6379", "mine", "a", 0.8, 42)

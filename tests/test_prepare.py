@@ -1,4 +1,4 @@
-"""prepare.py: raw text becomes clean shards, whatever interrupts it; nothing is overwritten or lost."""
+"""corpus/prepare.py: raw text becomes clean shards, however interrupted; nothing is lost."""
 
 import json
 import os
@@ -24,9 +24,10 @@ from tests.conftest import write_rows
 from tests.warm import python
 
 BOS, EOS = 1, 2
+posix = pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
 
 
-# --- Helpers ------------------------------------------------------------------------------------------------
+# ---- helpers
 
 SENTENCES = """
 The river was high that year and we had to wait for the ferry.
@@ -41,21 +42,19 @@ They have no more than three horses and one of them is very old.
 
 
 def prose(number, sentences=6):
-    """An English document that no other number gives."""
+    """Returns an English document that no other number gives."""
     random, lines = np.random.RandomState(number), SENTENCES.strip().split("\n")
-    body = [
-        lines[random.randint(len(lines))].replace("the", f"the {word(random)}")
-        for _ in range(sentences)
-    ]
-    return f"Story {number}. " + " ".join(body)
+
+    def line():
+        text = lines[random.randint(len(lines))]
+        word = "".join(chr(97 + letter) for letter in random.randint(0, 26, 6))
+        return text.replace("the", f"the {word}")
+
+    return f"Story {number}. " + " ".join(line() for _ in range(sentences))
 
 
-def word(random):
-    return "".join(chr(97 + letter) for letter in random.randint(0, 26, 6))
-
-
-def preset(name):
-    return ROOT / "configs" / "datasets" / f"{name}.json"
+def near_copy(text):
+    return " ".join(["changed", *text.split(" ")[1:]])
 
 
 def write_jsonl(path, texts):
@@ -63,18 +62,22 @@ def write_jsonl(path, texts):
 
 
 def prepare_dataset(source, output, **settings):
-    """Prepare SOURCE with small settings; returns (train and val documents, stats)."""
+    """Prepares SOURCE with small settings. Returns ({split: documents}, stats)."""
     defaults = {"vocab_size": 400, "train_ratio": 0.8, "sequence_length": 32, "quality": False}
     main(DataConfig(input_path=str(source), output_dir=str(output), **{**defaults, **settings}))
-    splits = {split: read_split(output, split) for split in ("train", "val")}
-    return splits, json.loads((output / "stats.json").read_text())
+    return read_splits(output), json.loads((output / "stats.json").read_text())
 
 
-def read_split(folder, split):
-    files = sorted(folder.glob(f"{split}_*.jsonl"))
-    return [
-        json.loads(line)["text"] for file in files for line in file.read_text().split("\n") if line
-    ]
+def read_splits(folder):
+    def texts(split):
+        lines = "".join(path.read_text() for path in sorted(folder.glob(f"{split}_*.jsonl")))
+        return [json.loads(line)["text"] for line in lines.split("\n") if line]
+
+    return {split: texts(split) for split in ("train", "val")}
+
+
+def retokenize_dataset(folder, output, **settings):
+    retokenize(RetokenizeConfig(path=str(folder), output_dir=str(output), **settings))
 
 
 def every(splits):
@@ -82,27 +85,18 @@ def every(splits):
 
 
 def contents(folder):
-    """Every file's bytes, but for the card, which bears the date."""
-    return {
-        path.name: path.read_bytes() for path in folder.iterdir() if path.name != "DATA_CARD.md"
-    }
+    """Returns the bytes of every file but the card, which bears the date."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".md"}
 
 
 def reasons(stats):
-    return {
-        reason: entry["count"]
-        for stage in stats["documents"]["dropped"].values()
-        for reason, entry in stage.items()
-    }
+    stages = stats["documents"]["dropped"].values()
+    return {reason: entry["count"] for stage in stages for reason, entry in stage.items()}
 
 
 def data_py(*arguments, **settings):
-    return subprocess.run(
-        [python(), str(ROOT / "data.py"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        **settings,
-    )
+    words = [python(), str(ROOT / "data.py"), *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -113,130 +107,117 @@ def stories(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prepared(stories, tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared") / "stories"
-    splits, stats = prepare_dataset(stories, folder, shard_tokens=4000)
-    return folder, splits, stats
+    prepare_dataset(stories, folder, shard_tokens=4000)
+    return folder
 
 
-# --- What comes out ----------------------------------------------------------------------------------------
+# ---- the dataset
 
 
 def test_shards_hold_each_document_between_bos_and_eos(prepared):  # traps B3, B13
-    folder, splits, stats = prepared
-    tokenizer = Tokenizer.load(folder)
+    splits, stats = read_splits(prepared), json.loads((prepared / "stats.json").read_text())
+    tokenizer = Tokenizer.load(prepared)
     assert every(splits) == sorted(map(prose, range(300)))
     assert not set(splits["train"]) & set(splits["val"])
-    assert len(list(folder.glob("train_*.bin"))) > 1  # shard_tokens cuts
+    assert len(list(prepared.glob("train_*.bin"))) > 1  # shard_tokens cuts
     for split, documents in splits.items():
-        ids = Shards(folder, split).read(0, Shards(folder, split).tokens).tolist()
-        assert (
-            ids.count(EOS)
-            == ids.count(BOS)
-            == len(documents)
-            == stats["splits"][split]["documents"]
-        )
+        shards = Shards(prepared, split)
         expected = [[BOS, *tokenizer.encode(text), EOS] for text in documents]
-        assert ids == [token for row in expected for token in row]
+        assert shards.read(0, shards.tokens).tolist() == [t for row in expected for t in row]
+        assert stats["splits"][split]["documents"] == len(documents)
         assert stats["splits"][split]["bytes"] == sum(len(text.encode()) for text in documents)
 
 
 def test_the_stream_reads_what_was_prepared(prepared):
-    folder, *_ = prepared
-    stream = TokenStream(folder, "train", 32, 4)
-    assert stream.tokenizer == folder / "tokenizer.model"
+    stream = TokenStream(prepared, "train", 32, 4)
+    assert stream.tokenizer == prepared / "tokenizer.model"
     assert Tokenizer.load(stream.tokenizer).sha256 == stream.tokenizer_sha256
     assert stream.batch(0)["ids"].max() < stream.vocab_size == 400
-    assert 0.5 < unigram_bits_per_byte(folder) < 8
+    assert 0.5 < unigram_bits_per_byte(prepared) < 8
 
 
 def test_a_second_run_gives_the_same_bytes_and_a_third_finds_it_there(
     stories, prepared, tmp_path, capsys
 ):  # B12
-    folder, *_ = prepared
     prepare_dataset(stories, tmp_path / "again", shard_tokens=4000, num_workers=1)
-    assert contents(tmp_path / "again") == contents(folder)
-    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    prepare_dataset(stories, folder, shard_tokens=4000)
+    assert contents(tmp_path / "again") == contents(prepared)
+    before = {path: path.stat().st_mtime_ns for path in prepared.iterdir()}
+    prepare_dataset(stories, prepared, shard_tokens=4000)
     assert "exists: 300 documents" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    assert {path: path.stat().st_mtime_ns for path in prepared.iterdir()} == before
     with pytest.raises(UserError, match="was prepared with min_length 50, now it is 60"):
-        prepare_dataset(stories, folder, shard_tokens=4000, min_length=60)
+        prepare_dataset(stories, prepared, shard_tokens=4000, min_length=60)
+
+
+def test_a_dataset_of_an_earlier_version_is_found_though_settings_came_and_went(
+    stories, prepared, tmp_path, capsys
+):
+    folder = shutil.copytree(prepared, tmp_path / "d")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["config"]["mask_private"]
+    for storage in ("", "redis://host"):
+        manifest["config"]["dedup_storage"] = storage
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        if not storage:
+            prepare_dataset(stories, folder, shard_tokens=4000)
+    assert "exists: 300 documents" in capsys.readouterr().out
+    with pytest.raises(UserError, match="was prepared with dedup_storage 'redis://host'"):
+        prepare_dataset(stories, folder, shard_tokens=4000)
+    (tmp_path / "old.json").write_text('{"dedup_storage": ""}')
+    with pytest.raises(UserError, match="unknown key 'dedup_storage'"):
+        configure(DataConfig, [str(tmp_path / "old.json")])
 
 
 def test_the_card_names_the_source_and_bears_a_date(prepared, stories):  # traps B9, B36
-    card = (prepared[0] / "DATA_CARD.md").read_text()
+    card = (prepared / "DATA_CARD.md").read_text()
     assert f"Source: `{stories}`" in card
     date.fromisoformat(card.split("Prepared ")[1].split(".")[0])
 
 
-def test_a_mixture_keeps_its_proportions_and_the_card_shows_them(tmp_path):
+def test_a_mixture_keeps_its_proportions_caps_and_licences_and_the_card_shows_them(tmp_path):
     for name, numbers in (("many", range(200)), ("few", range(500, 600))):
         write_jsonl(tmp_path / f"{name}.jsonl", map(prose, numbers))
-    entries = [
-        {"name": "many", "input_path": str(tmp_path / "many.jsonl"), "weight": 3, "licence": "CC0"},
-        {"name": "few", "input_path": str(tmp_path / "few.jsonl"), "max_samples": 40},
-    ]
-    (tmp_path / "mix.json").write_text(
-        json.dumps({"mixture": entries, "input_path": "docstrings:"})
-    )
-    options = [
-        tmp_path / "mix.json",
-        "--vocab_size=400",
-        f"--output_dir={tmp_path / 'd'}",
-        "--quality=false",
-    ]
-    done = data_py(*options, "--max_docs=80", "--train_ratio=0.9")
+    entries = [{"name": name, "input_path": f"{name}.jsonl"} for name in ("many", "few")]
+    weighted = [entries[0] | {"weight": 3, "licence": "CC0"}, entries[1] | {"max_samples": 40}]
+    preset = {"mixture": weighted, "input_path": "docstrings:"}
+    (tmp_path / "mix.json").write_text(json.dumps(preset))
+    small = ["--vocab_size=400", "--no_quality", "--train_ratio=0.9"]
+    done = data_py("mix.json", "--output_dir=d", "--max_docs=80", *small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     stats = json.loads((tmp_path / "d" / "stats.json").read_text())
-    assert {name: source["documents"] for name, source in stats["sources"].items()} == {
-        "many": 60,
-        "few": 20,
-    }
-    texts = read_split(tmp_path / "d", "train") + read_split(tmp_path / "d", "val")
-    assert sorted(texts) == sorted(map(prose, [*range(60), *range(500, 520)]))
+    counts = {name: source["documents"] for name, source in stats["sources"].items()}
+    assert counts == {"many": 60, "few": 20}
+    texts = every(read_splits(tmp_path / "d"))
+    assert texts == sorted(map(prose, [*range(60), *range(500, 520)]))
     card = (tmp_path / "d" / "DATA_CARD.md").read_text()
-    assert f"| many | `{tmp_path / 'many.jsonl'}` | CC0 | 3.0 | 60 |" in card
-    assert "| few |" in card
-    assert "not noted" in card
+    assert "A mixture (capped at max_docs 80)" in card
+    assert "| many | `many.jsonl` | CC0 | 3.0 | 60 |" in card
+    assert "| few | `few.jsonl` | not noted | 1.0 | 20 |" in card
 
-
-def test_a_mixture_is_called_one_and_its_caps_and_licence_stand_on_the_card(tmp_path):
-    for name, numbers in (("many", range(200)), ("few", range(500, 540))):
-        write_jsonl(tmp_path / f"{name}.jsonl", map(prose, numbers))
-    entries = [{"name": name, "input_path": f"{name}.jsonl"} for name in ("many", "few")]
-    entries[0] |= {"max_samples": 30}
-    options = [
-        f"--mixture={json.dumps(entries)}",
-        "--licence=CC BY",
-        "--vocab_size=400",
-        "--no_quality",
-    ]
-    done = data_py(*options, cwd=tmp_path)
+    capped = f"--mixture={json.dumps([entries[0] | {'max_samples': 30}, entries[1]])}"
+    done = data_py(capped, "--licence=CC BY", *small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     card = (tmp_path / "data" / "processed" / "mixture" / "DATA_CARD.md").read_text()
     assert "| many | `many.jsonl` | CC BY | 1.0 | 30 (capped) |" in card
-    assert "| few | `few.jsonl` | CC BY | 1.0 | 40 |" in card
+    assert "| few | `few.jsonl` | CC BY | 1.0 | 100 |" in card
     assert "not capped" not in card
     shown = data_py("inspect", "data/processed/mixture", cwd=tmp_path).stdout
     assert all(f"{name}.jsonl" in shown for name in ("many", "few"))
     assert "docstrings" not in shown
-    done = data_py(
-        f"--mixture={json.dumps(entries)}", "--min_length=9999", "--output_dir=d", cwd=tmp_path
-    )
-    assert done.stderr.startswith("error: mixture: 0 usable documents: 70 too-short")
+    done = data_py(capped, "--min_length=9999", "--output_dir=e", cwd=tmp_path)
+    assert done.stderr.startswith("error: mixture: 0 usable documents: 130 too-short")
 
 
-def test_what_was_found_in_bad_order_is_noted(tmp_path):
-    (tmp_path / "in.txt").write_bytes(
-        (prose(1, 20) + " caf\u00e9\n\n" + prose(2, 20)).encode("cp1252")
-    )
+def test_a_text_decoded_by_a_guess_is_noted(tmp_path):
+    text = prose(1, 20) + " caf\u00e9\n\n" + prose(2, 20)
+    (tmp_path / "in.txt").write_bytes(text.encode("cp1252"))
     _, stats = prepare_dataset(tmp_path / "in.txt", tmp_path / "d", train_ratio=1, vocab_size=300)
     assert stats["documents"]["noted"]["decoded-as-cp1252"]["count"] == 1
 
 
-def test_the_histograms_count_what_they_say(tmp_path):
-    texts = [prose(n, 6 + 3 * (n % 5)) for n in range(60)] + [
-        "Das ist nicht der Text, den wir haben wollen. " * 4
-    ]
+def test_the_histograms_count_lengths_and_language_scores(tmp_path):
+    german = "Das ist nicht der Text, den wir haben wollen. " * 4
+    texts = [*(prose(n, 6 + 3 * (n % 5)) for n in range(60)), german]
     splits, stats = prepare_dataset(write_jsonl(tmp_path / "in.jsonl", texts), tmp_path / "d")
     sizes = [len(text) for text in every(splits)]
     for low, count in stats["characters_of_kept"].items():
@@ -254,7 +235,30 @@ def test_max_docs_caps_and_shows(stories, tmp_path):  # trap B9
     assert stats["documents"]["read"] == 40
 
 
-def test_an_existing_folder_is_never_overwritten(stories, tmp_path):
+def test_the_split_of_a_document_does_not_depend_on_its_neighbours(prepared, tmp_path):
+    few = write_jsonl(tmp_path / "few.jsonl", map(prose, range(100, 160)))
+    splits, _ = prepare_dataset(few, tmp_path / "d")
+    for split, texts in read_splits(prepared).items():
+        assert set(splits[split]) <= set(texts)
+
+
+def test_near_duplicates_go_by_default_and_stay_when_switched_off(tmp_path):  # trap B1
+    text = prose(1, sentences=40)
+    texts = [text, text, near_copy(text), *map(prose, range(2, 120))]
+    source = write_jsonl(tmp_path / "in.jsonl", texts)
+    on, stats = prepare_dataset(source, tmp_path / "on")
+    assert reasons(stats) == {"exact-duplicate": 1, "near-duplicate": 1}
+    assert text in every(on)  # the first of a cluster stays
+    assert near_copy(text) not in every(on)
+    off, stats = prepare_dataset(source, tmp_path / "off", use_minhash=False)
+    assert reasons(stats) == {"exact-duplicate": 1}
+    assert near_copy(text) in every(off)
+
+
+# ---- folders that are in the way
+
+
+def test_a_folder_of_somebody_else_is_never_overwritten(stories, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("precious")
     with pytest.raises(UserError, match="no prepared dataset; name another output_dir"):
@@ -262,55 +266,47 @@ def test_an_existing_folder_is_never_overwritten(stories, tmp_path):
     assert (tmp_path / "mine" / "notes.txt").read_text() == "precious"
 
 
-def test_a_damaged_existing_dataset_is_named(prepared, stories, tmp_path):
-    folder = shutil.copytree(prepared[0], tmp_path / "d")
-    (folder / "train_00001.jsonl").write_bytes(b"{}\n")
-    with pytest.raises(UserError, match=r"train_00001.jsonl: missing or changed since"):
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train_00001.jsonl", b"{}\n", "train_00001.jsonl: sha256 mismatch"),
+        ("train_00001.bin", b"", "train_00001.bin: sha256 mismatch"),
+        ("tokenizer.model", None, "tokenizer.model: not found"),
+    ],
+)
+def test_a_damaged_dataset_is_not_called_verified(
+    prepared, stories, tmp_path, name, content, message
+):
+    folder = shutil.copytree(prepared, tmp_path / "d")
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
         prepare_dataset(stories, folder, shard_tokens=4000)
-
-
-def test_a_dataset_that_lost_its_tokenizer_is_not_called_verified(prepared, stories, tmp_path):
-    folder = shutil.copytree(prepared[0], tmp_path / "d")
-    (folder / "tokenizer.model").unlink()
-    with pytest.raises(UserError, match=r"tokenizer.model: missing or changed since"):
-        prepare_dataset(stories, folder, shard_tokens=4000)
-    assert "tokenizer.model: not found" in data_py("inspect", folder).stderr
+    if name != "train_00001.jsonl":  # training reads no text
+        done = data_py("inspect", folder)
+        assert f"{name}: " in done.stderr
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
 def test_a_model_or_a_raw_file_given_as_a_dataset_is_never_to_be_deleted(tmp_path):
-    (tmp_path / "manifest.json").write_text('{"format": 1, "files": {"model.safetensors": {}}}')
-    for path, words in [
-        (tmp_path, "a model or checkpoint"),
-        (tmp_path / "manifest.json", "data.py --input_path="),
-    ]:
+    file = tmp_path / "manifest.json"
+    file.write_text('{"format": 1, "files": {"model.safetensors": {}}}')
+    for path, words in [(tmp_path, "a model or checkpoint"), (file, "data.py --input_path=")]:
         with pytest.raises(UserError, match=words) as caught:
             read_manifest(path)
         assert "delete" not in str(caught.value)
 
 
-def test_what_a_newcomer_types_first_is_answered_by_name(stories, tmp_path):
-    done = data_py(stories)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert f"--input_path={stories}" in done.stderr
-    with pytest.raises(UserError, match="names no dataset; write hf:owner/name"):
-        prepare_dataset("hf:", tmp_path / "d")
-    with pytest.raises(UserError, match=f"{stories.name}: not a SentencePiece model"):
-        prepare_dataset(stories, tmp_path / "d", tokenizer_path=str(stories))
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=f"^{tmp_path / 'file' / 'd'}: cannot be written"):
-        prepare_dataset(stories, tmp_path / "file" / "d")
-    with pytest.raises(
-        UserError, match=r"file/t.model: cannot be written .*; name another tokenizer_path"
-    ):
-        prepare_dataset(stories, tmp_path / "d", tokenizer_path=str(tmp_path / "file" / "t.model"))
+def test_two_runs_at_once_do_not_share_a_folder(stories, tmp_path):
+    with unfinished(tmp_path / "d", {}):
+        words = (f"--input_path={stories}", f"--output_dir={tmp_path / 'd'}", "--vocab_size=400")
+        done = data_py(*words)
+    assert done.returncode == 2
+    assert "another run is preparing it" in done.stderr
 
 
-def test_the_split_of_a_document_does_not_depend_on_its_neighbours(prepared, stories, tmp_path):
-    _, splits, _ = prepared
-    few = write_jsonl(tmp_path / "few.jsonl", map(prose, range(100, 160)))
-    part, _ = prepare_dataset(few, tmp_path / "d")
-    assert set(part["train"]) <= set(splits["train"])
-    assert set(part["val"]) <= set(splits["val"])
+# ---- the tokenizer
 
 
 def test_a_tokenizer_is_trained_once_and_then_reused(stories, tmp_path):  # trap B7
@@ -326,7 +322,7 @@ def test_a_tokenizer_is_trained_once_and_then_reused(stories, tmp_path):  # trap
     TokenStream([tmp_path / "a", tmp_path / "b"], "train", 32, 1)
     with pytest.raises(UserError, match="its vocab_size is 400, not 500"):
         prepare_dataset(stories, tmp_path / "c", tokenizer_path=str(model), vocab_size=500)
-    model.write_bytes((tmp_path / "b" / "tokenizer.model").read_bytes() + b"\n")
+    model.write_bytes(first + b"\n")
     with pytest.raises(UserError, match="was encoded by the tokenizer of sha256"):
         prepare_dataset(stories, tmp_path / "a", tokenizer_path=str(model))
 
@@ -334,9 +330,7 @@ def test_a_tokenizer_is_trained_once_and_then_reused(stories, tmp_path):  # trap
 def test_a_folder_without_tokenizer_model_is_refused_and_left_as_it_is(stories, tmp_path):
     (tmp_path / "llama").mkdir()
     (tmp_path / "llama" / "tokenizer.json").write_text("{}")
-    with pytest.raises(
-        UserError, match=r"llama/tokenizer.model: not found; name a folder that holds one"
-    ):
+    with pytest.raises(UserError, match=r"llama/tokenizer.model: not found; name a folder that"):
         prepare_dataset(stories, tmp_path / "d", tokenizer_path=str(tmp_path / "llama"))
     assert [path.name for path in (tmp_path / "llama").iterdir()] == ["tokenizer.json"]
 
@@ -349,50 +343,26 @@ def test_the_card_of_a_foreign_tokenizer_says_no_more_than_is_known(stories, pre
     card = (tmp_path / "d" / "TOKENIZER_CARD.md").read_text()
     assert "of these 3 control tokens" in card  # <unk>, <s>, </s>
     assert "a SentencePiece model of another program" in card
-    card = (prepared[0] / "TOKENIZER_CARD.md").read_text()
+    card = (prepared / "TOKENIZER_CARD.md").read_text()
     assert "of these 6 control tokens" in card
     assert "any text survives" in card
 
 
-def test_the_tokenizer_learns_from_training_documents_alone(
-    tmp_path,
-):  # and from long lines: trap B15
-    rare = "qzxjvq"
-    texts = [prose(number) for number in range(200)]
-    on_val = [text for text in texts if hash_fraction(text + f" {rare}" * 400) >= 0.5]
-    on_train = [text for text in texts if hash_fraction(text + f" {rare}" * 400) < 0.5]
-    for name, marked in (("val", on_val[0]), ("train", on_train[0])):
-        source = [text + f" {rare}" * 400 if text == marked else text for text in texts]
-        prepare_dataset(
-            write_jsonl(tmp_path / "in.jsonl", source),
-            tmp_path / name,
-            train_ratio=0.5,
-            language="off",
-        )
-    assert len(Tokenizer.load(tmp_path / "val").encode(f" {rare}")) > 1
-    assert len(Tokenizer.load(tmp_path / "train").encode(f" {rare}")) == 1
+@pytest.mark.parametrize(("side", "pieces"), [("train", 1), ("val", None)])
+def test_the_tokenizer_learns_from_training_documents_alone(tmp_path, side, pieces):
+    """And from long lines: trap B15."""
+    rare, texts = "qzxjvq", [prose(number) for number in range(200)]
+    marked = [text + f" {rare}" * 400 for text in texts]
+    place = [(hash_fraction(text) < 0.5) == (side == "train") for text in marked].index(True)
+    source = write_jsonl(
+        tmp_path / "in.jsonl", [*texts[:place], marked[place], *texts[place + 1 :]]
+    )
+    prepare_dataset(source, tmp_path / "d", train_ratio=0.5, language="off")
+    count = len(Tokenizer.load(tmp_path / "d").encode(f" {rare}"))
+    assert count == pieces if pieces else count > 1
 
 
-def near_copy(text, words=1):
-    """The text with its first words changed."""
-    return " ".join(["changed"] * words + text.split(" ")[words:])
-
-
-def test_near_duplicates_go_by_default_and_stay_when_switched_off(tmp_path):  # trap B1
-    text = prose(1, sentences=40)
-    texts = [text, text, near_copy(text), *map(prose, range(2, 120))]
-    source = write_jsonl(tmp_path / "in.jsonl", texts)
-    assert configure(DataConfig, [str(preset("docstrings"))]).use_minhash is True
-    on, stats = prepare_dataset(source, tmp_path / "on")
-    assert reasons(stats) == {"exact-duplicate": 1, "near-duplicate": 1}
-    assert text in every(on)  # the first of a cluster stays
-    assert near_copy(text) not in every(on)
-    off, stats = prepare_dataset(source, tmp_path / "off", use_minhash=False)
-    assert reasons(stats) == {"exact-duplicate": 1}
-    assert near_copy(text) in every(off)
-
-
-# --- The command line -------------------------------------------------------------------------------------
+# ---- the command line
 
 
 @pytest.mark.parametrize(
@@ -410,9 +380,8 @@ def test_near_duplicates_go_by_default_and_stay_when_switched_off(tmp_path):  # 
 def test_unusable_input_is_one_line_and_exit_2(tmp_path, name, content, message):
     if name:
         (tmp_path / name).write_bytes(content)
-    done = data_py(
-        f"--input_path={tmp_path / (name or 'nothing.txt')}", f"--output_dir={tmp_path / 'out'}"
-    )
+    path = tmp_path / (name or "nothing.txt")
+    done = data_py(f"--input_path={path}", f"--output_dir={tmp_path / 'out'}")
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
@@ -420,18 +389,64 @@ def test_unusable_input_is_one_line_and_exit_2(tmp_path, name, content, message)
     assert not list(tmp_path.glob("*out*"))
 
 
-# --- Interrupted, and gone on with --------------------------------------------------------------------------
+def test_a_likely_first_mistake_is_answered_by_name(stories, tmp_path):
+    done = data_py(stories)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"--input_path={stories}" in done.stderr
+    (tmp_path / "file").write_text("")
+    below = tmp_path / "file" / "t.model"
+    for message, source, output, tokenizer in [
+        ("names no dataset; write hf:owner/name", "hf:", "d", ""),
+        (f"{stories.name}: not a SentencePiece model", stories, "d", stories),
+        (f"^{tmp_path / 'file' / 'd'}: cannot be written", stories, "file/d", ""),
+        (f"{below}: cannot be written .*; name another tokenizer_path", stories, "d", below),
+    ]:
+        with pytest.raises(UserError, match=message):
+            prepare_dataset(source, tmp_path / output, tokenizer_path=str(tokenizer))
 
-SMALL = "import sys, data; from corpus import prepare; prepare.PART_BYTES = 60_000; prepare.BATCH_CHARACTERS = 8_000; "
-RUN = SMALL + "data.main(sys.argv[1:])"
+
+# ---- interrupted and resumed
+
+# parts of 60 kB, so that small data has many
+SMALL = """
+import os, signal, sys, data
+from corpus import prepare
+prepare.PART_BYTES, prepare.BATCH_CHARACTERS = 60_000, 8_000
+"""
+# the process kills itself when it writes, for the N-th time, what a later run relies on
+DYING = """
+count, replace, fsync = int(sys.argv.pop()), os.replace, os.fsync
+def step(function):
+    def dies(*words):
+        global count
+        count -= 1
+        if count == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*words)
+    return dies
+os.replace, os.fsync = step(replace), step(fsync)
+"""
+RUN = "import sys, data; data.main(sys.argv[1:])"
+STEPS = 8  # of one part: two files, the two of the index, progress.json; a rename is a step
 
 
-def preparing(*arguments, code=RUN, executable=None, **settings):
-    """A process that prepares in parts of 60 kB, so that small data has many."""
+def start(*arguments, code=SMALL + RUN, executable=None):
     words = [executable or python(), "-c", code, *map(str, arguments)]
-    return subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, **settings
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(words, text=True, cwd=ROOT, **pipes)
+
+
+def prepare_in_parts(*arguments, status=0, **settings):
+    """Runs data.py with small parts; returns what it printed."""
+    process = start(*arguments, **settings)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == status, err
+    return out + err
+
+
+def kill_at(step, *arguments, name="SIGKILL", status=-9):
+    code = SMALL + DYING.replace("SIGKILL", name) + RUN
+    return prepare_in_parts(*arguments, step, code=code, status=status)
 
 
 @pytest.fixture(scope="module")
@@ -443,144 +458,109 @@ def messy(tmp_path_factory):
         texts += {3: ["short"], 5: [prose(number - 2, 12 + (number - 2) % 9)]}.get(number % 9, [])
         texts += [near_copy(prose(number // 2, 12 + number // 2 % 9))] if number % 11 == 10 else []
     write_jsonl(path, texts)
-    with open(path, "a") as file:
-        file.write("no json\n")
+    path.write_text(path.read_text() + "no json\n")
     return path
+
+
+SETTINGS = ["--vocab_size=600", "--train_ratio=0.9", "--shard_tokens=9000", "--quality=false"]
 
 
 @pytest.fixture(scope="module")
 def options(messy):
-    return [
-        f"--input_path={messy}",
-        "--vocab_size=600",
-        "--train_ratio=0.9",
-        "--shard_tokens=9000",
-        "--quality=false",
-    ]
+    return [f"--input_path={messy}", *SETTINGS]
 
 
 @pytest.fixture(scope="module")
 def straight(options, tmp_path_factory):
-    """What an unbroken run makes of it."""
+    """The dataset that an unbroken run makes of it."""
     folder = tmp_path_factory.mktemp("straight") / "d"
-    process = preparing(*options, f"--output_dir={folder}", "--num_workers=1")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    prepare_in_parts(*options, f"--output_dir={folder}", "--num_workers=1")
     stats = json.loads((folder / "stats.json").read_text())
     assert set(reasons(stats)) == {"not-json", "too-short", "exact-duplicate", "near-duplicate"}
     assert len(list(folder.glob("train_*.bin"))) > 5
     return folder
 
 
-def test_the_result_does_not_depend_on_parts_nor_workers(options, straight, tmp_path):
-    for name, code, workers in (
-        ("a", RUN, 3),
-        ("b", "import sys, data; data.main(sys.argv[1:])", 1),
-    ):
-        process = preparing(
-            *options,
-            f"--output_dir={tmp_path / name}",
-            f"--num_workers={workers}",
-            code=code,
-            executable=sys.executable,
-        )
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-        assert contents(tmp_path / name) == contents(straight)
-
-
-# the process kills itself when it writes, for the N-th time, what a later run relies on
-DYING = (
-    SMALL
-    + """
-import os, signal, sys
-count, replace, fsync = int(sys.argv.pop()), os.replace, os.fsync
-def step(function):
-    def dies(*words):
-        global count
-        count -= 1
-        if count == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*words)
-    return dies
-os.replace, os.fsync = step(replace), step(fsync)
-data.main(sys.argv[1:])
-"""
-)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
-def test_kill_9_loses_no_more_than_a_part_and_the_same_command_gives_the_same_bytes(
-    options, straight, tmp_path
-):  # K8
-    output, going_on = tmp_path / "d", 0
-    for count in (5, 2, 9, 6, 14, 11, 3):
-        process = preparing(*options, f"--output_dir={output}", str(count), code=DYING)
-        out, err = process.communicate(timeout=120)
-        if process.returncode == 0:
-            break
-        assert process.returncode == -9, err
-        assert not output.exists()
-        going_on += "going on after" in out
-    assert going_on > 2
-    process = preparing(*options, f"--output_dir={output}")
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert contents(output) == contents(straight)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["d"]
-
-
-@pytest.mark.parametrize("count", [7, 21, 35])
-@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
-def test_one_kill_anywhere(options, straight, tmp_path, count):
-    process = preparing(*options, f"--output_dir={tmp_path / 'd'}", str(count), code=DYING)
-    process.communicate(timeout=120)
-    assert process.returncode == -9
-    process = preparing(*options, f"--output_dir={tmp_path / 'd'}")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+@pytest.mark.parametrize(("code", "workers"), [(SMALL + RUN, 3), (RUN, 1)])
+def test_the_result_does_not_depend_on_parts_nor_workers(
+    options, straight, tmp_path, code, workers
+):
+    words = (*options, f"--output_dir={tmp_path / 'd'}", f"--num_workers={workers}")
+    prepare_in_parts(*words, code=code, executable=sys.executable)
     assert contents(tmp_path / "d") == contents(straight)
 
 
-def begun(options, output, count=12):
-    """Leaves an unfinished preparation behind."""
-    process = preparing(*options, f"--output_dir={output}", str(count), code=DYING)
-    process.communicate(timeout=120)
-    assert process.returncode == -9
+@posix
+def test_kill_9_loses_no_more_than_a_part_and_the_same_command_gives_the_same_bytes(
+    options, straight, tmp_path
+):  # K8
+    words, resumed = (*options, f"--output_dir={tmp_path / 'd'}"), 0
+    for step in (2 * STEPS + 3, 2, 3, STEPS + 6, 2 * STEPS + 1, 5):  # 2: before it resumes
+        resumed += "going on after" in kill_at(step, *words)
+        assert not (tmp_path / "d").exists()
+    assert resumed == 4
+    prepare_in_parts(*words)
+    assert contents(tmp_path / "d") == contents(straight)
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
+@posix
+@pytest.mark.parametrize("step", [1, STEPS, 100, 132, 135, 137, 190, 257, 263, 265])
+def test_one_kill_anywhere(options, straight, tmp_path, step):
+    words = (*options, f"--output_dir={tmp_path / 'd'}")
+    kill_at(step, *words)  # parts end at 130, shards at 256, and 265 renames the folder
+    prepare_in_parts(*words)
+    assert contents(tmp_path / "d") == contents(straight)
+
+
+@posix
 def test_other_settings_or_another_input_start_over_and_say_so(options, straight, messy, tmp_path):
-    begun(options, tmp_path / "d")
-    process = preparing(*options, f"--output_dir={tmp_path / 'd'}", "--min_length=60")
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert "min_length was 50, now 60" in out
+    words = (*options, f"--output_dir={tmp_path / 'd'}")
+    kill_at(3 * STEPS, *words)
+    assert "min_length was 50, now 60" in prepare_in_parts(*words, "--min_length=60")
     source = shutil.copy(messy, tmp_path / "in.jsonl")
-    changed = [f"--input_path={source}", *options[1:]]
-    begun(changed, tmp_path / "e")
-    text = source.read_text().split("\n")
-    source.write_text("\n".join([text[1], *text[1:]]))
-    process = preparing(*changed, f"--output_dir={tmp_path / 'e'}")
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert "the input has changed" in out
-    stats = json.loads((tmp_path / "e" / "stats.json").read_text())
-    assert (
-        stats["documents"]["read"]
-        == json.loads((straight / "stats.json").read_text())["documents"]["read"]
-    )
+    words = (f"--input_path={source}", *SETTINGS, f"--output_dir={tmp_path / 'e'}")
+    kill_at(3 * STEPS, *words)
+    _, second, *rest = source.read_text().split("\n")
+    source.write_text("\n".join([second, second, *rest]))
+    assert "the input has changed" in prepare_in_parts(*words)
+    read = [json.loads((f / "stats.json").read_text()) for f in (tmp_path / "e", straight)]
+    assert read[0]["documents"]["read"] == read[1]["documents"]["read"]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
+@posix
 def test_another_vocabulary_does_not_clean_again(options, tmp_path):
-    begun(options, tmp_path / "d")
-    others = [word.replace("--vocab_size=600", "--vocab_size=500") for word in options]
-    process = preparing(*others, f"--output_dir={tmp_path / 'd'}")
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert "going on after" in out
+    words = [*options, f"--output_dir={tmp_path / 'd'}"]
+    kill_at(3 * STEPS, *words)
+    words[words.index("--vocab_size=600")] = "--vocab_size=500"
+    assert "going on after" in prepare_in_parts(*words)
     assert Tokenizer.load(tmp_path / "d").vocab_size == 500
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"settings": 3}', "\0"])
+def test_unusable_leftovers_of_an_unfinished_run_are_no_hindrance(
+    stories, prepared, tmp_path, content
+):
+    work = tmp_path / ".d.partial"
+    work.mkdir()
+    (work / "progress.json").write_text(content)
+    (work / "part_00000.train.jsonl").write_text("{")
+    (work / "digests.bin").write_bytes(b"xyz")
+    prepare_dataset(stories, tmp_path / "d", shard_tokens=4000)
+    assert contents(tmp_path / "d") == contents(prepared)
+
+
+def test_a_full_disk_is_one_line_and_with_more_room_it_goes_on(options, straight, small_disk):
+    folder = small_disk("250k")
+    out = prepare_in_parts(*options, f"--output_dir={folder / 'd'}", status=2)
+    assert "no space left on the disk; free some, and the same command goes on\n" in out
+    assert out.count("\n") == 1
+    small_disk("50m")
+    assert "going on after" in prepare_in_parts(*options, f"--output_dir={folder / 'd'}")
+    assert contents(folder / "d") == contents(straight)
+
+
+# ---- worker processes
 
 
 def double(number):
@@ -593,159 +573,106 @@ def test_processes_keep_the_order_and_a_dead_one_is_named():
         list(in_order(os._exit, range(100), workers=2))
 
 
+def is_worker(pid):
+    with suppress(OSError):
+        return "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()
+
+
 def workers_of(pid):
-    """The process ids of its workers, once they run."""
-    found = []
+    """Returns the process ids of its workers, once they run."""
+    workers = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has ended meanwhile
-            parent, worker = path.read_text().rpartition(")")[2].split()[1], int(path.parent.name)
-            found += [worker] * (parent == str(pid) and "spawn_main" in command_of(worker))
-    return found
+            parent = path.read_text().rpartition(")")[2].split()[1]
+            if parent == str(pid) and is_worker(path.parent.name):
+                workers.append(path.parent.name)
+    return workers
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
 def test_workers_end_with_their_parent(options, tmp_path):
     words, workers = [*options, f"--output_dir={tmp_path / 'd'}", "--num_workers=2"], []
-    process = preparing(*words, executable=sys.executable)
+    process = start(*words, executable=sys.executable)
     while len(workers) < 2 and process.poll() is None:
         workers = workers_of(process.pid)
     process.kill()
     process.communicate()
     assert workers
     for _ in range(400):
-        alive = [pid for pid in workers if "spawn_main" in command_of(pid)]
-        if not alive:
+        if not any(map(is_worker, workers)):
             return
         time.sleep(0.05)
-    pytest.fail(f"{alive} outlive their parent")
+    pytest.fail(f"{workers} outlive their parent")
 
 
-def command_of(pid):
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        return ""
-
-
-def test_a_full_disk_is_one_line_and_with_more_room_it_goes_on(options, straight, small_disk):
-    folder = small_disk("250k")
-    process = preparing(*options, f"--output_dir={folder / 'd'}")
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, err.count("\n")) == (2, 1), err
-    assert "no space left on the disk; free some, and the same command goes on" in err
-    small_disk("50m")
-    process = preparing(*options, f"--output_dir={folder / 'd'}")
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert "going on after" in out
-    assert contents(folder / "d") == contents(straight)
-
-
-# --- Again, with another tokenizer --------------------------------------------------------------------------
+# ---- again, with another tokenizer
 
 
 def test_retokenize_gives_what_preparing_with_that_tokenizer_gives(stories, prepared, tmp_path):
-    other = tmp_path / "other.model"
-    prepare_dataset(
-        stories, tmp_path / "fresh", tokenizer_path=str(other), vocab_size=500, shard_tokens=4000
-    )
-    knobs = {"vocab_size": 500, "shard_tokens": 4000, "sequence_length": 32}
-    retokenize(RetokenizeConfig(str(prepared[0]), str(tmp_path / "again"), str(other), **knobs))
-    for pattern in ("*.bin", "*.jsonl", "tokenizer.model"):
-        names = sorted(path.name for path in (tmp_path / "fresh").glob(pattern))
-        assert names == sorted(path.name for path in (tmp_path / "again").glob(pattern))
-        assert names
-        for name in names:
-            assert (tmp_path / "fresh" / name).read_bytes() == (
-                tmp_path / "again" / name
-            ).read_bytes()
+    knobs = {"vocab_size": 500, "shard_tokens": 4000, "tokenizer_path": str(tmp_path / "o.model")}
+    prepare_dataset(stories, tmp_path / "fresh", **knobs)
+    retokenize_dataset(prepared, tmp_path / "again", sequence_length=32, **knobs)
+    fresh, again = contents(tmp_path / "fresh"), contents(tmp_path / "again")
+    assert len(fresh.pop("manifest.json")) < len(again.pop("manifest.json"))
+    assert again == fresh
     assert read_manifest(tmp_path / "again")["config"]["input_path"] == str(stories)
     assert TokenStream(tmp_path / "again", "train", 32, 1).vocab_size == 500
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"documents": 3}'])
 def test_retokenize_needs_the_statistics(prepared, tmp_path, content):
-    path = shutil.copytree(prepared[0], tmp_path / "d") / "stats.json"
+    path = shutil.copytree(prepared, tmp_path / "d") / "stats.json"
     path.unlink() if content is None else path.write_text(content)
-    with pytest.raises(UserError, match=r"stats.json: not readable as data.py writes it"):
-        retokenize(RetokenizeConfig(str(path.parent), str(tmp_path / "again"), vocab_size=300))
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"settings": 3}', "\0"])
-def test_unusable_leftovers_of_an_unfinished_run_are_no_hindrance(
-    stories, prepared, tmp_path, content
-):
-    (tmp_path / ".d.partial").mkdir()
-    (tmp_path / ".d.partial" / "progress.json").write_text(content)
-    (tmp_path / ".d.partial" / "part_00000.train.jsonl").write_text("{")
-    (tmp_path / ".d.partial" / "digests.bin").write_bytes(b"xyz")
-    prepare_dataset(stories, tmp_path / "d", shard_tokens=4000)
-    assert contents(tmp_path / "d") == contents(prepared[0])
+    with pytest.raises(UserError, match=r"stats.json"):
+        retokenize_dataset(path.parent, tmp_path / "again", vocab_size=300)
+    assert not list(tmp_path.glob("*again*"))
 
 
 @pytest.fixture
-def retokenizing(prepared, tmp_path):
-    """Begins to retokenize into a folder, and ends by a signal after its second shard; returns the status."""
+def killed(prepared, tmp_path):
+    """Begins to retokenize, and ends by a signal after the second shard."""
 
-    def begun(name, options=("--vocab_size=350", "--shard_tokens=4000")):
-        words = ["retokenize", prepared[0], f"--output_dir={tmp_path / 'again'}", *options, "14"]
-        process = preparing(*words, code=DYING.replace("SIGKILL", name))
-        process.communicate(timeout=120)
+    def killed(name, status, *options):
+        words = ["retokenize", prepared, f"--output_dir={tmp_path / 'again'}", *options]
+        kill_at(18, *words, "--shard_tokens=4000", name=name, status=status)
         assert (tmp_path / ".again.partial" / "train_00001.bin").exists()
-        return process.returncode
 
-    return begun
+    return killed
 
 
-def test_an_interrupted_retokenize_goes_on_where_it_was(prepared, retokenizing, tmp_path):
-    assert retokenizing("SIGINT") == 130
+@posix
+def test_an_interrupted_retokenize_goes_on_where_it_was(prepared, killed, tmp_path):
+    killed("SIGINT", 130, "--vocab_size=350")
     first = (tmp_path / ".again.partial" / "train_00000.bin").stat()
-    knobs = {"vocab_size": 350, "shard_tokens": 4000}
-    retokenize(RetokenizeConfig(str(prepared[0]), str(tmp_path / "again"), **knobs))
+    for name in ("again", "straight"):
+        retokenize_dataset(prepared, tmp_path / name, vocab_size=350, shard_tokens=4000)
     assert (tmp_path / "again" / "train_00000.bin").stat().st_mtime_ns == first.st_mtime_ns
-    retokenize(RetokenizeConfig(str(prepared[0]), str(tmp_path / "straight"), **knobs))
     assert contents(tmp_path / "again") == contents(tmp_path / "straight")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
+@posix
 def test_a_killed_retokenize_is_not_taken_for_a_preparation(
-    stories, prepared, retokenizing, tmp_path, capsys
+    stories, prepared, killed, tmp_path, capsys
 ):
-    settings = ("--vocab_size=400", "--shard_tokens=4000", "--sequence_length=32")
-    assert retokenizing("SIGKILL", settings) == -9
+    killed("SIGKILL", -9, "--vocab_size=400", "--sequence_length=32")
     prepare_dataset(stories, tmp_path / "again", shard_tokens=4000)
     assert "starting over" in capsys.readouterr().out
-    assert contents(tmp_path / "again") == contents(prepared[0])
+    assert contents(tmp_path / "again") == contents(prepared)
 
 
 def test_retokenize_refuses_changed_text(prepared, tmp_path):
-    folder = shutil.copytree(prepared[0], tmp_path / "d")
+    folder = shutil.copytree(prepared, tmp_path / "d")
     (folder / "train_00001.jsonl").write_bytes(b"{}\n")
-    with pytest.raises(UserError, match=r"train_00001.jsonl: missing or changed"):
-        retokenize(RetokenizeConfig(str(folder), str(tmp_path / "again"), vocab_size=300))
+    with pytest.raises(UserError, match=r"train_00001.jsonl: sha256 mismatch"):
+        retokenize_dataset(folder, tmp_path / "again", vocab_size=300)
     done = data_py("retokenize", folder)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "--output_dir=NEW" in done.stderr
 
 
-# --- At once ------------------------------------------------------------------------------------------------
-
-
-def test_two_runs_at_once_do_not_share_a_folder(stories, tmp_path):
-    with unfinished(tmp_path / "d"):
-        done = data_py(
-            f"--input_path={stories}", f"--output_dir={tmp_path / 'd'}", "--vocab_size=400"
-        )
-        assert done.returncode == 2
-        assert "another run is preparing it" in done.stderr
-
-
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared corpora")
-def test_real_corpora(tmp_path):
+def test_wikitext_becomes_articles(tmp_path):
     raw = SHARED / "wikitext2" / "wiki.valid.raw"
     splits, stats = prepare_dataset(raw, tmp_path / "wiki", vocab_size=4096, max_length=300_000)
-    assert stats["documents"]["read"] in (
-        60,
-        61,
-    )  # 60 articles, and the blank line before the first
+    assert stats["documents"]["read"] in (60, 61)  # 60 articles; a blank line before the first
     assert all(text.startswith("= ") for text in every(splits))
