@@ -1,9 +1,11 @@
 """Prepared tokens and rows -> batches; and the command for all data work.
 
-    python data.py configs/datasets/docstrings.json          prepare a dataset from raw text
-    python data.py inspect PATH                              show what a file or a dataset holds
-    python data.py retokenize FOLDER                         encode a dataset with another tokenizer
-    python data.py create_sample_datasets                    write small files for SFT and DPO
+    python data.py configs/datasets/docstrings.json   prepare a dataset from raw text
+    python data.py inspect PATH                       show what a file or a dataset holds
+    python data.py retokenize FOLDER                  encode a dataset with another tokenizer
+    python data.py create_sample_datasets             write small files for SFT and DPO
+
+Each command has its own --help.
 
 A batch is a pure function of (seed, step, micro-step, rank): there is no position to save, and
 nothing to lose when a run is killed. Arrays are numpy, without torch: B rows of T positions. Only
@@ -60,9 +62,8 @@ def permutation(size, seed, *words):
     NumPy's policy freezes RandomState: later releases must give the same order, or a resumed run
     would see other rows.
     """
-    return np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, *words]).permutation(
-        size
-    )
+    words = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, *words]
+    return np.random.RandomState(words).permutation(size)
 
 
 class TokenStream(BatchStream):
@@ -272,68 +273,36 @@ def pack_examples(examples, length):
 # The command
 
 
-def prepare_command(argv):
-    """Prepare a dataset from raw text: python data.py configs/datasets/NAME.json [--key=value ...]
+def command(word):
+    """Returns (function, configuration, fields that need no flag) of a command; loads corpus/."""
+    if word == "inspect":
+        from corpus.inspect import InspectConfig, inspect
 
-    Also: python data.py inspect PATH, retokenize FOLDER and create_sample_datasets; each has its
-    own --help.
-    """
-    from corpus import prepare
+        return inspect, InspectConfig, ["path"]
+    if word == "retokenize":
+        from corpus.prepare import RetokenizeConfig, retokenize
 
-    run(prepare.main, prepare.DataConfig, cleandoc(prepare_command.__doc__), argv=argv)
+        return retokenize, RetokenizeConfig, ["path"]
+    from corpus.samples import SampleFilesConfig, create_sample_datasets
 
-
-def inspect_command(argv):
-    """Show what a text, a file of conversations or preference pairs, or a prepared dataset holds.
-
-    python data.py inspect PATH [--tokenizer_path=FOLDER] [--template=chatml|instruct|chat]
-    """
-    from corpus import inspect
-
-    doc = cleandoc(inspect_command.__doc__)
-    run(inspect.main, inspect.InspectConfig, doc, argv=argv, positional=["path"])
-
-
-def retokenize_command(argv):
-    from corpus import prepare
-
-    doc = cleandoc(prepare.retokenize.__doc__)
-    run(prepare.retokenize, prepare.RetokenizeConfig, doc, argv=argv, positional=["path"])
-
-
-def sample_datasets_command(argv):
-    """Write small files to try alignment with, or find them there; never over other contents.
-
-    python data.py create_sample_datasets [--output_dir=data/samples] [--seed=42]
-    """
-    from corpus import samples
-
-    run(
-        samples.main,
-        samples.SampleFilesConfig,
-        cleandoc(sample_datasets_command.__doc__),
-        argv=argv,
-    )
+    return create_sample_datasets, SampleFilesConfig, []
 
 
 def main(argv):
-    """Runs the command that the first word names; any other is a preset to prepare."""
-    commands = {
-        "inspect": inspect_command,
-        "retokenize": retokenize_command,
-        "create_sample_datasets": sample_datasets_command,
-    }
+    """Runs the command that the first word names; without one it prepares a dataset."""
+    commands = ("inspect", "retokenize", "create_sample_datasets")
     word = argv[0] if argv and argv[0][:1] != "-" else ""
     if word in commands:
-        commands[word](argv[1:])
+        function, config, positional = command(word)
+        run(function, config, cleandoc(function.__doc__), argv=argv[1:], positional=positional)
     elif (near := closest(word, commands)) and not word.endswith(".json"):
         refuse(f"unknown command {word!r}; did you mean {near}?")
-    elif (
-        word and not word.endswith(".json") and Path(word).exists()
-    ):  # the text: a likely first try
+    elif word and not word.endswith(".json") and Path(word).exists():  # a likely first try
         refuse(f"{word!r} is no preset; to prepare it write --input_path={word}")
     else:
-        prepare_command(argv)
+        from corpus import prepare
+
+        run(prepare.main, prepare.DataConfig, __doc__, argv=argv)
 
 
 def refuse(reason):

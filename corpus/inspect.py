@@ -42,7 +42,11 @@ class InspectConfig:
     tokenizer_path: str = ""
 
 
-def main(cfg):
+def inspect(cfg):
+    """Show what a text, a file of conversations or preference pairs, or a prepared dataset holds.
+
+    python data.py inspect PATH [--tokenizer_path=FOLDER] [--template=chatml|instruct|chat]
+    """
     if not cfg.path:
         raise UserError("inspect needs a path: python data.py inspect PATH")
     folder = Path(cfg.path)

@@ -424,7 +424,11 @@ def rejected(answer, flaw, others, rng):
 # ---- the files
 
 
-def main(cfg):
+def create_sample_datasets(cfg):
+    """Write small files to try alignment with, or find them there; never over other contents.
+
+    python data.py create_sample_datasets [--output_dir=data/samples] [--seed=42]
+    """
     folder = Path(cfg.output_dir)
     files = {folder / f"{name}.jsonl": to_jsonl(rows) for name, rows in make_rows(cfg.seed).items()}
     try:

@@ -14,7 +14,7 @@ from corpus.samples import (
     FLAWS,
     TASKS,
     SampleFilesConfig,
-    main,
+    create_sample_datasets,
     make_rows,
     passes,
     summaries,
@@ -98,7 +98,7 @@ def test_every_check_tells_right_from_wrong(rows):
 
 
 def test_the_files_read_as_conversations_and_pairs(tmp_path, rows):
-    main(SampleFilesConfig(str(tmp_path)))
+    create_sample_datasets(SampleFilesConfig(str(tmp_path)))
     for name in FILES:
         read = read_chats if name.startswith("sft") else read_pairs
         assert len(read(tmp_path / f"{name}.jsonl", max_bad=0)) == len(rows[name])
@@ -108,22 +108,22 @@ def test_the_files_read_as_conversations_and_pairs(tmp_path, rows):
 
 
 def test_what_is_there_is_kept_and_anything_else_refused(tmp_path, capsys):
-    main(SampleFilesConfig(str(tmp_path)))
+    create_sample_datasets(SampleFilesConfig(str(tmp_path)))
     (tmp_path / "dpo_val.jsonl").unlink()
     before = (tmp_path / "sft_val.jsonl").stat()
-    main(SampleFilesConfig(str(tmp_path)))
+    create_sample_datasets(SampleFilesConfig(str(tmp_path)))
     assert capsys.readouterr().out.count("was there") == 3
     assert (tmp_path / "sft_val.jsonl").stat().st_mtime_ns == before.st_mtime_ns
     (tmp_path / "sft_val.jsonl").write_text("mine\n")
     with pytest.raises(
         UserError, match=r"sft_val.jsonl: exists, with other contents; name another"
     ):
-        main(SampleFilesConfig(str(tmp_path)))
+        create_sample_datasets(SampleFilesConfig(str(tmp_path)))
     assert (tmp_path / "sft_val.jsonl").read_text() == "mine\n"
     with pytest.raises(UserError, match="exists, with other contents"):
-        main(SampleFilesConfig(str(tmp_path), seed=1))
+        create_sample_datasets(SampleFilesConfig(str(tmp_path), seed=1))
     with pytest.raises(UserError, match=r"cannot be written \(Not a directory\)"):
-        main(SampleFilesConfig(str(tmp_path / "sft_val.jsonl" / "x")))
+        create_sample_datasets(SampleFilesConfig(str(tmp_path / "sft_val.jsonl" / "x")))
 
 
 def test_summaries_are_plain_lines_of_public_functions():
