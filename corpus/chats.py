@@ -265,7 +265,7 @@ def message_of(item, where):
         got = repr(speaker)[:40] if isinstance(speaker, str) else json_name(speaker)
         raise BadRow("unknown-role", f"{where}: role must be system, user or assistant, got {got}")
     if isinstance(content, list):
-        content = "".join(text_part(item, where) for item in content)
+        content = "".join(item_text(item, where) for item in content)
     if not isinstance(content, str):
         raise BadRow("not-a-string", f"{where}: content must be a string, got {json_name(content)}")
     if role == "system" and not content.strip():
@@ -273,11 +273,11 @@ def message_of(item, where):
     return {"role": role, "content": cleaned(content, where.replace('"', ""))}
 
 
-def text_part(item, where):
+def item_text(item, where):
     """Returns the text of one item of a content that is a list of {"type": "text", "text": ...}."""
     text = item.get("text") if isinstance(item, dict) and item.get("type") == "text" else None
     if not isinstance(text, str):
-        raise BadRow("not-a-string", f"{where}: content holds a part that is no text")
+        raise BadRow("not-a-string", f"{where}: content holds an item that is no text")
     return text
 
 
