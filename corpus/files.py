@@ -1,689 +1,535 @@
-"""What one file holds: its bytes, unpacked and decoded, then lines, rows, pages or the columns of a table.
+"""What a file holds: bytes decompressed and decoded, then lines, the text of a page, or rows.
 
-Files are foreign and often hostile. A row that cannot be read is counted by reason in the `Tally` given
-and passed over, a damaged file gives what stands before the damage and then raises an OSError, and memory
-stays bounded by MAX_LINE and BOMB_FLOOR whatever a file holds. What no tally can mend is a UserError: a
-decompression bomb, a package that is not installed.
+Files are foreign and often hostile. A row that cannot be read is counted by reason in the `Tally`.
+A damaged file gives what stands before the damage, then raises an OSError. Memory stays bounded by
+MAX_LINE and BOMB_FLOOR. A decompression bomb and a missing package are UserErrors.
 """
 
 import bz2
 import codecs
+import copy
 import csv
 import gzip
 import html
+import importlib
 import io
 import itertools
 import json
 import lzma
 import os
 import re
-import zlib
-from collections import deque
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
+from importlib.util import find_spec
 
 from lib.config import UserError
 
-MAX_LINE = (
-    16 << 20
-)  # bytes; a longer line, page or JSON value is dropped, and never held in memory whole
-BOMB_RATIO, BOMB_FLOOR = (
-    200,
-    64 << 20,
-)  # a compressed file may grow to 200 times its size, or to 64 MiB
-BUFFER = 1 << 20  # bytes read at once
-SAMPLE = 1 << 16  # bytes after a line that is not UTF-8, by which its file is judged
-
-# suffix -> how the file is read; each but the tables' may be compressed, and end in one of OPENERS too
-KINDS = {
-    ".txt": "text",
-    ".md": "text",
-    ".html": "html",
-    ".htm": "html",
-    ".json": "json",
-    ".jsonl": "jsonl",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-}
-TABLES = ("parquet", "arrow")
-ROW_KINDS = {"json", "jsonl", "csv", "tsv", *TABLES}
+MAX_LINE = 16 << 20  # characters; a longer line, page or JSON value is dropped, never held whole
+BOMB_RATIO, BOMB_FLOOR = 200, 64 << 20  # a file may unfold to 200 times its size, or to 64 MiB
+BUFFER = 1 << 20  # bytes or characters read at once
+JUDGED = 1 << 16  # characters by which a file that is not UTF-8 is judged
+BATCH_ROWS = 64  # of a table, held at once
 
 
-def kind_of(path):
-    """How to read a file, by its suffix (before .gz and the like); None if the suffix says nothing."""
-    inner = unpacked(path)
-    if inner.name.startswith("wiki.") and inner.suffix in (".raw", ".tokens"):
-        return "wikitext"
-    kind = KINDS.get(inner.suffix.lower())
-    return None if kind in TABLES and inner != path else kind
+class Tally:
+    """Counts by stage and reason, each with its first three examples: the content of stats.json.
+
+    `notes` are counted the same way, but nothing was dropped. `sources` holds for each source the
+    documents and bytes of text read, its weight, and whether max_samples capped it or it ended.
+    """
+
+    def __init__(self):
+        self.documents = self.bad_rows = self.kept = self.closed_bytes = 0
+        self.dropped, self.notes, self.sources = {"read": {}, "filter": {}, "dedup": {}}, {}, {}
+        self.open_files = {}  # file -> its size
+
+    def drop(self, stage, reason, where, text=""):
+        count_example(self.dropped[stage], reason, f"{where}: {text[:100]}" if text else where)
+
+    def bad(self, reason, where):
+        """Counts a row that could not be read at all."""
+        self.bad_rows += 1
+        self.drop("read", reason, where)
+
+    def note(self, reason, where):
+        """Counts a change that a reader made to a row and that its user should know of."""
+        count_example(self.notes, reason, where)
+
+    def reasons(self):
+        """Yields each (stage, reason, count, first example)."""
+        for stage, entries in self.dropped.items():
+            for reason, entry in sorted(entries.items()):
+                yield stage, reason, entry["count"], entry["examples"][0]
+
+    @property
+    def read_bytes(self):
+        """How far the input files were read, in bytes on disk; a closed file counts whole."""
+        for file in [file for file in self.open_files if file.closed]:
+            self.closed_bytes += self.open_files.pop(file)
+        return self.closed_bytes + sum(file.tell() for file in self.open_files)
+
+    def state(self):
+        """Returns all counts as plain values for a JSON file."""
+        return copy.deepcopy({k: v for k, v in vars(self).items() if k != "open_files"})
+
+    @classmethod
+    def from_state(cls, state):
+        """Returns the tally that state() describes."""
+        tally = cls()
+        vars(tally).update(copy.deepcopy(state))
+        return tally
 
 
-def unpacked(path):
-    """The path of a file without the ending of its compression."""
-    return path.with_suffix("") if path.suffix.lower() in OPENERS else path
+def count_example(entries, reason, example):
+    entry = entries.setdefault(reason, {"count": 0, "examples": []})
+    entry["count"] += 1
+    if len(entry["examples"]) < 3:  # a file's name may hold bytes that are no text
+        entry["examples"].append(example.encode(errors="backslashreplace").decode())
 
 
-def need_packages(path):
-    """Raise UserError if a package that a file of this name needs is not installed."""
-    if path.suffix.lower() == ".zst":
-        zstd_decompressor()
-    elif kind_of(path) in TABLES:
-        arrow()
-
-
-def arrow():
-    try:
-        import pyarrow.ipc
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(
-            ".parquet and .arrow files need the package pyarrow: pip install pyarrow"
-        ) from None
-    return pyarrow
-
-
-# --- Bytes --------------------------------------------------------------------------------------------------
+# --- Bytes ----------------------------------------------------------------------------------------
 
 
 class Damaged(OSError):
     """A file that breaks off, or whose bytes are not what its name says."""
 
 
-class Counted(io.FileIO):
-    """A file that tells the tally how far it was read."""
-
-    def __init__(self, path, tally):
-        super().__init__(path)
-        self.path, self.tally, self.position = path, tally, 0
-
-    def readinto(self, buffer):
-        count = super().readinto(buffer)
-        self.position += count
-        if self.tally is not None:
-            self.tally.reached(self.path, self.position)
-        return count
+class NoColumn(UserError):
+    """Rows without a column that could be the text."""
 
 
-class Bounded(io.RawIOBase):
-    """A raw stream over the decompressed `file` that raises UserError once more than `limit` bytes came."""
-
-    def __init__(self, file, limit, path):
-        self.file, self.left, self.limit, self.path = file, limit, limit, path
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        try:  # by read1, or what comes before a damage would be lost with it
-            data = self.file.read1(len(buffer))
-        except (EOFError, zlib.error, lzma.LZMAError) as error:
-            raise Damaged(str(error)) from None
-        self.left -= len(data)
-        if self.left < 0:
-            raise_bomb(self.path, self.limit)
-        buffer[: len(data)] = data
-        return len(data)
-
-
-def raise_bomb(path, limit):
-    raise UserError(f"{path}: decompresses to over {limit:,} bytes, {BOMB_RATIO} times its size")
-
-
-def bomb_limit(path):
-    return max(BOMB_FLOOR, BOMB_RATIO * os.path.getsize(path))
-
-
-def zstd_decompressor():
-    """What makes a decompressor for one frame, and the error that it raises."""
-    window = 31  # log2 of the largest window: what `zstd --long=31` asks for, 2 GiB
+def until_damaged(items, give_up):
+    """Yields `items` of a file to their end, or to a damage, which give_up(error) handles."""
     try:
-        from compression import zstd  # from Python 3.14 on
-    except ImportError:
-        try:
-            import zstandard
-        except ImportError:
-            raise UserError(
-                ".zst files need the package zstandard: pip install zstandard"
-            ) from None
-        return zstandard.ZstdDecompressor(
-            max_window_size=1 << window
-        ).decompressobj, zstandard.ZstdError
-    options = {zstd.DecompressionParameter.window_log_max: window}
-    return lambda: zstd.ZstdDecompressor(options=options), zstd.ZstdError
+        yield from items
+    except (OSError, NoColumn) as error:
+        give_up(error)
 
 
-class Unzstd(io.RawIOBase):
-    """The decompressed bytes of all frames of a .zst file; raises EOFError where one breaks off.
+def refuse_damaged(path, error):
+    raise UserError(f"{path}: cannot be read: damaged, or not permitted ({error})") from None
 
-    The package's own reader takes a file that was cut short for a whole one. Two KiB that are repeated bytes
-    alone unfold to 64 MiB, so that many are taken at once.
-    """
+
+def package(name, user, error=UserError):
+    """Returns an optional package's module; raises `error` with the pip command if it is absent."""
+    top = name.partition(".")[0]
+    if find_spec(top) is None:
+        raise error(f"{user} needs the package {top}: pip install {top}")
+    return importlib.import_module(name)
+
+
+class ZstdFile(io.RawIOBase):
+    """All frames of a .zst file; raises EOFError for a cut one, which zstandard takes for whole."""
 
     def __init__(self, file):
-        self.file, (self.new, self.error) = file, zstd_decompressor()
-        self.frame, self.held = None, memoryview(b"")
+        window = 1 << 31  # bytes: the largest, which `zstd --long=31` asks for
+        zstandard = package("zstandard", "a .zst file")
+        self.new = zstandard.ZstdDecompressor(max_window_size=window).decompressobj
+        self.file, self.frame, self.rest = file, None, b""
 
     def readable(self):
         return True
 
     def readinto(self, buffer):
-        while not self.held:
-            data = (
-                self.frame.unused_data if self.frame and self.frame.eof else b""
-            ) or self.file.read(2048)
+        while not self.rest:
+            ended = self.frame is None or self.frame.eof
+            data = (self.frame.unused_data if self.frame and ended else b"") or self.file.read(2048)
+            if not data and not ended:
+                raise EOFError("the file ended before the end of its last frame")
             if not data:
-                if self.frame and not self.frame.eof:
-                    raise EOFError("the file ended before the end of its last frame")
                 return 0
-            if not self.frame or self.frame.eof:
-                self.frame = self.new()
-            try:
-                self.held = memoryview(self.frame.decompress(data))
-            except self.error as error:
-                raise Damaged(str(error)) from None
-        count = min(len(buffer), len(self.held))
-        buffer[:count], self.held = self.held[:count], self.held[count:]
-        return count
+            self.frame = self.new() if ended else self.frame
+            self.rest = memoryview(self.frame.decompress(data))  # 2 KiB unfold to 64 MiB at most
+        size = min(len(buffer), len(self.rest))
+        buffer[:size], self.rest = self.rest[:size], self.rest[size:]
+        return size
 
 
-def open_zst(file):
-    return io.BufferedReader(Unzstd(file))
-
-
-OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zst}
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+OPENERS[".zst"] = lambda file: io.BufferedReader(ZstdFile(file), BUFFER)
 
 
 @contextmanager
-def open_bounded(path, tally=None):
-    """Open a file, decompressed, as a binary stream that refuses to unfold a decompression bomb.
+def open_bytes(path, tally=None):
+    """Opens a file as a binary stream, decompressed. Every damage is an OSError."""
+    try:
+        with open(path, "rb", BUFFER) as file:
+            if tally is not None:
+                tally.open_files[file] = os.path.getsize(path)
+            opener = OPENERS.get(path.suffix.lower())
+            yield opener(file) if opener else file
+    except (OSError, UserError, MemoryError):
+        raise
+    except Exception as error:  # each library has its own errors for bytes it cannot unpack
+        raise Damaged((str(error).splitlines() or [type(error).__name__])[0]) from None
 
-    UTF-16 and UTF-32 with a byte order mark come out as UTF-8, lines that end in carriage returns alone with
-    newlines. Every damage is an OSError.
+
+def bounded(items, path, size_of=len):
+    """Yields `items` of a file; raises UserError if they unfold to more than the file may."""
+    limit, size = max(BOMB_FLOOR, BOMB_RATIO * os.path.getsize(path)), 0
+    for item in items:
+        size += size_of(item)
+        if size > limit:
+            what = f"over {limit:,} bytes, {BOMB_RATIO} times its size"
+            raise UserError(f"{path}: decompresses to {what}; unpack it if that is right")
+        yield item
+
+
+# --- Text -----------------------------------------------------------------------------------------
+
+MARKS = {codecs.BOM_UTF8: "utf-8-sig"}
+MARKS |= {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}  # utf-16's begin these
+MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+# A byte that is not UTF-8 is read as \udc80 to \udcff; here is its character in cp1252, if any.
+CP1252 = {0xDC00 + byte: bytes([byte]).decode("cp1252", "ignore") for byte in range(128, 256)}
+CP1252 = {escape: char for escape, char in CP1252.items() if char}
+SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+def surrogate(text):
+    """Returns the match of the first lone surrogate or byte that was not UTF-8, if any."""
+    return None if text.isascii() else SURROGATES.search(text)
+
+
+def pieces(path, tally=None, newline=None):
+    """Yields the text of a file in lines; a line over MAX_LINE characters comes in pieces of that.
+
+    Lines end in \\n, whatever they end in on disk, unless `newline` is "".
     """
-    with io.BufferedReader(Counted(path, tally), BUFFER) as raw:
-        opener = OPENERS.get(path.suffix.lower())
-        if opener is None:
-            yield recoded(raw)
-            return
-        limit = bomb_limit(path)
-        with opener(raw) as file, io.BufferedReader(Bounded(file, limit, path), BUFFER) as bounded:
-            yield recoded(bounded)
+    with open_bytes(path, tally) as file:
+        head = file.peek(4)
+        encoding = next((MARKS[mark] for mark in MARKS if head.startswith(mark)), "utf-8")
+        errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
+        text = io.TextIOWrapper(file, encoding, errors, newline)
+        yield from bounded(iter(partial(text.readline, MAX_LINE), ""), path)
 
 
-WIDE = {
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-}  # before utf-16, whose marks they begin
-WIDE |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
-
-
-def recoded(file):
-    """`file` itself, or its text in UTF-8 with newlines where its head shows that it has neither."""
-    head = file.peek(SAMPLE)
-    for mark, encoding in WIDE.items():
-        if head.startswith(mark):
-            return io.BufferedReader(Recoded(file, wide_to_utf8(encoding)), BUFFER)
-    if b"\r" in head and b"\n" not in head:
-        return io.BufferedReader(Recoded(file, lambda data: data.replace(b"\r", b"\n")), BUFFER)
-    return file
-
-
-def wide_to_utf8(encoding):
-    decoder = codecs.getincrementaldecoder(encoding)()
-
-    def recode(data):
-        try:
-            return decoder.decode(data, final=not data).encode()
-        except UnicodeError as error:
-            raise Damaged(
-                f"not {encoding.upper()}, which its byte order mark says ({error.reason})"
-            ) from None
-
-    return recode
-
-
-class Recoded(io.RawIOBase):
-    """A raw stream of the bytes of `file`, put through `recode` piece by piece."""
-
-    def __init__(self, file, recode):
-        self.file, self.recode, self.held = file, recode, memoryview(b"")
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        data = None
-        while not self.held and data != b"":
-            data = self.file.read1(SAMPLE)
-            self.held = memoryview(self.recode(data))
-        count = min(len(buffer), len(self.held))
-        buffer[:count], self.held = self.held[:count], self.held[count:]
-        return count
+def grouped(parts, max_length, is_end=lambda part: False):
+    """Joins parts of text up to an end, or to max_length characters; a longer part stays whole."""
+    group, size = [], 0
+    for part in parts:
+        if group and size + len(part) > max_length:
+            yield "".join(group)
+            group, size = [], 0
+        group.append(part)
+        size += len(part)
+        if is_end(part):
+            yield "".join(group)
+            group, size = [], 0
+    if group:
+        yield "".join(group)
 
 
 def text_of(path):
-    """Returns the whole text of a file in UTF-8; UserError for other bytes, and for a damaged file."""
-    try:
-        with open_bounded(path) as file:
-            return file.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise UserError(f"{path}: byte {byte:#04x} at offset {error.start}: not UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: damaged, or not permitted ({error})") from None
+    """Returns the whole text of a file in UTF-8; UserError for other bytes or a damaged file."""
+    text = "".join(until_damaged(pieces(path, newline=""), partial(refuse_damaged, path)))
+    if byte := surrogate(text):
+        offset = len(text[: byte.start()].encode())
+        raise UserError(f"{path}: byte {ord(byte[0]) & 255:#04x} at offset {offset}: not UTF-8")
+    return text
 
 
-# --- Lines of text ------------------------------------------------------------------------------------------
+def numbered_lines(path, tally, parts):
+    """Yields (number, line) of the pieces of a text; counts and drops a line over MAX_LINE."""
+    number, whole = 0, True
+    for line in parts:
+        begins, whole = whole, len(line) < MAX_LINE or line.endswith("\n")
+        number += begins
+        if begins and whole:
+            yield number, line
+        elif begins:
+            tally.bad("line-over-16-MiB", f"{path} line {number}")
 
 
-def bounded_lines(path, tally):
-    """Yield (number, offset, line) of a file as bytes; a line over MAX_LINE is counted and passed over in
-    pieces.
-    """
-    with open_bounded(path, tally) as file:
-        number, offset, within = 0, 0, False  # within: in a line that was given up
-        while line := file.readline(MAX_LINE):
-            whole = line.endswith(b"\n") or len(line) < MAX_LINE
-            number += not within
-            if whole and not within:
-                yield number, offset, line.removeprefix(codecs.BOM_UTF8) if offset == 0 else line
-            elif not within:
-                tally.bad("line-over-16-MiB", f"{path} line {number}")
-            offset, within = offset + len(line), not whole
-
-
-def text_lines(path, tally):
-    """Yield (number, line) of a text file, whatever its line ends; each line but the last ends in a newline.
-
-    A line that is not UTF-8 is judged together with the SAMPLE bytes after it. Where they look like Western
-    text it is read as Windows' cp1252, which the tally notes. Otherwise it is dropped, and with it the rest
-    of the file if more than a tenth of those lines are not UTF-8 either.
-    """
-    lines, ahead, judged, foreign = bounded_lines(path, tally), deque(), 0, None
-    while line := ahead.popleft() if ahead else next(lines, None):
-        number, offset, raw = line
-        try:
-            text = raw.decode()
-        except UnicodeDecodeError as error:
-            if number > judged:
-                ahead.extend(sample(lines, SAMPLE))
-                judged = ahead[-1][0] if ahead else number
-                foreign = judge([raw, *(later for *_, later in ahead)])
-            what = f"byte {raw[error.start]:#04x} at offset {offset + error.start}: not UTF-8"
-            if foreign == "another encoding":
-                return tally.bad("not-utf-8", f"{path}: {what}; the file is dropped from here on")
-            if foreign == "damaged":
-                tally.bad("not-utf-8", f"{path} line {number}: {what}")
+def decoded_lines(path, tally):
+    """Yields (number, line) of a text; lines that are not UTF-8 as `encoding_from` judges them."""
+    encoding = None
+    for number, line in numbered_lines(path, tally, pieces(path, tally)):
+        if byte := surrogate(line):
+            encoding = encoding or encoding_from(path, number)
+            where = f"{path} line {number}: byte {ord(byte[0]) & 255:#04x}: not UTF-8"
+            if encoding == "unknown":
+                return tally.bad("not-utf-8", f"{where}; the file is dropped from here on")
+            line = line.translate(CP1252) if encoding == "cp1252" else line
+            if surrogate(line):
+                tally.bad("not-utf-8", where)
                 continue
-            tally.note("decoded-as-cp1252", f"{path} line {number}: {what}")
-            text = raw.decode(errors="stray-cp1252")
-        if "\r" not in text:
-            yield number, text
-            continue
-        for piece in re.findall(r"[^\n]*\n|[^\n]+", text.replace("\r\n", "\n").replace("\r", "\n")):
-            yield number, piece
+            tally.note("decoded-as-cp1252", where)
+        yield number, line
 
 
-def sample(lines, size):
-    """The next (number, offset, line) of `lines`, up to `size` bytes."""
-    while size > 0 and (line := next(lines, None)):
-        size -= len(line[2])
-        yield line
+def encoding_from(path, first):
+    """Returns the encoding from line `first` on, the first that is not UTF-8.
 
-
-def judge(lines):
-    """What lines are, the first of which is not UTF-8: "Western" text, "another encoding", or "damaged"."""
-    strays = []
-    for line in lines:
-        try:
-            line.decode()
-        except UnicodeDecodeError:
-            strays.append(line)
-    if looks_western(b"".join(strays)):
-        return "Western"
-    return "another encoding" if len(strays) > max(1, len(lines) / 10) else "damaged"
-
-
-def looks_western(data):
-    """Whether bytes that are not UTF-8 read as Western text in cp1252: letters, few of them accented, hardly
-    ever three in a row (which in Cyrillic, Greek or the East is the rule), and nothing that is no text.
-
-    Polish or Turkish in their own single bytes look the same: hence the note that text_lines makes.
+    It is "cp1252" (Western: letters, few of them accented, hardly ever three in a row, which in
+    Cyrillic, Greek or the East is the rule), "damaged" (few such lines) or "unknown". Polish in its
+    own single bytes looks Western too: hence the note. charset-normalizer is right on whole files,
+    but takes short KOI8-R for cp1251 and cp1252 for cp1250, and misread is worse than dropped.
     """
-    if re.search(rb"[\x00-\x07\x0e-\x1a\x1c-\x1f]", data):
-        return False
-    try:
-        text = data.decode(errors="stray-cp1252")
-    except UnicodeDecodeError:
-        return False
+    lines = numbered_lines(path, Tally(), pieces(path))
+    following = (line for number, line in lines if number >= first)
+    lines, size = [], 0
+    while size < JUDGED and (line := next(following, "")):
+        lines.append(line)
+        size += len(line)
+    strays = list(filter(surrogate, lines))
+    text = "".join(strays).translate(CP1252)
     plain = sum(map(len, re.findall("[A-Za-z]+", text)))
     runs = [len(run) for run in re.findall("[^\0-\x7f]+", re.sub("([^\0-\x7f])\\1+", r"\1", text))]
-    return sum(runs) <= 0.5 * plain and sum(run for run in runs if run > 2) <= 0.1 * sum(runs)
+    accented, in_rows = sum(runs), sum(run for run in runs if run > 2)
+    no_text = re.search("[\0-\x07\x0e-\x1a\x1c-\x1f\ud800-\udfff]", text)
+    if not no_text and accented <= 0.5 * plain and in_rows <= 0.1 * accented:
+        return "cp1252"
+    return "unknown" if len(strays) > max(1, len(lines) / 10) else "damaged"
 
 
-def stray_bytes(error):
-    """The error handler "stray-cp1252": what is UTF-8 stays, each other byte is read as cp1252 has it."""
-    bad = error.object[error.start : error.end]
-    return bad.decode("cp1252"), error.end
+# --- Pages of HTML --------------------------------------------------------------------------------
 
-
-codecs.register_error("stray-cp1252", stray_bytes)
-
-
-# --- Pages of HTML ------------------------------------------------------------------------------------------
-
-# html.parser would do, were it linear: 20 kB of "<a " hold Python 3.11's for seconds, growing with the square
-TAG = re.compile(r"</?([a-zA-Z][a-zA-Z0-9]{0,15})|<[!?]")
-UNSEEN = ("script", "style", "template", "svg")
-LONG_ENTITY = re.compile(
-    "&#(?:[0-9]{8,}|[xX][0-9a-fA-F]{7,});?"
-)  # no character; html.unescape may raise
+# Python 3.11's html.parser takes seconds for 20 kB of "<a ". These patterns never fail once they
+# have begun, so that every character is looked at once.
+HIDDEN = re.compile(
+    r"(?is)<!--.*?(?:-->|\Z)|<(script|style|template)\b.*?(?:</\1|\Z)[^>]*>?"
+    r"|<svg\b(?![^<>]{0,1000}/>).*?(?:</svg|\Z)[^>]*>?"
+)
+PRE = re.compile(r"(?is)(<pre\b.*?(?:</pre[^>]*>?|\Z))")
+TAG = re.compile(r'</?([a-zA-Z][a-zA-Z0-9]*)(?:[^">]++|"[^"<]{0,1000}"|")*+>?|<[!?][^>]*>?')
+LONG_ENTITY = re.compile("&#(?:[0-9]{8,}|[xX][0-9a-fA-F]{7,});?")  # html.unescape may raise
 
 
 def page_lines(path, tally):
-    """The lines of the text of a HTML page, each but the last ending in a newline."""
-    with open_bounded(path, tally) as file:
-        data = file.read(MAX_LINE + 1)
-    if len(data) > MAX_LINE:
-        return tally.bad("page-over-16-MiB", str(path))
-    try:
-        page = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        what = f"{path}: byte {data[error.start]:#04x} at offset {error.start}: not UTF-8"
-        if not looks_western(data):
-            return tally.bad("not-utf-8", what)
-        tally.note("decoded-as-cp1252", what)
-        page = data.decode(errors="stray-cp1252")
-    yield from re.findall(r"[^\n]*\n|[^\n]+", page_text(page))
+    """Yields (number, line) of the text of a HTML page."""
+    lines, size = [], 0
+    for _, line in decoded_lines(path, tally):
+        size += len(line)
+        if size > MAX_LINE:
+            return tally.bad("page-over-16-MiB", str(path))
+        lines.append(line)
+    yield from enumerate(io.StringIO(page_text("".join(lines))))
 
 
 def page_text(page):
-    """The text of a HTML page: tags, comments and scripts gone, entities decoded, each block on its lines.
-
-    White space is as a browser shows it. One pass, with every search for an end that is not there made once:
-    linear, whatever the page.
-    """
-    pieces, at, pre, last = [], 0, 0, page.rfind(">")
-    while match := TAG.search(page, at, last):
-        if at < match.start():
-            add_text(pieces, page[at : match.start()], pre)
-        name, closing = (match[1] or "").lower(), page[match.start() + 1] == "/"
-        at = tag_end(page, match)
-        if name in UNSEEN and not closing and page[at - 2] != "/":
-            end = re.compile(f"</{name}", re.IGNORECASE).search(page, at)
-            at = end.start() if end else len(page)
-        elif (gap := gap_of(name)) and not (
-            gap == " " and pieces and pieces[-1].endswith((" ", "\n"))
-        ):
-            pieces.append(gap)
-        pre = max(0, pre + (-1 if closing else 1)) if name == "pre" else pre
-    add_text(pieces, page[at:], pre)
-    lines = (line.rstrip() for line in "".join(pieces).split("\n"))
+    """Returns the visible text of a HTML page, with white space as a browser shows it."""
+    parts = PRE.split(HIDDEN.sub("", page))
+    for number, part in enumerate(parts):
+        preformatted = number % 2
+        part = part if preformatted else re.sub(r"\s+", " ", part)
+        part = TAG.sub(lambda tag: gap_of((tag[1] or "").lower()), part)
+        part = html.unescape(LONG_ENTITY.sub("", part))
+        if not preformatted:
+            part = re.sub(" ?\n ?", "\n", re.sub(r"[^\S\n]+", " ", part)).lstrip(" ")
+        parts[number] = part
+    lines = (line.rstrip() for line in "".join(parts).split("\n"))
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
 
 
 @lru_cache
 def gap_of(name):
-    """What white space a tag of this name stands for, before and after what it holds."""
+    """Returns the white space that a tag of this name stands for."""
     if re.fullmatch("p|h[1-6]|blockquote|pre|table|[uod]l|section|article|main|hr", name):
         return "\n\n"
-    if re.fullmatch(
-        "div|br|li|tr|d[td]|title|option|header|footer|nav|aside|caption|figure|form", name
-    ):
-        return "\n"
-    return " " if name in ("td", "th") else ""
+    lines = "div|br|li|tr|d[td]|title|option|header|footer|nav|aside|caption|figure|form"
+    return "\n" if re.fullmatch(lines, name) else " " * (name in ("td", "th"))
 
 
-def tag_end(page, match):
-    """Where the tag or comment that `match` opens ends; a ">" within double quotes does not end it."""
-    start = match.start()
-    if page.startswith("<!--", start):
-        end = page.find("-->", start + 4)
-        return end + 3 if end >= 0 else len(page)
-    end = page.find(">", match.end())
-    if page.count('"', start, end) % 2:
-        quote = page.find('"', end, end + 1000)
-        beyond = page.find(">", quote) if quote >= 0 else -1
-        end = beyond if beyond >= 0 else end
-    return end + 1
+# --- Rows -----------------------------------------------------------------------------------------
 
 
-def add_text(pieces, text, pre):
-    """Append what stands between two tags, its white space collapsed but within <pre>."""
-    text = html.unescape(LONG_ENTITY.sub("", text)) if "&" in text else text
-    if not pre:
-        text = re.sub(r"\s+", " ", text)
-        text = text.lstrip() if not pieces or pieces[-1].endswith(("\n", " ")) else text
-    if text:
-        pieces.append(text)
+def rows(path, tally, column=None):
+    """Yields (where, row) of a file of rows; a file whose name does not tell is taken for JSON.
 
-
-# --- Rows ---------------------------------------------------------------------------------------------------
-
-
-def rows(path, tally, pick=None):
-    """Yield (where, row) of a file of rows, whatever its kind; for `pick` see table_rows."""
+    `column`: of a table only the column of text is read; see choose_column.
+    """
     kind = kind_of(path)
-    if kind in TABLES:
-        return table_rows(path, tally, pick)
-    return {"json": json_rows, "jsonl": jsonl_rows, "csv": csv_rows, "tsv": tsv_rows}[kind](
-        path, tally
-    )
+    if kind == "parquet":
+        return parquet_rows(path, tally, column)
+    return ROW_READERS.get(kind, json_rows)(path, tally)
 
 
-class JsonReader:
-    """json.JSONDecoder that says what is wrong with a row: read() gives (value, end) or raises Bad."""
-
-    class Bad(Exception):
-        pass
-
-    def __init__(self):
-        self.constants = []
-        self.decoder = json.JSONDecoder(parse_constant=self.constants.append)
-
-    def read(self, text, start=0):
-        self.constants.clear()
-        try:
-            value, end = self.decoder.raw_decode(text, start)
-        except RecursionError:
-            raise self.Bad("too-deep") from None
-        except ValueError:
-            raise self.Bad("not-json") from None
-        if self.constants:
-            raise self.Bad("not-a-number", end)
-        return value, end
+DECODER = json.JSONDecoder(parse_constant=lambda name: None)  # NaN and Infinity are null
 
 
-def jsonl_rows(path, tally):
-    """One JSON value a line; blank lines are nothing."""
-    reader = JsonReader()
-    for number, _, raw in bounded_lines(path, tally):
-        where = f"{path} line {number}"
-        try:
-            if line := raw.decode().strip(" \t\r\n"):
-                value, end = reader.read(line)
-                if end != len(line):
-                    raise reader.Bad("not-json")
-                yield where, value
-        except UnicodeDecodeError:
-            tally.bad("not-utf-8", where)
-        except reader.Bad as error:
-            tally.bad(error.args[0], where)
+SEPARATORS = re.compile(r"[ \t\n,]*")
+
+
+def json_value(text, start=0):
+    """Returns (value, its end, None), or (None, start, why there is none) at a place of a text."""
+    try:
+        return *DECODER.raw_decode(text, start), None
+    except (ValueError, RecursionError) as error:
+        return None, start, "too-deep" if isinstance(error, RecursionError) else "not-json"
+
+
+def whole_json(text):
+    """Returns the JSON value that a text is from end to end, or None."""
+    value, end, _ = json_value(text)
+    return value if end == len(text) else None
 
 
 def json_rows(path, tally):
-    """The elements of a JSON list, read piece by piece; a file that is one object, or one a line, is taken as
-    such.
+    """Yields (where, value) of a JSON list, of one value a line, or of objects over several lines.
+
+    The first two lines tell, for suffixes mislead. A line that is a list of messages is a row.
     """
-    with open_bounded(path, tally) as raw:
-        file = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape")
-        head = file.read(1 << 16)
-        if head.lstrip().startswith("["):
-            yield from list_elements(head.lstrip()[1:], file, path, tally)
-            return
-        text = head + file.read(MAX_LINE)
-        single = not file.read(1)
-    try:
-        value, end = JsonReader().read(text.strip()) if single else (None, -1)
-    except JsonReader.Bad:
-        end = -1
-    if single and end == len(text.strip()):
-        yield str(path), value
+    parts, head, lines = pieces(path, tally), [], []
+    while len(lines) < 2 and len(head) < 1000 and (part := next(parts, "")):
+        head.append(part)
+        lines += [part.strip()] if part.strip() else []
+    first, second = (*lines, "", "")[:2]
+    value, parts = whole_json(first), itertools.chain(head, parts)
+    if isinstance(value, list):
+        message = value[0] if value else None
+        one_a_line = second or (isinstance(message, dict) and message.keys() & {"role", "from"})
     else:
-        yield from jsonl_rows(path, tally)
+        opens = first.startswith("[") or (first.startswith("{") and len(first) < MAX_LINE - 1)
+        goes_on = first in ("[", "{") or first.endswith(",") or whole_json(second) is None
+        one_a_line = value is not None or not (opens and goes_on)
+    yield from (json_lines if one_a_line else json_stream)(path, tally, parts)
 
 
-def list_elements(buffer, file, path, tally):
-    """Yield (where, element) of a JSON list whose text continues from `buffer` in `file`, holding one element
-    at a time.
-    """
-    reader, gap, start = JsonReader(), re.compile(r"[ \t\r\n,]*"), 0
-    for number in itertools.count(1):
-        where, problem = f"{path} element {number}", None
-        while True:
-            start = gap.match(buffer, start).end()
-            if buffer.startswith("]", start):
-                if (buffer[start + 1 :] + file.read(1 << 16)).strip():
-                    tally.bad(
-                        "after-the-list",
-                        f"{path}: what follows the end of its JSON list is dropped",
-                    )
-                return
-            try:
-                value, end = reader.read(buffer, start)
-            except reader.Bad as error:
-                problem, end = error.args[0], (error.args + (len(buffer),))[1]
-            if end < len(buffer) or problem == "too-deep":
-                break  # an element that reaches the end of the buffer may go on
-            held = len(buffer) - start
-            more = file.read(max(held, 1 << 16)) if held < MAX_LINE else ""
-            if not more:
-                if problem is None:
-                    yield where, value
-                why = "broken, or over 16 MiB; " if held >= MAX_LINE else ""
-                return tally.bad(
-                    problem or "not-json", f"{where} ({why}the file is dropped from here on)"
-                )
-            buffer, start, problem = buffer[start:] + more, 0, None
-        if problem == "too-deep":  # nothing tells where it ends
-            return tally.bad(problem, f"{where} (the file is dropped from here on)")
+def json_lines(path, tally, parts):
+    for number, line in numbered_lines(path, tally, parts):
+        if not (line := line.strip(" \t\n")):
+            continue
+        value, end, problem = json_value(line)
+        problem = "not-utf-8" if surrogate(line) else problem or ("not-json" if line[end:] else "")
         if problem:
-            tally.bad(problem, where)
+            tally.bad(problem, f"{path} line {number}")
         else:
-            yield where, value
-        start = end
+            yield f"{path} line {number}", value
 
 
-def csv_rows(path, tally, delimiter=","):
-    """The rows of a CSV file with a header line, as objects.
+def json_stream(path, tally, parts):
+    """Yields (where, element) of a JSON list, or values one after another; holds one at a time.
 
-    Where a comma stands in decimal numbers spreadsheets put semicolons between fields; the header tells.
+    Raises Damaged where it breaks off, at an element over MAX_LINE, and for text behind the list.
     """
+    buffer, number, last = "", 0, None
+    for part in itertools.chain(grouped(parts, BUFFER), [""]):  # "" is the end
+        buffer += part
+        if last is None:
+            buffer = buffer.lstrip()
+            last = "]" if buffer.startswith("[") else ""
+            buffer = buffer.removeprefix("[")
+        start = 0
+        while True:
+            start = SEPARATORS.match(buffer, start).end()
+            value, end, problem = json_value(buffer, start)
+            if problem or (end == len(buffer) and part):  # it may go on in the next part
+                break
+            number += 1
+            yield f"{path} element {number}", value
+            start = end
+        buffer = buffer[start:]
+        if len(buffer) > MAX_LINE:
+            break
+    if buffer.rstrip() != last:
+        behind = last and buffer.startswith(last)
+        why = "text follows its end" if behind else "it is broken, or an element is over 16 MiB"
+        raise Damaged(f"its JSON stops after {number} elements: {why}")
+
+
+def csv_rows(path, tally, delimiters=",;\t|"):
+    """Yields (where, row) of a CSV file, each an object; its header line tells the delimiter."""
     csv.field_size_limit(MAX_LINE)
-    lines = (line for _, line in text_lines(path, tally))
+    lines = (line for _, line in decoded_lines(path, tally))
     header = next(lines, "")
-    if delimiter == "," and "," not in header and ";" in header:
-        delimiter = ";"
-    rows = csv.DictReader(itertools.chain([header] if header else [], lines), delimiter=delimiter)
+    delimiter = max(delimiters, key=header.count)
+    reader = csv.DictReader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
     while True:
         try:
-            row = next(rows)
-        except StopIteration:
-            return
+            row = next(reader, None)
         except csv.Error as error:
-            tally.bad("not-csv", f"{path} line {rows.line_num}: {error}")
+            tally.bad("not-csv", f"{path} line {reader.line_num}: {error}")
             continue
-        yield f"{path} line {rows.line_num}", row
+        if row is None:
+            return
+        where = f"{path} line {reader.line_num}"
+        if None in row:
+            tally.bad("not-csv", f"{where}: more cells than the header; put text in quotes")
+        else:
+            yield where, row
 
 
-def tsv_rows(path, tally):
-    return csv_rows(path, tally, "\t")
+def parquet_rows(path, tally, column=None):
+    """Yields (where, row) of a .parquet file, read piece by piece; for `column` see `rows`."""
+    parquet = package("pyarrow.parquet", "a .parquet file")
+    with open_bytes(path, tally) as file:
+        table = parquet.ParquetFile(file, buffer_size=BUFFER, pre_buffer=False)
+        names = None if column is None else [text_column(path, table.schema_arrow, column)]
+        batches = table.iter_batches(BATCH_ROWS, columns=names, use_threads=False)
+        rows = bounded(itertools.chain.from_iterable(map(batch_rows, batches)), path, characters)
+        for number, row in enumerate(rows, start=1):
+            if isinstance(row, Exception):
+                tally.bad("unreadable-row", f"{path} row {number}: {row}")
+            else:
+                yield f"{path} row {number}", row
 
 
-# --- Tables -------------------------------------------------------------------------------------------------
-
-ROWS = 64  # of a table held at once
-
-
-def table_rows(path, tally, pick=None):
-    """Yield (where, row) of a .parquet or .arrow file, read piece by piece.
-
-    `pick` is given the names of the columns of text and of all columns, and returns that of the only one to
-    read; without it rows come whole.
-    """
-    pyarrow, limit, number = arrow(), bomb_limit(path), 0
-    batches = parquet_batches if kind_of(path) == "parquet" else arrow_batches
-    try:
-        for position, batch in batches(pyarrow, path, pick):
-            for problem, row in batch_rows(batch):
-                number += 1
-                where = f"{path} row {number}"
-                if problem:
-                    tally.bad(problem, where)
-                    continue
-                limit -= sum(len(value) for value in row.values() if isinstance(value, str))
-                if limit < 0:
-                    raise_bomb(path, bomb_limit(path))
-                yield where, row
-            tally.reached(path, position)
-    except (pyarrow.ArrowException, UnicodeError) as error:
-        raise Damaged((str(error).splitlines() or [""])[0]) from None
-
-
-def parquet_batches(pyarrow, path, pick):
-    """Yield (bytes of the file read until then, about; record batch)."""
-    size = os.path.getsize(path)
-    with pyarrow.parquet.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as file:
-        columns, count, done = chosen(pyarrow, file.schema_arrow, pick), file.metadata.num_rows, 0
-        for batch in file.iter_batches(ROWS, columns=columns, use_threads=False):
-            done += len(batch)
-            yield size * done // max(count, done), batch
-
-
-def arrow_batches(pyarrow, path, pick):
-    """Yield (bytes of the file read until then, record batch) of either form of Arrow's IPC format."""
-    with pyarrow.memory_map(str(path)) as file:
-        random_access = file.read(6) == b"ARROW1"
-        file.seek(0)
-        table = (pyarrow.ipc.open_file if random_access else pyarrow.ipc.open_stream)(file)
-        columns = chosen(pyarrow, table.schema, pick)
-        batches = map(table.get_batch, range(table.num_record_batches)) if random_access else table
-        for batch in batches:
-            batch = batch.select(columns) if columns else batch
-            for start in range(0, len(batch), ROWS):
-                yield file.tell(), batch.slice(start, ROWS)
-
-
-def chosen(pyarrow, schema, pick):
-    """The list of the one column that `pick` chooses, or None."""
-    types = pyarrow.types
-    texts = (types.is_string, types.is_large_string, types.is_string_view)
-
-    def holds_text(kind):
-        kind = kind.value_type if types.is_dictionary(kind) else kind
-        return any(is_text(kind) for is_text in texts)
-
-    return (
-        [pick([field.name for field in schema if holds_text(field.type)], schema.names)]
-        if pick
-        else None
-    )
+def characters(row):
+    values = row.values() if isinstance(row, dict) else ()
+    return sum(len(value) for value in values if isinstance(value, str))
 
 
 def batch_rows(batch):
-    """Yield (None, row) of a record batch, or (what is wrong with it, None)."""
+    """Returns the rows of a record batch; an error in place of one that Python cannot hold."""
     try:
-        yield from ((None, row) for row in batch.to_pylist())
-    except (
-        ValueError,
-        OverflowError,
-    ):  # bytes that are no UTF-8, a date beyond Python's: find which
-        for number in range(len(batch)):
-            try:
-                yield None, batch.slice(number, 1).to_pylist()[0]
-            except UnicodeDecodeError:
-                yield "not-utf-8", None
-            except (ValueError, OverflowError):
-                yield "unreadable-row", None
+        return batch.to_pylist()
+    except (ValueError, OverflowError) as error:  # bytes that are not UTF-8, the year 20,000
+        if len(batch) == 1:
+            return [error]
+        return [row for number in range(len(batch)) for row in batch_rows(batch.slice(number, 1))]
+
+
+def text_column(path, schema, column):
+    """Returns the name of a table's column of text."""
+    strings = ("string", "large_string", "string_view")
+    kinds = {field.name: str(getattr(field.type, "value_type", field.type)) for field in schema}
+    texts = [name for name, kind in kinds.items() if kind in strings]
+    return choose_column(column, path, texts, schema.names)
+
+
+USUAL = ("text", "content", "document", "article", "body", "passage", "markdown")
+
+
+def choose_column(column, where, texts, names):
+    """Returns which of a row's columns `names` is its text; `texts` are those that hold text.
+
+    `column` if given, else a usual one, else the only one. Raises NoColumn.
+    """
+    for name in [column] if column else [*USUAL, *(texts if len(texts) == 1 else ())]:
+        if name in texts:
+            return name
+    columns = ", ".join(map(str, names))[:200] or "no columns at all"
+    what = "no column that is surely the text"
+    if column:
+        what = f"no column '{column}'{' of text' if column in names else ''}"
+    raise NoColumn(f"{where}: {what} among {columns}; name it with --text_column=NAME")
+
+
+# --- Names ----------------------------------------------------------------------------------------
+
+ROW_READERS = {"json": json_rows, "jsonl": json_rows, "csv": csv_rows, "parquet": parquet_rows}
+ROW_READERS["tsv"] = partial(csv_rows, delimiters="\t,;|")
+SUFFIXES = {".txt": "text", ".md": "text", ".html": "html", ".htm": "html"}
+SUFFIXES |= {f".{kind}": kind for kind in ROW_READERS}
+PACKAGES = {".zst": "zstandard", ".parquet": "pyarrow.parquet"}
+
+
+def inner_path(path):
+    """Returns the path of a file without the suffix of its compression."""
+    return path.with_suffix("") if path.suffix.lower() in OPENERS else path
+
+
+def kind_of(path):
+    """Returns how to read a file, by its suffix; None if the suffix does not tell."""
+    inner = inner_path(path)
+    if inner.name.startswith("wiki.") and inner.suffix in (".raw", ".tokens"):
+        return "wikitext"
+    kind = SUFFIXES.get(inner.suffix.lower())
+    return None if kind == "parquet" and inner != path else kind
+
+
+def check_packages(files):
+    """Raises UserError if a package that one of the files needs is not installed."""
+    for suffix in sorted({path.suffix.lower() for path in files} & PACKAGES.keys()):
+        package(PACKAGES[suffix], f"a {suffix} file")

@@ -20,9 +20,9 @@ from corpus.chats import (
     to_pair,
     usable_rows,
 )
-from corpus.files import ROW_KINDS, kind_of
+from corpus.files import ROW_READERS, USUAL, kind_of
 from corpus.prepare import DataConfig
-from corpus.sources import USUAL, Tally, input_files, peek, rows_of
+from corpus.sources import Tally, input_files, peek, rows_of
 from lib.config import UserError
 from lib.folders import AGAIN, Shards, read_manifest
 from lib.tokenizer import TEMPLATES, Tokenizer, render, usual_template
@@ -107,8 +107,8 @@ def holds_text(path):
     if path.startswith("docstrings:"):
         return True
     if not path.startswith("hf:") and Path(path).exists():
-        kinds = {kind_of(file) for file in input_files(path, tables=True)}
-        if kinds and not kinds & {*ROW_KINDS, None}:
+        kinds = {kind_of(file) for file in input_files(path)}
+        if kinds and not kinds & {*ROW_READERS, None}:
             return True
     rows = [row for _, row in islice(rows_of(path, Tally()), 20) if isinstance(row, dict)]
     usual = any(row.keys() & set(USUAL) for row in rows)

@@ -202,7 +202,7 @@ QA = {"prompt": "q", "response": "a"}
 BAD_CHATS = [
     (DEEP, "too-deep", ""),
     ('{"prompt": ' + DEEP, "too-deep", ""),
-    ('{"prompt": "q", "response": NaN}', "not-a-number", ""),
+    ('{"prompt": "q", "response": NaN}', "not-a-string", "response"),
     ('{"prompt": "q", "response": "\\ud800"}', "bad-unicode", '"response" holds a lone surrogate'),
     ("{nothing", "not-json", ""),
     (b'{"prompt": "\xff"}', "not-utf-8", ""),
@@ -351,7 +351,7 @@ def test_a_list_with_a_bad_element_goes_on(tmp_path):
     tally = Tally()
     (tmp_path / "rows.json").write_text(text[:-1] + ', {"prompt": NaN}]')
     assert len(read_chats(tmp_path / "rows.json", tally)) == 40
-    assert reasons(tally) == {"missing-field": 1, "not-a-number": 1}
+    assert reasons(tally) == {"missing-field": 1, "not-a-string": 1}
     assert "element 4" in tally.dropped["read"]["missing-field"]["examples"][0]
 
 
@@ -364,10 +364,10 @@ NINE = json.dumps([ROW] * 9)
         ("empty.jsonl", b"", "0 usable rows of 0: it is empty"),
         ("blank.jsonl", b"\n \n", "0 usable rows of 0"),
         ("list.json", b"[]", "0 usable rows of 0"),
-        ("open.json", b"[", "a JSON list that breaks off after 0 elements"),
-        ("cut.json", NINE[:-20].encode(), "a JSON list that breaks off after 8 elements"),
-        ("unclosed.json", NINE[:-1].encode(), "a JSON list that breaks off after 9 elements"),
-        ("deep.json", DEEP.encode(), "a JSON list that breaks off after 0 elements"),
+        ("open.json", b"[", "its JSON stops after 0 elements: it is broken"),
+        ("cut.json", NINE[:-20].encode(), "its JSON stops after 8 elements: it is broken"),
+        ("unclosed.json", NINE[:-1].encode(), "its JSON stops after 9 elements: it is broken"),
+        ("deep.json", DEEP.encode(), "its JSON stops after 0 elements: it is broken"),
         ("two.json", f"[\n{LINE}\n]\n".encode() * 2, "more text behind it after 1 elements"),
         ("binary.jsonl", bytes(range(256)) * 20, "0 usable rows"),
         ("nul.jsonl", b"\0" * 5000, "0 usable rows"),
@@ -392,7 +392,7 @@ def test_a_missing_file_and_a_folder_without_rows_are_named(tmp_path):
         read_pairs(tmp_path)
     for name in ("a.txt", "b.md"):
         (tmp_path / name).write_text("x")
-    with pytest.raises(UserError, match=r"holds no file of rows: .jsonl, .json, .csv"):
+    with pytest.raises(UserError, match=r"holds no file of rows: .json, .jsonl, .csv"):
         read_pairs(tmp_path)
 
 
