@@ -86,7 +86,7 @@ def source_of(where, entry):
             hint = config.did_you_mean(key, options) or f"; known are {', '.join(options)}"
             raise UserError(f"{where}: unknown key {key!r}{hint}")
     for key, option in options.items():
-        if option.default is config.REQUIRED and not values.get(key):
+        if option.default is config.NO_DEFAULT and not values.get(key):
             raise UserError(f"{where}: {key} is {'empty' if key in values else 'missing'}")
     return Source(**values)
 
