@@ -374,14 +374,15 @@ def read_prompts(path=None, fast=False):
 
 def to_prompt(row):
     """Returns ("prompt", Prompt) of a text or an object; keys that are no fields are ignored."""
-    row, knobs = {"prompt": row} if isinstance(row, str) else row, config.knobs_of(Prompt)
+    row, options = {"prompt": row} if isinstance(row, str) else row, config.options_of(Prompt)
     need(isinstance(row, dict) and is_text(row.get("prompt")), 'expected {"prompt": text}')
-    for key in row.keys() - knobs.keys():
-        near = config.closest(key, knobs, cutoff=0.8)
+    for key in row.keys() - options.keys():
+        near = config.closest(key, options, cutoff=0.8)
         need(not near, f"unknown key {key!r}; did you mean {near!r}?")
     try:
         values = {
-            key: config.accept(key, row[key], knobs[key], "prompt") for key in row.keys() & knobs
+            key: config.accept(key, row[key], options[key], "prompt")
+            for key in row.keys() & options
         }
         prompt = Prompt(**values)
         prompt.check and is_right(prompt.check, "words")
@@ -515,8 +516,7 @@ PROTOCOL = {
     "questions": "log-likelihood of answers after BOS and the context, tokenized as in lm-eval; "
     "accuracy_norm: per character; a long context loses its beginning; no template, no examples",
     "boolq": "PASSAGE, 'Question: QUESTION?', 'Answer:', followed by ' no' or ' yes' (as lm-eval)",
-    "calibrated_accuracy": "without the mean log-odds over all questions (after Batch Calibration, "
-    "Zhou et al. 2024): without the liking for one answer",
+    "calibrated_accuracy": "without the mean log-odds over all questions (Batch Calibration)",
     "ci95": "Wilson's interval; the verdict asks whether the baseline lies inside",
     "smoke": "the mean of repetition, ending, answer and length; see score_response in eval.py",
 }
@@ -571,13 +571,13 @@ def main(cfg):
 
 def model_facts(cfg, model, tokenizer):
     shape, counts = model.cfg, count_parameters(model.cfg)
-    sizes = ("n_layer", "d_model", "n_head", "kv_heads", "d_ff")
     facts = {"path": cfg.model_path, "name": shape.model_name}
     facts |= {"sha256": identify(cfg.model_path).sha256, "parameters": counts["total"]}
-    facts |= {"non_embedding": counts["non_embedding"]}
-    facts |= {"shape": {key: getattr(shape, key) for key in sizes}}
-    facts |= {"sequence_length": shape.sequence_length, "vocab_size": shape.vocab_size}
-    return facts | {"tokenizer_sha256": tokenizer.sha256, "template": tokenizer.template}
+    sizes = ("n_layer", "d_model", "n_head", "kv_heads", "d_ff")
+    facts["shape"] = {key: getattr(shape, key) for key in sizes}
+    facts |= {key: getattr(shape, key) for key in ("sequence_length", "vocab_size")}
+    facts |= {"tokenizer_sha256": tokenizer.sha256, "template": tokenizer.template}
+    return facts | {"non_embedding": counts["non_embedding"]}
 
 
 def rows_at_once(cfg, model, context):
@@ -696,57 +696,30 @@ def task_result(kind, questions, scores):
 # ----------------------------------------------------------------------------------------------
 # The report
 
-
-def dig(results, *keys):
-    """Returns what lies at this place of nested objects, None if nothing does."""
-    for key in keys:
-        results = results.get(key) if isinstance(results, dict) else None
-    return results
+KEYS = ("bits_per_byte", "word_perplexity", "token_perplexity", "accuracy", "accuracy_norm")
+KEYS += ("calibrated_accuracy", "perplexity", "score", "eos_rate")  # the main numbers of a part
 
 
-class Metric(NamedTuple):
-    """A number of results.json: its place, how it is shown, which end of a range is good."""
-
-    name: str
-    place: tuple[str, ...]
-    form: str
-    lower_is_better: bool = False
-
-    def of(self, results):
-        """Returns the number, None where it was not measured."""
-        value = dig(results, *self.place)
-        return value if type(value) in (int, float) and math.isfinite(value) else None
-
-    def shown(self, value):
-        if value is None:
-            return "not measured"
-        return f"{value:.3g}" if self.form == ",.2f" and value >= 1e5 else format(value, self.form)
+def parts_of(results):
+    """Returns {"perplexity", "boolq", "tasks.NAME", "smoke": part}."""
+    parts = {"perplexity": results["perplexity"], "boolq": results["boolq"]}
+    parts |= {f"tasks.{Path(path).name}": part for path, part in results.get("tasks", {}).items()}
+    return parts | {"smoke": results["smoke"]}
 
 
-def tasks_of(*all_results):
-    """Returns {name: place} of BoolQ and of all other tasks."""
-    paths = [path for results in all_results for path in results.get("tasks", {})]
-    return {"BoolQ": ("boolq",)} | {Path(path).name: ("tasks", path) for path in paths}
+def main_numbers(results):
+    """Returns {"perplexity.bits_per_byte": number, ...}: by their places in results.json."""
+    parts = parts_of(results).items()
+    numbers = {f"{name}.{key}": part.get(key) for name, part in parts for key in KEYS}
+    return {place: number for place, number in numbers.items() if number is not None}
 
 
-def result_metrics(*all_results):
-    """Returns the Metrics of results; of those that none has, only the main ones."""
-    metrics = [Metric("bits per byte", ("perplexity", "bits_per_byte"), ".4f", True)]
-    for kind in ("word", "token"):
-        name, place = f"{kind} perplexity", ("perplexity", f"{kind}_perplexity")
-        metrics.append(Metric(name, place, ",.2f", True))
-    for name, place in tasks_of(*all_results).items():
-        metrics += [
-            Metric(f"{name} accuracy", (*place, "accuracy"), ".1%"),
-            Metric(f"{name}, by the character", (*place, "accuracy_norm"), ".1%"),
-            Metric(f"{name}, calibrated", (*place, "calibrated_accuracy"), ".1%"),
-            Metric(f"{name}, perplexity of the word", (*place, "perplexity"), ",.2f", True),
-        ]
-    metrics.append(Metric("smoke score", ("smoke", "score"), ".3f"))
-    metrics.append(Metric("ends by itself", ("smoke", "eos_rate"), ".1%"))
-    main = ("bits_per_byte", "accuracy", "score", "eos_rate")
-    has = lambda metric: any(metric.of(results) is not None for results in all_results)
-    return [metric for metric in metrics if metric.place[-1] in main or has(metric)]
+def shown_number(place, number):
+    if number is None:
+        return "not measured"
+    if place.endswith(("accuracy", "accuracy_norm", "eos_rate")):
+        return f"{number:.1%}"
+    return f"{number:,.5g}"
 
 
 def aligned(rows):
@@ -757,20 +730,20 @@ def aligned(rows):
 
 def headline(results):
     """Returns the main numbers, each with what to hold it against, and a verdict on each part."""
-    rows, verdicts = [], []
-    for metric in result_metrics(results):
-        part, key, beside = dig(results, *metric.place[:-1]), metric.place[-1], ""
+    rows, verdicts, parts = [], [], parts_of(results)
+    for place, number in main_numbers(results).items():
+        name, _, key = place.rpartition(".")
+        part, beside = parts[name], ""
         if "baselines" in part:
-            others = {name: part["baselines"][name][key] for name in ("unigram", "xz")}
-            beside = ", ".join(f"{name} {metric.shown(other)}" for name, other in others.items())
-        elif limits := part.get(key.replace("accuracy", "ci95")) if "accuracy" in key else None:
-            beside = f"95% {limits[0]:.1%} to {limits[1]:.1%}, n {part['n']:,}"
-        rows.append([metric.name, metric.shown(metric.of(results)), beside])
-    for name, place in {"perplexity": ("perplexity",), **tasks_of(results)}.items():
-        part = dig(results, *place)
-        verdicts.append(
-            f"{name}: " + ": ".join([part["verdict"], *filter(None, [part.get("reason")])])
-        )
+            others = {other: part["baselines"][other][key] for other in ("unigram", "xz")}
+            beside = ", ".join(f"{o} {shown_number(place, n)}" for o, n in others.items())
+        elif key in ("accuracy", "calibrated_accuracy"):
+            low, high = part[key.replace("accuracy", "ci95")]
+            beside = f"95% {low:.1%} to {high:.1%}, n {part['n']:,}"
+        rows.append([place, shown_number(place, number), beside])
+    for name, part in [*parts.items()][:-1]:
+        reason = f": {part['reason']}" if "reason" in part else ""
+        verdicts.append(f"{name}: {part['verdict']}{reason}")
         if part.get("calibrated_verdict"):
             counts = ", ".join(f"{key!r} {count:,}" for key, count in part["predicted"].items())
             words = f"{part['calibrated_verdict']}; uncalibrated it answered {counts}"
@@ -788,14 +761,10 @@ def report_text(results, detailed=False):
     for name, part in results.items():
         parts += [f"## {name}", "\n".join(listing(part))]
     for row in responses if detailed else ():
-        scores = ", ".join(
-            f"{name} {value:.2f}" for name, value in row["parts"].items() if value is not None
-        )
-        parts.append(f"**{row['category']}: {row['score']:.2f}** ({scores}; {row['finish']})")
-        parts.append("\n".join(f"> {line}" for line in row["prompt"].strip().splitlines()))
-        parts.append(
-            "\n".join(f"    {line}" for line in row["response"].splitlines()) or "(nothing)"
-        )
+        quoted = row["prompt"].strip().replace("\n", "\n> ")
+        parts += [f"## {row['category']}: {row['score']:.2f}", f"> {quoted}"]
+        parts.append("    " + row["response"].replace("\n", "\n    "))
+        parts.append("\n".join(listing(row["parts"] | {"finish": row["finish"]})))
     return "\n\n".join(parts) + "\n"
 
 
@@ -812,14 +781,7 @@ def listing(part, indent=""):
 # ----------------------------------------------------------------------------------------------
 # Results side by side, and beside what is expected of a size
 
-BROKEN = (
-    AttributeError,
-    ArithmeticError,
-    IndexError,
-    KeyError,
-    TypeError,
-    ValueError,
-)  # by odd JSON
+BROKEN = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # by odd JSON
 
 
 def read_results(path):
@@ -831,6 +793,10 @@ def read_results(path):
     return results
 
 
+def lower_is_better(place):
+    return place.startswith("perplexity") or place.endswith("perplexity")
+
+
 def compare(files, cfg):
     """Several models side by side: python eval.py compare A.json B.json ... (or their folders)
 
@@ -838,35 +804,37 @@ def compare(files, cfg):
     """
     if len(files) < 2:
         raise UserError("compare needs two results or more: python eval.py compare A.json B.json")
-    all_results = [read_results(file) for file in files]
+    models = [read_results(file) for file in files]
     rows, notes = [["", *map(str, files)]], ["* the best"]
-    for place in ("model name", "model non_embedding", "perplexity context", "perplexity stride"):
-        values = [dig(results, *place.split()) for results in all_results]
-        rows.append([place.split()[1], *("" if v is None else str(v) for v in values)])
-    for metric in result_metrics(*all_results):
-        measured = [results for results in all_results if metric.of(results) is not None]
-        top = (min if metric.lower_is_better else max)(map(metric.of, measured), default=None)
+    rows.append(["model", *(str(results["model"]["name"]) for results in models)])
+    rows.append(["parameters", *(f"{r['model']['non_embedding']:,}" for r in models)])
+    for key in ("context", "stride"):
+        rows.append([key, *(str(results["perplexity"].get(key, "")) for results in models)])
+    numbers = [main_numbers(results) for results in models]
+    for place in dict.fromkeys(place for found in numbers for place in found):
+        measured = [results for results, found in zip(models, numbers) if place in found]
+        top = (min if lower_is_better(place) else max)(f[place] for f in numbers if place in f)
+        basis = [basis_of(place, results) for results in measured]
         star = " *" if len(measured) > 1 else ""
-        basis = [basis_of(metric, results) for results in measured]
         if any(other != basis[0] for other in basis):
             star = ""
-            notes.append(f"{metric.name}: not to be compared, {basis[0][0]} differ")
-        values = [metric.of(results) for results in all_results]
-        rows.append([metric.name, *(metric.shown(v) + star * (v == top) for v in values)])
+            notes.append(f"{place}: not to be compared, {basis[0][0]} differ")
+        values = [found.get(place) for found in numbers]
+        rows.append([place, *(shown_number(place, v) + star * (v == top) for v in values)])
     return "\n".join([aligned(rows), "", *notes])
 
 
-def basis_of(metric, results):
-    """Returns what a metric was measured on, its name first: values compare where it is equal."""
-    part = results[metric.place[0]]
-    if metric.place[0] == "smoke":
+def basis_of(place, results):
+    """Returns what a number was measured on, its name first: numbers compare where it is equal."""
+    part = parts_of(results)[place.rpartition(".")[0]]
+    if "text" not in part and "responses" not in part:
+        return "the numbers of questions", part["n"]
+    if "responses" in part:
         prompts = [row["prompt"] for row in part["responses"]]
-        return "the prompts or lengths", prompts, dig(part, "settings", "max_new_tokens")
-    if metric.place[0] != "perplexity":
-        return "the numbers of questions", dig(results, *metric.place[:-1], "n")
+        return "the prompts or lengths", prompts, part["settings"]["max_new_tokens"]
     text = part["text"]["sha256"], part["text"]["part"]
-    if metric.place[1] == "token_perplexity":
-        return "the texts or tokenizers", text, results["model"].get("tokenizer_sha256")
+    if place.endswith("token_perplexity"):
+        return "the texts or tokenizers", text, results["model"]["tokenizer_sha256"]
     return "the texts", text
 
 
@@ -880,36 +848,33 @@ def assess(files, cfg):
         raise UserError("assess needs one file of results: python eval.py assess results.json")
     results, rows = read_results(files[0]), []
     expected, count = config.read_object(cfg.expected), results["model"]["non_embedding"]
-    form = '{size: {"non_embedding": count, "ranges": [{metric: [low, high], ...}]}}'
+    form = '{size: {"non_embedding": count, "ranges": [{place: [low, high], ...}]}}'
     with refusing(BROKEN, f"{cfg.expected}: must hold sizes, {form}"):
         sizes = {name: entry["non_embedding"] for name, entry in expected["sizes"].items()}
         size = min(sizes, key=lambda name: abs(math.log(count / sizes[name])))  # nearest by ratio
         for entry in expected["sizes"][size]["ranges"]:
-            for metric in result_metrics(results):
-                if limits := entry.get(".".join(metric.place)):
-                    rows.append(judged(metric, results, entry, *limits))
+            places = [place for place in entry if place not in ("source", "text")]
+            rows += [judged(place, results, entry, *entry[place]) for place in places]
     known = ", ".join(f"{name} {number:,}" for name, number in sizes.items())
     parts = [f"{files[0]}: size class {size}: {count:,} parameters without embeddings, of {known}"]
     head = ["metric", "value", "expected", "verdict", "source"]
     parts += ["", aligned([head, *rows]) if rows else f"no ranges are known for {size}", ""]
-    todo = [f"- {sentence}" for sentence in recommendations(results, rows)] or [
-        "- nothing stands out"
-    ]
+    todo = [f"- {sentence}" for sentence in recommendations(results, rows)]
     return "\n".join([*parts, headline(results), "", "what to do", *todo])
 
 
-def judged(metric, results, entry, low, high):
-    """Returns a row: the metric, its value, the range, a verdict in words, the range's source."""
-    value, text = metric.of(results), dig(results, "perplexity", "text", "name") or "another text"
-    words = "within"
-    if value is None:
+def judged(place, results, entry, low, high):
+    """Returns a row: the place, its number, the range, a verdict in words, the range's source."""
+    number, text = main_numbers(results).get(place), results["perplexity"].get("text", {})
+    text, words = text.get("name") or "another text", "within"
+    if number is None:
         words = "not measured"
-    elif metric.place[0] == "perplexity" and not text.startswith(entry.get("text", "")):
+    elif place.startswith("perplexity") and not text.startswith(entry.get("text", "")):
         words = f"not comparable: measured on {text}"
-    elif not low <= value <= high:
-        words = "better" if (value < low) == metric.lower_is_better else "worse"
-    expected = f"{metric.shown(low)} to {metric.shown(high)}"
-    return [metric.name, metric.shown(value), expected, words, entry.get("source", "not named")]
+    elif not low <= number <= high:
+        words = "better" if (number < low) == lower_is_better(place) else "worse"
+    expected = f"{shown_number(place, low)} to {shown_number(place, high)}"
+    return [place, shown_number(place, number), expected, words, entry.get("source", "not named")]
 
 
 REMEDIES = {  # for a part of the smoke score that is low
@@ -931,13 +896,14 @@ def recommendations(results, rows):
     if "baselines" in text and "unigram" not in text["verdict"].partition(";")[0]:
         cause = OVERWRITTEN if results["model"].get("template") else STRANGE
         yield f"token frequencies alone predict the text as well: {cause}"
-    elif any(row[3] == "worse" and row[0].endswith(("byte", "perplexity")) for row in rows):
+    elif any(row[3] == "worse" and row[0].startswith("perplexity") for row in rows):
         yield "perplexity: train longer while the validation loss falls, then on more text"
     if re.search("not distinguishable|worse", results["boolq"]["verdict"]):
         yield "BoolQ: no sign that it reads the passage; do not report the accuracy as a skill"
     for name, value in (results["smoke"].get("parts") or {}).items():
         if value is not None and value < 0.5:
             yield f"smoke prompts: {name} is low ({value:.2f}): {REMEDIES[name]}"
+    yield "read the responses: --detailed_output puts them into report.md"
 
 
 # ----------------------------------------------------------------------------------------------
