@@ -32,14 +32,14 @@ import threading
 import time
 import traceback
 from bisect import bisect_left
-from collections import Counter, deque
+from collections import Counter, deque, namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 from urllib.parse import unquote
 
 from lib import config
@@ -77,7 +77,7 @@ def blame(param, code=None):
     """Answers an error raised inside with status 400, about the field `param`."""
     try:
         yield
-    except (UserError, UnicodeDecodeError) as problem:
+    except (UserError, UnicodeDecodeError, RecursionError) as problem:
         raise ApiError(400, str(problem), param, code) from None
 
 
@@ -352,21 +352,21 @@ class Api:
         self.scheduler.submit(call)
         return call
 
-    def framed(self, kind, call, fields, choices):
+    def framed(self, kind, call, fields, choice):
         """Returns a whole answer, or with `stream` a generator of its chunks, in OpenAI's frame.
 
-        choices(pieces) makes the entries of "choices" from Pieces.
+        choice(piece) makes an entry of "choices" from a Piece.
         """
         id = f"{'chatcmpl' if kind.startswith('chat') else 'cmpl'}-{secrets.token_hex(12)}"
         head = {"id": id, "object": kind, "created": int(time.time()), "model": self.name}
         if not fields.stream:
-            rows = sorted(call.pieces())  # one Piece a row
-            return head | {"choices": list(choices(rows)), "usage": call.usage()}
+            choices = [choice(piece) for piece in sorted(call.pieces())]  # one Piece a row
+            return head | {"choices": choices, "usage": call.usage()}
 
         def chunks():
             usage = {"usage": None} if fields.wants_usage else {}  # only the last chunk knows it
-            for choice in choices(call.pieces()):
-                yield head | {"choices": [choice]} | usage
+            for piece in call.pieces():
+                yield head | {"choices": [choice(piece)]} | usage
             if fields.wants_usage:
                 yield head | {"choices": [], "usage": call.usage()}
 
@@ -385,25 +385,15 @@ class Api:
         prompt, trim = self.conversation(fields.messages), self.template is not None
         call = self.ask(fields, [prompt], (wanted, param), gone, fields.n, top, trim)
 
-        def choices(pieces):
-            for piece in pieces:
-                message = {"role": "assistant", "content": piece.text}
-                choice = {"index": piece.index, "message": message, "finish_reason": piece.finish}
-                yield choice | {"logprobs": None if top is None else self.chat_logprobs(piece)}
+        def choice(piece):
+            text = {"role": "assistant"} if piece.first else {}
+            text |= {"content": piece.text}
+            logprobs = None if top is None else self.chat_logprobs(piece)
+            choice = {"index": piece.index, "delta" if fields.stream else "message": text}
+            return choice | {"logprobs": logprobs, "finish_reason": piece.finish}
 
-        def deltas(pieces):
-            begun = set()
-            for choice in choices(pieces):
-                index, text = choice["index"], choice.pop("message")["content"]
-                if index not in begun:
-                    begun.add(index)
-                    first = {"index": index, "delta": {"role": "assistant", "content": ""}}
-                    yield first | {"logprobs": None, "finish_reason": None}
-                yield choice | {"delta": {"content": text}}
-
-        if fields.stream:
-            return self.framed("chat.completion.chunk", call, fields, deltas)
-        return self.framed("chat.completion", call, fields, choices)
+        kind = "chat.completion.chunk" if fields.stream else "chat.completion"
+        return self.framed(kind, call, fields, choice)
 
     def spell(self, id):
         """Returns the text and bytes of an id; U+FFFD stands for a part of a character."""
@@ -444,14 +434,13 @@ class Api:
         score = (top or 0) if echo and (top is not None or fields.max_tokens == 0) else None
         call = self.ask(fields, prompts, wanted, gone, fields.n, top, ends=ends, score=score)
 
-        def choices(pieces):
-            for piece in pieces:
-                piece = self.echoed(piece, call.rows[piece.index]) if echo else piece
-                logprobs = None if top is None else self.completion_logprobs(piece)
-                choice = {"index": piece.index, "text": piece.text, "logprobs": logprobs}
-                yield choice | {"finish_reason": piece.finish}
+        def choice(piece):
+            piece = self.echoed(piece, call.rows[piece.index]) if echo else piece
+            logprobs = None if top is None else self.completion_logprobs(piece)
+            choice = {"index": piece.index, "text": piece.text, "logprobs": logprobs}
+            return choice | {"finish_reason": piece.finish}
 
-        return self.framed("text_completion", call, fields, choices)
+        return self.framed("text_completion", call, fields, choice)
 
     def echoed(self, piece, row):
         """Returns a piece with the prompt, and its log-probabilities, in front of it."""
@@ -520,22 +509,10 @@ PACE = 0.02  # seconds between two pieces of a row, at least: each takes time fr
 FIRST_TOKEN = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # seconds: the histogram's buckets
 
 
-class Token(NamedTuple):
-    """An id, where in the row's text it begins, its log-probability and those of the likeliest."""
-
-    start: int
-    id: int
-    logprob: float | None
-    top: list[tuple[int, float]]
-
-
-class Piece(NamedTuple):
-    """The newly certain part of a row: text, its tokens, and at the end the finish reason."""
-
-    index: int
-    text: str
-    tokens: list[Token]
-    finish: str | None
+# The newly certain part of a row: text, Tokens, and at its end the finish reason.
+Piece = namedtuple("Piece", "index first text tokens finish")
+# An id, where in its row's text it begins, its log-probability, [(id, log-probability)] of the top.
+Token = namedtuple("Token", "start id logprob top")
 
 
 class Call:
@@ -597,7 +574,7 @@ class Row(Request):
     def tell(self):
         """Sends a Piece of what became certain since the last one."""
         if self.text or self.tokens or self.finish:
-            piece = Piece(self.index, self.text, self.tokens, self.finish)
+            piece = Piece(self.index, not self.told, self.text, self.tokens, self.finish)
             self.call.inbox.put(piece)
             self.text, self.tokens, self.told = "", [], time.monotonic()
 
@@ -743,7 +720,6 @@ class Scheduler:
 MAX_CONNECTIONS = 256  # answered at the same time
 MAX_TURNED_AWAY = 64  # connections beyond that are told 503; still more wait in the system's queue
 MAX_FIRST_LINE, MAX_HEAD, MAX_BODY = 8 << 10, 32 << 10, 1 << 20  # bytes: first line, headers, body
-MAX_DEPTH = 32  # of lists and objects in a body
 READ_SECONDS = 10  # for the whole request, however it trickles in
 SEND_SECONDS = 10  # for each piece of an answer
 LINGER_SECONDS = 1  # for the client to read the answer to a request that was not read to its end
@@ -884,13 +860,8 @@ class Handler(BaseHTTPRequestHandler):
             raise ConnectionAbortedError
         with blame(None, "invalid_json"):
             fields = config.parse_json(body.decode("utf-8"), "body")
-        is_object, code = isinstance(fields, dict), "invalid_json"
-        require(is_object, 400, 'the body must be a JSON object, {"field": value, ...}', code=code)
-        level = [fields]
-        for _ in range(MAX_DEPTH):
-            inner = (value.values() if isinstance(value, dict) else value for value in level)
-            level = [v for values in inner for v in values if isinstance(v, dict | list)]
-        require(not level, 400, f"lists and objects more than {MAX_DEPTH} deep", code=code)
+        problem = 'the body must be a JSON object, {"field": value, ...}'
+        require(isinstance(fields, dict), 400, problem, code="invalid_json")
         return fields
 
     def body_length(self):
