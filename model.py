@@ -26,7 +26,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lib.config import Fraction, PositiveFloat, Range, UserError, accept, options_of, read_object, run
+from lib.config import (
+    Fraction,
+    PositiveFloat,
+    Range,
+    UserError,
+    accept,
+    options_of,
+    read_object,
+    run,
+)
 
 
 @dataclass(frozen=True)
@@ -980,15 +989,22 @@ def flops_per_token(cfg):
     return 6 * matrices + 12 * cfg.n_layer * cfg.d_model * cfg.sequence_length
 
 
+def activation_bytes(cfg, size=2, fused=True):
+    """Returns the bytes that a training step keeps of a token in a block, numbers of `size` bytes.
+
+    Norms' inputs and outputs, attention's output; q, k, v; gate, up and their product. A compiler
+    that fuses kernels keeps no more, eager torch about 1.6 times as much.
+    """
+    numbers = 6 * cfg.d_model + 2 * cfg.kv_heads * cfg.head_dim + 3 * cfg.d_ff
+    return size * numbers * (1 if fused else 1.6)
+
+
 def memory_parts(cfg, rows):
     """Returns bytes by part of a 16-bit training step on full rows, and of one row's KV cache."""
     T, kv_width = cfg.sequence_length, cfg.kv_heads * cfg.head_dim
-    # of a token in a layer: norms' inputs and outputs, attention's output; q, k, v; gate, up and
-    # their product. A fusing compiler holds no more; eager torch about 1.6 times as much
-    activations = 6 * cfg.d_model + 2 * kv_width + 3 * cfg.d_ff
     return {
         "weights, gradients, Adam's moments (fp32)": 16 * count_parameters(cfg)["total"],
-        f"activations of {rows} full rows (16 bit)": 2 * cfg.n_layer * activations * rows * T,
+        f"activations of {rows} full rows (16 bit)": cfg.n_layer * activation_bytes(cfg) * rows * T,
         "logits, a group of rows at a time": 2 * min(rows * T * cfg.vocab_size, 1 << 27),
         "KV cache of one full row (16 bit)": 4 * cfg.n_layer * kv_width * T,
     }

@@ -51,7 +51,7 @@ def measure(case):
     before = memory_used(device)
     model = Llama(narrow(cfg, ModelConfig)).to(device).train()
     dtype, backend = announce(cfg, model, world)
-    means = plan.Kernels(device.type, dtype, backend, bool(cfg.compile))
+    means = XX)
     state, loader = State(cfg, model, world, means.dtype), plan.RandomTokens(cfg)
     for step in range(3):
         batches = [loader.batch(step, m) for m in range(cfg.gradient_accumulation_steps)]

@@ -3,135 +3,58 @@
     python train.py configs/base.json --plan               this machine, with a few timed steps
     python train.py configs/base.json --plan_gpu=rtx4090   a card elsewhere, by its datasheet
 
-`block_bytes` counts what autograd keeps of a block and `memory` adds the rest; tests compare both
-with torch. This machine is timed. For a card elsewhere `card_seconds` knows two limits: arithmetic
-and bandwidth.
+Memory is counted from the shapes, within about 20 % of what torch holds. This machine is timed.
+For a card elsewhere `card_seconds` knows two limits: arithmetic and bandwidth.
 """
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 import numpy as np
-import torch
 
 from lib.config import UserError
 from lib.runtime import CARDS, autocast, memory_used, to_device
-from model import ModelConfig, count_parameters, flops_per_token, rows_per_group
-from train import Muon, State, announce, compiles, total_steps, with_vocab_size
+from model import ModelConfig, activation_bytes, count_parameters, flops_per_token, rows_per_group
+from train import State, announce, compiles, total_steps, with_vocab_size
 
 STEPS = 3  # optimizer steps that are timed after the warm-up
 PATIENCE = 120  # seconds for them; a slower machine is timed with one row at a time
 RESERVE = 1e9  # bytes of a card for CUDA itself and the allocator's fragments: an assumption
 
 
-@dataclass(frozen=True)
-class Kernels:
-    """The choices of train.announce on which memory depends."""
-
-    device: str  # cpu, cuda or mps
-    dtype: torch.dtype  # of matmuls
-    attention: str  # math, sdpa or flash
-    compiled: bool
-
-    @property
-    def size(self):
-        return 4 if self.dtype == torch.float32 else 2
-
-
 # ----------------------------------------------------------------------------------------------
 # Memory
 
 
-def block_bytes(cfg, kernels):
-    """Returns the bytes that autograd keeps per token of one block until its backward pass.
+def memory(cfg, device="cuda", size=2, fused=True):
+    """Returns the bytes of a training step's tensors by part, and "peak", about their sum.
 
-    C = d_model, F = d_ff, H heads, T positions; s = 4 bytes, 2 in 16 bits. RMSNorm keeps its
-    input, the normalized rows and its output, and 1 / rms; the first two in float32, for which 16
-    bits need a copy of the input. Attention keeps rotated q, k, v and its output: `math` repeats k
-    and v for all heads and keeps H T probabilities, SDPA a logsumexp per head instead. SwiGLU
-    keeps gate, silu(gate), up and their product. Dropout keeps its noise. A compiler that fuses
-    kernels keeps the inputs of the matmuls and computes the rest again.
-    """
-    C, F, H, T, s = cfg.d_model, cfg.d_ff, cfg.n_head, cfg.sequence_length, kernels.size
-    kv, cpu = cfg.kv_heads * cfg.head_dim, kernels.device == "cpu"
-    documents = getattr(cfg, "document_mask", False)
-    if kernels.attention == "math" or (cpu and cfg.p_attention):  # a CPU's SDPA has no dropout
-        probabilities = 4 if s == 4 else 6
-        probabilities += (8 if s == 4 else 4) * (cfg.p_attention > 0)
-        attention = 4 * C * s + H * T * probabilities + T * documents
-    else:
-        attention = (2 * C + 2 * kv) * s + 4 * H + T * s * documents
-        attention += C * s * cpu  # its output, laid out anew for the next matmul
-    if kernels.compiled:
-        return (4 * C + 3 * F) * s + attention
-    norms = 2 * ((3 * C * 4 if s == 4 else 10 * C) + 4)
-    noise = 2 * C * (s if cpu else 1) * (cfg.p_hidden > 0)
-    return norms + attention + 4 * F * s + noise
-
-
-def end_bytes(cfg, kernels):
-    """Returns the bytes per token around the blocks: ids, embedding dropout, the last norm."""
-    norm = (3 * cfg.d_model * 4 if kernels.size == 4 else 10 * cfg.d_model) + 4
-    return 8 + norm + 4 * cfg.d_model * (cfg.dropout > 0)
-
-
-def moment_bytes(cfg):
-    """Returns the bytes of the optimizer's state: two numbers a weight in AdamW, one in Muon."""
-    counts = count_parameters(cfg)
-    matrices = counts["layers"] - 2 * cfg.n_layer * cfg.d_model
-    return 8 * counts["total"] - 4 * matrices * (cfg.optimizer == "muon")
-
-
-def memory(cfg, kernels):
-    """Returns the bytes of a training step's tensors by part, and "peak", their sum at the fullest
-    moment.
-
-    The fullest moment is one of three. At the head: all activations, the logits of a group of rows
-    and the gradient of the head. In the backward pass: the activations and gradients under way;
-    with gradient checkpointing also a block computed again. In the update: every gradient, and
-    Muon's batch of matrices four times.
+    size: bytes of a number in matmuls; fused: compiled, so that fewer activations are kept.
     """
     cfg = with_vocab_size(cfg)
-    N, s, counts = cfg.batch_size * cfg.sequence_length, kernels.size, count_parameters(cfg)
-    total, table = counts["total"], cfg.vocab_size * cfg.d_model
-    block, stream = N * block_bytes(cfg, kernels), N * cfg.d_model * s
-    saved = cfg.n_layer * (stream if cfg.gradient_checkpointing else block)
-    saved += N * end_bytes(cfg, kernels)
-    saved += 0 if s == 4 else 2 * counts["layers"]  # autocast's copies of the weights
-    rows = min(N, rows_per_group(cfg.vocab_size, kernels.device))
-    # where no compiler fuses them, 16 bits take four float32 copies of the logits and a mask
-    logits = rows * cfg.vocab_size * (s if s == 4 or kernels.compiled else s + 4 * 4 + 1)
-    head = (4 if s == 4 else 6) * table + stream
-    again = block + N * cfg.d_ff * s if cfg.gradient_checkpointing else 0
-    backward = stream + 4 * table + max(4 * table, again)
-    # accumulation and CUDA graphs keep every gradient where it is
-    standing = 4 * total * (cfg.gradient_accumulation_steps > 1 or kernels.device == "cuda")
-    muon = min(Muon.TOGETHER, 2 * cfg.n_layer * cfg.d_ff * cfg.d_model)  # gate and up
-    moments = {
-        "head": saved + logits + head + standing,
-        "backward": saved + backward + standing,
-        "update": 4 * total + max(4 * table, 16 * muon * (cfg.optimizer == "muon")),
-    }
-    fullest = max(moments, key=moments.get)
+    N, counts = cfg.batch_size * cfg.sequence_length, count_parameters(cfg)
+    weights, table = 4 * counts["total"], 4 * cfg.vocab_size * cfg.d_model
+    block = N * activation_bytes(cfg, size, fused)
+    kept, again = cfg.n_layer * block, 0
+    if cfg.gradient_checkpointing:  # a block keeps its input; one at a time is computed again
+        kept, again = cfg.n_layer * N * cfg.d_model * size, block
+    kept += 0 if size == 4 else 2 * counts["layers"]  # autocast's copies of the weights
+    rows = min(N, rows_per_group(cfg.vocab_size, device))
+    logits = rows * cfg.vocab_size * (size if fused or size == 4 else size + 17)
+    # AdamW keeps two numbers a weight, Muon one
+    moments = 2 * weights - (4 * counts["layers"] if cfg.optimizer == "muon" else 0)
+    # accumulation and CUDA graphs keep every gradient; else it follows the activations it replaces
+    standing = weights if cfg.gradient_accumulation_steps > 1 or device == "cuda" else 0
+    forward = kept + max(logits, again) + table + standing
     return {
-        "weights (fp32)": 4 * total,
-        "gradients (fp32)": 4 * total,
-        f"{cfg.optimizer}'s moments (fp32)": moment_bytes(cfg),
-        "activations": saved,
+        "weights (fp32)": weights,
+        "gradients (fp32)": weights,
+        f"{cfg.optimizer}'s moments (fp32)": moments,
+        "activations": kept + again,
         "logits of a group of rows": logits,
-        "gradients under way": head if fullest == "head" else backward,
-        "peak": 4 * total + moment_bytes(cfg) + moments[fullest],
+        "peak": weights + moments + max(forward, weights + table),
     }
-
-
-def card_memory(cfg):
-    """Returns the predicted peak in bytes on a CUDA card, in bf16."""
-    return memory(cfg, card_kernels(cfg))["peak"]
-
-
-def card_kernels(cfg):
-    return Kernels("cuda", torch.bfloat16, "sdpa", cfg.compile is not False)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -151,8 +74,7 @@ def card_seconds(cfg, card):
     extrapolations. Gradient checkpointing costs a third more, deterministic kernels 9 % (measured
     with tiny).
     """
-    kernels = Kernels("cuda", torch.bfloat16, "sdpa", True)
-    kept = cfg.n_layer * block_bytes(cfg, kernels) + 2 * cfg.vocab_size
+    kept = cfg.n_layer * activation_bytes(cfg) + 2 * cfg.vocab_size
     seconds = 1.64 * flops_per_token(cfg) / card.flops + 8.6 * kept / card.bandwidth
     slower = (4 / 3 if cfg.gradient_checkpointing else 1) * (1.09 if cfg.deterministic else 1)
     return seconds * slower * tokens_per_step(cfg)
@@ -255,23 +177,20 @@ def step_count(cfg, total):
     return "unknown without data or max_steps"
 
 
-def memory_lines(cfg, kernels):
+def memory_lines(cfg, *kernels):
     """Yields the predicted memory by part, and the peak with two other settings."""
-    parts, other = memory(cfg, kernels), "adamw" if cfg.optimizer == "muon" else "muon"
-    numbers = f"{str(kernels.dtype)[6:]}, attention {kernels.attention}"
-    yield from ("", f"memory of tensors, predicted, in MB ({kernels.device}, {numbers})")
+    parts, other = memory(cfg, *kernels), "adamw" if cfg.optimizer == "muon" else "muon"
+    yield from ("", "memory of tensors, predicted, in MB")
     for name, value in parts.items():
         yield row(name if name == "peak" else "  " + name, f"{value / 1e6:>10,.0f}")
-    checkpointing = not cfg.gradient_checkpointing
-    for flag, changes in (
-        (f"gradient_checkpointing={str(checkpointing).lower()}",
-         {"gradient_checkpointing": checkpointing}),
-        (f"optimizer={other}", {"optimizer": other}),
-    ):  # fmt: skip
-        peak = memory(replace(cfg, **changes), kernels)["peak"]
-        yield row(f"  with {flag}", f"{peak / 1e6:>10,.0f}")
-    weights = parts["weights (fp32)"]
-    yield row("a checkpoint on disk, in MB", f"{(weights + moment_bytes(cfg)) / 1e6:>10,.0f}")
+    for name, value in (
+        ("gradient_checkpointing", not cfg.gradient_checkpointing),
+        ("optimizer", other),
+    ):
+        peak = memory(replace(cfg, **{name: value}), *kernels)["peak"]
+        yield row(f"  with {name}={str(value).lower()}", f"{peak / 1e6:>10,.0f}")
+    weights, moments = parts["weights (fp32)"], parts[f"{cfg.optimizer}'s moments (fp32)"]
+    yield row("a checkpoint on disk", f"{(weights + moments) / 1e6:>10,.0f}")
     yield row("the finished model", f"{weights / 1e6:>10,.0f}")
 
 
@@ -291,13 +210,13 @@ def hour_lines(cfg, seconds, total):
 def local(cfg, model, loader, loss_fn, world):
     """Prints the needs of `train.fit` here: counted, then timed and measured. Writes nothing."""
     model.to(world.device).train()
-    dtype, attention = announce(cfg, model, world)
+    dtype, _ = announce(cfg, model, world)
     state = State(cfg, model, world, dtype)
     total = total_steps(cfg, loader.blocks, world.size) if loader.blocks else cfg.max_steps
     pretraining = isinstance(cfg, ModelConfig)
     if pretraining:
-        kernels = Kernels(world.device.type, dtype, attention, compiles(cfg, world.device))
-        sizes = [*size_lines(cfg, world.size, total, loader.blocks), *memory_lines(cfg, kernels)]
+        kernels = world.device.type, dtype.itemsize, compiles(cfg, world.device)
+        sizes = [*size_lines(cfg, world.size, total, loader.blocks), *memory_lines(cfg, *kernels)]
     else:
         sizes = tuning_lines(cfg, model, loader.blocks, world.size, total)
     world.say("\n".join(sizes))
@@ -334,15 +253,15 @@ def card_plan(cfg, name):
     cfg, card = with_vocab_size(cfg), CARDS[name]
     seconds, tokens, room = card_seconds(cfg, card), tokens_per_step(cfg), card.memory - RESERVE
     fitting = [
-        n for n in (2**k for k in range(11)) if card_memory(replace(cfg, batch_size=n)) <= room
+        n for n in (2**k for k in range(11)) if memory(replace(cfg, batch_size=n))["peak"] <= room
     ]
-    fits = "yes" if card_memory(cfg) <= room else "NO"
+    fits = "yes" if memory(cfg)["peak"] <= room else "NO"
     largest = f"largest power of two: {fitting[-1]}" if fitting else "not even one row"
     mfu = flops_per_token(cfg) * tokens / seconds / card.flops
     datasheet = f"{card.flops / 1e12:.0f} TFLOP/s dense bf16, {card.memory / 1e9:.0f} GB"
     return [
         *size_lines(cfg, total=cfg.max_steps),
-        *memory_lines(cfg, card_kernels(cfg)),
+        *memory_lines(cfg),
         "",
         f"on {name}, predicted from its datasheet: {datasheet}, {card.bandwidth / 1e9:,.0f} GB/s",
         row("fits", f"{fits}, with 1 GB left to CUDA; rows that fit, {largest}"),

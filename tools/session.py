@@ -27,7 +27,7 @@ from tools.workspace import (
     SESSIONS,
     command,
     datasets,
-    memory,
+    machine_memory,
     newest,
     next_command,
     read_training,
@@ -397,7 +397,7 @@ def smoke(cfg):
     from model import Llama, ModelConfig, count_parameters
 
     shape = configure(ModelConfig, [cfg.path], foreign_keys=True)
-    count, machine = count_parameters(shape)["total"], memory()
+    count, machine = count_parameters(shape)["total"], machine_memory()
     if machine and 12 * count > machine[1]:  # weights, gradients, and as much again for the rest
         print(f"{cfg.path}: {count:,} parameters; not run, it needs {12 * count / 1e9:.1f} GB")
         return

@@ -426,7 +426,7 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def memory():
+def machine_memory():
     """Returns (bytes in all, bytes available), None where there is no /proc."""
     path = Path("/proc/meminfo")
     if not path.exists():
@@ -436,7 +436,7 @@ def memory():
 
 
 def describe_memory():
-    if (numbers := memory()) is None:
+    if (numbers := machine_memory()) is None:
         return "not told by this system"
     return f"{megabytes(numbers[0])}, {megabytes(numbers[1])} free"
 
@@ -531,14 +531,14 @@ def config_gpu(cfg):
     if output.exists():
         raise UserError(f"{output}: exists; name another --output, or delete it")
     name, space = find_card(cfg.gpu)
-    from tools.plan import RESERVE, card_memory
+    from tools.plan import RESERVE, memory
     from train import PretrainConfig
 
     preset = configure(PretrainConfig, [cfg.config])
     rows = preset.batch_size * preset.gradient_accumulation_steps
     for size in sorted((2**k for k in range(rows.bit_length()) if rows % 2**k == 0), reverse=True):
         batch = {"batch_size": size, "gradient_accumulation_steps": rows // size}
-        need = card_memory(replace(preset, **batch))
+        need = memory(replace(preset, **batch))["peak"]
         if need <= space - RESERVE:
             break
     else:
