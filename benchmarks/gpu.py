@@ -353,7 +353,6 @@ def aligned(small, name, stage):
 
 def memory(small, name, *options):
     """Peak memory of three steps as torch counts it, beside what train.py --plan predicts."""
-    from tools.plan import Kernels
     from tools.plan import memory as planned
 
     device = choose_device("auto")
@@ -362,8 +361,8 @@ def memory(small, name, *options):
     changes["optimizer"] = "muon" if "muon" in options else "adamw"
     cfg = preset(name, small, **changes)
     steps(cfg, 3, device)
-    means = Kernels(device.type, choose_dtype(cfg.dtype, device)[0], "sdpa", cfg.compile)
-    predicted, seen = planned(cfg, means)["peak"], peak_memory(device)
+    dtype = choose_dtype(cfg.dtype, device)[0]
+    predicted, seen = planned(cfg, device.type, dtype.itemsize, cfg.compile)["peak"], peak_memory(device)
     return {
         "predicted_gb": round(predicted / 1e9, 3),
         "peak_memory_gb": seen and round(seen / 1e9, 3),
