@@ -4,8 +4,8 @@ import dataclasses
 import functools
 import json
 import math
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -14,12 +14,12 @@ import dpo
 from lib.config import UserError, configure
 from lib.tokenizer import Tokenizer, render
 from model import adapters, add_lora, load_model, lora_off, next_token_loss, open_model_folder
-from tests.align import begin, finished, make_base, refused
+from tests.align import begin, finished, make_base, refused, tensors
 from tests.blows import after_save, die
 from tests.conftest import write_rows
 from tests.runs import losses, records
 
-SAID = [
+TEXTS = [
     ("why not?", "because 7", "no!"),
     ("who jumps?", "the fox", "a dog"),
     ("over what?", "a lazy dog", "once"),
@@ -29,19 +29,20 @@ SAID = [
     ("lazy?", "over a lazy dog", "jumps"),
     ("one?", "who asked", "the"),
 ]
-ROWS = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in SAID]
-MESSAGES = [
-    {"prompt": [{"role": "user", "content": p}], "chosen": [{"role": "assistant", "content": c}],
-     "rejected": [{"role": "assistant", "content": r}]} for p, c, r in SAID
-]  # fmt: skip
-NAMES = {
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-}
-NAMES |= {"logps/rejected"}
+ROWS = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in TEXTS]
+NAMES = {f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")}
+NAMES |= {"logps/chosen", "logps/rejected"}
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def answer(text):
+    return [{"role": "assistant", "content": text}]
+
+
+MESSAGES = [{"prompt": user(p), "chosen": answer(c), "rejected": answer(r)} for p, c, r in TEXTS]
 
 
 @pytest.fixture(scope="session")
@@ -55,17 +56,26 @@ def pairs(tmp_path_factory):
 
 
 def config(**knobs):
-    return dataclasses.replace(
-        configure(dpo.DPOConfig, ["--model_path=a", "--dataset_path=b"]), **knobs
-    )
+    cfg = configure(dpo.DPOConfig, ["--model_path=a", "--dataset_path=b"])
+    return dataclasses.replace(cfg, **knobs)
 
 
 def made(tokenizer, length=64, rows=MESSAGES, template="chatml", say=lambda line: None):
     return dpo.make_pairs(rows, "here", tokenizer, template, length, say)
 
 
-def tensors(batch):
-    return {k: torch.from_numpy(v) for k, v in batch.items() if isinstance(v, np.ndarray)}
+def batch_of(pairs):
+    return tensors(dpo.pair_rows(pairs, 64, 0))
+
+
+@torch.no_grad()
+def log_probs(model, pairs):
+    return dpo.answer_log_probs(model, batch_of(pairs))[0]
+
+
+def with_reference(model, pairs):
+    values = log_probs(model, pairs).view(2, -1).T.tolist()
+    return [pair._replace(reference=tuple(v)) for pair, v in zip(pairs, values)]
 
 
 # ---- the losses, by hand: beta h = 0, 1, -2 at beta 0.5
@@ -75,10 +85,8 @@ def tensors(batch):
     ("smoothing", "expected"),
     [
         (0.0, [0.693147, 0.313262, 2.126928]),  # ln 2, ln(1 + 1/e), ln(1 + e^2)
-        (
-            0.1,
-            [0.693147, 0.413262, 1.926928],
-        ),  # each further by 0.1 of beta h: ln(1 + e^x) = x + ln(1 + e^-x)
+        # each further by smoothing * beta h, because ln(1 + e^x) = x + ln(1 + e^-x)
+        (0.1, [0.693147, 0.413262, 1.926928]),
         (0.5, [0.693147, 0.813262, 1.126928]),
     ],
 )
@@ -103,67 +111,63 @@ def test_the_gradient_is_equation_7s():
     torch.testing.assert_close(h.grad, -0.2 * torch.sigmoid(-0.2 * h.detach()))
 
 
+def test_metrics_against_a_table():
+    policy = torch.tensor([-10.0, -20.0, -12.0, -18.0])  # chosen, chosen, rejected, rejected
+    rewards = 0.5 * torch.tensor([2.0, -1.0, -1.0, 1.0])
+    metrics = {name: value.item() for name, value in dpo.metrics_of(policy, rewards).items()}
+    assert metrics == {
+        "rewards/chosen": 0.5,
+        "rewards/rejected": 0.0,
+        "rewards/accuracies": 1.0,
+        "rewards/margins": 0.5,
+        "logps/chosen": -30.0,
+        "logps/rejected": -30.0,
+    }
+
+
 # ---- pairs and their log-probabilities
 
 
 @pytest.mark.parametrize("template", ["chatml", "instruct", "chat"])
 def test_prompts_are_those_of_sft_and_answers_the_rest(tiny_tokenizer, template):
-    for pair, row in zip(made(tiny_tokenizer, template=template), MESSAGES):
+    for pair, row in zip(made(tiny_tokenizer, template=template), MESSAGES, strict=True):
         prompt, _ = render(tiny_tokenizer, row["prompt"], template, add_generation_prompt=True)
         for (ids, mask), side in ((pair.chosen, "chosen"), (pair.rejected, "rejected")):
             whole, supervised = render(tiny_tokenizer, row["prompt"] + row[side], template)
             assert ids.tolist() == whole
-            assert (
-                mask.tolist() == supervised == [0] * len(prompt) + [1] * (len(whole) - len(prompt))
-            )
+            assert mask.tolist() == supervised
+            assert supervised == [0] * len(prompt) + [1] * (len(whole) - len(prompt))
 
 
 def test_earlier_answers_are_prompt(tiny_tokenizer):
-    row = MESSAGES[0] | {
-        "prompt": MESSAGES[1]["prompt"] + MESSAGES[1]["chosen"] + MESSAGES[0]["prompt"]
-    }
-    (pair,) = made(tiny_tokenizer, rows=[row])
-    assert (
-        tiny_tokenizer.decode(pair.chosen[0][pair.chosen[1] == 1].tolist()).strip() == "because 7"
-    )
+    prompt = MESSAGES[1]["prompt"] + MESSAGES[1]["chosen"] + MESSAGES[0]["prompt"]
+    (((ids, mask), *_),) = made(tiny_tokenizer, rows=[MESSAGES[0] | {"prompt": prompt}])
+    assert tiny_tokenizer.decode(ids[mask == 1].tolist()).strip() == "because 7"
 
 
 def test_pairs_that_say_nothing_are_dropped_and_counted(tiny_tokenizer):
-    def answer(text):
-        return [{"role": "assistant", "content": text}]
-
-    said, question = [], [{"role": "user", "content": "why?"}]
+    long, lines = "because " * 20, []
     rows = [
-        {"prompt": question, "chosen": answer("7"), "rejected": answer("7 ")},
-        {
-            "prompt": question,
-            "chosen": answer("because " * 20),
-            "rejected": answer("because " * 20 + "7"),
-        },
-        {"prompt": question, "chosen": answer("because " * 20), "rejected": answer("7")},
-        {
-            "prompt": [{"role": "user", "content": "why? " * 30}],
-            "chosen": answer("a"),
-            "rejected": answer("b"),
-        },
+        {"prompt": user("why?"), "chosen": answer("7"), "rejected": answer("7 ")},
+        {"prompt": user("why?"), "chosen": answer(long), "rejected": answer(long + "7")},
+        {"prompt": user("why?"), "chosen": answer(long), "rejected": answer("7")},
+        {"prompt": user("why? " * 30), "chosen": answer("a"), "rejected": answer("b")},
     ]
-    (pair,) = made(tiny_tokenizer, 40, rows, say=said.append)
+    (pair,) = made(tiny_tokenizer, 40, rows, say=lines.append)
     assert len(pair.chosen[0]) == 41
-    assert said == [
-        "1 pairs here, 1 cut to 40 positions; dropped: 2 with equal answers, 1 whose answer begins beyond"
-    ]
+    dropped = "dropped: 2 with equal answers, 1 whose answer begins beyond"
+    assert lines == [f"1 pairs here, 1 cut to 40 positions; {dropped}"]
 
 
 def test_log_probabilities_are_those_of_the_plain_computation(base, tiny_tokenizer):
-    model, batch = load_model(base), dpo.pair_rows(made(tiny_tokenizer), 64, 0)
-    assert batch["count"] == 8
-    found, tokens = dpo.answer_log_probs(model, tensors(batch))
-    pairs = made(tiny_tokenizer)
+    model, pairs = load_model(base), made(tiny_tokenizer)
+    assert dpo.pair_rows(pairs, 64, 0)["count"] == 8
+    values, tokens = dpo.answer_log_probs(model, batch_of(pairs))
     for row, (ids, mask) in enumerate([p.chosen for p in pairs] + [p.rejected for p in pairs]):
         with torch.no_grad():
             log_p = model(torch.tensor(ids)[None]).log_softmax(-1)[0]
         expected = sum(log_p[t - 1, ids[t]].item() for t in range(len(ids)) if mask[t])
-        assert found[row].item() == pytest.approx(expected, abs=1e-4)
+        assert values[row].item() == pytest.approx(expected, abs=1e-4)
         assert tokens[row] == mask.sum()
 
 
@@ -175,59 +179,46 @@ def test_it_begins_at_ln_2_with_no_margin_and_only_the_adapter_learns(
     model = add_lora(load_model(base), 4, 8).train()
     pairs, cfg = made(tiny_tokenizer), config(loss=loss, beta=0.25)
     if precomputed:
-        with torch.no_grad(), lora_off(model):
-            known, _ = dpo.answer_log_probs(model, tensors(dpo.pair_rows(pairs, 64, 0)))
-        pairs = [
-            p._replace(reference=tuple(v)) for p, v in zip(pairs, known.view(2, -1).T.tolist())
-        ]
-    total, metrics = dpo.preference_loss(cfg)(model, tensors(dpo.pair_rows(pairs, 64, 0)))
+        with lora_off(model):
+            pairs = with_reference(model, pairs)
+    total, metrics = dpo.preference_loss(cfg)(model, batch_of(pairs))
     assert total.item() / 8 == pytest.approx(math.log(2) if loss == "sigmoid" else 4.0, abs=1e-5)
     assert metrics["rewards/margins"].item() == pytest.approx(0, abs=1e-4)
     assert set(metrics) == NAMES
     total.backward()
     learning = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-    assert learning == {
-        f"{name}.lora_B.weight" for name in adapters(model)
-    }  # A waits for B to leave zero
+    # A's gradient is 0 until B has left zero
+    assert learning == {f"{name}.lora_B.weight" for name in adapters(model)}
 
 
 def test_full_fine_tuning_has_the_gradient_of_the_plain_computation(base, tiny_tokenizer):
     pairs = [p._replace(reference=(-9.0, -8.0)) for p in made(tiny_tokenizer)[:3]]
-    batch, grads = tensors(dpo.pair_rows(pairs, 64, 0)), []
-    model = load_model(base)
-    dpo.preference_loss(config())(model, batch)[0].backward()
-    grads.append([p.grad for p in model.parameters()])
-    model = load_model(base)
-    total = []
-    for (ids, mask), reference in [(p.chosen, -9.0) for p in pairs] + [
-        (p.rejected, -8.0) for p in pairs
-    ]:
-        log_p = model(torch.tensor(ids)[None]).log_softmax(-1)[0, :-1]
+    model, plain, gains = load_model(base), load_model(base), []
+    dpo.preference_loss(config())(model, batch_of(pairs))[0].backward()
+    sides = [(p.chosen, -9.0) for p in pairs] + [(p.rejected, -8.0) for p in pairs]
+    for (ids, mask), reference in sides:
+        log_p = plain(torch.tensor(ids)[None]).log_softmax(-1)[0, :-1]
         picked = log_p.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-        total.append((picked * torch.tensor(mask[1:])).sum() - reference)
-    chosen, rejected = torch.stack(total).chunk(2)
+        gains.append((picked * torch.tensor(mask[1:])).sum() - reference)
+    chosen, rejected = torch.stack(gains).chunk(2)
     dpo.sigmoid_loss(chosen - rejected, 0.1).sum().backward()
-    for one, other in zip(grads[0], (p.grad for p in model.parameters())):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    for ours, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, expected.grad, atol=1e-5, rtol=1e-4)
 
 
 # ---- trl
 
 
 def trl_metrics(policy, reference, tokenizer_folder, output, **knobs):
-    """What trl's own trainer makes of MESSAGES: (loss, metrics, the batch), by its own tokenization."""
+    """What trl's trainer makes of MESSAGES: (loss, metrics, the batch), by its own tokenization."""
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     transformers = pytest.importorskip("transformers")
     settings = {"report_to": "none", "use_cpu": True, "bf16": False, "max_steps": 1, "beta": 0.3}
-    settings |= {
-        "per_device_train_batch_size": 8,
-        "gradient_checkpointing": False,
-        "output_dir": str(output),
-    }
+    settings |= {"per_device_train_batch_size": 8, "gradient_checkpointing": False}
     trainer = trl.DPOTrainer(
         transformers.LlamaForCausalLM.from_pretrained(policy),
         ref_model=transformers.LlamaForCausalLM.from_pretrained(reference),
-        args=trl.DPOConfig(**settings, **knobs),
+        args=trl.DPOConfig(**settings, output_dir=str(output), **knobs),
         train_dataset=datasets.Dataset.from_list(MESSAGES),
         processing_class=transformers.AutoTokenizer.from_pretrained(tokenizer_folder),
     )
@@ -243,52 +234,31 @@ def trl_metrics(policy, reference, tokenizer_folder, output, **knobs):
 def test_trl_computes_the_same_loss_and_metrics(tmp_path, base, tiny_tokenizer, loss):
     other = make_base(tmp_path / "other", tiny_tokenizer, "chatml", seed=5)
     expected, metrics, batch = trl_metrics(other, base, base, tmp_path / "trl", loss_type=loss)
-    model, reference = load_model(other), load_model(base)
-    pairs = made(tiny_tokenizer)
+    pairs = with_reference(load_model(base), made(tiny_tokenizer))
     with torch.no_grad():
-        known, _ = dpo.answer_log_probs(reference, tensors(dpo.pair_rows(pairs, 64, 0)))
-        pairs = [
-            p._replace(reference=tuple(v)) for p, v in zip(pairs, known.view(2, -1).T.tolist())
-        ]
-        total, ours = dpo.preference_loss(config(loss=loss, beta=0.3))(
-            model, tensors(dpo.pair_rows(pairs, 64, 0))
-        )
+        loss_fn = dpo.preference_loss(config(loss=loss, beta=0.3))
+        total, ours = loss_fn(load_model(other), batch_of(pairs))
     assert total.item() / 8 == pytest.approx(expected, rel=1e-5)
     for name in NAMES:
         assert ours[name].item() / 8 == pytest.approx(metrics[name], rel=1e-5, abs=1e-5)
-    rows = {
-        tuple(row[: int(mask.sum())])
-        for row, mask in zip(batch["input_ids"].tolist(), batch["attention_mask"])
-    }
-    assert rows == {
-        tuple(ids.tolist()) for pair in pairs for ids, _ in (pair.chosen, pair.rejected)
-    }
-
-
-def test_the_same_numbers_without_trl(base, tiny_tokenizer):
-    """Golden: policy and reference are one model, the answers' own numbers hand-set."""
-    policy = torch.tensor([-10.0, -20.0, -12.0, -18.0])  # chosen, chosen, rejected, rejected
-    gain = torch.tensor([2.0, -1.0, -1.0, 1.0])
-    metrics = {name: value.item() for name, value in dpo.metrics_of(policy, 0.5 * gain).items()}
-    assert metrics == {
-        "rewards/chosen": 0.5, "rewards/rejected": 0.0, "rewards/accuracies": 1.0, "rewards/margins": 0.5,
-        "logps/chosen": -30.0, "logps/rejected": -30.0,
-    }  # fmt: skip
+    sizes = batch["attention_mask"].sum(1).tolist()
+    rows = {tuple(row[:size]) for row, size in zip(batch["input_ids"].tolist(), sizes)}
+    assert rows == {tuple(ids.tolist()) for p in pairs for ids, _ in (p.chosen, p.rejected)}
 
 
 # ---- whole runs
 
 
 @pytest.mark.parametrize(
-    "knobs", [{}, {"loss": "ipo", "precompute_ref": False}, {"lora_r": 0, "learning_rate": 0.001}],
+    "knobs",
+    [{}, {"loss": "ipo", "precompute_ref": False}, {"lora_r": 0, "learning_rate": 0.001}],
     ids=["sigmoid", "ipo", "full"],
-)  # fmt: skip
+)
 def test_eight_preferences_are_learned(tmp_path, base, pairs, knobs):
     before = (base / "model.safetensors").read_bytes()
-    knobs = {"lora_r": 16, "max_steps": 24, "eval_steps": 24, "batch_size": 8} | knobs
-    out = finished(
-        "dpo", tmp_path / "out", model_path=base, dataset_path=pairs, val_path=pairs, **knobs
-    )
+    settings = {"lora_r": 16, "max_steps": 24, "eval_steps": 24, "batch_size": 8, "val_path": pairs}
+    settings |= {"model_path": base, "dataset_path": pairs} | knobs
+    out = finished("dpo", tmp_path / "out", **settings)
     log, lines = (tmp_path / "out.log").read_text(), records(out)
     start = 25.0 if knobs.get("loss") == "ipo" else math.log(2)
     assert f"policy and reference begin as one: loss {start:.4f}, margin" in log
@@ -304,14 +274,13 @@ def test_eight_preferences_are_learned(tmp_path, base, pairs, knobs):
 
 
 @pytest.mark.parametrize(
-    "knobs", [{}, {"precompute_ref": False}, {"lora_r": 0}], ids=["known", "off", "full"]
+    "knobs", [{}, {"precompute_ref": False}, {"lora_r": 0}], ids=["computed once", "off", "full"]
 )
 def test_a_run_in_two_parts_is_the_run(tmp_path, base, pairs, knobs):
     knobs = {"model_path": base, "dataset_path": pairs, "val_path": pairs} | knobs
     whole = finished("dpo", tmp_path / "whole", **knobs)
-    assert begin(
-        "dpo", tmp_path / "parts", before=functools.partial(after_save, 4, die), **knobs
-    ).wait() == [9]
+    first = begin("dpo", tmp_path / "parts", before=functools.partial(after_save, 4, die), **knobs)
+    assert first.wait() == [9]
     parts = finished("dpo", tmp_path / "parts", resume_from_checkpoint="auto", **knobs)
     for path in whole.rglob("*.safetensors"):
         assert path.read_bytes() == (parts / path.relative_to(whole)).read_bytes()
@@ -328,65 +297,52 @@ def test_two_ranks_are_one(tmp_path, base, pairs):
 
 
 def test_the_reference_is_the_sft_policy_and_not_its_base(tmp_path, base, pairs):
-    """DPO on an SFT adapter folder: the adapter is merged first, the new one is named after that folder."""
-    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": p, "response": c} for p, c, _ in SAID])
-    knobs = {
-        "model_path": base,
-        "dataset_path": rows,
-        "val_ratio": 0,
-        "max_steps": 4,
-        "merge": False,
-    }
-    policy = finished("sft", tmp_path / "sft", **knobs)
-    knobs |= {"model_path": policy, "dataset_path": pairs, "max_steps": 2, "batch_size": 8}
-    out = finished("dpo", tmp_path / "dpo", **knobs)
-    with torch.no_grad():
-        batch = tensors(dpo.pair_rows(made(Tokenizer.load(base)), 64, 0))
-        known, _ = dpo.answer_log_probs(open_model_folder(policy), batch)
-        plain, _ = dpo.answer_log_probs(load_model(base), batch)
-    assert records(out)[0]["logps/chosen"] == pytest.approx(known[:8].mean().item(), abs=1e-3)
-    assert records(out)[0]["logps/chosen"] != pytest.approx(plain[:8].mean().item(), abs=1e-3)
+    """On an SFT adapter folder the adapter is merged first; the new one names that folder."""
+    rows = [{"prompt": p, "response": c} for p, c, _ in TEXTS]
+    knobs = {"dataset_path": write_rows(tmp_path / "rows.jsonl", rows), "val_ratio": 0}
+    policy = finished("sft", tmp_path / "sft", model_path=base, max_steps=4, merge=False, **knobs)
+    knobs = {"dataset_path": pairs, "val_ratio": 0, "max_steps": 2, "batch_size": 8}
+    out = finished("dpo", tmp_path / "dpo", model_path=policy, merge=False, **knobs)
+    examples = made(Tokenizer.load(base))
+    first = records(out)[0]["logps/chosen"]
+    of_policy, of_base = (
+        log_probs(model, examples)[:8].mean().item()
+        for model in (open_model_folder(policy), load_model(base))
+    )
+    assert first == pytest.approx(of_policy, abs=1e-3)
+    assert first != pytest.approx(of_base, abs=1e-3)
     home = json.loads((out / "final" / "base.json").read_text())
     assert home["relative_path"] == "../../sft/final"
     open_model_folder(out)
 
 
 def test_early_stopping_goes_back_to_the_best(tmp_path, base, pairs):
-    """Accuracy is perfect soon and cannot rise: after `patience` more validations the best is taken."""
-    knobs = {
-        "model_path": base,
-        "dataset_path": pairs,
-        "val_path": pairs,
-        "max_steps": 200,
-        "batch_size": 8,
-    }
-    knobs |= {"eval_steps": 4, "save_steps": 100, "early_stopping_patience": 3, "keep_last": 1}
-    knobs |= {"early_stopping_metric": "val_rewards/accuracies", "lora_r": 16}
+    """Accuracy cannot rise for long: after `patience` more validations the best is taken."""
+    knobs = {"model_path": base, "dataset_path": pairs, "val_path": pairs, "max_steps": 200}
+    knobs |= {"batch_size": 8, "eval_steps": 4, "save_steps": 100, "keep_last": 1, "lora_r": 16}
+    knobs |= {"early_stopping_patience": 3, "early_stopping_metric": "val_rewards/accuracies"}
     out = finished("dpo", tmp_path / "out", **knobs)
     scores = {r["step"]: r["val_rewards/accuracies"] for r in records(out) if "val_loss" in r}
-    best = min(step for step, score in scores.items() if score == max(scores.values()))
-    assert max(scores) == best + 3 * 4 < 200
+    best, last = min(s for s in scores if scores[s] == max(scores.values())), max(scores)
+    assert last == best + 3 * 4 < 200
     assert f"the best validation was that of step {best}" in (tmp_path / "out.log").read_text()
-    assert sorted(p.name for p in out.glob("step_*")) == [
-        f"step_{best:06d}",
-        f"step_{max(scores):06d}",
-    ]
-    kept = safetensors.torch.load_file(out / f"step_{best:06d}" / "adapter_model.safetensors")
-    final = safetensors.torch.load_file(out / "final" / "adapter" / "adapter_model.safetensors")
+    assert {path.name for path in out.glob("step_*")} == {f"step_{n:06d}" for n in (best, last)}
+    kept, final = (
+        safetensors.torch.load_file(folder / "adapter_model.safetensors")
+        for folder in (out / f"step_{best:06d}", out / "final" / "adapter")
+    )
     assert all(torch.equal(kept[name], final[name]) for name in kept)
-    again = finished("dpo", tmp_path / "out", resume_from_checkpoint="auto", **knobs)
+    finished("dpo", tmp_path / "out", resume_from_checkpoint="auto", **knobs)
     assert "nothing to do" in (tmp_path / "out.log").read_text()
-    assert again == out
 
 
 def test_a_falling_chosen_log_probability_is_told():
-    said, cfg = [], config(beta=0.5)
-    dpo.watch_chosen(cfg, {"val_logps/chosen": -52.0, "val_rewards/chosen": -1.0}, said.append)
-    assert not said  # 2 nats below -50
-    dpo.watch_chosen(cfg, {"val_logps/chosen": -56.0, "val_rewards/chosen": -3.0}, said.append)
-    assert said[0].startswith(
-        "warning: the chosen answers became less likely, logps/chosen -50.0 -> -56.0"
-    )
+    lines, cfg = [], config(beta=0.5)
+    dpo.watch_chosen(cfg, {"val_logps/chosen": -52.0, "val_rewards/chosen": -1.0}, lines.append)
+    assert not lines  # 2 nats below -50
+    dpo.watch_chosen(cfg, {"val_logps/chosen": -56.0, "val_rewards/chosen": -3.0}, lines.append)
+    expected = "warning: the chosen answers became less likely, logps/chosen -50.0 -> -56.0"
+    assert lines[0].startswith(expected)
 
 
 def test_dropout_is_off_whatever_the_model_says(tmp_path, tiny_tokenizer):
@@ -399,27 +355,28 @@ def test_dropout_is_off_whatever_the_model_says(tmp_path, tiny_tokenizer):
 
 
 def test_mistakes_are_told_on_one_line(tmp_path, base, pairs, tiny_tokenizer):
-    def line(**knobs):
-        return refused(
-            "dpo", tmp_path / "out", **({"model_path": base, "dataset_path": pairs} | knobs)
-        )
-
     plain = make_base(tmp_path / "plain", tiny_tokenizer)
-    assert "names no chat template of ours; train it with sft.py first" in line(model_path=plain)
-    assert "no two different answers within 4 positions" in line(sequence_length=4)
-    assert "every row is held out at val_ratio 1.0; lower it" in line(val_ratio=1)
     same = write_rows(tmp_path / "same.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "b"}])
-    assert "0 usable rows" in line(dataset_path=same)
-    assert "is not validated" in line(val_ratio=0, early_stopping_patience=1)
+    for knobs, message in [
+        ({"model_path": plain}, "names no chat template of ours; train it with sft.py first"),
+        ({"sequence_length": 4}, "no two different answers within 4 positions"),
+        ({"val_ratio": 1}, "every row is held out at val_ratio 1.0; lower it"),
+        ({"dataset_path": same}, "0 usable rows"),
+        ({"val_ratio": 0, "early_stopping_patience": 1}, "is not validated"),
+    ]:
+        settings = {"model_path": base, "dataset_path": pairs} | knobs
+        assert message in refused("dpo", tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()  # all of it is said before anything is trained
 
 
 @pytest.mark.parametrize(
     ("knobs", "words"),
-    [({"lora_dropout": 0.1}, "lora_dropout must be 0"),
-     ({"loss": "ipo", "label_smoothing": 0.1}, "belongs to"),
-     ({"lora_r": 0, "precompute_ref": False}, "needs an adapter")],
-)  # fmt: skip
+    [
+        ({"lora_dropout": 0.1}, "lora_dropout must be 0"),
+        ({"loss": "ipo", "label_smoothing": 0.1}, "belongs to"),
+        ({"lora_r": 0, "precompute_ref": False}, "needs an adapter"),
+    ],
+)
 def test_knobs_that_contradict_each_other(knobs, words):
     with pytest.raises((ValueError, UserError), match=words):
         config(**knobs)
@@ -427,9 +384,16 @@ def test_knobs_that_contradict_each_other(knobs, words):
 
 @pytest.mark.parametrize(
     ("knobs", "expected"),
-    [({}, True), ({"max_steps": 1}, False), ({"max_steps": 100}, True), ({"max_minutes": 1.0}, False),
-     ({"lora_r": 0, "max_steps": 1}, True), ({"precompute_ref": False}, False), ({"plan": True}, False)],
-)  # fmt: skip
+    [
+        ({}, True),
+        ({"max_steps": 1}, False),
+        ({"max_steps": 100}, True),
+        ({"max_minutes": 1.0}, False),
+        ({"lora_r": 0, "max_steps": 1}, True),
+        ({"precompute_ref": False}, False),
+        ({"plan": True}, False),
+    ],
+)
 def test_the_reference_is_computed_once_where_that_is_cheaper(knobs, expected):
-    loader, world = type("Loader", (), {"blocks": 50}), type("World", (), {"size": 1})
+    loader, world = SimpleNamespace(blocks=50), SimpleNamespace(size=1)
     assert dpo.precomputes(config(warmup_steps=0, **knobs), loader, world) == expected

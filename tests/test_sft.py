@@ -1,4 +1,4 @@
-"""sft.py, and the examples and streams in data.py that it trains on."""
+"""sft.py: its examples and rows, whole runs, and what it shares with dpo.py."""
 
 import functools
 import json
@@ -8,20 +8,22 @@ import pytest
 import safetensors.torch
 import torch
 
+import dpo
 import sft
 from data import ExampleStream, pack_examples, supervised_rows
-from lib.config import UserError
+from lib.config import UserError, configure
 from lib.tokenizer import IGNORE, TEMPLATES, Tokenizer, render, stop_ids
 from model import (
     Llama,
     ModelConfig,
     linear_cross_entropy,
+    load_model,
     next_token_loss,
     open_model_folder,
     token_nats,
 )
 from tests import ROOT
-from tests.align import begin, finished, make_base, refused
+from tests.align import begin, finished, make_base, refused, tensors
 from tests.blows import after_save, die
 from tests.conftest import write_rows
 from tests.runs import losses, records
@@ -34,9 +36,10 @@ ROWS = [
     {"messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "when?"},
                   {"role": "assistant", "content": "once upon a time"}]},
 ]  # fmt: skip
+ANSWERS = ["because 7", "the fox", "a lazy dog", "once upon a time"]
 MANY = [{"prompt": f"what is {n}?", "response": f"a {n} and {n * 7}"} for n in range(40)]
-SAID = [("why?", "because"), ("who jumps over it?", "the quick brown fox"), ("no?", "7")]
-CHATS = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in SAID]
+TURNS = [("why?", "because"), ("who jumps over it?", "the quick brown fox"), ("no?", "7")]
+CHATS = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in TURNS]
 
 
 @pytest.fixture(scope="session")
@@ -55,24 +58,19 @@ def many(tmp_path_factory):
 
 
 def examples(tokenizer, template="chatml"):
-    return [tuple(np.array(half) for half in render(tokenizer, chat, template)) for chat in CHATS]
+    return [tuple(map(np.array, render(tokenizer, chat, template))) for chat in CHATS]
 
 
-def tensors(batch):
-    return {k: torch.from_numpy(v) for k, v in batch.items() if isinstance(v, np.ndarray)}
-
-
-def build(dropout=0.0):
+def build():
     torch.manual_seed(3)
-    shape = {
-        "n_layer": 2,
-        "d_model": 32,
-        "n_head": 4,
-        "num_key_value_heads": 2,
-        "d_ff": 48,
-        "vocab_size": 384,
-    }
-    return Llama(ModelConfig(**shape, sequence_length=96, dropout=dropout, initializer_range=0.2))
+    shape = {"n_layer": 2, "d_model": 32, "n_head": 4, "num_key_value_heads": 2, "d_ff": 48}
+    return Llama(ModelConfig(**shape, vocab_size=384, sequence_length=96, initializer_range=0.2))
+
+
+def loss_and_gradients(model, batch):
+    loss, _ = next_token_loss(model, batch)
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters())]
 
 
 # ---- masks, rows, packing
@@ -86,9 +84,8 @@ def test_supervised_are_the_answers_and_their_ends_and_nothing_else(tiny_tokeniz
     flat, end = batch["ids"].flatten(), stop_ids(tiny_tokenizer, template)
     labels = batch["labels"][: batch["count"]]
     answers = np.split(labels, 1 + np.flatnonzero(np.isin(labels, end)))[:-1]
-    assert [tiny_tokenizer.decode(answer.tolist()).strip() for answer in answers] == [
-        c[1]["content"] for c in CHATS
-    ]
+    texts = [tiny_tokenizer.decode(answer.tolist()).strip() for answer in answers]
+    assert texts == [answer for _, answer in TURNS]
     for place, label in zip(batch["where"], labels):  # each label is the id that follows its place
         assert label == flat[place + 1] or label in end
     assert (batch["labels"][batch["count"] :] == IGNORE).all()
@@ -107,31 +104,28 @@ def test_rows_are_as_long_as_the_longest_needs_in_powers_of_two(tiny_tokenizer):
 @pytest.mark.parametrize("backend", ["math", "sdpa"])
 def test_packing_changes_neither_loss_nor_gradients(tiny_tokenizer, backend):
     made, results = examples(tiny_tokenizer), []
-    for packed in (True, False):
-        rows = pack_examples(made, 96) if packed else [[example] for example in made]
+    packed_rows = pack_examples(made, 96)
+    assert len(packed_rows) == 1  # three conversations in one row
+    for packed, rows in ((True, packed_rows), (False, [[example] for example in made])):
         model = build()
         model.use_attention(backend)
-        loss, _ = next_token_loss(model, tensors(supervised_rows(rows, 96, 0, packed)))
-        loss.backward()
-        results.append((loss, [p.grad for p in model.parameters()]))
-    (one, grads), (other, others) = results
-    assert len(pack_examples(made, 96)) == 1  # three conversations in one row
-    torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-5)
-    for a, b in zip(grads, others):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        batch = tensors(supervised_rows(rows, 96, 0, packed))
+        results.append(loss_and_gradients(model, batch))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=1e-5)
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_packed_positions_restart_and_padding_is_its_own(tiny_tokenizer):
-    row = pack_examples(examples(tiny_tokenizer), 200)[0]
+    (row,) = pack_examples(examples(tiny_tokenizer), 200)
     batch = supervised_rows([row], 200, 0, packed=True)
     sizes = [len(ids) - 1 for ids, _ in row]
-    assert batch["documents"][0].tolist() == [
-        n for n, s in enumerate(sizes, 1) for _ in range(s)
-    ] + [0] * (200 - sum(sizes))
+    documents = np.repeat([1, 2, 3, 0], [*sizes, 200 - sum(sizes)])
+    assert batch["documents"][0].tolist() == documents.tolist()
     assert batch["positions"][0, : sum(sizes)].tolist() == [i for s in sizes for i in range(s)]
 
 
-def test_pack_takes_everything_once_and_fits():
+def test_packing_takes_everything_once_and_fits():
     rng = np.random.RandomState(0)
     made = [(np.arange(n + 2), np.ones(n + 2)) for n in rng.randint(1, 64, 300)]
     rows = pack_examples(made, 64)
@@ -143,52 +137,43 @@ def test_pack_takes_everything_once_and_fits():
 
 def test_the_head_on_supervised_positions_is_the_head_on_all(tiny_tokenizer):
     batch = tensors(supervised_rows([[e] for e in examples(tiny_tokenizer)], 96, 0))
-    full = torch.full(batch["ids"].shape, IGNORE).flatten()
-    full[batch["where"][batch["labels"] != IGNORE]] = batch["labels"][batch["labels"] != IGNORE]
-    results = []
-    for labels in (batch, {"ids": batch["ids"], "labels": full.view_as(batch["ids"])}):
-        model = build()
-        loss, _ = next_token_loss(model, labels)
-        loss.backward()
-        results.append([loss.detach(), *(p.grad for p in model.parameters())])
-    for one, other in zip(*results):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    full, supervised = torch.full(batch["ids"].shape, IGNORE), batch["labels"] != IGNORE
+    full.view(-1)[batch["where"][supervised]] = batch["labels"][supervised]
+    plain = {"ids": batch["ids"], "labels": full}
+    results = [loss_and_gradients(build(), labels) for labels in (batch, plain)]
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_token_nats_has_the_gradient_of_the_plain_computation(frozen):
     torch.manual_seed(0)
     x, weight = torch.randn(11, 8, requires_grad=True), torch.randn(20, 8, requires_grad=not frozen)
-    labels = torch.randint(0, 20, (11,))
+    labels, share = torch.randint(0, 20, (11,)), torch.rand(11)
     labels[3] = IGNORE
-    share = torch.rand(11)
-    plain = torch.nn.functional.cross_entropy(
-        x @ weight.T, labels, reduction="none", ignore_index=IGNORE
-    )
+    plain = torch.nn.functional.cross_entropy(x @ weight.T, labels, reduction="none")
     nats = token_nats(x, weight, labels)
     torch.testing.assert_close(nats, plain)
     torch.testing.assert_close(nats.sum(), linear_cross_entropy(x, weight, labels))
-    wanted = [x] if frozen else [x, weight]
-    for one, other in zip(
-        torch.autograd.grad(nats @ share, wanted), torch.autograd.grad(plain @ share, wanted)
+    learning = [x] if frozen else [x, weight]
+    for ours, expected in zip(
+        torch.autograd.grad(nats @ share, learning), torch.autograd.grad(plain @ share, learning)
     ):
-        torch.testing.assert_close(one, other)
+        torch.testing.assert_close(ours, expected)
 
 
-def test_too_long_loses_its_end_and_too_late_an_answer_is_dropped(tiny_tokenizer):
-    long = [{"role": "user", "content": "why? " * 50}, {"role": "assistant", "content": "7"}]
+def test_a_long_answer_is_cut_and_a_late_one_dropped(tiny_tokenizer):
+    late = [{"role": "user", "content": "why? " * 50}, {"role": "assistant", "content": "7"}]
     cut = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "because " * 50}]
-    said = []
-    chats = [{"messages": chat} for chat in (CHATS[0], long, cut)]
-    made = sft.make_examples(chats, "here", tiny_tokenizer, "chatml", 48, said.append)
+    lines, chats = [], [{"messages": chat} for chat in (CHATS[0], late, cut)]
+    made = sft.make_examples(chats, "here", tiny_tokenizer, "chatml", 48, lines.append)
     assert [len(ids) for ids, _ in made] == [len(render(tiny_tokenizer, CHATS[0], "chatml")[0]), 49]
-    assert tiny_tokenizer.im_end_id not in made[1][0][20:]  # cut: nothing teaches it to end there
-    assert said == [
-        "2 conversations here, 2 cut to 48 positions, 1 dropped: no answer begins within them"
-    ]
+    assert tiny_tokenizer.im_end_id not in made[1][0][20:]  # nothing teaches it to end there
+    counts = "2 conversations here, 2 cut to 48 positions, 1 dropped"
+    assert lines == [f"{counts}: no answer begins within them"]
 
 
-# ---- streams
+# ---- streams and splits
 
 
 def test_a_batch_is_a_function_of_its_address():
@@ -199,12 +184,11 @@ def test_a_batch_is_a_function_of_its_address():
         whole = stream(8).batch(step)
         assert whole == stream(8).batch(step)
         assert whole == [i for m in range(4) for i in stream(2).batch(step, m, 0, 4)]
-        assert whole == [
-            i for m in range(2) for r in range(2) for i in stream(2, 2).batch(step, m, r, 2)
-        ]
-    one = [i for step in range(23) for i in stream(2).batch(step)]
-    assert sorted(one[:23]) == sorted(one[23:]) == list(range(23))
-    assert one[:23] != one[23:]
+        both = [stream(2, 2).batch(step, m, r, 2) for m in range(2) for r in range(2)]
+        assert whole == [i for rows in both for i in rows]
+    passes = [i for step in range(23) for i in stream(2).batch(step)]
+    assert sorted(passes[:23]) == sorted(passes[23:]) == list(range(23))
+    assert passes[:23] != passes[23:]
     assert stream(8).rows(20, 28) == [20, 21, 22]
 
 
@@ -222,22 +206,18 @@ def test_the_split_is_by_content():
 
 
 def answers(folder, template):
-    """The greedy answers of a model folder to the questions of ROWS, each with whether it stopped."""
+    """The greedy answers of a model folder to the questions of ROWS, and whether each stopped."""
     model, tokenizer = open_model_folder(folder), Tokenizer.load(folder)
     assert tokenizer.template == template
-    stops, found = stop_ids(tokenizer, template), []
-    questions = ["why not?", "who jumps?", "over what?", "when?"]
-    for question in questions:
+    stops, pairs = stop_ids(tokenizer, template), []
+    for question in ["why not?", "who jumps?", "over what?", "when?"]:
         chat = [{"role": "user", "content": question}]
         chat = [{"role": "system", "content": "be kind"}, *chat] if question == "when?" else chat
         prompt, _ = render(tokenizer, chat, template, add_generation_prompt=True)
         with torch.no_grad():
             ids = greedy(model, prompt, 24, stops)
-        found.append((tokenizer.decode(ids).strip(), ids[-1] in stops))
-    return found
-
-
-RIGHT = [("because 7", True), ("the fox", True), ("a lazy dog", True), ("once upon a time", True)]
+        pairs.append((tokenizer.decode(ids).strip(), ids[-1] in stops))
+    return pairs
 
 
 @pytest.mark.parametrize(
@@ -250,28 +230,17 @@ RIGHT = [("because 7", True), ("the fox", True), ("a lazy dog", True), ("once up
     ids=["lora", "unmerged", "full"],
 )
 def test_four_rows_are_learned_by_heart(tmp_path, base, rows, template, knobs):
-    settings = {
-        "max_steps": 60,
-        "batch_size": 4,
-        "lora_r": 16,
-        "lora_dropout": 0,
-        "save_steps": 60,
-        "eval_steps": 60,
-    }
-    settings |= {
-        "model_path": base,
-        "dataset_path": rows,
-        "val_path": rows,
-        "prompt_template": template,
-    } | knobs
-    out = finished("sft", tmp_path / "out", **settings)
+    settings = {"max_steps": 60, "save_steps": 60, "eval_steps": 60, "batch_size": 4, "lora_r": 16}
+    settings |= {"model_path": base, "dataset_path": rows, "val_path": rows, "lora_dropout": 0}
+    out = finished("sft", tmp_path / "out", prompt_template=template, **(settings | knobs))
     assert records(out)[-1]["val_loss"] < 0.05
-    assert answers(out / "final", template) == RIGHT
-    assert answers(out / "step_000060", template) == RIGHT
+    folders = [out / "final", out / "step_000060"]
     if template == "chatml":
-        assert answers(out / "final" / "adapter", template) == RIGHT
+        folders.append(out / "final" / "adapter")
         generation = json.loads((out / "final" / "generation_config.json").read_text())
         assert generation["eos_token_id"] == [2, 5]
+    for folder in folders:
+        assert answers(folder, template) == [(answer, True) for answer in ANSWERS]
     is_adapter = (out / "final" / "adapter_config.json").exists()
     assert is_adapter == (template == "instruct")
 
@@ -292,16 +261,12 @@ def test_a_run_in_two_parts_is_the_run(tmp_path, base, many, r):
 
 def test_only_the_adapter_changes_and_the_base_stays(tmp_path, base, many):
     before = (base / "model.safetensors").read_bytes()
-    out = finished(
-        "sft",
-        tmp_path / "out",
-        model_path=base,
-        dataset_path=many,
-        lora_target_modules="q_proj,up_proj",
-    )
+    knobs = {"model_path": base, "dataset_path": many, "lora_target_modules": "q_proj,up_proj"}
+    out = finished("sft", tmp_path / "out", **knobs)
     assert (base / "model.safetensors").read_bytes() == before
-    old = safetensors.torch.load_file(base / "model.safetensors")
-    new = safetensors.torch.load_file(out / "final" / "model.safetensors")
+    old, new = (
+        safetensors.torch.load_file(path / "model.safetensors") for path in (base, out / "final")
+    )
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert changed == {name for name in old if "q_proj" in name or "up_proj" in name}
     saved = safetensors.torch.load_file(out / "step_000008" / "adapter_model.safetensors")
@@ -310,63 +275,54 @@ def test_only_the_adapter_changes_and_the_base_stays(tmp_path, base, many):
 
 
 def test_two_ranks_and_accumulation_are_one_rank(tmp_path, base, many):
-    knobs = {
-        "model_path": base,
-        "dataset_path": many,
-        "lora_dropout": 0,
-        "val_ratio": 0.2,
-        "packing": False,
-    }
+    knobs = {"model_path": base, "dataset_path": many, "val_ratio": 0.2, "packing": False}
+    knobs |= {"lora_dropout": 0}
     one = finished("sft", tmp_path / "one", batch_size=8, **knobs)
     two = finished("sft", tmp_path / "two", ranks=2, gradient_accumulation_steps=2, **knobs)
     for a, b in zip(records(one), records(two), strict=True):
-        assert {k: a.get(k) for k in ("step", "tokens")} == {
-            k: b.get(k) for k in ("step", "tokens")
-        }
+        assert (a["step"], a.get("tokens")) == (b["step"], b.get("tokens"))
         for key in ("loss", "val_loss"):
             assert a.get(key, 0) == pytest.approx(b.get(key, 0), rel=1e-4)
 
 
 def test_it_goes_on_from_what_it_made(tmp_path, base, rows):
-    """SFT on an SFT folder: the adapter below is merged, its template is kept, another one refused."""
+    """SFT on an SFT folder: the adapter below is merged, its template kept, another refused."""
     knobs = {"dataset_path": rows, "val_ratio": 0, "max_steps": 2}
     out = finished("sft", tmp_path / "one", model_path=base, prompt_template="chat", **knobs)
     again = finished("sft", tmp_path / "two", model_path=out / "step_000002", merge=False, **knobs)
     assert Tokenizer.load(again / "final").template == "chat"
-    first, second = open_model_folder(out), open_model_folder(again)
-    assert not torch.equal(
-        first.model.layers[0].mlp.up_proj.weight, second.model.layers[0].mlp.up_proj.weight
-    )
+    first, second = (open_model_folder(path).model.layers[0].mlp.up_proj for path in (out, again))
+    assert not torch.equal(first.weight, second.weight)
     line = refused("sft", tmp_path / "three", model_path=out, prompt_template="chatml", **knobs)
     assert line.startswith("error: prompt_template=chatml: ")
     assert "was trained in 'chat'" in line
 
 
-def test_mistakes_are_told_on_one_line(tmp_path, base, rows, many, tiny_tokenizer):
+def test_mistakes_are_told_on_one_line(tmp_path, base, rows, tiny_tokenizer):
     def line(**knobs):
-        return refused(
-            "sft", tmp_path / "out", **({"model_path": base, "dataset_path": rows} | knobs)
-        )
+        settings = {"model_path": base, "dataset_path": rows} | knobs
+        return refused("sft", tmp_path / "out", **settings)
 
-    assert f"{tmp_path}: not a model folder (no config.json)" in line(model_path=tmp_path)
-    assert f"{base.parent}: not a model folder (no config.json); there is one in {base}" in line(
-        model_path=base.parent
-    )
-    assert f"{rows}: a file, and not a model folder" in line(model_path=rows)
-    assert f"{tmp_path / 'no.jsonl'}: not found" in line(dataset_path=tmp_path / "no.jsonl")
-    assert "dataset_path is required" in line(dataset_path="")
-    assert "within 3 positions; shorten the questions, or --sequence_length=64" in line(
-        sequence_length=3
-    )
-    assert "sequence_length 65 is more than the model's 64" in line(sequence_length=65)
-    assert "every row is held out" in line(val_ratio=1)
-    assert "down_proj, each once; got q_prj" in line(lora_target_modules="q_prj")
-    assert "optimizer=muon is for whole matrices" in line(optimizer="muon")
     wide = make_base(tmp_path / "wide", tiny_tokenizer, vocab_size=400)
-    assert "400 tokens, its tokenizer 384" in line(model_path=wide)
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"prompt": "a"}\n[]\n')
-    assert "0 usable rows" in line(dataset_path=bad)
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n[]\n')
+    no_model = f"{base.parent}: not a model folder (no config.json); there is one in {base}"
+    no_answer = "within 3 positions; shorten the questions, or --sequence_length=64"
+    for knobs, message in [
+        ({"model_path": tmp_path / "none"}, f"{tmp_path / 'none'}: no such folder"),
+        ({"model_path": base.parent}, no_model),
+        ({"model_path": rows}, f"{rows}: a file, and not a model folder"),
+        ({"model_path": wide}, "400 tokens, its tokenizer 384"),
+        ({"dataset_path": tmp_path / "no.jsonl"}, f"{tmp_path / 'no.jsonl'}: not found"),
+        ({"dataset_path": ""}, "dataset_path is required"),
+        ({"dataset_path": tmp_path / "bad.jsonl"}, "0 usable rows"),
+        ({"sequence_length": 3}, no_answer),
+        ({"sequence_length": 65}, "sequence_length 65 is more than the model's 64"),
+        ({"val_ratio": 1}, "every row is held out"),
+        ({"lora_target_modules": "q_prj"}, "expected some of q_proj, k_proj"),
+        ({"optimizer": "muon"}, "optimizer=muon is for whole matrices"),
+    ]:
+        assert message in line(**knobs)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint_of_other_data_or_another_base_is_refused(
@@ -382,39 +338,96 @@ def test_a_checkpoint_of_other_data_or_another_base_is_refused(
     assert "its data is" in refused("sft", tmp_path / "out", **(knobs | {"dataset_path": rows}))
 
 
-def test_a_used_folder_is_refused_before_any_work(tmp_path, base, rows):
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_a_used_folder_is_refused_before_any_work(tmp_path, base, rows, name):
     (tmp_path / "out" / "final").mkdir(parents=True)
-    for name in ("sft", "dpo"):
-        model = make_base(tmp_path / name, Tokenizer.load(base), "chat")
-        one = begin(name, tmp_path / "out", model_path=model, dataset_path=rows)
-        assert one.wait() == [2], one.text
-        assert one.text.startswith(f"error: {tmp_path / 'out'} already holds a run"), (
-            one.text
-        )  # and only that
+    model = make_base(tmp_path / name, Tokenizer.load(base), "chat")
+    run = begin(name, tmp_path / "out", model_path=model, dataset_path=rows)
+    assert run.wait() == [2], run.text
+    assert run.text.startswith(f"error: {tmp_path / 'out'} already holds a run"), run.text
 
 
 def test_bad_rows_are_passed_over_aloud(tmp_path, base):
     path = write_rows(tmp_path / "rows.jsonl", MANY + [{"prompt": "no answer"}])
-    one = begin("sft", tmp_path / "out", model_path=base, dataset_path=path, max_steps=2)
-    assert one.wait() == [0], one.text
-    assert f"1 row of {path} passed over: missing-field (line 41: missing " in one.text
+    run = begin("sft", tmp_path / "out", model_path=base, dataset_path=path, max_steps=2)
+    assert run.wait() == [0], run.text
+    assert f"1 row of {path} passed over: missing-field (line 41: missing " in run.text
 
 
-@pytest.mark.parametrize(("name", "config"), [("sft", "SFTConfig"), ("dpo", "DPOConfig")])
-def test_the_presets_are_sound(name, config):
-    import dpo
-    from lib.config import configure
+@pytest.mark.parametrize(
+    ("name", "cls", "other"), [("sft", sft.SFTConfig, "dpo"), ("dpo", dpo.DPOConfig, "sft")]
+)
+def test_the_presets_are_sound(name, cls, other):
+    def read(preset):
+        return configure(cls, [f"{ROOT}/configs/{preset}", "--model_path=a", "--dataset_path=b"])
 
-    cls, other = {"sft": (sft.SFTConfig, "dpo"), "dpo": (dpo.DPOConfig, "sft")}[name]
-    cfg = configure(
-        cls, [str(ROOT / "configs" / f"{name}.json"), "--model_path=a", "--dataset_path=b"]
-    )
+    cfg = read(f"{name}.json")
     assert (cfg.lora_r, cfg.lora_alpha, len(cfg.lora_target_modules)) == (16, 32.0, 7)
     for preset in (f"{other}.json", f"demo_{other}.json", "tiny.json"):
         owner = "train" if preset == "tiny.json" else other
-        with pytest.raises(
-            UserError, match=rf"{preset} is a preset for {owner}\.py, not for {name}\.py"
-        ):
-            configure(cls, [str(ROOT / "configs" / preset), "--model_path=a", "--dataset_path=b"])
+        message = rf"{preset} is a preset for {owner}\.py, not for {name}\.py"
+        with pytest.raises(UserError, match=message):
+            read(preset)
     with pytest.raises(UserError, match="model_path and dataset_path are required"):
         configure(cls, [])
+
+
+# ---- the answer shown at each evaluation
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def greedy_by_transformers(folder, question, count):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.LlamaForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    settings = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    prompt = tokenizer.apply_chat_template(user(question), **settings)
+    ids = model.generate(**prompt, do_sample=False, max_new_tokens=count)[0]
+    return tokenizer.decode(ids[prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("program", ["sft", "dpo"])
+def test_each_evaluation_shows_a_held_out_question_and_the_greedy_answer(
+    tmp_path, tiny_tokenizer, program
+):
+    base = make_base(tmp_path / "base", tiny_tokenizer, "chatml")
+    rows = [{"prompt": f"what is {n}?", "chosen": f"a {n}", "rejected": "I won't say"}
+            for n in range(12)]  # fmt: skip
+    if program == "sft":
+        rows = [{"prompt": row["prompt"], "response": row["chosen"]} for row in rows]
+    data, held_out = (
+        write_rows(tmp_path / name, part) for name, part in (("d", rows[2:]), ("h", rows[:2]))
+    )
+    knobs = {"model_path": base, "dataset_path": data, "val_path": held_out, "sample_tokens": 12}
+    out = finished(program, tmp_path / "out", max_steps=12, save_steps=12, eval_steps=6, **knobs)
+    shown = [(r["step"], r["question"]) for r in records(out) if "answer" in r]
+    assert shown == [(6, "what is 0?"), (12, "what is 0?")]
+    answer = records(out)[-1]["answer"]
+    log = out.with_suffix(".log").read_text()
+    assert f"    question: 'what is 0?'\n    answer: {answer!r}\n" in log
+    assert "sequence_length 64, the model's whole context; a shorter one takes less memory" in log
+    assert answer == greedy_by_transformers(out / "final", "what is 0?", 12)
+    knobs |= {"sample_tokens": 0, "sequence_length": 60, "max_steps": 1, "warmup_steps": 0}
+    silent = finished(program, tmp_path / "silent", **knobs)
+    assert not any("answer" in r for r in records(silent))
+    assert "whole context" not in silent.with_suffix(".log").read_text()
+
+
+@torch.no_grad()
+def test_asked_is_the_first_question_that_leaves_room_for_an_answer(tmp_path, tiny_tokenizer):
+    model = load_model(make_base(tmp_path / "base", tiny_tokenizer, "chatml"))
+    cfg = configure(sft.SFTConfig, ["--model_path=a", "--dataset_path=b", "--sample_tokens=5"])
+    prompts = [[], user("why? " * 60), user("who jumps?"), user("when?")]
+    shown = sft.answer_to(cfg, tiny_tokenizer, "chatml", prompts, 64)(model)
+    assert shown["question"] == "who jumps?"
+    prompt, _ = render(tiny_tokenizer, prompts[2], "chatml", add_generation_prompt=True)
+    ids = prompt
+    for _ in range(5):  # the plain computation, without a cache
+        ids = [*ids, int(model(torch.tensor([ids]))[0, -1].argmax())]
+        if ids[-1] in (tiny_tokenizer.eos_id, tiny_tokenizer.im_end_id):
+            break
+    assert shown["answer"] == tiny_tokenizer.decode(ids[len(prompt) :]).strip()
+    assert sft.answer_to(cfg, tiny_tokenizer, "chatml", prompts[:2], 64)(model) == {}
