@@ -165,9 +165,8 @@ class Session:
             self.run(stage, *words)
 
     def train(self, stage, share, folder, *words):
-        """Runs a training in `share` of the minutes left, resumed if there is a checkpoint.
+        """Runs a training, resumed if there is a checkpoint, in `share` of the minutes left.
 
-        An interrupted training keeps its --max_minutes where they still fit, hence its schedule.
         share None: the training has its own length.
         """
         run = read_training(Path(folder))
@@ -178,13 +177,8 @@ class Session:
             minutes = (self.minutes * (1 - RESERVED) - self.spent - START) * share
             if minutes < SHORTEST:
                 return self.rows.append((stage, 0.0, "skipped: no time left"))
-            spent = run.last.get("seconds", 0) / 60 if run.steps else 0
-            planned = run.config.get("max_minutes") if run.steps else None
-            if planned and planned - spent <= minutes:
-                words += [f"--max_minutes={planned}"]
-            else:
-                words += [f"--max_minutes={spent + minutes:.3f}"]
-                words += ["--allow_config_change"] if run.steps else []
+            minutes += run.last.get("seconds", 0) / 60 if run.steps else 0
+            words += [f"--max_minutes={minutes:.3f}", "--allow_config_change"]
         return self.run(stage, *words)
 
 
