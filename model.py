@@ -479,6 +479,8 @@ def nats_and_gradient_fp32(logits, labels):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
+    """linear_cross_entropy, whose gradients are computed in the forward pass already."""
+
     kernel = staticmethod(nats_and_gradient)  # train.py puts a compiled one here where it compiles
 
     @staticmethod
