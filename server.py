@@ -644,8 +644,7 @@ class Scheduler:
                 self._step()
             except Exception:  # a failure ends the rows it concerns, not the server
                 self.failure = internal_error()
-                rows = [*self.waiting, *self.seated]
-                if not any(row.finish == "error" for row in rows):  # the engine names some
+                if not any(row.finish == "error" for row in self.seated):  # the engine names some
                     for row in self.seated:
                         row.finish = "error"
 
@@ -1223,7 +1222,6 @@ def main(cfg):
         print(first_line(server, model), flush=True)
         scheduler.run()  # in the thread that loaded the model: OpenMP keeps threads for each
         time.sleep(0.1)  # whoever is in the system's queue already is told, not reset
-        server.shutdown()
         end = time.monotonic() + 0.5
         while server.active and time.monotonic() < end:  # last words are being sent
             time.sleep(0.01)

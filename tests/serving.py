@@ -1,4 +1,4 @@
-"""Servers as processes (tests/runs.py) on a tiny model, and a client of a few lines that hides nothing."""
+"""Servers as processes (tests/runs.py) on a tiny model, and a client that hides nothing."""
 
 import json
 import re
@@ -63,7 +63,7 @@ class Served(Run):
         return sock
 
     def raw(self, data):
-        """Sends bytes as they are; returns everything that comes back, parsed as one response, or None."""
+        """Sends bytes as they are; returns all that comes back, parsed as one response, or None."""
         with self.connect(data) as sock:
             return parse(read_all(sock))
 
@@ -76,10 +76,8 @@ class Served(Run):
         """A whole POST as bytes; `body` is bytes, or fields for JSON."""
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         length = f"Content-Length: {len(body)}"
-        return (
-            self.head(f"POST {path} HTTP/1.1", "Content-Type: application/json", length, *headers)
-            + body
-        )
+        headers = "Content-Type: application/json", length, *headers
+        return self.head(f"POST {path} HTTP/1.1", *headers) + body
 
     def get(self, path, *headers):
         return self.raw(self.head(f"GET {path} HTTP/1.1", *headers))
@@ -117,9 +115,8 @@ class Response:
         head, _, self.body = data.partition(b"\r\n\r\n")
         first, *lines = head.decode("latin-1").split("\r\n")
         self.status = int(re.fullmatch(r"HTTP/1\.1 (\d{3}) [A-Za-z -]+", first)[1])
-        self.headers = {
-            name.lower(): value for name, value in (line.split(": ", 1) for line in lines)
-        }
+        pairs = [line.split(": ", 1) for line in lines]
+        self.headers = {name.lower(): value for name, value in pairs}
 
     @property
     def json(self):

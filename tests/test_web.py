@@ -1,11 +1,10 @@
-"""The chat page in a real browser (chromium, driven by playwright), on real servers of tiny models."""
+"""The chat page in a real browser (chromium, by playwright), on real servers of tiny models."""
 
 import codecs
 import json
 import os
 import re
 import shutil
-import time
 from math import exp
 
 import pytest
@@ -15,16 +14,15 @@ from tests.serving import Served, make_model
 
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no chromium here")
 
 XSS = "<img src=x onerror='window.caught=1'><script>window.caught=1</script>{{7*7}}&lt;b&gt;"
 
 
 def talkative(folder, tokenizer, template=None, **shape):
-    """A tiny model that never ends by itself: the rows of control ids are zero, never among the top 50."""
+    """A tiny model that never ends by itself: control ids' rows are 0, never among the top 50."""
     path = make_model(folder, tokenizer, template, **shape) / "model.safetensors"
     weights = load_file(path)
     weights["model.embed_tokens.weight"][: tokenizer.im_end_id + 1] = 0
@@ -34,9 +32,8 @@ def talkative(folder, tokenizer, template=None, **shape):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_tokenizer):
-    return talkative(
-        tmp_path_factory.mktemp("web") / "chatty", tiny_tokenizer, "chatml", sequence_length=2048
-    )
+    folder = tmp_path_factory.mktemp("web") / "chatty"
+    return talkative(folder, tiny_tokenizer, "chatml", sequence_length=2048)
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +69,8 @@ class Chat:
 
     def __init__(self, browser, server, width=1000, before=None, **context):
         self.server = server
-        self.page = browser.new_context(
-            viewport={"width": width, "height": 800}, **context
-        ).new_page()
+        size = {"width": width, "height": 800}
+        self.page = browser.new_context(viewport=size, **context).new_page()
         self.page.set_default_timeout(30_000)
         self.complaints = []
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
@@ -103,6 +99,11 @@ class Chat:
         self.draft.fill(text)
         self.draft.press("Enter")
 
+    def hear(self, text):
+        """Asks, and waits for the end of the answer."""
+        self.ask(text)
+        self.settle()
+
     def settle(self):
         expect(self.page.locator(".live")).to_have_count(0, timeout=30_000)
         return self
@@ -110,9 +111,16 @@ class Chat:
     def texts(self):
         return self.said.all_text_contents()
 
-    def complained(self):
-        """What the console says, but for the failed requests that a test brought about."""
-        return [line for line in self.complaints if "Failed to load resource" not in line]
+    def load(self, path, content):
+        """Imports a file."""
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        self.page.set_input_files("#file", path)
+
+    def edit(self, number, text):
+        self.page.get_by_role("button", name="Edit").nth(number).click()
+        self.page.get_by_label("New text").fill(text)
+        self.page.keyboard.press("Enter")
+        self.settle()
 
 
 @pytest.fixture
@@ -125,7 +133,8 @@ def opened(browser, server):
         return chats[-1]
 
     yield opened
-    complaints = [line for chat in chats for line in chat.complained()]
+    failed = "Failed to load resource"  # as a test brought about
+    complaints = [line for chat in chats for line in chat.complaints if failed not in line]
     for chat in chats:
         chat.page.context.close()
     assert complaints == []
@@ -133,12 +142,8 @@ def opened(browser, server):
 
 def reference(server, text, **fields):
     """What a client gets for the same question."""
-    body = {
-        "messages": [{"role": "user", "content": text}],
-        "logprobs": True,
-        "top_logprobs": 5,
-    } | fields
-    return server.ask("/v1/chat/completions", body)[1]["choices"][0]
+    fields |= {"messages": [{"role": "user", "content": text}], "logprobs": True}
+    return server.ask("/v1/chat/completions", fields | {"top_logprobs": 5})[1]["choices"][0]
 
 
 SEEDED = {"Longest_answer": 24, "Seed": 7}
@@ -150,22 +155,14 @@ FIELDS = {"max_tokens": 24, "seed": 7}
 
 def test_the_page_shows_what_the_server_answers(opened, server):
     chat = opened().ready().set(**SEEDED)
-    chat.ask("What is the sun?")
-    chat.settle()
-    assert chat.texts() == [
-        "What is the sun?",
-        reference(server, "What is the sun?", **FIELDS)["message"]["content"],
-    ]
-    expect(chat.page.locator(".remark").last).to_have_text(
-        re.compile(
-            r"^24 tokens(, \d+ per second)? · reached the length limit$"
-        )  # all may come at once
-    )
-    used = reference(server, "What is the sun?", **FIELDS, stream=False)
-    assert used["finish_reason"] == "length"
+    chat.hear("What is the sun?")
+    right = reference(server, "What is the sun?", **FIELDS)
+    assert chat.texts() == ["What is the sun?", right["message"]["content"]]
+    remark = r"^24 tokens(, \d+ per second)? · reached the length limit$"  # all may come at once
+    expect(chat.page.locator(".remark").last).to_have_text(re.compile(remark))
+    assert right["finish_reason"] == "length"
     expect(chat.page.locator("#announce")).to_have_text(chat.texts()[1].strip())
-    chat.ask("And then?")
-    chat.settle()
+    chat.hear("And then?")
     assert len(chat.texts()) == 4
     sent = [{"role": r, "content": t} for r, t in zip(["user", "assistant", "user"], chat.texts())]
     counted = server.ask("/tokenize", {"messages": sent})[1]["count"] + 24
@@ -181,13 +178,9 @@ def test_an_answer_is_written_as_it_comes_and_stops_when_told(opened, server):
     chat.go.click()
     chat.settle()
     assert chat.answers.text_content().startswith(before[:20])
-    expect(chat.page.locator(".remark").last).to_have_text(
-        re.compile(r"^\d+ tokens, \d+ per second · stopped$")
-    )
-    end = time.monotonic() + 20
-    while server.metric("batch_size") and time.monotonic() < end:
-        time.sleep(0.05)
-    assert server.metric("batch_size") == 0
+    remark = re.compile(r"^\d+ tokens, \d+ per second · stopped$")
+    expect(chat.page.locator(".remark").last).to_have_text(remark)
+    server.until(lambda: server.metric("batch_size") == 0)
     chat.ask("Again.")
     expect(chat.answers.nth(1)).to_have_text(re.compile(".", re.S))
     chat.page.keyboard.press("Escape")
@@ -198,18 +191,14 @@ def test_an_answer_is_written_as_it_comes_and_stops_when_told(opened, server):
 def test_regenerate_and_edit_replace_what_follows(opened):
     chat = opened().ready().set(Longest_answer=8)
     for text in ("One", "Two", "Three"):
-        chat.ask(text)
-        chat.settle()
+        chat.hear(text)
     first = chat.texts()
     chat.press("Answer again")
     chat.settle()
     assert chat.texts()[:5] == first[:5]
     assert len(chat.texts()) == 6
     assert chat.texts()[5] != first[5]
-    chat.page.get_by_role("button", name="Edit").nth(1).click()
-    chat.page.get_by_label("New text").fill("Changed")
-    chat.page.keyboard.press("Enter")
-    chat.settle()
+    chat.edit(1, "Changed")
     assert chat.texts()[:3] == [*first[:2], "Changed"]
     assert len(chat.texts()) == 4
     chat.page.get_by_role("button", name="Edit").first.click()
@@ -220,17 +209,14 @@ def test_regenerate_and_edit_replace_what_follows(opened):
 def test_an_edit_outlives_a_drawing_of_the_page(opened, start, folder):
     one = start(folder)
     chat = opened(one).ready().set(Longest_answer=4)
-    chat.ask("One")
-    chat.settle()
+    chat.hear("One")
     chat.page.get_by_role("button", name="Edit").click()
     area = chat.page.get_by_label("New text")
     area.fill("half of a change")
     area.evaluate("e => e.setSelectionRange(4, 4)")
     one.kill()
     start(folder, port=one.port, model_name="renamed")
-    chat.page.evaluate(
-        "document.dispatchEvent(new Event('visibilitychange'))"
-    )  # as on coming back to it
+    chat.page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")  # coming back
     expect(chat.page.locator("#model")).to_have_text("renamed", timeout=30_000)
     chat.page.keyboard.type(" and more")
     expect(area).to_have_value("half and more of a change")
@@ -248,8 +234,7 @@ def test_a_reload_keeps_everything_and_a_new_conversation_can_be_undone(opened):
     chat.page.evaluate("document.getElementById('settings').showModal()")
     chat.page.get_by_label("System prompt").fill("Be brief.")
     chat.page.keyboard.press("Escape")
-    chat.ask("Keep this.\n  and this")
-    chat.settle()
+    chat.hear("Keep this.\n  and this")
     chat.press("Probabilities")
     chat.draft.fill("half a thought")
     texts = chat.texts()
@@ -268,12 +253,10 @@ def test_a_reload_keeps_everything_and_a_new_conversation_can_be_undone(opened):
 
 
 def test_where_nothing_can_be_kept_the_page_says_so(opened):
-    refuse = (
-        "Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError') }"
-    )
+    error = "new DOMException('full', 'QuotaExceededError')"
+    refuse = f"Storage.prototype.setItem = () => {{ throw {error} }}"
     chat = opened(before=refuse).ready().set(Longest_answer=4)
-    chat.ask("Hello")
-    chat.settle()
+    chat.hear("Hello")
     assert len(chat.texts()) == 2
     expect(chat.page.get_by_text("Not saved")).to_be_visible()
 
@@ -291,16 +274,11 @@ def test_starting_questions(opened):
 
 def test_export_import_and_markup_stays_text(opened, tmp_path):
     chat = opened().ready().set(Longest_answer=4)
-    chat.ask(XSS)
-    chat.settle()
-    messages = [{"role": "system", "content": XSS}]
-    messages += [
-        {"role": role, "content": f"{XSS}\n  {role}"} for role in ("user", "assistant") * 2
-    ]
-    hostile = tmp_path / "hostile.json"
-    hostile.write_text(json.dumps({"messages": messages}))
+    chat.hear(XSS)
+    texts = [(role, f"{XSS}\n  {role}") for role in ("user", "assistant") * 2]
+    messages = [{"role": role, "content": text} for role, text in [("system", XSS), *texts]]
     chat.press("Settings")
-    chat.page.set_input_files("#file", hostile)
+    chat.load(tmp_path / "hostile.json", {"messages": messages})
     expect(chat.notice).to_contain_text("Imported")
     assert chat.texts() == [message["content"] for message in messages[1:]]
     assert chat.page.locator("#conversation :is(img, script, b)").count() == 0
@@ -320,9 +298,8 @@ def test_code_and_every_paragraphs_direction(opened, tmp_path):
     answer = "Here:\n\n```python\nx = '<b>'\n  y\n```\n\nSo.\n```\nhalf"
     asked = "\u05e9\u05dc\u05d5\u05dd\nwhy"
     messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-    (tmp_path / "code.json").write_text(json.dumps(messages))
     chat = opened().ready()
-    chat.page.set_input_files("#file", tmp_path / "code.json")
+    chat.load(tmp_path / "code.json", messages)
     expect(chat.answers.locator("code")).to_have_text(["x = '<b>'\n  y", "half"])
     assert chat.texts()[1] == "Here:x = '<b>'\n  ySo.half"
     edges = """e => [[0, 4], [5, 8]].map(([from, to]) => {
@@ -338,15 +315,11 @@ def test_code_and_every_paragraphs_direction(opened, tmp_path):
 
 def test_a_file_that_is_no_conversation_changes_nothing(opened, tmp_path):
     chat = opened().ready().set(Longest_answer=4)
-    chat.ask("Hello")
-    chat.settle()
+    chat.hear("Hello")
     texts = chat.texts()
-    for number, text in enumerate(
-        ["{", "[1]", '{"messages": [{"role": "tool", "content": ""}]}', "3"]
-    ):
-        path = tmp_path / f"{number}.json"
-        path.write_text(text)
-        chat.page.set_input_files("#file", path)
+    tool = {"messages": [{"role": "tool", "content": ""}]}
+    for number, content in enumerate(["{", "[1]", tool, "3"]):
+        chat.load(tmp_path / f"{number}.json", content)
         expect(chat.notice).to_contain_text(f"{number}.json is not a conversation: ")
     assert chat.texts() == texts
 
@@ -355,7 +328,7 @@ def test_a_file_that_is_no_conversation_changes_nothing(opened, tmp_path):
 
 
 def spans(choice):
-    """The tokens of an answer as they should be shown: a character spread over several is with the last."""
+    """The tokens of an answer as shown: a character spread over several is with the last."""
     decoder, shown = codecs.getincrementaldecoder("utf-8")("replace"), []
     for entry in choice["logprobs"]["content"]:
         text = decoder.decode(bytes(entry["bytes"]))
@@ -373,8 +346,7 @@ def visible(entry):
 
 def test_probabilities_by_pointer_and_by_keyboard(opened, server):
     chat = opened().ready().set(**SEEDED)
-    chat.ask("Why?")
-    chat.settle()
+    chat.hear("Why?")
     chat.press("Probabilities")
     choice = reference(server, "Why?", **FIELDS)
     tokens, peek, right = (
@@ -478,9 +450,11 @@ CONTRASTS = """() => {
   };
   const under = (e) => e ? [...under(e.parentElement), getComputedStyle(e).backgroundColor] : [];
   const texts = [...document.querySelectorAll('*')].filter((e) => e.checkVisibility() &&
-    [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()) && !e.matches('.unseen, :disabled'));
+    [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()) &&
+    !e.matches('.unseen, :disabled'));
   return texts.map((e) => {
-    const [a, b] = [luminance(getComputedStyle(e).color), luminance(under(e))].sort((a, b) => b - a);
+    const colours = [luminance(getComputedStyle(e).color), luminance(under(e))];
+    const [a, b] = colours.sort((a, b) => b - a);
     return [(a + 0.05) / (b + 0.05), e.className || e.tagName, e.textContent.slice(0, 30)];
   });
 }"""
@@ -491,12 +465,10 @@ def test_every_text_can_be_read(opened, scheme):
     chat = opened(color_scheme=scheme, reduced_motion="reduce").ready()
     found = chat.page.evaluate(CONTRASTS)
     chat.set(Longest_answer=24)
-    chat.ask("Hello")
-    chat.settle()
+    chat.hear("Hello")
     chat.press("Probabilities")
-    chat.page.evaluate(
-        "document.querySelectorAll('.token').forEach((e, i) => e.dataset.level = i % 5)"
-    )
+    levels = "document.querySelectorAll('.token').forEach((e, i) => e.dataset.level = i % 5)"
+    chat.page.evaluate(levels)
     chat.page.locator(".token").first.hover()
     found += chat.page.evaluate(CONTRASTS)
     chat.press("Settings")
@@ -535,24 +507,14 @@ def test_everything_has_a_name_and_can_be_reached_by_keyboard(opened):
     keys.press("Escape")
     chat.settle()
     assert chat.texts()[0] == "Hello\nthere"
-    reached, outlined = [], "getComputedStyle(document.activeElement).outlineStyle !== 'none'"
+    outlined = "getComputedStyle(document.activeElement).outlineStyle !== 'none'"
+    label, reached = "document.activeElement.ariaLabel || document.activeElement.id", []
     for _ in range(12):
         keys.press("Tab")
-        reached.append(
-            page.evaluate("document.activeElement.ariaLabel || document.activeElement.id")
-        )
-        assert page.evaluate(outlined) or reached[-1] in ("", "draft"), (
-            "the composer is framed as a whole"
-        )
-    names = {
-        "Probabilities",
-        "New conversation",
-        "Light or dark",
-        "Settings",
-        "Edit",
-        "Copy",
-        "Answer again",
-    }
+        reached.append(page.evaluate(label))
+        assert page.evaluate(outlined) or reached[-1] in ("", "draft")  # framed as a whole
+    names = {"Probabilities", "New conversation", "Light or dark", "Settings"}
+    names |= {"Edit", "Copy", "Answer again"}
     assert names <= set(reached)
     while page.evaluate("document.activeElement.ariaLabel") != "Settings":
         keys.press("Tab")
@@ -565,8 +527,9 @@ def test_everything_has_a_name_and_can_be_reached_by_keyboard(opened):
 
 
 def accessible_name(element):
-    return element.evaluate("e => e.ariaLabel || e.labels?.length || e.textContent.trim() || e.hidden ||"
-                            "document.getElementById(e.getAttribute('aria-labelledby'))")  # fmt: skip
+    labelled = "document.getElementById(e.getAttribute('aria-labelledby'))"
+    own = "e.ariaLabel || e.labels?.length || e.textContent.trim() || e.hidden"
+    return element.evaluate(f"e => {own} || {labelled}")
 
 
 # ---- when something is in the way
@@ -597,17 +560,15 @@ def test_a_server_that_wants_a_key(opened, start, folder, tmp_path):
     (tmp_path / "key").write_text("sesame-open")
     chat = opened(start(folder, api_key_file=tmp_path / "key"))
     dialog = chat.page.get_by_role("dialog", name="API key")
-    for key, words in (
-        ("wrong", "answers only those who have its key"),
-        ("sesame-open", "did not accept this key"),
-    ):
+    tries = {"wrong": "answers only those who have its key"}
+    tries["sesame-open"] = "did not accept this key"
+    for key, words in tries.items():
         expect(dialog).to_contain_text(words)
         dialog.get_by_label("API key").fill(key)
         chat.page.keyboard.press("Enter")
     expect(dialog).to_be_hidden()
     chat.ready().set(Longest_answer=4)
-    chat.ask("Hello")
-    chat.settle()
+    chat.hear("Hello")
     chat.page.reload()
     chat.ready()
     expect(dialog).to_be_hidden()
@@ -619,14 +580,12 @@ def test_a_server_that_wants_a_key(opened, start, folder, tmp_path):
 def test_a_full_queue_is_told_and_can_be_tried_again(opened, start, folder):
     one = start(folder, slots=1, queue=1)
     chat = opened(one).ready().set(Longest_answer=4)
-    endless = one.post(
-        "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "stream": True}
-    )
+    message = {"role": "user", "content": "x"}
+    endless = one.post("/v1/chat/completions", {"messages": [message], "stream": True})
     with one.connect(endless) as first:
         first.recv(1)
         with one.connect(endless):
-            while one.metric("queue_length") < 1:
-                time.sleep(0.01)
+            one.until(lambda: one.metric("queue_length") == 1)
             chat.ask("Hello")
             expect(chat.notice).to_contain_text("The server is busy")
             assert chat.texts() == ["Hello"]
@@ -636,12 +595,9 @@ def test_a_full_queue_is_told_and_can_be_tried_again(opened, start, folder):
 
 
 def test_a_full_context_is_told_with_ways_out(opened, start, tiny_tokenizer, tmp_path):
-    chat = opened(
-        start(talkative(tmp_path / "short", tiny_tokenizer, "chatml", sequence_length=64))
-    ).ready()
-    chat.set(Longest_answer=4)
-    chat.ask("the quick brown fox")
-    chat.settle()
+    folder = talkative(tmp_path / "short", tiny_tokenizer, "chatml", sequence_length=64)
+    chat = opened(start(folder)).ready().set(Longest_answer=4)
+    chat.hear("the quick brown fox")
     chat.ask("jumps over a lazy dog " * 4)
     expect(chat.notice).to_contain_text("This model's context is 64 tokens; the prompt has")
     expect(chat.page.locator("#context")).to_have_class("full")
@@ -652,8 +608,7 @@ def test_a_full_context_is_told_with_ways_out(opened, start, tiny_tokenizer, tmp
     assert chat.texts()[0] == ("jumps over a lazy dog " * 4).strip()
     assert len(chat.texts()) == 2
     long = [{"role": "user", "content": "fox " * 9999}]
-    (tmp_path / "long.json").write_text(json.dumps(long))
-    chat.page.set_input_files("#file", tmp_path / "long.json")
+    chat.load(tmp_path / "long.json", long)
     count = chat.server.ask("/tokenize", {"messages": long})[1]["count"]
     expect(chat.page.locator("#used")).to_have_text(f"{count:,} / 64 tokens")
     expect(chat.page.locator("#context")).to_have_class("full")
@@ -669,19 +624,14 @@ def test_a_base_model_continues_a_text(opened, start, tiny_tokenizer, tmp_path):
     expect(chat.page.get_by_text("not to answer questions")).to_be_visible()
     expect(chat.page.locator("#system-part")).to_be_hidden()
     text = "once upon "
-    chat.ask(text)
-    chat.settle()
+    chat.hear(text)
     for added in ("", " and "):
         fields = {"prompt": text} | FIELDS
         text += one.ask("/v1/completions", fields)[1]["choices"][0]["text"]
         assert chat.texts() == [text]
         text += added
-        chat.ask(added)
-        chat.settle()
-    chat.press("Edit")
-    chat.page.get_by_label("New text").fill("there was")
-    chat.page.keyboard.press("Enter")
-    chat.settle()
+        chat.hear(added)
+    chat.edit(0, "there was")
     written = one.ask("/v1/completions", {"prompt": "there was"} | FIELDS)[1]["choices"][0]["text"]
     assert chat.texts() == ["there was" + written]
     chat.press("Probabilities")
@@ -692,8 +642,7 @@ def test_a_text_that_fills_the_context_goes_on_without_its_beginning(
     opened, start, tiny_tokenizer, tmp_path
 ):
     chat = opened(start(talkative(tmp_path / "short", tiny_tokenizer, sequence_length=64))).ready()
-    chat.ask("7" * 55)
-    chat.settle()
+    chat.hear("7" * 55)
     written = chat.texts()[0][55:]
     chat.go.click()
     expect(chat.notice).to_contain_text("which leave no room for an answer")
