@@ -1,4 +1,4 @@
-"""data.py and shards.py: the stream is exact and pure, damaged folders are named."""
+"""data.py and lib/folders.py: the stream is exact and pure, damaged folders are named."""
 
 import contextlib
 import hashlib
@@ -21,38 +21,19 @@ def sha256(data):
 
 
 def write_dataset(folder, splits, vocab_size=100, tokenizer=b"tokenizer"):
-    """A dataset folder written by hand from {split: [shard, ...]} (lists of ids): an oracle independent of
-    prepare.
-    """
+    """A dataset folder written by hand from {split: [shard, ...]}, lists of ids."""
     folder.mkdir(parents=True)
     (folder / "tokenizer.model").write_bytes(tokenizer)
-    manifest = {
-        "format": 1,
-        "vocab_size": vocab_size,
-        "tokenizer_sha256": sha256(tokenizer),
-        "dtype": "uint16",
-        "pad_id": PAD,
-        "bos_id": BOS,
-        "eos_id": EOS,
-        "config": {},
-        "splits": {},
-    }
+    manifest = {"format": 1, "vocab_size": vocab_size, "tokenizer_sha256": sha256(tokenizer)}
+    manifest |= {"dtype": "uint16", "pad_id": PAD, "bos_id": BOS, "eos_id": EOS, "config": {}}
+    manifest["splits"] = {split: [] for split in splits}
     for split, shards in splits.items():
-        entries = manifest["splits"].setdefault(split, [])
         for number, ids in enumerate(shards):
             name, data = f"{split}_{number:05d}", np.asarray(ids, "<u2").tobytes()
             (folder / f"{name}.bin").write_bytes(data)
-            entries.append(
-                {
-                    "bin": f"{name}.bin",
-                    "text": f"{name}.jsonl",
-                    "tokens": len(ids),
-                    "documents": 1,
-                    "bytes": 10 * len(ids),
-                    "bin_sha256": sha256(data),
-                    "text_sha256": sha256(b""),
-                }
-            )
+            entry = {"bin": f"{name}.bin", "text": f"{name}.jsonl", "bin_sha256": sha256(data)}
+            entry |= {"tokens": len(ids), "documents": 1, "bytes": 10 * len(ids)}
+            manifest["splits"][split].append(entry | {"text_sha256": sha256(b"")})
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
@@ -70,7 +51,7 @@ def targets(batch):
     return sorted(zip(batch["ids"][keep].tolist(), batch["labels"][keep].tolist(), strict=True))
 
 
-# --- The stream ---------------------------------------------------------------------------------------------
+# ---- The stream
 
 
 def test_labels_are_the_next_token_and_the_last_block_is_kept(tmp_path):  # traps B2, B37
@@ -104,9 +85,8 @@ def test_one_pass_supervises_every_token_but_the_first_once(tmp_path_factory, sh
 def numbers(tmp_path_factory):
     """64 blocks of 4 tokens in three shards, token k = k + 3."""
     ids = np.arange(3, 3 + 64 * 4 + 1)
-    return write_dataset(
-        tmp_path_factory.mktemp("n") / "n", {"train": [ids[:50], ids[50:51], ids[51:]]}, 400
-    )
+    shards = {"train": [ids[:50], ids[50:51], ids[51:]]}
+    return write_dataset(tmp_path_factory.mktemp("n") / "n", shards, 400)
 
 
 def step_rows(folder, step, batch_size, world_size, accumulation, seed=7):
@@ -153,13 +133,10 @@ def test_a_batch_depends_on_nothing_but_its_address(numbers):
         stream.batch(step)
     fresh = TokenStream(numbers, "train", 4, 3, seed=1)
     assert np.array_equal(late, fresh.batch(77, 1, 0, 2)["ids"])
-    assert not np.array_equal(
-        late, TokenStream(numbers, "train", 4, 3, seed=2).batch(77, 1, 0, 2)["ids"]
-    )
-    golden = TokenStream(numbers, "train", 4, 6).batch(0)["ids"][:, 0].tolist()
-    assert (
-        golden == GOLDEN
-    )  # the order is part of what a resumed run relies on: it must not move between releases
+    other = TokenStream(numbers, "train", 4, 3, seed=2)
+    assert not np.array_equal(late, other.batch(77, 1, 0, 2)["ids"])
+    # a resumed run relies on the order: it must not move between releases
+    assert TokenStream(numbers, "train", 4, 6).batch(0)["ids"][:, 0].tolist() == GOLDEN
 
 
 def test_document_mask_restarts_positions_and_leaves_bos_unsupervised(tmp_path):
@@ -200,15 +177,13 @@ def test_several_datasets_without_weights_are_one_long_one(tmp_path):
 
 
 def test_unigram_baseline_is_what_a_hand_count_gives(tmp_path):
-    folder = write_dataset(
-        tmp_path / "d", {"train": [[1, 3, 3, 2]], "val": [[1, 3, 2]]}, vocab_size=4
-    )
+    folder = write_dataset(tmp_path / "d", {"train": [[1, 3, 3, 2]], "val": [[1, 3, 2]]}, 4)
     # add-one: p(0)=1/8 p(1)=2/8 p(2)=2/8 p(3)=3/8; the targets are 3 and 2; 30 bytes of text
     expected = -(np.log2(3 / 8) + np.log2(2 / 8)) / 30
     assert abs(unigram_bits_per_byte(folder) - expected) < 1e-12
 
 
-# --- Damaged folders (one line each, naming the thing) ------------------------------------------------------
+# ---- Damaged folders (one line each, naming the thing)
 
 
 def shard(field, value):
@@ -252,10 +227,8 @@ def test_a_damaged_manifest_is_refused_by_name(tmp_path, change, message):
 def test_damaged_shards_are_refused_by_name(tmp_path):
     folder = write_dataset(tmp_path / "d", {"train": [range(3, 53)]})
     good = (folder / "train_00000.bin").read_bytes()
-    for bad, message in [
-        (good[:-1], "99 bytes"),
-        (good[:40] + b"\x01" + good[41:], "sha256 mismatch"),
-    ]:
+    damaged = good[:40] + b"\x01" + good[41:]
+    for bad, message in [(good[:-1], "99 bytes"), (damaged, "sha256 mismatch")]:
         (folder / "train_00000.bin").write_bytes(bad)
         with pytest.raises(UserError, match=f"train_00000.bin: .*{message}"):
             TokenStream(folder, "train", 4, 1)

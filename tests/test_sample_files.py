@@ -1,4 +1,4 @@
-"""The sample files: always the same, nothing held out in training, checks that tell right from wrong."""
+"""The sample files: always the same, no prompt twice, checks that tell right from wrong."""
 
 import hashlib
 import json
@@ -22,7 +22,6 @@ from corpus.samples import (
 from lib.config import UserError
 from tests import ROOT
 
-
 GOLDEN = "78496df5567b8046b76e2e4083833db5c89da44f08dbdc19a061359b2befacf9"
 
 
@@ -33,27 +32,17 @@ def rows():
 
 def test_two_processes_write_the_same_bytes(tmp_path):
     for name, seed in (("a", "1"), ("b", "2")):  # of str hashes
-        command = [
-            sys.executable,
-            "data.py",
-            "create_sample_datasets",
-            f"--output_dir={tmp_path / name}",
-        ]
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            env={"PYTHONHASHSEED": seed, "PATH": ""},
-        )
+        words = ["data.py", "create_sample_datasets", f"--output_dir={tmp_path / name}"]
+        env = {"PYTHONHASHSEED": seed, "PATH": ""}
+        words = [sys.executable, *words]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=env)
         assert done.returncode == 0, done.stderr
     for name in FILES:
         first, second = (folder / f"{name}.jsonl" for folder in (tmp_path / "a", tmp_path / "b"))
         assert first.read_bytes() == second.read_bytes()
         assert f"{first.read_bytes().count(10):,} rows" in done.stdout
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(
-        f"{name}.jsonl" for name in FILES
-    )
+    names = {path.name for path in (tmp_path / "a").iterdir()}
+    assert names == {f"{name}.jsonl" for name in FILES}
 
 
 def test_another_seed_gives_other_rows(rows):
@@ -102,9 +91,8 @@ def test_the_files_read_as_conversations_and_pairs(tmp_path, rows):
     for name in FILES:
         read = read_chats if name.startswith("sft") else read_pairs
         assert len(read(tmp_path / f"{name}.jsonl", max_bad=0)) == len(rows[name])
-    assert (
-        json.loads((tmp_path / "sft_val.jsonl").read_text().splitlines()[0]) == rows["sft_val"][0]
-    )
+    lines = (tmp_path / "sft_val.jsonl").read_text().splitlines()
+    assert list(map(json.loads, lines)) == rows["sft_val"]
 
 
 def test_what_is_there_is_kept_and_anything_else_refused(tmp_path, capsys):
@@ -115,9 +103,7 @@ def test_what_is_there_is_kept_and_anything_else_refused(tmp_path, capsys):
     assert capsys.readouterr().out.count("was there") == 3
     assert (tmp_path / "sft_val.jsonl").stat().st_mtime_ns == before.st_mtime_ns
     (tmp_path / "sft_val.jsonl").write_text("mine\n")
-    with pytest.raises(
-        UserError, match=r"sft_val.jsonl: exists, with other contents; name another"
-    ):
+    with pytest.raises(UserError, match=r"sft_val.jsonl: exists, with other contents; name ano"):
         create_sample_datasets(SampleFilesConfig(str(tmp_path)))
     assert (tmp_path / "sft_val.jsonl").read_text() == "mine\n"
     with pytest.raises(UserError, match="exists, with other contents"):
@@ -137,32 +123,20 @@ def test_summaries_are_plain_lines_of_public_functions():
         assert summary[-1] == "."
 
 
+SUMMARY = "Return a copy of the list."
+
+
 @pytest.mark.parametrize(
-    ("kind", "right", "answer", "verdict"),
+    ("kind", "right", "accepted", "refused"),
     [
-        ("exact", "lamp", "lamp", True),
-        ("exact", "lamp", " lamp.\n", True),
-        ("exact", "lamp", '"lamp"', True),
-        ("exact", "lamp", "Lamp", False),
-        ("exact", "lamp", "lamp lamp", False),
-        ("exact", "lamp", "", False),
-        ("word", "Yes", "yes.", True),
-        ("word", "Yes", "Yes, of course", False),
-        ("word", "Yes", "No", False),
-        ("number", "12", "12", True),
-        ("number", "12", "The answer is 12.", True),
-        ("number", "12", "7 + 5 = 12", False),
-        ("number", "12", "112", False),
-        ("number", "12", "-12", False),
-        ("number", "12", "0.12", False),
-        ("number", "12", "twelve", False),
-        ("number", "5", "5 5", False),
-        ("overlap", "Return a copy of the list.", "Return a copy of the list.", True),
-        ("overlap", "Return a copy of the list.", "It returns a copy of this list.", True),
-        ("overlap", "Return a copy of the list.", "Remove the last item.", False),
-        ("overlap", "Return a copy of the list.", "Return a copy of the list. " * 2, False),
-        ("overlap", "Return a copy of the list.", "a a a a a a", False),
+        ("exact", "lamp", ["lamp", " lamp.\n", '"lamp"'], ["Lamp", "lamp lamp", ""]),
+        ("word", "Yes", ["Yes", "yes."], ["Yes, of course", "No"]),
+        ("number", "12", ["12", "The answer is 12."], ["7 + 5 = 12", "112", "-12", "0.12", "ten"]),
+        ("number", "5", ["5"], ["5 5"]),
+        ("overlap", SUMMARY, [SUMMARY, "It returns a copy of this list."],
+         ["Remove the last item.", f"{SUMMARY} " * 2, "a a a a a a"]),
     ],
-)
-def test_passes(kind, right, answer, verdict):
-    assert passes({"kind": kind, "answer": right, "share": 0.6}, answer) is verdict
+)  # fmt: skip
+def test_a_check_accepts_and_refuses(kind, right, accepted, refused):
+    check = {"kind": kind, "answer": right, "share": 0.6}
+    assert [answer for answer in (*accepted, *refused) if passes(check, answer)] == accepted
