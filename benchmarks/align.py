@@ -1,15 +1,16 @@
 """Does alignment align? SFT and DPO by their commands, and what base, SFT and DPO model then do.
 
     python benchmarks/align.py --base=checkpoints/pretrain/corpora/final --part=instructions
-    python benchmarks/align.py --base=... --part=preferences     begins from the SFT of `instructions`
+    python benchmarks/align.py --base=... --part=preferences   begins from the SFT of `instructions`
     python benchmarks/align.py --base=... --part=tasks           the sample datasets of data.py
 
-`instructions`: SFT on instruction rows, then on rows it has not seen the loss of the answers and the share of
-answers that the model ends by itself. `preferences`: DPO, then on held-out pairs how often the chosen answer
-gained more than the rejected one, and what became of the chosen answers' log-probability. `tasks`: SFT and
-DPO on `create_sample_datasets`, then the share of held-out tasks whose answer a program finds right. Every
-model is asked in the chat template, greedily. Further flags go to sft.py and dpo.py as --sft.KEY=VALUE and
---dpo.KEY=VALUE. One JSON line is printed for each model.
+`instructions`: SFT on instruction rows, then on rows it has not seen the loss of the answers and
+the share of answers that the model ends by itself. `preferences`: DPO, then on held-out pairs how
+often the chosen answer gained more than the rejected one, and what became of the chosen answers'
+log-probability. `tasks`: SFT and DPO on `create_sample_datasets`, then the share of held-out tasks
+whose answer a program finds right. Every model is asked in the chat template, greedily. Further
+flags go to sft.py and dpo.py as --sft.KEY=VALUE and --dpo.KEY=VALUE. One JSON line is printed for
+each model.
 """
 
 import argparse
@@ -71,7 +72,9 @@ def answer_loss(model, tokenizer, chats):
 
 
 def answers(model, tokenizer, chats):
-    """Returns [(text, ended by itself?)]: the greedy answers to the first questions of conversations."""
+    """Returns [(text, ended by itself?)]: the greedy answers to the first questions of
+    conversations.
+    """
     ends, given = stop_ids(tokenizer, TEMPLATE), []
     for start in range(0, len(chats), 32):
         requests = []
@@ -86,7 +89,9 @@ def answers(model, tokenizer, chats):
 
 
 def report(part, name, folder, chats, rows=()):
-    """Prints what the model in `folder` does with held-out conversations; `rows` say how to check answers."""
+    """Prints what the model in `folder` does with held-out conversations; `rows` say how to check
+    answers.
+    """
     model, tokenizer = open_model(folder, "cpu")
     given = answers(model, tokenizer, chats)
     line = {"part": part, "model": name, "prompts": len(chats)}
@@ -162,7 +167,7 @@ def main():
     parser.add_argument("--work", type=Path, default=Path("checkpoints/align"))
     parser.add_argument("--part", choices=PARTS, required=True)
     args, rest = parser.parse_known_args()
-    flags = {script: [f"--{flag.split('.', 1)[1]}" for flag in rest if flag.startswith(f"--{script}.")]
+    flags = {script: [f"--{f.split('.', 1)[1]}" for f in rest if f.startswith(f"--{script}.")]
              for script in ("sft", "dpo")}  # fmt: skip
     if len(rest) != sum(map(len, flags.values())):
         parser.error(

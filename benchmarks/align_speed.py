@@ -1,13 +1,16 @@
-"""A LoRA SFT step and a DPO step against peft on transformers' Llama: same shape, rows, machine, one process.
+"""A LoRA SFT step and a DPO step against peft on transformers' Llama: same shape, rows, machine,
+one process.
 
-    python benchmarks/align_speed.py             preset tiny, 8 sequences of 256 (4 pairs), half prompt
-    python benchmarks/align_speed.py --plain     without our allocator setting, which is the whole process's
-    python benchmarks/align_speed.py --memory    peak memory instead, each variant in a process of its own
+    python benchmarks/align_speed.py   preset tiny, 8 sequences of 256 (4 pairs), half prompt
+    # without our allocator setting
+    python benchmarks/align_speed.py --plain
+    python benchmarks/align_speed.py --memory   peak memory, each variant in a process of its own
 
-Rounds alternate between the variants, every second one in reverse order; a figure is the median over rounds
-of one optimizer step: forward, backward, clipping, AdamW. peft's SFT is transformers' own loss; its DPO is
-the straight way with PeftModel: four forwards (chosen and rejected, adapter on and off) with full log-
-softmax. trl_dpo is trl's DPOTrainer.compute_loss on the same model. One JSON line is printed.
+Rounds alternate between the variants, every second one in reverse order; a figure is the median
+over rounds of one optimizer step: forward, backward, clipping, AdamW. peft's SFT is transformers'
+own loss; its DPO is the straight way with PeftModel: four forwards (chosen and rejected, adapter on
+and off) with full log- softmax. trl_dpo is trl's DPOTrainer.compute_loss on the same model. One
+JSON line is printed.
 """
 
 import argparse
@@ -29,7 +32,7 @@ import torch
 import torch.nn.functional as F
 
 from data import supervised_rows
-from dpo import DPOConfig, Pair, drop_nothing, pair_rows, preference_loss
+from dpo import DPOConfig, Pair, pair_rows, preference_loss, turn_dropout_off
 from lib.config import configure
 from lib.runtime import World, memory_used, tune_cpu
 from model import Llama, ModelConfig, add_lora, choose_attention, next_token_loss, to_hf
@@ -72,7 +75,7 @@ def our_sft(cfg):
 
 def our_dpo(cfg, known_reference=False):
     model, loop, world, state = ours(cfg)
-    drop_nothing(model)
+    turn_dropout_off(model)
     rows = examples(cfg)
     reference = (-900.0, -900.0) if known_reference else ()
     pairs = [Pair(chosen, rejected, reference) for chosen, rejected in zip(rows[::2], rows[1::2])]
@@ -144,7 +147,9 @@ def peft_dpo(cfg):
 
 
 def trl_dpo(cfg):
-    """trl's own loss on the same model and rows; its trainer wants a tokenizer and a dataset to be built."""
+    """trl's own loss on the same model and rows; its trainer wants a tokenizer and a dataset to be
+    built.
+    """
     import datasets
     import tokenizers
     import transformers

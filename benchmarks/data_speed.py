@@ -4,15 +4,16 @@
     python benchmarks/data_speed.py --items=speed --limit=3000 --rounds=1 --sample=0.5
     python benchmarks/data_speed.py --items=index --documents=8000000
 
-Needs Linux, and langdetect for `speed`. `speed`: all of corpora/ as one file of rows, one and two processes,
-pinned to as many cores. `clean+filter+dedup` ends where the command says that it trains a tokenizer, `whole`
-is the command with a tokenizer that exists; both count from its start. The other method is one process: ftfy,
-regexes, langdetect on each document, SHA-256, a MinHash updated shingle by shingle and datasketch's LSH, then
-an encode call for each document and rows of ids in JSON. It is slow, so it gets every n-th document, --sample
-MB in all, and its start does not count. Programs take turns, in reverse order every second round. MB are of
-raw text. Memory is the largest sum of PSS over the command and its children. `index`: memory and time of the
-deduplication index for random documents. `dedup`: labelled pairs that lose their second document. `langid`:
-labelled texts that are not rejected for their language. One JSON line is printed.
+Needs Linux, and langdetect for `speed`. `speed`: all of corpora/ as one file of rows, one and two
+processes, pinned to as many cores. `clean+filter+dedup` ends where the command says that it trains
+a tokenizer, `whole` is the command with a tokenizer that exists; both count from its start. The
+other method is one process: ftfy, regexes, langdetect on each document, SHA-256, a MinHash updated
+shingle by shingle and datasketch's LSH, then an encode call for each document and rows of ids in
+JSON. It is slow, so it gets every n-th document, --sample MB in all, and its start does not count.
+Programs take turns, in reverse order every second round. MB are of raw text. Memory is the largest
+sum of PSS over the command and its children. `index`: memory and time of the deduplication index
+for random documents. `dedup`: labelled pairs that lose their second document. `langid`: labelled
+texts that are not rejected for their language. One JSON line is printed.
 """
 
 import argparse
@@ -84,7 +85,9 @@ def other_deduplicates(texts):
 
 
 def other_method(rows, model, output):
-    """Prints {"clean+filter+dedup": seconds, "whole": seconds}; everything is held in memory, as it was."""
+    """Prints {"clean+filter+dedup": seconds, "whole": seconds}; everything is held in memory, as it
+    was.
+    """
     import sentencepiece
 
     began = time.perf_counter()
@@ -153,7 +156,9 @@ class Command:
             time.sleep(0.1)
 
     def until(self, words):
-        """Wait for a line that begins with `words`, and end the command there; returns its seconds."""
+        """Wait for a line that begins with `words`, and end the command there; returns its
+        seconds.
+        """
         for line in self.process.stdout:
             if line.startswith(words):
                 break
@@ -277,8 +282,7 @@ def index_growth(folder, documents):
     projection = round(8e6 * peak / judged / 1e9, 2)
     print(
         json.dumps(
-            result
-            | {"microseconds": round(1e6 * spent / judged, 1), "GB of 8M": projection}
+            result | {"microseconds": round(1e6 * spent / judged, 1), "GB of 8M": projection}
         )
     )
 
@@ -293,7 +297,9 @@ def index(place, args):
 
 
 def dedup(place, args):
-    """Which of the labelled pairs lose their second document, by exact Jaccard similarity of word 5-grams."""
+    """Which of the labelled pairs lose their second document, by exact Jaccard similarity of word
+    5-grams.
+    """
     from corpus.dedup import Index, fingerprints
 
     with gzip.open(DATA / "dedup" / "docs.dev.jsonl.gz", "rt", encoding="utf-8") as file:
@@ -315,7 +321,9 @@ def dedup(place, args):
 
 
 def langid(place, args):
-    """The share that the language filter of data.py keeps, by kind: what it rejects is in its stats.json."""
+    """The share that the language filter of data.py keeps, by kind: what it rejects is in its
+    stats.json.
+    """
     groups = defaultdict(list)
     for line in (DATA / "langid" / "dev.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)

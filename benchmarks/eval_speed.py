@@ -1,12 +1,14 @@
-"""Perplexity of a text and BoolQ: ours against lm-eval's `hf` model on the same folder, in one process.
+"""Perplexity of a text and BoolQ: ours against lm-eval's `hf` model on the same folder, in one
+process.
 
     python benchmarks/eval_speed.py --model_path=checkpoints/pretrain/demo/final
     python benchmarks/eval_speed.py --model_path=... --bytes=100000 --questions=100 --rounds=5
 
-Needs lm_eval[hf]. Both get the first `bytes` of a text (windows as long as the model's context, one after the
-other) and the first `questions` of BoolQ; encoding is part of it, loading and importing are not. lm-eval runs
-at its default batch of 1 and at others; rounds alternate in reverse order. The same numbers must come out:
-BOS is written as <s> before lm-eval's contexts, because its hf model adds none. One JSON line is printed.
+Needs lm_eval[hf]. Both get the first `bytes` of a text (windows as long as the model's context, one
+after the other) and the first `questions` of BoolQ; encoding is part of it, loading and importing
+are not. lm-eval runs at its default batch of 1 and at others; rounds alternate in reverse order.
+The same numbers must come out: BOS is written as <s> before lm-eval's contexts, because its hf
+model adds none. One JSON line is printed.
 """
 
 import argparse
@@ -64,7 +66,9 @@ class LmEval:
 
 
 def time_all(variants, work, rounds):
-    """Returns ({variant: [seconds of each round]}, {variant: what it found}), after one round of warm-up."""
+    """Returns ({variant: [seconds of each round]}, {variant: what it found}), after one round of
+    warm-up.
+    """
     seconds, found = {name: [] for name in variants}, {}
     for number in range(rounds + 1):
         for name in list(variants)[:: 1 if number % 2 else -1]:

@@ -1,15 +1,16 @@
 """Generation on a CPU: ours against transformers.generate and, where it is installed, ctranslate2.
 
-    python benchmarks/generate_speed.py                                   tiny and small; 1, 8 and 16 streams
+    python benchmarks/generate_speed.py   tiny and small; 1, 8 and 16 streams
     python benchmarks/generate_speed.py --sizes=tiny --streams=1 --rounds=9
-    python benchmarks/generate_speed.py --items=first                     a command's start to its first token
+    python benchmarks/generate_speed.py --items=first   a command's start to its first token
 
-Weights are random, a preset's shape, the same for all. `speed`: each program is a process of its own, for how
-OpenMP's threads wait is settled when a process starts; they take turns, in reverse order every second round.
-A turn is `streams` greedy answers of --tokens tokens to different prompts of --prompt, prefill included, in
-one batch. transformers runs as it is, and with the thread policy that engine.py sets (`_same`). A figure is
-the median over rounds of tokens per second. `first` times whole commands: sample.py, and a transformers
-program that prints as much. One JSON line is printed.
+Weights are random, a preset's shape, the same for all. `speed`: each program is a process of its
+own, for how OpenMP's threads wait is settled when a process starts; they take turns, in reverse
+order every second round. A turn is `streams` greedy answers of --tokens tokens to different prompts
+of --prompt, prefill included, in one batch. transformers runs as it is, and with the thread policy
+that engine.py sets (`_same`). A figure is the median over rounds of tokens per second. `first`
+times whole commands: sample.py, and a transformers program that prints as much. One JSON line is
+printed.
 """
 
 import argparse
@@ -135,7 +136,9 @@ class Child:
 
 
 def speed(folder, streams, args):
-    """Returns {program: tokens per second as [median, min, max], share of ids that are transformers'}."""
+    """Returns {program: tokens per second as [median, min, max], share of ids that are
+    transformers'}.
+    """
     prompts = [
         [1] + [10 + (7919 * row + 31 * i) % 4000 for i in range(1, args.prompt)]
         for row in range(streams)

@@ -1,13 +1,15 @@
-"""One driver for half an hour on a GPU: floors, exactness, training and decoding speed against the HF stack.
+"""One driver for half an hour on a GPU: floors, exactness, training and decoding speed against the
+HF stack.
 
     python benchmarks/gpu.py --out=results.jsonl                       everything, in order of worth
     python benchmarks/gpu.py --items=train:tiny,hf:tiny:eager          some of it
-    python benchmarks/gpu.py --small --device=cpu       every kind of item once, at toy size: some minutes
+    # every kind of item once, at toy size: some minutes
+    python benchmarks/gpu.py --small --device=cpu
 
-Every item runs in a process of its own with its own time limit and appends one JSON line at once, so an item
-that hangs or runs out of memory costs only itself. Speeds are medians over timed optimizer steps after warm-
-up; MFU counts 6 N + 12 L C T FLOPs per token (head counted, attention in full) over 989e12, the H100's dense
-bf16 peak by datasheet.
+Every item runs in a process of its own with its own time limit and appends one JSON line at once,
+so an item that hangs or runs out of memory costs only itself. Speeds are medians over timed
+optimizer steps after warm- up; MFU counts 6 N + 12 L C T FLOPs per token (head counted, attention
+in full) over 989e12, the H100's dense bf16 peak by datasheet.
 """
 
 import argparse
@@ -91,7 +93,7 @@ ITEMS = [
 
 
 def preset(name, small, **changes):
-    """Returns the PretrainConfig of configs/NAME.json, shrunk to toy size for a run without a GPU."""
+    """Returns the PretrainConfig of configs/NAME.json, at toy size without a GPU."""
     cfg = with_vocab_size(configure(PretrainConfig, [str(ROOT / f"configs/{name}.json")]))
     if small:
         toy = {
@@ -169,7 +171,9 @@ def floors(small):
 
 
 def exact(small):
-    """Device against CPU in fp32, compiled against eager, bf16 against fp32, checkpointing on against off."""
+    """Device against CPU in fp32, compiled against eager, bf16 against fp32, checkpointing on
+    against off.
+    """
     device = choose_device("auto")
     cfg = preset(
         "tiny", True, d_model=128, n_head=2, num_key_value_heads=1, d_ff=256, sequence_length=256
@@ -281,7 +285,9 @@ def determinism(small):
 
 
 def train(small, name, *options):
-    """Optimizer steps of a preset at its own batch, compiled unless `eager`; muon, fp16, rows=N, vocab=N."""
+    """Optimizer steps of a preset at its own batch, compiled unless `eager`; muon, fp16, rows=N,
+    vocab=N.
+    """
     device = choose_device("auto")
     if "deterministic" in options:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
@@ -314,9 +320,11 @@ def train(small, name, *options):
 
 
 def aligned(small, name, stage):
-    """SFT or DPO steps of a rank 16 adapter: 16 sequences of 512 (8 pairs), the second half an answer."""
+    """SFT or DPO steps of a rank 16 adapter: 16 sequences of 512 (8 pairs), the second half an
+    answer.
+    """
     from data import supervised_rows
-    from dpo import DPOConfig, Pair, drop_nothing, pair_rows, preference_loss
+    from dpo import DPOConfig, Pair, pair_rows, preference_loss, turn_dropout_off
     from model import add_lora
 
     device, rows, length = choose_device("auto"), 4 if small else 16, 32 if small else 512
@@ -336,7 +344,7 @@ def aligned(small, name, stage):
         next_token_loss,
     )
     if stage == "dpo":
-        drop_nothing(model)
+        turn_dropout_off(model)
         pairs = [
             Pair(chosen, rejected, ()) for chosen, rejected in zip(examples[::2], examples[1::2])
         ]
@@ -371,7 +379,7 @@ def memory(small, name, *options):
 
 
 def profile(small, name, *options):
-    """The kernels of two optimizer steps, or of 32 decoded tokens with `decode`, the dearest first."""
+    """The kernels of two optimizer steps, or of 32 decoded tokens with `decode`, dearest first."""
     from sample import Engine, Request, Sampling, generate
 
     device = choose_device("auto")
@@ -408,7 +416,9 @@ def profile(small, name, *options):
 
 
 def hf(small, name, mode):
-    """transformers' LlamaForCausalLM under its own Trainer: same shape, batch, precision, fused AdamW."""
+    """transformers' LlamaForCausalLM under its own Trainer: same shape, batch, precision, fused
+    AdamW.
+    """
     from transformers import (
         LlamaConfig,
         LlamaForCausalLM,
@@ -438,7 +448,8 @@ def hf(small, name, mode):
         arguments = TrainingArguments(
             output_dir=folder, max_steps=warm + timed, per_device_train_batch_size=cfg.batch_size,
             gradient_accumulation_steps=cfg.gradient_accumulation_steps, bf16=device.type == "cuda",
-            torch_compile=mode == "compile", optim="adamw_torch_fused", learning_rate=cfg.learning_rate,
+            torch_compile=mode == "compile", optim="adamw_torch_fused",
+            learning_rate=cfg.learning_rate,
             logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
             use_cpu=device.type == "cpu", max_grad_norm=1.0,
         )  # fmt: skip
@@ -465,7 +476,9 @@ def ready_to_generate(cfg, device):
 
 
 def decode(small, name, *options):
-    """Our engine, greedy, prompt 64, 192 new tokens per row: in CUDA graphs, and as it is unless `graphs`."""
+    """Our engine, greedy, prompt 64, 192 new tokens per row: in CUDA graphs, and as it is unless
+    `graphs`.
+    """
     from sample import Engine, Request, Sampling, generate
 
     device = choose_device("auto")

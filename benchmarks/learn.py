@@ -1,26 +1,28 @@
-"""What is learned in a fixed time: train.py against transformers' Trainer, and the recipe's own choices.
+"""What is learned in a fixed time: train.py against transformers' Trainer, and the recipe's own
+choices.
 
-    python benchmarks/learn.py                                   ours and transformers, 30 minutes each
+    python benchmarks/learn.py   ours and transformers, 30 minutes each
     python benchmarks/learn.py --runs=adamw,muon,adamw+lr_6e-3   by name; + joins choices
     python benchmarks/learn.py --runs=recipes --minutes=10       every choice of RECIPES by itself
-    python benchmarks/learn.py --runs=recipes --steps=2400 --jobs=12 --device=cuda      as many steps each
+    # as many steps each
+    python benchmarks/learn.py --runs=recipes --steps=2400 --jobs=12 --device=cuda
     python benchmarks/learn.py --runs=none                       the table of what has been measured
 
 Same model shape, tokenizer, data, batch tokens, minutes, threads. `ours` is `python train.py RECIPE
---max_minutes`, another name is that with what RECIPES says. `transformers` is LlamaForCausalLM under
-Trainer with its defaults (AdamW, learning rate 5e-5, falling linearly, no warmup), `transformers_fair` has
-our learning rate, warmup, cosine, betas and decay, and bf16 or torch.compile where ours has them. Its
-schedules follow the clock, as ours does: no guess of how many steps there will be. Clocks run while
-training, validations included, not while programs start.
+--max_minutes`, another name is that with what RECIPES says. `transformers` is LlamaForCausalLM
+under Trainer with its defaults (AdamW, learning rate 5e-5, falling linearly, no warmup),
+`transformers_fair` has our learning rate, warmup, cosine, betas and decay, and bf16 or
+torch.compile where ours has them. Its schedules follow the clock, as ours does: no guess of how
+many steps there will be. Clocks run while training, validations included, not while programs start.
 
 Afterwards each model folder is measured in the same way: `wikitext2`, bits per byte of eval.py on
-WikiText-2's validation text, stride half a context; `held_out`, those of the prepared dataset's validation
-documents. One JSON line a run is appended to OUTPUT_DIR/results.jsonl; what is in there is not run again,
-and an interrupted run of ours goes on where it was. With --steps (of the recipe's batch) only ours can run,
-in float32, and `held_out` is its last validation: a machine may then run several at once. The data is
-prepared once, into --data, from Gutenberg's books and documentation in --corpora. "steps / adamw" is how many
-steps `adamw` took to its last validation loss over those that a run took to come below it, a line drawn
-between its validations.
+WikiText-2's validation text, stride half a context; `held_out`, those of the prepared dataset's
+validation documents. One JSON line a run is appended to OUTPUT_DIR/results.jsonl; what is in there
+is not run again, and an interrupted run of ours goes on where it was. With --steps (of the recipe's
+batch) only ours can run, in float32, and `held_out` is its last validation: a machine may then run
+several at once. The data is prepared once, into --data, from Gutenberg's books and documentation in
+--corpora. "steps / adamw" is how many steps `adamw` took to its last validation loss over those
+that a run took to come below it, a line drawn between its validations.
 """
 
 import argparse
@@ -170,7 +172,7 @@ class Blocks(torch.utils.data.Dataset):
 
 
 def train_transformers(fair, folder, args):
-    """Trains LlamaForCausalLM with Trainer for --minutes; leaves folder/final/, with the tokenizer."""
+    """Trains LlamaForCausalLM with Trainer for --minutes; leaves folder/final/."""
     import transformers
 
     cfg = replace(configure(PretrainConfig, [args.recipe]), max_minutes=args.minutes)
@@ -201,13 +203,16 @@ def train_transformers(fair, folder, args):
             return self.lr_scheduler
 
     ours = {
-        "learning_rate": cfg.learning_rate, "weight_decay": cfg.weight_decay, "adam_beta1": cfg.beta1,
+        "learning_rate": cfg.learning_rate, "weight_decay": cfg.weight_decay,
+        "adam_beta1": cfg.beta1,
         "adam_beta2": cfg.beta2, "torch_compile": bool(cfg.compile),
         "bf16": choose_dtype(cfg.dtype, torch.device("cpu"))[0] == torch.bfloat16,
     }  # fmt: skip
     settings = transformers.TrainingArguments(
-        str(folder), max_steps=10**9, per_device_train_batch_size=cfg.batch_size, save_strategy="no",
-        gradient_accumulation_steps=cfg.gradient_accumulation_steps, logging_steps=50, report_to="none",
+        str(folder), max_steps=10**9, per_device_train_batch_size=cfg.batch_size,
+        save_strategy="no",
+        gradient_accumulation_steps=cfg.gradient_accumulation_steps, logging_steps=50,
+        report_to="none",
         disable_tqdm=True, use_cpu=True, seed=cfg.seed, **(ours if fair else {}),
     )  # fmt: skip
     torch.manual_seed(cfg.seed)
@@ -226,7 +231,9 @@ def train_transformers(fair, folder, args):
 
 
 def measure(folder, args):
-    """Prints {"wikitext2", "held_out"} of a model folder, bits per byte, as one line; the child's side."""
+    """Prints {"wikitext2", "held_out"} of a model folder, bits per byte, as one line; the child's
+    side.
+    """
     from eval import EvalConfig, prepare_text
     from sample import open_model  # tells OpenMP how to wait: not to be inherited by what trains
 
@@ -242,7 +249,7 @@ def measure(folder, args):
 
 
 def history(folder):
-    """Returns (steps taken, [[step, validation loss, its bits per byte], ...]) of a run's folder."""
+    """Returns (steps taken, [[step, validation loss, bits per byte], ...]) of a run's folder."""
     if (folder / "steps.json").is_file():
         return json.loads((folder / "steps.json").read_text())["step"], []
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -290,7 +297,9 @@ def dataset(args):
 
 
 def measured(args):
-    """Returns the lines of results.jsonl that are of this length, this recipe and this dataset, by name."""
+    """Returns the lines of results.jsonl that are of this length, this recipe and this dataset, by
+    name.
+    """
     path = Path(args.output_dir) / "results.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     same = {"length": length_of(args), "recipe": Path(args.recipe).name, "dataset": dataset(args)}
@@ -298,7 +307,9 @@ def measured(args):
 
 
 def steps_to(curve, loss):
-    """Returns the step at which a run's validation loss comes down to `loss`, None if it never does."""
+    """Returns the step at which a run's validation loss comes down to `loss`, None if it never
+    does.
+    """
     for (before, high, _), (step, low, _) in zip([curve[0], *curve], curve):
         if low <= loss:
             return step - (step - before) * (loss - low) / (high - low) if high > low else step

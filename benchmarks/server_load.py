@@ -1,16 +1,18 @@
-"""The server under load: throughput of 1, 8 and 16 streams, 200 clients at once, slow clients, a long soak.
+"""The server under load: throughput of 1, 8 and 16 streams, 200 clients at once, slow clients, a
+long soak.
 
-    python benchmarks/server_load.py                        all of it, preset tiny with random weights
+    python benchmarks/server_load.py   all of it, preset tiny with random weights
     python benchmarks/server_load.py --items=speed --model_path=checkpoints/sft --rounds=5
     python benchmarks/server_load.py --items=crowd,slow,soak --requests=10000
 
-The server is a process of its own, the clients are this one's threads: on two cores they take their share
-of both. `speed` alternates between numbers of streams; each stream asks again and again for --tokens greedy
-tokens (server-sent events, or whole answers with --plain), and a figure is the median over rounds of all
-tokens by the wall clock. `crowd` counts statuses, and answers that differ from the same request alone: it
-draws from few tokens, as rounding may decide between two of many that are almost equally likely.
-`slow` holds 60 clients that stall and times /health beside them. `soak` compares memory, threads and file
-handles of the server after the first tenth of its requests and after the last. One JSON line is printed.
+The server is a process of its own, the clients are this one's threads: on two cores they take their
+share of both. `speed` alternates between numbers of streams; each stream asks again and again for
+--tokens greedy tokens (server-sent events, or whole answers with --plain), and a figure is the
+median over rounds of all tokens by the wall clock. `crowd` counts statuses, and answers that differ
+from the same request alone: it draws from few tokens, as rounding may decide between two of many
+that are almost equally likely. `slow` holds 60 clients that stall and times /health beside them.
+`soak` compares memory, threads and file handles of the server after the first tenth of its requests
+and after the last. One JSON line is printed.
 """
 
 import argparse
@@ -37,7 +39,7 @@ ITEMS = ("speed", "crowd", "slow", "soak")
 
 
 def random_model(folder, preset):
-    """Writes a model of a preset's shape, weights and tokenizer's words random. Returns `folder`."""
+    """Writes a model of a preset's shape, weights and words random. Returns `folder`."""
     import torch
 
     from lib.config import configure
@@ -80,7 +82,7 @@ class Server:
         assert self.process.wait(30) == 0
 
     def send(self, fields=None, path="/v1/completions"):
-        """Returns a socket on which a request has been sent: a POST of `fields`, or a GET without."""
+        """Returns a socket with a request sent on it: a POST of `fields`, or a GET without."""
         sock = socket.create_connection(("127.0.0.1", self.port), timeout=600)
         head = f"{'GET' if fields is None else 'POST'} {path} HTTP/1.1\r\nHost: localhost\r\n"
         body = b"" if fields is None else json.dumps(fields).encode()
@@ -130,7 +132,9 @@ def together(count, work):
 
 
 def throughput(server, streams, tokens, seconds, stream):
-    """Tokens per second of `streams` clients that ask for `seconds`, to the end of their last answers."""
+    """Tokens per second of `streams` clients that ask for `seconds`, to the end of their last
+    answers.
+    """
     counts, begin = [0] * streams, time.perf_counter()
 
     def client(number):
@@ -177,7 +181,7 @@ def speed(server, args):
 
 
 def crowd(server, args):
-    """200 clients at once, every second streamed; afterwards each request that was served, alone."""
+    """200 clients at once, every second streamed; afterwards each served request, alone."""
     kinds = [
         {"temperature": 0},
         {"temperature": 1.0, "seed": 7},
@@ -208,7 +212,9 @@ def text_of(body):
 
 
 def slow(server, args):
-    """60 clients that send half of something and then nothing; beside them /health, a hundred times."""
+    """60 clients that send half of something and then nothing; beside them /health, a hundred
+    times.
+    """
     with ExitStack() as stack:
         held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(60)]
         for number, sock in enumerate(held):

@@ -1,27 +1,29 @@
 """Training on a CPU: our fit's step against transformers' LlamaForCausalLM with its own loss.
 
-    python benchmarks/train_speed.py                           tiny: 4 x 256 and 4 x 512, memory at 8 x 512
+    python benchmarks/train_speed.py   tiny: 4 x 256 and 4 x 512, memory at 8 x 512
     python benchmarks/train_speed.py --items=speed --lengths=256 --rounds=9
     python benchmarks/train_speed.py --sizes=small --programs=ours_fp32,transformers_fp32_tuned
-    python benchmarks/train_speed.py --programs=ours_fp32,ours_fp32_plain,ours_fp32_active,ours_fp32_onednn
+    python benchmarks/train_speed.py --programs=ours_fp32,ours_fp32_plain,ours_fp32_onednn
 
 A program's name says what it is, word by word. `ours` goes through open_world, announce, State,
-clip and update of train.py; `transformers` is the straight loop over model(input_ids,
-labels).loss. Then the precision. `compile`: torch.compile. `muon`: instead of AdamW. `tuned` gives
-transformers our allocator and thread settings, `plain` takes them from ours. `active`: OpenMP's threads
-spin while they wait. `onednn` multiplies float32 with oneDNN instead of MKL. `math`: attention
-as explicit matmuls in ours, which is what 16 bits take.
+clip and update of train.py; `transformers` is the straight loop over model(input_ids, labels).loss.
+Then the precision. `compile`: torch.compile. `muon`: instead of AdamW. `tuned` gives transformers
+our allocator and thread settings, `plain` takes them from ours. `active`: OpenMP's threads spin
+while they wait. `onednn` multiplies float32 with oneDNN instead of MKL. `math`: attention as
+explicit matmuls in ours, which is what 16 bits take.
 
-Weights and batches are the same for all, and so are learning rate, betas, clipping and what decays. Each
-program is a process of its own that waits for its turn; turns alternate, in reverse order every second
-round. A turn is --steps optimizer steps: forward, backward, clipping, optimizer. The first one warms up and
-compiles, and its losses have to be transformers' (AdamW: the first to 1e-4 in fp32, 2e-2 in bf16, the others
-to 2e-2, for Adam's first updates are signs, of rounding too): else it is not the same training, and the
-program ends. Figures are medians over rounds, with the least and the most.
+Weights and batches are the same for all, and so are learning rate, betas, clipping and what decays.
+Each program is a process of its own that waits for its turn; turns alternate, in reverse order
+every second round. A turn is --steps optimizer steps: forward, backward, clipping, optimizer. The
+first one warms up and compiles, and its losses have to be transformers' (AdamW: the first to 1e-4
+in fp32, 2e-2 in bf16, the others to 2e-2, for Adam's first updates are signs, of rounding too):
+else it is not the same training, and the program ends. Figures are medians over rounds, with the
+least and the most.
 
-MFU is over the best matrix product (2048 x 2048 x 2048, into a buffer) that this machine gave between those
-turns; FLOPs are 6 N + 12 L C T a token, head counted, attention in full. Memory is what three steps add, at
-their peak, to a process that has imported what it needs and built its model. One JSON line is printed.
+MFU is over the best matrix product (2048 x 2048 x 2048, into a buffer) that this machine gave
+between those turns; FLOPs are 6 N + 12 L C T a token, head counted, attention in full. Memory is
+what three steps add, at their peak, to a process that has imported what it needs and built its
+model. One JSON line is printed.
 """
 
 import argparse
@@ -72,7 +74,9 @@ def shape(size, length):
 
 
 def rows_of(cfg, rows, step):
-    """Returns the batch of one step: ids, the likelier the smaller, so that there is something to learn."""
+    """Returns the batch of one step: ids, the likelier the smaller, so that there is something to
+    learn.
+    """
     draws = np.random.default_rng(step).random((rows, cfg.sequence_length))
     ids = (cfg.vocab_size * draws**4).astype(np.int64)
     labels = np.full_like(ids, -100)
@@ -185,7 +189,9 @@ def work(args, until_end):
 
 
 def memory_of(args, until_end):
-    """Returns the MB that three steps add at their peak to what the process holds once its model is built."""
+    """Returns the MB that three steps add at their peak to what the process holds once its model is
+    built.
+    """
     cfg = shape(args.sizes, int(args.lengths))
     step = build(args.program, cfg, args.folder, until_end)
     with contextlib.suppress(OSError):  # Linux: the peak so far is forgotten
@@ -250,7 +256,9 @@ class Child:
 
 
 def speed(size, length, folder, args):
-    """Returns {program: its figures} of all programs at `--rows` x length, and of the matrix products."""
+    """Returns {program: its figures} of all programs at `--rows` x length, and of the matrix
+    products.
+    """
     peaks = [f"peak_{dtype}" for dtype in sorted({name.split("_")[1] for name in args.programs})]
     names = [*args.programs, *peaks]
     children = {n: Child(n, command(n, size, length, args.rows, folder, args)) for n in names}
@@ -280,7 +288,9 @@ def speed(size, length, folder, args):
 
 
 def check_losses(losses):
-    """Ends the program where AdamW's first losses are not transformers' (without these, the first's)."""
+    """Ends the program where AdamW's first losses are not transformers' (without these, the
+    first's).
+    """
     base = next((name for name in losses if name.startswith("transformers")), next(iter(losses)))
     for name in losses:
         first, *others = (abs(a - b) for a, b in zip(losses[name], losses[base], strict=True))
