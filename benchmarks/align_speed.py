@@ -9,7 +9,7 @@ one process.
 Rounds alternate between the variants, every second one in reverse order; a figure is the median
 over rounds of one optimizer step: forward, backward, clipping, AdamW. peft's SFT is transformers'
 own loss; its DPO is the straight way with PeftModel: four forwards (chosen and rejected, adapter on
-and off) with full log- softmax. trl_dpo is trl's DPOTrainer.compute_loss on the same model. One
+and off) with full log-softmax. trl_dpo is trl's DPOTrainer.compute_loss on the same model. One
 JSON line is printed.
 """
 

@@ -8,7 +8,7 @@ HF stack.
 
 Every item runs in a process of its own with its own time limit and appends one JSON line at once,
 so an item that hangs or runs out of memory costs only itself. Speeds are medians over timed
-optimizer steps after warm- up; MFU counts 6 N + 12 L C T FLOPs per token (head counted, attention
+optimizer steps after warm-up; MFU counts 6 N + 12 L C T FLOPs per token (head counted, attention
 in full) over 989e12, the H100's dense bf16 peak by datasheet.
 """
 
