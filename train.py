@@ -51,8 +51,7 @@ from lib.config import (
     narrow,
     run,
 )
-from lib.curves import command_line as draw_curves
-from lib.log import Log
+from lib.log import Log, curves_command
 from lib.runtime import (
     Stopped,
     autocast,
@@ -874,6 +873,6 @@ def check_tokenizer(tokenizer, folder):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["curves"]:
-        draw_curves(sys.argv[2:])
+        curves_command(sys.argv[2:])
     else:
         run(main, PretrainConfig, __doc__)

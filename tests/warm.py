@@ -302,7 +302,7 @@ elif __name__ == "__main__":
             for d in ("lib", "corpus", "tools")
             for path in (room / d).glob("*.py")
         ),
-        *("torch._dynamo", "torch.distributed.run", "ftfy", "datasketch"),
+        *("torch._dynamo", "torch.distributed.run", "ftfy", "datasketch", "matplotlib.figure"),
         *("pytest", "tests.runs"),  # of what tests have their forks do
     ]:
         importlib.import_module(name)

@@ -1,0 +1,374 @@
+"""What a run reports: its curves as a picture, its alarm, and the logs of wandb and tensorboard."""
+
+import functools
+import importlib.util
+import json
+import math
+import os
+import re
+import struct
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lib.checkpoint import checkpoints
+from lib.config import UserError
+from lib.log import draw_curves, figure_of, read_run, running_mean, spike_limit
+from model import next_token_loss
+from tests import ROOT
+from tests.blows import after_save, die
+from tests.runs import Run, fitting, losses, names, records, refused
+from tests.runs import train_to_end as trained
+from tests.test_train import Counting, no_validation
+from tests.warm import python
+
+# ---- curves
+
+
+def write_run(folder, steps=200, dpo=False, seed=0):
+    """A metrics.jsonl as trainings write it: every step, a validation after each tenth."""
+    chance, lines = np.random.RandomState(seed), []
+    for step in range(1, steps + 1):
+        loss = 2 + 6 / (1 + step / 20) + 0.1 * chance.randn()
+        line = {"step": step, "loss": loss, "lr": 3e-4 * (1 - step / steps)}
+        line |= {"grad_norm": 0.5 + chance.rand(), "tokens": 512 * step, "memory": 10**9}
+        line |= {"tokens_per_second": 1e4, "seconds": step * 1.5}
+        line |= {"rewards/accuracies": 0.6, "rewards/margins": 0.1 * step} if dpo else {}
+        lines.append(line)
+        if step % 10 == 0:
+            line = {"step": step, "val_loss": loss - 0.1, "val_bits_per_byte": loss / 3}
+            line |= {"val_rewards/accuracies": 0.7} if dpo else {}
+            lines.append(line | {"sample": "a"})
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def drawn(*folders, x="tokens"):
+    """{title: [(x, y) of every line]} of the figure of some runs."""
+    figure = figure_of({str(folder): read_run(folder, x) for folder in folders}, x)
+    figure.draw_without_rendering()
+    lines = lambda axes: [line.get_data() for line in axes.lines if len(line.get_xdata())]
+    return {axes.get_title("left"): lines(axes) for axes in figure.axes}
+
+
+@pytest.mark.parametrize(("x", "scale"), [("tokens", 512), ("steps", 1), ("minutes", 1.5 / 60)])
+def test_the_curves_pass_through_what_was_logged(tmp_path, x, scale):
+    folder = write_run(tmp_path / "run")
+    (raw, mean, dots), steps = drawn(folder, x=x)["Loss"], np.arange(1, 201)
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert raw[0] == pytest.approx(steps * scale)
+    assert raw[1] == pytest.approx([r["loss"] for r in logged if "loss" in r])
+    assert mean[1][50:] == pytest.approx(raw[1][50:], abs=0.3)
+    assert dots[0] == pytest.approx(steps[9::10] * scale)
+    assert dots[1] == pytest.approx([r["val_loss"] for r in logged if "val_loss" in r])
+
+
+def test_every_kind_of_training_has_its_panels(tmp_path):
+    plain, dpo = write_run(tmp_path / "plain"), write_run(tmp_path / "dpo", dpo=True)
+    common = {"Loss", "Bits per byte", "Learning rate", "Gradient norm", "Tokens per second"}
+    assert drawn(plain).keys() == common
+    assert drawn(dpo).keys() == common | {"Accuracy", "Margin"}
+    assert [len(lines) for lines in drawn(plain, dpo).values()] == [6, 2, 3, 2, 4, 4, 4]
+
+
+def test_one_peak_among_many_steps_is_drawn_and_does_not_hide_the_others(tmp_path):
+    folder = write_run(tmp_path / "long", 5000)
+    text = (folder / "metrics.jsonl").read_text().splitlines()
+    at = next(n for n, line in enumerate(text) if '"step": 3001,' in line)
+    text[at] = json.dumps(json.loads(text[at]) | {"loss": 500.0})
+    (folder / "metrics.jsonl").write_text("\n".join(text) + "\n")
+    figure = figure_of({"long": read_run(folder, "steps")}, "steps")
+    assert figure.axes[0].lines[0].get_ydata().max() == 500
+    assert figure.axes[0].get_ylim()[1] < 50
+
+
+def test_several_runs_have_their_names_and_their_colours(tmp_path):
+    folders = [write_run(tmp_path / "one"), write_run(tmp_path / "<&>", seed=1)]
+    runs = {str(folder): read_run(folder / "metrics.jsonl", "steps") for folder in folders}
+    figure = figure_of(runs, "steps")
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert [label.partition(":")[0] for label in labels] == list(map(str, folders))
+    assert len({line.get_color() for line in figure.axes[0].lines}) == 2
+
+
+def test_nulls_and_a_line_that_is_being_written_are_left_out(tmp_path):
+    folder = write_run(tmp_path / "run")
+    with open(folder / "metrics.jsonl", "a") as f:
+        f.write('{"step": 201, "loss": null, "lr": 0, "grad_norm": null, "tokens": 1e5}\n')
+        f.write('{"step": 201, "skipped": "gradient norm is nan", "grad_norm": null}\n')
+        f.write('{"step": 202, "los')
+    run = read_run(folder, "tokens")
+    assert len(run["loss"][1]) == 200
+    assert len(run["lr"][1]) == 201
+    assert all(np.isfinite(points).all() for points in run.values())
+
+
+@pytest.mark.parametrize(
+    ("content", "x", "message"),
+    [
+        (None, "tokens", "metrics.jsonl: No such file or directory; name an output folder"),
+        (b"", "tokens", "holds no step with a loss and tokens yet"),
+        (b'{"step": 4, "val_loss": 3}\n', "tokens", "holds no step with a loss and tokens yet"),
+        (
+            b'{"step": 1, "loss": 3, "tokens": 9}\nnonsense\n{"step": 2}\n',
+            "tokens",
+            "line 2: not a",
+        ),
+        (b"[1]\n", "tokens", "line 1: not a record of a training's step"),
+        (b'{"loss": 1}\n', "tokens", "line 1: not a record"),
+        (b"\xff\xfe\n", "tokens", "not a record"),
+        (b'{"step": 1, "loss": 3, "tokens": 9}\n', "minutes", "and seconds yet; try --x=steps"),
+    ],
+)
+def test_a_file_that_cannot_be_drawn_is_one_line(tmp_path, content, x, message):
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(message)):
+        draw_curves([tmp_path], x, tmp_path / "out.png")
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_too_many_runs_are_refused(tmp_path):
+    folder = write_run(tmp_path / "run")
+    with pytest.raises(UserError, match=r"9 runs in one picture can't be told apart; .* most 8"):
+        draw_curves([folder] * 9, "tokens", tmp_path / "out.png")
+
+
+def test_a_running_mean_leaves_a_straight_line_alone_and_halves_nothing_at_the_ends():
+    line = np.linspace(3, 5, 401)
+    assert running_mean(line)[10:-10] == pytest.approx(line[10:-10], abs=0.01)
+    assert running_mean(np.full(200, 7.0)) == pytest.approx(np.full(200, 7.0))
+    assert running_mean(np.eye(200)[100]).max() == pytest.approx(1 / 5)
+
+
+def test_the_command_draws_and_says_how_far_each_run_came(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", dpo=True)
+    call = functools.partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True)
+    for output, magic in (("ab.png", b"\x89PNG"), ("ab.svg", b"<?xml")):
+        words = ["curves", "a", "b", "--x", "minutes", f"--output={output}"]
+        done = call([python(), ROOT / "train.py", *words])
+        assert done.returncode == 0, done.stderr
+        line = r"a: 200 steps, 102,400 tokens, 5\.0 minutes, last loss \d\.\d{4}, best val_loss \d"
+        assert re.match(line, done.stdout)
+        assert (tmp_path / output).read_bytes().startswith(magic)
+        assert (tmp_path / output).stat().st_size > 20_000
+    done = call([python(), ROOT / "train.py", "curves", "a", "--output=a.pdf"])
+    assert (done.returncode, done.stderr) == (2, "error: output a.pdf: must end in .png or .svg\n")
+
+
+def test_a_training_leaves_its_curves(tmp_path, tiny_dataset):
+    out = trained(tmp_path / "out", data_path=tiny_dataset)
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not (out / "curves.svg").exists()
+
+
+def test_curves_that_cannot_be_written_are_a_warning(tmp_path, tiny_dataset):
+    (tmp_path / "out" / "curves.png").mkdir(parents=True)
+    out = trained(tmp_path / "out", data_path=tiny_dataset)
+    assert "warning: no curves drawn (" in out.with_suffix(".log").read_text()
+    assert {"final", "step_000008"} <= set(names(out))
+
+
+# ---- the alarm
+
+
+def test_the_limit_by_hand():
+    assert spike_limit([3.0] * 19)[1] == math.inf
+    assert spike_limit([3.0] * 20) == pytest.approx((3.0, 4.5))  # no scatter: half as large again
+    recent = [
+        2.0,
+        4.0,
+        8.0,
+    ] * 10  # median 4, deviations factors of 2, 1, 2: their median 2, six times 2**6
+    assert spike_limit(recent) == pytest.approx((4.0, 256.0))
+
+
+class Spiking:
+    """The loss of some steps is five times what it is."""
+
+    def __init__(self, *steps):
+        self.steps, self.calls = steps, 0
+
+    def __call__(self, model, batch):
+        self.calls += 1
+        loss, stats = next_token_loss(model, batch)
+        return loss * (5 if self.calls in self.steps else 1), stats
+
+
+KNOBS = {
+    "vocab_size": 32,
+    "max_steps": 60,
+    "logging_steps": 10,
+    "save_steps": 25,
+    "eval_steps": 100,
+}
+
+
+def test_a_spike_between_two_log_lines_is_said_once_and_nothing_else_happens(tmp_path):
+    run = lambda name, *args: Run(
+        tmp_path / f"{name}.log", fitting, (tmp_path / name, Counting(), *args)
+    )
+    knobs = KNOBS | {"learning_rate": 1e-5}
+    one = run(
+        "spiking", Spiking(5, 33, 34, 35, 48), no_validation, knobs
+    )  # 5 is too early to be told
+    other = run("calm", next_token_loss, no_validation, knobs)
+    assert [one.wait(), other.wait()] == [[0], [0]], one.text
+    spikes = [r for r in records(tmp_path / "spiking") if "spike" in r]
+    assert [r["step"] for r in spikes] == [33, 48]
+    assert all(4.5 < r["spike"] / r["median"] < 5.5 for r in spikes)
+    assert one.text.count("warning: loss spike at step") == 2
+    assert "loss spike" not in other.text
+    assert [r["step"] for r in records(tmp_path / "spiking") if "loss" in r] == [
+        1,
+        10,
+        20,
+        30,
+        40,
+        50,
+        60,
+    ]
+
+
+class Scaled(Counting):
+    """Batches that say how much their loss counts, five times as much at step 28."""
+
+    def batch(self, step, micro, rank, accumulation):
+        scale = np.array(5.0 if step + 1 == 28 else 1.0, np.float32)
+        return super().batch(step, micro, rank, accumulation) | {"scale": scale}
+
+
+def scaled_loss(model, batch):
+    loss, stats = next_token_loss(model, batch)
+    return loss * batch["scale"], stats
+
+
+def dying_fit(*args):
+    after_save(25, die)  # in the middle between two log lines
+    fitting(*args)
+
+
+def test_a_resumed_run_is_alarmed_like_the_straight_one(tmp_path):
+    knobs = KNOBS | {"learning_rate": 1e-4}
+    run = lambda name, what, **more: Run(
+        tmp_path / f"{name}.log",
+        what,
+        (tmp_path / name, Scaled(), scaled_loss, no_validation, knobs | more),
+    ).wait()
+    assert run("straight", fitting) == [0]
+    assert run("parts", dying_fit) == [9]
+    assert run("parts", fitting, resume_from_checkpoint="auto") == [0]
+    assert [r["step"] for r in records(tmp_path / "straight") if "spike" in r] == [28]
+    assert losses(tmp_path / "parts") == losses(tmp_path / "straight")
+    state = lambda name: torch.load(checkpoints(tmp_path / name)[0] / "train_state" / "state.pt")[
+        "recent"
+    ]
+    assert state("parts") == state("straight")
+    assert len(state("straight")) == 60
+
+
+# ---- wandb and tensorboard
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_package_that_is_not_there_is_named_before_training(tmp_path, tiny_dataset, name):
+    if importlib.util.find_spec(name):
+        pytest.skip(f"{name} is installed")
+    line = refused(tmp_path / "out", data_path=tiny_dataset, report_to=name)
+    assert (
+        line
+        == f"error: report_to={name}: needs a package that is not installed: pip install {name}"
+    )
+    assert names(tmp_path / "out") == ["run.lock"]
+
+
+def told(out):
+    """What metrics.jsonl says, as {(step, name): number}."""
+    numbers = [(r["step"], k, v) for r in records(out) for k, v in r.items() if k != "step"]
+    return {(step, k): v for step, k, v in numbers if isinstance(v, (int, float))}
+
+
+def test_tensorboard_reads_what_metrics_jsonl_says_after_a_resume_too(tmp_path, tiny_dataset):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    knobs = {"data_path": tiny_dataset, "report_to": "tensorboard"}
+    out = trained(tmp_path / "out", **knobs)
+    for name in ("final", "step_000008"):
+        (out / name / "manifest.json").unlink()
+    (out / "final").rename(tmp_path / "gone")
+    trained(out, resume_from_checkpoint="auto", **knobs)
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    tags = events.Tags()["scalars"]
+    read = {(e.step, tag): e.value for tag in tags for e in events.Scalars(tag)}
+    assert read == pytest.approx(told(out), rel=1e-6)
+    assert len([tag for tag in events.Tags()["tensors"] if tag.startswith("sample")]) == 1
+
+
+def test_a_tracker_that_fails_is_one_warning(tmp_path, tiny_dataset):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tensorboard").write_text("a file where a folder is to be")
+    out = trained(tmp_path / "out", data_path=tiny_dataset, report_to="tensorboard")
+    text = out.with_suffix(".log").read_text()
+    assert text.count("warning: tensorboard failed (") == 1
+    assert "training goes on without it" in text
+    assert "Traceback" not in text
+
+
+def offline():
+    os.environ["WANDB_MODE"] = "offline"
+
+
+def messages(path):
+    """What a .wandb file holds: LevelDB's log, 32 KiB blocks of (crc, length, kind) and pieces."""
+    content, at, message = path.read_bytes(), 7, b""
+    while at + 7 <= len(content):
+        length, kind = struct.unpack_from("<HB", content, at + 4)
+        message += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        at += 32768 - at % 32768 if 32768 - at % 32768 < 7 else 0
+        if kind in (1, 4):  # whole, or its last piece
+            yield message
+            message = b""
+
+
+def test_wandb_offline_holds_what_metrics_jsonl_says(tmp_path, tiny_dataset):
+    pytest.importorskip("wandb")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    out = trained(tmp_path / "out", data_path=tiny_dataset, report_to="wandb", before=offline)
+    (path,) = out.glob("wandb/offline-run-*/*.wandb")
+    read = {}
+    for message in messages(path):
+        row = {
+            (".".join(i.nested_key) or i.key): i.value_json
+            for i in Record.FromString(message).history.item
+        }
+        row = {k: json.loads(v) for k, v in row.items()}
+        read |= {(row["step"], k): v for k, v in row.items() if (row["step"], k) in told(out)}
+    assert read == pytest.approx(told(out))
+
+
+def unreachable(folder):
+    """An account whose server does not answer."""
+    os.environ |= {
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+        "WANDB_API_KEY": "0" * 40,
+        "WANDB_MODE": "online",
+    }
+    os.environ |= {"HOME": str(folder), "WANDB_INIT_TIMEOUT": "5"}
+
+
+def test_wandb_without_its_server_is_one_warning(tmp_path, tiny_dataset):
+    pytest.importorskip("wandb")
+    before = functools.partial(unreachable, tmp_path)
+    out = trained(tmp_path / "out", data_path=tiny_dataset, report_to="wandb", before=before)
+    text = Path(out).with_suffix(".log").read_text()
+    assert text.count("warning: wandb") == 1, text
+    assert "Traceback" not in text
