@@ -49,7 +49,7 @@ from model import (
     open_model_folder,
     save_trained,
 )
-from train import LoopConfig, check_data, check_tokenizer, fit, greedy
+from train import LoopConfig, check_data, check_same_tokenizer, fit, greedy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +246,7 @@ def model_files(cfg, base, tokenizer, template, data_sha256):
         (folder / "data.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
     def read_model(model, folder):
-        check_tokenizer(tokenizer, folder)
+        check_same_tokenizer(tokenizer, folder)
         check_data(cfg, data, folder)
         load_trained(model, folder, base)
 

@@ -3,14 +3,15 @@
     python train.py configs/tiny.json --data_path=data/processed/docstrings --max_minutes=30
     torchrun --nproc_per_node=2 train.py configs/tiny.json --batch_size=8
     python train.py configs/tiny.json --resume_from_checkpoint=auto
-    python train.py configs/base.json --plan         needs and hours; --plan_gpu=rtx4090 for another card
+    python train.py configs/base.json --plan       needs and hours; --plan_gpu=rtx4090 for a card
     python train.py curves checkpoints/a checkpoints/b
 
 Read from the top: the configuration, the schedule, the optimizers, the state, `fit`, pretraining.
 
-Two rules keep the numbers right. A loss is a sum, divided by the count of supervised tokens of the whole step
-over all ranks: neither accumulation nor the number of ranks changes the result. A batch is a pure function of
-(seed, step, micro-step, rank): a resumed run sees what the straight one would have seen, bit for bit.
+Two rules keep the numbers right. A loss is a sum, divided by the count of supervised tokens of the
+whole step over all ranks: neither accumulation nor the number of ranks changes the result. A batch
+is a pure function of (seed, step, micro-step, rank): a resumed run sees what the straight one would
+have seen, bit for bit.
 """
 
 import contextlib
@@ -29,17 +30,7 @@ from typing import Annotated, Literal
 import torch
 
 from data import TokenStream, unigram_bits_per_byte
-from lib.checkpoint import (
-    FINAL_FILES,
-    checkpoints,
-    find_checkpoint,
-    locked,
-    problem_with,
-    prune,
-    read_tensors,
-    whole_folder,
-    write_tensors,
-)
+from lib import checkpoint
 from lib.config import (
     Fraction,
     NonNegativeFloat,
@@ -153,24 +144,25 @@ class LoopConfig:
         return self.learning_rate / 10 if self.min_lr is None else self.min_lr
 
 
-# Keys that may differ between a checkpoint and the run that resumes it: they do not change what is learned.
-# Data and models may move; `check_data` compares what they hold.
-FREE_ON_RESUME = set(
-    "output_dir resume_from_checkpoint allow_config_change allow_world_size_change device compile "
-    "flash_attn gradient_checkpointing deterministic max_bad_steps logging_steps eval_steps save_steps "
-    "keep_last eval_rows sample_prompt sample_tokens report_to plan plan_gpu "
-    "data_path dataset_path model_path".split()
-)
+# Keys that may differ between a checkpoint and the run that resumes it: they do not change what is
+# learned. Data and models may move; `check_data` compares what they hold.
+FREE_ON_RESUME = {
+    *("output_dir", "resume_from_checkpoint", "allow_config_change", "allow_world_size_change"),
+    *("device", "compile", "flash_attn", "gradient_checkpointing", "deterministic", "keep_last"),
+    *("max_bad_steps", "logging_steps", "eval_steps", "save_steps", "eval_rows", "sample_prompt"),
+    *("sample_tokens", "report_to", "plan", "plan_gpu", "data_path", "dataset_path", "model_path"),
+}
 
 # ----------------------------------------------------------------------------------------------
 # The schedule: how many steps, and the learning rate at each of them
 
 
 def lr_at(cfg, step, progress, total):
-    """Returns the learning rate of `step` (from 0) of `total` when `progress` (0..1) of the run is done.
+    """Returns the learning rate of `step` (from 0) when `progress` (0..1) of the run is done.
 
-    A linear warmup, then a cosine down to the floor at progress 1. In a time box nobody knows how many steps
-    there will be: the warmup ends after a tenth of the time at the latest and the cosine begins there.
+    A linear warmup, then a cosine down to the floor at progress 1. In a time box nobody knows how
+    many of `total` steps there will be: the warmup ends after a tenth of the time at the latest,
+    and the cosine begins there.
     """
     warm = (step + 1) / cfg.warmup_steps if cfg.warmup_steps else 1.0
     begin = cfg.warmup_steps / total if total else 0.0  # progress at which the cosine begins
@@ -193,14 +185,15 @@ def total_steps(cfg, rows, world_size):
     total = max(1, math.ceil((cfg.num_train_epochs or 1) * rows / rows_per_step))
     if cfg.warmup_steps > total and not cfg.max_minutes:
         raise UserError(
-            f"warmup_steps {cfg.warmup_steps} is more than the {total} steps of this run; use a time box "
-            f"(--max_minutes=30), a shorter warmup (--warmup_steps={total // 10}) or more data"
+            f"warmup_steps {cfg.warmup_steps} is more than the {total} steps of this run; use a "
+            f"time box (--max_minutes=30), a shorter warmup (--warmup_steps={total // 10}) "
+            "or more data"
         )
     return total
 
 
 class Clock:
-    """Seconds of training, those before a resume included, and the share of the run that is done."""
+    """Seconds of training, those before a resume included, and the share that is done."""
 
     def __init__(self, cfg, total, before=0.0):
         self.total, self.limit = total, cfg.max_minutes and 60 * cfg.max_minutes
@@ -224,9 +217,9 @@ class Clock:
 def make_optimizers(cfg, model, device, dtype=torch.float32):
     """Returns the optimizers of cfg.optimizer over the trainable parameters; only matrices decay.
 
-    adamw: AdamW for everything. muon: Muon, computing in `dtype`, for the blocks' matrices, AdamW for
-    embedding, head and norms. Both take the same learning_rate, as in Moonlight (Liu et al. 2025), because
-    Muon's updates are scaled to the size of AdamW's.
+    adamw: AdamW for everything. muon: Muon, computing in `dtype`, for the blocks' matrices, AdamW
+    for embedding, head and norms. Both take the same learning_rate, as in Moonlight (Liu et al.
+    2025), because Muon's updates are scaled to the size of AdamW's.
     """
     blocks, head, rest = [], [], []
     for name, p in model.named_parameters():  # a tied head has the name of the embedding
@@ -249,15 +242,16 @@ def make_optimizers(cfg, model, device, dtype=torch.float32):
 
 
 class Muon(torch.optim.Optimizer):
-    """Updates matrices by their orthogonalized Nesterov momentum (Jordan et al. 2024), with decoupled decay.
+    """Updates matrices by their orthogonalized Nesterov momentum (Jordan et al. 2024), with
+    decoupled decay.
 
-    A gradient matrix is dominated by a few directions. Orthogonalized, all its directions are stepped along
-    equally far. An update is scaled by 0.2 sqrt(max(rows, columns)), which gives it the root mean square of
-    AdamW's, so one learning rate serves both (Liu et al. 2025).
+    A gradient matrix is dominated by a few directions. Orthogonalized, all its directions are
+    stepped along equally far. An update is scaled by 0.2 sqrt(max(rows, columns)), which gives it
+    the root mean square of AdamW's, so one learning rate serves both (Liu et al. 2025).
     """
 
-    # Matrices of one shape are orthogonalized together, in a few kernels instead of hundreds; at most so
-    # many numbers, of which memory holds several copies at once.
+    # Matrices of one shape are orthogonalized together, in a few kernels instead of hundreds; at
+    # most so many numbers, of which memory holds several copies at once.
     TOGETHER = 1 << 24
 
     def __init__(self, params, lr, weight_decay, dtype=torch.float32, momentum=0.95):
@@ -293,11 +287,13 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(x, steps=5):
-    """Returns x (N, rows, columns) with every matrix's singular values replaced by values of about 1.
+    """Returns x (N, rows, columns) with every matrix's singular values replaced by values of about
+    1.
 
     A Newton-Schulz iteration: x <- a x + (b g + c g g) x with g = x x^T applies the polynomial
-    a s + b s^3 + c s^5 to every singular value s and leaves the singular vectors. These coefficients
-    (Jordan 2024) are steepest at 0; they end between 0.7 and 1.2 instead of converging, which works as well.
+    a s + b s^3 + c s^5 to every singular value s and leaves the singular vectors. These
+    coefficients (Jordan 2024) are steepest at 0; they end between 0.7 and 1.2 instead of
+    converging, which works as well.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.shape[1] > x.shape[2]
@@ -314,11 +310,12 @@ def orthogonalized(x, steps=5):
 
 
 class State:
-    """Model, optimizers, scaler, counters. A checkpoint holds it all, and every rank's random numbers.
+    """Model, optimizers, scaler, counters. A checkpoint holds it all, and every rank's random
+    numbers.
 
-    The weights are float32, as are the moments; `dtype` is that of the matmuls. In float16 the scaler
-    multiplies the loss, so that small gradients do not become 0, and divides the gradients before they are
-    clipped; in other types it does nothing.
+    The weights are float32, as are the moments; `dtype` is that of the matmuls. In float16 the
+    scaler multiplies the loss, so that small gradients do not become 0, and divides the gradients
+    before they are clipped; in other types it does nothing.
     """
 
     def __init__(self, cfg, model, world, dtype):
@@ -335,7 +332,7 @@ class State:
         self.step, self.seconds, self.tokens, self.bad_steps = 0, 0.0, 0, 0
         self.evaluated = 0  # the step of the last validation
         self.best, self.best_step, self.stale = None, 0, 0  # of the validations, see `judge`
-        self.recent = []  # losses of the last steps, see Log.read
+        self.recent = []  # losses of the last steps, see Log.step
         self.saved_at = None  # the step of the checkpoint that holds all this
 
     def counters(self):
@@ -354,8 +351,8 @@ class State:
     def update(self, lr, grad_norm, count):
         """Applies the gradients and clears them.
 
-        They are not applied where their norm is not finite - which it then is on every rank, being that of
-        the sum - or where `count`, the supervised terms of the step, is 0.
+        They are not applied where their norm is not finite - which it then is on every rank, being
+        that of the sum - or where `count`, the supervised terms of the step, is 0.
         """
         self.bad_steps = 0 if count and math.isfinite(grad_norm) else self.bad_steps + 1
         for optimizer in self.optimizers:
@@ -368,9 +365,10 @@ class State:
             optimizer.zero_grad(set_to_none=not self.fixed_gradients)
 
     def judge(self, cfg, metrics):
-        """Notes whether a validation is the best so far, or counts how many there were since the best.
+        """Notes whether a validation is the best so far, or counts those since the best.
 
-        With early stopping every new best is saved; without it only steps that are saved anyway can be best.
+        With early stopping every new best is saved; without it only steps that are saved anyway can
+        be best.
         """
         name = cfg.early_stopping_metric
         if not cfg.early_stopping_patience and (self.step % cfg.save_steps or name not in metrics):
@@ -389,38 +387,38 @@ class State:
         return bool(cfg.early_stopping_patience) and self.stale >= cfg.early_stopping_patience
 
     def check_space(self, output_dir):
-        """Raises UserError if the disk has no room for a checkpoint: weights, two moments, 10 % to spare."""
+        """Raises UserError if the disk has no room for a checkpoint and 10 % more."""
         weights = sum(p.numel() for p in self.model.parameters())
         moments = 2 * sum(p.numel() for p in self.parameters)
         needed, free = 1.1 * 4 * (weights + moments), shutil.disk_usage(output_dir).free
         if free < needed:
-            raise UserError(
-                f"{output_dir}: a checkpoint needs {needed / 1e6:,.1f} MB, free are {free / 1e6:,.1f} MB; "
-                "make room, or choose another --output_dir"
-            )
+            sizes = f"needs {needed / 1e6:,.1f} MB, free are {free / 1e6:,.1f} MB"
+            remedy = "make room, or choose another --output_dir"
+            raise UserError(f"{output_dir}: a checkpoint {sizes}; {remedy}")
 
     def save(self, cfg, world, write_model):
-        """Writes the checkpoint of this step, whole or not at all, and deletes old ones. For every rank."""
+        """Writes the checkpoint of this step, whole or not at all, and deletes old ones."""
         folder = Path(cfg.output_dir) / f"step_{self.step:06d}"
         self.check_space(cfg.output_dir)
-        with whole_folder(folder, cfg, world) as hidden:
-            train_state = hidden / "train_state"
-            train_state.mkdir(exist_ok=True)
-            write_tensors(rng_state(world.device), train_state / f"rng_{world.rank:05d}.pt")
+        with checkpoint.whole_folder(folder, cfg, world) as hidden:
+            folder = hidden / "train_state"
+            folder.mkdir(exist_ok=True)
+            numbers = rng_state(world.device)
+            checkpoint.write_tensors(numbers, folder / f"rng_{world.rank:05d}.pt")
             if world.rank == 0:
                 write_model(self.model, hidden)
                 state = self.counters() | {"scaler": self.scaler.state_dict()}
                 state["optimizers"] = [o.state_dict() for o in self.optimizers]
-                write_tensors(state, train_state / "state.pt")
+                checkpoint.write_tensors(state, folder / "state.pt")
         self.saved_at = self.step
         if world.rank == 0:
-            prune(cfg.output_dir, cfg.keep_last, self)
+            checkpoint.prune(cfg.output_dir, cfg.keep_last, self)
 
     def load(self, folder, world):
-        """Restores optimizers, scaler, counters and this rank's random numbers, but not the weights."""
+        """Restores all but the weights: optimizers, scaler, counters, random numbers."""
         path = folder / "train_state" / "state.pt"
         numbers = path.with_name(f"rng_{world.rank:05d}.pt")
-        state = read_tensors(path)
+        state = checkpoint.read_tensors(path)
         try:
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 load_optimizer(optimizer, saved)
@@ -429,7 +427,7 @@ class State:
                 setattr(self, name, state[name])
             self.saved_at = self.step
             if numbers.is_file():  # a rank that is new keeps the numbers it was seeded with
-                set_rng_state(read_tensors(numbers), world.device)
+                set_rng_state(checkpoint.read_tensors(numbers), world.device)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as problem:
             raise UserError(
                 f"{path}: does not fit this model and optimizer ({problem!r:.200})"
@@ -437,7 +435,7 @@ class State:
 
 
 def load_optimizer(optimizer, saved):
-    """Restores the moments, checking their shapes as torch does not; settings stay those of today's cfg."""
+    """Restores the moments, whose shapes torch does not check, under the settings of today."""
     settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     optimizer.load_state_dict(saved)
     for group, today in zip(optimizer.param_groups, settings, strict=True):
@@ -449,8 +447,8 @@ def load_optimizer(optimizer, saved):
 
 
 def resume(cfg, state, world, read_model):
-    """Restores `state` from the checkpoint that cfg names, if any, after checking that it is this run's."""
-    folder = find_checkpoint(cfg, world.say)
+    """Restores `state` from the checkpoint that cfg names, if any and if it is of this run."""
+    folder = checkpoint.find_checkpoint(cfg, world.say)
     if folder is None:
         if cfg.resume_from_checkpoint:
             world.say(f"nothing to resume in {cfg.output_dir}; starting at step 0")
@@ -459,42 +457,38 @@ def resume(cfg, state, world, read_model):
     read_model(state.model, folder)
     state.load(folder, world)
     if world.rank == 0:
-        prune(cfg.output_dir, cfg.keep_last, state)  # a kill may have come before it
+        checkpoint.prune(cfg.output_dir, cfg.keep_last, state)  # a kill may have come before it
     world.say(f"resumed from {folder} at step {state.step:,}")
 
 
 def check_same_run(cfg, world, folder):
-    """Raises UserError if the run that wrote `folder` had another configuration, where that matters.
+    """Raises UserError if the run that wrote `folder` differs where that changes what is learned.
 
-    A key that it did not know yet counts as today's default, so a new knob refuses no older checkpoint.
+    A key that it did not know counts as today's default: a new knob refuses no older checkpoint.
     """
-    fields = [f for f in dataclasses.fields(cfg) if f.default is not dataclasses.MISSING]
     plain = lambda values: json.loads(json.dumps(values))  # tuples become lists, as in the file
+    fields = [f for f in dataclasses.fields(cfg) if f.default is not dataclasses.MISSING]
     before = plain({f.name: f.default for f in fields})
     before |= json.loads((folder / "run.json").read_text(encoding="utf-8"))
     now = plain(dataclasses.asdict(cfg)) | {"_world_size": world.size}
-    rows, rows_before = (
-        c["batch_size"] * c["gradient_accumulation_steps"] * c["_world_size"] for c in (now, before)
-    )
-    if now["_world_size"] != before["_world_size"]:
+    size, accumulation, ranks = "batch_size", "gradient_accumulation_steps", "_world_size"
+    rows, rows_before = (run[size] * run[accumulation] * run[ranks] for run in (now, before))
+    if now[ranks] != before[ranks]:
+        made = f"{folder}: was made with {before[ranks]} ranks, now {now[ranks]}"
         if not cfg.allow_world_size_change:
-            raise UserError(
-                f"{folder}: was made with {before['_world_size']} ranks, now {world.size}; "
-                "use as many, or --allow_world_size_change at the same global batch"
-            )
+            same = "use as many, or --allow_world_size_change at the same global batch"
+            raise UserError(f"{made}; {same}")
         if rows != rows_before:
             raise UserError(
-                f"{folder}: global batch was {rows_before} rows, now {rows}; it must stay"
+                f"{made}; global batch was {rows_before} rows, now {rows}; it must stay"
             )
-    free = FREE_ON_RESUME | {"_world_size"}
-    if rows == rows_before:  # the same steps in smaller pieces, as after running out of memory
-        free |= {"batch_size", "gradient_accumulation_steps"}
+    # the same rows in smaller pieces, as after running out of memory, are the same steps
+    free = FREE_ON_RESUME | {ranks} | ({size, accumulation} if rows == rows_before else set())
     changed = [k for k in now if k not in free and before.get(k) != now[k]]
     if changed and not cfg.allow_config_change:
         each = [f"{k} was {json.dumps(before.get(k))}, now {json.dumps(now[k])}" for k in changed]
-        raise UserError(
-            f"{folder}: made with {', '.join(each[:5])}; --allow_config_change accepts it"
-        )
+        made = f"{folder}: made with {', '.join(each[:5])}"
+        raise UserError(f"{made}; --allow_config_change accepts it")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -508,25 +502,25 @@ class Diverged(UserError):
 
 
 def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, write_final=None):
-    """Trains `model` in place as cfg says and leaves OUTPUT_DIR/final/. Returns the last validation's dict.
+    """Trains `model` in place and writes OUTPUT_DIR/final/. Returns the last validation's dict.
 
-    loader        .batch(step, micro, rank, accumulation) -> dict of numpy arrays; "count", the supervised
-                  terms in them; and "tokens", if that is another number. A pure function of its arguments,
-                  so a resume has nothing to rewind. .blocks: rows in one pass
-    loss_fn       (model, batch of tensors) -> (sum over the supervised terms, {name: sum of what to log});
-                  fit divides by the count of the whole step over all ranks
-    validate      (model) -> dict of floats and texts to log; it takes its rows from world.batches
-    write_model   (model, folder): writes what a checkpoint holds besides the training state; read_model is
-                  its inverse, and write_final writes final/ where that is to hold something else
+    loader       .batch(step, micro, rank, accumulation) -> dict of numpy arrays; "count", the
+                 supervised terms in them; and "tokens", if that is another number. A pure function
+                 of its arguments, so a resume has nothing to rewind. .blocks: rows in one pass
+    loss_fn      (model, batch of tensors) -> (sum over the supervised terms, {name: sum to log});
+                 both are divided by the count of the whole step over all ranks
+    validate     (model) -> dict of floats and texts to log; it takes its rows from world.batches
+    write_model  (model, folder): writes what a checkpoint holds besides the training state;
+                 read_model is its inverse; write_final writes final/ where it holds something else
 
-    Raises UserError for what its user can mend. SIGINT or SIGTERM end it with a checkpoint and SystemExit,
-    128 + the signal's number as shells count: status 0 means that final/ is there.
+    Raises UserError for what its user can mend. SIGINT or SIGTERM end it with a checkpoint and
+    SystemExit, 128 + the signal's number as shells count: status 0 means that final/ is there.
     """
     if cfg.plan:
         from tools import plan
 
         return plan.local(cfg, model, loader, loss_fn, world)
-    with locked(cfg.output_dir, world), stop_signals(world):
+    with checkpoint.locked(cfg.output_dir, world), stop_signals(world):
         state, dtype, clock = prepare(cfg, model, loader, world, read_model)
         if is_complete(cfg, state, clock, world):
             return {}
@@ -543,7 +537,7 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
                     metrics = evaluate(cfg, state, validate, dtype, world, log)
                 if state.should_save(cfg):
                     state.save(cfg, world, write_model)
-                # what all ranks must know alike: the size of the step, whether to stop, rank 0's clock
+                # ranks decide alike: by the whole step's size, anybody's signal, rank 0's clock
                 count, tokens, stopping, state.seconds = world.sum(
                     sum(batch["count"] for batch in batches),
                     sum(batch.get("tokens", batch["count"]) for batch in batches),
@@ -580,8 +574,8 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
                 state.save(cfg, world, write_model)
             if not stopping and state.evaluated != state.step:
                 metrics = evaluate(cfg, state, validate, dtype, world, log)
-                if world.rank == 0:
-                    prune(cfg.output_dir, cfg.keep_last, state)  # this one may be the best now
+                if world.rank == 0:  # this one may be the best now
+                    checkpoint.prune(cfg.output_dir, cfg.keep_last, state)
         if stopping or state.evaluated != state.step:
             resume_flag = "--resume_from_checkpoint=auto"
             world.say(f"stopped at step {state.step:,}, saved; continue with {resume_flag}")
@@ -592,7 +586,7 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
 
 
 def prepare(cfg, model, loader, world, read_model):
-    """Returns (state, dtype of matmuls, clock) of a run: fresh, or resumed from the checkpoint cfg names."""
+    """Returns (state, dtype of matmuls, clock), fresh or resumed from the checkpoint cfg names."""
     model.to(world.device)
     dtype, _ = announce(cfg, model, world)
     state = State(cfg, model, world, dtype)
@@ -605,7 +599,7 @@ def prepare(cfg, model, loader, world, read_model):
 
 
 def announce(cfg, model, world):
-    """Chooses precision, attention and compilation and says so, with reasons. Returns (dtype, attention)."""
+    """Chooses precision, attention and compilation, and says why. Returns (dtype, attention)."""
     device, length = world.device, model.cfg.sequence_length
     dtype, why = choose_dtype(cfg.dtype, device)
     attention, reason = choose_attention(device, length, dtype, cfg.flash_attn)
@@ -630,8 +624,9 @@ def compiles(cfg, device):
 def compile_model(model):
     """Compiles the decoder and the loss kernel in place; no wrapper, so no prefix on any name.
 
-    On CUDA the decoder becomes a CUDA graph: launched one by one, the kernels of a small model leave the GPU
-    waiting. Its gradients must then keep their place in memory, see State.fixed_gradients.
+    On CUDA the decoder becomes a CUDA graph: launched one by one, the kernels of a small model
+    leave the GPU waiting. Its gradients must then keep their place in memory, see
+    State.fixed_gradients.
     """
     if torch.are_deterministic_algorithms_enabled():
         import torch._inductor.config as inductor
@@ -646,16 +641,16 @@ def is_complete(cfg, state, clock, world):
     """Returns whether the run that was resumed has nothing left to do, after saying so."""
     final = Path(cfg.output_dir) / "final"
     ended = clock.progress(state.step, state.seconds) >= 1 or state.is_stale(cfg)
-    complete = ended and problem_with(final, FINAL_FILES) is None
+    complete = ended and checkpoint.problem_with(final, checkpoint.FINAL_FILES) is None
     if complete:
         world.say(f"this run is complete: its model is in {final}; nothing to do")
     return complete
 
 
 def evaluate(cfg, state, validate, dtype, world, log):
-    """Logs and returns validate(model), with dropout off and the training's random numbers untouched.
+    """Logs and returns validate(model), without dropout; random numbers stay the training's.
 
-    Where a stop is asked for meanwhile, nothing is logged and state.evaluated stays: it comes again.
+    If a stop is asked for meanwhile, nothing is logged and state.evaluated stays: it comes again.
     """
     numbers, metrics = rng_state(world.device), None
     state.model.eval()
@@ -671,15 +666,16 @@ def evaluate(cfg, state, validate, dtype, world, log):
 
 
 def report_skipped(cfg, state, grad_norm, count, log):
-    """Reports a step that was not applied, see State.update; raises Diverged after too many in a row."""
+    """Reports a step that was not applied; raises Diverged after too many in a row."""
     why = f"gradient norm is {grad_norm}" if count else "no token of it is supervised"
     log.write({"step": state.step, "skipped": why, "grad_norm": grad_norm})
     log.world.say(f"warning: step {state.step:,} skipped: {why} ({state.bad_steps} in a row)")
     if state.bad_steps >= cfg.max_bad_steps:
-        last = next(iter(checkpoints(cfg.output_dir)), None)
+        last = next(iter(checkpoint.checkpoints(cfg.output_dir)), None)
         raise Diverged(
             f"{state.bad_steps} steps in a row were skipped, the last because {why}; "
-            f"the last good checkpoint is {last or 'none'}; lower --learning_rate or use --dtype=fp32"
+            f"the last good checkpoint is {last or 'none'}; "
+            "lower --learning_rate or use --dtype=fp32"
         )
 
 
@@ -688,7 +684,7 @@ def write_finished(cfg, state, world, read_model, write_final):
     output = Path(cfg.output_dir)
     best = output / f"step_{state.best_step:06d}"
     if cfg.early_stopping_patience and state.best_step not in (0, state.step):
-        if problem := problem_with(best):
+        if problem := checkpoint.problem_with(best):
             world.say(f"warning: {best}, the best, is lost ({problem}); going on with the last")
         else:
             read_model(state.model, best)
@@ -696,7 +692,7 @@ def write_finished(cfg, state, world, read_model, write_final):
             world.say(
                 f"the best validation was that of step {state.best_step:,} ({value}); going back"
             )
-    with whole_folder(output / "final", cfg, world) as hidden:
+    with checkpoint.whole_folder(output / "final", cfg, world) as hidden:
         if world.rank == 0:
             write_final(state.model, hidden)
     world.say(f"model in {output / 'final'}")
@@ -781,7 +777,7 @@ def pretrain(cfg, world):
         write_data_json(hashes, folder)
 
     def read_model(model, folder):
-        check_tokenizer(tokenizer, folder)
+        check_same_tokenizer(tokenizer, folder)
         check_data(cfg, hashes, folder)
         load_weights(model, folder / "model.safetensors")
 
@@ -820,7 +816,8 @@ def language_validation(cfg, world, tokenizer):
 
 
 def greedy(model, ids, count, stop_ids):
-    """Returns up to `count` ids, each the likeliest after `ids` and those before it, ending at a stop id.
+    """Returns up to `count` ids, each the likeliest after `ids` and those before it, ending at a
+    stop id.
 
     Fewer where the context is full.
     """
@@ -862,13 +859,12 @@ def check_data(cfg, hashes, folder):
         raise UserError(f"{folder}: its data is {was}, now {now}; --allow_config_change accepts it")
 
 
-def check_tokenizer(tokenizer, folder):
-    other = Tokenizer.load(folder)
-    if other.sha256 != tokenizer.sha256:
-        raise UserError(
-            f"{folder}: its tokenizer is {other.sha256[:12]}.., the data's {tokenizer.sha256[:12]}..; "
-            "they do not belong together"
-        )
+def check_same_tokenizer(tokenizer, folder):
+    """Raises UserError if `folder` belongs to another tokenizer."""
+    ours, theirs = tokenizer.sha256[:12], Tokenizer.load(folder).sha256[:12]
+    if theirs != ours:
+        differ = f"its tokenizer is {theirs}.., the data's is {ours}.."
+        raise UserError(f"{folder}: {differ}; they do not belong together")
 
 
 if __name__ == "__main__":

@@ -304,7 +304,7 @@ def figure_of(runs, x):
             if validation in columns:
                 axes.plot(*columns[validation], color=colour, marker="o", markersize=3)
     handles = [figure.axes[0].plot([], [], color=colour)[0] for colour in COLOURS[: len(runs)]]
-    labels = [f"{name}: {summary(columns)}" for name, columns in runs.items()]
+    labels = [f"{name}: {how_far(columns)}" for name, columns in runs.items()]
     figure.legend(handles, labels, loc="outside upper left", frameon=False)
     return figure
 
@@ -318,7 +318,7 @@ def running_mean(y):
     return np.convolve(y, window, "same") / np.convolve(np.ones_like(y), window, "same")
 
 
-def summary(columns):
+def how_far(columns):
     """Returns how far a run has come, in words."""
     last = {name: y[-1] for name, (_, y) in columns.items()}
     done = f"{last['step']:,.0f} steps, {last.get('tokens', 0):,.0f} tokens"
@@ -351,7 +351,7 @@ def curves(cfg, paths):
     if not cfg.output.endswith((".png", ".svg")):
         raise UserError(f"output {cfg.output}: must end in .png or .svg")
     for path, columns in draw_curves(paths, cfg.x, cfg.output).items():
-        print(f"{path}: {summary(columns)}")
+        print(f"{path}: {how_far(columns)}")
     print(f"wrote {cfg.output}")
 
 

@@ -1,7 +1,7 @@
-"""The machine a training runs on: ranks, stop signals, device, precision, random numbers, memory, GPUs.
+"""The machine of a training: ranks, stop signals, device, precision, random numbers, memory, GPUs.
 
-Data parallelism is done by hand: the weights are broadcast once and the gradients summed every step. There
-is no wrapper around the model, and so no prefix on the names of its parameters.
+Data parallelism is done by hand: the weights are broadcast once and the gradients summed every
+step. There is no wrapper around the model, and so no prefix on the names of its parameters.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ class World:
     stop_signal: int = 0  # SIGINT or SIGTERM once it has come, see `stop_signals`
 
     def sum(self, *numbers):
-        """Returns the sums of `numbers` over all ranks in float64, exact for counts. Waits for every rank."""
+        """Returns the sums of `numbers` over all ranks, in float64. Waits for every rank."""
         if self.size == 1:
             return numbers
         totals = torch.tensor(numbers, dtype=torch.float64)  # on the CPU: no wait for the GPU
@@ -42,7 +42,7 @@ class World:
         return totals.tolist()
 
     def sum_gradients(self, parameters, bucket=1 << 23):
-        """Replaces every gradient by its sum over ranks, in flat buckets of about `bucket` numbers."""
+        """Replaces every gradient by its sum over ranks, about `bucket` numbers at a time."""
         group, length = [], 0
         for number, p in enumerate(parameters if self.size > 1 else (), 1):
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -64,10 +64,10 @@ class World:
         self.sum(0)
 
     def batches(self, stream, rows, batch_size):
-        """Yields (first row, batch): this rank's share of the first `rows` rows of `stream`, in order.
+        """Yields (first row, batch): this rank's share of the first `rows` rows of `stream`.
 
-        Every rank takes equally many turns, its last ones without a batch. Raises Stopped on all ranks if
-        one has been asked to stop, because torchrun waits for half a minute only.
+        Every rank takes equally many turns, some of its last without a batch. Raises Stopped on all
+        ranks if one was asked to stop: torchrun waits for half a minute only.
         """
         for start in range(0, rows, self.size * batch_size):
             first = start + self.rank * batch_size
@@ -83,7 +83,7 @@ class World:
 
 @contextlib.contextmanager
 def stop_signals(world):
-    """While entered, SIGINT or SIGTERM is noted in world.stop_signal; a SIGINT after that interrupts."""
+    """While entered, SIGINT or SIGTERM sets world.stop_signal; a SIGINT after that interrupts."""
 
     def note(number, frame):
         world.stop_signal = number
@@ -97,37 +97,26 @@ def stop_signals(world):
             signal.signal(number, handler)
 
 
-def from_environment(name, default):
-    text = os.environ.get(name, str(default))
-    if not text.isdecimal():
-        raise UserError(f"environment variable {name} must be a number, got {text!r}; unset it")
-    return int(text)
-
-
 @contextlib.contextmanager
 def open_world(cfg):
     """Yields the World that torchrun's environment describes, or a world of one rank.
 
-    What ends every training alike becomes a UserError here: memory that runs out, and a rank that is gone.
+    What can end every training becomes a UserError: memory that runs out, a rank that is gone.
     """
     rank, size = from_environment("RANK", 0), from_environment("WORLD_SIZE", 1)
     if size > 1 and "MASTER_ADDR" not in os.environ:  # set by a cluster's shell, or left over
-        raise UserError(
-            f"WORLD_SIZE is {size}, but MASTER_ADDR is not set; start with torchrun, or unset it"
-        )
+        missing = "but MASTER_ADDR is not set; start with torchrun, or unset it"
+        raise UserError(f"WORLD_SIZE is {size}, {missing}")
     device = choose_device(cfg.device)
-    if size > 1 and device.type == "mps":
-        raise UserError(
-            "device=mps: ranks can't share a GPU; start without torchrun, or --device=cpu"
-        )
+    if device.type == "mps" and size > 1:
+        remedy = "leave torchrun out, or --device=cpu"
+        raise UserError(f"device=mps is one GPU, which ranks can't share; {remedy}")
     if device.type == "cuda":
         device = torch.device("cuda", from_environment("LOCAL_RANK", 0))
         torch.cuda.set_device(device)
     if device.type == "cpu":  # torchrun says how many of the ranks share this machine
         tune_cpu(min(size, from_environment("LOCAL_WORLD_SIZE", size)))
-    if (
-        size > 1
-    ):  # counts and decisions travel through gloo, gradients through nccl where there is CUDA
+    if size > 1:  # counts and decisions travel through gloo, gradients on GPUs through nccl
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first CUDA matmul
@@ -138,44 +127,45 @@ def open_world(cfg):
         yield World(rank, size, device)
     except (RuntimeError, MemoryError) as problem:
         if is_out_of_memory(problem):
-            raise UserError(
-                f"out of memory; checkpoints are untouched; {less_memory(cfg)}"
-            ) from None
-        if size > 1 and re.search("(?i)gloo|nccl|connection", str(problem)):
-            why = f"whose own message says why ({problem!s:.80})"
-            raise UserError(f"rank {rank} lost another rank, {why}") from None
-        raise
+            less = less_memory(cfg)
+            raise UserError(f"out of memory; checkpoints are untouched; {less}") from None
+        if size == 1 or not re.search("(?i)gloo|nccl|connection", str(problem)):
+            raise
+        why = f"whose own message says why ({problem!s:.80})"
+        raise UserError(f"rank {rank} lost another rank, {why}") from None
     finally:
         if size > 1:
             dist.destroy_process_group()
+
+
+def from_environment(name, default):
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"environment variable {name} must be a number, got {text!r}; unset it")
+    return int(text)
 
 
 # ---- device and precision
 
 
 def choose_device(wanted):
-    """Returns the torch.device for `auto`, `cpu`, `cuda` or `mps`; UserError where it does not exist."""
-    present = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    """Returns the torch.device for auto, cpu, cuda or mps; UserError where it does not exist."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    present["cpu"] = True
     if wanted == "auto":
         wanted = next(name for name in present if present[name])
     if not present[wanted]:
-        raise UserError(
-            f"device={wanted}: this machine has no {wanted.upper()} device; use --device=cpu"
-        )
+        name = wanted.upper()
+        raise UserError(f"device={wanted}: this machine has no {name} device; use --device=cpu")
     return torch.device(wanted)
 
 
 def tune_cpu(ranks=1):
-    """Applies settings that measurably help on a CPU; `ranks` is how many share this machine.
+    """Applies settings that measurably help on a CPU, which `ranks` ranks share.
 
-    The cores that the affinity mask allows are divided among the ranks, unless OMP_NUM_THREADS says how many
-    threads to use. (A 1 under torchrun does not count: torchrun sets it by itself.) glibc keeps large blocks
-    instead of returning them to the kernel at every free: page faults on fresh tensors cost as much as the
-    matmuls that fill them.
+    They divide the cores of the affinity mask, unless OMP_NUM_THREADS says how many threads to
+    use. (A 1 under torchrun does not count: torchrun sets it by itself.) glibc keeps large blocks
+    and does not return them to the kernel: page faults cost as much as the matmuls.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = os.environ.get("OMP_NUM_THREADS")
@@ -185,11 +175,6 @@ def tune_cpu(ranks=1):
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-def cpu_flags():
-    """Returns the processor's features as {"avx512_bf16": True, ...}; empty where torch can't tell."""
-    return getattr(torch.cpu, "get_capabilities", dict)()
 
 
 def choose_dtype(wanted, device):
@@ -205,7 +190,8 @@ def choose_dtype(wanted, device):
         return torch.float16, "the GPU has fp16 units but no bf16"
     if device.type == "mps":
         return torch.float32, "16 bits only on request: --dtype=bf16"
-    if cpu_flags().get("avx512_bf16") or cpu_flags().get("amx_bf16"):
+    flags = getattr(torch.cpu, "get_capabilities", dict)()
+    if flags.get("avx512_bf16") or flags.get("amx_bf16"):
         return torch.bfloat16, "the CPU multiplies bf16 natively"
     return torch.float32, "no 16-bit units on this cpu"
 
@@ -215,7 +201,7 @@ def autocast(device, dtype):
 
 
 def to_device(batch, device):
-    """Returns the batch's arrays as tensors on `device`, copied while the GPU works; counts are left out."""
+    """Returns the batch's arrays as tensors on `device`, copied while a GPU works; no counts."""
     tensors = {k: torch.from_numpy(v) for k, v in batch.items() if isinstance(v, np.ndarray)}
     if device.type == "cuda":
         return {k: v.pin_memory().to(device, non_blocking=True) for k, v in tensors.items()}
@@ -232,7 +218,7 @@ def seed_everything(seed):
 
 
 def rng_state(device):
-    """Returns every global generator's state in builtins and tensors, which weights_only=True reads."""
+    """Returns every global generator's state in builtins and tensors, for weights_only=True."""
     kind, keys, *rest = np.random.get_state()
     state = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
     state["torch"] = torch.get_rng_state()
@@ -253,7 +239,7 @@ def set_rng_state(state, device):
 
 
 def memory_used(device):
-    """Returns the peak memory in bytes so far: of a CUDA device, else of this process (0 on Windows)."""
+    """Returns the peak memory in bytes: of a CUDA device, else of this process (0 on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
@@ -265,7 +251,7 @@ def memory_used(device):
 
 
 def is_out_of_memory(problem):
-    """Returns whether an exception means that memory ran out; torch has a type for that on CUDA only."""
+    """Returns whether an exception means so; torch has a type for it on CUDA only."""
     words = "(?i)out of memory|can't allocate memory|not enough memory|bad_alloc|ALLOC_FAILED"
     types = (MemoryError, torch.OutOfMemoryError)
     return isinstance(problem, types) or bool(re.search(words, str(problem)))
@@ -279,10 +265,10 @@ def less_memory(cfg):
         ways.append(f"--batch_size={half} --gradient_accumulation_steps={rows // half}")
     if not cfg.gradient_checkpointing:
         ways.append("--gradient_checkpointing")
-    start = "use "
-    if ways:
-        start = f"continue with --resume_from_checkpoint=auto and {' or '.join(ways)}; else use "
-    return f"{start}a shorter --sequence_length or a smaller model (--plan shows what takes how much)"
+    resume = "continue with --resume_from_checkpoint=auto and"
+    start = f"{resume} {' or '.join(ways)}; else use" if ways else "use"
+    plan = "(--plan shows what takes how much)"
+    return f"{start} a shorter --sequence_length or a smaller model {plan}"
 
 
 # ---- GPUs
@@ -290,12 +276,12 @@ def less_memory(cfg):
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU by its datasheet: dense bf16 FLOP/s (sums in fp32), bytes of memory, bytes per second."""
+    """A GPU by its datasheet."""
 
     label: str  # occurs in torch's name of it
-    flops: float
-    memory: float
-    bandwidth: float
+    flops: float  # dense bf16 FLOP/s, sums in fp32
+    memory: float  # bytes
+    bandwidth: float  # bytes per second
 
 
 CARDS = {
@@ -329,7 +315,7 @@ CARDS = {
 
 
 def peak_flops(device):
-    """Returns the dense bf16 FLOP/s of the card at hand by its datasheet, or None if it is unknown."""
+    """Returns the dense bf16 FLOP/s of the card at hand, or None if it is unknown."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     cards = [card for card in CARDS.values() if re.search(rf"\b{card.label}\b", name)]
     return max(cards, key=lambda card: len(card.label)).flops if cards else None

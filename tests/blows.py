@@ -10,6 +10,7 @@ import torch
 
 import model
 import train
+from lib import checkpoint
 
 PHASES = {
     "forward": (model.Decoder, "forward"),
@@ -95,10 +96,10 @@ def after_save(step, blow):
 
 def filled_while_saving(folder):
     """Fills the disk when a checkpoint has been found to fit and its first file is about to be written."""
-    write = train.write_tensors
+    write = checkpoint.write_tensors
 
     def patched(value, path):
         fill(folder, 0)
         write(value, path)
 
-    train.write_tensors = patched
+    checkpoint.write_tensors = patched
