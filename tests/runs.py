@@ -1,11 +1,14 @@
-"""Trainings as real processes: each rank a fork of a server that has imported everything (tests/warm.py).
+"""Trainings as real processes: each rank a fork of a server that has imported everything (warm.py).
 
-What a test does to one - a limit, a patched call, a loss of its own - is a function that runs in it first.
+A test changes a training - a limit, a patched call, a loss of its own, a kill in the middle of
+something - by a function that runs in it first: `before`.
 """
 
 import json
 import os
 import pickle
+import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -14,7 +17,9 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+import model
 import train
+from lib import checkpoint
 from lib.config import run
 from tests import ROOT
 from tests.conftest import free_port
@@ -23,22 +28,10 @@ from tests.warm import Fork
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 PATIENCE = 240  # seconds after which a process counts as hung; nothing else here is timed
 
-SHAPE = {
-    "n_layer": 2,
-    "d_model": 32,
-    "n_head": 4,
-    "num_key_value_heads": 2,
-    "d_ff": 64,
-    "vocab_size": 384,
-}
-SHAPE |= {
-    "sequence_length": 16,
-    "device": "cpu",
-    "dtype": "fp32",
-    "batch_size": 2,
-    "learning_rate": 0.01,
-}
-LENGTH = {"max_steps": 8, "warmup_steps": 2, "save_steps": 4, "eval_steps": 4, "logging_steps": 1}
+SHAPE = {"n_layer": 2, "d_model": 32, "n_head": 4, "num_key_value_heads": 2, "d_ff": 64}
+SHAPE |= {"vocab_size": 384, "sequence_length": 16, "device": "cpu", "dtype": "fp32"}
+LENGTH = {"batch_size": 2, "learning_rate": 0.01, "max_steps": 8, "warmup_steps": 2}
+LENGTH |= {"save_steps": 4, "eval_steps": 4, "logging_steps": 1}
 DEFAULTS = SHAPE | LENGTH | {"eval_rows": 4, "sample_tokens": 2}
 
 
@@ -50,11 +43,11 @@ def words(**knobs):
     return [f"--{name}={text}" for name, text in texts.items() if text != "None"]
 
 
-# ---- what a child does
+# ---- in the process of a training
 
 
 def call():
-    """What a Run has its process do: the function and the arguments that stand pickled on its stdin."""
+    """What a Run has its process do: the function and the arguments pickled on its stdin."""
     function, args = pickle.load(sys.stdin.buffer)
     function(*args)
 
@@ -67,8 +60,8 @@ def training(argv, before=None):
     run(train.main, train.PretrainConfig, train.__doc__)
 
 
-def fitting(out, loader, loss_fn, validate, knobs):
-    """`fit` on a tiny model with nouns of the test's own: no text, no tokenizer; `knobs` as in `words`."""
+def fitting(out, loader, loss_fn, validate, knobs, before=None):
+    """`fit` on a tiny model with a loader and a loss of the test's own: no text, no tokenizer."""
 
     def read_model(model, folder):
         train.load_weights(model, folder / "model.safetensors")
@@ -79,15 +72,109 @@ def fitting(out, loader, loss_fn, validate, knobs):
             model = train.Llama(train.narrow(cfg, train.ModelConfig))
             train.fit(cfg, model, loader, loss_fn, world, validate, train.save_model, read_model)
 
-    sys.argv = ["train.py", *words(output_dir=out, **knobs)]
+    sys.argv = ["train.py", *words(output_dir=out, **({"vocab_size": 32} | knobs))]
+    if before:
+        before()
     run(main, train.PretrainConfig)
 
 
-# ---- what a test does with it
+PHASES = {
+    "forward": (model.Decoder, "forward"),
+    "backward": (torch.Tensor, "backward"),
+    "update": (train.State, "update"),
+    "evaluation": (train, "evaluate"),
+    "checkpoint": (train.State, "save"),
+}
+
+
+def strike(phase, passage, at, act, rank=None):
+    """In the `passage`-th time of a phase, act() comes at the `at`-th call or return in it."""
+    owner, name = PHASES[phase]
+    original, left = getattr(owner, name), [passage]
+
+    def patched(*args, **kwargs):
+        left[0] -= 1
+        if left[0] or rank not in (None, int(os.environ.get("RANK", 0))):
+            return original(*args, **kwargs)
+        count = [0]
+
+        def profile(frame, event, argument):
+            count[0] += 1
+            if count[0] == at:
+                act()
+
+        sys.setprofile(profile)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            sys.setprofile(None)
+            os.write(1, f"{phase} took {count[0]} events\n".encode())
+
+    setattr(owner, name, patched)
+
+
+def count_events():
+    """Has every phase say, once, how many moments it has."""
+    for phase in PHASES:
+        strike(phase, 1, 0, None)
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die():
+    """Ends the process as kill -9 would, but that it shows: with status 9."""
+    os._exit(9)
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def tell_torchrun():
+    """Signals torchrun, the parent, and stays in the middle of things until it has passed it on."""
+    os.kill(os.getppid(), signal.SIGTERM)
+    end = time.monotonic() + 60
+    while signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def fill(folder, spare):
+    """Fills the disk of `folder` but for `spare` bytes."""
+    free = shutil.disk_usage(folder).free
+    (folder / "ballast").write_bytes(bytes(max(0, free - spare)))
+
+
+def after_save(step, act):
+    """Has act() come right after the checkpoint of that step."""
+    save = train.State.save
+
+    def patched(self, *args):
+        save(self, *args)
+        if self.step == step:
+            act()
+
+    train.State.save = patched
+
+
+def filled_while_saving(folder):
+    """Fills the disk when a checkpoint was found to fit and its first file is about to come."""
+    write = checkpoint.write_tensors
+
+    def patched(value, path):
+        fill(folder, 0)
+        write(value, path)
+
+    checkpoint.write_tensors = patched
+
+
+# ---- in the test
 
 
 class Run:
-    """A process that runs, or one for each of several ranks; what they print is in the file `log`."""
+    """A process that runs, or one for each rank; what they print is in the file `log`."""
 
     def __init__(self, log, function, args, ranks=1):
         self.log = Path(log)
@@ -95,19 +182,17 @@ class Run:
         self.log.write_bytes(b"")
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         env = os.environ | ONE_THREAD | {"PYTHONPATH": path}
-        world = {
-            "WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-        }
+        if ranks > 1:
+            env |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+            env |= {"MASTER_PORT": str(free_port())}
         self.ranks = []
         for rank in range(ranks):
-            mine = world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-            with tempfile.TemporaryFile() as said, open(self.log, "ab") as file:
-                pickle.dump((function, args), said)
-                said.seek(0)
-                words = ["-c", "from tests.runs import call; call()"]
-                self.ranks.append(Fork(words, env | mine, [said, file, file]))
+            numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+            with tempfile.TemporaryFile() as stdin, open(self.log, "ab") as file:
+                pickle.dump((function, args), stdin)
+                stdin.seek(0)
+                code = ["-c", "from tests.runs import call; call()"]
+                self.ranks.append(Fork(code, env | numbers, [stdin, file, file]))
 
     @property
     def text(self):
@@ -160,7 +245,7 @@ def train_to_end(out, ranks=1, before=None, **knobs):
 
 
 def refused(out, ranks=1, before=None, **knobs):
-    """Trains, expecting exit status 2 and no traceback; returns the line that says why, which is the last."""
+    """Trains, expecting exit status 2; returns the last line, which says why."""
     one = begin(out, ranks, before, **knobs)
     codes, text = one.wait(), one.text
     assert codes[0] == 2, (codes, text)
@@ -169,32 +254,38 @@ def refused(out, ranks=1, before=None, **knobs):
     return text.splitlines()[-1]
 
 
+def begin_fit(out, loader, loss_fn, validate, ranks=1, before=None, **knobs):
+    """Starts `fit` with a loader, a loss and a validation of the test's own."""
+    args = (out, loader, loss_fn, validate, knobs, before)
+    return Run(Path(out).with_suffix(".log"), fitting, args, ranks)
+
+
 # ---- what a run left behind
 
 
 def tensors(folder):
-    """Every tensor and number of a checkpoint by name: weights, optimizers, counters, random states."""
-    found = dict(safetensors.torch.load_file(folder / "model.safetensors"))
+    """Every tensor and number of a checkpoint by name, the weights, counters and random states."""
+    leaves = dict(safetensors.torch.load_file(folder / "model.safetensors"))
     nested = (dict, list, tuple, torch.Tensor)
 
-    def walk(name, value):
+    def add(name, value):
         if isinstance(value, dict):
             for key, inner in value.items():
-                walk(f"{name}.{key}", inner)
+                add(f"{name}.{key}", inner)
         elif isinstance(value, (list, tuple)) and any(isinstance(v, nested) for v in value):
             for number, inner in enumerate(value):
-                walk(f"{name}.{number}", inner)
+                add(f"{name}.{number}", inner)
         else:
-            found[name] = value
+            leaves[name] = value
 
     for path in sorted(folder.glob("train_state/*.pt")):
-        walk(path.stem, torch.load(path, weights_only=True))
-    found.pop("state.seconds", None)  # the only thing that no two runs share
-    return found
+        add(path.stem, torch.load(path, weights_only=True))
+    leaves.pop("state.seconds", None)  # the only thing that no two runs share
+    return leaves
 
 
 def differences(one, other, but=()):
-    """Returns the names of what differs between two checkpoints, bit for bit; `but` are names' beginnings."""
+    """Returns the names of what differs between two checkpoints; `but` are names' beginnings."""
     a, b = (
         {k: v for k, v in tensors(Path(p)).items() if not k.startswith(tuple(but))}
         for p in (one, other)

@@ -15,9 +15,8 @@ from lib.config import UserError, configure
 from lib.tokenizer import Tokenizer, render
 from model import adapters, add_lora, load_model, lora_off, next_token_loss, open_model_folder
 from tests.align import begin, finished, make_base, refused, tensors
-from tests.blows import after_save, die
 from tests.conftest import write_rows
-from tests.runs import losses, records
+from tests.runs import after_save, die, losses, records
 
 TEXTS = [
     ("why not?", "because 7", "no!"),

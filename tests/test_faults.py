@@ -1,31 +1,48 @@
-"""What a training survives: kill -9 at any moment, damage, signals, a rival in its folder, a full disk."""
+"""What a training comes back from: kill -9 at any moment, damage, signals, a rival, a full disk."""
 
 import functools
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lib import checkpoint
-from lib import runtime as world
-from lib.checkpoint import checkpoints, problem_with, seal
-from tests import ROOT
-from tests.runs import ONE_THREAD, PATIENCE, begin, differences, losses, names, refused, words
+from lib import checkpoint, runtime
+from lib.checkpoint import checkpoints, find_checkpoint, problem_with, seal
+from tests import ROOT, align
+from tests.conftest import write_rows
+from tests.runs import (
+    ONE_THREAD,
+    PATIENCE,
+    PHASES,
+    after_save,
+    begin,
+    count_events,
+    differences,
+    fill,
+    filled_while_saving,
+    kill,
+    losses,
+    names,
+    refused,
+    strike,
+    terminate,
+    words,
+)
 from tests.runs import train_to_end as trained
 from tests.warm import python
 
-KILLS = int(os.environ.get("KILLS", 20))
+KILLS = int(os.environ.get("KILLS", 10))  # KILLS=50 SEED=... makes it long and repeatable
 SEED = int(os.environ.get("SEED", 0)) or random.SystemRandom().randrange(1, 1 << 32)
 
 
@@ -40,14 +57,27 @@ def straight(tmp_path_factory, knobs):
     return trained(tmp_path_factory.mktemp("straight") / "straight", **knobs)
 
 
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory, knobs):
+    """The same on two ranks."""
+    return trained(tmp_path_factory.mktemp("pair") / "pair", ranks=2, **knobs)
+
+
+@pytest.fixture
+def damaged(tmp_path, straight):
+    """A run that ended before its model folder was written: step 6 and step 8 are there."""
+    shutil.copytree(straight, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "final")
+    return tmp_path / "out"
+
+
 def resumed(out, **knobs):
     return trained(out, resume_from_checkpoint="auto", **knobs)
 
 
 def assert_as_if_nothing_happened(out, straight):
     assert names(out) == names(straight)
-    assert not differences(out / "final", straight / "final")
-    for folder in checkpoints(straight):
+    for folder in [*checkpoints(straight), straight / "final"]:
         assert not differences(out / folder.name, folder)
     assert losses(out) == losses(straight)
 
@@ -55,69 +85,84 @@ def assert_as_if_nothing_happened(out, straight):
 # ---- kill -9
 
 
+def survive(start, folder, kills, check):
+    """Kills runs of start(out, before=...) `kills` times in all, and checks each when it ends.
+
+    The moments are drawn: a phase that was killed least, in it any call or return of a function.
+    """
+    one = start(folder / "counted", before=count_events)
+    assert one.wait() == [0], one.text
+    events = {phase: int(n) for phase, n in re.findall(r"(\w+) took (\d+) events", one.text)}
+    assert events.keys() == PHASES.keys()
+    chance, killed, rounds = random.Random(SEED), dict.fromkeys(PHASES, 0), 0
+    print(f"SEED={SEED}: {events}")
+    while sum(killed.values()) < kills:
+        out, code, rounds = folder / f"run{rounds}", None, rounds + 1
+        while code != 0:
+            phase = min(PHASES, key=lambda name: (killed[name], chance.random()))
+            passage = 1 if phase in ("evaluation", "checkpoint") else chance.randint(1, 2)
+            moment = chance.randint(1, events[phase])
+            blow = functools.partial(strike, phase, passage, moment, kill)
+            blow = blow if sum(killed.values()) < kills else None
+            one = start(out, resume_from_checkpoint="auto", before=blow)
+            (code,) = one.wait()
+            assert code in (0, -signal.SIGKILL), one.text
+            killed[phase] += code != 0
+        check(out)
+    print(f"killed {killed} in {rounds} runs")
+    assert min(killed.values()) > 0 or kills < len(PHASES)
+
+
+def test_killed_at_any_call_of_any_phase_it_resumes_and_ends_the_same(tmp_path, knobs, straight):
+    check = functools.partial(assert_as_if_nothing_happened, straight=straight)
+    survive(functools.partial(begin, **knobs), tmp_path, KILLS, check)
+
+
+@pytest.mark.parametrize("program", ["sft", "dpo"])
+def test_so_do_fine_tunings(tmp_path, tiny_tokenizer, program):
+    template = "chatml" if program == "dpo" else None
+    base = align.make_base(tmp_path / "base", tiny_tokenizer, template=template)
+    rows = [{"prompt": f"What is {n} plus {n}?", "response": f"It is {2 * n}."} for n in range(40)]
+    if program == "dpo":
+        rows = [row | {"chosen": row.pop("response"), "rejected": "I won't say."} for row in rows]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    knobs = {"model_path": base, "dataset_path": data, "val_ratio": 0.2, "save_steps": 2}
+    straight = align.finished(program, tmp_path / "straight", **knobs)
+
+    def check(out):
+        for path in straight.rglob("*.safetensors"):
+            assert path.read_bytes() == (out / path.relative_to(straight)).read_bytes(), path
+        assert losses(out) == losses(straight)
+
+    start = functools.partial(align.begin, program, **knobs)
+    survive(start, tmp_path, max(len(PHASES), KILLS // 5), check)
+
+
 def test_killed_at_random_moments_it_resumes_every_time_and_ends_the_same(
     tmp_path, knobs, straight
 ):
-    began = time.monotonic()  # the server is warm: `straight` was made by it
+    began = time.monotonic()
     trained(tmp_path / "again", **knobs)
     length, chance, kills, rounds = time.monotonic() - began, random.Random(SEED), 0, 0
-    print(f"SEED={SEED} repeats these moments of an undisturbed run of {length:.2f} s")
+    print(f"SEED={SEED}, in an undisturbed run of {length:.2f} s")
     while kills < KILLS:
-        out, finished, rounds = tmp_path / f"killed{rounds}", False, rounds + 1
-        while not finished:
+        out, code, rounds = tmp_path / f"run{rounds}", None, rounds + 1
+        while code != 0:
             one = begin(out, resume_from_checkpoint="auto", **knobs)
-            if kills < KILLS:
-                one.ranks[0].join(chance.uniform(0, length))
-            else:
-                one.wait()
+            one.ranks[0].join(chance.uniform(0, length) if kills < KILLS else PATIENCE)
             one.kill()
-            finished = one.ranks[0].exitcode == 0
-            kills += not finished
-            assert finished or one.ranks[0].exitcode == -signal.SIGKILL, one.text
+            code = one.ranks[0].exitcode
+            assert code in (0, -signal.SIGKILL), one.text
+            kills += code != 0
         assert_as_if_nothing_happened(out, straight)
-    print(f"{kills} kills in {rounds} runs")
 
 
-def die(point):
-    """Ends this process as kill -9 would: nothing is flushed, closed or tidied up."""
-    os.write(1, f"died {point}".encode())
-    os._exit(137)
-
-
-def dying(point, passage):
-    """Patches the call in, before or after which this process is to die at the given passage."""
-    name, wanted, moment = POINTS[point]
-    original, left = getattr(*PLACES[name]), [passage]
-
-    def patched(subject, *args, **kwargs):
-        path = args[0] if name == "save" else subject
-        call = functools.partial(original, subject, *args, **kwargs)
-        result = call() if moment == "after" else None
-        if wanted in str(path) and (name != "rmtree" or path.exists()):
-            left[0] -= 1
-            if left[0] == 0 and moment == "amid":
-                tear(name, path, call)
-            if left[0] == 0:
-                die(point)
-        return result if moment == "after" else call()
-
-    setattr(*PLACES[name], patched)
-
-
-def tear(name, path, finish):
-    """Leaves half of what the call would have written or deleted."""
-    if name == "rmtree":
-        (path / "model.safetensors").unlink()
-    else:
-        finish()
-        os.truncate(path, path.stat().st_size // 2)
-
-
-PLACES = {
+CALLS = {
     "mkdir": (os, "mkdir"),
     "save": (torch, "save"),
     "seal": (checkpoint, "seal"),
     "write_text": (Path, "write_text"),
+    "write_bytes": (Path, "write_bytes"),
     "unlink": (os, "unlink"),
     "rmtree": (shutil, "rmtree"),
     "replace": (os, "replace"),
@@ -138,19 +183,42 @@ AFTERWARDS = {
     "before the model folder is renamed": ("replace", ".tmp-final", "before"),
     "after the model folder is renamed": ("replace", ".tmp-final", "after"),
 }
-AFTERWARDS_AT = [
-    (p, n) for p in AFTERWARDS for n in (1, 2) if n == 1 or "old one" in p
-]  # 4 is the last save
 CUTTING = {
-    "in the middle of cutting the log": ("write_text", "metrics", "amid"),
+    "in the middle of cutting the log": ("write_bytes", "metrics", "amid"),
     "before the cut log is renamed": ("replace", "metrics", "before"),
 }
 POINTS = IN_A_CHECKPOINT | AFTERWARDS | CUTTING
 
 
+def dying(point, passage, rank=None):
+    """Has this process end as by kill -9 in, before or after a call, at the given passage."""
+    if rank not in (None, int(os.environ.get("RANK", 0))):
+        return
+    name, wanted, moment = POINTS[point]
+    original, left = getattr(*CALLS[name]), [passage]
+
+    def patched(subject, *args, **kwargs):
+        path = args[0] if name == "save" else subject
+        result = original(subject, *args, **kwargs) if moment == "after" else None
+        if wanted in str(path) and (name != "rmtree" or path.exists()):
+            left[0] -= 1
+            if left[0] == 0:
+                if moment == "amid" and name == "rmtree":
+                    (path / "model.safetensors").unlink()
+                elif moment == "amid":
+                    original(subject, *args, **kwargs)
+                    os.truncate(path, path.stat().st_size // 2)
+                os.write(1, f"died {point}".encode())
+                os._exit(137)  # nothing is flushed, closed or tidied up
+        return result if moment == "after" else original(subject, *args, **kwargs)
+
+    setattr(*CALLS[name], patched)
+
+
 @pytest.mark.parametrize(
     ("point", "passage"),
-    [*((point, n) for point in IN_A_CHECKPOINT for n in (1, 3, 4)), *AFTERWARDS_AT],
+    [*((p, n) for p in IN_A_CHECKPOINT for n in (1, 3, 4))]  # 4 is the last save
+    + [(p, n) for p in AFTERWARDS for n in (1, 2) if n == 1 or "old one" in p],
     ids=str,
 )
 def test_killed_at_this_point_it_resumes_and_ends_the_same(
@@ -164,92 +232,70 @@ def test_killed_at_this_point_it_resumes_and_ends_the_same(
     assert_as_if_nothing_happened(out, straight)
 
 
-def test_a_checkpoint_that_replaces_another_is_never_lost_between_the_two(
-    tmp_path, knobs, straight
-):
-    out = tmp_path / "out"
-    shutil.copytree(straight, out)
-    shutil.rmtree(out / "final")
-    last = checkpoints(out)[0]
-    shutil.copytree(last, out / f".tmp-{last.name}")  # whole, and not renamed yet
-    (last / "manifest.json").unlink()  # the one it replaces, half deleted
-    resumed(out, **knobs)
-    assert f"resumed from {last}" in out.with_suffix(".log").read_text()
-    assert_as_if_nothing_happened(out, straight)
-    assert not list(out.glob(".tmp-*"))
-
-
 @pytest.mark.parametrize("point", CUTTING)
-def test_killed_while_it_cuts_the_log_it_loses_no_line(tmp_path, knobs, straight, point):
-    out = tmp_path / "out"
-    shutil.copytree(straight, out)
-    shutil.rmtree(out / "final")
-    shutil.rmtree(out / "step_000008")
-    one = begin(
-        out,
-        before=functools.partial(dying, point, 1),
-        resume_from_checkpoint="auto",
-        **knobs,
-    )
+def test_killed_while_it_cuts_the_log_it_loses_no_line(damaged, knobs, straight, point):
+    shutil.rmtree(damaged / "step_000008")
+    before = functools.partial(dying, point, 1)
+    one = begin(damaged, before=before, resume_from_checkpoint="auto", **knobs)
     assert one.wait() == [137], one.text
-    resumed(out, **knobs)
-    assert losses(out) == losses(straight)
+    resumed(damaged, **knobs)
+    assert_as_if_nothing_happened(damaged, straight)
+
+
+def test_a_checkpoint_that_replaces_another_is_never_lost_between_the_two(damaged, knobs, straight):
+    last = checkpoints(damaged)[0]
+    shutil.copytree(last, damaged / f".tmp-{last.name}")  # whole, and not renamed yet
+    (last / "manifest.json").unlink()  # the one it replaces, half deleted
+    resumed(damaged, **knobs)
+    assert f"resumed from {last}" in damaged.with_suffix(".log").read_text()
+    assert_as_if_nothing_happened(damaged, straight)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_one_of_two_ranks_killed_ends_the_other_and_both_resume(tmp_path, knobs, rank):
-    straight = trained(tmp_path / "straight", ranks=2, **knobs)
-    out = tmp_path / "out"
-    point = functools.partial(dying_rank, rank)
-    one = begin(out, ranks=2, before=point, **knobs)
+def test_one_of_two_ranks_killed_ends_the_other_and_both_resume(tmp_path, knobs, pair, rank):
+    out, point = tmp_path / "out", "after the random numbers are written"
+    one = begin(out, ranks=2, before=functools.partial(dying, point, 2, rank), **knobs)
     codes = one.wait()
-    assert codes[rank] == 137
-    assert codes[1 - rank] == 2
+    assert (codes[rank], codes[1 - rank]) == (137, 2)
     assert "Traceback" not in one.text
     assert f"error: rank {1 - rank} lost another rank, whose own message says why (" in one.text
-    trained(out, ranks=2, resume_from_checkpoint="auto", **knobs)
-    assert_as_if_nothing_happened(out, straight)
-
-
-def dying_rank(rank):
-    if os.environ["RANK"] == str(rank):
-        dying("after the random numbers are written", 2)
+    resumed(out, ranks=2, **knobs)
+    assert_as_if_nothing_happened(out, pair)
 
 
 # ---- damaged checkpoints
 
-Damage = namedtuple("Damage", "do says")
 
-
-def cut(share):
+def cut(keep):
     def do(folder):
         path = folder / "train_state" / "state.pt"
-        size = path.stat().st_size
-        os.truncate(path, {"none": 0, "half": size // 2, "almost": size - 1}[share])
+        os.truncate(path, keep(path.stat().st_size))
 
     return do
 
 
-def flip(folder, name="model.safetensors"):
-    path = folder / name
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+def flip(name):
+    def do(folder):
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / name).write_bytes(content)
+
+    return do
 
 
-def manifest(text=None, change=None):
+def manifest(change):
+    """Damage to manifest.json: its text, or a function that changes what it holds."""
+
     def do(folder):
         path = folder / "manifest.json"
-        if change:
-            content = json.loads(path.read_text())
-            change(content)
-            path.write_text(json.dumps(content))
-        elif text is None:
-            path.unlink()
-        else:
-            path.write_text(text)
+        content = json.loads(path.read_text())
+        path.write_text(change if isinstance(change, str) else json.dumps(change(content)))
 
     return do
+
+
+def entry(**values):
+    return manifest(lambda m: m | {"files": m["files"] | {"config.json": values}})
 
 
 def swap(folder):
@@ -259,121 +305,115 @@ def swap(folder):
 
 
 DAMAGES = {
-    "cut to nothing": Damage(cut("none"), "train_state/state.pt has 0 bytes, expected"),
-    "cut in half": Damage(cut("half"), "train_state/state.pt has"),
-    "cut by a byte": Damage(cut("almost"), "train_state/state.pt has"),
-    "a bit flipped in the weights": Damage(flip, "model.safetensors: checksum mismatch (expected "),
-    "a bit flipped in the state": Damage(
-        lambda folder: flip(folder, "train_state/state.pt"),
-        "train_state/state.pt: checksum mismatch",
+    "cut to nothing": (cut(lambda size: 0), "train_state/state.pt has 0 bytes, expected"),
+    "cut in half": (cut(lambda size: size // 2), "train_state/state.pt has"),
+    "cut by a byte": (cut(lambda size: size - 1), "train_state/state.pt has"),
+    "a bit flipped in the weights": (flip("model.safetensors"), "model.safetensors: checksum"),
+    "a bit flipped in the state": (flip("train_state/state.pt"), "train_state/state.pt: checksum"),
+    "a bit flipped in run.json": (flip("run.json"), "run.json: checksum mismatch"),
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), "no manifest.json: it was never"),
+    "an empty manifest": (manifest(""), "manifest.json is not readable"),
+    "a garbled manifest": (manifest('{"format": 1, "files": ['), "manifest.json is not readable"),
+    "a manifest of lists": (
+        manifest('{"format": 1, "files": []}'),
+        "manifest.json is not readable",
     ),
-    "a bit flipped in run.json": Damage(
-        lambda folder: flip(folder, "run.json"), "run.json: checksum mismatch"
-    ),
-    "no manifest": Damage(manifest(), "no manifest.json: it was never finished"),
-    "an empty manifest": Damage(manifest(""), "manifest.json is not readable"),
-    "a garbled manifest": Damage(
-        manifest('{"format": 1, "files": ['), "manifest.json is not readable"
-    ),
-    "a manifest of lists": Damage(
-        manifest('{"format": 1, "files": []}'), "manifest.json is not readable"
-    ),
-    "a deep manifest": Damage(manifest("[" * 100_000), "manifest.json is not readable"),
-    "a wrong size": Damage(
-        manifest(change=lambda m: m["files"]["config.json"].update(bytes=7)), "config.json has"
-    ),
-    "a wrong hash": Damage(
-        manifest(change=lambda m: m["files"]["config.json"].update(sha256=7)),
-        "config.json: checksum mismatch",
-    ),
-    "a newer format": Damage(
-        manifest(change=lambda m: m.update(format=2)), "format 2, this program reads 1"
-    ),
-    "a name that leads out": Damage(
-        manifest(change=lambda m: m["files"].update({"../run.lock": m["files"]["run.json"]})),
+    "a deep manifest": (manifest("[" * 100_000), "manifest.json is not readable"),
+    "a wrong size": (entry(bytes=7, sha256="0"), "config.json has"),
+    "a wrong type": (entry(bytes=[], sha256=7), "manifest.json is not readable"),
+    "a newer format": (manifest(lambda m: m | {"format": 2}), "format 2, this program reads 1"),
+    "a name that leads out": (
+        manifest(lambda m: m | {"files": m["files"] | {"../run.lock": m["files"]["run.json"]}}),
         "illegal file name '../run.lock'",
     ),
-    "half a manifest": Damage(
-        manifest(change=lambda m: m["files"].pop("run.json")), "does not list a whole checkpoint"
+    "half a manifest": (
+        manifest(lambda m: m | {"files": {"run.json": m["files"]["run.json"]}}),
+        "does not list a whole checkpoint",
     ),
-    "a file gone": Damage(
-        lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"
-    ),
-    "a folder for a file": Damage(swap, "train_state/rng_00000.pt is missing"),
-    "nothing left": Damage(
-        lambda folder: [shutil.rmtree(folder), folder.mkdir()], "no manifest.json"
-    ),
+    "a file gone": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
+    "a folder for a file": (swap, "train_state/rng_00000.pt is missing"),
+    "nothing left": (lambda f: [shutil.rmtree(f), f.mkdir()], "no manifest.json"),
 }
 
 
-@pytest.fixture
-def damaged(tmp_path, straight):
-    """A run that ended before its model folder was written: step 6 and step 8 are there."""
-    shutil.copytree(straight, tmp_path / "out")
-    shutil.rmtree(tmp_path / "out" / "final")
-    return tmp_path / "out"
+def found_in(out):
+    """(the checkpoint that auto takes, the warnings)."""
+    warnings, cfg = [], SimpleNamespace(resume_from_checkpoint="auto", output_dir=out)
+    return find_checkpoint(cfg, warnings.append), warnings
 
 
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_checkpoint_is_found_and_named_and_the_previous_one_used(damaged, damage):
-    damage.do(damaged / "step_000008")
-    assert damage.says in problem_with(damaged / "step_000008")
-    told, cfg = [], SimpleNamespace(resume_from_checkpoint="auto", output_dir=damaged)
-    assert checkpoint.find_checkpoint(cfg, told.append) == damaged / "step_000006"
-    (warning,) = told
-    assert warning.startswith("warning: step_000008: ")
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(damaged, damage, message):
+    damage(damaged / "step_000008")
+    assert message in problem_with(damaged / "step_000008")
+    folder, (warning,) = found_in(damaged)
+    assert folder == damaged / "step_000006"
+    assert re.fullmatch(rf"warning: step_000008: .*{re.escape(message)}.*", warning)
     assert warning.endswith("; going back to step_000006")
-    assert damage.says in warning
 
 
-@pytest.mark.parametrize(
-    "name", ["cut in half", "a deep manifest", "a folder for a file", "nothing left"]
-)
+def test_of_300_flipped_bits_every_one_is_found_and_the_previous_checkpoint_used(damaged):
+    newest, chance = damaged / "step_000008", random.Random(SEED)
+    print(f"SEED={SEED}")
+    assert found_in(damaged) == (newest, [])
+    files = [p for p in sorted(newest.rglob("*")) if p.is_file()]
+    for path in [path for path in files for _ in range(-(-300 // len(files)))]:
+        sound = path.read_bytes()
+        content, bit = bytearray(sound), chance.randrange(8 * len(sound))
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        folder, (warning,) = found_in(damaged)
+        assert folder == damaged / "step_000006", (path.name, bit)
+        assert warning.startswith("warning: step_000008: ")
+        path.write_bytes(sound)
+    assert found_in(damaged) == (newest, [])
+
+
+@pytest.mark.parametrize("name", ["cut in half", "a deep manifest", "a folder for a file"])
 def test_a_run_goes_on_from_before_the_damage_and_ends_the_same(damaged, knobs, straight, name):
-    DAMAGES[name].do(damaged / "step_000008")
+    DAMAGES[name][0](damaged / "step_000008")
     resumed(damaged, **knobs)
     lines = damaged.with_suffix(".log").read_text().splitlines()
-    assert len([line for line in lines if line.startswith("warning: step_000008: ")]) == 1
-    assert len([line for line in lines if line.startswith("warning: ")]) == 1
+    (warning,) = [line for line in lines if line.startswith("warning: ")]
+    assert warning.startswith("warning: step_000008: ")
     assert_as_if_nothing_happened(damaged, straight)
 
 
 def test_with_no_sound_checkpoint_it_says_why_of_each_and_does_nothing(damaged, knobs):
-    DAMAGES["a bit flipped in the state"].do(damaged / "step_000008")
-    DAMAGES["no manifest"].do(damaged / "step_000006")
-    before = {p: p.stat().st_mtime_ns for p in damaged.rglob("*")}
+    DAMAGES["a bit flipped in the state"][0](damaged / "step_000008")
+    DAMAGES["no manifest"][0](damaged / "step_000006")
+    touched = lambda: {p: p.stat().st_mtime_ns for p in damaged.rglob("*") if p.suffix != ".lock"}
+    before = touched()
     line = refused(damaged, resume_from_checkpoint="auto", **knobs)
     assert (
-        f"{damaged}: no sound checkpoint to resume from: step_000008: train_state/state.pt: checksum"
-        in line
+        f"{damaged}: no sound checkpoint to resume from: step_000008: train_state/state.pt" in line
     )
     assert "; step_000006: no manifest.json: it was never finished" in line
-    after = {p: p.stat().st_mtime_ns for p in damaged.rglob("*")}
-    assert before == after | {damaged / "run.lock": before[damaged / "run.lock"]}
+    assert touched() == before
 
 
 def test_a_damaged_checkpoint_that_was_asked_for_by_name_is_not_replaced_by_another(damaged, knobs):
-    DAMAGES["a bit flipped in the weights"].do(damaged / "step_000008")
-    line = refused(damaged, resume_from_checkpoint=damaged / "step_000008", **knobs)
-    assert (
-        "step_000008: not a sound checkpoint: model.safetensors: checksum mismatch (expected "
-        in line
-    )
+    DAMAGES["a bit flipped in the weights"][0](damaged / "step_000008")
+    for step, why in ((8, "model.safetensors: checksum mismatch"), (7, "no such folder")):
+        folder = damaged / f"step_00000{step}"
+        line = refused(damaged, resume_from_checkpoint=folder, **knobs)
+        assert f"step_00000{step}: not a sound checkpoint: {why}" in line
     assert "final" not in names(damaged)
-    line = refused(damaged, resume_from_checkpoint=damaged / "step_000007", **knobs)
-    assert "step_000007: not a sound checkpoint: no such folder" in line
 
 
 def test_a_broken_later_checkpoint_does_not_push_out_the_sound_ones(damaged, knobs):
-    DAMAGES["no manifest"].do(damaged / "step_000008")
+    DAMAGES["no manifest"][0](damaged / "step_000008")
     shutil.copytree(damaged / "step_000008", damaged / "step_000012")
-    knobs = knobs | {
-        "keep_last": 1,
-        "save_steps": 7,
-    }  # the next is step 7, older than the broken ones
-    resumed(damaged, **knobs)
+    # the next is step 7, older than the broken ones
+    resumed(damaged, **knobs | {"keep_last": 1, "save_steps": 7})
     assert names(damaged) == ["final", "metrics.jsonl", "run.lock", "step_000008", "step_000012"]
     assert problem_with(damaged / "step_000008") is None
+
+
+def reseal(folder):
+    """Makes the manifest agree: whoever wrote a bad file may have written that, too."""
+    (folder / "manifest.json").unlink()
+    seal(folder)
 
 
 class Bomb:
@@ -388,8 +428,7 @@ class Bomb:
 def test_code_in_a_checkpoint_is_refused_by_name_and_does_not_run(damaged, knobs, tmp_path, name):
     folder, canary = damaged / "step_000008", tmp_path / "canary"
     torch.save({"step": Bomb(canary)}, folder / "train_state" / name)
-    (folder / "manifest.json").unlink()
-    seal(folder)  # the manifest agrees: whoever wrote the one wrote the other
+    reseal(folder)
     line = refused(damaged, resume_from_checkpoint="auto", **knobs)
     assert f"{name}: contains posix.system: refused, not a plain checkpoint file" in line
     assert not canary.exists()
@@ -397,22 +436,17 @@ def test_code_in_a_checkpoint_is_refused_by_name_and_does_not_run(damaged, knobs
     assert canary.exists()  # the bomb was a real one
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"hello\n", b"\x80\x04N.", None], ids=["empty", "text", "pickle", "other"]
-)
+@pytest.mark.parametrize("content", [b"", b"hello\n", b"\x80\x04N.", {"step": 3}], ids=str)
 def test_a_state_that_is_no_checkpoint_is_one_line(damaged, knobs, content):
     path = damaged / "step_000008" / "train_state" / "state.pt"
-    if content is None:
-        torch.save({"step": 3}, path)
+    if isinstance(content, dict):
+        torch.save(content, path)
     else:
         path.write_bytes(content)
-    (damaged / "step_000008" / "manifest.json").unlink()
-    seal(damaged / "step_000008")
+    reseal(damaged / "step_000008")
     line = refused(damaged, resume_from_checkpoint="auto", **knobs)
-    assert (
-        "refused, not a plain checkpoint file" in line
-        or "does not fit this model and optimizer" in line
-    )
+    messages = ("refused, not a plain checkpoint file", "does not fit this model and optimizer")
+    assert messages[isinstance(content, dict)] in line
 
 
 # ---- signals
@@ -426,37 +460,43 @@ def logged(out, step):
 
 LONG = {"max_steps": 300, "save_steps": 300, "eval_steps": 300}
 ENDLESS = {"max_steps": 100_000, "save_steps": 100_000, "eval_steps": 100_000}
-
-
-@pytest.fixture(scope="module")
-def long(tmp_path_factory, knobs):
-    return trained(tmp_path_factory.mktemp("long") / "long", **knobs | LONG)
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 def signalled(launcher, out, knobs, number):
-    """Signals a training with a Python of its own in its fifth step. Returns its exit status and text."""
-    log, end = out.with_suffix(".log"), time.monotonic() + PATIENCE
-    with open(log, "w") as file:
-        command = [*launcher, str(ROOT / "train.py"), *words(output_dir=out, **knobs)]
-        process = subprocess.Popen(command, env=os.environ | ONE_THREAD, stdout=file, stderr=file)
+    """Signals a training in its fifth step. Returns its exit status and text."""
+    command = [*launcher, str(ROOT / "train.py"), *words(output_dir=out, **knobs)]
+    with open(out.with_suffix(".log"), "w") as log:
+        process = subprocess.Popen(command, env=os.environ | ONE_THREAD, stdout=log, stderr=log)
+    end = time.monotonic() + PATIENCE
     while process.poll() is None and time.monotonic() < end and not logged(out, 5):
         time.sleep(0.002)
     process.send_signal(number)
-    return process.wait(PATIENCE), log.read_text()
+    return process.wait(PATIENCE), out.with_suffix(".log").read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_a_signal_saves_and_ends_and_the_rest_is_as_if_it_never_came(tmp_path, knobs, long, number):
+def test_a_signal_saves_and_ends_and_the_rest_is_as_if_it_never_came(tmp_path, knobs, number):
     knobs, out = knobs | LONG, tmp_path / "out"
+    long = trained(tmp_path / "long", **knobs)
     code, text = signalled([sys.executable], out, knobs, number)
     assert code == 128 + number, text
-    last = text.splitlines()[-1]
-    assert last.startswith("stopped at step ")
-    assert last.endswith(", saved; continue with --resume_from_checkpoint=auto")
+    last = r"stopped at step \d+, saved; continue with --resume_from_checkpoint=auto"
+    assert re.fullmatch(last, text.splitlines()[-1])
     assert len(checkpoints(out)) == 1
     resumed(out, **knobs)
     assert not differences(out / "final", long / "final")
     assert losses(out) == losses(long)
+
+
+def signalled_early():
+    broadcast = runtime.World.broadcast
+
+    def patched(self, tensors):
+        terminate()
+        broadcast(self, tensors)
+
+    runtime.World.broadcast = patched
 
 
 def test_a_signal_before_the_first_step_saves_that_too(tmp_path, knobs, straight):
@@ -470,14 +510,17 @@ def test_a_signal_before_the_first_step_saves_that_too(tmp_path, knobs, straight
     assert not differences(out / "final", straight / "final")
 
 
-def signalled_early():
-    broadcast = world.World.broadcast
-
-    def patched(self, tensors):
-        os.kill(os.getpid(), signal.SIGTERM)
-        broadcast(self, tensors)
-
-    world.World.broadcast = patched
+@pytest.mark.parametrize(("phase", "step"), [("evaluation", 4), ("checkpoint", 2)])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_in_the_middle_of_it_saves_and_stops(request, tmp_path, knobs, phase, step, ranks):
+    out, knobs = tmp_path / "out", knobs | {"ranks": ranks}
+    one = begin(out, before=functools.partial(strike, phase, 1, 50, terminate, ranks - 1), **knobs)
+    assert one.wait() == [143] * ranks, one.text
+    stopped = f"stopped at step {step}, saved; continue with --resume_from_checkpoint=auto"
+    assert one.text.count(stopped) == 1
+    assert "Traceback" not in one.text
+    resumed(out, **knobs)
+    assert_as_if_nothing_happened(out, request.getfixturevalue(["straight", "pair"][ranks - 1]))
 
 
 def interrupted_while_saving():
@@ -492,10 +535,8 @@ def interrupted_while_saving():
 
 def test_a_second_interrupt_ends_at_once(tmp_path, knobs):
     out = tmp_path / "out"
-    one = begin(out, before=interrupted_while_saving, **knobs | ENDLESS).until(
-        lambda: logged(out, 3)
-    )
-    one.signal(signal.SIGINT)
+    one = begin(out, before=interrupted_while_saving, **knobs | ENDLESS)
+    one.until(lambda: logged(out, 3)).signal(signal.SIGINT)
     assert one.wait() == [130], one.text
     assert "Traceback" not in one.text
     assert "saved" not in one.text
@@ -509,21 +550,35 @@ def test_a_signal_to_one_rank_saves_and_stops_both(tmp_path, knobs):
     one.signal(signal.SIGTERM, rank=1)
     assert one.wait() == [143, 143], one.text
     assert one.text.count("stopped at step ") == 1
-    trained(out, ranks=2, resume_from_checkpoint="auto", **knobs)
+    resumed(out, ranks=2, **knobs)
     assert not differences(out / "final", straight / "final")
     assert losses(out) == losses(straight)
 
 
 def test_a_signal_to_torchrun_saves_too(tmp_path, knobs):
     out = tmp_path / "out"
-    torchrun = [python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    _, text = signalled(
-        torchrun, out, knobs | ENDLESS, signal.SIGTERM
-    )  # it exits 1 whatever its ranks did
+    # it exits 1 whatever its ranks did
+    _, text = signalled([python(), *TORCHRUN], out, knobs | ENDLESS, signal.SIGTERM)
     assert "saved; continue with --resume_from_checkpoint=auto" in text
     (saved,) = checkpoints(out)
     assert problem_with(saved) is None
     assert (saved / "train_state" / "rng_00001.pt").is_file()
+
+
+@pytest.mark.parametrize(("phase", "step"), [("evaluation", 4), ("checkpoint", 2)])
+def test_sigterm_to_torchrun_in_the_middle_of_it_saves(tmp_path, knobs, phase, step):
+    out, script = tmp_path / "out", tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from tests.runs import strike, tell_torchrun, training\n"
+        f"training(sys.argv[1:], lambda: strike({phase!r}, 1, 50, tell_torchrun, rank=1))\n"
+    )
+    env = os.environ | ONE_THREAD | {"PYTHON_EXEC": sys.executable}  # torchrun is the ranks' parent
+    call = [python(), *TORCHRUN, script, *words(output_dir=out, **knobs)]
+    done = subprocess.run(call, env=env, capture_output=True, text=True, timeout=PATIENCE)
+    assert f"stopped at step {step}, saved" in done.stdout, done.stdout + done.stderr
+    assert checkpoints(out)[0].name == f"step_{step:06d}"
+    assert problem_with(checkpoints(out)[0]) is None
 
 
 # ---- one folder, one run; no space
@@ -548,21 +603,15 @@ def limited(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-@pytest.mark.parametrize("stage", ["the random numbers", "the weights", "the state"])
+@pytest.mark.parametrize(
+    "name", ["train_state/rng_00000.pt", "model.safetensors", "train_state/state.pt"]
+)
 def test_a_full_disk_is_one_line_that_names_the_folder_and_leaves_the_rest(
-    damaged, knobs, straight, stage
+    damaged, knobs, straight, name
 ):
     shutil.rmtree(damaged / "step_000008")
-    size = lambda name: (straight / "step_000008" / name).stat().st_size
-    limit = {
-        "the random numbers": size("train_state/rng_00000.pt") - 1,
-        "the weights": size("model.safetensors") - 1,
-        "the state": size("train_state/state.pt") - 1,
-    }[stage]
-    assert limit > size("tokenizer.json") or stage == "the random numbers"
-    line = refused(
-        damaged, before=functools.partial(limited, limit), resume_from_checkpoint="auto", **knobs
-    )
+    before = functools.partial(limited, (straight / "step_000008" / name).stat().st_size - 1)
+    line = refused(damaged, before=before, resume_from_checkpoint="auto", **knobs)
     assert f"{damaged / 'step_000008'}: not written (" in line
     assert "earlier checkpoints are untouched" in line
     assert names(damaged) == ["metrics.jsonl", "run.lock", "step_000006"]
@@ -574,9 +623,42 @@ def test_a_full_disk_is_one_line_that_names_the_folder_and_leaves_the_rest(
 def test_a_log_that_cannot_grow_is_one_line_too(damaged, knobs):
     shutil.rmtree(damaged / "step_000008")
     limit = (damaged / "metrics.jsonl").stat().st_size - 300
-    knobs = knobs | {"before": functools.partial(limited, limit)}
-    line = refused(damaged, resume_from_checkpoint="auto", **knobs)
+    before = functools.partial(limited, limit)
+    line = refused(damaged, before=before, resume_from_checkpoint="auto", **knobs)
     assert f"{damaged / 'metrics.jsonl'}: could not be written (File too large)" in line
+
+
+FULL = {  # the newest checkpoint that is there afterwards, the message
+    "before": (4, r"a checkpoint needs 0\.4 MB, free are 0\.1 MB; make room, or choose another"),
+    "during": (4, r"step_000006: not written \(.*\); earlier checkpoints are untouched"),
+    "after": (6, r"metrics\.jsonl: could not be written|needs 0\.4 MB, free are 0\.0 MB"),
+}
+
+
+@pytest.mark.parametrize("moment", FULL)
+def test_a_disk_that_is_full_at_a_checkpoint_costs_no_earlier_one(
+    small_disk, straight, knobs, moment
+):
+    disk, (newest, message) = small_disk("6m"), FULL[moment]
+    out, log = disk / "out", disk.parent / "log"
+    knobs = knobs | {"output_dir": out}
+    one = begin(log, before=functools.partial(strike, "checkpoint", 3, 1, kill), **knobs)
+    assert one.wait() == [-signal.SIGKILL], one.text  # saved at 2 and 4, killed before 6
+    if moment == "before":
+        fill(disk, 100_000)
+    before = {
+        "before": None,
+        "during": functools.partial(filled_while_saving, disk),
+        "after": functools.partial(after_save, 6, functools.partial(fill, disk, 0)),
+    }[moment]
+    line = refused(log, before=before, resume_from_checkpoint="auto", **knobs)
+    assert re.search(message, line), line
+    assert checkpoints(out)[0].name == f"step_00000{newest}"
+    assert problem_with(checkpoints(out)[0]) is None
+    assert not list(out.glob(".tmp-step*"))
+    (disk / "ballast").unlink()
+    resumed(log, **knobs)
+    assert_as_if_nothing_happened(out, straight)
 
 
 def nearly_full():

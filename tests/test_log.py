@@ -19,8 +19,7 @@ from lib.config import UserError
 from lib.log import draw_curves, figure_of, read_run, running_mean, spike_limit
 from model import next_token_loss
 from tests import ROOT
-from tests.blows import after_save, die
-from tests.runs import Run, fitting, losses, names, records, refused
+from tests.runs import after_save, begin_fit, die, losses, names, records, refused
 from tests.runs import train_to_end as trained
 from tests.test_train import Counting, no_validation
 from tests.warm import python
@@ -200,39 +199,20 @@ class Spiking:
         return loss * (5 if self.calls in self.steps else 1), stats
 
 
-KNOBS = {
-    "vocab_size": 32,
-    "max_steps": 60,
-    "logging_steps": 10,
-    "save_steps": 25,
-    "eval_steps": 100,
-}
+KNOBS = {"max_steps": 60, "logging_steps": 10, "save_steps": 25, "eval_steps": 100}
 
 
 def test_a_spike_between_two_log_lines_is_said_once_and_nothing_else_happens(tmp_path):
-    run = lambda name, *args: Run(
-        tmp_path / f"{name}.log", fitting, (tmp_path / name, Counting(), *args)
-    )
-    knobs = KNOBS | {"learning_rate": 1e-5}
-    one = run(
-        "spiking", Spiking(5, 33, 34, 35, 48), no_validation, knobs
-    )  # 5 is too early to be told
-    other = run("calm", next_token_loss, no_validation, knobs)
-    assert [one.wait(), other.wait()] == [[0], [0]], one.text
-    spikes = [r for r in records(tmp_path / "spiking") if "spike" in r]
+    knobs, outs = KNOBS | {"learning_rate": 1e-5}, (tmp_path / "spiking", tmp_path / "calm")
+    fns = (Spiking(5, 33, 34, 35, 48), next_token_loss)  # 5 is too early to be told
+    runs = [begin_fit(out, Counting(), fn, no_validation, **knobs) for out, fn in zip(outs, fns)]
+    assert [run.wait() for run in runs] == [[0], [0]], runs[0].text
+    spikes = [r for r in records(outs[0]) if "spike" in r]
     assert [r["step"] for r in spikes] == [33, 48]
     assert all(4.5 < r["spike"] / r["median"] < 5.5 for r in spikes)
-    assert one.text.count("warning: loss spike at step") == 2
-    assert "loss spike" not in other.text
-    assert [r["step"] for r in records(tmp_path / "spiking") if "loss" in r] == [
-        1,
-        10,
-        20,
-        30,
-        40,
-        50,
-        60,
-    ]
+    assert runs[0].text.count("warning: loss spike at step") == 2
+    assert "loss spike" not in runs[1].text
+    assert [r["step"] for r in records(outs[0]) if "loss" in r] == [1, *range(10, 61, 10)]
 
 
 class Scaled(Counting):
@@ -248,28 +228,18 @@ def scaled_loss(model, batch):
     return loss * batch["scale"], stats
 
 
-def dying_fit(*args):
-    after_save(25, die)  # in the middle between two log lines
-    fitting(*args)
-
-
 def test_a_resumed_run_is_alarmed_like_the_straight_one(tmp_path):
-    knobs = KNOBS | {"learning_rate": 1e-4}
-    run = lambda name, what, **more: Run(
-        tmp_path / f"{name}.log",
-        what,
-        (tmp_path / name, Scaled(), scaled_loss, no_validation, knobs | more),
-    ).wait()
-    assert run("straight", fitting) == [0]
-    assert run("parts", dying_fit) == [9]
-    assert run("parts", fitting, resume_from_checkpoint="auto") == [0]
-    assert [r["step"] for r in records(tmp_path / "straight") if "spike" in r] == [28]
-    assert losses(tmp_path / "parts") == losses(tmp_path / "straight")
-    state = lambda name: torch.load(checkpoints(tmp_path / name)[0] / "train_state" / "state.pt")[
-        "recent"
-    ]
-    assert state("parts") == state("straight")
-    assert len(state("straight")) == 60
+    straight, parts = tmp_path / "straight", tmp_path / "parts"
+    fit = functools.partial(begin_fit, loader=Scaled(), loss_fn=scaled_loss, validate=no_validation)
+    fit = functools.partial(fit, **KNOBS, learning_rate=1e-4)
+    assert fit(straight).wait() == [0]
+    assert fit(parts, before=functools.partial(after_save, 25, die)).wait() == [9]
+    assert fit(parts, resume_from_checkpoint="auto").wait() == [0]
+    assert [r["step"] for r in records(straight) if "spike" in r] == [28]
+    assert losses(parts) == losses(straight)
+    recent = lambda out: torch.load(checkpoints(out)[0] / "train_state" / "state.pt")["recent"]
+    assert recent(parts) == recent(straight)
+    assert len(recent(straight)) == 60
 
 
 # ---- wandb and tensorboard

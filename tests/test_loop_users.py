@@ -9,54 +9,33 @@ import pytest
 import torch
 
 import model
-from lib.checkpoint import checkpoints, problem_with
+from lib.checkpoint import checkpoints
 from tests import align, runs
 from tests.conftest import write_rows
-from tests.runs import differences, losses, names, records
+from tests.runs import differences, losses, records
 
 PAIRS = [
     {"prompt": f"what is {n}?", "chosen": f"a {n}", "rejected": "I won't say"} for n in range(40)
 ]
 CHATS = [{"prompt": row["prompt"], "response": row["chosen"]} for row in PAIRS]
 USERS = ("pretraining", "sft", "dpo")
-everyone = pytest.mark.parametrize("user", USERS)
 
 
 @pytest.fixture(scope="module")
 def begin(tmp_path_factory, tiny_dataset, tiny_tokenizer):
-    """begin[user](out, ranks=1, before=None, **knobs) starts a training of 8 steps, 4 rows in each."""
+    """begin[user](out, ranks=1, before=None, **knobs) starts 8 steps of 4 rows."""
     folder = tmp_path_factory.mktemp("users")
     base = align.make_base(folder / "base", tiny_tokenizer, "chatml")
-    chats, pairs = (
-        write_rows(folder / name, rows) for name, rows in (("c.jsonl", CHATS), ("p.jsonl", PAIRS))
-    )
-    knobs = {"model_path": base, "val_ratio": 0.4, "batch_size": 4, "max_steps": 8}
+    chats = write_rows(folder / "c.jsonl", CHATS)
+    pairs = write_rows(folder / "p.jsonl", PAIRS)
+    text = {"data_path": tiny_dataset, "batch_size": 4, "eval_rows": 24, "sample_tokens": 0}
+    tuning = {"model_path": base, "val_ratio": 0.4, "batch_size": 4, "max_steps": 8}
+    chats = {"dataset_path": chats, "packing": False, "sample_tokens": 0} | tuning
     return {
-        "pretraining": functools.partial(
-            runs.begin,
-            data_path=tiny_dataset,
-            batch_size=4,
-            eval_rows=24,
-            sample_tokens=0,
-            dropout=0.1,
-        ),
-        "sft": functools.partial(
-            align.begin, "sft", dataset_path=chats, packing=False, sample_tokens=0, **knobs
-        ),
-        "dpo": functools.partial(align.begin, "dpo", dataset_path=pairs, **knobs),
+        "pretraining": functools.partial(runs.begin, dropout=0.1, **text),
+        "sft": functools.partial(align.begin, "sft", **chats),
+        "dpo": functools.partial(align.begin, "dpo", dataset_path=pairs, **tuning),
     }
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, begin):
-    """Returns the folder of a user's training that nothing happened to."""
-    folder = tmp_path_factory.mktemp("whole")
-
-    @functools.cache
-    def trained(user, ranks):
-        return finished(begin[user], folder / f"{user}{ranks}", ranks=ranks)
-
-    return trained
 
 
 def finished(start, out, ranks=1, **knobs):
@@ -65,30 +44,27 @@ def finished(start, out, ranks=1, **knobs):
     return out
 
 
-def said(out):
-    return out.with_suffix(".log").read_text()
-
-
-def at_passes(learning, act, rank=None):
-    """Has act(number, rows) called in each forward pass, from 1, that learns - or in each that validates."""
+def at_validation(act, rank):
+    """Has act(number) called in each forward pass that validates, from 1."""
     seen = []
 
     def hook(module, inputs, output):
-        if isinstance(module, model.MLP) and (
-            torch.is_grad_enabled() if learning else not module.training
+        if (
+            isinstance(module, model.Decoder)
+            and not torch.is_grad_enabled()
+            and not module.training
         ):
             seen.append(1)
-            if len(seen) % 2 == 0:  # of the second of two blocks
-                act(len(seen) // 2, len(output))
+            act(len(seen))
 
-    if rank in (None, int(os.environ.get("RANK", 0))):
+    if rank == int(os.environ.get("RANK", 0)):
         torch.nn.modules.module.register_module_forward_hook(hook)
 
 
 # ---- a stop
 
 
-def stop_and_tell(number, rows):
+def stop_and_tell(number):
     """A signal in the second batch of the validation; the one after the next must not come."""
     if number == 2:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -98,12 +74,10 @@ def stop_and_tell(number, rows):
 
 @pytest.mark.parametrize(("user", "ranks"), [*((user, 1) for user in USERS), ("pretraining", 2)])
 @pytest.mark.parametrize("eval_steps", [4, 100], ids=["amid the run", "at its end"])
-def test_a_stop_ends_a_validation_which_then_comes_again(
-    tmp_path, begin, whole, user, ranks, eval_steps
-):
+def test_a_stop_ends_a_validation_which_then_comes_again(tmp_path, begin, user, ranks, eval_steps):
     out, step = tmp_path / "out", 4 if eval_steps == 4 else 8
     knobs = {"ranks": ranks, "eval_steps": eval_steps, "batch_size": 4 // ranks}
-    before = functools.partial(at_passes, False, stop_and_tell, ranks - 1)
+    before = functools.partial(at_validation, stop_and_tell, ranks - 1)
     one = begin[user](out, before=before, **knobs)
     assert one.wait() == [143] * ranks, one.text
     last = one.text.splitlines()[-1]
@@ -112,22 +86,14 @@ def test_a_stop_ends_a_validation_which_then_comes_again(
     assert checkpoints(out)[0].name == f"step_00000{step}"
     assert not any("val_loss" in r for r in records(out))
     finished(begin[user], out, resume_from_checkpoint="auto", **knobs)
-    straight = (
-        whole(user, 1)
-        if ranks == 1 and step == 4
-        else finished(begin[user], tmp_path / "straight", **knobs)
-    )
+    straight = finished(begin[user], tmp_path / "straight", **knobs)
     assert losses(out) == losses(straight)
-    for folder in checkpoints(straight):
-        if user == "pretraining":
-            found = differences(out / folder.name, folder)
-            assert not [
-                name for name in found if not name.endswith(".lr")
-            ]  # set before every update
-        else:
-            for path in folder.rglob("*.*t*"):
-                same = path.read_bytes() == (out / path.relative_to(straight)).read_bytes()
-                assert same or path.name in ("state.pt", "manifest.json", "run.json"), path
+    for folder in [straight / "final", *checkpoints(straight)]:
+        for path in folder.rglob("*.safetensors"):
+            assert path.read_bytes() == (out / path.relative_to(straight)).read_bytes(), path
+        if folder.name != "final" and user == "pretraining":
+            names = differences(out / folder.name, folder)
+            assert not [name for name in names if not name.endswith(".lr")]  # set before updates
 
 
 # ---- a plan, a time box
@@ -151,4 +117,4 @@ def test_a_time_box_ends_with_a_model_whose_learning_rate_came_down(tmp_path, be
     assert rates[-1] < 0.5 * max(rates)  # a busy machine takes few steps in so short a box
     assert (out / "final" / "config.json").is_file()
     finished(begin[user], out, resume_from_checkpoint="auto", **knobs)
-    assert "this run is complete" in said(out)
+    assert "this run is complete" in out.with_suffix(".log").read_text()

@@ -1,4 +1,4 @@
-"""Running out of memory: one line that names the flags that fit, by injected and by real failures."""
+"""Running out of memory: one line that names the flags that fit."""
 
 import functools
 import os
@@ -22,7 +22,7 @@ CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can
 
 
 def failing(error, above, number, learning=True, rank=None):
-    """The MLPs of the model find no memory for more than `above` rows, from their `number`-th call on."""
+    """MLPs find no memory for more than `above` rows, from the `number`-th such call on."""
     calls = []
 
     def hook(module, inputs, output):
@@ -83,7 +83,9 @@ def test_the_flags_that_it_names_train_the_same_steps_from_the_last_checkpoint(
     assert [folder.name for folder in checkpoints(out)] == ["step_000004"]
     flags = flags_in(line)
     assert flags["batch_size"] == halves
-    out = trained(out, **knobs | flags | {"before": functools.partial(failing, error, int(halves), 1)})
+    out = trained(
+        out, **knobs | flags | {"before": functools.partial(failing, error, int(halves), 1)}
+    )
     assert curve(out) == pytest.approx(curve(whole), rel=1e-5)
     again = trained(tmp_path / "again", **knobs, resume_from_checkpoint=out / "step_000004",
                     gradient_checkpointing=True)  # fmt: skip

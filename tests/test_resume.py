@@ -1,9 +1,12 @@
-"""A training that was stopped and resumed ends, bit for bit, as one that never stopped; on ranks, too."""
+"""A training that was stopped and resumed ends, bit for bit, as one that never stopped."""
 
 import functools
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,8 +14,20 @@ import torch
 from data import TokenStream
 from lib.checkpoint import problem_with, seal
 from model import next_token_loss
+from tests import ROOT
 from tests.conftest import prepare_dataset
-from tests.runs import Run, begin, differences, fitting, losses, names, records, refused
+from tests.runs import (
+    ONE_THREAD,
+    PATIENCE,
+    begin,
+    begin_fit,
+    differences,
+    losses,
+    names,
+    records,
+    refused,
+    words,
+)
 from tests.runs import train_to_end as trained
 
 HALF, WHOLE = "step_000004", "step_000008"
@@ -29,33 +44,29 @@ def copied(source, target):
 # ---- N + N steps equal 2 N
 
 
-@pytest.mark.parametrize("ranks", [1, 2], ids=["one rank", "two ranks"])
-@pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["no dropout", "dropout"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_resumed_run_equals_the_straight_one_bit_for_bit(
-    tmp_path, tiny_dataset, dtype, dropout, ranks
-):
-    knobs = {"data_path": tiny_dataset, "dtype": dtype, "dropout": dropout, "ranks": ranks}
+CASES = [
+    *(
+        {"dtype": d, "dropout": p, "ranks": n}
+        for d in ("fp32", "bf16")
+        for p in (0.0, 0.1)
+        for n in (1, 2)
+    ),
+    {"dropout": 0.1, "optimizer": "muon"},
+    {"dropout": 0.1, "gradient_accumulation_steps": 3},
+    {"dropout": 0.1, "gradient_checkpointing": True},
+]
+
+
+@pytest.mark.parametrize("knobs", CASES, ids=str)
+def test_a_resumed_run_equals_the_straight_one_bit_for_bit(tmp_path, tiny_dataset, knobs):
+    knobs = {"data_path": tiny_dataset} | knobs
     straight = trained(tmp_path / "straight", **knobs)
     rest = trained(tmp_path / "rest", resume_from_checkpoint=straight / HALF, **knobs)
     assert not differences(straight / WHOLE, rest / WHOLE)
     assert not differences(straight / "final", rest / "final")
     assert len(losses(straight, after=4)) == 5  # four steps and a validation
     assert losses(straight, after=4) == losses(rest)
-    assert differences(
-        straight / HALF, straight / WHOLE
-    )  # the comparison sees a difference where there is one
-
-
-@pytest.mark.parametrize(
-    "knobs", [{"optimizer": "muon"}, {"gradient_accumulation_steps": 3}], ids=str
-)
-def test_so_does_one_with_muon_or_accumulation(tmp_path, tiny_dataset, knobs):
-    knobs |= {"data_path": tiny_dataset, "dropout": 0.1}
-    straight = trained(tmp_path / "straight", **knobs)
-    rest = trained(tmp_path / "rest", resume_from_checkpoint=straight / HALF, **knobs)
-    assert not differences(straight / WHOLE, rest / WHOLE)
-    assert losses(straight, after=4) == losses(rest)
+    assert differences(straight / HALF, straight / WHOLE)  # it sees a difference where there is one
 
 
 @pytest.mark.parametrize("at", [1, 7])
@@ -69,7 +80,7 @@ def test_so_does_one_resumed_after_the_first_or_before_the_last_step(tmp_path, t
 
 @pytest.mark.parametrize("ranks", [1, 2], ids=["one rank", "two ranks"])
 def test_with_other_random_numbers_it_does_not(tmp_path, tiny_dataset, ranks):
-    """The control of the tests above: they fail where the generators are not restored, each rank's own."""
+    """The control of the tests above: they fail where a rank gets other generators."""
     knobs = {"data_path": tiny_dataset, "dropout": 0.1, "ranks": ranks}
     straight = trained(tmp_path / "straight", **knobs)
     (tmp_path / "tampered").mkdir()
@@ -165,13 +176,8 @@ def test_two_ranks_see_other_batches_hold_the_same_weights_and_save_every_step(
     tmp_path, tiny_dataset
 ):
     loader, validate = Recorded(tiny_dataset, tmp_path), functools.partial(note_weights, tmp_path)
-    knobs = {"save_steps": 1, "eval_steps": 1, "max_steps": 4, "dropout": 0.1}
-    one = Run(
-        tmp_path / "log",
-        fitting,
-        (tmp_path / "out", loader, next_token_loss, validate, knobs),
-        ranks=2,
-    )
+    knobs = {"save_steps": 1, "eval_steps": 1, "max_steps": 4, "dropout": 0.1, "vocab_size": 384}
+    one = begin_fit(tmp_path / "out", loader, next_token_loss, validate, ranks=2, **knobs)
     assert one.wait() == [0, 0], one.text
     batches = [(tmp_path / f"batches{rank}").read_text().splitlines() for rank in (0, 1)]
     weights = [(tmp_path / f"weights{rank}").read_text().splitlines() for rank in (0, 1)]
@@ -288,6 +294,38 @@ def test_data_of_another_tokenizer_is_refused_with_both_hashes(tmp_path, tiny_do
     assert "they do not belong together" in line
 
 
+def rewritten(folder, change):
+    """Changes run.json of a checkpoint, as an older or newer program would have written it."""
+    values = json.loads((folder / "run.json").read_text())
+    change(values)
+    (folder / "run.json").write_text(json.dumps(values))
+    seal_again(folder)
+    return folder
+
+
+def test_a_key_that_a_checkpoint_does_not_know_counts_as_todays_default(
+    tmp_path, tiny_dataset, straight
+):
+    (tmp_path / "old").mkdir()
+    folder = copied(straight / HALF, tmp_path / "old")
+    rewritten(
+        folder, lambda values: [values.pop(k) for k in ("optimizer", "beta2", "document_mask")]
+    )
+    knobs = {"data_path": tiny_dataset, "resume_from_checkpoint": folder}
+    rest = trained(tmp_path / "rest", **knobs)
+    assert not differences(rest / WHOLE, straight / WHOLE)
+    line = refused(tmp_path / "other", beta2=0.5, **knobs)
+    assert "made with beta2 was 0.95, now 0.5; --allow_config_change accepts it" in line
+
+
+def test_a_key_that_only_the_checkpoint_knows_does_not_matter(tmp_path, tiny_dataset, straight):
+    (tmp_path / "new").mkdir()
+    folder = copied(straight / HALF, tmp_path / "new")
+    rewritten(folder, lambda values: values.update(of_a_later_program=1))
+    rest = trained(tmp_path / "rest", data_path=tiny_dataset, resume_from_checkpoint=folder)
+    assert not differences(rest / WHOLE, straight / WHOLE)
+
+
 # ---- which checkpoint, into which folder
 
 
@@ -329,3 +367,57 @@ def test_the_log_of_a_run_that_died_is_cut_at_its_checkpoint(tmp_path, tiny_data
     trained(out, data_path=tiny_dataset, resume_from_checkpoint="auto")
     assert losses(out) == losses(straight)
     assert [r["step"] for r in records(out) if "loss" in r] == list(range(1, 9))
+
+
+# ---- two hosts
+
+
+@pytest.fixture
+def hosts():
+    """Two network namespaces joined as two machines are. Yields (name, address) of both."""
+    tag = f"m{os.getpid()}"
+    ip = lambda *args: subprocess.run(["ip", *args], capture_output=True).returncode == 0
+    if not shutil.which("ip") or not ip("netns", "add", f"{tag}a"):
+        pytest.skip("network namespaces take root and ip netns")
+    try:
+        ip("netns", "add", f"{tag}b")
+        link = f"link add {tag}a netns {tag}a type veth peer {tag}b netns {tag}b"
+        if not ip(*link.split()):
+            pytest.skip("no veth devices here")
+        for host, address in (("a", "10.77.0.1"), ("b", "10.77.0.2")):
+            inside = ("-n", f"{tag}{host}")
+            assert ip(*inside, "addr", "add", f"{address}/24", "dev", f"{tag}{host}")
+            assert ip(*inside, "link", "set", f"{tag}{host}", "up")
+            assert ip(*inside, "link", "set", "lo", "up")
+        yield [(f"{tag}a", "10.77.0.1"), (f"{tag}b", "10.77.0.2")]
+    finally:
+        for host in "ab":
+            ip("netns", "del", f"{tag}{host}")
+
+
+def on_host(name, address, out, knobs):
+    """Starts this host's part of a training of two, as README says it."""
+    call = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    call += ["--rdzv-backend=c10d", "--rdzv-id=two", "--rdzv-endpoint=10.77.0.1:29400"]
+    call += [f"--local-addr={address}", str(ROOT / "train.py"), *words(output_dir=out, **knobs)]
+    # both namespaces have this machine's name; of real hosts torchrun finds out itself
+    call.insert(3, f"--rdzv-conf=is_host={address == '10.77.0.1'}")
+    with open(out.with_suffix(f".{name}"), "w") as log:
+        return subprocess.Popen(
+            ["ip", "netns", "exec", name, *call],
+            env=os.environ | ONE_THREAD | {"GLOO_SOCKET_IFNAME": name},
+            stdout=log,
+            stderr=log,
+        )
+
+
+def test_two_hosts_train_what_one_host_trains_with_two_ranks(tmp_path, tiny_dataset, hosts):
+    out, knobs = tmp_path / "out", {"data_path": tiny_dataset, "dropout": 0.1}
+    both = [on_host(name, address, out, knobs) for name, address in hosts]
+    codes = [process.wait(PATIENCE) for process in both]
+    text = "".join(out.with_suffix(f".{name}").read_text() for name, _ in hosts)
+    assert codes == [0, 0], text
+    assert "2 ranks" in text
+    one = trained(tmp_path / "one", ranks=2, **knobs)
+    assert not differences(out / "final", one / "final")
+    assert losses(out) == losses(one)

@@ -1,5 +1,6 @@
-"""train.py: schedule, accumulation, validation, log, the step that must not be applied, and what is left."""
+"""train.py: schedule, accumulation, clipping, validation, log, skipped steps, what is refused."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -14,14 +15,14 @@ import pytest
 import torch
 
 from data import TokenStream
-from lib.config import UserError, configure
+from lib.config import UserError, configure, narrow
 from lib.runtime import open_world, tune_cpu
 from lib.tokenizer import Tokenizer
 from model import ModelConfig, load_model, next_token_loss, token_nats
 from tests.runs import (
     Run,
+    begin_fit,
     differences,
-    fitting,
     losses,
     names,
     records,
@@ -30,7 +31,7 @@ from tests.runs import (
     training,
 )
 from tests.runs import train_to_end as trained
-from train import Clock, LoopConfig, PretrainConfig, lr_at, total_steps
+from train import Clock, LoopConfig, PretrainConfig, lr_at, total_steps, with_vocab_size
 
 
 def schedule(**knobs):
@@ -91,20 +92,22 @@ def test_the_clock_ends_the_run_by_steps_or_by_time_whichever_comes_first():
     assert both.progress(50, 6.0) == 0.5
     assert both.progress(50, 54.0) == 0.9
     assert Clock(schedule(max_steps=10, warmup_steps=0), 10).progress(10, 0.0) == 1.0
-    assert (
-        Clock(schedule(max_minutes=2), None, before=60.0).seconds >= 60.0
-    )  # those before a resume count
+    assert Clock(schedule(max_minutes=2), None, before=60.0).seconds >= 60.0  # of before a resume
 
 
-def test_the_number_of_steps_comes_from_steps_epochs_or_the_clock():
+@pytest.mark.parametrize(
+    ("knobs", "ranks", "steps"),
+    [
+        ({"max_steps": 7}, 2, 7),
+        ({"num_train_epochs": 0.5}, 2, 32),  # 500 / 16: a step that is begun counts
+        ({}, 1, 125),
+        ({"max_minutes": 1}, 1, None),
+        ({"max_minutes": 1, "num_train_epochs": 1}, 1, 125),
+    ],
+)
+def test_the_number_of_steps_comes_from_steps_epochs_or_the_clock(knobs, ranks, steps):
     batch = {"batch_size": 4, "gradient_accumulation_steps": 2, "warmup_steps": 0}
-    assert total_steps(LoopConfig(max_steps=7, **batch), 1000, 2) == 7
-    assert (
-        total_steps(LoopConfig(num_train_epochs=0.5, **batch), 1000, 2) == 32
-    )  # 500 / 16, begun is counted
-    assert total_steps(LoopConfig(**batch), 1000, 1) == 125
-    assert total_steps(LoopConfig(max_minutes=1, **batch), 1000, 1) is None
-    assert total_steps(LoopConfig(max_minutes=1, num_train_epochs=1, **batch), 1000, 1) == 125
+    assert total_steps(LoopConfig(**batch, **knobs), 1000, ranks) == steps
 
 
 def test_a_warmup_longer_than_the_run_is_refused_with_both_numbers():
@@ -116,39 +119,22 @@ def test_a_warmup_longer_than_the_run_is_refused_with_both_numbers():
         total_steps(LoopConfig(batch_size=8), 100, 1)
 
 
-def test_a_time_box_ends_with_a_model_and_is_then_complete(tmp_path, tiny_dataset):
-    knobs = {
-        "data_path": tiny_dataset,
-        "max_minutes": 0.005,
-        "max_steps": None,
-        "save_steps": 10_000,
-    }
-    out = trained(tmp_path / "box", **knobs)
+@pytest.mark.parametrize("save_steps", [1, 10_000], ids="saved every {} steps".format)
+def test_a_time_box_ends_with_a_model_and_is_then_complete(tmp_path, tiny_dataset, save_steps):
+    knobs = {"max_minutes": 0.005, "max_steps": None, "save_steps": save_steps}
+    out = trained(tmp_path / "box", data_path=tiny_dataset, **knobs)
     rates = [r["lr"] for r in records(out) if "lr" in r]
     assert all(0 < rate <= 0.01 * (1 + 1e-9) for rate in rates)
-    assert "final" in names(out)
-    trained(out, resume_from_checkpoint="auto", **knobs)
-    assert "this run is complete" in out.with_suffix(".log").read_text()
-
-
-def test_a_time_box_that_ends_at_a_saved_step_is_complete_too(tmp_path, tiny_dataset):
-    knobs = {"data_path": tiny_dataset, "max_minutes": 0.005, "max_steps": None, "save_steps": 1}
-    out = trained(tmp_path / "box", **knobs)
     before = (out / "final" / "manifest.json").stat().st_mtime_ns
-    trained(out, resume_from_checkpoint="auto", **knobs)
+    trained(out, data_path=tiny_dataset, resume_from_checkpoint="auto", **knobs)
     assert "this run is complete" in out.with_suffix(".log").read_text()
     assert (out / "final" / "manifest.json").stat().st_mtime_ns == before
 
 
 def test_a_run_of_part_of_an_epoch_has_so_many_steps(tmp_path, tiny_dataset):
     blocks = TokenStream(tiny_dataset, "train", 16, 2).blocks
-    knobs = {
-        "data_path": tiny_dataset,
-        "max_steps": None,
-        "num_train_epochs": 0.01,
-        "batch_size": 4,
-    }
-    out = trained(tmp_path / "out", **knobs)
+    knobs = {"max_steps": None, "num_train_epochs": 0.01, "batch_size": 4}
+    out = trained(tmp_path / "out", data_path=tiny_dataset, **knobs)
     assert records(out)[-1]["step"] == math.ceil(0.01 * blocks / 4)
 
 
@@ -170,22 +156,15 @@ def no_validation(model):
     return {}
 
 
-def fit(
-    tmp_path, loader, loss_fn=next_token_loss, validate=no_validation, name="run", ranks=1, **knobs
-):
-    one = Run(
-        tmp_path / f"{name}.log",
-        fitting,
-        (tmp_path / name, loader, loss_fn, validate, knobs),
-        ranks,
-    )
-    one.wait()
+def fit(out, loader, loss_fn=next_token_loss, validate=no_validation, status=0, **more):
+    """Runs `fit` on a loader and a loss of the test's own, expecting an exit status."""
+    one = begin_fit(out, loader, loss_fn, validate, **more)
+    assert set(one.wait()) == {status}, one.text
     return one
 
 
 def test_a_model_that_learned_to_count_goes_on_counting(tmp_path):
-    one = fit(tmp_path, Counting(), max_steps=120, vocab_size=32, save_steps=1000, eval_steps=1000)
-    assert one.wait() == [0], one.text
+    fit(tmp_path / "run", Counting(), max_steps=120, save_steps=1000, eval_steps=1000)
     model = load_model(tmp_path / "run" / "final")
     ids = [5]
     while len(ids) < 16:
@@ -211,18 +190,30 @@ class Masked:
 
 
 def test_four_batches_of_one_row_train_as_one_batch_of_four_whatever_is_supervised(tmp_path):
-    knobs = {"max_steps": 6, "vocab_size": 32, "learning_rate": 0.001}
-    whole = fit(tmp_path, Masked(4), name="whole", batch_size=4, **knobs)
-    parts = fit(
-        tmp_path, Masked(1), name="parts", batch_size=1, gradient_accumulation_steps=4, **knobs
-    )
-    assert whole.wait() == parts.wait() == [0], whole.text + parts.text
-    whole, parts = ([r for r in records(tmp_path / n) if "loss" in r] for n in ("whole", "parts"))
+    knobs, outs = {"max_steps": 6, "learning_rate": 0.001}, [tmp_path / "whole", tmp_path / "parts"]
+    for out, rows in zip(outs, (4, 1), strict=True):
+        times = {"batch_size": rows, "gradient_accumulation_steps": 4 // rows}
+        fit(out, Masked(rows), **times, **knobs)
+    whole, parts = ([r for r in records(out) if "loss" in r] for out in outs)
     for a, b in zip(whole, parts, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
         assert a["tokens"] == b["tokens"] == 29 * a["step"]
-    one, other = (load_model(tmp_path / name / "final").state_dict() for name in ("whole", "parts"))
+    one, other = (load_model(out / "final").state_dict() for out in outs)
     assert all((one[name] - other[name]).abs().max() < 1e-5 for name in one)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_gradients_are_clipped_to_max_grad_norm_over_all_ranks(tmp_path, ranks):
+    """AdamW's first moment after one step is a tenth of the gradient that it was given."""
+    for limit in (0.01, 1e9):
+        out = tmp_path / str(limit)
+        fit(out, Counting(), ranks=ranks, max_steps=1, warmup_steps=0, max_grad_norm=limit)
+        saved = tensors(out / "step_000001")
+        moments = [value for name, value in saved.items() if name.endswith("exp_avg")]
+        norm = 10 * torch.cat([moment.flatten() for moment in moments]).norm().item()
+        (logged,) = [r["grad_norm"] for r in records(out) if "grad_norm" in r]
+        assert logged > 1
+        assert norm == pytest.approx(min(limit, logged), rel=1e-4)
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_run(tmp_path, tiny_dataset):
@@ -250,18 +241,44 @@ def dropping(model, batch):
 
 
 def test_validation_changes_nothing_even_if_it_draws_random_numbers(tmp_path, tiny_dataset):
-    knobs = {"max_steps": 6, "vocab_size": 32, "dropout": 0.1}
-    often = fit(tmp_path, Counting(), dropping, draws, name="often", eval_steps=1, **knobs)
-    never = fit(tmp_path, Counting(), dropping, draws, name="never", eval_steps=99, **knobs)
-    assert often.wait() == never.wait() == [0], often.text
-    assert not differences(tmp_path / "often" / "final", tmp_path / "never" / "final")
-    assert sum("val_loss" in r for r in records(tmp_path / "often")) == 6
-    assert sum("val_loss" in r for r in records(tmp_path / "never")) == 1
+    often, never = tmp_path / "often", tmp_path / "never"
+    for out, eval_steps in ((often, 1), (never, 99)):
+        knobs = {"max_steps": 6, "dropout": 0.1, "eval_steps": eval_steps}
+        fit(out, Counting(), dropping, draws, **knobs)
+    assert not differences(often / "final", never / "final")
+    assert sum("val_loss" in r for r in records(often)) == 6
+    assert sum("val_loss" in r for r in records(never)) == 1
 
     knobs = {"data_path": tiny_dataset, "dropout": 0.1}
     one = trained(tmp_path / "text-often", eval_steps=1, sample_tokens=8, **knobs)
     other = trained(tmp_path / "text-never", eval_steps=99, sample_tokens=0, **knobs)
     assert not differences(one / "final", other / "final")
+
+
+class Improving:
+    """A validation that is best the second time."""
+
+    def __init__(self):
+        self.values = iter([3.0, 1.0, 2.0, 2.5, 2.0, 4.0])
+
+    def __call__(self, model):
+        return {"val_loss": next(self.values)}
+
+
+def test_the_best_checkpoint_outlives_the_last_ones(tmp_path):
+    knobs = {"max_steps": 12, "save_steps": 2, "eval_steps": 2, "keep_last": 2}
+    fit(tmp_path / "out", Counting(), validate=Improving(), **knobs)
+    steps = ["step_000004", "step_000010", "step_000012"]
+    assert [n for n in names(tmp_path / "out") if n.startswith("step")] == steps
+    weights = [load_model(tmp_path / "out" / n).lm_head.weight for n in (*steps, "final")]
+    assert torch.equal(weights[2], weights[3])
+    assert not torch.equal(weights[0], weights[3])
+
+
+def test_without_a_validation_there_is_no_best(tmp_path):
+    knobs = {"max_steps": 8, "save_steps": 2, "eval_steps": 2, "keep_last": 1}
+    fit(tmp_path / "out", Counting(), **knobs)
+    assert names(tmp_path / "out") == ["final", "metrics.jsonl", "run.lock", "step_000008"]
 
 
 @pytest.fixture(scope="module")
@@ -273,16 +290,8 @@ def finished(tmp_path_factory, tiny_dataset):
 def test_the_log_holds_a_line_for_each_step_and_each_validation(finished):
     steps = [r for r in records(finished) if "loss" in r]
     assert [r["step"] for r in steps] == list(range(1, 9))
-    expected = {
-        "step",
-        "loss",
-        "lr",
-        "grad_norm",
-        "tokens",
-        "tokens_per_second",
-        "memory",
-        "seconds",
-    }
+    expected = {"step", "loss", "lr", "grad_norm", "tokens"}
+    expected |= {"tokens_per_second", "memory", "seconds"}
     assert all(r.keys() == expected for r in steps)
     assert [r["tokens"] for r in steps] == [32 * n for n in range(1, 9)]
     assert [r["lr"] for r in steps][:3] == pytest.approx([0.005, 0.01, 0.01])
@@ -300,16 +309,10 @@ def test_validation_reads_the_val_shards_and_nothing_else(finished, tiny_dataset
     lengths = torch.from_numpy(Tokenizer.load(finished / "final").token_bytes())
 
     def score(split):
-        stream = TokenStream(tiny_dataset, split, 16, 2)
-        batch = stream.rows(0, 100)
+        batch = TokenStream(tiny_dataset, split, 16, 2).rows(0, 100)
         ids, labels = torch.from_numpy(batch["ids"]), torch.from_numpy(batch["labels"])
-        hidden = model.model(ids).detach()
-        nats = (
-            token_nats(hidden.flatten(0, 1), model.lm_head.weight, labels.flatten())
-            .double()
-            .sum()
-            .item()
-        )
+        hidden = model.model(ids).detach().flatten(0, 1)
+        nats = token_nats(hidden, model.lm_head.weight, labels.flatten()).double().sum().item()
         return nats / batch["count"], nats / math.log(2) / lengths[labels[labels >= 0]].sum().item()
 
     assert (last["val_loss"], last["val_bits_per_byte"]) == pytest.approx(score("val"), rel=1e-5)
@@ -321,33 +324,18 @@ def test_validation_reads_the_val_shards_and_nothing_else(finished, tiny_dataset
 
 def test_the_output_holds_the_last_checkpoints_the_log_and_the_model(finished):
     assert names(finished) == ["final", "metrics.jsonl", "run.lock", "step_000006", "step_000008"]
-    weights = [
-        (finished / name / "model.safetensors").read_bytes() for name in ("final", "step_000008")
-    ]
-    assert weights[0] == weights[1]
+    one, other = (finished / name / "model.safetensors" for name in ("final", "step_000008"))
+    assert one.read_bytes() == other.read_bytes()
 
 
 def test_the_final_folder_opens_as_a_model_with_its_tokenizer(finished, tiny_dataset):
-    model = load_model(finished / "final")
-    assert model.cfg == ModelConfig(
-        n_layer=2,
-        d_model=32,
-        n_head=4,
-        num_key_value_heads=2,
-        d_ff=64,
-        vocab_size=384,
-        sequence_length=16,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-    )
-    assert (
-        Tokenizer.load(finished / "final").sha256
-        == Tokenizer.load(tiny_dataset / "tokenizer.model").sha256
-    )
-    assert (
-        json.loads((finished / "final" / "tokenizer_config.json").read_text())["model_max_length"]
-        == 16
-    )
+    final = finished / "final"
+    shape = narrow(configure(PretrainConfig, [str(final / "run.json")]), ModelConfig)
+    plain = {"model_name": "custom", "attention_dropout": 0.0, "hidden_dropout": 0.0}
+    assert load_model(final).cfg == dataclasses.replace(shape, **plain)
+    tokenizers = Tokenizer.load(final), Tokenizer.load(tiny_dataset / "tokenizer.model")
+    assert tokenizers[0].sha256 == tokenizers[1].sha256
+    assert json.loads((final / "tokenizer_config.json").read_text())["model_max_length"] == 16
 
 
 @pytest.mark.parametrize("folder", ["step_000006", "final"])
@@ -376,32 +364,32 @@ def test_the_run_json_of_a_resumed_run_starts_from_the_beginning_too(
 
 
 def test_a_finished_run_that_is_resumed_does_nothing_and_says_so(finished, tmp_path, tiny_dataset):
-    out, touched = shutil.copytree(finished, tmp_path / "out"), ("run.lock", "metrics.jsonl")
-    before = {
-        p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.name not in touched
-    }
+    out, kept = shutil.copytree(finished, tmp_path / "out"), ("run.lock", "metrics.jsonl")
+    files = lambda: [p for p in sorted(out.rglob("*")) if p.is_file() and p.name not in kept]
+    before = {p: p.stat().st_mtime_ns for p in files()}
     knobs = {"data_path": tiny_dataset, "save_steps": 2, "keep_last": 2, "eval_rows": 100}
     trained(out, resume_from_checkpoint="auto", **knobs)
     assert "this run is complete" in out.with_suffix(".log").read_text()
     assert losses(out) == losses(finished)
-    after = {
-        p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.name not in touched
-    }
-    assert before == after
+    assert {p: p.stat().st_mtime_ns for p in files()} == before
 
 
 def test_it_trains_on_a_cpu_with_nothing_said_about_precision(tmp_path, tiny_dataset):
-    out = trained(
-        tmp_path / "plain", data_path=tiny_dataset, dtype=None, max_steps=1, warmup_steps=0
-    )
+    out = trained(tmp_path / "plain", data_path=tiny_dataset, dtype=None, max_steps=2)
     assert (out / "final" / "model.safetensors").is_file()
 
 
+def test_the_vocabulary_is_that_of_the_data_unless_one_is_named(tmp_path, tiny_dataset):
+    out = trained(tmp_path / "out", data_path=tiny_dataset, vocab_size=None, max_steps=2)
+    assert load_model(out / "final").cfg.vocab_size == 384
+    assert json.loads((out / "final" / "run.json").read_text())["vocab_size"] == 384
+    assert with_vocab_size(configure(PretrainConfig, [])).vocab_size == 32768  # without data
+    assert with_vocab_size(PretrainConfig(vocab_size=99), 384).vocab_size == 99
+
+
 def test_a_document_mask_and_two_weighted_datasets_train(tmp_path, tiny_dataset):
-    both = f"{tiny_dataset},{tiny_dataset}"
-    out = trained(
-        tmp_path / "mixed", data_path=both, data_weights="3,1", document_mask=True, batch_size=4
-    )
+    knobs = {"data_path": f"{tiny_dataset},{tiny_dataset}", "data_weights": "3,1"}
+    out = trained(tmp_path / "mixed", document_mask=True, batch_size=4, **knobs)
     assert all(math.isfinite(r["loss"]) for r in records(out) if "loss" in r)
 
 
@@ -409,7 +397,7 @@ def test_a_document_mask_and_two_weighted_datasets_train(tmp_path, tiny_dataset)
 
 
 class PoisonedLoss:
-    """The loss of step `step` has a gradient that is not a number; with `always` so has every later one."""
+    """The gradient of step `step` is not a number; with `always` nor is any later one."""
 
     def __init__(self, step, always=False):
         self.step, self.always, self.calls = step, always, 0
@@ -423,23 +411,12 @@ class PoisonedLoss:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_gradient_that_is_not_finite_leaves_the_weights_as_they_were(tmp_path, optimizer):
-    knobs = {
-        "vocab_size": 32,
-        "max_steps": 5,
-        "save_steps": 1,
-        "keep_last": 9,
-        "optimizer": optimizer,
-    }
-    one = fit(tmp_path, Counting(), PoisonedLoss(3), **knobs)
-    assert one.wait() == [0], one.text
+    out, knobs = tmp_path / "run", {"max_steps": 5, "save_steps": 1, "keep_last": 9}
+    one = fit(out, Counting(), PoisonedLoss(3), optimizer=optimizer, **knobs)
     assert "warning: step 3 skipped: gradient norm is nan (1 in a row)" in one.text
-    out = tmp_path / "run"
     changed = differences(out / "step_000002", out / "step_000003")
-    assert sorted(n for n in changed if not n.endswith(".lr")) == [
-        "state.bad_steps",
-        "state.step",
-        "state.tokens",
-    ]
+    counters = ["state.bad_steps", "state.step", "state.tokens"]
+    assert sorted(n for n in changed if not n.endswith(".lr")) == counters
     assert differences(out / "step_000003", out / "step_000004", but=("state.", "rng_"))
     assert tensors(out / "step_000004")["state.bad_steps"] == 0
     skipped = [r for r in records(out) if "skipped" in r]
@@ -448,23 +425,13 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_as_they_were(tmp_path,
 
 
 def test_too_many_such_steps_in_a_row_end_the_run_and_name_the_last_good_checkpoint(tmp_path):
-    knobs = {
-        "vocab_size": 32,
-        "max_steps": 50,
-        "save_steps": 2,
-        "max_bad_steps": 3,
-        "warmup_steps": 0,
-    }
-    one = fit(tmp_path, Counting(), PoisonedLoss(6, always=True), **knobs)
-    assert one.wait() == [4]
+    knobs = {"max_steps": 50, "save_steps": 2, "max_bad_steps": 3, "warmup_steps": 0}
+    one = fit(tmp_path / "run", Counting(), PoisonedLoss(6, always=True), status=4, **knobs)
     assert "Traceback" not in one.text
-    last = one.text.splitlines()[-1]
-    assert last.startswith(
-        "error: 3 steps in a row were skipped, the last because gradient norm is nan"
-    )
-    assert f"the last good checkpoint is {tmp_path / 'run' / 'step_000006'}" in last
-    weights = load_model(tmp_path / "run" / "step_000006").state_dict()
-    assert all(torch.isfinite(t).all() for t in weights.values())
+    last, folder = one.text.splitlines()[-1], tmp_path / "run" / "step_000006"
+    assert last.startswith("error: 3 steps in a row were skipped, the last because gradient norm")
+    assert f"the last good checkpoint is {folder}" in last
+    assert all(torch.isfinite(t).all() for t in load_model(folder).state_dict().values())
 
 
 def poisoned_on_rank_one(model, batch):
@@ -473,19 +440,17 @@ def poisoned_on_rank_one(model, batch):
 
 
 def test_a_bad_gradient_on_one_rank_is_skipped_on_all(tmp_path):
-    knobs = {"vocab_size": 32, "max_steps": 50, "max_bad_steps": 2, "warmup_steps": 0}
-    one = fit(tmp_path, Counting(), poisoned_on_rank_one, ranks=2, **knobs)
-    assert one.wait() == [4, 4], one.text
-    assert "2 steps in a row were skipped" in one.text
+    knobs = {"max_steps": 50, "max_bad_steps": 3, "warmup_steps": 0, "save_steps": 1}
+    one = fit(tmp_path / "run", Counting(), poisoned_on_rank_one, ranks=2, status=4, **knobs)
+    assert "3 steps in a row were skipped" in one.text
+    changed = differences(tmp_path / "run" / "step_000001", tmp_path / "run" / "step_000002")
+    assert not [name for name in changed if name.startswith("model")]
 
 
 def test_a_step_without_a_supervised_token_is_skipped_not_divided_by_zero(tmp_path):
-    loader = Masked(4, empty=2)
-    knobs = {"vocab_size": 32, "max_steps": 5, "save_steps": 1, "keep_last": 9, "batch_size": 4}
-    one = fit(tmp_path, loader, **knobs)
-    assert one.wait() == [0], one.text
+    knobs = {"max_steps": 5, "save_steps": 1, "keep_last": 9, "batch_size": 4}
+    one, out = fit(tmp_path / "run", Masked(4, empty=2), **knobs), tmp_path / "run"
     assert "warning: step 3 skipped: no token of it is supervised (1 in a row)" in one.text
-    out = tmp_path / "run"
     weights = [(out / f"step_00000{n}" / "model.safetensors").read_bytes() for n in (2, 3, 4)]
     assert weights[0] == weights[1] != weights[2]
     assert [r["loss"] for r in records(out) if "loss" in r and r["step"] == 3] == [0.0]
@@ -495,10 +460,7 @@ def test_a_step_without_a_supervised_token_is_skipped_not_divided_by_zero(tmp_pa
 
 
 REFUSED = {
-    "another vocabulary": (
-        {"vocab_size": 512},
-        "vocab_size is 512, but .* tokenizer of 384; use --vocab_size=384",
-    ),
+    "another vocabulary": ({"vocab_size": 512}, "is 512, but .* of 384; use --vocab_size=384"),
     "no GPU": (
         {"device": "cuda"},
         "device=cuda: this machine has no CUDA device; use --device=cpu",
@@ -508,21 +470,18 @@ REFUSED = {
     "NaN": ({"learning_rate": "nan"}, "learning_rate must be a finite number > 0"),
     "no learning": ({"learning_rate": 0}, "learning_rate must be a finite number > 0"),
     "a high floor": ({"min_lr": 1}, "min_lr 1.0 is more than learning_rate 0.01"),
-    "no such metric": (
-        {"early_stopping_metric": "val_los"},
-        "must be one of val_loss, val_bits_per_byte",
-    ),
+    "no such metric": ({"early_stopping_metric": "val_los"}, "one of val_loss, val_bits_per_byte"),
     "no layers": ({"n_layer": 0}, r"n_layer must be 1\.\.512"),
     "heads that do not divide": ({"d_model": 30}, "d_model 30 is not divisible by n_head 4"),
     "too little data": ({"sequence_length": 100000}, "only [0-9]+ tokens, need at least 100001"),
     "no data": ({"data_path": "/nowhere"}, "/nowhere"),
     "a file as a folder": (
         {"output_dir": "/dev/null/out"},
-        "output_dir /dev/null/out: Not a directory",
+        "output_dir /dev/null/out: Not a direct",
     ),
     "no output": ({"output_dir": ""}, "output_dir must name a folder, got an empty string"),
     "a text file as data": ({"data_path": __file__}, "test_train.py: a file, not a prepared"),
-    "a checkpoint misspelled": (
+    "a wrong checkpoint": (
         {"resume_from_checkpoint": "step_9"},
         "step_9: .*; name a step_.* or auto",
     ),
@@ -584,19 +543,6 @@ def test_a_leftover_of_a_cluster_in_the_environment_is_named(environment, messag
         pass
 
 
-def threads_taken(environment, ranks, monkeypatch):
-    """What tune_cpu makes of eight cores."""
-    taken = []
-    for name in ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8), raising=False)
-    monkeypatch.setattr(torch, "set_num_threads", taken.append)
-    tune_cpu(ranks)
-    return taken
-
-
 @pytest.mark.parametrize(
     ("environment", "ranks", "expected"),
     [
@@ -610,7 +556,15 @@ def threads_taken(environment, ranks, monkeypatch):
 def test_the_cores_are_shared_out_unless_a_number_of_threads_is_asked_for(
     environment, ranks, expected, monkeypatch
 ):
-    assert threads_taken(environment, ranks, monkeypatch) == expected
+    threads = []
+    for name in ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8), raising=False)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    tune_cpu(ranks)
+    assert threads == expected
 
 
 def as_on_two_machines_of_eight_cores():
@@ -620,13 +574,8 @@ def as_on_two_machines_of_eight_cores():
 
 
 def test_a_rank_alone_on_its_machine_has_all_its_cores(tmp_path, tiny_dataset):
-    knobs = {
-        "max_steps": 1,
-        "warmup_steps": 0,
-        "ranks": 2,
-        "before": as_on_two_machines_of_eight_cores,
-    }
-    out = trained(tmp_path / "out", data_path=tiny_dataset, **knobs)
+    before = as_on_two_machines_of_eight_cores
+    out = trained(tmp_path / "out", ranks=2, before=before, data_path=tiny_dataset, max_steps=2)
     assert "device cpu, 8 threads, 2 ranks" in out.with_suffix(".log").read_text()
 
 
