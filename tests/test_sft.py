@@ -23,12 +23,7 @@ from model import (
     token_nats,
 )
 from tests import ROOT
-<<<<<<< HEAD
 from tests.align import begin, finished, make_base, refused, tensors
-from tests.blows import after_save, die
-=======
-from tests.align import begin, finished, make_base, refused
->>>>>>> 8ab21b8 (Tests of the loop: kills, damage and signals in one file, one helper; clipping, unknown keys, the data's vocabulary)
 from tests.conftest import write_rows
 from tests.runs import after_save, die, losses, records
 from train import greedy
