@@ -273,7 +273,7 @@ def pack_examples(examples, length):
 # The command
 
 
-def command(word):
+def load_command(word):
     """Returns (function, configuration, fields that need no flag) of a command; loads corpus/."""
     if word == "inspect":
         from corpus.inspect import InspectConfig, inspect
@@ -293,7 +293,7 @@ def main(argv):
     commands = ("inspect", "retokenize", "create_sample_datasets")
     word = argv[0] if argv and argv[0][:1] != "-" else ""
     if word in commands:
-        function, config, positional = command(word)
+        function, config, positional = load_command(word)
         run(function, config, cleandoc(function.__doc__), argv=argv[1:], positional=positional)
     elif (near := closest(word, commands)) and not word.endswith(".json"):
         refuse(f"unknown command {word!r}; did you mean {near}?")

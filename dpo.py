@@ -31,7 +31,6 @@ from model import choose_attention, lora_off, model_folder, supervised_hidden, t
 from sft import (
     FineTuningConfig,
     answer_to,
-    check_held_out,
     model_files,
     open_base,
     read_split,
@@ -120,7 +119,7 @@ def preference_loss(cfg):
             losses = ipo_loss(chosen - rejected, cfg.beta)
         else:
             losses = sigmoid_loss(chosen - rejected, cfg.beta, cfg.label_smoothing)
-        return losses.sum(), metrics_of(policy.detach(), cfg.beta * gain.detach())
+        return losses.sum(), pair_metrics(policy.detach(), cfg.beta * gain.detach())
 
     return loss_fn
 
@@ -137,7 +136,7 @@ def answer_log_probs(model, batch):
     return zeros.index_add(0, row, -nats), zeros.index_add(0, row, supervised)
 
 
-def metrics_of(policy, rewards):
+def pair_metrics(policy, rewards):
     """Returns the sums of METRIC_NAMES; policy (2 B,) log p, rewards (2 B,) beta log pi / ref."""
     chosen, rejected = rewards.chunk(2)
     values = (chosen, rejected, (chosen > rejected).float(), chosen - rejected, *policy.chunk(2))
@@ -176,8 +175,10 @@ def main(cfg):
             raise UserError(
                 f"{cfg.dataset_path}: no two different answers within {length} positions"
             )
-        check_held_out(cfg, val_stream)
         loss_fn = preference_loss(cfg)
+        questions = [row["prompt"] for row in held_out or rows]
+        show = answer_to(cfg, tokenizer, template, questions, model.cfg.sequence_length)
+        validate = validation(cfg, world, val_stream, loss_fn, METRIC_NAMES, show, watch)
         with as_in_training(cfg, world, model) as dtype:
             if precomputes(cfg, loader, world):
                 count = loader.blocks + val_stream.blocks
@@ -185,9 +186,6 @@ def main(cfg):
                 for pairs in (loader, val_stream):
                     pairs.examples = with_reference(model, pairs, world)
             check_start(cfg, loss_fn, model, loader, world, dtype)
-        questions = [row["prompt"] for row in held_out or rows]
-        show = answer_to(cfg, tokenizer, template, questions, model.cfg.sequence_length)
-        validate = validation(world, val_stream, loss_fn, METRIC_NAMES, show, watch)
         files = model_files(cfg, base, tokenizer, template, sha256)
         fit(cfg, model, loader, loss_fn, world, validate, *files)
 

@@ -112,13 +112,12 @@ def main(cfg):
                 f"{cfg.dataset_path}: no answer begins within {length} positions; "
                 f"shorten the questions{longer}"
             )
-        check_held_out(cfg, val_stream)
         world.say(
             f"{loader.blocks:,} rows of up to {length} positions in a pass; template {template}"
         )
         questions = [question_of(chat["messages"]) for chat in held_out or chats]
         show = answer_to(cfg, tokenizer, template, questions, context)
-        validate = validation(world, val_stream, next_token_loss, (), show)
+        validate = validation(cfg, world, val_stream, next_token_loss, (), show)
         files = model_files(cfg, base, tokenizer, template, sha256)
         fit(cfg, model, loader, next_token_loss, world, validate, *files)
 
@@ -202,16 +201,6 @@ def split_rows(rows, ratio, key):
     return sides
 
 
-def check_held_out(cfg, stream):
-    """Raises UserError if early stopping is asked for and no row is held out to decide by."""
-    if cfg.early_stopping_patience and not stream.blocks:
-        raise UserError(
-            f"early_stopping_patience={cfg.early_stopping_patience}: "
-            f"{cfg.early_stopping_metric} is not validated, because no row is held out; give "
-            "--val_path, a higher --val_ratio, or --early_stopping_patience=none"
-        )
-
-
 def open_base(cfg, tokenizer, say):
     """Returns (cfg.model_path with a new adapter to train, its Base, positions of a row)."""
     base, model = identify(cfg.model_path), open_model_folder(cfg.model_path)
@@ -256,12 +245,19 @@ def model_files(cfg, base, tokenizer, template, data_sha256):
     return write_model, read_model, write_final
 
 
-def validation(world, stream, loss_fn, names, show, watch=lambda means: None):
+def validation(cfg, world, stream, loss_fn, names, show, watch=lambda means: None):
     """Returns validate(model): means over the held-out rows, and an answer to look at.
 
     The means are val_loss, per supervised term, and val_NAME for each of `names`, which loss_fn
-    sums up too; watch(means) may comment on them. Without held-out rows there is only the answer.
+    sums up too; watch(means) may comment on them. Without held-out rows there is only the answer,
+    and a UserError if early stopping is to decide by them.
     """
+    if cfg.early_stopping_patience and not stream.blocks:
+        raise UserError(
+            f"early_stopping_patience={cfg.early_stopping_patience}: "
+            f"{cfg.early_stopping_metric} is not validated, because no row is held out; give "
+            "--val_path, a higher --val_ratio, or --early_stopping_patience=none"
+        )
 
     def validate(model):
         totals = np.zeros(2 + len(names))

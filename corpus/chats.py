@@ -28,14 +28,9 @@ QUESTIONS = {  # field -> the format's name, and the answer's field that is call
 ANSWERS = ("response", "completion", "output", "answer")
 PAIR = ("chosen", "rejected")
 CONTEXT = ("system", "history", "input")  # beside a question: a system message, alpaca's two
-SPEAKERS = {
-    **{"system": "system", "user": "user", "human": "user", "prompter": "user"},
-    **{"assistant": "assistant", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"},
-}
-SPEAKER, TEXT = (
-    ("role", "from"),
-    ("content", "value"),
-)  # a message's fields, as OpenAI's or ShareGPT's
+SPEAKER, TEXT = ("role", "from"), ("content", "value")  # of a message: OpenAI's, ShareGPT's
+SPEAKERS = {"system": "system"} | dict.fromkeys(("user", "human", "prompter"), "user")
+SPEAKERS |= dict.fromkeys(("assistant", "gpt", "bot", "chatgpt"), "assistant")
 
 RENAME = (  # the remedy where a field is missing and the row has others
     f"rename its fields: prompt ({', '.join([*QUESTIONS][1:])}) and response "
@@ -52,11 +47,6 @@ TURN = re.compile(r"\n\n(Human|Assistant):")  # of a transcript, as hh-rlhf has 
 
 class BadRow(Exception):
     """Why a row cannot be used: BadRow(reason, detail)."""
-
-
-def dialogue_fields():
-    """Returns the names of the fields that hold a dialogue or its beginning."""
-    return (*DIALOGUES, *QUESTIONS)
 
 
 # ---- files

@@ -13,9 +13,10 @@ from typing import Literal
 
 from corpus.chats import (
     CONTROLS,
+    DIALOGUES,
     MAX_BAD,
     PAIR,
-    dialogue_fields,
+    QUESTIONS,
     to_chat,
     to_pair,
     usable_rows,
@@ -112,7 +113,7 @@ def holds_text(path):
             return True
     rows = [row for _, row in islice(rows_of(path, Tally()), 20) if isinstance(row, dict)]
     usual = any(row.keys() & set(USUAL) for row in rows)
-    return usual and not any(row.keys() & {*dialogue_fields(), *PAIR} for row in rows)
+    return usual and not any(row.keys() & {*DIALOGUES, *QUESTIONS, *PAIR} for row in rows)
 
 
 def document_lines(path, column):

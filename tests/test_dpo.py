@@ -113,7 +113,7 @@ def test_the_gradient_is_equation_7s():
 def test_metrics_against_a_table():
     policy = torch.tensor([-10.0, -20.0, -12.0, -18.0])  # chosen, chosen, rejected, rejected
     rewards = 0.5 * torch.tensor([2.0, -1.0, -1.0, 1.0])
-    metrics = {name: value.item() for name, value in dpo.metrics_of(policy, rewards).items()}
+    metrics = {name: value.item() for name, value in dpo.pair_metrics(policy, rewards).items()}
     assert metrics == {
         "rewards/chosen": 0.5,
         "rewards/rejected": 0.0,
