@@ -28,14 +28,7 @@ from lib.config import PositiveFloat, PositiveInt, Range, UserError, run
 from lib.runtime import autocast, choose_dtype, open_world, to_device
 from lib.tokenizer import IGNORE, Tokenizer, render
 from model import choose_attention, lora_off, model_folder, supervised_hidden, token_nats
-from sft import (
-    FineTuningConfig,
-    answer_to,
-    model_files,
-    open_base,
-    read_split,
-    validation,
-)
+from sft import FineTuningConfig, answer_to, model_files, open_base, read_split, validation
 from train import fit
 
 METRIC_NAMES = (  # TRL's names; of validations they begin with val_
@@ -87,6 +80,7 @@ def sigmoid_loss(margin, beta, label_smoothing=0.0):
     Mitchell 2023 (equation 3), -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h): a share e of
     the labels is taken to be wrong.
     """
+    # Bradley and Terry (1952): how likely the label is right, or wrong, given the margin
     right, wrong = F.logsigmoid(beta * margin), F.logsigmoid(-beta * margin)
     return -(1 - label_smoothing) * right - label_smoothing * wrong
 
@@ -127,11 +121,10 @@ def preference_loss(cfg):
 def answer_log_probs(model, batch):
     """Returns (log p, number of tokens) of each row's answer, (2 B,) each, summed in float32."""
     # the head sees the N supervised positions of all rows alone; "where" tells the row of each
-    nats = token_nats(
-        supervised_hidden(model, batch), model.lm_head.weight, batch["labels"]
-    )  # (N,)
+    hidden, labels = supervised_hidden(model, batch), batch["labels"]  # (N, C), (N,)
+    nats = token_nats(hidden, model.lm_head.weight, labels)  # (N,), -log p of each label
     rows, length = batch["ids"].shape
-    row, supervised = batch["where"] // length, (batch["labels"] != IGNORE).float()
+    row, supervised = batch["where"] // length, (labels != IGNORE).float()
     zeros = torch.zeros(rows, device=nats.device)
     return zeros.index_add(0, row, -nats), zeros.index_add(0, row, supervised)
 

@@ -16,6 +16,7 @@ the files of a checkpoint, validation.
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Literal
@@ -239,10 +240,7 @@ def model_files(cfg, base, tokenizer, template, data_sha256):
         check_data(cfg, data, folder)
         load_trained(model, folder, base)
 
-    def write_final(model, folder):
-        write_model(model, folder, cfg.merge)
-
-    return write_model, read_model, write_final
+    return write_model, read_model, partial(write_model, merge=cfg.merge)
 
 
 def validation(cfg, world, stream, loss_fn, names, show, watch=lambda means: None):
