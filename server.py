@@ -73,7 +73,7 @@ def require(condition, status, message, param=None, code=None, headers=()):
 
 
 @contextmanager
-def blame(param, code=None):
+def bad_request(param, code=None):
     """Answers an error raised inside with status 400, about the field `param`."""
     try:
         yield
@@ -191,7 +191,7 @@ def read_fields(cls, body):
             continue
         if name in fields:
             value = [value] if name == "stop" and isinstance(value, str) else value
-            with blame(name):
+            with bad_request(name):
                 values[name] = config.accept(name, value, fields[name], "request")
             continue
         short = name[:60]
@@ -205,7 +205,7 @@ def read_fields(cls, body):
     return cls(**values)
 
 
-def flat(message, number):
+def text_message(message, number):
     """Returns a message with its content as one text; ApiError unless all of it is text."""
 
     def check(condition, problem):
@@ -267,7 +267,7 @@ class Api:
         message = f"the model {name[:60]!r} is not served here, only {self.name!r} is"
         require(name == self.name, 404, message, "model", "model_not_found")
 
-    def tokenize(self, body, gone):
+    def tokenize(self, body, disconnected):
         """POST /tokenize: the ids of `prompt`, or of `messages` as in a chat request."""
         fields = self.read(TokenizeFields, body)
         if fields.messages is None:
@@ -276,7 +276,7 @@ class Api:
             ids = self.conversation(fields.messages)
         return {"tokens": ids, "count": len(ids), "max_model_len": self.context}
 
-    def detokenize(self, body, gone):
+    def detokenize(self, body, disconnected):
         """POST /detokenize: the text of `tokens`."""
         ids = self.checked_ids(self.read(DetokenizeFields, body).tokens, "tokens")
         return {"prompt": self.tokenizer.decode(ids)}
@@ -292,12 +292,12 @@ class Api:
     def continued(self, text, param="prompt"):
         """Returns the ids of a text to continue: BOS and its own."""
         require(isinstance(text, str), 400, f"{param} must be a string", param)
-        with blame(param):
+        with bad_request(param):
             return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
 
     def rendered(self, messages, param):
         """Returns the ids of messages in the model's template, up to where the answer begins."""
-        with blame(param):
+        with bad_request(param):
             return render(self.tokenizer, messages, self.template, add_generation_prompt=True)[0]
 
     def conversation(self, messages):
@@ -306,7 +306,9 @@ class Api:
         A model without a template only continues text: BOS, then all contents in one.
         """
         require(1 <= len(messages) <= 256, 400, "messages must be 1 to 256", "messages")
-        messages = [flat(message, number) for number, message in enumerate(messages, start=1)]
+        messages = [
+            text_message(message, number) for number, message in enumerate(messages, start=1)
+        ]
         text = "".join(message["content"] for message in messages)
         # an empty system prompt is none, and an empty answer no reason to end the conversation
         messages = [m for m in messages if m["content"].strip() or m["role"] == "user"]
@@ -332,7 +334,9 @@ class Api:
         self.check_context(wanted <= room, problem, param)
         return wanted
 
-    def ask(self, fields, prompts, wanted, gone, n=1, top=None, trim=False, ends=(), score=None):
+    def ask(
+        self, fields, prompts, wanted, disconnected, n=1, top=None, trim=False, ends=(), score=None
+    ):
         """Submits a Call of each prompt n times. `wanted`: the longest answer and its field's name.
 
         Seeds count up from the one asked for, or from a fresh one. `top`: see Request.top_logprobs;
@@ -340,7 +344,7 @@ class Api:
         """
         first = secrets.randbits(32) if fields.seed is None else fields.seed
         stops = () if ends else stop_ids(self.tokenizer, self.template)
-        call = Call(gone, time.monotonic() + self.seconds, fields.stream)
+        call = Call(disconnected, time.monotonic() + self.seconds, fields.stream)
         for index, prompt in enumerate(prompt for prompt in prompts for _ in range(n)):
             sampling = replace(config.narrow(fields, Sampling), seed=(first + index) % 2**64)
             reply = Reply(self.tokenizer, fields.stop, trim)
@@ -352,7 +356,7 @@ class Api:
         self.scheduler.submit(call)
         return call
 
-    def framed(self, kind, call, fields, choice):
+    def openai_answer(self, kind, call, fields, choice):
         """Returns a whole answer, or with `stream` a generator of its chunks, in OpenAI's frame.
 
         choice(piece) makes an entry of "choices" from a Piece.
@@ -372,7 +376,7 @@ class Api:
 
         return chunks()
 
-    def chat(self, body, gone):
+    def chat(self, body, disconnected):
         """POST /v1/chat/completions: the answer to `messages`."""
         fields = self.read(ChatFields, body)
         param = "max_completion_tokens" if fields.max_completion_tokens else "max_tokens"
@@ -383,7 +387,7 @@ class Api:
         require(meant, 400, f"top_logprobs is given, but {message}", "top_logprobs")
         top = (fields.top_logprobs or 0) if fields.logprobs else None
         prompt, trim = self.conversation(fields.messages), self.template is not None
-        call = self.ask(fields, [prompt], (wanted, param), gone, fields.n, top, trim)
+        call = self.ask(fields, [prompt], (wanted, param), disconnected, fields.n, top, trim)
 
         def choice(piece):
             text = {"role": "assistant"} if piece.first else {}
@@ -393,7 +397,7 @@ class Api:
             return choice | {"logprobs": logprobs, "finish_reason": piece.finish}
 
         kind = "chat.completion.chunk" if fields.stream else "chat.completion"
-        return self.framed(kind, call, fields, choice)
+        return self.openai_answer(kind, call, fields, choice)
 
     def spell(self, id):
         """Returns the text and bytes of an id; U+FFFD stands for a part of a character."""
@@ -411,7 +415,7 @@ class Api:
             content.append(entry(token.id, token.logprob) | {"top_logprobs": others})
         return {"content": content, "refusal": None}
 
-    def completions(self, body, gone):
+    def completions(self, body, disconnected):
         """POST /v1/completions: prompts as text or ids; `echo` with `logprobs` also scores them."""
         prompt = body.get("prompt")
         several = isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list)
@@ -432,7 +436,9 @@ class Api:
         # lm-eval counts on the end of the answer among the tokens
         ends = () if top is None else stop_ids(self.tokenizer, self.template)
         score = (top or 0) if echo and (top is not None or fields.max_tokens == 0) else None
-        call = self.ask(fields, prompts, wanted, gone, fields.n, top, ends=ends, score=score)
+        call = self.ask(
+            fields, prompts, wanted, disconnected, fields.n, top, ends=ends, score=score
+        )
 
         def choice(piece):
             piece = self.echoed(piece, call.rows[piece.index]) if echo else piece
@@ -440,7 +446,7 @@ class Api:
             choice = {"index": piece.index, "text": piece.text, "logprobs": logprobs}
             return choice | {"finish_reason": piece.finish}
 
-        return self.framed("text_completion", call, fields, choice)
+        return self.openai_answer("text_completion", call, fields, choice)
 
     def echoed(self, piece, row):
         """Returns a piece with the prompt, and its log-probabilities, in front of it."""
@@ -470,7 +476,7 @@ class Api:
             "text_offset": [token.start for token in piece.tokens],
         }
 
-    def generate(self, body, gone):
+    def generate(self, body, disconnected):
         """POST /generate: one prompt, by default in the model's own template."""
         fields = self.read(GenerateFields, body)
         template = None if fields.template == "none" else self.template
@@ -486,7 +492,7 @@ class Api:
             prompt = self.continued(fields.prompt)
         limit = fields.max_new_tokens or max(1, min(128, self.context - len(prompt)))
         wanted, trim = (limit, "max_new_tokens"), template is not None
-        call = self.ask(fields, [prompt], wanted, gone, trim=trim)
+        call = self.ask(fields, [prompt], wanted, disconnected, trim=trim)
         used = {"max_new_tokens": limit, "template": template, "stop": list(fields.stop)}
         used |= asdict(call.rows[0].sampling)
 
@@ -505,7 +511,7 @@ class Api:
 # every step free slots are filled, and whoever went away or ran out of time is dropped. The threads
 # that ask hand in a call and read its pieces; they touch neither model nor engine.
 
-PACE = 0.02  # seconds between two pieces of a row, at least: each takes time from the model
+PIECE_SECONDS = 0.02  # between two pieces of a row, at least: each takes time from the model
 FIRST_TOKEN = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # seconds: the histogram's buckets
 
 
@@ -516,13 +522,13 @@ Token = namedtuple("Token", "start id logprob top")
 
 
 class Call:
-    """One client's rows. `gone()`: whether it has hung up; `deadline` is of time.monotonic().
+    """One client's rows. With `stream` their pieces come as they are made, else each row as one.
 
-    With `stream` a row's pieces come as they are made, else as one at its end.
+    `disconnected()`: whether the client has hung up; `deadline` is of time.monotonic().
     """
 
-    def __init__(self, gone, deadline, stream=False):
-        self.gone, self.deadline, self.stream = gone, deadline, stream
+    def __init__(self, disconnected, deadline, stream=False):
+        self.disconnected, self.deadline, self.stream = disconnected, deadline, stream
         self.rows, self.inbox = [], queue.SimpleQueue()
 
     def pieces(self):
@@ -542,7 +548,7 @@ class Call:
 
 
 class Row(Request):
-    """One row of a call: the engine's Request, and what of the answer is certain and not yet told.
+    """One row of a call: the engine's Request, and the certain part of its answer, not yet sent.
 
     `ends`: ids that end the answer and are among its tokens (the engine's `stop_ids` are not).
     `score`: compute the log-probabilities of the prompt first, with this many alternatives a token.
@@ -553,17 +559,17 @@ class Row(Request):
         self.call, self.index, self.reply = call, len(call.rows), reply
         self.ends, self.score, self.scores, self.slot = ends, score, None, None
         self.held, self.tokens, self.text = [], [], ""  # held: tokens whose text is not yet certain
-        self.begun, self.told = time.monotonic(), 0.0
+        self.arrival, self.sent_at = time.monotonic(), 0.0
 
     def push(self, id):
         """Takes the newest id."""
         logprobs = self.logprobs[-1] if self.logprobs else (None, [])
         self.held.append(Token(self.reply.shown + len(self.reply.held), id, *logprobs))
-        self.settle(self.reply.push(id))
+        self.add_text(self.reply.push(id))
         if self.reply.stopped or id in self.ends:
             self.finish = "stop"
 
-    def settle(self, text, last=False):
+    def add_text(self, text, last=False):
         """Adds text. Tokens wait until theirs is certain; in the end some are cut off with it."""
         self.text += text
         reply = self.reply
@@ -571,24 +577,24 @@ class Row(Request):
             self.tokens += [t for t in self.held if not reply.cut or t.start < reply.shown]
             self.held = []
 
-    def tell(self):
+    def send_piece(self):
         """Sends a Piece of what became certain since the last one."""
         if self.text or self.tokens or self.finish:
-            piece = Piece(self.index, not self.told, self.text, self.tokens, self.finish)
+            piece = Piece(self.index, not self.sent_at, self.text, self.tokens, self.finish)
             self.call.inbox.put(piece)
-            self.text, self.tokens, self.told = "", [], time.monotonic()
+            self.text, self.tokens, self.sent_at = "", [], time.monotonic()
 
     def end(self, failure):
         """Sends the last Piece, or an error if the row failed, or was dropped without a token."""
         finish, nobody = self.finish, ConnectionAbortedError()
-        errors = {"error": failure, "gone": nobody}
+        errors = {"error": failure, "disconnected": nobody}
         if not self.ids:
             errors |= {"time": queue_full(), "shutdown": stopping()}
         if finish in errors:
             self.call.inbox.put(errors[finish])
         else:
-            self.settle(self.reply.end(), last=True)
-            self.tell()
+            self.add_text(self.reply.end(), last=True)
+            self.send_piece()
 
 
 def queue_full():
@@ -611,9 +617,9 @@ class Scheduler:
     def __init__(self, model, slots, room):
         self.model, self.slots, self.room = model, slots, room
         self.engine = Engine(model, slots)
-        self.waiting, self.seated = deque(), []  # rows; the seated ones have slots of the engine
+        self.waiting, self.running = deque(), []  # rows; the running ones have slots of the engine
         self.changed = threading.Condition()  # guards `waiting`
-        self.last = None  # once the server is to stop: the time after which no row goes on
+        self.end_time = None  # once the server is to stop: the time after which no row goes on
         self.failure = None  # the newest
         self.steps = self.prompt_tokens = self.new_tokens = self.first_seconds = 0
         self.first_tokens = [0] * (len(FIRST_TOKEN) + 1)
@@ -621,7 +627,7 @@ class Scheduler:
     def submit(self, call):
         """Puts a call's rows into the queue, all or none; ApiError 429 or 503 if it takes none."""
         with self.changed:
-            if self.last is not None:
+            if self.end_time is not None:
                 raise stopping()
             if len(self.waiting) + len(call.rows) > self.room:
                 raise queue_full()
@@ -633,51 +639,51 @@ class Scheduler:
 
         A signal's handler may call it: it takes no lock.
         """
-        self.last = time.monotonic() + grace
+        self.end_time = time.monotonic() + grace
 
     def run(self):
         """Works until closed."""
         while self._work():
             try:
                 self._drop()
-                self._seat()
+                self._admit()
                 self._step()
             except Exception:  # a failure ends the rows it concerns, not the server
                 self.failure = internal_error()
-                if not any(row.finish == "error" for row in self.seated):  # the engine names some
-                    for row in self.seated:
+                if not any(row.finish == "error" for row in self.running):  # the engine names some
+                    for row in self.running:
                         row.finish = "error"
 
     def _work(self):
         """Waits for work; returns whether there is any before the end."""
         with self.changed:
-            while not (self.waiting or self.seated or self.last is not None):
+            while not (self.waiting or self.running or self.end_time is not None):
                 self.changed.wait(0.1)  # `close` wakes nobody
-            return bool(self.waiting or self.seated)
+            return bool(self.waiting or self.running)
 
     def _drop(self):
         """Lets go of rows that have ended; ends those whose client is gone or whose time is up."""
         with self.changed:
-            rows = [*self.waiting, *self.seated]
-        gone, now = {call for call in {row.call for row in rows} if call.gone()}, time.monotonic()
+            rows = [*self.waiting, *self.running]
+        dropped = {call for call in {row.call for row in rows} if call.disconnected()}
+        now = time.monotonic()
         for row in rows:
             reason = "time" if now > row.call.deadline else None
-            if self.last is not None and (now > self.last or not row.ids):
+            if self.end_time is not None and (now > self.end_time or not row.ids):
                 reason = "shutdown"
-            reason = "gone" if row.call in gone else reason
-            row.finish = row.finish or reason
+            row.finish = row.finish or ("disconnected" if row.call in dropped else reason)
             if row.finish:
                 row.end(self.failure)
         with self.changed:
             self.waiting = deque(row for row in self.waiting if not row.finish)
-        self.seated = [row for row in self.seated if not row.finish]
+        self.running = [row for row in self.running if not row.finish]
 
-    def _seat(self):
+    def _admit(self):
         """Gives free slots to the oldest rows. Of those that want it, one a turn is scored."""
         with self.changed:
-            while self.waiting and len(self.seated) < self.slots:
-                self.seated.append(self.waiting.popleft())
-        for row in self.seated:
+            while self.waiting and len(self.running) < self.slots:
+                self.running.append(self.waiting.popleft())
+        for row in self.running:
             if row.slot is None and not row.finish:
                 with ending([row]):
                     self._join(row)
@@ -697,18 +703,18 @@ class Scheduler:
     def _step(self):
         for ids in self.engine.advance():
             self.steps += 1
-            for row in self.seated:
+            for row in self.running:
                 if row.slot is not None and ids[row.slot] is not None:
                     self._count(row)
                     row.push(ids[row.slot])
-                    paused = time.monotonic() - row.told > PACE
+                    paused = time.monotonic() - row.sent_at > PIECE_SECONDS
                     if row.call.stream and paused and not row.finish:
-                        row.tell()
+                        row.send_piece()
 
     def _count(self, row):
         self.new_tokens += 1
         if len(row.ids) == 1:
-            seconds = time.monotonic() - row.begun
+            seconds = time.monotonic() - row.arrival
             self.first_seconds += seconds
             self.first_tokens[bisect_left(FIRST_TOKEN, seconds)] += 1
 
@@ -725,33 +731,33 @@ LINGER_SECONDS = 1  # for the client to read the answer to a request that was no
 
 REQUEST_LINE = re.compile(rb"[A-Z]{1,20} ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])\r\n")
 HEADER_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n")
-ONCE = ["host", "origin", "authorization", "expect", "content-type", "content-length"]
-ONCE += ["content-encoding", "transfer-encoding"]  # two readers may heed different ones
+SINGLE_HEADERS = ["host", "origin", "authorization", "expect", "content-type", "content-length"]
+SINGLE_HEADERS += ["content-encoding", "transfer-encoding"]  # two readers may heed different ones
 HOST_NAME = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)"
 HOST = re.compile(HOST_NAME + "(:[0-9]{1,5})?")
 ADDRESS = re.compile(r"\[.*\]|[0-9.]+")  # as a host: nobody's name
 
 
-class Deadline(io.RawIOBase):
+class DeadlineReader(io.RawIOBase):
     """The bytes of a socket until a moment in time, however slowly they come."""
 
     def __init__(self, sock, seconds):
-        self.sock, self.end, self.begun = sock, time.monotonic() + seconds, False
+        self.sock, self.end, self.any = sock, time.monotonic() + seconds, False
 
     def readable(self):
         return True
 
     def readinto(self, buffer):
         left = self.end - time.monotonic()
-        if left > 0 and has_bytes(self.sock, left):
-            self.begun = True
+        if left > 0 and readable_within(self.sock, left):
+            self.any = True
             return self.sock.recv_into(buffer)
         message = f"the request took longer than {READ_SECONDS} seconds to arrive"
-        require(not self.begun, 408, message)
+        require(not self.any, 408, message)
         raise TimeoutError  # browsers open connections in advance
 
 
-def has_bytes(sock, seconds=0):
+def readable_within(sock, seconds=0):
     """Returns whether `recv` returns at once. By poll where it exists: select knows 1,024 files."""
     if not hasattr(select, "poll"):
         return bool(select.select([sock], [], [], seconds)[0])
@@ -776,27 +782,27 @@ class Handler(BaseHTTPRequestHandler):
 
     def setup(self):
         super().setup()
-        self.headers_out = self.server.headers
-        self.rfile = io.BufferedReader(Deadline(self.connection, READ_SECONDS))
+        self.response_headers = self.server.headers
+        self.rfile = io.BufferedReader(DeadlineReader(self.connection, READ_SECONDS))
 
     def handle(self):
-        begun, status = time.monotonic(), 499  # 499: the client hung up, or did not read
+        start, status = time.monotonic(), 499  # 499: the client hung up, or did not read
         with suppress(OSError):
             status = self.respond()
         if status == 499 and self.command is None:
             return  # before its request was whole, or without a byte
         with self.server.lock:
             self.server.requests[self.route, status] += 1
-        line = f"{self.command} {self.path[:80]}" if self.command else "-"
+        request = f"{self.command} {self.path[:80]}" if self.command else "-"
         reason = f" ({self.reason})" if self.reason else ""
-        start = f"{time.strftime('%H:%M:%S')} {self.client_address[0]} {line} {status}"
-        log_line(f"{start} {time.monotonic() - begun:.3f} s{reason}")
+        line = f"{time.strftime('%H:%M:%S')} {self.client_address[0]} {request} {status}"
+        log_line(f"{line} {time.monotonic() - start:.3f} s{reason}")
 
     def finish(self):
         """Closes so that the answer arrives: with bytes unread the connection would be reset."""
         with suppress(OSError, ApiError):
             self.connection.shutdown(socket.SHUT_WR)
-            rest = Deadline(self.connection, LINGER_SECONDS)
+            rest = DeadlineReader(self.connection, LINGER_SECONDS)
             while rest.read(1 << 16):
                 pass
         super().finish()
@@ -821,7 +827,7 @@ class Handler(BaseHTTPRequestHandler):
         stream, self.raw_requestline, self.rfile = self.rfile, line, io.BytesIO(head)
         self.parse_request()  # sets `command` and `headers`
         self.rfile, self.path = stream, match[1].decode().partition("?")[0]  # no route has a query
-        for name in ONCE:
+        for name in SINGLE_HEADERS:
             require(len(self.headers.get_all(name, ())) < 2, 400, f"{name} stands twice")
 
     def read_line(self, limit, status):
@@ -857,7 +863,7 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(length)
         if len(body) < length:
             raise ConnectionAbortedError
-        with blame(None, "invalid_json"):
+        with bad_request(None, "invalid_json"):
             fields = config.parse_json(body.decode("utf-8"), "body")
         problem = 'the body must be a JSON object, {"field": value, ...}'
         require(isinstance(fields, dict), 400, problem, code="invalid_json")
@@ -875,10 +881,10 @@ class Handler(BaseHTTPRequestHandler):
         require(fair, 413, f"a body of more than {MAX_BODY} bytes")
         return int(length)
 
-    def gone(self):
+    def disconnected(self):
         """Returns whether the client has hung up, or sends without end; discards what it sends."""
         try:
-            while self.discarded <= MAX_BODY and has_bytes(self.connection):
+            while self.discarded <= MAX_BODY and readable_within(self.connection):
                 count = len(self.connection.recv(1 << 16))
                 self.discarded += count
                 if not count:
@@ -900,18 +906,18 @@ class Handler(BaseHTTPRequestHandler):
         route = "/v1/models/{model}" if self.path.startswith("/v1/models/") else self.path
         require(route in ROUTES, 404, f"there is no {self.path[:80]} here", code="not_found")
         self.route, methods = route, ROUTES[route]
-        if self.command == "OPTIONS" and self.headers_out is not server.headers:
+        if self.command == "OPTIONS" and self.response_headers is not server.headers:
             return ("text/plain", "")  # a preflight
         allowed = ", ".join(methods)
         message, headers = f"{route} takes {allowed}", {"Allow": allowed}
         require(self.command in methods, 405, message, headers=headers)
-        if route not in OPEN:
+        if route not in PUBLIC:
             self.check_key()
         loaded = server.api is not None or route == "/"
         require(loaded, 503, "the model is being loaded", code="loading", headers=soon)
         function = methods[self.command]
         if self.command == "POST":
-            return function(server.api, self.read_json(), self.gone)
+            return function(server.api, self.read_json(), self.disconnected)
         body = self.header("content-length", "0") != "0" or "transfer-encoding" in self.headers
         require(not body, 400, "a GET with a body")
         return function(server, self.path)
@@ -932,7 +938,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         allowed = origin in self.server.cfg.allowed_origins
         require(allowed, 403, "this Origin may not ask; name it with --allowed_origins")
-        self.headers_out = self.server.headers | {
+        self.response_headers = self.server.headers | {
             "Access-Control-Allow-Origin": origin,
             "Access-Control-Allow-Methods": "GET, POST",
             "Access-Control-Allow-Headers": "authorization, content-type",
@@ -986,7 +992,7 @@ class Handler(BaseHTTPRequestHandler):
     def send_head(self, status, headers):
         self.connection.settimeout(SEND_SECONDS)  # for each write, however slowly it is read
         self.send_response_only(status)
-        for name, value in (self.headers_out | headers | {"Connection": "close"}).items():
+        for name, value in (self.response_headers | headers | {"Connection": "close"}).items():
             self.send_header(name, value)
         self.end_headers()
 
@@ -1034,7 +1040,7 @@ def metrics(server, path):
     put("counter", "tokens_total", {'{kind="prompt"}': prompt, '{kind="new"}': new})
     put("counter", "steps_total", {"": scheduler.steps})
     put("gauge", "queue_length", {"": len(scheduler.waiting)})
-    put("gauge", "batch_size", {"": len(scheduler.seated)})
+    put("gauge", "batch_size", {"": len(scheduler.running)})
     put("gauge", "connections", {"": server.active})
     put("histogram", "first_token_seconds", first)  # from a request's arrival
     return ("text/plain; version=0.0.4; charset=utf-8", "\n".join(lines) + "\n")
@@ -1057,7 +1063,7 @@ ROUTES = {
     "/v1/chat/completions": {"POST": Api.chat},
     "/v1/completions": {"POST": Api.completions},
 }
-OPEN = {"/", "/health"}  # without a key: the page holds no secret, and asks for the key itself
+PUBLIC = {"/", "/health"}  # without a key: the page holds no secret, and asks for the key itself
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1147,7 +1153,7 @@ class Server(ThreadingHTTPServer):
             self.active -= 1
 
     def handle_error(self, request, client_address):
-        if not isinstance(sys.exc_info()[1], OSError):  # gone before a word
+        if not isinstance(sys.exc_info()[1], OSError):  # a client that hung up at once
             internal_error()
 
     def stop(self, *_):
@@ -1155,7 +1161,7 @@ class Server(ThreadingHTTPServer):
         if self.api is None:  # loading a model may take minutes, and nobody waits for an answer
             os._exit(0)
         scheduler = self.api.scheduler
-        if scheduler.last is not None:
+        if scheduler.end_time is not None:
             raise KeyboardInterrupt
         scheduler.close(GRACE_SECONDS)
         text = f"stopping; answers under way have {GRACE_SECONDS} seconds"
@@ -1219,7 +1225,7 @@ def main(cfg):
         scheduler = Scheduler(model, cfg.slots, cfg.queue)
         name = cfg.model_name or name_of(cfg.model_path)
         server.api = Api(scheduler, tokenizer, name, cfg.request_seconds)
-        print(first_line(server, model), flush=True)
+        print(start_line(server, model), flush=True)
         scheduler.run()  # in the thread that loaded the model: OpenMP keeps threads for each
         time.sleep(0.1)  # whoever is in the system's queue already is told, not reset
         end = time.monotonic() + 0.5
@@ -1227,7 +1233,7 @@ def main(cfg):
             time.sleep(0.01)
 
 
-def first_line(server, model):
+def start_line(server, model):
     """Returns the line that says where the server is, and what it serves."""
     api, weight, host = server.api, model.lm_head.weight, server.cfg.host
     host = f"[{host}]" if ":" in host else host

@@ -419,8 +419,8 @@ class Solo:
         self.scheduler.close(grace)
         self.thread.join()
 
-    def call(self, prompts=((1, 70),), count=60, gone=lambda: False, seconds=60, **kw):
-        call = Call(gone, time.monotonic() + seconds)
+    def call(self, prompts=((1, 70),), count=60, disconnected=lambda: False, seconds=60, **kw):
+        call = Call(disconnected, time.monotonic() + seconds)
         for prompt in prompts:
             request = list(prompt), count, Sampling(temperature=0), (2,)
             call.rows.append(Row(call, Reply(self.tokenizer), *request, **kw))
@@ -449,7 +449,7 @@ def finishes(call):
 def test_generation_stops_with_the_client(solo):
     for tokens in (0, 1, 7):
         row = None
-        call = solo.call(gone=lambda n=tokens: row is not None and len(row.ids) >= n)  # noqa: B023
+        call = solo.call(disconnected=lambda n=tokens: row is not None and len(row.ids) >= n)  # noqa: B023
         row = call.rows[0]
         with pytest.raises(ConnectionAbortedError):
             finishes(call)
@@ -458,7 +458,7 @@ def test_generation_stops_with_the_client(solo):
 
 def test_who_waits_and_leaves_costs_nothing(solo):
     running = [solo.call(count=100) for _ in range(2)]
-    waiting = solo.call(gone=lambda: True)
+    waiting = solo.call(disconnected=lambda: True)
     with pytest.raises(ConnectionAbortedError):
         finishes(waiting)
     assert waiting.rows[0].ids == []
@@ -478,7 +478,7 @@ def test_a_row_ends_with_its_time_and_one_that_waited_too_long_is_refused(solo):
             call.deadline = 0
 
     call = None
-    call = solo.call(count=120, gone=expire)
+    call = solo.call(count=120, disconnected=expire)
     assert finishes(call) == ["time"]
     blocked = [solo.call(count=120) for _ in range(2)]
     late = solo.call(seconds=-1)
@@ -489,7 +489,7 @@ def test_a_row_ends_with_its_time_and_one_that_waited_too_long_is_refused(solo):
 
 def test_stopping_ends_what_runs_and_refuses_what_waits(solo):
     slowly = lambda: time.sleep(0.005)  # or they might be through before they are stopped
-    running, waiting = [solo.call(count=120, gone=slowly) for _ in range(2)], solo.call()
+    running, waiting = [solo.call(count=120, disconnected=slowly) for _ in range(2)], solo.call()
     while not all(call.rows[0].ids for call in running):
         time.sleep(0.001)
     solo.scheduler.close(0)
@@ -527,7 +527,7 @@ def test_a_failure_ends_its_own_calls_only(fragile, capsys):
 
 
 def test_a_failing_score_leaves_the_rows_under_way_alone(fragile):
-    running = fragile.call(count=120, gone=lambda: time.sleep(0.001))
+    running = fragile.call(count=120, disconnected=lambda: time.sleep(0.001))
     while not running.rows[0].ids:
         time.sleep(0.001)
     with refused(500):

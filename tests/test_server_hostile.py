@@ -555,11 +555,11 @@ def wait_until(ready):
 
 def test_a_client_that_closes_its_half_is_gone(pair):
     handler, client = pair
-    assert not handler.gone()
+    assert not handler.disconnected()
     client.sendall(b"and another thing")
-    assert not handler.gone()
+    assert not handler.disconnected()
     client.shutdown(socket.SHUT_WR)  # a client that is through with sending counts as gone
-    wait_until(handler.gone)
+    wait_until(handler.disconnected)
 
 
 def talk(sock):
@@ -570,7 +570,7 @@ def talk(sock):
 def test_gone_by_talking(pair):
     handler, client = pair
     threading.Thread(target=talk, args=(client,), daemon=True).start()
-    wait_until(handler.gone)
+    wait_until(handler.disconnected)
 
 
 def test_gone_beyond_what_select_can_count(pair):
@@ -585,16 +585,16 @@ def test_gone_beyond_what_select_can_count(pair):
         high = fcntl.fcntl(handler.connection.fileno(), fcntl.F_DUPFD, 1500)
         with socket.socket(fileno=high) as sock:
             handler = handler_of(sock)
-            assert not handler.gone()
+            assert not handler.disconnected()
             client.close()
-            wait_until(handler.gone)
+            wait_until(handler.disconnected)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_gone_when_closed_on_our_side(pair):
     pair[0].connection.close()
-    assert pair[0].gone()
+    assert pair[0].disconnected()
 
 
 def test_open_to_others_only_with_a_key():
