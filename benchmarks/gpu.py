@@ -370,7 +370,10 @@ def memory(small, name, *options):
     cfg = preset(name, small, **changes)
     steps(cfg, 3, device)
     dtype = choose_dtype(cfg.dtype, device)[0]
-    predicted, seen = planned(cfg, device.type, dtype.itemsize, cfg.compile)["peak"], peak_memory(device)
+    predicted, seen = (
+        planned(cfg, device.type, dtype.itemsize, cfg.compile)["peak"],
+        peak_memory(device),
+    )
     return {
         "predicted_gb": round(predicted / 1e9, 3),
         "peak_memory_gb": seen and round(seen / 1e9, 3),
