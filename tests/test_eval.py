@@ -31,7 +31,6 @@ from eval import (
 )
 from lib.config import UserError, configure
 from model import (
-    Llama,
     ModelConfig,
     add_lora,
     count_parameters,
@@ -548,14 +547,3 @@ def test_lm_eval_finds_the_same_likelihoods(lm, place):
         got = [pair for row in answer_scores(model, encoded, 500) for pair in row]
         assert [value for value, _ in got] == pytest.approx([value for value, _ in found], abs=1e-4)
         assert [greedy for _, greedy in got] == [greedy for _, greedy in found]
-
-
-def test_a_uniform_model_has_the_vocabulary_as_its_perplexity(place, tmp_path, tiny_tokenizer):
-    model = Llama(load_model(place / "base").cfg)
-    torch.nn.init.zeros_(model.lm_head.weight)  # tied: every hidden state is 0 as well
-    (tmp_path / "zero").mkdir()
-    save_model(model, tmp_path / "zero")
-    tiny_tokenizer.save(tmp_path / "zero", CONTEXT)
-    got = measure(place, tmp_path / "out", model_path=str(tmp_path / "zero"))["perplexity"]
-    assert got["token_perplexity"] == pytest.approx(384)
-    assert got["bits_per_byte"] == pytest.approx(got["baselines"]["uniform"]["bits_per_byte"])

@@ -14,131 +14,91 @@ from lib.tokenizer import Tokenizer, render, stop_ids
 from model import Llama, ModelConfig
 from sample import generate
 
-# For every prompt what a person would accept: in a sentence or two, and as short as can be.
+# For every prompt what a person would accept, in few words.
 ANSWERS = """
 What is the capital of France?
-    The capital of France is Paris.
     Paris.
 How many days are there in a week?
-    There are seven days in a week.
     7
 What does water become when it freezes?
-    When it freezes, water becomes ice.
     Ice.
 Who wrote the play Romeo and Juliet?
-    The play was written by the English poet William Shakespeare.
     Shakespeare
 Which planet do we live on?
-    We live on the planet that is called Earth.
     Earth.
 What is the opposite of hot?
-    The opposite of hot is cold.
     cold
 Give me another word for happy.
-    Another word for happy is cheerful.
     Glad.
 What is the plural of child?
-    The plural of child is children.
     children
 Complete this sentence: She was so tired that she went to
-    She was so tired that she went to bed early and slept all night.
     bed.
 What is a library?
-    A library is a place where people can read books or borrow them and take them home.
     A building full of books that you can borrow.
 Tom has three apples and gets two more. How many apples does he have now?
-    He has five apples now.
     Five.
 Anna is taller than Ben, and Ben is taller than Carl. Who is the tallest?
-    Anna is the tallest of the three.
     Anna.
 All birds have feathers, and a robin is a bird. Does a robin have feathers?
-    Yes, a robin has feathers, because it is a bird.
     Yes.
 It is raining and you walk outside without an umbrella. What happens to you?
-    I get wet, and my clothes have to dry when I come home.
     You get wet.
 Why do people wear coats in winter?
-    People wear coats in winter because it is cold and a coat keeps the body warm.
     To keep warm when it is cold outside.
 Tell me the beginning of a story about a lost key.
-    One morning the old man could not find his key. He looked in every pocket, but it was lost.
     Mary had lost the key to her house, and it was getting dark.
 Write two sentences about a dragon who is afraid of mice.
-    The dragon saw a mouse and ran into his cave. He was so afraid that he forgot to breathe fire.
     A dragon lived in a cave. Every night he hid from the mice.
 Write a short poem about the moon.
-    The moon is shining over the hill,\\nThe night is dark, the trees are still.
     O moon, you are the light of the night, a silver boat in the sky.
 Describe a garden in spring.
-    The grass is green again, and the first flowers open in the sun. Birds sing in the old trees.
     There are many flowers, and the bees are busy in the roses.
 Imagine that you can fly like a bird. What do you see?
-    I see the roofs of the town far below me. The river runs through the fields like a ribbon.
     I see small houses and a long road between the trees.
 Write the word house in capital letters.
-    The word in capital letters is HOUSE.
     HOUSE
 Name three fruits, separated by commas.
-    Three fruits that I like to eat are apple, pear, plum.
     apple, banana, orange
 Count from one to five.
-    I can count to five: one, two, three, four, five.
     1, 2, 3, 4, 5
 Answer with yes or no only: is snow cold?
-    Yes, it is, because it is made of ice.
     Yes
 Make a numbered list of three animals.
-    Here are three animals that I like:\\n1. The dog\\n2. The cat\\n3. The horse
     1. Dog\\n2. Cat\\n3. Horse
 Begin an encyclopedia article about the Atlantic Ocean.
-    The Atlantic Ocean is the second largest ocean. It lies between America and Europe.
     The Atlantic is an ocean between Europe and America.
 Begin an encyclopedia article about the elephant.
-    The elephant is the largest animal that lives on land. It is known for its trunk and its tusks.
     The elephant is a large mammal with a trunk.
 Begin an encyclopedia article about Albert Einstein.
-    Albert Einstein was a physicist who was born in Germany. He is known for relativity.
     Albert Einstein was a German physicist.
 Begin an encyclopedia article about the violin.
-    The violin is a musical instrument with four strings. It is played with a bow.
     The violin is an instrument with four strings.
 Begin an encyclopedia article about the Second World War.
-    The Second World War was a war that began in 1939, when Germany attacked, and ended in 1945.
     It was a war in Europe and Asia that ended in 1945.
 Hello! How are you today?
-    Hello! I am fine, thank you. And how are you?
     Fine, thanks.
 Thank you very much for your help!
-    You are welcome. I was glad to help you.
     You're welcome!
 I feel a little sad today.
-    I am sorry to hear that. Do you want to talk about it?
     I'm sorry. Why are you sad?
 What do you like to eat for breakfast?
-    I like to eat bread with butter and a boiled egg in the morning.
     Toast and eggs, please.
 Good night! See you tomorrow.
-    Good night! Sleep well, and I will see you in the morning.
     Good night!
 What does the French word "bonjour" mean in English?
-    It means "hello", and people say it when they meet.
     Hello.
 How do you say "thank you" in Spanish?
-    In Spanish you can say "gracias" when you want to thank somebody.
     Gracias.
 In which language do people say "guten Morgen"?
-    People say it in German when they meet in the morning.
     German
 Translate into English: "Ich liebe dich."
-    It means "I love you" in English.
     I love you.
 What is the Italian word for water?
-    The Italian word for it is "acqua".
     acqua
 """
 LINES = [line.strip().replace("\\n", "\n") for line in ANSWERS.strip().split("\n")]
-RIGHT = {question: answers for question, *answers in zip(*(LINES[at::3] for at in range(3)))}
+RIGHT = dict(zip(LINES[::2], LINES[1::2]))
 OFF_TOPIC = [
     "The old bridge was closed for three weeks while the workers painted it.",
     "He put the letter into a drawer and forgot about it until the end of the year.",
@@ -175,7 +135,7 @@ def test_there_are_forty_prompts_in_eight_categories_and_ten_quick_ones_in_all_o
 @pytest.mark.parametrize("question", [q for q, prompt in PROMPTS.items() if prompt.check])
 def test_a_check_takes_right_answers_and_neither_the_question_nor_other_texts(question):
     prompt = PROMPTS[question]
-    assert all(is_right(prompt.check, text) for text in RIGHT[question])
+    assert is_right(prompt.check, RIGHT[question])
     assert not any(is_right(prompt.check, text) for text in OFF_TOPIC)
     for text in (question, prompt.base):
         assert score_response(prompt, text, "stop")["parts"]["answer"] == 0
@@ -196,7 +156,7 @@ def test_a_check_takes_right_answers_and_neither_the_question_nor_other_texts(qu
 def test_a_wrong_answer_gets_less_than_a_right_one(question, wrong):
     result = score_response(PROMPTS[question], wrong, "stop")
     assert result["parts"]["answer"] == 0
-    assert result["score"] < score(question, RIGHT[question][0])
+    assert result["score"] < score(question, RIGHT[question])
 
 
 # ---- the ranking
@@ -205,7 +165,7 @@ def test_a_wrong_answer_gets_less_than_a_right_one(question, wrong):
 @pytest.mark.parametrize("question", PROMPTS)
 def test_no_trick_passes_for_an_answer(question):
     """Nothing, an echo and a repeated word stay below fluent text, and that below answers."""
-    right = [score(question, text) for text in RIGHT[question]]
+    right = RIGHT[question]
     fluent = [score(question, text) for text in OFF_TOPIC]
     words = {"the", "cat dog", *OFF_TOPIC[0].split()}
     repeated = [score(question, " ".join([word] * 12)) for word in words]
@@ -216,9 +176,8 @@ def test_no_trick_passes_for_an_answer(question):
         == 0
     )
     assert 0 < max(repeated) < min(fluent)
-    assert max(fluent) < min(right)
-    for text in RIGHT[question]:
-        assert score(question, " ".join([text] * 8)) < score(question, text)
+    assert max(fluent) < score(question, right)
+    assert score(question, " ".join([right] * 8)) < score(question, right)
 
 
 @pytest.mark.parametrize("nothing", ["", " \n\t ", "...", "?!", "\x00", "\U0001f600", "\ufffd"])
