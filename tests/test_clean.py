@@ -514,7 +514,7 @@ def test_mistakes_in_the_settings_are_one_line(monkeypatch):
         configure(CleanConfig, ["--language=de"])
     monkeypatch.setitem(sys.modules, "py3langid", None)
     monkeypatch.setitem(sys.modules, "py3langid.langid", None)
-    room.langid.cache_clear()
+    room.language_identifier.cache_clear()
     with pytest.raises(UserError, match="pip install -U py3langid"):
         reject(PROSE, replace(CFG, language_detector="py3langid"))
 
