@@ -152,7 +152,7 @@ def test_a_training_without_a_clock_keeps_the_length_of_its_preset(tmp_path):
 )
 def test_a_flag_of_another_session_is_refused(name, flag):
     with pytest.raises(UserError, match="unknown option"):
-        configure(session.COMMANDS[name][1], [flag])
+        configure(session.SESSION_COMMANDS[name][1], [flag])
 
 
 def test_a_preset_is_run_forward_and_backward(tmp_path, capsys):
@@ -292,7 +292,7 @@ def test_what_a_killed_backup_left_is_cleaned_away(folder, capsys):
     Path("backups/.tmp-x").mkdir(parents=True)
     for name in (".tmp-x/backup.tar.gz", "20260102_030405.tar.gz"):
         Path("backups", name).write_text("half")
-    workspace.clean(workspace.CleanConfig("1"))
+    workspace.clean_caches(workspace.DeleteConfig("1"))
     assert os.listdir("backups") == ["20260102_030405.tar.gz"]
 
 
@@ -363,7 +363,7 @@ def test_nothing_is_deleted_without_a_yes(folder):
     assert not Path("checkpoints/sft").exists()
     assert run("tools.workspace", "clean-sessions").stdout == "nothing to delete\n"
     with pytest.raises(UserError, match=r"yes must be one of '', 1, got string \"yes\""):
-        configure(workspace.CleanConfig, ["--yes=yes"])
+        configure(workspace.DeleteConfig, ["--yes=yes"])
 
 
 @pytest.mark.parametrize("path", ["checkpoints", "checkpoints/pretrain"])
@@ -371,7 +371,7 @@ def test_of_a_link_only_the_link_is_deleted(path, folder, capsys):
     Path("elsewhere/a").mkdir(parents=True)
     Path(path).parent.mkdir(exist_ok=True)
     Path(path).symlink_to(folder / "elsewhere")
-    workspace.clean_checkpoints(workspace.CleanConfig("1"))
+    workspace.clean_checkpoints(workspace.DeleteConfig("1"))
     assert not Path(path).is_symlink()
     assert Path("elsewhere/a").is_dir()
 
@@ -381,7 +381,7 @@ def test_a_training_that_runs_is_not_deleted(folder):
     with open("checkpoints/pretrain/a/run.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="in use"):
-            workspace.clean_checkpoints(workspace.CleanConfig("1"))
+            workspace.clean_checkpoints(workspace.DeleteConfig("1"))
     assert Path("checkpoints/pretrain/a").is_dir()
 
 

@@ -408,7 +408,7 @@ def smoke(cfg):
     print(f"{cfg.path}: {count:,} parameters, loss {loss.item():.4f} ({uniform}), gradients finite")
 
 
-COMMANDS = {
+SESSION_COMMANDS = {
     "quick": (quick, TrainingSessionConfig),
     "prototype": (prototype, TrainingSessionConfig),
     "experiment": (experiment, TrainingSessionConfig),
@@ -420,4 +420,4 @@ COMMANDS = {
 }
 
 if __name__ == "__main__":
-    dispatch(COMMANDS, sys.argv[1:], __doc__)
+    dispatch(SESSION_COMMANDS, sys.argv[1:], __doc__)

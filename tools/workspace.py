@@ -346,7 +346,7 @@ def unpack_command(path, secret):
 
 
 @dataclass(frozen=True)
-class CleanConfig:
+class DeleteConfig:
     """Whether to ask."""
 
     yes: Literal["", "1"] = ""  # 1 = do not ask
@@ -375,7 +375,7 @@ def contents(folder):
     return [folder] if folder.is_symlink() else sorted(folder.glob("*"))
 
 
-def clean(cfg):
+def clean_caches(cfg):
     """Delete caches of Python and of the tools, and the halves of killed backups."""
     caches = [Path(name) for name in (".pytest_cache", ".ruff_cache", ".hypothesis")]
     caches += [Path("__pycache__"), *sorted(Path(".").glob("[!.]*/__pycache__"))]
@@ -549,13 +549,13 @@ def config_gpu(cfg):
     print(f"{output}: {reason}; batch_size {size}, {rows // size} to a step")
 
 
-COMMANDS = {
+WORKSPACE_COMMANDS = {
     "status": (status, NoOptions),
     "newest": (print_newest, NewestConfig),
     "backup": (backup, BackupConfig),
-    "clean": (clean, CleanConfig),
-    "clean-checkpoints": (clean_checkpoints, CleanConfig),
-    "clean-sessions": (clean_sessions, CleanConfig),
+    "clean": (clean_caches, DeleteConfig),
+    "clean-checkpoints": (clean_checkpoints, DeleteConfig),
+    "clean-sessions": (clean_sessions, DeleteConfig),
     "check-env": (check_env, NoOptions),
     "monitor": (monitor, MonitorConfig),
     "config-gpu": (config_gpu, GpuConfig),
@@ -563,4 +563,4 @@ COMMANDS = {
 
 
 if __name__ == "__main__":
-    dispatch(COMMANDS, sys.argv[1:], __doc__)
+    dispatch(WORKSPACE_COMMANDS, sys.argv[1:], __doc__)
