@@ -300,11 +300,12 @@ def dedup(place, args):
     """Which of the labelled pairs lose their second document, by exact Jaccard similarity of word
     5-grams.
     """
-    from corpus.dedup import Index, fingerprints
+    from corpus.dedup import Index, minhash, sha256
 
     with gzip.open(DATA / "dedup" / "docs.dev.jsonl.gz", "rt", encoding="utf-8") as file:
         docs = {row["id"]: row["text"] for row in map(json.loads, file)}
-    prints = dict(zip(docs, zip(*fingerprints(list(docs.values()), 42), strict=True), strict=True))
+    texts = list(docs.values())
+    prints = dict(zip(docs, zip(sha256(texts), minhash(texts, 42), strict=True), strict=True))
     goes = defaultdict(list)
     for number, line in enumerate((DATA / "dedup" / "pairs.dev.jsonl").read_text().splitlines()):
         pair, folder = json.loads(line), place / f"pair{number}"

@@ -1,7 +1,7 @@
 """Which documents repeat an earlier one: exactly (SHA-256), or nearly (MinHash and LSH).
 
-`fingerprints` is a pure function of texts and runs in worker processes, a batch at a time. `Index`
-then decides in the order of the input, in bounded memory and two files, and keeps the first
+`sha256` and `minhash` are pure functions of texts and run in worker processes, a batch at a time.
+`Index` then decides in the order of the input, in bounded memory and two files, and keeps the first
 document of a cluster. After a kill it resumes with the decisions of an unbroken run.
 
 Two documents are near duplicates if the share of equal places of their signatures, an estimate of
@@ -31,11 +31,6 @@ HIGH, LOW = np.uint64(0xFFFFFFFF << 32), np.uint64(0xFFFFFFFF)
 
 
 # ---- fingerprints
-
-
-def fingerprints(texts, seed):
-    """Returns (digests, signatures) of N texts: (N, 16) uint8 and (N, PERMUTATIONS) uint32."""
-    return sha256(texts), minhash(texts, seed)
 
 
 def sha256(texts):
@@ -131,19 +126,16 @@ def mix(hashes, values):
 def hash_words(texts):
     """Returns (hashes, counts): 64-bit hashes of all words, and how many words each text has.
 
-    The hash of a word is a polynomial in its characters: the difference of two prefix sums over all
-    the text, divided by the power of BASE at which the word begins.
+    The hash of a word is a polynomial in its characters: a sum of characters times powers of BASE,
+    counted from the first text, divided by the power at which the word begins.
     """
     joined = "\n" + "\n".join(texts) + "\n"
     characters = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
     inside = word_characters().take(characters)
     edges = np.flatnonzero(inside[1:] != inside[:-1]) + 1
-    starts, ends = edges[::2], edges[1::2]
-    size = len(characters)
-    up, down = powers(GROUP + 2) if size <= GROUP + 2 else powers.__wrapped__(size)
-    sums = np.zeros(size + 1, np.uint64)
-    np.cumsum(characters * up[:size], out=sums[1:])
-    hashes = (sums[ends] - sums[starts]) * down[starts]
+    starts = edges[::2]  # at the others a word ends
+    up, down = powers(max(GROUP + 2, len(characters)))
+    hashes = np.add.reduceat(characters * up[: len(characters)], edges)[::2] * down[starts]
     borders = np.cumsum([1, *(len(text) + 1 for text in texts)])
     return hashes, np.diff(np.searchsorted(starts, borders))
 
@@ -154,7 +146,7 @@ def word_characters():
     return np.array([chr(code).isalnum() or code == ord("_") for code in range(0x110000)])
 
 
-@functools.cache
+@functools.lru_cache(1)  # a longer one than usual is soon forgotten
 def powers(size):
     """Returns the first `size` powers of BASE and of its inverse modulo 2**64, as two rows."""
     table = np.empty((2, size), np.uint64)
@@ -264,8 +256,8 @@ class Index:
     def judge(self, digests, signatures=None):
         """Returns for each document "exact-duplicate", "near-duplicate", or None if it is kept.
 
-        Takes (N, 16) uint8 and (N, PERMUTATIONS) uint32 of `fingerprints`, in input order. How the
-        input is cut into calls makes no difference.
+        Takes what `sha256` and `minhash` return, in input order. How the input is cut into calls
+        makes no difference.
         """
         if not self.threshold:
             signatures = np.full((len(digests), PERMUTATIONS), EMPTY, np.uint32)

@@ -32,14 +32,14 @@ from typing import Annotated
 from corpus import report
 from corpus.clean import CleanConfig, clean, language_score, reject
 from corpus.dedup import Index, minhash, sha256
-from corpus.sources import Tally, read_documents
+from corpus.sources import Tally, input_bytes, read_documents
 from lib import folders
 from lib.config import Fraction, NonNegativeInt, PositiveInt, Range, UserError, write_whole
 from lib.folders import hash_fraction, totals
 from lib.tokenizer import Tokenizer, train_tokenizer
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 20  # handled together: so many, fewer when long
-PART_BYTES = 16 << 20  # of raw text between two points from which a killed run resumes
+PART_BYTES = 8 << 20  # of raw text between two points from which a killed run resumes
 SAMPLE_BYTES = 48 << 20  # of text to train a tokenizer on: SentencePiece holds it in memory
 SPLITS = ("train", "val")
 
@@ -94,18 +94,17 @@ class RetokenizeConfig(EncodeConfig):
 def main(cfg):
     """Prepare a dataset from raw text, or verify and name the one that is there."""
     output, settings = output_folder(cfg), kept_settings(cfg)
-    if is_complete(output, settings, shared_tokenizer(cfg)):
+    if is_prepared(output, settings, shared_tokenizer(cfg)):
         return
     with unfinished(output, settings) as progress:
         if not progress.stats:
             collect(cfg, progress)
         check_usable(cfg, progress)
-        parts = [
-            (progress.work / f"part_{number:05d}.{split}.jsonl", split, documents)
-            for number, part in enumerate(progress.parts)
-            for split, documents in part.items()
-        ]
-        stats = build(cfg, progress, parts, output.name)
+        files = {
+            split: [(progress.part(n, split), part[split]) for n, part in enumerate(progress.parts)]
+            for split in SPLITS
+        }
+        stats = build(cfg, progress, files, output.name)
     print(report.run_summary(output, stats))
 
 
@@ -118,27 +117,24 @@ def retokenize(cfg):
         call = "python data.py retokenize FOLDER --output_dir=NEW"
         raise UserError(f"retokenize needs two folders: {call}")
     folder, output, manifest = Path(cfg.path), Path(cfg.output_dir), folders.read_manifest(cfg.path)
-    texts = [
-        (folder / entry["text"], split, entry["documents"])
-        for split, entries in manifest["splits"].items()
-        for entry in entries
-    ]
+    splits = {split: manifest["splits"].get(split, []) for split in SPLITS}
     settings = manifest["config"] | kept_settings(cfg)
-    settings["retokenized"] = [e["text_sha256"] for es in manifest["splits"].values() for e in es]
-    if is_complete(output, settings, shared_tokenizer(cfg)):
+    settings["retokenized"] = [entry["text_sha256"] for split in SPLITS for entry in splits[split]]
+    if is_prepared(output, settings, shared_tokenizer(cfg)):
         return
     folders.check_shards(folder, manifest, ["text"])
     with unfinished(output, settings) as progress:
         progress.stats = report.read_stats(folder)
-        stats = build(cfg, progress, texts, output.name)
+        files = {s: [(folder / e["text"], e["documents"]) for e in splits[s]] for s in SPLITS}
+        stats = build(cfg, progress, files, output.name)
     print(report.run_summary(output, stats))
 
 
 def build(cfg, progress, files, name):
-    """Makes a dataset of [(.jsonl, split, documents)]. Returns all of stats.json."""
-    tokenizer = make_tokenizer(cfg, progress, [f for f, split, _ in files if split == "train"])
+    """Makes a dataset of {split: [(.jsonl, its documents)]}. Returns all of stats.json."""
+    tokenizer = make_tokenizer(cfg, progress, [path for path, _ in files["train"]])
     for split in SPLITS:
-        encode(cfg, progress, tokenizer, split, [(f, n) for f, s, n in files if s == split])
+        encode(cfg, progress, tokenizer, split, files[split])
     return finish_folder(cfg, progress, tokenizer, name)
 
 
@@ -192,6 +188,19 @@ class Progress:
         progress.tokenizer = "" if changes else saved["tokenizer"]
         return progress
 
+    def part(self, number, split):
+        return self.work / f"part_{number:05d}.{split}.jsonl"
+
+    def end_part(self, rows, index):
+        """Brings {split: lines of .jsonl} to the disk as a part, counts it and clears the lines."""
+        for split, lines in rows.items():
+            write_whole(self.part(len(self.parts), split), b"".join(lines))
+        self.index = index.checkpoint()
+        self.parts.append({split: len(lines) for split, lines in rows.items()})
+        self.save()
+        for lines in rows.values():
+            lines.clear()
+
     def save(self):
         values = {key: value for key, value in vars(self).items() if key != "work"}
         write_whole(self.work / "progress.json", json.dumps(values).encode())
@@ -230,7 +239,7 @@ def unfinished(output, settings):
             raise
     (work / "lock").unlink()
     if output.is_dir():
-        output.rmdir()  # it is empty: is_complete refuses any other
+        output.rmdir()  # it is empty: is_prepared refuses any other
     os.replace(work, output)
 
 
@@ -242,28 +251,62 @@ def collect(cfg, progress):
     tally = Tally()
     source = islice(read_documents(cfg, tally), cfg.max_docs)
     if progress.documents:
-        checksum = count = 0
-        for _, raw in islice(source, progress.documents):
-            checksum, count = zlib.crc32(raw.encode(), checksum), count + 1
-        if (checksum, count) != (progress.checksum, progress.documents):
+        if not is_same_input(source, progress):
             print("starting over: the input has changed since this preparation began", flush=True)
             vars(progress).update(vars(Progress(progress.work, progress.settings)))
             return collect(cfg, progress)
-        print(f"going on after {count:,} documents", flush=True)
+        print(f"going on after {progress.documents:,} documents", flush=True)
     tally.dropped |= progress.dropped  # the same dicts: what is counted here is saved there
-    collector = Collector(cfg, progress, tally)
-    bar = progress_bar(source, "read", initial=progress.documents, total=cfg.max_docs)
-    for batch, results in in_order(partial(refine, cfg=cfg), batches_of(bar), cfg.num_workers):
-        collector.add(batch, *results)
-    collector.end_part()
+    index = Index(progress.work, cfg.minhash_threshold if cfg.use_minhash else None, progress.index)
+    rows, size = {split: [] for split in SPLITS}, 0  # of this part; its bytes of raw text
+    batches = batches_of(with_read_bar(source, cfg, tally, progress.documents))
+    for batch, results in in_order(partial(refine, cfg=cfg), batches, cfg.num_workers):
+        texts, scores, reasons, digests, signatures = results
+        verdicts = iter(index.judge(digests, signatures))
+        for (where, raw), text, reason in zip(batch, texts, reasons, strict=True):
+            data = raw.encode()
+            progress.checksum, size = zlib.crc32(data, progress.checksum), size + len(data)
+            stage, reason = ("filter", reason) if reason else ("dedup", next(verdicts))
+            if reason:
+                tally.drop(stage, reason, where, text)
+                continue
+            # the hash of a text decides its split: it stays there, whatever else is read
+            split = "train" if hash_fraction(text) < cfg.train_ratio else "val"
+            rows[split].append(folders.text_row(text))
+            progress.lengths[str(1 << len(text).bit_length() - 1)] += 1
+        progress.documents += len(batch)
+        progress.scores.update(f"{int(10 * s) / 10}" for s in scores if s is not None)
+        if size >= PART_BYTES:
+            progress.end_part(rows, index)
+            size = 0
+    progress.end_part(rows, index)
     progress.stats = report.document_stats(cfg, progress, tally)
     progress.save()
 
 
-def progress_bar(documents, title, **counts):
+def is_same_input(source, progress):
+    """Skips the documents that are done. Returns whether they are still what they were."""
+    checksum = count = 0
+    for _, raw in islice(source, progress.documents):
+        checksum, count = zlib.crc32(raw.encode(), checksum), count + 1
+    return (checksum, count) == (progress.checksum, progress.documents)
+
+
+def progress_bar(title, documents=None, unit=" documents", **counts):
     from tqdm import tqdm
 
-    return tqdm(documents, title, disable=None, unit_scale=True, unit=" documents", **counts)
+    return tqdm(documents, title, disable=None, unit_scale=True, unit=unit, **counts)
+
+
+def with_read_bar(documents, cfg, tally, done):
+    """Yields the documents, with a bar of bytes where their sum is known, else of documents."""
+    size = None if cfg.max_docs else input_bytes(cfg)
+    unit = "B" if size else " documents"
+    with progress_bar("read", unit=unit, total=size or cfg.max_docs) as bar:
+        for count, document in enumerate(documents, done):
+            if count % BATCH_DOCUMENTS == 0:
+                bar.update((tally.read_bytes if size else count) - bar.n)
+            yield document
 
 
 def batches_of(documents):
@@ -292,46 +335,6 @@ def refine(batch, cfg):
     good = [text for text, reason in zip(texts, reasons, strict=True) if not reason]
     signatures = minhash(good, cfg.seed) if cfg.use_minhash else None
     return texts, scores, reasons, sha256(good), signatures
-
-
-class Collector:
-    """Takes batches in input order: drops duplicates, counts, and puts the rest into parts."""
-
-    def __init__(self, cfg, progress, tally):
-        self.cfg, self.progress, self.tally = cfg, progress, tally
-        threshold = cfg.minhash_threshold if cfg.use_minhash else None
-        self.index = Index(progress.work, threshold, progress.index)
-        self.rows, self.size = {split: [] for split in SPLITS}, 0  # of this part; its raw bytes
-
-    def add(self, batch, texts, scores, reasons, digests, signatures):
-        """Takes a batch and what `refine` returned of it, and ends the part if that fills it."""
-        progress, verdicts = self.progress, iter(self.index.judge(digests, signatures))
-        for (where, raw), text, reason in zip(batch, texts, reasons, strict=True):
-            data = raw.encode()
-            progress.checksum = zlib.crc32(data, progress.checksum)
-            self.size += len(data)
-            stage, reason = ("filter", reason) if reason else ("dedup", next(verdicts))
-            if reason:
-                self.tally.drop(stage, reason, where, text)
-                continue
-            # the hash of a text decides its split: it stays there, whatever else is read
-            split = "train" if hash_fraction(text) < self.cfg.train_ratio else "val"
-            self.rows[split].append(folders.text_row(text))
-            progress.lengths[str(1 << len(text).bit_length() - 1)] += 1
-        progress.documents += len(batch)
-        progress.scores.update(f"{int(10 * s) / 10}" for s in scores if s is not None)
-        if self.size >= PART_BYTES:
-            self.end_part()
-
-    def end_part(self):
-        progress = self.progress
-        for split, rows in self.rows.items():
-            path = progress.work / f"part_{len(progress.parts):05d}.{split}.jsonl"
-            write_whole(path, b"".join(rows))
-        progress.index = self.index.checkpoint()
-        progress.parts.append({split: len(rows) for split, rows in self.rows.items()})
-        progress.save()
-        self.rows, self.size = {split: [] for split in SPLITS}, 0
 
 
 def in_order(function, items, workers):
@@ -444,7 +447,7 @@ def encode(cfg, progress, tokenizer, split, files):
     """Encodes [(.jsonl, its documents)] into shards, after those of the split that are whole."""
     entries, total = progress.splits[split], sum(count for _, count in files)
     done = totals(entries)["documents"]
-    texts = progress_bar(texts_after(files, done), f"encode {split}", initial=done, total=total)
+    texts = progress_bar(f"encode {split}", texts_after(files, done), initial=done, total=total)
     documents = with_ids(iter(texts), tokenizer, cfg.num_workers)
     shape = (tokenizer.vocab_size, cfg.shard_tokens, len(entries))
     for entry in folders.write_shards(progress.work, split, documents, *shape):
@@ -498,7 +501,7 @@ def changed_settings(then, now):
     return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
 
 
-def is_complete(output, settings, tokenizer):
+def is_prepared(output, settings, tokenizer):
     """Returns whether this dataset is there. UserError if it is damaged, or another is there."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False

@@ -32,13 +32,13 @@ MANIFEST_FIELDS = {
     "vocab_size": range(1, 2**32 + 1),
     "tokenizer_sha256": HASH,
     "dtype": re.compile("uint16|uint32"),
-    **{"pad_id": COUNT, "bos_id": COUNT, "eos_id": COUNT},
-    **{"config": dict, "splits": dict},
+    "config": dict,
+    "splits": dict,
 }
-SHARD_FIELDS = {
-    **{"bin": FILE_NAME, "text": FILE_NAME, "bin_sha256": HASH, "text_sha256": HASH},
-    **{"tokens": range(1, 2**63), "documents": COUNT, "bytes": COUNT},
-}
+MANIFEST_FIELDS |= dict.fromkeys(("pad_id", "bos_id", "eos_id"), COUNT)
+SHARD_FIELDS = {"tokens": range(1, 2**63), "documents": COUNT, "bytes": COUNT}
+SHARD_FIELDS |= dict.fromkeys(("bin", "text"), FILE_NAME)
+SHARD_FIELDS |= dict.fromkeys(("bin_sha256", "text_sha256"), HASH)
 
 
 # ---- files
