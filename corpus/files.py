@@ -7,7 +7,6 @@ MAX_LINE and BOMB_FLOOR. A decompression bomb and a missing package are UserErro
 
 import bz2
 import codecs
-import copy
 import csv
 import gzip
 import html
@@ -67,17 +66,6 @@ class Tally:
         for file in [file for file in self.open_files if file.closed]:
             self.closed_bytes += self.open_files.pop(file)
         return self.closed_bytes + sum(file.tell() for file in self.open_files)
-
-    def state(self):
-        """Returns all counts as plain values for a JSON file."""
-        return copy.deepcopy({k: v for k, v in vars(self).items() if k != "open_files"})
-
-    @classmethod
-    def from_state(cls, state):
-        """Returns the tally that state() describes."""
-        tally = cls()
-        vars(tally).update(copy.deepcopy(state))
-        return tally
 
 
 def count_example(entries, reason, example):

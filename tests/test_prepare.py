@@ -369,7 +369,7 @@ def test_the_tokenizer_learns_from_training_documents_alone(tmp_path, side, piec
     ("name", "content", "message"),
     [
         ("empty.jsonl", b"", "0 usable documents"),
-        ("binary.txt", b"plain so far" + b"\xff\xfe\x00", "byte 0xff at offset 12: not UTF-8"),
+        ("binary.txt", b"plain so far" + b"\xff\xfe\x00", "byte 0xff: not UTF-8"),
         ("bad.jsonl", b"{}\n3\n", "0 usable documents: 1 missing-text"),
         ("short.txt", b"hello", "1 too-short"),
         ("x.parquet", b"PAR1", "1 damaged-file"),
