@@ -29,13 +29,8 @@ from tests import ROOT
 from tests.conftest import link_code
 from tests.runs import Run
 
-WALKED = (
-    "README.md",
-    "docs/SESSIONS.md",
-    "ARCHITECTURE.md",
-    "docs/TROUBLESHOOTING.md",
-    "docs/PROMISES.md",
-)
+WALKED = ("README.md", "docs/REFERENCE.md", "docs/SESSIONS.md", "ARCHITECTURE.md")
+WALKED += ("docs/TROUBLESHOOTING.md", "docs/PROMISES.md", "docs/RECIPE.md")
 PAGES = {
     name: (ROOT / name).read_text(encoding="utf-8") for name in (*WALKED, "benchmarks/RESULTS.md")
 }
