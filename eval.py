@@ -245,6 +245,7 @@ def multiple_choice(scores, sizes, gold, names=None):
 # Reading texts, questions and prompts
 
 CONFIGS = Path(__file__).parent / "configs" / "eval"
+BROKEN = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # by odd JSON
 YES_NO = {"false": 0, "no": 0, "0": 0, "true": 1, "yes": 1, "1": 1}
 
 
@@ -386,7 +387,7 @@ def to_prompt(row):
         }
         prompt = Prompt(**values)
         prompt.check and is_right(prompt.check, "words")
-    except (UserError, AssertionError, KeyError, TypeError, re.error) as problem:
+    except (UserError, AssertionError, *BROKEN, re.error) as problem:
         raise BadRow("unusable", f"{problem}, in {config.shown(row)}") from None
     need(all(map(is_text, (prompt.category, prompt.base or "-", *prompt.keywords))), "no text")
     return "prompt", prompt
@@ -781,8 +782,6 @@ def listing(part, indent=""):
 # ----------------------------------------------------------------------------------------------
 # Results side by side, and beside what is expected of a size
 
-BROKEN = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # by odd JSON
-
 
 def read_results(path):
     """Returns the results in a file, or in a folder's results.json; UserError if they are none."""
@@ -830,8 +829,8 @@ def basis_of(place, results):
     if "text" not in part and "responses" not in part:
         return "the numbers of questions", part["n"]
     if "responses" in part:
-        prompts = [row["prompt"] for row in part["responses"]]
-        return "the prompts or lengths", prompts, part["settings"]["max_new_tokens"]
+        prompts = [(row["prompt"], *row["parts"]) for row in part["responses"]]
+        return "the prompts, parts or lengths", prompts, part["settings"]["max_new_tokens"]
     text = part["text"]["sha256"], part["text"]["part"]
     if place.endswith("token_perplexity"):
         return "the texts or tokenizers", text, results["model"]["tokenizer_sha256"]

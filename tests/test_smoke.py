@@ -298,6 +298,7 @@ PROMPT = '[{"prompt": "a", %s}]'
         ("p.json", PROMPT % '"keyword": ["b"]', ["'keyword'", "'keywords'"]),
         ("p.json", PROMPT % '"keywords": "b"', ["keywords must be a list", '"b"']),
         ("p.json", PROMPT % '"check": {"kind": "is", "answer": "b"}', ["check", '"is"']),
+        ("p.json", PROMPT % '"check": {"kind": "word", "answer": 5}', ["check", "word"]),
         ("p.json", PROMPT % '"check": {"kind": "regex", "answer": "("}', ["check", "regex"]),
         ("p.json", PROMPT % '"check": {"kind": "overlap", "answer": "b"}', ["check", "share"]),
         ("p.json", PROMPT % '"min_words": 0', ["min_words must be 1..1000, got 0"]),
