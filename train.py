@@ -75,34 +75,26 @@ class LoopConfig:
     """What every training shares. Nothing changes it after `configure`."""
 
     output_dir: str = "checkpoints/run"  # checkpoints, metrics.jsonl and final/ go here
-    # auto = the newest sound one in output_dir; or a folder
-    resume_from_checkpoint: str | None = None
+    resume_from_checkpoint: str | None = None  # a folder, or auto: the newest sound one
     allow_config_change: bool = False  # resume although the configuration differs
-    # resume on another number of ranks, at the same global batch
-    allow_world_size_change: bool = False
+    allow_world_size_change: bool = False  # resume on other ranks, at the same global batch
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto = cuda, else mps, else cpu
     # of matmuls; weights and optimizer stay fp32
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     compile: bool | None = None  # torch.compile; none = on CUDA only, where it pays soonest
     flash_attn: bool = True  # use the flash-attn package where it is installed and supported
-    # recompute blocks in the backward: less memory, a quarter slower
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # recompute blocks: less memory, a quarter slower
     deterministic: bool = True  # refuse kernels whose result changes from run to run
     seed: int = 42  # initial weights, data order and dropout
-    # say what the run would need and take, after a few timed steps, and write nothing
-    plan: bool = False
+    plan: bool = False  # say what the run would need and take; write nothing
 
     batch_size: PositiveInt = 8  # rows per micro-batch and rank
     gradient_accumulation_steps: PositiveInt = 1  # micro-batches per step and rank
-    # optimizer steps; none = as num_train_epochs or max_minutes say
-    max_steps: PositiveInt | None = None
-    # passes over the data; 1 when nothing else ends the run
-    num_train_epochs: PositiveFloat | None = None
-    # time box: the schedule follows the clock and ends with it
-    max_minutes: PositiveFloat | None = None
+    max_steps: PositiveInt | None = None  # none = as num_train_epochs or max_minutes say
+    num_train_epochs: PositiveFloat | None = None  # passes over the data; 1 if nothing else ends it
+    max_minutes: PositiveFloat | None = None  # time box: the schedule follows the clock
 
-    # muon: Muon on the blocks' matrices, AdamW on the rest
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on the blocks' matrices, AdamW elsewhere
     learning_rate: PositiveFloat = 3e-4  # at the top of the schedule
     min_lr: NonNegativeFloat | None = None  # at its end; none = a tenth of learning_rate
     warmup_steps: NonNegativeInt = 100  # linear rise to the top (a tenth of a time box at most)
@@ -110,20 +102,15 @@ class LoopConfig:
     beta1: Fraction = 0.9  # AdamW's memory of the gradient
     beta2: Fraction = 0.95  # AdamW's memory of its square
     max_grad_norm: PositiveFloat = 1.0  # gradients longer than this are scaled down to it
-    # stop after so many steps in a row with a gradient that is not finite
-    max_bad_steps: PositiveInt = 10
+    max_bad_steps: PositiveInt = 10  # stop after so many steps in a row without a finite gradient
 
     logging_steps: PositiveInt = 10  # steps between log lines
     eval_steps: PositiveInt = 500  # steps between validations
     save_steps: PositiveInt = 500  # steps between checkpoints
-    # checkpoints kept beside the best validated one; older ones are deleted
-    keep_last: PositiveInt = 3
-    # stop after so many validations without a better one
-    early_stopping_patience: PositiveInt | None = None
-    # better is lower, of accuracies higher; final/ is then the best
-    early_stopping_metric: str = "val_loss"
-    # who else is told what metrics.jsonl is
-    report_to: tuple[Literal["wandb", "tensorboard"], ...] = ()
+    keep_last: PositiveInt = 3  # checkpoints kept beside the best validated one
+    early_stopping_patience: PositiveInt | None = None  # validations without a better one
+    early_stopping_metric: str = "val_loss"  # lower is better, of accuracies higher
+    report_to: tuple[Literal["wandb", "tensorboard"], ...] = ()  # these get metrics.jsonl, too
 
     def __post_init__(self):
         if not self.output_dir.strip():
@@ -242,8 +229,7 @@ def make_optimizers(cfg, model, device, dtype=torch.float32):
 
 
 class Muon(torch.optim.Optimizer):
-    """Updates matrices by their orthogonalized Nesterov momentum (Jordan et al. 2024), with
-    decoupled decay.
+    """Updates matrices by their orthogonalized momentum (Jordan et al. 2024), with decoupled decay.
 
     A gradient matrix is dominated by a few directions. Orthogonalized, all its directions are
     stepped along equally far. An update is scaled by 0.2 sqrt(max(rows, columns)), which gives it
@@ -287,8 +273,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(x, steps=5):
-    """Returns x (N, rows, columns) with every matrix's singular values replaced by values of about
-    1.
+    """Returns x (N, rows, columns) with all singular values of each matrix brought to about 1.
 
     A Newton-Schulz iteration: x <- a x + (b g + c g g) x with g = x x^T applies the polynomial
     a s + b s^3 + c s^5 to every singular value s and leaves the singular vectors. These
@@ -297,7 +282,7 @@ def orthogonalized(x, steps=5):
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x  # the smaller Gram matrix
+    x = x.mT if tall else x  # for the smaller of the two Gram matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # the largest singular value is <= 1
     for _ in range(steps):
         gram = x @ x.mT
@@ -310,8 +295,7 @@ def orthogonalized(x, steps=5):
 
 
 class State:
-    """Model, optimizers, scaler, counters. A checkpoint holds it all, and every rank's random
-    numbers.
+    """Model, optimizers, scaler, counters: with every rank's random numbers, a checkpoint.
 
     The weights are float32, as are the moments; `dtype` is that of the matmuls. In float16 the
     scaler multiplies the loss, so that small gradients do not become 0, and divides the gradients
@@ -436,10 +420,7 @@ class State:
 
 def load_optimizer(optimizer, saved):
     """Restores the moments, whose shapes torch does not check, under the settings of today."""
-    settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    optimizer.load_state_dict(saved)
-    for group, today in zip(optimizer.param_groups, settings, strict=True):
-        group.update(today)
+    optimizer.load_state_dict(saved | {"param_groups": optimizer.state_dict()["param_groups"]})
     for p, moments in optimizer.state.items():
         for name, tensor in moments.items():
             if tensor.ndim and tensor.shape != p.shape:
@@ -522,7 +503,10 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
         return plan.local(cfg, model, loader, loss_fn, world)
     with checkpoint.locked(cfg.output_dir, world), stop_signals(world):
         state, dtype, clock = prepare(cfg, model, loader, world, read_model)
-        if is_complete(cfg, state, clock, world):
+        final = Path(cfg.output_dir) / "final"
+        ended = clock.progress(state.step, state.seconds) >= 1 or state.is_stale(cfg)
+        if ended and checkpoint.problem_with(final, checkpoint.FINAL_FILES) is None:
+            world.say(f"this run is complete: its model is in {final}; nothing to do")
             return {}
         device, accumulation, metrics = world.device, cfg.gradient_accumulation_steps, {}
 
@@ -548,7 +532,7 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
                 if stopping or progress >= 1 or state.is_stale(cfg):
                     break
 
-                stats = {"loss": torch.zeros((), device=device)}  # this rank's shares of the means
+                stats = {}  # this rank's shares of the means over the step
                 for batch in batches:
                     with autocast(device, dtype):  # matmuls in 16 bits, sums and the loss in 32
                         loss_sum, sums = loss_fn(model, to_device(batch, device))
@@ -624,9 +608,8 @@ def compiles(cfg, device):
 def compile_model(model):
     """Compiles the decoder and the loss kernel in place; no wrapper, so no prefix on any name.
 
-    On CUDA the decoder becomes a CUDA graph: launched one by one, the kernels of a small model
-    leave the GPU waiting. Its gradients must then keep their place in memory, see
-    State.fixed_gradients.
+    On CUDA the decoder becomes a CUDA graph: launched singly, the kernels of a small model leave
+    the GPU waiting. Its gradients must keep their place in memory, see State.fixed_gradients.
     """
     if torch.are_deterministic_algorithms_enabled():
         import torch._inductor.config as inductor
@@ -635,16 +618,6 @@ def compile_model(model):
     cuda = model.lm_head.weight.device.type == "cuda"
     model.model.compile(mode="reduce-overhead" if cuda else None)
     LinearCrossEntropy.kernel = staticmethod(torch.compile(nats_and_gradient))
-
-
-def is_complete(cfg, state, clock, world):
-    """Returns whether the run that was resumed has nothing left to do, after saying so."""
-    final = Path(cfg.output_dir) / "final"
-    ended = clock.progress(state.step, state.seconds) >= 1 or state.is_stale(cfg)
-    complete = ended and checkpoint.problem_with(final, checkpoint.FINAL_FILES) is None
-    if complete:
-        world.say(f"this run is complete: its model is in {final}; nothing to do")
-    return complete
 
 
 def evaluate(cfg, state, validate, dtype, world, log):
@@ -689,9 +662,8 @@ def write_finished(cfg, state, world, read_model, write_final):
         else:
             read_model(state.model, best)
             value = f"{cfg.early_stopping_metric} {abs(state.best):.4f}"
-            world.say(
-                f"the best validation was that of step {state.best_step:,} ({value}); going back"
-            )
+            step = f"step {state.best_step:,}"
+            world.say(f"the best validation was that of {step} ({value}); going back")
     with checkpoint.whole_folder(output / "final", cfg, world) as hidden:
         if world.rank == 0:
             write_final(state.model, hidden)
@@ -704,7 +676,7 @@ def write_finished(cfg, state, world, read_model, write_final):
 
 @dataclass(frozen=True)
 class PretrainConfig(LoopConfig, ModelConfig):
-    """Pretraining: the loop's knobs, the model's shape, and the data."""
+    """Pretraining: the options of the loop, the model's shape, and the data."""
 
     output_dir: str = "checkpoints/pretrain/custom"  # checkpoints, metrics.jsonl and final/ go here
     # none = that of the data's tokenizer; without data 32768
@@ -742,15 +714,14 @@ def main(cfg):
         print("\n".join(card_plan(cfg, cfg.plan_gpu)))
         return
     with open_world(cfg) as world:
-        prepared = all((Path(path) / "manifest.json").is_file() for path in cfg.data_path)
-        if cfg.plan and not prepared:
-            from tools.plan import RandomTokens
+        if cfg.plan and not all((Path(p) / "manifest.json").is_file() for p in cfg.data_path):
+            from tools import plan  # before there is any data: random ids
 
             cfg = with_vocab_size(cfg)
             model = Llama(narrow(cfg, ModelConfig))
-            fit(cfg, model, RandomTokens(cfg), next_token_loss, world, None, None, None)
-            return
-        pretrain(cfg, world)
+            plan.local(cfg, model, plan.RandomTokens(cfg), next_token_loss, world)
+        else:
+            pretrain(cfg, world)
 
 
 def pretrain(cfg, world):
@@ -793,11 +764,7 @@ def language_validation(cfg, world, tokenizer):
     rows, token_bytes = min(cfg.eval_rows, stream.blocks), torch.from_numpy(tokenizer.token_bytes())
 
     def validate(model):
-        nats, count, size = (
-            0.0,
-            0,
-            0,
-        )  # size: UTF-8 bytes of the text that the count tokens stand for
+        nats, count, size = 0.0, 0, 0  # of `count` tokens, whose text has `size` UTF-8 bytes
         for _, batch in world.batches(stream, rows, cfg.batch_size):
             scores = score_batch(model, to_device(batch, world.device), token_bytes)
             nats, count, size = nats + scores[0], count + scores[1], size + scores[2]
@@ -816,10 +783,9 @@ def language_validation(cfg, world, tokenizer):
 
 
 def greedy(model, ids, count, stop_ids):
-    """Returns up to `count` ids, each the likeliest after `ids` and those before it, ending at a
-    stop id.
+    """Returns up to `count` ids, each the likeliest after `ids` and those before it.
 
-    Fewer where the context is full.
+    They end with a stop id, or where the context is full.
     """
     device, fresh = model.lm_head.weight.device, []
     capacity = min(len(ids) + count, model.cfg.sequence_length)

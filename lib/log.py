@@ -168,8 +168,9 @@ def open_trackers(cfg, state, say):
     """Returns the Trackers of cfg.report_to; UserError if the package of one is not installed."""
     for name in cfg.report_to:
         if importlib.util.find_spec(name) is None:
-            missing = f"needs a package that is not installed: pip install {name}"
-            raise UserError(f"report_to={name}: {missing}")
+            raise UserError(
+                f"report_to={name}: needs a package that is not installed: pip install {name}"
+            )
     return [Tracker(name, cfg, state, say) for name in cfg.report_to]
 
 
@@ -341,22 +342,20 @@ def draw_curves(paths, x, output):
     return runs
 
 
-def curves(cfg, paths):
+def curves_command(argv):
     """Draw the curves of runs: python train.py curves RUN [RUN ...] [--key=value]
 
     A run is an output folder or a metrics.jsonl; a summary of each is printed.
     """
-    if not paths:
-        raise UserError("curves needs a run: python train.py curves checkpoints/pretrain/demo")
-    if not cfg.output.endswith((".png", ".svg")):
-        raise UserError(f"output {cfg.output}: must end in .png or .svg")
-    for path, columns in draw_curves(paths, cfg.x, cfg.output).items():
-        print(f"{path}: {how_far(columns)}")
-    print(f"wrote {cfg.output}")
-
-
-def curves_command(argv):
-    """Runs `python train.py curves ARGV`: the runs first, then flags."""
     paths = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    flags, doc = argv[len(paths) :], cleandoc(curves.__doc__)
-    run(lambda cfg: curves(cfg, paths), CurvesConfig, doc, argv=flags)
+
+    def main(cfg):
+        if not paths:
+            raise UserError("curves needs a run: python train.py curves checkpoints/pretrain/demo")
+        if not cfg.output.endswith((".png", ".svg")):
+            raise UserError(f"output {cfg.output}: must end in .png or .svg")
+        for path, columns in draw_curves(paths, cfg.x, cfg.output).items():
+            print(f"{path}: {how_far(columns)}")
+        print(f"wrote {cfg.output}")
+
+    run(main, CurvesConfig, cleandoc(curves_command.__doc__), argv=argv[len(paths) :])

@@ -555,16 +555,6 @@ def test_a_signal_to_one_rank_saves_and_stops_both(tmp_path, knobs):
     assert losses(out) == losses(straight)
 
 
-def test_a_signal_to_torchrun_saves_too(tmp_path, knobs):
-    out = tmp_path / "out"
-    # it exits 1 whatever its ranks did
-    _, text = signalled([python(), *TORCHRUN], out, knobs | ENDLESS, signal.SIGTERM)
-    assert "saved; continue with --resume_from_checkpoint=auto" in text
-    (saved,) = checkpoints(out)
-    assert problem_with(saved) is None
-    assert (saved / "train_state" / "rng_00001.pt").is_file()
-
-
 @pytest.mark.parametrize(("phase", "step"), [("evaluation", 4), ("checkpoint", 2)])
 def test_sigterm_to_torchrun_in_the_middle_of_it_saves(tmp_path, knobs, phase, step):
     out, script = tmp_path / "out", tmp_path / "script.py"
@@ -577,8 +567,10 @@ def test_sigterm_to_torchrun_in_the_middle_of_it_saves(tmp_path, knobs, phase, s
     call = [python(), *TORCHRUN, script, *words(output_dir=out, **knobs)]
     done = subprocess.run(call, env=env, capture_output=True, text=True, timeout=PATIENCE)
     assert f"stopped at step {step}, saved" in done.stdout, done.stdout + done.stderr
-    assert checkpoints(out)[0].name == f"step_{step:06d}"
-    assert problem_with(checkpoints(out)[0]) is None
+    saved = checkpoints(out)[0]
+    assert saved.name == f"step_{step:06d}"
+    assert problem_with(saved) is None
+    assert (saved / "train_state" / "rng_00001.pt").is_file()
 
 
 # ---- one folder, one run; no space

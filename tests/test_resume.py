@@ -120,10 +120,8 @@ def test_two_ranks_train_what_one_rank_trains_at_the_same_global_batch(
     knobs = {"data_path": tiny_dataset, "sample_tokens": 0}
     alone = trained(tmp_path / "alone", gradient_accumulation_steps=2, **knobs)
     assert not differences(alone / WHOLE, pair / WHOLE, but=ROUNDED)
-    for one, two in zip(losses(alone), losses(pair), strict=True):
-        assert one == pytest.approx(
-            two, rel=1e-6
-        )  # the printed loss alone is summed in another order
+    for one, two in zip(losses(alone), losses(pair), strict=True):  # logged in another order
+        assert one == pytest.approx(two, rel=1e-6)
 
 
 def test_a_changed_number_of_ranks_is_refused_and_exact_when_allowed(tmp_path, tiny_dataset, pair):
@@ -136,13 +134,8 @@ def test_a_changed_number_of_ranks_is_refused_and_exact_when_allowed(tmp_path, t
     one = trained(tmp_path / "one", **knobs)
     assert not differences(one / WHOLE, pair / WHOLE, but=ROUNDED)
     # and back: one rank's checkpoint on two
-    two = trained(
-        tmp_path / "two",
-        ranks=2,
-        data_path=tiny_dataset,
-        resume_from_checkpoint=copied(one / WHOLE, tmp_path / "copy"),
-        allow_world_size_change=True,
-    )
+    knobs = {"resume_from_checkpoint": copied(one / WHOLE, tmp_path / "copy"), "ranks": 2}
+    two = trained(tmp_path / "two", data_path=tiny_dataset, allow_world_size_change=True, **knobs)
     assert not differences(two / "final", pair / "final")
 
 
@@ -231,30 +224,19 @@ def test_another_configuration_is_refused_and_the_difference_shown(
 
 def test_what_changes_nothing_that_is_computed_may_change(tmp_path, tiny_dataset, straight):
     moved = shutil.copytree(tiny_dataset, tmp_path / "moved")
-    knobs = {
-        "eval_steps": 3,
-        "save_steps": 2,
-        "logging_steps": 2,
-        "keep_last": 1,
-        "deterministic": False,
-    }
-    rest = trained(
-        tmp_path / "out", data_path=moved, resume_from_checkpoint=straight / HALF, **knobs
-    )
+    knobs = {"eval_steps": 3, "save_steps": 2, "logging_steps": 2, "keep_last": 1}
+    knobs |= {"deterministic": False, "gradient_checkpointing": True, "data_path": moved}
+    rest = trained(tmp_path / "out", resume_from_checkpoint=straight / HALF, **knobs)
     assert not differences(rest / "final", straight / "final")
     assert names(rest) == ["final", "metrics.jsonl", "run.lock", WHOLE]
 
 
 def test_an_allowed_change_is_really_made(tmp_path, tiny_dataset, straight):
-    knobs = {
-        "data_path": tiny_dataset,
-        "resume_from_checkpoint": straight / HALF,
-        "allow_config_change": True,
-    }
-    rest = trained(tmp_path / "out", weight_decay=0.5, beta2=0.5, max_steps=12, **knobs)
-    group = torch.load(rest / "step_000012" / "train_state" / "state.pt")["optimizers"][0][
-        "param_groups"
-    ][0]
+    knobs = {"resume_from_checkpoint": straight / HALF, "allow_config_change": True}
+    knobs |= {"weight_decay": 0.5, "beta2": 0.5, "max_steps": 12}
+    rest = trained(tmp_path / "out", data_path=tiny_dataset, **knobs)
+    state = torch.load(rest / "step_000012" / "train_state" / "state.pt")
+    group = state["optimizers"][0]["param_groups"][0]
     assert (group["weight_decay"], group["betas"]) == (0.5, (0.9, 0.5))
 
 
