@@ -44,7 +44,8 @@ from urllib.parse import unquote
 
 from lib import config
 from lib.config import PositiveFloat, PositiveInt, Range, UserError
-from lib.tokenizer import ROLES, TEMPLATES, jinja, render, stop_ids
+from lib.tokenizer import ROLES, TEMPLATES, render, stop_ids
+from lib.tokenizer_json import jinja
 from model import model_folder
 from sample import Engine, Reply, Request, Sampling, ending, open_model, token_logprobs
 

@@ -42,8 +42,8 @@ def random_model(folder, preset):
     """Writes a model of a preset's shape, weights and words random. Returns `folder`."""
     import torch
 
+    from corpus.tokenizer import train_tokenizer
     from lib.config import configure
-    from lib.tokenizer import train_tokenizer
     from model import Llama, ModelConfig, save_model
 
     cfg, chance = configure(ModelConfig, [str(preset)], foreign_keys=True), random.Random(0)

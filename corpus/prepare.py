@@ -33,10 +33,11 @@ from corpus import report
 from corpus.clean import CleanConfig, clean, language_score, reject
 from corpus.dedup import Index, minhash, sha256
 from corpus.sources import Tally, input_bytes, read_documents
+from corpus.tokenizer import train_tokenizer
 from lib import folders
 from lib.config import Fraction, NonNegativeInt, PositiveInt, Range, UserError, write_whole
 from lib.folders import hash_fraction, totals
-from lib.tokenizer import Tokenizer, train_tokenizer
+from lib.tokenizer import Tokenizer
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 20  # handled together: so many, fewer when long
 PART_BYTES = 8 << 20  # of raw text between two points from which a killed run resumes

@@ -11,7 +11,7 @@ from pydoc_data.topics import topics
 import pytest
 
 from corpus.prepare import DataConfig, main
-from lib.tokenizer import train_tokenizer
+from corpus.tokenizer import train_tokenizer
 from tests import ROOT
 
 os.environ.setdefault(

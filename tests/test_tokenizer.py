@@ -1,5 +1,5 @@
-"""tokenizer.py: nothing is lost on the way to ids and back, no text makes a control id, others
-agree.
+"""The tokenizer: nothing is lost on the way to ids and back, no text makes a control id, and
+transformers agrees.
 """
 
 import gzip
@@ -20,9 +20,10 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib import tokenizer as tokenizer_module
+from corpus.tokenizer import train_tokenizer
 from lib.config import UserError
-from lib.tokenizer import IM_END, IM_START, TEMPLATES, Tokenizer, render, stop_ids, train_tokenizer
+from lib.tokenizer import IM_END, IM_START, TEMPLATES, Tokenizer, render, stop_ids, usual_template
+from lib.tokenizer_json import jinja
 from tests import ROOT, SHARED
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,51 +32,19 @@ CORPORA = SHARED / "corpora"
 FUZZ_STRINGS = int(os.environ.get("FUZZ_STRINGS", 2_000))
 
 RARE = "quizzaciously"
-RESERVED = {
-    "zigzag": "\0",
-    "fuzzy": "\u2581",
-    "jumpy": "\u2585",
-    "wacky": "\uffff",
-    "quirky": "\ud800",
-}
+# characters with which SentencePiece drops a document, each beside a word of its own
+RESERVED = {"zigzag": "\0", "fuzzy": "\u2581", "jumpy": "\u2585", "wacky": "\uffff"}
+RESERVED |= {"quirky": "\ud800"}
 DOCUMENTS = [
     *topics.values(),
-    " ".join(
-        f"{RARE} {n}" for n in range(500)
-    ),  # one line of about 9,000 bytes, the only one with this word
+    " ".join(f"{RARE} {n}" for n in range(500)),  # a line of 9,000 bytes, the only with this word
     "caf\u00e9 \u2014 na\u00efve \u201cquotes\u201d\r\nand a second line\r\n" * 30,
-    *(
-        f"{word} {reserved} " * 200 for word, reserved in RESERVED.items()
-    ),  # reasons to drop a document
+    *(f"{word} {reserved} " * 200 for word, reserved in RESERVED.items()),
 ]
 FRAGMENTS = [
-    *(
-        IM_START,
-        IM_END,
-        "<s>",
-        "</s>",
-        "<unk>",
-        "<pad>",
-        "<0x41>",
-        "<|im_",
-        "start|>",
-        "<|endoftext|>",
-        "[INST]",
-    ),
-    *(
-        "\n",
-        "\n\n",
-        "\r\n",
-        "\t",
-        " ",
-        "    ",
-        "\u2581",
-        "\0",
-        "\ufeff",
-        "\u200b",
-        "\u2028",
-        "\uffff",
-    ),
+    *(IM_START, IM_END, *"<s> </s> <unk> <pad> <0x41> <|im_ start|> <|endoftext|> [INST]".split()),
+    *("\n", "\n\n", "\r\n", "\t", " ", "    "),
+    *("\u2581", "\0", "\ufeff", "\u200b", "\u2028", "\uffff"),
     *("\U0001f600", "e\u0301", "\u4e2d\u6587", "user", "assistant", "Human:", "1", "!", "A"),
 ]
 TEXT = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=20), max_size=12).map("".join)
@@ -86,47 +55,45 @@ CONVERSATION = [
     {"role": "user", "content": "- And then"},
     {"role": "assistant", "content": "\n\nNothing more 1 \U0001f600\n"},
 ]
+# without line breaks, which a foreign vocabulary joins to what stands before
+PLAIN_TALK = [
+    {"role": "user", "content": "Why so"},
+    {"role": "assistant", "content": "It is so"},
+] * 2
+templates = pytest.mark.parametrize("template", TEMPLATES)
 
 
 @pytest.fixture(scope="module")
 def tok(tmp_path_factory):
-    return train_tokenizer(
-        DOCUMENTS, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", 2_000
-    )
+    return train_tokenizer(DOCUMENTS, tmp_path_factory.mktemp("tokenizer") / "t.model", 2_000)
 
 
 def named(tokenizer, ids):
     return tokenizer.decode(ids, controls=True)
 
 
+def hugging_face(folder):
+    return pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
+
+
+def streamed(tokenizer, ids):
+    stream = tokenizer.stream()
+    return "".join([*map(stream.push, ids), stream.flush()])
+
+
 # ---- training
 
 
 def test_ids_of_the_specials(tok):
-    specials = ["<pad>", "<s>", "</s>", "<unk>", IM_START, IM_END]
-    assert tok.pieces[:6] == specials
-    assert [tok.pad_id, tok.bos_id, tok.eos_id, tok.unk_id, tok.im_start_id, tok.im_end_id] == [
-        0,
-        1,
-        2,
-        3,
-        4,
-        5,
-    ]
-    assert (
-        tokenizer_module.PAD,
-        tokenizer_module.BOS,
-        tokenizer_module.EOS,
-        tokenizer_module.UNK,
-    ) == (0, 1, 2, 3)
+    ids = [tok.pad_id, tok.bos_id, tok.eos_id, tok.unk_id, tok.im_start_id, tok.im_end_id]
+    assert ids == list(range(6))
+    assert tok.pieces[:6] == ["<pad>", "<s>", "</s>", "<unk>", IM_START, IM_END]
     assert tok.vocab_size == len(tok.pieces) == 2_000
 
 
 def test_no_document_is_dropped(tok):
     assert f"\u2581{RARE}" in tok.pieces  # from a line longer than SentencePiece's default limit
-    assert set(RESERVED) <= {
-        piece.strip("\u2581") for piece in tok.pieces
-    }  # each beside a reserved one
+    assert set(RESERVED) <= {piece.strip("\u2581") for piece in tok.pieces}
 
 
 def test_whitespace_is_worth_a_piece(tok):
@@ -142,8 +109,7 @@ def test_pieces_keep_to_the_places_where_texts_may_be_cut(tok):
 
 def test_same_texts_give_the_same_bytes(tok, tmp_path):
     again = train_tokenizer(iter(DOCUMENTS), tmp_path / "again.model", 2_000)
-    assert again.model == tok.model
-    assert again.sha256 == tok.sha256
+    assert (again.model, again.sha256) == (tok.model, tok.sha256)
     assert (tmp_path / "again.model").read_bytes() == tok.model
 
 
@@ -154,25 +120,25 @@ def test_training_survives_a_strange_document(document, tmp_path):
     assert train_tokenizer([*DOCUMENTS, document], tmp_path / "x.model", 1_000).vocab_size == 1_000
 
 
-def test_too_few_texts_name_the_largest_vocabulary(tmp_path):
-    path, texts = tmp_path / "x.model", ["hello world. " * 30]
-    with pytest.raises(
-        UserError, match=r"vocab_size 5000 is too large for 390 characters.* at most (\d+)"
-    ) as caught:
-        train_tokenizer(texts, path, 5_000)
+@pytest.mark.parametrize(
+    ("texts", "vocab_size", "message"),
+    [
+        (["hello world. " * 30], 5000, r"5000 is too large for 390 characters.* at most (\d+)"),
+        *(
+            (DOCUMENTS, size, rf"{size} is too small.* at least (\d+)")
+            for size in (-1, 0, 261, 300)
+        ),
+    ],
+)
+def test_a_vocabulary_that_does_not_fit_the_texts_names_the_size_that_does(
+    tmp_path, texts, vocab_size, message
+):
+    path = tmp_path / "x.model"
+    with pytest.raises(UserError, match=f"vocab_size {message}") as caught:
+        train_tokenizer(texts, path, vocab_size)
     assert not list(tmp_path.iterdir())
-    largest = int(re.search(r"at most (\d+)", str(caught.value))[1])
-    assert train_tokenizer(texts, path, largest).vocab_size == largest
-
-
-@pytest.mark.parametrize("vocab_size", [-1, 0, 5, 261, 300])
-def test_too_small_a_vocabulary_names_the_smallest(vocab_size, tmp_path):
-    with pytest.raises(
-        UserError, match=rf"vocab_size {vocab_size} is too small.* at least (\d+)"
-    ) as caught:
-        train_tokenizer(DOCUMENTS, tmp_path / "x.model", vocab_size)
-    smallest = int(re.search(r"at least (\d+)", str(caught.value))[1])
-    assert train_tokenizer(DOCUMENTS, tmp_path / "x.model", smallest).vocab_size == smallest
+    size = int(re.search(message, str(caught.value))[1])
+    assert train_tokenizer(texts, path, size).vocab_size == size
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["", ""]])
@@ -206,7 +172,7 @@ def test_a_failed_write_leaves_the_old_file(tok, tmp_path, monkeypatch):
 
 def test_training_is_silent(tmp_path):
     path = str(tmp_path / "x.model")
-    code = f"from lib.tokenizer import train_tokenizer as t; t(['a b c '] * 9, {path!r}, 268)"
+    code = f"from corpus.tokenizer import train_tokenizer as t; t(['a b c '] * 9, {path!r}, 268)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -224,19 +190,9 @@ def test_round_trip(tok, text):
     assert tok.encode_batch([text, "x", text], num_threads=2) == [ids, tok.encode("x"), ids]
 
 
-def test_case_newline_question_mark_digits_emoji_are_kept(tok):
-    for text in [
-        "Hello WORLD?",
-        "a\nb",
-        " a",
-        "a ",
-        "  a  b  ",
-        "x\u2581y",
-        "\U0001f468\u200d\U0001f469",
-        "\0\t\r\n",
-    ]:
-        assert tok.decode(tok.encode(text)) == text
-    assert tok.encode("\n") != tok.encode(" ")
+@pytest.mark.parametrize("text", ["Hello WORLD?", "a\nb", " a ", "  a  b  ", "\0\t\r\n"])
+def test_case_white_space_and_digits_are_kept(tok, text):
+    assert tok.decode(tok.encode(text)) == text
     assert [tok.decode([id]) for id in tok.encode("2048")] == ["2", "0", "4", "8"]
 
 
@@ -246,7 +202,6 @@ def test_no_text_makes_a_control_id(tok):
     for text, ids in zip(texts, tok.encode_batch(texts, num_threads=2)):
         assert min(ids) > tok.im_end_id, text
         assert tok.decode(ids) == text
-        assert tok.token_bytes()[ids].sum() == len(text.encode())
 
 
 def test_control_ids_vanish_or_are_named(tok):
@@ -289,8 +244,7 @@ def test_streaming_gives_whole_characters(tok, text):
 @settings(max_examples=300, deadline=None)
 @given(ids=st.lists(st.integers(0, 1_999) | st.integers(0, 261), max_size=30))
 def test_streaming_is_decoding_for_any_ids(tok, ids):
-    stream = tok.stream()
-    assert "".join([stream.push(id) for id in ids] + [stream.flush()]) == tok.decode(ids)
+    assert streamed(tok, ids) == tok.decode(ids)
 
 
 def test_an_emoji_arrives_in_one_piece(tok):
@@ -302,8 +256,7 @@ def test_an_emoji_arrives_in_one_piece(tok):
 
 def test_token_bytes(tok):
     lengths = tok.token_bytes()
-    assert lengths.dtype == np.int64
-    assert lengths.shape == (tok.vocab_size,)
+    assert (lengths.dtype, lengths.shape) == (np.int64, (tok.vocab_size,))
     assert list(lengths[:6]) == [0] * 6
     assert set(lengths[6:262]) == {1}
     assert min(lengths[262:]) >= 1
@@ -314,9 +267,7 @@ def test_it_travels_to_other_processes(tok):
     assert pickle.loads(pickle.dumps(tok)).encode("over there") == tok.encode("over there")
 
 
-@pytest.mark.parametrize(
-    "text", ["a" * 1_000_000, "<" * 1_000_000, " " * 1_000_000, "\u2581" * 100_000]
-)
+@pytest.mark.parametrize("text", ["a" * 10**6, "<" * 10**6, " " * 10**6, "\u2581" * 10**5])
 def test_a_megabyte_of_one_character_comes_back(tok, text):
     """Not timed here: a quadratic search would take minutes, which is the alarm."""
     assert tok.decode(tok.encode(text)) == text
@@ -327,13 +278,8 @@ def test_a_megabyte_of_one_character_comes_back(tok, text):
 
 def test_a_folder_comes_back(tok, tmp_path):
     tok.save(tmp_path, 512, "instruct")
-    files = {
-        "tokenizer.model",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-    }
-    assert {path.name for path in tmp_path.iterdir()} == files
+    files = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+    assert {path.name for path in tmp_path.iterdir()} == {*files, "special_tokens_map.json"}
     assert (tmp_path / "tokenizer.model").read_bytes() == tok.model
     back = Tokenizer.load(tmp_path)
     assert (back.sha256, back.template, back.pieces) == (tok.sha256, "instruct", tok.pieces)
@@ -346,19 +292,14 @@ def test_a_base_model_names_no_template_and_offers_chatml(tok, tmp_path):
     tok.save(tmp_path, 512)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))
     assert Tokenizer.load(tmp_path).template is None
-    assert config["chat_template"] == tokenizer_module.jinja(TEMPLATES["chatml"])
-    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert config["model_input_names"] == ["input_ids", "attention_mask"]
+    assert config["chat_template"] == jinja(TEMPLATES["chatml"])
     assert config["model_max_length"] == 512
 
 
 def test_an_unknown_template_is_named(tok, tmp_path):
-    for call in (
-        lambda: tok.save(tmp_path, 512, "llama"),
-        lambda: render(tok, CONVERSATION, "llama"),
-    ):
+    for call, words in ((tok.save, (tmp_path, 512)), (render, (tok, CONVERSATION))):
         with pytest.raises(UserError, match="'llama': choose one of chatml, instruct, chat"):
-            call()
+            call(*words, "llama")
 
 
 @pytest.mark.parametrize(
@@ -393,10 +334,9 @@ def test_a_flipped_bit_is_refused_or_harmless(tok):
     rng = random.Random(0)
     for _ in range(300):
         damaged = bytearray(tok.model)
-        where = rng.choice(
-            [rng.randrange(len(damaged)), rng.randrange(300), -1 - rng.randrange(300)]
-        )
-        damaged[where] ^= 1 << rng.randrange(8)
+        size = len(damaged)
+        position = rng.choice([rng.randrange(size), rng.randrange(300), -1 - rng.randrange(300)])
+        damaged[position] ^= 1 << rng.randrange(8)
         try:
             other = Tokenizer(bytes(damaged))
         except UserError:
@@ -412,7 +352,7 @@ def test_a_flipped_bit_in_a_saved_folder_is_always_refused(tok, tmp_path):
         damaged = bytearray(tok.model)
         damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
         (tmp_path / "tokenizer.model").write_bytes(damaged)
-        with pytest.raises(UserError, match=r"checksum mismatch|damaged|lacks"):
+        with pytest.raises(UserError, match=r"checksum mismatch|damaged|no control symbol"):
             Tokenizer.load(tmp_path)
 
 
@@ -420,12 +360,15 @@ def test_a_flipped_bit_in_a_saved_folder_is_always_refused(tok, tmp_path):
 
 WRITTEN = {
     "chatml": (
-        "<s><|im_start|>system\nBe brief.\n<|im_end|>\n<|im_start|>user\nWhy?\nTell me.\n<|im_end|>\n"
-        "<|im_start|>assistant\n(Because) it is so.\n<|im_end|>\n<|im_start|>user\n- And then\n<|im_end|>\n"
+        "<s><|im_start|>system\nBe brief.\n<|im_end|>\n"
+        "<|im_start|>user\nWhy?\nTell me.\n<|im_end|>\n"
+        "<|im_start|>assistant\n(Because) it is so.\n<|im_end|>\n"
+        "<|im_start|>user\n- And then\n<|im_end|>\n"
         "<|im_start|>assistant\nNothing more 1 \U0001f600\n<|im_end|>"
     ),
     "instruct": (
-        "<s>Be brief.\n\n### Instruction:\nWhy?\nTell me.\n\n### Response:\n(Because) it is so.</s>\n\n"
+        "<s>Be brief.\n\n### Instruction:\nWhy?\nTell me.\n\n"
+        "### Response:\n(Because) it is so.</s>\n\n"
         "### Instruction:\n- And then\n\n### Response:\nNothing more 1 \U0001f600</s>"
     ),
     "chat": (
@@ -455,7 +398,7 @@ def test_the_original_templates_verbatim(tok):
     }
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@templates
 def test_a_conversation_as_text_and_its_supervised_part(tok, template):
     ids, mask = render(tok, CONVERSATION, template)
     assert len(ids) == len(mask)
@@ -469,7 +412,7 @@ def test_a_conversation_as_text_and_its_supervised_part(tok, template):
     assert named(tok, opened[len(ids) :]) == OPENING[template]
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@templates
 def test_the_prompt_for_an_answer_is_the_beginning_of_the_answered_conversation(tok, template):
     prompt, _ = render(tok, CONVERSATION[:2], template, add_generation_prompt=True)
     ids, mask = render(tok, CONVERSATION[:3], template)
@@ -481,15 +424,14 @@ def test_the_prompt_for_an_answer_is_the_beginning_of_the_answered_conversation(
 
 def test_supervised_ids_exactly(tok):
     turn = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
-    ids, mask = render(tok, turn, "chatml")
-    assert [id for id, on in zip(ids, mask) if on] == [
-        *tok.encode("yes"),
-        *tok.encode("\n"),
-        tok.im_end_id,
-    ]
-    assert ids[:2] == [tok.bos_id, tok.im_start_id]
-    ids, mask = render(tok, turn, "chat")
-    assert [id for id, on in zip(ids, mask) if on] == [*tok.encode(" yes"), tok.eos_id]
+    answers = {
+        "chatml": [*tok.encode("yes"), *tok.encode("\n"), tok.im_end_id],
+        "instruct": [*tok.encode("yes"), tok.eos_id],
+        "chat": [*tok.encode(" yes"), tok.eos_id],
+    }
+    for template, answer in answers.items():
+        ids, mask = render(tok, turn, template)
+        assert [id for id, on in zip(ids, mask) if on] == answer
 
 
 def test_stop_ids(tok):
@@ -499,14 +441,11 @@ def test_stop_ids(tok):
 
 @settings(max_examples=200, deadline=None)
 @given(contents=st.tuples(TEXT, TEXT).filter(lambda pair: all(text.strip() for text in pair)))
-@pytest.mark.parametrize("template", TEMPLATES)
+@templates
 def test_contents_bring_no_control_ids_and_no_supervision(tok, template, contents):
     user, assistant = contents
-    ids, mask = render(
-        tok,
-        [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}],
-        template,
-    )
+    turn = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    ids, mask = render(tok, turn, template)
     frame = {"chatml": [1, 4, 5, 4, 5], "instruct": [1, 2], "chat": [1, 2]}[template]
     assert [id for id in ids if id < 6] == frame
     answer = [id for id, on in zip(ids, mask) if on]
@@ -519,29 +458,26 @@ def test_contents_bring_no_control_ids_and_no_supervision(tok, template, content
             assert piecewise == tok.encode(tok.decode(piecewise))
 
 
+def says(role, content):
+    return {"role": role, "content": content}
+
+
 @pytest.mark.parametrize(
     ("messages", "complaint"),
     [
         ([], "at least one message"),
-        (None, "at least one message"),
         ("hello", "at least one message"),
         (["hello"], "message 1: must be an object"),
-        ([{"role": "user"}], r"message 1 \(user\): content must be a string, got NoneType"),
-        (
-            [{"role": "user", "content": "a"}, {"role": "user", "content": ["b"]}],
-            r"message 2 \(user\).*got list",
-        ),
-        (
-            [{"role": "root", "content": "a"}],
-            "message 1: role must be one of system, user, assistant, got 'root'",
-        ),
-        ([{"role": ["user"], "content": "a"}], "message 1: role"),
+        ([{"role": "user"}], r"message 1 \(user\): content must be text .*, got None"),
+        ([says("user", "a"), says("user", ["b"])], r"message 2 \(user\): content .*\['b'\]"),
+        ([says("root", "a")], "message 1: role must be one of system, user, assistant, got 'root'"),
+        ([says(["user"], "a")], "message 1: role"),
         ([{"content": "a"}], "message 1: role .* got None"),
-        ([{"role": "user", "content": " \n"}], r"message 1 \(user\): content is empty"),
-        ([{"role": "user", "content": "a\ud800"}], "surrogate"),
+        ([says("user", " \n")], r"message 1 \(user\): content must be text that is not empty"),
+        ([says("user", "a\ud800")], "surrogate"),
     ],
 )
-@pytest.mark.parametrize("template", TEMPLATES)
+@templates
 def test_what_is_no_conversation_is_named(tok, template, messages, complaint):
     with pytest.raises(UserError, match=complaint):
         render(tok, messages, template)
@@ -550,50 +486,43 @@ def test_what_is_no_conversation_is_named(tok, template, messages, complaint):
 # ---- transformers reads the folder as we do
 
 
-def hugging_face(folder):
-    return pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
+SPECIAL = re.compile("</?s>|<unk>|<pad>|<[|]im_(start|end)[|]>")
 
 
 def corpus_lines(count, every):
-    """`count` lines over all the corpora, each `every`-th of a file, without literal specials and
-    U+2581.
-    """
+    """Yields `count` lines over all corpora, each `every`-th of a file, free of specials."""
     files = sorted(CORPORA.glob("*.jsonl.gz"))
     if not files:
         pytest.skip(f"no corpora in {CORPORA}")
     for path in files:
         with gzip.open(path, "rt", encoding="utf-8") as rows:
-            lines = (line for row in rows for line in json.loads(row)["text"].splitlines() if line)
-            usable = (
-                line for line in lines if not re.search("\u2581|</?s>|<unk>|<pad>|<[|]im_", line)
-            )
+            lines = (line for row in rows for line in json.loads(row)["text"].splitlines())
+            usable = (x for x in lines if x and "\u2581" not in x and not SPECIAL.search(x))
             yield from islice(usable, 0, every * count // len(files) + every, every)
 
 
-def test_transformers_agrees_on_the_documentation(tok, tmp_path):
-    tok.save(tmp_path, 512)
-    other = hugging_face(tmp_path)
+@pytest.fixture(scope="module")
+def saved(tok, tmp_path_factory):
+    """The tokenizer's saved folder, as transformers reads it."""
+    tok.save(folder := tmp_path_factory.mktemp("saved"), 512)
+    return hugging_face(folder)
+
+
+def test_transformers_agrees_on_the_documentation(tok, saved):
     texts = [*topics.values(), *"\n".join(topics.values()).splitlines()]
-    assert other(texts)["input_ids"] == tok.encode_batch(texts)
-    assert other.all_special_tokens == ["<s>", "</s>", "<unk>", "<pad>", IM_START, IM_END]
-    assert other.model_max_length == 512
+    assert saved(texts)["input_ids"] == tok.encode_batch(texts)
+    assert saved.all_special_tokens == ["<s>", "</s>", "<unk>", "<pad>", IM_START, IM_END]
+    assert saved.model_max_length == 512
     for text in texts[:50]:
-        assert other.decode(tok.encode(text)) == text
+        assert saved.decode(tok.encode(text)) == text
 
 
 @settings(max_examples=300, deadline=None)
 @given(text=st.text(max_size=60) | TEXT)
-def test_transformers_agrees_on_any_text(tok, saved_hugging_face, text):
-    text = re.sub("\u2581|</?s>|<unk>|<pad>|<[|]im_(start|end)[|]>", "", text)
-    if not re.search("</?s>|<unk>|<pad>|<[|]im_(start|end)[|]>", text):  # removing one can make one
-        assert saved_hugging_face.encode(text) == tok.encode(text)
-
-
-@pytest.fixture(scope="module")
-def saved_hugging_face(tok, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    tok.save(folder, 512)
-    return hugging_face(folder)
+def test_transformers_agrees_on_any_text(tok, saved, text):
+    text = SPECIAL.sub("", text.replace("\u2581", ""))
+    if not SPECIAL.search(text):  # removing one can make one
+        assert saved.encode(text) == tok.encode(text)
 
 
 def test_transformers_agrees_on_real_text_at_full_size(tmp_path):
@@ -623,28 +552,15 @@ def test_runs_of_the_same_piece_merge_in_the_same_order(tmp_path):
         assert other(fuzz)["input_ids"] == tokenizer.encode_batch(fuzz)
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@templates
 def test_apply_chat_template_is_render(tok, tmp_path, template):
     tok.save(tmp_path, 512, template)
     other = hugging_face(tmp_path)
-    awkward = [
-        "(",
-        "\n\n x \n",
-        "- a\n\n- b",
-        "  def f():\n    return 1",
-        '"quoted" {{ x }} {% if %}',
-        "\u4e2d\t.",
-        "'",
-    ]
-    talk = [
-        {"role": ("user", "assistant")[n % 2], "content": content}
-        for n, content in enumerate(awkward)
-    ]
-    for messages in [
-        *(CONVERSATION[a:b] for a, b in [(0, 5), (1, 5), (0, 1), (1, 2), (2, 3)]),
-        talk,
-        talk[::-1],
-    ]:
+    awkward = ["(", "\n\n x \n", "- a\n\n- b", "  def f():\n    return 1", "\u4e2d\t.", "'"]
+    awkward.append('"quoted" {{ x }} {% if %}')
+    talk = [says(("user", "assistant")[n % 2], content) for n, content in enumerate(awkward)]
+    parts = [CONVERSATION[a:b] for a, b in [(0, 5), (1, 5), (0, 1), (1, 2), (2, 3)]]
+    for messages in [*parts, talk, talk[::-1]]:
         for prompt in (False, True):
             ids, _ = render(tok, messages, template, add_generation_prompt=prompt)
             options = {"add_generation_prompt": prompt, "return_dict": False}
@@ -652,31 +568,27 @@ def test_apply_chat_template_is_render(tok, tmp_path, template):
             assert other.apply_chat_template(messages, tokenize=True, **options) == ids
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@templates
 def test_the_jinja_is_plain(template):
-    assert set(re.findall(r"{%-?\s*(\w+)", tokenizer_module.jinja(TEMPLATES[template]))) == {
-        "for",
-        "endfor",
-        "if",
-        "endif",
-    }
-    assert set(re.findall(r"\|\s*(\w+)\s*}}", tokenizer_module.jinja(TEMPLATES[template]))) == {
-        "trim"
-    }
+    text = jinja(TEMPLATES[template])
+    assert set(re.findall(r"{%-?\s*(\w+)", text)) == {"for", "endfor", "if", "endif"}
+    assert set(re.findall(r"\|\s*(\w+)\s*}}", text)) == {"trim"}
 
 
-# ---- a foreign model
+# ---- foreign models and folders
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory):
-    """A model of Llama's kind: its own order of ids, a space before every text, no pad, no chat
-    markers.
-    """
-    path = tmp_path_factory.mktemp("foreign") / "tokenizer.model"
+    """A model of Llama's kind: other ids, a space before every text, no pad, no chat markers."""
+    folder = tmp_path_factory.mktemp("foreign")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(topics.values()),
-        model_prefix=str(path.with_suffix("")),
+        model_prefix=str(folder / "tokenizer"),
         model_type="bpe",
         vocab_size=1_000,
         byte_fallback=True,
@@ -686,31 +598,33 @@ def foreign(tmp_path_factory):
         split_digits=True,
         minloglevel=2,
     )
-    return path.parent
+    return folder
+
+
+@pytest.fixture
+def marked(foreign, tmp_path):
+    """That model with the chat markers that a fine-tuner added."""
+    folder = shutil.copytree(foreign, tmp_path / "marked")
+    added = {"1000": {"content": IM_END}, "1001": {"content": IM_START, "special": False}}
+    config = {"added_tokens_decoder": added, "bos_token": "<s>", "pad_token": None}
+    config["eos_token"] = {"__type": "AddedToken", "content": IM_END}
+    write_json(folder / "tokenizer_config.json", config)
+    return folder
 
 
 def test_a_foreign_model_loads(foreign):
     tokenizer = Tokenizer.load(foreign)
     assert (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2, 2)
     assert (tokenizer.im_start_id, tokenizer.im_end_id, tokenizer.template) == (None, None, None)
-    for text in ["Hello  there", " led by a space", "\U0001f600"]:
-        ids, stream = tokenizer.encode(text), tokenizer.stream()
-        assert (
-            tokenizer.decode(ids)
-            == "".join([stream.push(id) for id in ids] + [stream.flush()])
-            == text
-        )
-    for text in [
-        "x\u2581y",
-        "\u2581y",
-        " \u2581 y",
-        "\u2581\u2581",
-    ]:  # the only dummy prefix is the first
-        assert tokenizer.decode(tokenizer.encode(text)) == text
+    texts = ["Hello  there", " led by a space", "\U0001f600"]
+    texts += ["x\u2581y", "\u2581y", " \u2581 y", "\u2581\u2581"]  # the first alone has a prefix
+    for text in texts:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == streamed(tokenizer, ids) == text
     with pytest.raises(UserError, match="chatml needs"):
         render(tokenizer, CONVERSATION, "chatml")
     assert stop_ids(tokenizer, "instruct") == [2]
-    assert tokenizer_module.usual_template(tokenizer) == "instruct"  # which needs no markers
+    assert usual_template(tokenizer) == "instruct"  # which needs no markers
 
 
 def test_a_foreign_model_is_saved_for_transformers(foreign, tmp_path):
@@ -722,127 +636,79 @@ def test_a_foreign_model_is_saved_for_transformers(foreign, tmp_path):
     assert other.decode(tokenizer.encode("Hello there")) == "Hello there"
 
 
-# ---- foreign folders
-
-
-def write_json(path, content):
-    path.write_text(json.dumps(content), encoding="utf-8")
-
-
-def test_symbols_beyond_the_file_are_control_symbols_whoever_wrote_them(foreign, tmp_path):
-    """As fine-tuners add chat markers: in added_tokens.json (old), tokenizer_config.json,
-    tokenizer.json.
-    """
-    plain = Tokenizer.load(foreign)
-    start, end = (
-        {"id": 1001, "content": IM_START, "special": False},
-        {"id": 1000, "content": IM_END},
-    )
-    ways = {
-        "added_tokens.json": {IM_START: 1001, IM_END: 1000},
-        "tokenizer_config.json": {"added_tokens_decoder": {"1000": end, "1001": start}},
-        "tokenizer.json": {
-            "added_tokens": [{"id": 2, "content": "</s>", "special": True}, end, start]
-        },
-    }
-    for number, (name, content) in enumerate(ways.items()):
-        folder = tmp_path / str(number)
-        shutil.copytree(foreign, folder)
-        write_json(folder / name, content)
-        tokenizer = Tokenizer.load(folder)
-        assert (tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.vocab_size) == (
-            1000,
-            1001,
-            1002,
-        )
-        assert tokenizer.encode(f"a {IM_END} b") == plain.encode(f"a {IM_END} b")  # text stays text
-        assert tokenizer.decode([1000, *plain.encode("a")]) == "a"
-    config = {
-        "eos_token": {"__type": "AddedToken", "content": IM_END},
-        "bos_token": "<s>",
-        "pad_token": None,
-    }
-    write_json(folder / "tokenizer_config.json", config)
-    tokenizer = Tokenizer.load(folder)
+def test_symbols_that_a_folder_adds_are_control_symbols_with_their_roles(foreign, marked):
+    plain, tokenizer = Tokenizer.load(foreign), Tokenizer.load(marked)
+    assert (tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.vocab_size) == (1000, 1001, 1002)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 1000, 1000)
-    for role in ("bos", "eos"):  # what the folder names is not to be replaced by what the file has
-        write_json(folder / "tokenizer_config.json", {f"{role}_token": "lamp"})
-        with pytest.raises(
-            UserError, match=f"no control symbol is 'lamp', which .* names as {role}_token"
-        ):
-            Tokenizer.load(folder)
+    assert tokenizer.encode(f"a {IM_END} b") == plain.encode(f"a {IM_END} b")  # text stays text
+    assert tokenizer.decode([1000, *plain.encode("a")]) == "a"
+    for role in ("bos", "eos"):  # a symbol that is not there is not replaced by the model's own
+        write_json(marked / "tokenizer_config.json", {f"{role}_token": "lamp"})
+        with pytest.raises(UserError, match="no control symbol opens a text, or none ends it"):
+            Tokenizer.load(marked)
 
 
-def test_a_template_that_is_not_read_is_told_of(foreign, tok, tmp_path):
+def test_a_chat_template_that_is_not_read_is_mentioned(foreign, tok, tmp_path):
     """transformers writes it into tokenizer_config.json, since version 5 into a file of its own."""
-    tok.save(
-        tmp_path / "ours", 64
-    )  # which offers chatml, as a base model that was not trained in it
-    for number, name in enumerate(("tokenizer_config.json", "chat_template.jinja")):
-        shutil.copytree(foreign, tmp_path / str(number))
-        write_json(tmp_path / str(number) / name, {"chat_template": "{{ messages[0].content }}"})
-        told = Tokenizer.load(tmp_path / str(number)).without_template("x")
-        assert told.startswith(
-            "x has a chat template that is none of chatml, instruct, chat: each text"
-        )
+    tok.save(tmp_path / "ours", 64)  # offers chatml, as a base model that was not trained in it
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        shutil.copytree(foreign, tmp_path / name)
+        write_json(tmp_path / name / name, {"chat_template": "{{ messages[0].content }}"})
+        sentence = Tokenizer.load(tmp_path / name).without_template("x")
+        assert sentence.startswith("x has a chat template that is none of chatml, instruct, chat:")
     for folder in (foreign, tmp_path / "ours"):
         assert "has no chat template:" in Tokenizer.load(folder).without_template("x")
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@templates
 @pytest.mark.parametrize("size", [1002, 1024])
 def test_a_foreign_model_with_markers_and_padding_is_saved_for_transformers(
-    foreign, tmp_path, template, size
+    marked, tmp_path, template, size
 ):
-    folder = tmp_path / "foreign"
-    shutil.copytree(foreign, folder)
-    write_json(folder / "added_tokens.json", {IM_START: 1001, IM_END: 1000})
-    write_json(folder / "tokenizer_config.json", {"eos_token": IM_END})
-    tokenizer = Tokenizer.load(folder)
-    tokenizer.match(size, folder)
+    tokenizer = Tokenizer.load(marked)
+    tokenizer.match(size, marked)
     tokenizer.save(tmp_path / "saved", 512, template)
     back, other = Tokenizer.load(tmp_path / "saved"), hugging_face(tmp_path / "saved")
     assert (back.pieces, back.eos_id, back.vocab_size) == (tokenizer.pieces, 1000, size)
     assert len(other) == size
-    # no line break: this vocabulary joins them to what stands before
-    messages = [
-        {"role": "user", "content": "Why so"},
-        {"role": "assistant", "content": "It is so"},
-    ] * 2
-    assert (
-        other.apply_chat_template(messages, return_dict=False)
-        == render(back, messages, template)[0]
-    )
-    with pytest.raises(UserError, match=f"the model has {size + 1} tokens, its tokenizer {size}"):
-        back.match(size + 1, "folder")  # ours, and so all there is
-    with pytest.raises(UserError, match="do not belong together"):
-        Tokenizer.load(folder).match(1001, "folder")
+    ids = render(back, PLAIN_TALK, template)[0]
+    assert other.apply_chat_template(PLAIN_TALK, return_dict=False) == ids
+    with pytest.raises(
+        UserError, match=f"has {size - 1} tokens, its tokenizer {size}; they do not"
+    ):
+        back.match(size - 1, "folder")
 
 
-def test_a_word_that_a_folder_adds_and_nonsense_are_refused(foreign, tmp_path):
-    shutil.copytree(foreign, tmp_path / "foreign")
-    path = tmp_path / "foreign" / "tokenizer.json"
-    write_json(path, {"added_tokens": [{"id": 1000, "content": "lamp", "special": False}]})
-    with pytest.raises(UserError, match=r"adds the word 'lamp'.*pip install tokenizers"):
-        Tokenizer.load(path.parent)
-    wrong = {"id": "x"}, {"id": 10**9}, {"content": 5}, {"content": 5, "special": False}
-    for nonsense in ([1], {"a": 1}, *([{"id": 1000, "content": "<a>"} | one] for one in wrong)):
-        write_json(path, {"added_tokens": nonsense})
-        with pytest.raises(UserError, match="no list of symbols and ids"):
-            Tokenizer.load(path.parent)
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ({"1000": {"content": "lamp", "special": False}}, "adds the word 'lamp'.*move this file"),
+        ([1], "must hold symbols"),
+        ({"1000": "<a>"}, "must hold symbols"),
+        ({"x": {"content": "<a>"}}, "must hold symbols"),
+        ({str(10**9): {"content": "<a>"}}, "must hold symbols"),
+        ({"1000": {"content": 5}}, "must hold symbols"),
+    ],
+)
+def test_a_word_that_a_folder_adds_and_nonsense_are_refused(foreign, tmp_path, added, message):
+    folder = shutil.copytree(foreign, tmp_path / "foreign")
+    write_json(folder / "tokenizer_config.json", {"added_tokens_decoder": added})
+    with pytest.raises(UserError, match=message):
+        Tokenizer.load(folder)
 
 
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory):
-    """A folder as SmolLM's or Llama 3's: byte-level BPE in tokenizer.json, and no tokenizer.model."""
+    """A folder as SmolLM's or Llama 3's: byte-level BPE in tokenizer.json, no tokenizer.model."""
     transformers, library = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
     bpe = library.Tokenizer(library.models.BPE())
     bpe.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = library.decoders.ByteLevel()
-    alphabet = library.pre_tokenizers.ByteLevel.alphabet()
-    specials = ["<|endoftext|>", IM_START, IM_END]
     trainer = library.trainers.BpeTrainer(
-        vocab_size=900, initial_alphabet=alphabet, special_tokens=specials, show_progress=False
+        vocab_size=900,
+        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>", IM_START, IM_END],
+        show_progress=False,
     )
     bpe.train_from_iterator(topics.values(), trainer)
     roles = {"bos_token": IM_START, "eos_token": IM_END, "unk_token": "<|endoftext|>"}
@@ -851,34 +717,39 @@ def byte_level(tmp_path_factory):
     return folder
 
 
+def resaved(folder, tokenizer):
+    """Saves a tokenizer and lets transformers save it again: tokenizer.model is then gone."""
+    tokenizer.save(folder / "ours", 512, "instruct")
+    hugging_face(folder / "ours").save_pretrained(folder / "again")
+    assert not (folder / "again" / "tokenizer.model").exists()
+    return folder / "again"
+
+
 def test_a_tokenizer_json_alone_gives_the_ids_of_transformers(byte_level, tok, tmp_path):
-    tok.save(tmp_path / "ours", 512, "chatml")
-    again = hugging_face(tmp_path / "ours")
-    again.save_pretrained(tmp_path / "again")  # what is left of ours after a training elsewhere
-    assert not (tmp_path / "again" / "tokenizer.model").exists()
-    texts = [
-        *topics["assert"].splitlines(),
-        "caf\u00e9 \U0001f600",
-        "",
-        "  a\t\n",
-        f"a {IM_START} b",
-    ]
-    for folder in (byte_level, tmp_path / "again"):
+    texts = [*topics["assert"].splitlines(), "caf\u00e9 \U0001f600", "", "  a\t\n"]
+    for folder in (byte_level, resaved(tmp_path, tok)):
         tokenizer, other = Tokenizer.load(folder), hugging_face(folder)
-        plain = [other(text, add_special_tokens=False)["input_ids"] for text in texts[:-1]]
-        assert tokenizer.encode_batch(texts)[:-1] == plain
-        assert tokenizer.im_start_id not in tokenizer.encode(texts[-1])
-        for text, ids in zip(texts, tokenizer.encode_batch(texts)):
-            stream = tokenizer.stream()
-            assert (
-                tokenizer.decode(ids) == "".join([*map(stream.push, ids), stream.flush()]) == text
-            )
-    assert (tokenizer.template, tokenizer.pieces) == ("chatml", tok.pieces)
+        assert tokenizer.encode_batch(texts) == [
+            other(text, add_special_tokens=False)["input_ids"] for text in texts
+        ]
+        assert tokenizer.im_start_id not in tokenizer.encode(f"a {IM_START} b")
+        for text in [*texts, f"a {IM_START} b"]:
+            ids = tokenizer.encode(text)
+            assert tokenizer.decode(ids) == streamed(tokenizer, ids) == text
+    assert (tokenizer.template, tokenizer.pieces) == ("instruct", tok.pieces)
     with pytest.raises(UserError, match="lone surrogate"):
         tokenizer.encode("\ud800")
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_tokenizer_json_with_a_prefix_renders_as_its_tokenizer_model(foreign, tmp_path):
+    """Text that follows text gets no space before it, whichever file is read."""
+    model = Tokenizer.load(foreign)
+    other = Tokenizer.load(resaved(tmp_path, model))
+    assert other.dummy_prefix
+    assert render(other, PLAIN_TALK, "instruct") == render(model, PLAIN_TALK, "instruct")
+
+
+@templates
 def test_a_tokenizer_json_is_saved_with_a_template(byte_level, tmp_path, template):
     tokenizer = Tokenizer.load(byte_level)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id) == (1, 2, 2, 0)
@@ -886,26 +757,15 @@ def test_a_tokenizer_json_is_saved_with_a_template(byte_level, tmp_path, templat
     tokenizer.save(tmp_path, 512, template)
     back, other = Tokenizer.load(tmp_path), hugging_face(tmp_path)
     assert (back.template, back.vocab_size, len(other)) == (template, 960, 960)
-    messages = [
-        {"role": "user", "content": "Why so"},
-        {"role": "assistant", "content": "It is so"},
-    ] * 2
-    assert (
-        other.apply_chat_template(messages, return_dict=False)
-        == render(back, messages, template)[0]
-    )
+    ids = render(back, PLAIN_TALK, template)[0]
+    assert other.apply_chat_template(PLAIN_TALK, return_dict=False) == ids
 
 
-def test_what_reads_no_tokenizer_json_is_one_line(byte_level, tmp_path, monkeypatch):
-    for name, content in (("words", {"type": "WordLevel"}), ("none", None)):
-        (tmp_path / name).mkdir()
-        write_json(tmp_path / name / "tokenizer.json", {"model": content, "decoder": None})
-        with pytest.raises(
-            UserError, match="not a tokenizer.json of byte-level or SentencePiece BPE"
-        ):
-            Tokenizer.load(tmp_path / name)
+def test_a_tokenizer_json_that_is_not_read_is_one_line(byte_level, tmp_path, monkeypatch):
+    for content in ({"type": "WordLevel"}, None):
+        write_json(tmp_path / "tokenizer.json", {"model": content, "decoder": None})
+        with pytest.raises(UserError, match="byte-level or SentencePiece BPE"):
+            Tokenizer.load(tmp_path)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(
-        UserError, match=r"tokenizer\.json: takes the tokenizers package: pip install tokenizers"
-    ):
+    with pytest.raises(UserError, match=r"tokenizer\.json: needs .*pip install tokenizers"):
         Tokenizer.load(byte_level)

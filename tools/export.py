@@ -20,7 +20,8 @@ import torch
 from safetensors import SafetensorError
 
 from lib.config import UserError, run
-from lib.tokenizer import TEMPLATES, Tokenizer, jinja, stop_ids
+from lib.tokenizer import TEMPLATES, Tokenizer, stop_ids
+from lib.tokenizer_json import jinja
 from model import Llama, load_model, model_folder, open_model_folder, save_model
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
