@@ -1,4 +1,4 @@
-"""clean.py: what is repaired, masked and dropped, and what must stay; ftfy itself is the oracle of repair."""
+"""clean.py: what is repaired, masked, dropped, and what must stay; ftfy is the oracle of repair."""
 
 import json
 import sys
@@ -9,20 +9,29 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from corpus import clean as room
-from corpus.clean import QUALITY, CleanConfig, clean, english_score, fix_encoding, luhn, reject
+from corpus.clean import (
+    QUALITY,
+    CleanConfig,
+    clean,
+    english_score,
+    fix_encoding,
+    language_identifier,
+    luhn,
+    reject,
+)
 from lib.config import UserError, configure
 from tests import SHARED
 
 CFG = CleanConfig()
 KEEP = CleanConfig(remove_urls=False, code="keep", mask_private=False)
 PROSE = (
-    "The lamp on the sill had burned all night, and when the keeper came down in the morning he found that "
-    "the oil was gone. There was no letter from the town, so he went out to look at the sea instead."
+    "The lamp on the sill had burned all night, and when the keeper came down in the morning he "
+    "found that the oil was gone. There was no letter from the town, so he went out to look at the "
+    "sea instead."
 )
 
 
-# --- Cleaning -----------------------------------------------------------------------------------------------
+# --- Cleaning -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -114,101 +123,76 @@ def test_code_goes_as_far_as_asked(dirty, remove, blocks):
     assert clean(dirty, replace(CFG, code="keep")) == dirty
 
 
-MASKED = [
-    ("write to jane.doe+list@mail.example.co.uk.", "write to [EMAIL]."),
-    ("<a_b@c-d.org>, x@y.io", "<[EMAIL]>, [EMAIL]"),
-    ("mailto:me@example.com", "mailto:[EMAIL]"),
-    ("JANE@EXAMPLE.COM", "[EMAIL]"),
-    ("from 192.168.0.1 to 8.8.8.8.", "from [IP] to [IP]."),
-    ("10.0.0.1:8080 and 10.0.0.0/8", "[IP]:8080 and [IP]/8"),
-    ("10.0.0.1-10.0.0.9", "[IP]-[IP]"),
-    ("host=172.16.254.1", "host=[IP]"),
-    ("the address is 2001:0db8:85a3:0000:0000:8a2e:0370:7334", "the address is [IP]"),
-    ("fe80::1ff:fe23:4567:890a, 2001:db8::1", "[IP], [IP]"),
-    ("4111 1111 1111 1111", "[CARD]"),
-    ("4111-1111-1111-1111.", "[CARD]."),
-    ("5500005555555559", "[CARD]"),
-    ("card 378282246310005, 3782 822463 10005", "card [CARD], [CARD]"),
-    ("6011000990139424", "[CARD]"),
-    ("2223003122003222", "[CARD]"),
-    ("4222222222222", "[CARD]"),
-    ("+1 (555) 123-4567", "[PHONE]"),
-    ("+1-555-123-4567, +15551234567", "[PHONE], [PHONE]"),
-    ("+44 20 7946 0958", "[PHONE]"),
-    ("+44 (0)20 7946 0958", "[PHONE]"),
-    ("+49 30 901820, +49.30.901820", "[PHONE], [PHONE]"),
-    ("+33 1 42 68 53 00", "[PHONE]"),
-    ("+91 98765 43210", "[PHONE]"),
-    ("(555) 123-4567 or 555-123-4567", "[PHONE] or [PHONE]"),
-    ("555.123.4567", "[PHONE]"),
-    ("123-456-7890", "[PHONE]"),
-    ("1-800-555-0199", "[PHONE]"),
-    ("020 7946 0958", "[PHONE]"),
-    ("07700 900123", "[PHONE]"),
-    ("030/12345678, 0171-1234567", "[PHONE], [PHONE]"),
-    ("01 42 68 53 00", "[PHONE]"),
-    ("0412 345 678", "[PHONE]"),
-    ("0044 20 7946 0958", "[PHONE]"),
-    ("Phone: 5551234567, fax no. 123 4567", "Phone: [PHONE], fax no. [PHONE]"),
-    ("Call us at 555-1234!", "Call us at [PHONE]!"),
-    ("tel:612 345 678", "tel:[PHONE]"),
-    ("In 1999 555-123-4567 rang", "In 1999 [PHONE] rang"),
-    ("key AKIAIOSFODNN7EXAMPLE", "key [KEY]"),
-    ("sk-proj-abcdefghij1234567890ABCDEF", "[KEY]"),
-    ("sk-ant-api03-AbCdEfGhIjKlMnOpQrSt_uv", "[KEY]"),
+MASKED = """
+write to jane.doe+list@mail.example.co.uk.  ->  write to [EMAIL].
+<a_b@c-d.org>, x@y.io  ->  <[EMAIL]>, [EMAIL]
+mailto:me@example.com  ->  mailto:[EMAIL]
+JANE@EXAMPLE.COM  ->  [EMAIL]
+from 192.168.0.1 to 8.8.8.8.  ->  from [IP] to [IP].
+10.0.0.1:8080 and 10.0.0.0/8  ->  [IP]:8080 and [IP]/8
+10.0.0.1-10.0.0.9  ->  [IP]-[IP]
+host=172.16.254.1  ->  host=[IP]
+the address is 2001:0db8:85a3:0000:0000:8a2e:0370:7334  ->  the address is [IP]
+fe80::1ff:fe23:4567:890a, 2001:db8::1  ->  [IP], [IP]
+4111 1111 1111 1111  ->  [CARD]
+4111-1111-1111-1111.  ->  [CARD].
+5500005555555559  ->  [CARD]
+card 378282246310005, 3782 822463 10005  ->  card [CARD], [CARD]
+6011000990139424  ->  [CARD]
+2223003122003222  ->  [CARD]
+4222222222222  ->  [CARD]
++1 (555) 123-4567  ->  [PHONE]
++1-555-123-4567, +15551234567  ->  [PHONE], [PHONE]
++44 20 7946 0958  ->  [PHONE]
++44 (0)20 7946 0958  ->  [PHONE]
++49 30 901820, +49.30.901820  ->  [PHONE], [PHONE]
++33 1 42 68 53 00  ->  [PHONE]
++91 98765 43210  ->  [PHONE]
+(555) 123-4567 or 555-123-4567  ->  [PHONE] or [PHONE]
+555.123.4567  ->  [PHONE]
+123-456-7890  ->  [PHONE]
+1-800-555-0199  ->  [PHONE]
+020 7946 0958  ->  [PHONE]
+07700 900123  ->  [PHONE]
+030/12345678, 0171-1234567  ->  [PHONE], [PHONE]
+01 42 68 53 00  ->  [PHONE]
+0412 345 678  ->  [PHONE]
+0044 20 7946 0958  ->  [PHONE]
+Phone: 5551234567, fax no. 123 4567  ->  Phone: [PHONE], fax no. [PHONE]
+Call us at 555-1234!  ->  Call us at [PHONE]!
+tel:612 345 678  ->  tel:[PHONE]
+In 1999 555-123-4567 rang  ->  In 1999 [PHONE] rang
+key AKIAIOSFODNN7EXAMPLE  ->  key [KEY]
+sk-proj-abcdefghij1234567890ABCDEF  ->  [KEY]
+sk-ant-api03-AbCdEfGhIjKlMnOpQrSt_uv  ->  [KEY]
+eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.dozjgNryP4J3jVmN  ->  [KEY]
+"""
+MASKED = [tuple(line.split("  ->  ")) for line in MASKED.strip().splitlines()]
+MASKED += [
     ("token=ghp_" + "aB3d" * 9, "token=[KEY]"),
     ("github_pat_" + "11ABCDEFG0" * 3, "[KEY]"),
-    ("xoxb-123456789012-abcdefghijkl", "[KEY]"),
+    ("xoxb-123456789012-" + "abcdefghijkl", "[KEY]"),
     ("AIza" + "SyD4x_9-8" * 3 + "AbCdEfGh", "[KEY]"),
-    ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.dozjgNryP4J3jVmN", "[KEY]"),
-    (
-        "-----BEGIN RSA PRIVATE KEY-----\nMIIE\nabc=\n-----END RSA PRIVATE KEY-----\nend",
-        "[KEY]\nend",
-    ),
-    (
-        "-----BEGIN PRIVATE KEY-----\n" + "A" * 64 + "\n" + "B" * 64 + "\n\nProse.",
-        "[KEY]\n\nProse.",
-    ),
+    ("-----BEGIN RSA PRIVATE KEY-----\nMIIE\na=\n-----END RSA PRIVATE KEY-----\nend", "[KEY]\nend"),
+    (f"-----BEGIN PRIVATE KEY-----\n{'A' * 64}\n{'B' * 64}\n\nProse.", "[KEY]\n\nProse."),
 ]
-STAYS = [
-    "@property and @dataclass",
-    "git@github.com:owner/name.git",
-    "C = A @ B.T",
-    "icon@2x.png",
-    "me@localhost, a@b",
-    "in version 1.2.3.4 of it",
-    "v1.2.3.4, ver. 1.2.3.4, release 10.0.0.1",
-    "numpy==1.2.3.4, >= 1.2.3.4, ~=1.2.3.4",
-    "chrome/79.0.3945.88, 300.1.1.1, 1.2.3.4.5",
-    "linux-5.10.0.1-amd64",
-    "section 4.1.2.4, kernel 2.6.18.6",
-    "127.0.0.1 and 0.0.0.0 and 255.255.255.0",
-    "at 12:30:45, std::vector, a::b, ::1, ::",
-    "x[1000::2] and 00:1A:2B:3C:4D:5E",
-    "4111 1111 1111 1112",  # the check digit is wrong
-    "1234567890123456",
-    "0.4111111111111111",
-    "1690000000000 ms",
-    "ISBN 978-0-306-40615-7, ISBN 0-306-40615-2, 9780306406157",
-    "ISSN 0317-8471",
-    "1999-2004, 1914-1918",
-    "2003-01-02, 02/01/2003, 2024-01-15T10:30:00",
-    "3.14159265358979, +3.14159265",
-    "+1.5 -2.25 +10000000",
-    "+1 2 3 4 5 6 7 8 9",
-    "1,000,000 and 1 000 000 000",
-    "0000010 0123 4567 0123 4567",
-    "pages 123-1456",
-    "12345 or 5551234",
-    "call 100 times",
-    "rates of 100 200 3000",
-    "RFC 2822, PEP 484, bug #1234567",
-    "123-45-678",
-    "sk-learn and task-oriented-dialogue-of-many-words",
-    "sk-estimator-toggleable-label-arrow",
-    "ghp_short, AKIA, AIza, eyJhbGci",
-    "-----BEGIN CERTIFICATE-----",
-]
+# what only looks private, between bars
+STAYS = """
+@property and @dataclass | git@github.com:owner/name.git | C = A @ B.T | icon@2x.png
+me@localhost, a@b | in version 1.2.3.4 of it | v1.2.3.4, ver. 1.2.3.4, release 10.0.0.1
+numpy==1.2.3.4, >= 1.2.3.4, ~=1.2.3.4 | chrome/79.0.3945.88, 300.1.1.1, 1.2.3.4.5
+linux-5.10.0.1-amd64 | section 4.1.2.4, kernel 2.6.18.6 | 127.0.0.1 and 0.0.0.0 and 255.255.255.0
+at 12:30:45, std::vector, a::b, ::1, :: | x[1000::2] and 00:1A:2B:3C:4D:5E | 4111 1111 1111 1112
+1234567890123456 | 0.4111111111111111 | 1690000000000 ms
+ISBN 978-0-306-40615-7, ISBN 0-306-40615-2, 9780306406157 | ISSN 0317-8471 | 1999-2004, 1914-1918
+2003-01-02, 02/01/2003, 2024-01-15T10:30:00 | 3.14159265358979, +3.14159265 | +1.5 -2.25 +10000000
++1 2 3 4 5 6 7 8 9 | 1,000,000 and 1 000 000 000 | 0000010 0123 4567 0123 4567 | pages 123-1456
+12345 or 5551234 | call 100 times | rates of 100 200 3000 | RFC 2822, PEP 484, bug #1234567
+123-45-678 | sk-learn and task-oriented-dialogue-of-many-words
+sk-estimator-toggleable-label-arrow | ghp_short, AKIA, AIza, eyJhbGci
+-----BEGIN CERTIFICATE-----
+"""
+STAYS = [text for line in STAYS.strip().splitlines() for text in line.split(" | ")]
 
 
 @pytest.mark.parametrize(("text", "expected"), MASKED)
@@ -244,7 +228,7 @@ def test_a_section_number_is_no_address():
 
 
 def test_luhn_is_the_check_of_iso_7812():
-    """By the standard's words: double every second digit from the right, add the digits of the products."""
+    """The standard: double every second digit from the right, add the digits of the products."""
     for number in range(10_000):
         total = 0
         for place, digit in enumerate(reversed(str(number))):
@@ -252,60 +236,35 @@ def test_luhn_is_the_check_of_iso_7812():
         assert luhn(str(number)) == (total % 10 == 0)
 
 
+# fmt: off
 PIECES = [
-    "http://a.b/c",
-    "(",
-    ")",
-    "[",
-    "](",
-    " ",
-    "\n",
-    "`",
-    "```",
-    "```py\n",
-    "~~~\n",
-    "a@b.co",
-    "@",
-    "x",
-    ".",
-    ",",
-    "- ",
+    "http://a.b/c", "(", ")", "[", "](", " ", "\n", "`", "```", "```py\n", "~~~\n", "a@b.co", "@",
+    "x", ".", ",", "- ", "1.2.3.4", "+1 555 123 4567", "4111111111111111", "sk-" + "a1" * 12,
+    "&amp;", "amp;", "lt;", "<", "\b", "\x1b[1m", "\u200b", "\u200d", "\u00e2\u20ac\u201c", "\u201c",
+    "\u00e9", "caf\u00c3\u00a9", "\t", "\r", "\0", "www.", "://", '"', "0", "::", "ab:",
 ]
-PIECES += [
-    "1.2.3.4",
-    "+1 555 123 4567",
-    "4111111111111111",
-    "sk-" + "a1" * 12,
-    "&amp;",
-    "amp;",
-    "lt;",
-    "<",
-    "\b",
-    "\x1b[1m",
+MOJIBAKE = [
+    "&amp;", "<b>", "\n", "plain", "caf\u00c3\u00a9", "&", "\x1b[1m", "\u2026", "\u201d", "\u2019",
+    "\u00e9", "\u00c2 ", "\u0153", "\u20ac", "\u00a0", "\u00ad", "\u200b", "\u2764\ufe0f",
+    "\U0001f600", "\u00e0", "\u00c3", "\u00a3", "\u00d7", "\u00b2", "\u0416", "\u0422\u0435",
+    "\u03b2", "\u65e5\u672c", "\u2014", " ", "\u00bb", "\u00bd", "A",
 ]
-PIECES += [
-    "\u200b",
-    "\u200d",
-    "\u00e2\u20ac\u201c",
-    "\u201c",
-    "\u00e9",
-    "caf\u00c3\u00a9",
-    "\t",
-    "\r",
-    "\0",
-    "www.",
-    "://",
-    '"',
-    "0",
-    "::",
-    "ab:",
+UNITS = [
+    "a", "<", " ", "http", "http://", "1", "1-", "1 ", "1.", "\n", "a@", "@", "a.", "&", "&amp;",
+    "amp;", "#38;", "\b", " \n", ".", "\u200b", "= ", "`", "``` ", "```\n", "```x\n", "`a",
+    "~~~\n\n", "\\", "(", "[", "[a](", "http://a)(", "-", "-----BEGIN PRIVATE KEY-----",
+    "eyJaaaaaaaa.", "-eyJaaaaaaaaa", "sk-", "12 ", "1234 ", "1234-", "+1 ", "+", "0123 ", "::", "a:", "tel ",
+    "\x1b", "\x1b[", "\x1b]", "\0", "\t", "\u00e9", "\u00c3", "\u00e2\u20ac", "\u65e5", "\u0416",
+    "\U0001f600", "\u0301", "\u201c", "http://a.b ", "(http://a.b) ", "`a` ", "- \n", "</a", "#",
 ]
+# fmt: on
 
 
-@given(
-    st.lists(st.sampled_from(PIECES), max_size=14).map("".join)
-    | st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
-)
+def pieced(strings, size):
+    return st.lists(st.sampled_from(strings), max_size=size).map("".join)
+
+
+@given(pieced(PIECES, 14) | st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
 @settings(max_examples=500, deadline=None)
 @example("[[a](http://b.c)](http://d.e)")
 @example("&amp;amp;amp;lt;")
@@ -318,133 +277,16 @@ def test_cleaning_twice_is_cleaning_once(text):
 
 @given(
     st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r"), max_size=200)
-    | st.lists(
-        st.sampled_from(
-            [
-                "&amp;",
-                "<b>",
-                "\n",
-                "plain",
-                "caf\u00c3\u00a9",
-                "&",
-                "\x1b[1m",
-                "\u2026",
-                "\u201d",
-                "\u2019",
-                "\u00e9",
-                "\u00c2 ",
-                "\u0153",
-            ]
-            + [
-                "\u20ac",
-                "\u00a0",
-                "\u00ad",
-                "\u200b",
-                "\u2764\ufe0f",
-                "\U0001f600",
-                "\u00e0",
-                "\u00c3",
-                "\u00a3",
-                "\u00d7",
-                "\u00b2",
-                "\u0416",
-                "\u0422\u0435",
-                "\u03b2",
-                "\u65e5\u672c",
-                "\u2014",
-                " ",
-                "\u00bb",
-                "\u00bd",
-                "A",
-            ]
-        ),
-        max_size=12,
-    ).map("".join)
+    | pieced(MOJIBAKE, 12)
 )
 @settings(max_examples=500, deadline=None)
 def test_the_fast_path_gives_what_ftfy_gives(text):
     assert fix_encoding(text) == ftfy.fix_text(text)
 
 
-UNITS = [
-    "a",
-    "<",
-    " ",
-    "http",
-    "http://",
-    "1",
-    "1-",
-    "1 ",
-    "1.",
-    "\n",
-    "a@",
-    "@",
-    "a.",
-    "&",
-    "&amp;",
-    "amp;",
-    "#38;",
-    "\b",
-    " \n",
-    ".",
-]
-UNITS += [
-    "\u200b",
-    "= ",
-    "`",
-    "``` ",
-    "```\n",
-    "```x\n",
-    "`a",
-    "~~~\n\n",
-    "\\",
-    "(",
-    "[",
-    "[a](",
-    "http://a)(",
-    "-",
-    "-----BEGIN PRIVATE KEY-----",
-]
-UNITS += [
-    "eyJaaaaaaaa.",
-    "-eyJaaaaaaaaa",
-    "sk-",
-    "12 ",
-    "1234 ",
-    "1234-",
-    "+1 ",
-    "+",
-    "0123 ",
-    "::",
-    "a:",
-    "tel ",
-    "\x1b",
-    "\x1b[",
-    "\x1b]",
-    "\0",
-    "\t",
-]
-UNITS += [
-    "\u00e9",
-    "\u00c3",
-    "\u00e2\u20ac",
-    "\u65e5",
-    "\u0416",
-    "\U0001f600",
-    "\u0301",
-    "\u201c",
-    "http://a.b ",
-    "(http://a.b) ",
-    "`a` ",
-    "- \n",
-    "</a",
-    "#",
-]
-
-
 @pytest.mark.parametrize("unit", UNITS)
 def test_a_megabyte_of_anything_passes(unit):
-    """Not timed here: a quadratic step would take minutes, and the run's time limit is the alarm."""
+    """Not timed: a quadratic step would take minutes, and the run's time limit is the alarm."""
     cleaned = clean(("&" if ";" in unit else "") + unit * (1_000_000 // len(unit)), CFG)
     reject(cleaned, replace(CFG, max_length=10**7))
 
@@ -453,18 +295,18 @@ def test_brackets_as_deep_as_the_text_is_long_pass():
     assert len(clean("(" * 400_000 + "http://a.b" + ")" * 400_000, CFG)) < 800_000
 
 
-# --- Filters ------------------------------------------------------------------------------------------------
+# --- Filters --------------------------------------------------------------------------------------
 
 
 LANGUAGES = {
     "de": "Der alte Mann ging mit dem Hund durch den Wald und kam erst am Abend wieder nach Hause.",
-    "fr": "La lampe avait brûlé toute la nuit, et quand le gardien descendit il n'y avait plus d'huile.",
+    "fr": "La lampe avait brûlé toute la nuit, et quand le gardien vint il n'y avait plus d'huile.",
     "es": "No había ninguna carta del pueblo, así que salió a mirar el mar en lugar de esperar.",
-    "nl": "De lamp had de hele nacht gebrand en toen hij naar beneden kwam was er geen olie meer in huis.",
-    "pl": "Nie było żadnego listu z miasta, więc wyszedł popatrzeć na morze, jak to robił co dzień.",
+    "nl": "De lamp had de hele nacht gebrand en toen hij kwam was er geen olie meer in huis.",
+    "pl": "Nie było żadnego listu z miasta, więc wyszedł popatrzeć na morze, jak robił co dzień.",
     "ru": "Лампа горела всю ночь, и письма из города не было.",
     "zh": "灯烧了一夜\uff0c早上看守人下楼时油已经没有了。" * 3,
-    "sw": "Taa iliwaka usiku kucha, na mlinzi alipokuja asubuhi aliona kwamba mafuta yamekwisha kabisa.",
+    "sw": "Taa iliwaka usiku kucha, na mlinzi alipokuja aliona kwamba mafuta yamekwisha kabisa.",
 }
 CODE = """def count(words):
     # How often each word stands in the list, the most frequent one first.
@@ -514,7 +356,7 @@ def test_mistakes_in_the_settings_are_one_line(monkeypatch):
         configure(CleanConfig, ["--language=de"])
     monkeypatch.setitem(sys.modules, "py3langid", None)
     monkeypatch.setitem(sys.modules, "py3langid.langid", None)
-    room.language_identifier.cache_clear()
+    language_identifier.cache_clear()
     with pytest.raises(UserError, match="pip install -U py3langid"):
         reject(PROSE, replace(CFG, language_detector="py3langid"))
 
@@ -553,7 +395,7 @@ def test_each_rule_of_quality_acts_and_can_be_switched_off(rule):
     assert reject(PROSE, replace(CFG, quality_off=others)) is None
 
 
-# --- Real text ----------------------------------------------------------------------------------------------
+# --- Real text ------------------------------------------------------------------------------------
 
 
 def shared(path):
@@ -633,9 +475,9 @@ def test_dirty_files_end_as_their_manifest_says(name, reasons):
     "name", ["cr_only", "utf8_bom", "overstrike_man", "ansi_escapes", "zero_width_bidi"]
 )
 def test_damage_around_the_letters_leaves_the_same_text(name):
-    opening = "PRESIDENT HARRY S. TRUMAN'S ADDRESS BEFORE A JOINT SESSION OF THE CONGRESS\n\nApril 16, 1945\n\n"
+    opening = "PRESIDENT HARRY S. TRUMAN'S ADDRESS BEFORE A JOINT SESSION OF THE CONGRESS\n\n"
     text = "".join(pieces(f"{name}.txt", 10**6))
-    assert text.startswith(opening + "Mr. Speaker, Mr. President, Members of the Congress:")
+    assert text.startswith(f"{opening}April 16, 1945\n\nMr. Speaker, Mr. President, Members of")
     assert "\u200b" not in text
     assert "[1;31m" not in text
 
