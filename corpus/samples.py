@@ -84,81 +84,18 @@ def number(value):
     return Answer(str(value), {"kind": "number", "answer": str(value)}, near)
 
 
-# ---- words
+# ---- words, the forms of questions, the phrases of rejected answers
 
-WORDS = """
-    apple bread bird boat book box bridge bus cake cat chair clock cloud coat corn cow cup dog
-    door dress drum duck egg farm fire fish flag floor flower fork frog fruit game garden gift
-    girl glass goat gold grass hand hat hill horse house ice jam key king kite lake lamp leaf
-    lemon letter lion map milk mirror money moon mouse music nest night nose ocean orange paper
-    pen piano pig pilot plant plate pond queen rabbit rain ring river road rock roof rope rose
-    salt sand school sea seed sheep ship shirt shoe silver snow soap sock song soup spoon star
-    stone storm street sugar summer sun table tea tent tiger tooth tower town train tree truck
-    village wall watch water whale wheel wind window winter wolf wood"""
-OPPOSITES = """
-    hot cold, big small, up down, left right, fast slow, day night, open closed, full empty, wet
-    dry, light dark, happy sad, old young, rich poor, long short, hard soft, loud quiet, early
-    late, strong weak, clean dirty, high low, near far, thick thin, wide narrow, true false,
-    first last, inside outside, above below, before after, always never, cheap expensive, safe
-    dangerous, heavy light, sweet sour, begin end, buy sell, push pull, win lose, give take, love
-    hate, laugh cry, arrive leave, remember forget, alive dead, brave afraid, easy difficult,
-    deep shallow, new old, good bad"""
-PLURALS = """
-    cat cats, dog dogs, book books, tree trees, bus buses, box boxes, dish dishes, church
-    churches, glass glasses, baby babies, city cities, story stories, lady ladies, boy boys, key
-    keys, leaf leaves, wolf wolves, knife knives, wife wives, shelf shelves, man men, woman
-    women, child children, foot feet, tooth teeth, goose geese, mouse mice, ox oxen, person
-    people, potato potatoes, tomato tomatoes, hero heroes, sheep sheep, fish fish, day days,
-    party parties, watch watches, fox foxes, half halves, life lives, toy toys, berry berries,
-    bench benches, kiss kisses"""
-PAST = """
-    go went, see saw, eat ate, run ran, come came, give gave, take took, make made, buy bought,
-    think thought, bring brought, write wrote, read read, sing sang, swim swam, drink drank,
-    drive drove, fly flew, grow grew, know knew, speak spoke, break broke, sleep slept, keep
-    kept, feel felt, leave left, lose lost, meet met, find found, tell told, sell sold, stand
-    stood, win won, walk walked, play played, jump jumped, ask asked, open opened, carry carried,
-    stop stopped"""
-CATEGORIES = {
-    "an animal": "dog cat horse cow sheep goat lion tiger wolf fox mouse rabbit frog whale duck "
-    "eagle",
-    "a plant": "lily oak grass tulip cactus fern daisy moss ivy clover pine bamboo",
-    "a colour": "red blue green yellow black white brown grey pink purple",
-    "a food": "bread cheese soup rice butter cake pasta honey jam toast",
-    "a vehicle": "car bus truck train bicycle boat tram taxi",
-    "a tool": "hammer saw drill spade screwdriver rake axe",
-}
-FACTS = """
-    what colour is grass? green; what colour is snow? white; what colour is coal? black; what
-    colour is a ripe banana? yellow; what colour is the sky on a clear day? blue; what colour is
-    blood? red; what does a cow give us to drink? milk; what do bees make? honey; what do hens
-    lay? eggs; what is frozen water called? ice; what falls from clouds when it is warm? rain;
-    what do we call a young dog? puppy; what do we call a young cat? kitten; what do we call a
-    young sheep? lamb; what do we call a young cow? calf; which season comes after winter?
-    spring; which season comes after spring? summer; which season comes after summer? autumn;
-    which season comes after autumn? winter; which day comes after Monday? Tuesday; which day
-    comes after Tuesday? Wednesday; which day comes after Wednesday? Thursday; which day comes
-    after Thursday? Friday; which day comes after Friday? Saturday; which day comes after
-    Saturday? Sunday; which day comes after Sunday? Monday; which month comes after January?
-    February; which month comes after March? April; which month comes after May? June; which
-    month comes after July? August; which month comes after November? December; what do you use
-    to see? eyes; what do you use to hear? ears; what do you use to smell? nose; where do fish
-    live? water; what is the opposite of north? south; what is the opposite of east? west; what
-    shape has three sides? triangle; what star gives us light by day? sun; what shines in the
-    sky at night? moon; what do you wear on your feet? shoes; what do you wear on your head?
-    hat; what do you open a lock with? key; what animal barks? dog; what animal says meow? cat"""
+TABLES = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+WORDS = TABLES["words"]
 
 
-def word_pairs(text):
-    """Returns the pairs of words of a table as above."""
-    return [tuple(pair.split()) for pair in text.split(",")]
-
-
-# ---- kinds of tasks: generators of (values, Answer); TASKS has the forms of their questions
+# ---- kinds of tasks: generators of (values, Answer); TABLES["forms"] has their questions
 
 
 def word_task(answer_to, change=str):
     """Returns a generator of a task about change(w) for each w of WORDS."""
-    return lambda rng: (((change(w),), answer_to(w)) for w in WORDS.split())
+    return lambda rng: (((change(w),), answer_to(w)) for w in WORDS)
 
 
 def neighbours(rng):
@@ -177,7 +114,7 @@ def comparison(rng):
 
 
 def has_letter(rng):
-    for w in WORDS.split():
+    for w in WORDS:
         present = rng.choice(w)
         absent = rng.choice([letter for letter in "aeioustrln" if letter not in w])
         yield from (((present, w), word("Yes", "No")), ((absent, w), word("No", "Yes")))
@@ -186,7 +123,7 @@ def has_letter(rng):
 def word_order(rng):
     forms = "Put these words in alphabetical order", "Sort these words from A to Z"
     for _ in range(MOST):
-        words = rng.sample(WORDS.split(), 3)
+        words = rng.sample(WORDS, 3)
         right, last_first = sorted(words), sorted(words, reverse=True)
         answer = exact(*map(", ".join, (right, last_first, right[1:])))
         yield (rng.choice(forms), ", ".join(words)), answer
@@ -194,13 +131,13 @@ def word_order(rng):
 
 def repeated_words(rng):
     times = {2: "twice", 3: "three times", 4: "four times"}
-    for w, (count, name) in product(WORDS.split(), times.items()):
+    for w, (count, name) in product(WORDS, times.items()):
         answer = exact(" ".join([w] * count), " ".join([w] * (count + 1)), w)
         yield (rng.choice(("Say", "Write the word", "Repeat")), w, name), answer
 
 
 def opposites(rng):
-    pairs = word_pairs(OPPOSITES)
+    pairs = TABLES["opposites"]
     uses = Counter(chain.from_iterable(pairs))  # a word that stands twice has two opposites
     for given, opposite in chain(pairs, (pair[::-1] for pair in pairs)):
         if uses[given] == 1:
@@ -208,24 +145,22 @@ def opposites(rng):
 
 
 def plurals(rng):
-    return (((w,), word(many, w + "es", w + "s", w)) for w, many in word_pairs(PLURALS))
+    return (((w,), word(many, w + "es", w + "s", w)) for w, many in TABLES["plurals"])
 
 
 def past_tense(rng):
-    return (((verb,), word(past, verb + "ed", verb)) for verb, past in word_pairs(PAST))
+    return (((verb,), word(past, verb + "ed", verb)) for verb, past in TABLES["past_tense"])
 
 
 def categories(rng):
-    for right, names in CATEGORIES.items():
-        for name in names.split():
-            wrong = rng.choice([category for category in CATEGORIES if category != right])
+    for right, names in TABLES["categories"].items():
+        for name in names:
+            wrong = rng.choice([other for other in TABLES["categories"] if other != right])
             yield (name, *rng.sample((right, wrong), 2)), word(right, wrong)
 
 
 def facts(rng):
-    for fact in " ".join(FACTS.split()).split("; "):
-        question, _, answer = fact.rpartition(" ")
-        yield (question,), word(answer)
+    return (((question,), word(answer)) for question, answer in TABLES["facts"])
 
 
 def python_functions(rng):
@@ -237,110 +172,43 @@ def python_functions(rng):
         yield (name,), Answer(summary, check, wrong)
 
 
-# kind -> (the forms of its question, the generator of what to fill in); their order counts
-TASKS = {
-    "addition": (
-        "What is {} plus {}? | Add {} and {}. | {} + {} = ?",
-        lambda rng: (((a, b), number(a + b)) for a, b in product(range(13), repeat=2)),
+TASKS = {  # their order counts
+    "addition": lambda rng: (((a, b), number(a + b)) for a, b in product(range(13), repeat=2)),
+    "subtraction": lambda rng: (
+        ((a, b), number(a - b)) for a, b in product(range(19), repeat=2) if a >= b
     ),
-    "subtraction": (
-        "What is {} minus {}? | {} - {} = ? | Start with {} and take away {}. What is left?",
-        lambda rng: (((a, b), number(a - b)) for a, b in product(range(19), repeat=2) if a >= b),
+    "multiplication": lambda rng: (
+        ((a, b), number(a * b)) for a, b in product(range(11), repeat=2)
     ),
-    "multiplication": (
-        "What is {} times {}? | Multiply {} by {}. | {} x {} = ?",
-        lambda rng: (((a, b), number(a * b)) for a, b in product(range(11), repeat=2)),
-    ),
-    "neighbours": ("{} {}{}", neighbours),
-    "comparison": (
-        "Is {} greater than {}? Answer yes or no. | Yes or no: is {} more than {}?",
-        comparison,
-    ),
-    "length": (
-        "How many letters are in the word {}? | Count the letters of {}. | "
-        "How many letters does {} have?",
-        word_task(lambda w: number(len(w))),
-    ),
-    "capitals": (
-        "Write {} in capital letters. | Put the word {} in upper case. | Turn {} into capitals.",
-        word_task(lambda w: exact(w.upper(), w, w.title())),
-    ),
-    "small_letters": (
-        "Write {} in small letters. | Put the word {} in lower case. | Turn {} into small letters.",
-        word_task(lambda w: exact(w, w.upper(), w.title()), str.upper),
-    ),
-    "backwards": (
-        "Reverse the word {}. | Write {} backwards. | Spell {} from the end to the start.",
-        word_task(lambda w: exact(w[::-1], w, w[-1] + w[:-1])),
-    ),
-    "spelling": (
-        "Spell the word {}. | Write {} letter by letter. | Put a space between the letters of {}.",
-        word_task(lambda w: exact(" ".join(w), w, " ".join(w[:-1]))),
-    ),
-    "first_letter": (
-        "What is the first letter of {}? | With which letter does {} begin? | "
-        "Name the first letter of {}.",
-        word_task(lambda w: word(w[0], w[-1], w[1])),
-    ),
-    "last_letter": (
-        "What is the last letter of {}? | With which letter does {} end? | "
-        "Name the last letter of {}.",
-        word_task(lambda w: word(w[-1], w[0], w[-2])),
-    ),
-    "has_letter": (
-        "Is there a letter {} in the word {}? Answer yes or no. | Yes or no: is {} a letter of {}?",
-        has_letter,
-    ),
-    "sorting": ("{}: {}.", word_order),
-    "repetition": ("{} {} {}.", repeated_words),
-    "opposites": (
-        "What is the opposite of {}? | Give the opposite of the word {}. | "
-        "Which word is the opposite of {}?",
-        opposites,
-    ),
-    "plurals": (
-        "What is the plural of {}? | One {}, two what? | Give the plural of the word {}.",
-        plurals,
-    ),
-    "past_tense": (
-        "What is the past tense of {}? | Today I {}. What did I do yesterday? | "
-        "Give the past tense of {}.",
-        past_tense,
-    ),
-    "categories": (
-        "Does the word {} name {} or {}? | The word {}: is it {} or {}? | "
-        "Which one is {}: {} or {}?",
-        categories,
-    ),
-    "one_word": (
-        "Answer in one word: {} | In a single word, {} | One word only, please: {}",
-        facts,
-    ),
-    "python_functions": (
-        "What does {} do? | Explain {} in one sentence. | In Python, what is {} for?",
-        python_functions,
-    ),
+    "neighbours": neighbours,
+    "comparison": comparison,
+    "length": word_task(lambda w: number(len(w))),
+    "capitals": word_task(lambda w: exact(w.upper(), w, w.title())),
+    "small_letters": word_task(lambda w: exact(w, w.upper(), w.title()), str.upper),
+    "backwards": word_task(lambda w: exact(w[::-1], w, w[-1] + w[:-1])),
+    "spelling": word_task(lambda w: exact(" ".join(w), w, " ".join(w[:-1]))),
+    "first_letter": word_task(lambda w: word(w[0], w[-1], w[1])),
+    "last_letter": word_task(lambda w: word(w[-1], w[0], w[-2])),
+    "has_letter": has_letter,
+    "sorting": word_order,
+    "repetition": repeated_words,
+    "opposites": opposites,
+    "plurals": plurals,
+    "past_tense": past_tense,
+    "categories": categories,
+    "one_word": facts,
+    "python_functions": python_functions,
 }
 
 
 def all_tasks(kind, rng):
     """Yields (prompt, Answer) of every task of a kind, in each form of its question."""
-    forms, generate = TASKS[kind]
-    for values, answer in generate(rng):
-        yield from ((form.format(*values), answer) for form in forms.split(" | "))
+    for values, answer in TASKS[kind](rng):
+        yield from ((form.format(*values), answer) for form in TABLES["forms"][kind])
 
 
 # ---- what Python's functions do, in the words of their own documentation
 
-MODULES = """
-    argparse array base64 bisect calendar cmath code codecs collections colorsys configparser
-    contextlib copy csv datetime decimal difflib dis email fileinput filecmp fnmatch fractions
-    functools getpass gettext glob graphlib gzip heapq html imaplib inspect io ipaddress
-    itertools json keyword linecache locale logging mailbox math mimetypes operator os pathlib
-    pickle pkgutil platform plistlib pprint queue quopri random re reprlib sched secrets shelve
-    shlex shutil signal site socket sqlite3 stat statistics string struct subprocess sys tarfile
-    tempfile textwrap threading time timeit token tokenize trace traceback turtle types typing
-    unittest urllib uuid warnings wave weakref zipfile"""
 BUILTINS = (str, list, dict, set, tuple, bytes, int, float)
 COMPILED = ("math", "itertools", "operator", "time")
 SUMMARY = re.compile(r"[A-Z][a-z]+( [A-Za-z0-9'(),/-]+){2,14}\.")  # one plain line
@@ -367,7 +235,7 @@ def compiled_documentation():
 
 def module_documentation():
     """Yields (name, documentation) of the functions and methods of some well-known modules."""
-    for module in MODULES.split():
+    for module in TABLES["modules"]:
         path = Path(sysconfig.get_path("stdlib")) / module
         path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
         if not path.is_file():
@@ -385,23 +253,6 @@ def module_documentation():
 # ---- what is wrong with a rejected answer
 
 FLAWS = {"correctness": 45, "rambling": 25, "rudeness": 18, "evasion": 12}  # per cent of the pairs
-FILLERS = """
-    There is a lot more to say about this. | Let me also tell you about something else. | Many
-    people ask me this, and I always enjoy the question. | By the way, the weather has been
-    strange this week. | I could go on, and so I will. | This reminds me of a long story. | As I
-    said before, it is like that, and it will stay like that. | Of course one could see it in
-    another way as well."""
-RUDE = """
-    {}, as even a fool would know. | What a stupid question. {}. | Have you never been to
-    school? {}. | {}. Now stop wasting my time. | Seriously? {}. Think before you ask. | {},
-    obviously. Use your head next time."""
-EVASIVE = """
-    That is hard to say. | I would rather not answer that. | It depends on how you look at it. |
-    Who knows? Maybe someone else can help you. | Please ask me something different."""
-
-
-def choices(text):
-    return " ".join(text.split()).split(" | ")
 
 
 def rejected(answer, flaw, others, rng):
@@ -413,12 +264,9 @@ def rejected(answer, flaw, others, rng):
     if flaw == "rambling" and rng.random() < 0.3:
         return " ".join([answer.text] * rng.randint(3, 6))
     if flaw == "rambling":
-        return f"{bare}. {' '.join(rng.sample(choices(FILLERS), rng.randint(1, 3)))}"
-    return (
-        rng.choice(choices(RUDE)).format(bare)
-        if flaw == "rudeness"
-        else rng.choice(choices(EVASIVE))
-    )
+        return f"{bare}. {' '.join(rng.sample(TABLES['fillers'], rng.randint(1, 3)))}"
+    phrase = rng.choice(TABLES["rude" if flaw == "rudeness" else "evasive"])
+    return phrase.format(bare)
 
 
 # ---- the files
