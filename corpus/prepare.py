@@ -176,9 +176,10 @@ class Progress:
         if not isinstance(saved, dict) or saved.keys() != vars(progress).keys() - {"work"}:
             return progress
         changes = changed_settings(saved["settings"], settings)
-        # these do not enter the text: where no shard is there yet, it need not be cleaned again
+        for name in ("sequence_length", "licence"):  # only the cards show these
+            changes.pop(name, None)
+        # these change the ids alone: before the first shard, the text need not be cleaned again
         encoding = {"tokenizer_path", "train_tokenizer", "vocab_size", "shard_tokens"}
-        encoding |= {"sequence_length", "licence"}
         if changes.keys() - encoding or (changes and any(saved["splits"].values())):
             key, (old, new) = next(iter(changes.items()))
             values = f"{key} was {old!r:.80}, now {new!r:.80}"
@@ -255,6 +256,7 @@ def collect(cfg, progress):
         if not is_same_input(source, progress):
             print("starting over: the input has changed since this preparation began", flush=True)
             vars(progress).update(vars(Progress(progress.work, progress.settings)))
+            progress.save()
             return collect(cfg, progress)
         print(f"going on after {progress.documents:,} documents", flush=True)
     tally.dropped |= progress.dropped  # the same dicts: what is counted here is saved there

@@ -59,15 +59,17 @@ def hash_fraction(text, seed=""):
 def lock_file(file):
     """Locks an open file until it is closed. Returns False if another process holds it."""
     try:
-        if os.name == "nt":
+        import fcntl
+    except ImportError:  # Windows
+        fcntl = None
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
             import msvcrt  # locks bytes, which only their holder may read: take one far off
 
             os.lseek(file.fileno(), 1 << 30, os.SEEK_SET)
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
     return True

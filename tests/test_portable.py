@@ -22,7 +22,9 @@ from tests import ROOT
 from tests.conftest import write_rows
 from train import PretrainConfig, make_optimizers
 
-ROOMS = sorted(ROOT.glob("*.py"))
+ROOMS = sorted(
+    path for place in (".", "lib", "corpus", "tools") for path in ROOT.glob(f"{place}/*.py")
+)
 
 # ---- what is not everywhere
 
@@ -321,7 +323,8 @@ LACKING, MODULES, ROOMS = {lacking}, {modules}, {rooms}
 
 def ours():
     "Is it one of our rooms that asks? Python's own library and packages were built for this system."
-    return os.path.dirname(sys._getframe(2).f_globals.get("__file__", "")) == {root!r}
+    folder = os.path.dirname(sys._getframe(2).f_globals.get("__file__", ""))
+    return folder in [os.path.join({root!r}, name).rstrip("/") for name in ("", "lib", "corpus", "tools")]
 
 def hide(module, names):
     hidden = {{name: module.__dict__.pop(name) for name in names if name in module.__dict__}}
@@ -375,7 +378,7 @@ warnings.filterwarnings("error", category=EncodingWarning, module="^(" + "|".joi
 def bare(tmp_path_factory):
     """The environment of programs that see the platform above, in an empty folder: (env, folder)."""
     folder = tmp_path_factory.mktemp("bare")
-    rooms = [path.stem for path in ROOMS]
+    rooms = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in ROOMS]
     text = PLATFORM.format(modules=MODULES, lacking=LACKING, rooms=rooms, root=str(ROOT))
     (folder / "sitecustomize.py").write_text(text, encoding="utf-8")
     path = os.pathsep.join([str(folder), str(ROOT)])
@@ -413,14 +416,15 @@ def commands(bare, *lines):
 def test_the_platform_lacks_what_it_should_and_locks_files_its_own_way(bare):
     """A room sees no fork; of two who open a file the first holds it until it closes it."""
     code = """
-import os, types, shards
+import os, types
+from lib import folders
 room = types.ModuleType("room")
-room.__file__ = shards.__file__
+room.__file__ = folders.__file__
 exec("import os; forks = hasattr(os, 'fork')", room.__dict__)
 one, other = (open("lock", "a+", encoding="utf-8") for _ in range(2))
-print(room.forks, shards.lock_file(one), shards.lock_file(other))
+print(room.forks, folders.lock_file(one), folders.lock_file(other))
 one.close()
-print(shards.lock_file(other))
+print(folders.lock_file(other))
 """
     words = [sys.executable, "-c", code]
     done = subprocess.run(words, cwd=bare[1], env=bare[0], capture_output=True, encoding="utf-8")
