@@ -368,13 +368,21 @@ NINE = json.dumps([ROW] * 9)
         ("cut.json", NINE[:-20].encode(), "its JSON stops after 8 elements: it is broken"),
         ("unclosed.json", NINE[:-1].encode(), "its JSON stops after 9 elements: it is broken"),
         ("deep.json", DEEP.encode(), "its JSON stops after 0 elements: it is broken"),
-        ("two.json", f"[\n{LINE}\n]\n".encode() * 2, "its JSON stops after 1 elements: text follows its end"),
+        (
+            "two.json",
+            f"[\n{LINE}\n]\n".encode() * 2,
+            "its JSON stops after 1 elements: text follows its end",
+        ),
         ("binary.jsonl", bytes(range(256)) * 20, "0 usable rows"),
         ("nul.jsonl", b"\0" * 5000, "0 usable rows"),
-        ("cut.jsonl.gz", gzip.compress(b'{"prompt": "q"}\n' * 9999)[:80], "cannot be read"),
+        (
+            "cut.jsonl.gz",
+            gzip.compress(b'{"prompt": "q"}\n' * 9999, mtime=0)[:80],
+            "cannot be read",
+        ),
         ("plain.jsonl.gz", LINE.encode(), "cannot be read"),
         ("rows.parquet", b"PAR1", "cannot be read: damaged"),
-        ("bomb.jsonl.gz", gzip.compress(b"x" * (70 << 20)), "decompresses to over"),
+        ("bomb.jsonl.gz", gzip.compress(b"x" * (70 << 20), mtime=0), "decompresses to over"),
     ],
 )
 def test_a_file_of_no_use_is_one_line(tmp_path, name, content, detail):
