@@ -165,9 +165,12 @@ def bounded(items, path, size_of=len):
 
 # --- Text -----------------------------------------------------------------------------------------
 
-MARKS = {codecs.BOM_UTF8: "utf-8-sig"}
-MARKS |= {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}  # utf-16's begin these
-MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig"}
+BYTE_ORDER_MARKS |= {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+}  # utf-16's begin these
+BYTE_ORDER_MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 # A byte that is not UTF-8 is read as \udc80 to \udcff; here is its character in cp1252, if any.
 CP1252 = {0xDC00 + byte: bytes([byte]).decode("cp1252", "ignore") for byte in range(128, 256)}
 CP1252 = {escape: char for escape, char in CP1252.items() if char}
@@ -186,7 +189,9 @@ def pieces(path, tally=None, newline=None):
     """
     with open_bytes(path, tally) as file:
         head = file.peek(4)
-        encoding = next((MARKS[mark] for mark in MARKS if head.startswith(mark)), "utf-8")
+        encoding = next(
+            (BYTE_ORDER_MARKS[mark] for mark in BYTE_ORDER_MARKS if head.startswith(mark)), "utf-8"
+        )
         errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
         text = io.TextIOWrapper(file, encoding, errors, newline)
         yield from bounded(iter(partial(text.readline, MAX_LINE), ""), path)
@@ -334,8 +339,6 @@ def rows(path, tally, column=None):
 
 
 DECODER = json.JSONDecoder(parse_constant=lambda name: None)  # NaN and Infinity are null
-
-
 SEPARATORS = re.compile(r"[ \t\n,]*")
 
 
@@ -470,9 +473,8 @@ def batch_rows(batch):
 
 def text_column(path, schema, column):
     """Returns the name of a table's column of text."""
-    strings = ("string", "large_string", "string_view")
-    kinds = {field.name: str(getattr(field.type, "value_type", field.type)) for field in schema}
-    texts = [name for name, kind in kinds.items() if kind in strings]
+    is_text = re.compile(r"(dictionary<values=)?(large_)?string(_view)?\b.*")
+    texts = [field.name for field in schema if is_text.fullmatch(str(field.type))]
     return choose_column(column, path, texts, schema.names)
 
 

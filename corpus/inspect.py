@@ -23,10 +23,12 @@ from corpus.chats import (
 )
 from corpus.files import ROW_READERS, USUAL, kind_of
 from corpus.prepare import DataConfig
-from corpus.sources import Tally, input_files, peek, rows_of
+from corpus.sources import Tally, input_bytes, input_files, read_documents, rows_of
 from lib.config import UserError
 from lib.folders import AGAIN, Shards, read_manifest
 from lib.tokenizer import TEMPLATES, Tokenizer, render, usual_template
+
+EXAMINED = 1000  # documents of a source of text
 
 
 @dataclass(frozen=True)
@@ -118,21 +120,26 @@ def holds_text(path):
 
 def document_lines(path, column):
     """Returns the lines on the first documents of a source of text, before anything is cleaned."""
-    seen = peek(DataConfig(input_path=path, text_column=column))
-    lines = [f"  {count:>10,}  {kind}" for kind, count in seen["kinds"].items()]
-    if seen["bytes"] is not None:
-        lines.append(f"  {seen['bytes']:>10,}  bytes on disk")
-    read = "documents in all" if seen["complete"] else "documents read to see, there are more"
-    lines.append(f"  {seen['documents']:>10,}  {read}")
-    for sign, entries in ((-1, seen["dropped"]), (1, seen["notes"])):
+    cfg, tally = DataConfig(input_path=path, text_column=column), Tally()
+    documents = list(islice(read_documents(cfg, tally), EXAMINED))
+    size, kinds = input_bytes(cfg), Counter([path])
+    if size is not None:
+        kinds = Counter(kind_of(file) or "text" for file in input_files(path))
+    counts = [(count, kind) for kind, count in kinds.items()]
+    counts += [(size, "bytes on disk")] if size is not None else []
+    ended = len(documents) < EXAMINED
+    read = "documents in all" if ended else "documents read to see, there are more"
+    counts.append((len(documents), read))
+    for sign, entries in ((-1, tally.dropped["read"]), (1, tally.notes)):
         for reason, entry in sorted(entries.items()):
-            lines.append(f"  {sign * entry['count']:>10,}  {reason}, first: {entry['examples'][0]}")
-    if not seen["example"]:
-        details = "".join(f"; {line.strip()}" for line in lines)
-        raise UserError(f"{path}: 0 usable documents{details}")
-    where, text = seen["example"]
-    lines += ["", f"{where} ({len(text):,} characters, the beginning):"]
-    return [f"{path}: text", *lines, text.strip()[:600].translate(CONTROLS)]
+            counts.append((sign * entry["count"], f"{reason}, first: {entry['examples'][0]}"))
+    if not documents:
+        details = "; ".join(f"{count:,}  {text}" for count, text in counts)
+        raise UserError(f"{path}: 0 usable documents; {details}")
+    where, text = documents[0]
+    lines = [f"{path}: text", *(f"  {count:>10,}  {text}" for count, text in counts), ""]
+    lines.append(f"{where} ({len(text):,} characters, the beginning):")
+    return [*lines, text.strip()[:600].translate(CONTROLS)]
 
 
 # ---- conversations and preference pairs

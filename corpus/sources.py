@@ -12,7 +12,6 @@ import os
 import re
 import sysconfig
 import warnings
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -123,12 +122,6 @@ def interleave(streams, tally):
         yield where, text
 
 
-def local_files(source):
-    """Returns the files that a source reads; None if it reads none."""
-    path = source.input_path
-    return None if path.startswith(("docstrings:", "hf:")) else input_files(path)
-
-
 def documents_of(source, max_length, tally):
     """Returns the documents of one source; raises at once for an absent file or package."""
     path = source.input_path
@@ -145,28 +138,10 @@ def documents_of(source, max_length, tally):
 
 def input_bytes(cfg):
     """Returns the size of all files that cfg names; None if it names other sources too."""
-    paths = [local_files(source) for source in sources_of(cfg)]
-    return None if None in paths else sum(path.stat().st_size for path in chain(*paths))
-
-
-def peek(cfg, count=1000):
-    """Returns a dict on the first `count` documents of cfg's sources: counts, bytes, an example."""
-    tally, kinds = Tally(), Counter()
-    documents = list(islice(read_documents(cfg, tally), count))
-    for source in sources_of(cfg):
-        paths = local_files(source)
-        kinds.update(
-            [source.input_path] if paths is None else (kind_of(p) or "text" for p in paths)
-        )
-    return {
-        "kinds": dict(kinds),
-        "bytes": input_bytes(cfg),
-        "documents": len(documents),
-        "complete": len(documents) < count,
-        "dropped": tally.dropped["read"],
-        "notes": tally.notes,
-        "example": documents[0] if documents else None,
-    }
+    paths = [source.input_path for source in sources_of(cfg)]
+    if any(path.startswith(("docstrings:", "hf:")) for path in paths):
+        return None
+    return sum(file.stat().st_size for path in paths for file in input_files(path))
 
 
 def rows_of(path, tally):

@@ -26,7 +26,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpus.files import MAX_LINE, Tally, gap_of, page_text, rows
-from corpus.sources import input_bytes, input_files, peek, read_documents
+from corpus.inspect import document_lines
+from corpus.sources import input_bytes, input_files, read_documents
 from lib.config import UserError, configure
 from tests import ROOT, SHARED
 from tests.conftest import write_rows
@@ -185,7 +186,12 @@ def write_table(path, columns, **settings):
 )
 def test_tables_give_their_text_column(tmp_path, options):
     texts = [*(f"document {n} \u00fc" for n in range(199)), None]
-    columns = {"id": range(200), "text": texts, "meta": [{"a": n} for n in range(200)]}
+    columns = {
+        "id": range(200),
+        "text": texts,
+        "list": [["a"]] * 200,
+        "meta": [{"a": n} for n in range(200)],
+    }
     path = write_table(tmp_path / "a.parquet", columns, **options)
     documents, tally = read(path)
     assert documents == texts[:-1]
@@ -196,7 +202,7 @@ def test_tables_give_their_text_column(tmp_path, options):
 
 
 def test_a_table_without_a_text_column_names_its_columns(tmp_path):
-    columns = {"n": [1], "text": [{"en": "nested"}], "verse": ["v"]}
+    columns = {"n": [1], "text": [["in a list"]], "verse": ["v"]}
     path = write_table(tmp_path / "a.parquet", columns)
     refused(
         "no column 'words' among n, text, verse; name it with --text_column",
@@ -808,15 +814,16 @@ def test_bytes_read_grow_to_the_bytes_there_are(tmp_path):
     assert input_bytes(Config()) is input_bytes(Config("hf:a/b")) is None
 
 
-def test_peek_shows_what_a_source_holds(tmp_path):
+def test_inspect_shows_what_a_source_of_text_holds(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ["first", "second", "third"])
     (tmp_path / "b.txt").write_bytes(WESTERN.encode("cp1252"))
-    seen = peek(Config(str(tmp_path)))
-    assert seen["kinds"] == {"jsonl": 1, "text": 1}
-    assert (seen["documents"], seen["complete"], seen["example"][1]) == (4, True, "first")
-    assert "decoded-as-cp1252" in seen["notes"]
-    assert not peek(Config(str(tmp_path)), count=2)["complete"]
-    assert peek(Config(str(tmp_path / "a.jsonl")))["bytes"] == (tmp_path / "a.jsonl").stat().st_size
+    shown = "\n".join(document_lines(str(tmp_path), ""))
+    for line in ("1  jsonl", "1  text", "4  documents in all", "1  decoded-as-cp1252", "\nfirst"):
+        assert line in shown
+    write_jsonl(tmp_path / "a.jsonl", ["first"] * 2000)
+    assert "1,000  documents read to see, there are more" in "\n".join(
+        document_lines(str(tmp_path / "a.jsonl"), "")
+    )
 
 
 # --- Hostile folders ------------------------------------------------------------------------------
