@@ -29,10 +29,8 @@ def fsync(path):
     """Forces a file or folder to the disk, where the system can."""
     with contextlib.suppress(OSError):
         handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def seal(folder):

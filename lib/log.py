@@ -57,33 +57,26 @@ class Log:
         except Exception as problem:  # matplotlib's and the disk's troubles are not the training's
             self.world.say(f"warning: no curves drawn ({problem!s:.120})")
 
-    @contextlib.contextmanager
-    def _writing(self):
-        try:
-            yield
-        except OSError as problem:
-            why = f"could not be written ({problem.strerror}); make room"
-            raise UserError(f"{self.path}: {why}, or choose another --output_dir") from None
-
     def _drop_after(self, state):
         """Removes what a run that died logged after its checkpoint: those steps come again."""
+        if not self.path.exists():
+            return
         lines = []
-        with self._writing():
-            for line in self.path.read_text("utf-8").splitlines(True) if self.path.exists() else ():
+        with writing(self.path):
+            for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
                 with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line
                     record = json.loads(line)
                     last = state.step if "grad_norm" in record else state.evaluated
                     if record["step"] <= last and line.endswith("\n"):
                         lines.append(line)
-            if self.path.exists():
-                replace_file(self.path, "".join(lines).encode())
+            replace_file(self.path, "".join(lines).encode())
 
     def write(self, record):
         """Appends one line, NaN and infinity as null: JSON has neither."""
         bad = [k for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)]
         record = record | dict.fromkeys(bad)
         if self.world.rank == 0:
-            with self._writing(), open(self.path, "a", encoding="utf-8", newline="\n") as f:
+            with writing(self.path), open(self.path, "a", encoding="utf-8", newline="\n") as f:
                 f.write(json.dumps(record) + "\n")
         for tracker in self.trackers:
             tracker.send(record)
@@ -138,6 +131,16 @@ class Log:
             if isinstance(text, str):
                 self.world.say(f"    {name}: {text!r}")
         self.mark = (time.monotonic(), state.tokens)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Turns what a disk refuses into a UserError."""
+    try:
+        yield
+    except OSError as problem:
+        why = f"could not be written ({problem.strerror}); make room"
+        raise UserError(f"{path}: {why}, or choose another place") from None
 
 
 def replace_file(path, content):
@@ -335,10 +338,8 @@ def draw_curves(paths, x, output):
     runs = {str(path): read_run(path, x) for path in paths}
     picture = io.BytesIO()
     figure_of(runs, x).savefig(picture, format=Path(output).suffix.strip("."))
-    try:
+    with writing(output):
         replace_file(Path(output), picture.getvalue())
-    except OSError as problem:
-        raise UserError(f"{output}: not written ({problem.strerror})") from None
     return runs
 
 
