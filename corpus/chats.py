@@ -12,7 +12,7 @@ too many of them, or with nothing else, is refused.
 
 import re
 
-from corpus.sources import Tally, rows_of
+from corpus.sources import Tally, source_rows
 from lib.config import UserError
 
 MAX_BAD = 0.05  # the share of unusable rows from which a file is refused
@@ -76,7 +76,7 @@ def usable_rows(path, convert, tally=None, max_bad=MAX_BAD):
     """Returns [(where, format, value)] of the rows that convert(row) -> (format, value) accepts."""
     tally = Tally() if tally is None else tally
     rows, bad, identical = [], tally.bad_rows, 0
-    for where, row in rows_of(path, tally):
+    for where, row in source_rows(path, tally):
         try:
             rows.append((where, *convert(row)))
         except BadRow as error:

@@ -23,7 +23,7 @@ from corpus.chats import (
 )
 from corpus.files import ROW_READERS, USUAL, kind_of
 from corpus.prepare import DataConfig
-from corpus.sources import Tally, input_bytes, input_files, read_documents, rows_of
+from corpus.sources import Tally, input_bytes, input_files, read_documents, source_rows
 from lib.config import UserError
 from lib.folders import AGAIN, Shards, read_manifest
 from lib.tokenizer import TEMPLATES, Tokenizer, render, usual_template
@@ -113,7 +113,7 @@ def holds_text(path):
         kinds = {kind_of(file) for file in input_files(path)}
         if kinds and not kinds & {*ROW_READERS, None}:
             return True
-    rows = [row for _, row in islice(rows_of(path, Tally()), 20) if isinstance(row, dict)]
+    rows = [row for _, row in islice(source_rows(path, Tally()), 20) if isinstance(row, dict)]
     usual = any(row.keys() & set(USUAL) for row in rows)
     return usual and not any(row.keys() & {*DIALOGUES, *QUESTIONS, *PAIR} for row in rows)
 
@@ -152,7 +152,7 @@ def show_rows(cfg):
     """
     tokenizer = Tokenizer.load(cfg.tokenizer_path) if cfg.tokenizer_path else None
     template = cfg.template or (usual_template(tokenizer) if tokenizer else "chatml")
-    objects = (row for _, row in rows_of(cfg.path, Tally()) if isinstance(row, dict))
+    objects = (row for _, row in source_rows(cfg.path, Tally()) if isinstance(row, dict))
     pairs, tally = set(PAIR) <= next(objects, {}).keys(), Tally()
     rows = usable_rows(cfg.path, to_pair if pairs else to_chat, tally, max_bad=1)
     total = tally.documents + tally.bad_rows

@@ -144,7 +144,7 @@ def input_bytes(cfg):
     return sum(file.stat().st_size for path in paths for file in input_files(path))
 
 
-def rows_of(path, tally):
+def source_rows(path, tally):
     """Yields (where, value) of every row of the files, or of the dataset of the hub, named `path`.
 
     A damaged file is a UserError: a training reads all of its data.
