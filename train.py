@@ -376,9 +376,10 @@ class State:
         moments = 2 * sum(p.numel() for p in self.parameters)
         needed, free = 1.1 * 4 * (weights + moments), shutil.disk_usage(output_dir).free
         if free < needed:
-            sizes = f"needs {needed / 1e6:,.1f} MB, free are {free / 1e6:,.1f} MB"
-            remedy = "make room, or choose another --output_dir"
-            raise UserError(f"{output_dir}: a checkpoint {sizes}; {remedy}")
+            raise UserError(
+                f"{output_dir}: a checkpoint needs {needed / 1e6:,.1f} MB, "
+                f"free are {free / 1e6:,.1f} MB; make room, or choose another --output_dir"
+            )
 
     def save(self, cfg, world, write_model):
         """Writes the checkpoint of this step, whole or not at all, and deletes old ones."""

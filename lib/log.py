@@ -135,19 +135,23 @@ class Log:
 
 @contextlib.contextmanager
 def writing(path):
-    """Turns what a disk refuses into a UserError."""
+    """Turns what a disk refuses into a UserError, and leaves no half of a file."""
     try:
         yield
     except OSError as problem:
+        hidden_twin(path).unlink(missing_ok=True)
         why = f"could not be written ({problem.strerror}); make room"
         raise UserError(f"{path}: {why}, or choose another place") from None
 
 
 def replace_file(path, content):
     """Writes bytes beside `path` first: a kill leaves the old file or the new one."""
-    hidden = path.with_name(f".tmp-{path.name}")
-    hidden.write_bytes(content)
-    os.replace(hidden, path)
+    hidden_twin(path).write_bytes(content)
+    os.replace(hidden_twin(path), path)
+
+
+def hidden_twin(path):
+    return Path(path).with_name(f".tmp-{Path(path).name}")
 
 
 def spike_limit(recent):
