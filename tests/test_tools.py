@@ -106,7 +106,7 @@ def test_a_failed_stage_ends_the_session_and_the_exit_status_says_so(folder):
 def test_trainings_share_the_minutes_that_are_left(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     box, calls = session.Session("x", 100), []
-    monkeypatch.setattr(box, "run", lambda stage, *words: calls.append(words[-1]))
+    monkeypatch.setattr(box, "run", lambda stage, *words: calls.append(words[-2]))
     left = 100 * (1 - session.RESERVED) - session.START
     for stage, share, spent in (("a", 0.7, 10), ("b", 2 / 3, 12), ("c", 1, 95)):
         box.start -= 60 * (spent - box.spent)
