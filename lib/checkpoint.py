@@ -218,7 +218,11 @@ def locked(output_dir, world):
     folder = Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "run.lock").open("a+") if world.rank == 0 else contextlib.nullcontext()
+        lock = (
+            (folder / "run.lock").open("a+", encoding="utf-8")
+            if world.rank == 0
+            else contextlib.nullcontext()
+        )
     except OSError as problem:
         why = f"{problem.strerror}; choose another --output_dir"
         raise UserError(f"output_dir {output_dir}: {why}") from None

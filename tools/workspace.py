@@ -428,11 +428,11 @@ def cores():
 
 def machine_memory():
     """Returns (bytes in all, bytes available), None where there is no /proc."""
-    path = Path("/proc/meminfo")
-    if not path.exists():
-        return None
-    lines = dict(line.split(":") for line in path.read_text(encoding="utf-8").splitlines())
-    return tuple(int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+    with contextlib.suppress(OSError):
+        text = Path("/proc/meminfo").read_text(encoding="utf-8")
+        numbers = dict(line.split(":") for line in text.splitlines())
+        return tuple(int(numbers[k].split()[0]) * 1024 for k in ("MemTotal", "MemAvailable"))
+    return None
 
 
 def describe_memory():
