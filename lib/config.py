@@ -8,26 +8,21 @@ then flags. A mistake in either is reported in the same words, on one line. Noth
 options of a program.
 """
 
-import ast
 import difflib
 import errno
 import inspect
-import io
 import json
 import math
 import os
+import re
 import sys
 import textwrap
-import tokenize
 from collections import deque
 from contextlib import contextmanager, suppress
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
-
-# ----------------------------------------------------------------------------------------------
-# Mistakes
 
 
 class UserError(Exception):
@@ -47,25 +42,18 @@ def closest(word, choices, cutoff=0.6):
 
 
 def did_you_mean(word, choices, form="'{}'"):
-    """Returns '; did you mean ...?' for an unknown word, or '' if no choice is near.
-
-    Near is a similar spelling, or the only choice that contains the word: num_train_epochs for
-    epochs.
-    """
-    containing = [c for c in choices if len(word) > 3 and word.lower() in c.lower().split("_")]
-    near = closest(word, choices) or (containing[0] if len(containing) == 1 else None)
+    """Returns '; did you mean ...?' for an unknown word, or '' if no choice is near."""
+    near = closest(word, choices)
     return f"; did you mean {form.format(near)}?" if near else ""
 
 
 def shown(value):
     """Returns a value for an error message: as JSON spells it, cut to fit a line."""
-    text = str(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
-    text = text if len(text) <= 60 else text[:57] + "..."
-    return f"string {text}" if isinstance(value, str) else text
+    return f"{json.dumps(value, ensure_ascii=False):.60}"
 
 
 # ----------------------------------------------------------------------------------------------
-# Annotations
+# Options
 
 
 @dataclass(frozen=True)
@@ -94,8 +82,6 @@ PositiveFloat = Annotated[float, Range(0, open_low=True)]
 NonNegativeFloat = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
 
-NOUNS = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}
-NOUNS |= {tuple: "a list", list: "a JSON list", dict: "a JSON object"}
 NO_DEFAULT = object()
 
 
@@ -121,19 +107,17 @@ def option_of(annotation):
     """Returns the Option that an annotation declares; an annotation no flag can carry is a bug."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        limits = next((extra for extra in args[1:] if isinstance(extra, Range)), Range())
-        return replace(option_of(args[0]), limits=limits)
+        return replace(option_of(args[0]), limits=args[1])
     if origin in (Union, UnionType):
-        inner = [arg for arg in args if arg is not NoneType]
-        assert len(inner) == 1, f"X | None is the only union understood, not {annotation}"
-        return replace(option_of(inner[0]), optional=True)
+        (inner,) = set(args) - {NoneType}
+        return replace(option_of(inner), optional=True)
     if origin is Literal:
         return Option(type(args[0]), choices=args)
     if origin is tuple:
-        assert args[1:] == (...,), f"tuple[X, ...] is the only tuple understood, not {annotation}"
-        return Option(tuple, item=option_of(args[0]))
+        item, _ = args  # the other is `...`
+        return Option(tuple, item=option_of(item))
     base = origin or annotation
-    assert base in NOUNS.keys() - {tuple}, f"no flag can carry {annotation}"
+    assert base in (int, float, bool, str, list, dict), f"no flag can carry {annotation}"
     return Option(base)
 
 
@@ -150,17 +134,8 @@ def options_of(cls):
 
 def accept(name, value, option, source):
     """Returns a JSON value as the type of its field; UserError with field, value and source."""
-
-    def refuse(expected):
-        none = " or none (null in JSON)" if option.optional else ""
-        raise UserError(f"{name} must be {expected}{none}, got {shown(value)} ({source})")
-
     if value is None and option.optional:
         return None
-    if option.choices:  # compared with their types, else true would pass for 1
-        if (type(value), value) not in [(type(choice), choice) for choice in option.choices]:
-            refuse("one of " + ", ".join(str(choice) or "''" for choice in option.choices))
-        return value
     if option.base is tuple and isinstance(value, list):
         items = enumerate(value)
         return tuple(accept(f"{name}[{i}]", item, option.item, source) for i, item in items)
@@ -168,30 +143,32 @@ def accept(name, value, option, source):
         value = int(value)  # 1e4 is a count; past 2**53 a float no longer says which
     if type(value) is int and option.base is float:
         value = float(str(value))  # as text: too large an int is then inf instead of an error
-    if type(value) is not option.base:  # not isinstance: to Python True is an int
-        refuse(NOUNS[option.base])
-    if option.base in (int, float) and value not in option.limits:
-        limits = str(option.limits)
-        refuse(limits if ".." in limits else f"{NOUNS[option.base]} {limits}".rstrip())
+    fits = type(value) is option.base  # not isinstance: to Python True is an int
+    if option.choices:
+        fits = fits and value in option.choices
+    elif option.base in (int, float):
+        fits = fits and value in option.limits
+    if not fits:
+        expected = f"a list of {option.item}" if option.item else option
+        raise UserError(f"{name} must be {expected}, got {shown(value)} ({source})")
     return value
 
 
 # ----------------------------------------------------------------------------------------------
-# Presets
+# The command line: presets, flags, --help
 
 
 def parse_json(text, origin):
     """Returns parsed JSON; UserError names the place in `origin` (a file or flag) of a mistake.
 
-    No key may stand twice, and no number may be NaN or Infinity.
+    text: str, or bytes with or without a byte order mark. No key may stand twice, no number may be
+    NaN or Infinity.
     """
 
     def unique(pairs):
-        values = {}
-        for key, value in pairs:
-            if key in values:
-                raise UserError(f"{origin}: key {key!r} stands twice; keep one")
-            values[key] = value
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            raise UserError(f"{origin}: a key stands twice among {shown([k for k, _ in pairs])}")
         return values
 
     def refuse(word):
@@ -199,53 +176,37 @@ def parse_json(text, origin):
 
     try:
         return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-    except json.JSONDecodeError as error:
-        message = error.msg.replace("Expecting", "expected")
-        position = f"{origin} line {error.lineno} column {error.colno}"
-        raise UserError(f"{position}: {message[0].lower()}{message[1:]}") from None
-    except (ValueError, RecursionError):  # Python's limits on digits and brackets
-        raise UserError(f"{origin}: a number is too long, or lists are nested too deep") from None
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or beyond Python's limits
+        raise UserError(f"{origin}: {error}") from None
 
 
-def read_object(path, form='{"key": value, ...}'):
-    """Returns the JSON object in a file, with or without a byte order mark.
-
-    `form` is the object that an error message says was expected.
-    """
+def read_object(path):
+    """Returns the JSON object in a file; UserError if there is none."""
     try:
-        values = parse_json(Path(path).read_text(encoding="utf-8-sig"), path)
+        values = parse_json(Path(path).read_bytes(), path)
     except FileNotFoundError:
-        raise UserError(f"{path}: not found{similar_preset(Path(path))}") from None
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise UserError(f"{path}: byte {byte:#04x} at offset {error.start}: not UTF-8") from None
+        raise UserError(f"{path}: not found") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: must be an object {form}, got {shown(values)}")
+        raise UserError(f'{path}: must be an object {{"key": value, ...}}, got {shown(values)}')
     return values
 
 
-def similar_preset(path):
-    """Returns a hint for a preset that does not exist: a similar name there, or in configs/."""
-    near = closest(path.stem, [sibling.stem for sibling in path.parent.glob("*.json")])
-    if near:
-        return f"; did you mean {path.with_name(near + '.json')}?"
-    shipped = sorted((Path(sys.argv[0]).parent / "configs").rglob("*.json"))
-    name = str(path).replace("\\", "/").rpartition("/")[2]  # of a Windows path too
-    preset = next((p for p in shipped if p.name == name), None)
-    return f"; did you mean {preset}?" if preset else ""
-
-
-def read_preset(path, options, foreign, cls):
+def read_preset(path, options, foreign, program):
     """Returns a preset's checked values; keys of other programs go to the list `foreign`, if given.
 
     A key very near to an option is a misspelling, not another program's key. A preset may name its
-    program, the file that declares `cls`, in its key `_program`. Other keys with `_` are comments.
+    program in its key `_program`. Other keys with `_` are comments.
     """
-    preset, values, own = read_object(path), {}, Path(inspect.getfile(cls)).name
-    if foreign is None and preset.get("_program", own) != own:
-        raise UserError(f"{path} is a preset for {preset['_program']}, not for {own}")
+    if not os.path.exists(path):
+        shipped = {p.stem: p for p in (Path(sys.argv[0]).parent / "configs").rglob("*.json")}
+        near = closest(Path(path).stem, shipped)
+        hint = f"; did you mean {shipped[near]}?" if near else ""
+        raise UserError(f"{path}: not found{hint}")
+    preset, values = read_object(path), {}
+    if foreign is None and preset.get("_program", program) != program:
+        raise UserError(f"{path} is a preset for {preset['_program']}, not for {program}")
     for key, value in preset.items():
         if key in options:
             values[key] = accept(key, value, options[key], path)
@@ -259,16 +220,10 @@ def read_preset(path, options, foreign, cls):
     return values
 
 
-# ----------------------------------------------------------------------------------------------
-# Flags
-
-
 def from_text(text, option, flag):
     """Returns the JSON value of a flag's text; other text unchanged, which `accept` refuses."""
     if option.optional and text.lower() == "none":
         return None
-    if option.choices:
-        return next((choice for choice in option.choices if str(choice) == text), text)
     if option.base is tuple:
         return [from_text(part, option.item, flag) for part in text.split(",")] if text else []
     if option.base is bool:
@@ -285,37 +240,35 @@ def to_text(value):
     """Returns the text of a flag for this value."""
     if value is NO_DEFAULT:
         return "VALUE"
+    if value is None:
+        return "none"
     if isinstance(value, tuple):
-        return ",".join(map(to_text, value)) or '""'
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    return json.dumps(value) if isinstance(value, (list, dict)) else str(value) or '""'
+        value = ",".join(map(to_text, value))
+    return (value if isinstance(value, str) else json.dumps(value)) or '""'
 
 
 def read_flag(word, rest, options):
     """Returns (field, value) of a flag; a value that stands apart leaves the deque `rest`."""
     flag, equals, text = word.partition("=")
-    negations = {f"no_{name}": name for name, option in options.items() if option.base is bool}
-    name = flag.removeprefix("--")
-    off = name not in options and name in negations  # a field called no_something comes first
-    if not (off or name in options):
-        hint = did_you_mean(name, [*options, *negations], "--{}") or "; --help lists them"
+    names = {f"no_{name}": name for name, option in options.items() if option.base is bool}
+    names |= {name: name for name in options}  # a field called no_something comes first
+    written = flag.removeprefix("--")
+    if written not in names:
+        hint = did_you_mean(written, names, "--{}") or "; --help lists them"
         raise UserError(f"unknown option {flag}{hint}")
-    if off and equals:
-        raise UserError(f"{flag} takes no value; write {flag} or --{negations[name]}")
-    name = negations[name] if off else name
+    name = names[written]
     option = options[name]
     if not equals and option.base is bool:
-        apart = not off and rest and rest[0].lower() in ("true", "false")
-        text = rest.popleft() if apart else str(not off)
+        text = rest.popleft() if rest and rest[0].lower() in ("true", "false") else "true"
     elif not equals:
         if not rest or rest[0].startswith("--"):  # a single dash may begin a negative number
             raise UserError(f"{flag} needs a value: {flag}={to_text(option.default)}")
         text = rest.popleft()
-    return name, accept(name, from_text(text, option, flag), option, flag)
+    value = accept(name, from_text(text, option, flag), option, flag)
+    return name, value if name == written else not value
 
 
-def read_words(argv, options, positional=()):
+def read_words(argv, options, positional):
     """Returns (paths of the presets in order, {name: value} of the flags) of a command line.
 
     The first words that are no flags are the values of the fields `positional`; presets follow.
@@ -328,61 +281,48 @@ def read_words(argv, options, positional=()):
         if word.startswith("-"):
             name, value = read_flag(word, rest, options)
             if name in flags:
-                flag = word.partition("=")[0]
-                raise UserError(f"{flag}: {name} is given twice as an option; keep one")
+                raise UserError(f"{word.partition('=')[0]}: {name} is given twice; keep one")
             flags[name] = value
         elif word.endswith(".json"):
             presets.append(word)
         else:
-            hint = f"; did you mean --{word}?" if word.partition("=")[0] in options else ""
-            raise UserError(f"expected a preset (a .json file) or --key=value, got {word!r}{hint}")
+            raise UserError(f"expected a preset (a .json file) or --key=value, got {word!r}")
     return presets, flags
 
 
-# ----------------------------------------------------------------------------------------------
-# Help
-
-
 def comments_of(cls):
-    """Returns {field: comment} from the source of `cls` and its bases.
+    """Returns {field: comment} from the source of `cls` and its bases, spaced as ruff spaces it.
 
     A comment stands beside its field, else above it. A field declared again without a comment keeps
     that of its base.
     """
     helps = {}
-    for owner in reversed(cls.__mro__):
-        try:
-            source = textwrap.dedent(inspect.getsource(owner))
-        except (OSError, TypeError):
-            continue  # built in, or typed at a prompt
-        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-        comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-        lines = source.splitlines()
-        for node in ast.parse(source).body[0].body:
-            if isinstance(node, ast.AnnAssign):
-                name, first = node.target.id, node.lineno
-                text = [comments[n] for n in range(first, node.end_lineno + 1) if n in comments]
-                while first - 1 in comments and lines[first - 2].lstrip().startswith("#"):
-                    first -= 1
-                text = text or [comments[n] for n in range(first, node.lineno)]
-                helps[name] = " ".join(text) or helps.get(name, "")
+    for owner in filter(is_dataclass, reversed(cls.__mro__)):
+        name, above = None, []
+        for line in textwrap.dedent(inspect.getsource(owner)).splitlines():
+            code, _, comment = line.partition("  # ")
+            if field := re.match(r"    (\w+): ", code):
+                name = field[1]
+                helps[name] = comment or " ".join(above) or helps.get(name, "")
+            elif name and comment and code.strip():  # on the second line of a field
+                helps[name] = comment
+            above = [*above, comment] if comment and not code.strip() else []
+            name = name if line else None
     return helps
 
 
 def usage(cls, options, argv, positional, doc):
     """Returns the text of --help: two paragraphs of the docstring `doc`, then a line per option."""
+    path = Path(sys.argv[0])
+    program = f"-m tools.{path.stem}" if path.parent.name == "tools" else path.name
+    command = [] if argv == sys.argv[1:] else sys.argv[1:2]
+    words = ["usage: python", program, *command, *map(str.upper, positional)]
+    call = " ".join([*words, "[PRESET.json ...] [--key=value ...]"])
     helps, rows = comments_of(cls), [("option", "takes", "default", "")]
     for name, option in options.items():
         rows.append((f"--{name}", str(option), to_text(option.default), helps.get(name, "")))
-    widths = [min(28, max(map(len, column))) for column in zip(*rows, strict=True)][:3] + [0]
-    table = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows] if options else []
-    path = Path(sys.argv[0])
-    program = f"-m tools.{path.stem}" if path.parent.name == "tools" else path.name
-    subcommand = [] if argv == sys.argv[1:] else sys.argv[1:2]
-    forms = ["[PRESET.json ...]", "[--key=value ...]"] if options else []
-    call = ["usage: python", program, *subcommand, *map(str.upper, positional), *forms]
-    about = (doc or "").strip().split("\n\n")[:2]
-    return "\n\n".join(filter(None, [" ".join(call), *about, "\n".join(table)]))
+    table = "\n".join("{:<31} {:<20} {:<14} {}".format(*row).rstrip() for row in rows)
+    return "\n\n".join([call, *(doc or "").strip().split("\n\n")[:2], table])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -405,14 +345,11 @@ def configure(cls, argv=None, *, foreign_keys=False, positional=(), doc=None):
     values, foreign = {}, [] if foreign_keys else None
     presets, flags = read_words(argv, options, positional)
     for path in presets:
-        values |= read_preset(path, options, foreign, cls)
+        values |= read_preset(path, options, foreign, Path(inspect.getfile(cls)).name)
     values |= flags
     required = [name for name, option in options.items() if option.default is NO_DEFAULT]
-    missing = [n for n in required if values.get(n, "") == ""]  # "" is a shell's unset variable
-    if missing:
-        verb = "is" if len(missing) == 1 else "are"
-        remedy = " ".join(f"--{name}=VALUE" for name in missing)
-        raise UserError(f"{' and '.join(missing)} {verb} required: {remedy}")
+    if missing := [name for name in required if values.get(name, "") == ""]:  # an unset variable
+        raise UserError(f"required: {' '.join(f'--{name}=VALUE' for name in missing)}")
     try:
         cfg = cls(**values)
     except ValueError as error:
@@ -468,9 +405,8 @@ def dispatch(commands, argv, doc):
         return run(function, config, doc, argv=rest, positional=required)
     with exit_statuses():
         if word not in ("--help", "-h"):
-            near = closest(word, commands)
-            hint = f"did you mean {near}?" if near else f"expected one of {', '.join(commands)}"
-            raise UserError(f"unknown command {word!r}; {hint}")
+            hint = did_you_mean(word, commands, "{}") or f"; expected {'|'.join(commands)}"
+            raise UserError(f"unknown command {word!r}{hint}")
         print(inspect.cleandoc(doc), "", sep="\n")
         for name, (function, _) in commands.items():
             print(f"  {name:<18}{inspect.cleandoc(function.__doc__).splitlines()[0]}")
@@ -482,14 +418,8 @@ def exit_statuses():
 
     UserError prints `error: ...` and exits 2, or with its exit_code; Ctrl-C exits 130; a reader
     that closed our pipe (`| head`) 141; a full disk 2. Characters that the terminal lacks become
-    question marks, and a closed stdout swallows the output.
+    question marks.
     """
-    if sys.stdout is None:  # `>&-`
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the end
-    if os.name == "nt":  # a pipe or file would get the local code page
-        for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):
-            if not stream.isatty():
-                stream.reconfigure(encoding="utf-8")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
     try:
@@ -500,20 +430,13 @@ def exit_statuses():
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:
-        discard_stdout()
-        sys.exit(141)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        status = {errno.EPIPE: 141, errno.ENOSPC: 2}.get(error.errno)
+        if status is None:
             raise
-        discard_stdout()  # it may be on the full disk
-        path = f"{error.filename}: " if error.filename else ""
-        remedy = "free some and start again"
-        print(f"error: {path}no space left on the disk; {remedy}", file=sys.stderr)
-        sys.exit(2)
-
-
-def discard_stdout():
-    """Sends the rest of stdout nowhere, for the flush at exit."""
-    with suppress(OSError, ValueError):  # stdout is no file
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with suppress(OSError, ValueError):  # the flush at exit goes nowhere; stdout may be no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.ENOSPC:
+            path = error.filename or "stdout"
+            print(f"error: {path}: no space left on the disk; free some", file=sys.stderr)
+        sys.exit(status)

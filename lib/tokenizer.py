@@ -45,6 +45,7 @@ class Tokenizer:
     template          the chat template named by the folder it came from, or None
     foreign_template  whether the folder has a chat template that is not read here
     dummy_prefix      whether it puts a space before every text
+    exact             whether `save` wrote the folder, so that there are no other ids
 
     Foreign folders may add control symbols (`added`, {id: symbol}), name those that open and end a
     text (`roles`), lack the chat markers (`im_start_id`, `im_end_id` are then None) and padding
@@ -56,7 +57,7 @@ class Tokenizer:
 
     def __init__(self, model, source="tokenizer.model", template=None, added=None, roles=None):
         self.model, self.source, self.template = model, source, template
-        self.foreign_template = False
+        self.exact = self.foreign_template = False
         self.sha256 = hashlib.sha256(model).hexdigest()
         try:
             ids = self._open(model)
@@ -130,7 +131,8 @@ class Tokenizer:
                 "not find in a text; move this file away, so that its tokenizer.json is read"
             )
         sha256 = config.get("tokenizer_model_sha256")
-        if kind is cls and sha256 not in (None, tokenizer.sha256):
+        tokenizer.exact = kind is cls and sha256 is not None
+        if tokenizer.exact and tokenizer.sha256 != sha256:
             raise UserError(
                 f"{path}: checksum mismatch (expected {str(sha256)[:12]}, got "
                 f"{tokenizer.sha256[:12]}): the file is damaged, or from another model"
@@ -150,7 +152,7 @@ class Tokenizer:
 
         Other programs round a vocabulary up: the ids beyond are never read or written.
         """
-        if size < self.vocab_size:
+        if size < self.vocab_size or (self.exact and size > self.vocab_size):
             raise UserError(
                 f"{folder}: the model has {size} tokens, its tokenizer {self.vocab_size}; "
                 "they do not belong together"

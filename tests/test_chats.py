@@ -620,7 +620,7 @@ def test_inspect_shows_a_prepared_dataset_and_names_its_damage(
         (["data.py"], "0 usable rows of"),
         (["configs/tiny.json"], "0 usable rows of 1: 1 missing-field"),
         (["lib"], "lib: holds no file"),
-        (["data.py", "--template=chtml"], "template must be one of chatml, instruct, chat"),
+        (["data.py", "--template=chtml"], "template must be chatml|instruct|chat"),
         (["data.py", "--tokenizer_path=none"], "none: No such file"),
     ],
 )

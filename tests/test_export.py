@@ -181,7 +181,7 @@ def test_an_adapter_is_merged(tiny_tokenizer, tmp_path):
         (["--format=hf", "--dtype=q8_0", "--output=new"], "q8_0 is for --format=gguf"),
         (["--output=own"], "exists; name another --output"),
         (["--output=new", "--model_path=nowhere"], "nowhere: no such folder"),
-        (["--output=new", "--format=ggml"], "format must be one of hf, gguf"),
+        (["--output=new", "--format=ggml"], "format must be hf|gguf"),
         ([], "--output"),
     ],
 )

@@ -295,11 +295,11 @@ def test_impossible_shapes_are_refused_by_name(change, words):
         ({"head_dim": 32}, "head_dim 32"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, '"yarn"'),
         ({"hidden_size": None}, "no 'hidden_size'"),
-        ({"hidden_size": "64"}, 'd_model must be an integer, got string "64" (config.json)'),
-        ({"num_hidden_layers": 100_000}, "n_layer must be 1..512, got 100000"),
-        ({"rms_norm_eps": "x"}, 'layer_norm_epsilon must be a finite number, got string "x"'),
+        ({"hidden_size": "64"}, 'd_model must be int 2..65536, got "64" (config.json)'),
+        ({"num_hidden_layers": 100_000}, "n_layer must be int 1..512, got 100000"),
+        ({"rms_norm_eps": "x"}, 'layer_norm_epsilon must be float > 0, got "x"'),
         ({"rope_parameters": 5}, "rope_parameters must be an object or null, got 5"),
-        ({"eos_token_id": []}, "eos_token_id must be an integer, got null"),
+        ({"eos_token_id": []}, "eos_token_id must be int >= 0, got null"),
     ],
 )
 def test_foreign_configurations_are_refused_by_name(change, words):

@@ -312,7 +312,7 @@ def test_mistakes_are_told_on_one_line(tmp_path, base, rows, tiny_tokenizer):
         ({"model_path": rows}, f"{rows}: a file, and not a model folder"),
         ({"model_path": wide}, "400 tokens, its tokenizer 384"),
         ({"dataset_path": tmp_path / "no.jsonl"}, f"{tmp_path / 'no.jsonl'}: not found"),
-        ({"dataset_path": ""}, "dataset_path is required"),
+        ({"dataset_path": ""}, "required: --dataset_path=VALUE"),
         ({"dataset_path": tmp_path / "bad.jsonl"}, "0 usable rows"),
         ({"sequence_length": 3}, no_answer),
         ({"sequence_length": 65}, "sequence_length 65 is more than the model's 64"),
@@ -367,7 +367,7 @@ def test_the_presets_are_sound(name, cls, other):
         message = rf"{preset} is a preset for {owner}\.py, not for {name}\.py"
         with pytest.raises(UserError, match=message):
             read(preset)
-    with pytest.raises(UserError, match="model_path and dataset_path are required"):
+    with pytest.raises(UserError, match="required: --model_path=VALUE --dataset_path=VALUE"):
         configure(cls, [])
 
 

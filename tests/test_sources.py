@@ -766,16 +766,16 @@ def test_entries_have_their_own_columns_configs_and_kinds(tmp_path, hub):
     [
         ({"wieght": 1}, r"mixture\[1\]: unknown key 'wieght'; did you mean 'weight'\?"),
         ({"zzz": 1}, r"mixture\[1\]: unknown key 'zzz'; known are name, input_path, weight"),
-        ({"weight": 0}, r"weight must be a finite number > 0, got 0.0 \(mixture\[1\]\)"),
-        ({"weight": -1.5}, "weight must be a finite number > 0, got -1.5"),
-        ({"weight": float("nan")}, "weight must be a finite number > 0, got nan"),
-        ({"weight": "2"}, "weight must be a finite number, got string"),
-        ({"max_samples": 0}, "max_samples must be an integer >= 1 or none"),
+        ({"weight": 0}, r"weight must be float > 0, got 0.0 \(mixture\[1\]\)"),
+        ({"weight": -1.5}, "weight must be float > 0, got -1.5"),
+        ({"weight": float("nan")}, "weight must be float > 0, got NaN"),
+        ({"weight": "2"}, "weight must be float > 0, got .2"),
+        ({"max_samples": 0}, "max_samples must be int >= 1 or none"),
         ({"name": "a"}, r"mixture\[1\]: a second source with the name 'a'"),
         ({"name": ""}, r"mixture\[1\]: name is empty"),
         ({"input_path": "/not/there.txt"}, "/not/there.txt: not found"),
         (3, r"mixture\[1\] must be a JSON object, got 3"),
-        ({"input_path": None}, "input_path must be a string"),
+        ({"input_path": None}, "input_path must be str"),
     ],
 )
 def test_a_wrong_entry_is_one_line(tmp_path, entry, message):

@@ -673,10 +673,11 @@ def test_a_foreign_model_with_markers_and_padding_is_saved_for_transformers(
     assert len(other) == size
     ids = render(back, PLAIN_TALK, template)[0]
     assert other.apply_chat_template(PLAIN_TALK, return_dict=False) == ids
-    with pytest.raises(
-        UserError, match=f"has {size - 1} tokens, its tokenizer {size}; they do not"
-    ):
-        back.match(size - 1, "folder")
+    for other_size in (size - 1, size + 1):  # ours, and so all there is
+        with pytest.raises(UserError, match=f"{other_size} tokens, its tokenizer {size}; they do"):
+            back.match(other_size, "folder")
+    with pytest.raises(UserError, match="do not belong together"):
+        Tokenizer.load(marked).match(1001, "folder")
 
 
 @pytest.mark.parametrize(
