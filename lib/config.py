@@ -49,7 +49,8 @@ def did_you_mean(word, choices, form="'{}'"):
 
 def shown(value):
     """Returns a value for an error message: as JSON spells it, cut to fit a line."""
-    return f"{json.dumps(value, ensure_ascii=False):.60}"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 # ----------------------------------------------------------------------------------------------

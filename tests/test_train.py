@@ -470,7 +470,7 @@ REFUSED = {
     "NaN": ({"learning_rate": "nan"}, "learning_rate must be float > 0"),
     "no learning": ({"learning_rate": 0}, "learning_rate must be float > 0"),
     "a high floor": ({"min_lr": 1}, "min_lr 1.0 is more than learning_rate 0.01"),
-    "no such metric": ({"early_stopping_metric": "val_los"}, "one of val_loss, val_bits_per_byte"),
+    "no such metric": ({"early_stopping_metric": "val_los"}, "must be val_loss.val_bits_per_byte"),
     "no layers": ({"n_layer": 0}, r"n_layer must be int 1\.\.512"),
     "heads that do not divide": ({"d_model": 30}, "d_model 30 is not divisible by n_head 4"),
     "too little data": ({"sequence_length": 100000}, "only [0-9]+ tokens, need at least 100001"),
