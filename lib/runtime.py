@@ -242,12 +242,12 @@ def memory_used(device):
     """Returns the peak memory in bytes: of a CUDA device, else of this process (0 on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return 0
-    import resource
+    with contextlib.suppress(ImportError):
+        import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    return 0
 
 
 def is_out_of_memory(problem):

@@ -268,9 +268,9 @@ def test_the_reader_lets_fallbacks_pass(source):
 # ---- 64-bit floats, which MPS has none of
 
 DOUBLES = {
-    "model": {"rope_tables", "READABLE"},  # on the CPU, when a model is built or read
-    "world": {"sum"},  # on the CPU, where numbers travel
-    "engine": {"draw"},  # which asks for MPS
+    "model": {"rope_tables", "read_safetensors"},  # on the CPU, when a model is built or read
+    "runtime": {"sum"},  # on the CPU, where numbers travel
+    "sample": {"draw"},  # which asks for MPS
 }
 
 
