@@ -468,7 +468,7 @@ def test_from_raw_text_to_a_server_without_posix(bare, tiny_documents):
         ("train.py", *size, *shape, *steps),
         ("sft.py", *begun, *steps, "--num_train_epochs=none"),
         ("sample.py", "--model_path=sft", *chat),
-        ("-m", "tools.workspace", "status"),
+        ("tools/workspace.py", "status"),
     )
     assert (folder / "sft" / "final" / "model.safetensors").is_file()
     serve(bare, "sft")
