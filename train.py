@@ -42,7 +42,7 @@ from lib.config import (
     narrow,
     run,
 )
-from lib.log import Log, curves_command
+from lib.log import Log
 from lib.runtime import (
     Stopped,
     autocast,
@@ -834,8 +834,14 @@ def check_same_tokenizer(tokenizer, folder):
         raise UserError(f"{folder}: {differ}; they do not belong together")
 
 
-if __name__ == "__main__":
+def command():
+    """Runs the command line: `curves`, or a pretraining."""
     if sys.argv[1:2] == ["curves"]:
-        curves_command(sys.argv[2:])
-    else:
-        run(main, PretrainConfig, __doc__)
+        from lib.curves import curves_command
+
+        return curves_command(sys.argv[2:])
+    return run(main, PretrainConfig, __doc__)
+
+
+if __name__ == "__main__":
+    command()

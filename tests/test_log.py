@@ -16,7 +16,8 @@ import torch
 
 from lib.checkpoint import checkpoints
 from lib.config import UserError
-from lib.log import draw_curves, figure_of, read_run, running_mean, spike_limit
+from lib.curves import draw_curves, figure_of, read_run, running_mean
+from lib.log import spike_limit
 from model import next_token_loss
 from tests import ROOT
 from tests.runs import after_save, begin_fit, die, losses, names, records, refused
