@@ -615,9 +615,11 @@ class Scheduler:
     first token, summed) and `first_tokens`, their number by the buckets of FIRST_TOKEN.
     """
 
-    def __init__(self, model, slots, room):
+    def __init__(self, model, slots, room, graphs=False):
         self.model, self.slots, self.room = model, slots, room
-        self.engine = Engine(model, slots)
+        self.engine = Engine(model, slots, graphs=graphs)
+        if graphs:  # no request waits for a compiler
+            self.engine.rehearse(Sampling(), Sampling(temperature=0))
         self.waiting, self.running = deque(), []  # rows; the running ones have slots of the engine
         self.changed = threading.Condition()  # guards `waiting`
         self.end_time = None  # once the server is to stop: the time after which no row goes on
@@ -1095,6 +1097,8 @@ class ServerConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     # fp32 on a CPU, bf16 on a GPU that has it; int8 (CPU) is a fourth of the memory, and faster
     dtype: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto"
+    # CUDA only: compile the decode step and replay it as a graph; the start takes minutes longer
+    compile: bool = False
 
     def __post_init__(self):
         host, origin = "a host's name; write it bare, as box.lan", "an origin, as http://box:3000"
@@ -1219,11 +1223,11 @@ def main(cfg):
         patience = threading.Timer(2, log_line, [f"loading {cfg.model_path}"])
         patience.daemon = True
         patience.start()
-        model, tokenizer = open_model(cfg.model_path, cfg.device, cfg.dtype)
+        model, tokenizer = open_model(cfg.model_path, cfg.device, cfg.dtype, cfg.compile)
         patience.cancel()
         if tokenizer.template is None:
             log_line(tokenizer.without_template(cfg.model_path))
-        scheduler = Scheduler(model, cfg.slots, cfg.queue)
+        scheduler = Scheduler(model, cfg.slots, cfg.queue, cfg.compile)
         name = cfg.model_name or name_of(cfg.model_path)
         server.api = Api(scheduler, tokenizer, name, cfg.request_seconds)
         print(start_line(server, model), flush=True)

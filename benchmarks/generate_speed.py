@@ -8,7 +8,7 @@ Weights are random, a preset's shape, the same for all. `speed`: each program is
 own, for how OpenMP's threads wait is settled when a process starts; they take turns, in reverse
 order every second round. A turn is `streams` greedy answers of --tokens tokens to different prompts
 of --prompt, prefill included, in one batch. transformers runs as it is, and with the thread policy
-that engine.py sets (`_same`). A figure is the median over rounds of tokens per second. `first`
+that sample.py sets (`_same`). A figure is the median over rounds of tokens per second. `first`
 times whole commands: sample.py, and a transformers program that prints as much. One JSON line is
 printed.
 """
@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from server_load import random_model
 
-POLICY = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "10000000"}  # as engine.py sets it
+POLICY = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "10000000"}  # as sample.py sets it
 PROGRAMS = {"ours_fp32": {}, "ours_int8": {}, "transformers": {}, "transformers_same": POLICY}
 if importlib.util.find_spec("ctranslate2"):
     PROGRAMS |= {"ctranslate2_fp32": POLICY, "ctranslate2_int8": POLICY}

@@ -41,7 +41,7 @@ from model import (
     save_model,
     to_hf,
 )
-from sample import pack
+from sample import fuse
 from tools.plan import RandomTokens, forward_backward
 from train import PretrainConfig, State, compile_model, with_vocab_size
 
@@ -470,10 +470,10 @@ def saved(cfg, folder):
 
 
 def ready_to_generate(cfg, device):
-    """Returns what engine.open_model makes of a model folder, in 16 bit on a GPU."""
+    """Returns what sample.open_model makes of a model folder, in 16 bit on a GPU."""
     with tempfile.TemporaryDirectory() as folder:
         saved(cfg, folder)
-        return pack(
+        return fuse(
             load_model(folder, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
         )
 
