@@ -360,8 +360,8 @@ def test_every_test_that_is_named_exists():
 
 def names_of(room):
     """What stands at the top level of a room: its functions, classes and variables."""
-    path = next(path for path in ROOMS if path.stem == room)
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in ROOMS if path.stem == room]
+    for node in (node for tree in trees for node in tree.body):
         targets = getattr(node, "targets", [getattr(node, "target", None)])
         yield from (
             name.id
