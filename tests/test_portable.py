@@ -233,8 +233,7 @@ def bare(tmp_path_factory):
         path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in FILES
     ]
     lacking = {module: sorted(names) for module, names in LACKING.items()}
-    gone = sorted(MODULES - {"resource"})  # whose user asks for sys.platform, and torch needs that
-    platform = [lacking, gone, [*map(str, FOLDERS)], ["__main__", *modules]]
+    platform = [lacking, sorted(MODULES), [*map(str, FOLDERS)], ["__main__", *modules]]
     env = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
     env |= {"PYTHONWARNDEFAULTENCODING": "1", "PLATFORM": json.dumps(platform)}
     return env, folder
