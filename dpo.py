@@ -27,7 +27,7 @@ from lib.checkpoint import check_unused
 from lib.config import PositiveFloat, PositiveInt, Range, UserError, run
 from lib.runtime import autocast, choose_dtype, open_world, to_device
 from lib.tokenizer import IGNORE, Tokenizer, render
-from model import choose_attention, lora_off, model_folder, supervised_hidden, token_nats
+from model import choose_attention, linear_cross_entropy, lora_off, model_folder, supervised_hidden
 from sft import FineTuningConfig, answer_to, model_files, open_base, read_split, validation
 from train import fit
 
@@ -122,7 +122,8 @@ def answer_log_probs(model, batch):
     """Returns (log p, number of tokens) of each row's answer, (2 B,) each, summed in float32."""
     # the head sees the N supervised positions of all rows alone; "where" tells the row of each
     hidden, labels = supervised_hidden(model, batch), batch["labels"]  # (N, C), (N,)
-    nats = token_nats(hidden, model.lm_head.weight, labels)  # (N,), -log p of each label
+    # (N,), -log p of each label
+    nats = linear_cross_entropy(hidden, model.lm_head.weight, labels, reduction="none")
     rows, length = batch["ids"].shape
     row, supervised = batch["where"] // length, (labels != IGNORE).float()
     zeros = torch.zeros(rows, device=nats.device)

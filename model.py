@@ -16,9 +16,10 @@ import hashlib
 import json
 import math
 import os
+from collections import namedtuple
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, get_args
 
 import safetensors.torch
 import torch
@@ -32,6 +33,7 @@ from lib.config import (
     Range,
     UserError,
     accept,
+    option_of,
     options_of,
     read_object,
     run,
@@ -417,23 +419,17 @@ def score_batch(model, batch, token_bytes):
     return loss, len(labels), int(token_bytes[labels].sum())
 
 
-def linear_cross_entropy(x, weight, labels):
-    """Returns the sum of -log softmax(x W^T)[label] for x (N, C), weight (V, C), labels (N,)."""
-    if needs_gradient(x, weight):
-        return LinearCrossEntropy.apply(x, weight, labels)
-    return token_nats(x, weight, labels).sum()
+def linear_cross_entropy(x, weight, labels, reduction="sum"):
+    """Returns the sum of -log softmax(x W^T)[label] for x (N, C), weight (V, C), labels (N,).
 
-
-def token_nats(x, weight, labels):
-    """Returns the terms of linear_cross_entropy's sum, (N,) float32, 0 where there is no label."""
-    if needs_gradient(x, weight):
-        return TokenNats.apply(x, weight, labels)
+    With reduction="none" its terms, (N,) float32; an unsupervised row's is 0.
+    """
+    summed = reduction == "sum"
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return LinearCrossEntropy.apply(x, weight, labels, summed)
     weight, groups = weight.to(x.dtype), row_groups(x, labels, len(weight))
-    return torch.cat([nats(rows @ weight.T, targets) for rows, targets in groups])
-
-
-def needs_gradient(x, weight):
-    return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    losses = torch.cat([nats(rows @ weight.T, targets) for rows, targets in groups])
+    return losses.sum() if summed else losses
 
 
 def row_groups(x, labels, vocab_size):
@@ -479,61 +475,51 @@ def nats_and_gradient_fp32(logits, labels):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """linear_cross_entropy, whose gradients are computed in the forward pass already."""
+    """linear_cross_entropy, whose gradients are computed in the forward pass already.
+
+    The backward pass of the sum scales dx and dW. Terms come back with a factor for each row: it
+    scales the rows of dx, and dW, which an adapter does not need, takes the logits once more.
+    """
 
     kernel = staticmethod(nats_and_gradient)  # train.py puts a compiled one here where it compiles
 
     @staticmethod
-    def forward(ctx, x, weight, labels):
-        w = weight.to(x.dtype)
-        total = torch.zeros((), dtype=torch.float32, device=x.device)
-        dx, dw = torch.empty_like(x), torch.zeros_like(weight) if weight.requires_grad else None
+    def groups(x, w, labels):
+        """Yields (slice, nats, dz) of some rows at a time; dz is overwritten by the next ones'."""
         buffer, start = None, 0
-        for rows, targets in row_groups(x, labels, len(weight)):
+        for rows, targets in row_groups(x, labels, len(w)):
             if buffer is None:  # one for all groups: fresh memory costs page faults
-                buffer = torch.empty(len(rows), len(weight), dtype=x.dtype, device=x.device)
+                buffer = torch.empty(len(rows), len(w), dtype=x.dtype, device=x.device)
             dz = torch.mm(rows, w.T, out=buffer[: len(rows)])  # logits, until the kernel has run
-            total += LinearCrossEntropy.kernel(dz, targets).sum()
-            torch.mm(dz, w, out=dx[start : start + len(rows)])
-            if dw is not None and dw.dtype == x.dtype:
-                dw.addmm_(dz.T, rows)
-            elif dw is not None:
-                dw += dz.T @ rows
+            yield slice(start, start + len(rows)), LinearCrossEntropy.kernel(dz, targets), dz
             start += len(rows)
-        ctx.save_for_backward(dx, dw)
-        return total
+
+    @staticmethod
+    def forward(ctx, x, weight, labels, summed):
+        w, dx, losses = weight.to(x.dtype), torch.empty_like(x), []
+        dw = torch.zeros_like(weight) if summed and weight.requires_grad else None
+        for rows, loss, dz in LinearCrossEntropy.groups(x, w, labels):
+            losses.append(loss.sum() if summed else loss)
+            torch.mm(dz, w, out=dx[rows])
+            if dw is not None and dw.dtype == x.dtype:
+                dw.addmm_(dz.T, x[rows])
+            elif dw is not None:
+                dw += dz.T @ x[rows]
+        ctx.save_for_backward(dx, dw, *(() if summed else (x, weight, labels)))
+        return sum(losses) if summed else torch.cat(losses)
 
     @staticmethod
     def backward(ctx, upstream):
-        dx, dw = ctx.saved_tensors
-        return dx * upstream, None if dw is None else dw * upstream, None
-
-
-class TokenNats(torch.autograd.Function):
-    """As LinearCrossEntropy, but a loss per row, for callers that weigh rows (dpo.py)."""
-
-    @staticmethod
-    def forward(ctx, x, weight, labels):
-        w, loss, dx = weight.to(x.dtype), [], []
-        for rows, targets in row_groups(x, labels, len(weight)):
-            dz = rows @ w.T
-            loss.append(LinearCrossEntropy.kernel(dz, targets))
-            dx.append(dz @ w)
-        ctx.save_for_backward(x, weight, labels, torch.cat(dx))
-        return torch.cat(loss)
-
-    @staticmethod
-    def backward(ctx, upstream):
-        x, weight, labels, dx = ctx.saved_tensors
-        dw, upstream = None, upstream[:, None].to(x.dtype)  # (N, 1)
-        if ctx.needs_input_grad[1]:  # not of a frozen head; the logits are made again, not kept
-            w, dw, start = weight.to(x.dtype), torch.zeros_like(weight), 0
-            for rows, targets in row_groups(x, labels, len(weight)):
-                dz = rows @ w.T
-                LinearCrossEntropy.kernel(dz, targets)
-                dw += (dz * upstream[start : start + len(rows)]).T @ rows
-                start += len(rows)
-        return dx * upstream, dw, None
+        dx, dw, *inputs = ctx.saved_tensors
+        if not inputs:
+            return dx * upstream, None if dw is None else dw * upstream, None, None
+        x, weight, labels = inputs
+        upstream = upstream[:, None].to(x.dtype)  # (N, 1)
+        if ctx.needs_input_grad[1]:
+            dw = torch.zeros_like(weight)
+            for rows, _, dz in LinearCrossEntropy.groups(x, weight.to(x.dtype), labels):
+                dw += (dz * upstream[rows]).T @ x[rows]
+        return dx * upstream, dw, None, None
 
 
 # ---- LoRA (Hu et al. 2021): a projection keeps its W and learns a low-rank difference beside it,
@@ -542,25 +528,8 @@ class TokenNats(torch.autograd.Function):
 #
 # (equation 3), so the model begins as its base. Names in `state_dict()` are the base's and PEFT's.
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """The options of an adapter, for the programs that train one."""
-
-    # rank of the difference that is learned; 0 = train all weights instead
-    lora_r: Annotated[int, Range(0)] = 16
-    lora_alpha: PositiveFloat = 32.0  # the difference is scaled by lora_alpha / lora_r
-    lora_dropout: Fraction = 0.0  # on the adapter's input
-    lora_target_modules: tuple[str, ...] = PROJECTIONS  # the projections that get one
-    # final/ is a whole model, its adapter beside in final/adapter; else the adapter alone
-    merge: bool = True
-
-    def __post_init__(self):
-        check_targets(self.lora_target_modules)
-        if self.lora_r and getattr(self, "optimizer", "adamw") == "muon":
-            raise ValueError("optimizer=muon is for whole matrices: use adamw, or lora_r=0")
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PROJECTIONS = get_args(Projection)
 
 
 class LoRALinear(nn.Module):
@@ -590,23 +559,14 @@ def adapters(model):
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
 
 
-def check_targets(targets):
-    """Raises UserError unless `targets` names projections of a block, each once."""
-    if not targets or set(targets) - set(PROJECTIONS) or len(set(targets)) < len(targets):
-        expected = f"expected some of {', '.join(PROJECTIONS)}, each once"
-        raise UserError(f"lora_target_modules: {expected}; got {', '.join(targets) or 'none'}")
-
-
 def add_lora(model, r, alpha, dropout=0.0, targets=PROJECTIONS):
     """Puts an adapter beside every projection in `targets`, freezes all else. Returns `model`."""
-    check_targets(targets)
     if adapters(model):
         raise UserError("this model has an adapter already; merge it first")
     model.requires_grad_(False)
     for name, linear in list(model.named_modules()):
-        parent, _, leaf = name.rpartition(".")
-        if leaf in targets:
-            setattr(model.get_submodule(parent), leaf, LoRALinear(linear, r, alpha, dropout))
+        if name.rpartition(".")[2] in targets:
+            model.set_submodule(name, LoRALinear(linear, r, alpha, dropout))
     return model
 
 
@@ -624,19 +584,23 @@ def lora_off(model):
 def merge_lora(model):
     """Adds the adapter to the weights, all of which may then be trained. Returns `model`.
 
-    Raises UserError if there is no adapter, as at a second merge.
+    Raises UserError if there is no adapter, as at a second merge, and RuntimeError if the hidden
+    states of a few ids are not what they were, as where the weights have 16 bits.
     """
-    layers = adapters(model)
+    layers, training = adapters(model), model.training
     if not layers:
         raise UserError("this model has no adapter to merge, or it is merged already")
+    ids = torch.arange(min(8, model.cfg.sequence_length), device=model.lm_head.weight.device)[None]
+    before = model.eval().model.forward(ids)  # not called, which would compile it for this length
     for name, layer in layers.items():
-        assert layer.weight.dtype == torch.float32, "merge first, then convert to 16 bits"
-        parent, _, leaf = name.rpartition(".")
         linear = nn.Linear(*reversed(layer.weight.shape), bias=False, device="meta")
         difference = layer.lora_B.weight @ layer.lora_A.weight  # B A, (out, in)
         linear.weight = nn.Parameter(layer.weight + layer.alpha / layer.r * difference)
-        setattr(model.get_submodule(parent), leaf, linear)
-    return model.requires_grad_(True)
+        model.set_submodule(name, linear)
+    deviation = (model.model.forward(ids) - before).abs().max() / before.abs().max()
+    if not deviation < 1e-4:  # rounding alone is a hundredth of it
+        raise RuntimeError(f"merging the adapter changed the hidden states by {deviation:.1e}")
+    return model.requires_grad_(True).train(training)
 
 
 # ---- A model's folder, Hugging Face's: config.json, generation_config.json, model.safetensors
@@ -652,55 +616,47 @@ HF_NAMES = {  # the keys of config.json for the fields that have another name th
 }
 
 
+# what transformers assumes where a key is absent
+HF_DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+HF_LLAMA = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+
+
 def to_hf(cfg, dtype="float32"):
     """Returns config.json's dict; transformers 4 reads `rope_theta`, 5 reads `rope_parameters`."""
     rope = {"rope_theta": cfg.rope_theta, "rope_type": "default"} | (cfg.rope_scaling or {})
-    llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
-    sizes = {"num_key_value_heads": cfg.kv_heads, "head_dim": cfg.head_dim}
-    dropouts = {"attention_dropout": cfg.p_attention, "hidden_dropout": cfg.p_hidden}
-    switches = {"attention_bias": False, "mlp_bias": False, "use_cache": True}
-    types = {"rope_parameters": rope, "torch_dtype": dtype, "dtype": dtype}
     fields = {HF_NAMES.get(name, name): value for name, value in asdict(cfg).items()}
-    return llama | fields | sizes | dropouts | switches | types
+    resolved = {"num_key_value_heads": cfg.kv_heads, "head_dim": cfg.head_dim}
+    resolved |= {"attention_dropout": cfg.p_attention, "hidden_dropout": cfg.p_hidden}
+    others = {"architectures": ["LlamaForCausalLM"], "rope_parameters": rope, "use_cache": True}
+    return HF_LLAMA | fields | resolved | others | {"torch_dtype": dtype, "dtype": dtype}
 
 
 def from_hf(hf, where="config.json"):
     """Returns the ModelConfig of config.json's dict; UserError if this model can't compute it."""
-    # what transformers assumes where a key is absent
-    defaults = {"model_name": "imported", "hidden_act": "silu", "max_position_embeddings": 2048}
-    hf = defaults | {"rms_norm_eps": 1e-6, "tie_word_embeddings": False} | hf
-    supported = {"model_type": "llama", "hidden_act": "silu"}
-    for key in (*supported, "attention_bias", "mlp_bias", "quantization_config"):
-        if (hf.get(key) or None) != supported.get(key):
-            expected = "what loads is a Llama with silu, without biases, in 16 or 32 bits"
-            raise UserError(f"{where}: {key} is {json.dumps(hf.get(key)):.60}; {expected}")
-    for key in ("vocab_size", *HF_NAMES.values()):
-        if key not in hf:
-            raise UserError(f"{where}: no {key!r}; expected the config.json of a Llama")
+    options, required = options_of(ModelConfig), ("vocab_size", *HF_NAMES.values())
+    hf = {"model_name": "imported"} | dict.fromkeys(required) | HF_DEFAULTS | hf
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        value = f"{json.dumps(rope):.60}"
-        raise UserError(f"{where}: rope_parameters must be an object or null, got {value}")
-    hf["rope_theta"] = rope.get("rope_theta") or hf.get("rope_theta", ModelConfig.rope_theta)
-    kind = rope.get("rope_type", rope.get("type", "default"))  # `type` is the older spelling
-    numbers = {k: v for k, v in rope.items() if k not in ("rope_theta", "rope_type", "type")}
-    hf["rope_scaling"] = None if kind == "default" else {"rope_type": kind} | numbers
+    rope = dict(accept("rope_parameters", rope, options["rope_scaling"], where))
+    hf["rope_theta"] = rope.pop("rope_theta", None) or hf.get("rope_theta", ModelConfig.rope_theta)
+    older = rope.pop("type", "default")  # how transformers once spelled rope_type
+    kind = rope.pop("rope_type", older)
+    hf["rope_scaling"] = None if kind == "default" else {"rope_type": kind} | rope
     if isinstance(hf.get("eos_token_id"), list):
         hf["eos_token_id"] = next(iter(hf["eos_token_id"]), None)
     if hf.get("pad_token_id") in (None, -1):  # -1 once meant none
         hf["pad_token_id"] = 0
-    try:  # values are checked as a preset's: 100,000 layers would take hours to build
-        values = {
-            name: accept(name, hf[HF_NAMES.get(name, name)], option, where)
-            for name, option in options_of(ModelConfig).items()
-            if HF_NAMES.get(name, name) in hf
-        }
+    keys = {name: HF_NAMES.get(name, name) for name in options}
+    # values are checked as a preset's: 100,000 layers would take hours to build
+    values = {n: accept(k, hf[k], options[n], where) for n, k in keys.items() if k in hf}
+    try:
         cfg = ModelConfig(**values)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
-    if hf.get("head_dim") not in (None, cfg.head_dim):
-        expected = f"hidden_size / heads = {cfg.head_dim}"
-        raise UserError(f"{where}: head_dim {hf['head_dim']} is not {expected}")
+    fixed = HF_LLAMA | {"head_dim": cfg.head_dim, "quantization_config": None}
+    for key, value in fixed.items():
+        if (hf.get(key) or value) != value:
+            expected = f"expected {json.dumps(value)}, as of a Llama in 16 or 32 bits"
+            raise UserError(f"{where}: {key} is {json.dumps(hf[key]):.60}; {expected}")
     return cfg
 
 
@@ -725,77 +681,78 @@ def write_json(path, content):
 
 
 def load_model(folder, device="cpu", dtype=torch.float32):
-    """Returns the Llama of a model's folder as `for_inference` gives it; or UserError."""
-    folder = model_folder(folder)
-    cfg = from_hf(read_object(folder / "config.json"), folder / "config.json")
-    with torch.device("meta"):  # no time goes into random weights, which are overwritten at once
-        model = Llama(cfg)
-    model.to_empty(device="cpu")
-    if cfg.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    model.model.cos, model.model.sin = rope_tables(cfg)
-    load_weights(model, folder / MODEL_WEIGHTS)
-    return for_inference(model, device, dtype)
+    """Returns the Llama of a model's folder, of an adapter's with its base, or of a training's.
 
-
-def for_inference(model, device, dtype):
-    """Returns `model` in evaluation mode on `device`, its parameters in `dtype`.
-
-    The rotary tables stay float32: bfloat16 cannot tell neighbouring positions apart.
+    It is in evaluation mode on `device`, its parameters in `dtype`. Raises UserError if something
+    is missing, damaged, or does not belong together.
     """
+    folder = model_folder(folder)
+    if (folder / ADAPTER_CONFIG).is_file():
+        model = merge_lora(load_adapter(folder))
+    else:
+        cfg = from_hf(read_object(folder / "config.json"), folder / "config.json")
+        with torch.device("meta"):  # no time goes into random weights, overwritten at once
+            model = Llama(cfg)
+        model.to_empty(device="cpu")
+        if cfg.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        model.model.cos, model.model.sin = rope_tables(cfg)
+        load_weights(model, folder)
+    # not the rotary tables: bfloat16 cannot tell neighbouring positions apart
     for p in model.parameters():
         p.data = p.data.to(dtype)
     return model.to(device).eval()
 
 
-def load_weights(model, path):
-    """Copies model.safetensors, or its shards, into `model`; or UserError."""
-    weights, embedding = {}, "model.embed_tokens.weight"
-    for file in weight_files(path):
-        for name, tensor in read_safetensors(file).items():
-            # torch's wrappers of parallel and compiled models leave prefixes on the names
-            name = name.removeprefix("module.").removeprefix("_orig_mod.")
-            if not name.endswith("rotary_emb.inv_freq"):  # a table that older programs stored
-                weights[name] = tensor
-    if model.cfg.tie_word_embeddings and embedding in weights:
-        weights["lm_head.weight"] = weights[embedding]
-    load_tensors(model, weights, path)
-
-
-def weight_files(path):
-    """Returns the files of `path`, a model.safetensors: itself, or the shards that others cut."""
+def model_folder(path):
+    """Returns `path`, or its final/ if it is a training's folder; UserError if it is neither."""
     path = Path(path)
-    files = sorted(path.parent.glob(f"{path.stem}-*-of-*{path.suffix}"))
-    files = [path] if path.is_file() else files
-    if not files:
-        convert = "LlamaForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-        pickles = "a pickle may run any code, so it is not read; to convert one that you trust"
-        raise UserError(f"{path}: not found; {pickles}, use transformers: {convert}")
-    return files
+    for folder in (path, path / "final"):
+        if any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
+            return folder
+    problem = "not a model folder (no config.json)" if path.exists() else "no such folder"
+    expected = "give a training's output_dir, or a folder fetched with `hf download`"
+    raise UserError(f"{path}: {problem}; {expected}")
 
 
-def read_safetensors(path):
-    """Returns {name: tensor} of a file; UserError if it is damaged, or holds others than floats."""
-    try:
-        tensors = safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: not readable as safetensors ({error})") from None
-    for name, tensor in tensors.items():
-        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise UserError(
-                f"{path}: {name} holds {tensor.dtype} numbers, not floats of 16 to 64 bits"
-            )
-        if not tensor.isfinite().all():
-            raise UserError(f"{path}: {name} holds NaN or infinity")
-    return tensors
+def load_weights(model, folder):
+    """Copies the weights of a model's or an adapter's folder into `model`.
 
-
-def load_tensors(model, tensors, where):
-    """Copies {name: tensor} into `model`; UserError unless names and shapes are the model's."""
+    If `model` has an adapter, that is what is read. Raises UserError unless all names and shapes
+    fit, and for a damaged file.
+    """
+    tensors = {}
+    for path in weight_files(folder):
+        try:
+            content = safetensors.torch.load_file(path)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise UserError(f"{path}: not readable as safetensors ({error})") from None
+        for name, tensor in content.items():
+            floats = tensor.is_floating_point() and tensor.element_size() > 1  # 8 bits: quantized
+            if not (floats and tensor.isfinite().all()):
+                values = f"NaN, infinity or no floats of 16 to 64 bits ({tensor.dtype})"
+                raise UserError(f"{path}: {name} holds {values}")
+            if not name.endswith("rotary_emb.inv_freq"):  # a table that older programs stored
+                tensors[name.removeprefix(PEFT_PREFIX)] = tensor
+    if adapters(model):
+        others = {name: t for name, t in model.state_dict().items() if ".lora_" not in name}
+        tensors = others | tensors
+    elif model.cfg.tie_word_embeddings:
+        tensors["lm_head.weight"] = tensors.get("model.embed_tokens.weight", model.lm_head.weight)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:  # lists what is missing, unexpected, or of another shape
-        raise UserError(f"{where}: does not fit the model: {error!s:.500}") from None
+        raise UserError(f"{folder}: does not fit the model: {error!s:.500}") from None
+
+
+def weight_files(folder):
+    """Returns the weights of a folder: an adapter's file, a model's, or the shards others cut."""
+    for pattern in (ADAPTER_WEIGHTS, MODEL_WEIGHTS, "model-*-of-*.safetensors"):
+        if files := sorted(Path(folder).glob(pattern)):
+            return files
+    convert = "LlamaForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+    pickles = "a pickle may run any code, so it is not read; to convert one that you trust"
+    raise UserError(f"{folder}: no {MODEL_WEIGHTS}; {pickles}, use transformers: {convert}")
 
 
 # ---- An adapter's folder, PEFT's: adapter_config.json, adapter_model.safetensors
@@ -806,19 +763,14 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 PEFT_PREFIX = "base_model.model."  # before the name of every tensor
 INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "eva")  # others change the base's weights
 
-
-class Base(NamedTuple):
-    """The model that an adapter stands on: its folder, and the sha256 of the weights in it."""
-
-    path: Path
-    sha256: str
+# what an adapter stands on: its folder, and the sha256 of the weights in it
+Base = namedtuple("Base", ["path", "sha256"])
 
 
 def identify(folder):
     """Returns the Base that a folder is; an adapter's folder is known by its own weights."""
     folder, digest = model_folder(folder), hashlib.sha256()
-    adapter = folder / ADAPTER_WEIGHTS
-    for path in [adapter] if adapter.is_file() else weight_files(folder / MODEL_WEIGHTS):
+    for path in weight_files(folder):
         with open(path, "rb") as file:
             hashlib.file_digest(file, lambda: digest)
     return Base(folder, digest.hexdigest())
@@ -828,146 +780,76 @@ def save_adapter(model, folder, base):
     """Writes the adapter of `model`, which stands on `base`, into `folder`, which must exist."""
     folder, layers = Path(folder), adapters(model)
     names, layer = {name.rpartition(".")[2] for name in layers}, next(iter(layers.values()))
-    alpha = int(layer.alpha) if layer.alpha == int(layer.alpha) else layer.alpha
-    kind = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none"}
-    variants = {"fan_in_fan_out": False, "use_rslora": False, "use_dora": False}
     config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
         "base_model_name_or_path": str(base.path.resolve()),  # PEFT looks from where it runs
         "r": layer.r,
-        "lora_alpha": alpha,
+        "lora_alpha": int(layer.alpha) if layer.alpha == int(layer.alpha) else layer.alpha,
         "lora_dropout": layer.dropout.p,
         "target_modules": [name for name in PROJECTIONS if name in names],
-    }
+        "bias": "none",
+    } | dict.fromkeys(("fan_in_fan_out", "use_rslora", "use_dora"), False)
     home = {"sha256": base.sha256}
     with contextlib.suppress(ValueError):  # no relative path leads to another drive of Windows
         path = os.path.relpath(base.path.resolve(), folder.resolve())
         home["relative_path"] = Path(path).as_posix()
-    write_json(folder / ADAPTER_CONFIG, kind | config | variants)
+    write_json(folder / ADAPTER_CONFIG, config)
     write_json(folder / "base.json", home)
     tensors = model.state_dict().items()
     tensors = {PEFT_PREFIX + name: t.contiguous() for name, t in tensors if ".lora_" in name}
     safetensors.torch.save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
-def read_adapter_config(folder):
-    """Returns adapter_config.json's dict; UserError if it describes more than plain LoRA."""
-    path = Path(folder) / ADAPTER_CONFIG
-    config = {"lora_dropout": 0.0} | read_object(path)
-    sound = {
-        "peft_type": config.get("peft_type", "LORA") == "LORA",
-        "r": type(config.get("r")) is int and config["r"] > 0,
-        "lora_alpha": type(config.get("lora_alpha")) in (int, float),
-        "target_modules": isinstance(config.get("target_modules"), list),
-        "bias": config.get("bias", "none") == "none",
-        "init_lora_weights": config.get("init_lora_weights", True) in INITIALIZATIONS,
-    }
-    variants = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
-    for key in (*variants, "alora_invocation_tokens", "layers_to_transform"):
-        sound[key] = not config.get(key)
-    if wrong := [key for key in sound if not sound[key]]:
-        value = json.dumps(config.get(wrong[0]))
-        raise UserError(f"{path}: {wrong[0]} is {value}; only plain LoRA loads")
-    # PEFT writes full names where it chose the modules itself
-    names = [str(name).rpartition(".")[2] for name in config["target_modules"]]
-    return config | {"target_modules": list(dict.fromkeys(names))}
+def load_adapter(folder):
+    """Returns the Llama of an adapter's folder: its base with the adapter on it, not merged.
 
-
-def load_adapter(model, folder, base=None):
-    """Reads an adapter's folder into `model`, adding the adapter if it has none. Returns `model`.
-
-    Raises UserError if the adapter does not fit, or was trained on another Base than `base`.
+    Raises UserError unless it is plain LoRA on the base that it was trained on.
     """
-    config, path = read_adapter_config(folder), Path(folder) / ADAPTER_WEIGHTS
-    sha256 = read_base_json(folder).get("sha256")
-    if base and sha256 not in (None, base.sha256):
-        trained = f"this adapter was trained on a base with sha256 {sha256!s:.12}.."
-        given = f"{base.path} has {base.sha256:.12}.."
-        raise UserError(f"{folder}: {trained}, but {given}; they do not belong together")
-    if not adapters(model):
-        numbers = (config[key] for key in ("r", "lora_alpha", "lora_dropout"))
-        add_lora(model, *numbers, config["target_modules"])
-    tensors = {n.removeprefix(PEFT_PREFIX): t for n, t in read_safetensors(path).items()}
-    others = {name: t for name, t in model.state_dict().items() if ".lora_" not in name}
-    load_tensors(model, others | tensors, path)
+    folder = Path(folder)
+    path, options = folder / ADAPTER_CONFIG, {"r": Annotated[int, Range(1)]}
+    config = read_object(path)
+    # a variant with other tensors will not fit; these compute something else with the same ones
+    plain = {"peft_type": "LORA", "use_rslora": False, "alpha_pattern": False}
+    plain |= {"modules_to_save": False, "alora_invocation_tokens": False}
+    wrong = [key for key, value in plain.items() if (config.get(key) or value) != value]
+    if config.get("init_lora_weights", True) not in INITIALIZATIONS:
+        wrong.append("init_lora_weights")
+    if wrong:
+        value = json.dumps(config[wrong[0]])
+        raise UserError(f"{path}: {wrong[0]} is {value}; only plain LoRA loads")
+    if isinstance(names := config.get("target_modules"), list):
+        # PEFT writes full names where it chose the modules itself
+        config["target_modules"] = sorted({str(name).rpartition(".")[2] for name in names})
+    options |= {"lora_alpha": PositiveFloat, "target_modules": tuple[Projection, ...]}
+    r, alpha, targets = (
+        accept(key, config.get(key), option_of(kind), path) for key, kind in options.items()
+    )
+    base = find_base(folder, str(config.get("base_model_name_or_path")))
+    model = add_lora(load_model(base.path), r, alpha, targets=targets)
+    load_weights(model, folder)
     return model
 
 
-def read_base_json(folder):
-    """Returns base.json's dict; {} in a folder that PEFT wrote."""
-    path = Path(folder) / "base.json"
-    return read_object(path) if path.is_file() else {}
+def find_base(folder, name):
+    """Returns the Base of an adapter's folder: looks beside it first, then where it once was.
 
-
-def find_base(folder):
-    """Returns the Base of an adapter's folder: looks beside it first, then where it once was."""
-    path = read_base_json(folder).get("relative_path")
-    name = read_adapter_config(folder).get("base_model_name_or_path")
-    paths = [folder / str(path)] if path else []
-    paths += [Path(str(name)), folder / str(name)] if name else []
-    for path in filter(Path.exists, paths):
-        return identify(path)
-    mend = f"put it back, or correct base_model_name_or_path in {ADAPTER_CONFIG}"
-    raise UserError(f"{folder}: its base model {name} is not there; {mend}")
-
-
-# ---- Any folder
-
-
-def model_folder(path):
-    """Returns `path`, or its final/ if it is a training's folder; UserError if it is neither."""
-    path = Path(path)
-    if not path.exists():
-        expected = "give a training's output_dir, or a folder fetched with `hf download`"
-        raise UserError(f"{path}: no such folder; {expected}")
-    if path.is_file():
-        raise UserError(f"{path}: a file, and not a model folder, which holds a config.json")
-    if any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG, ADAPTER_WEIGHTS)):
-        return path
-    if (path / "final").is_dir():
-        return path / "final"
-    patterns = ("*/*config.json", "*/final/*config.json")
-    below = [file.parent for pattern in patterns for file in path.glob(pattern)]
-    hint = f"; there is one in {max(below)}" if below else ""
-    raise UserError(f"{path}: not a model folder (no config.json){hint}")
-
-
-def open_model_folder(folder, device="cpu", dtype=torch.float32):
-    """Returns the Llama of a model's folder, of an adapter's with its base, or of a training's.
-
-    It is as `for_inference` gives it. An adapter's base may be an adapter's folder again. Raises
-    UserError if something is missing or does not belong together.
+    Raises UserError if it is gone, or another one than the adapter was trained on.
     """
-    folder = model_folder(folder)
-    if not (folder / ADAPTER_CONFIG).is_file():
-        return load_model(folder, device, dtype)
-    base = find_base(folder)
-    if base.path.resolve() == folder.resolve():
-        raise UserError(f"{folder / ADAPTER_CONFIG}: names its own folder as the base")
-    model = merge_lora(load_adapter(open_model_folder(base.path), folder, base))
-    return for_inference(model, device, dtype)
-
-
-def save_trained(model, folder, base, stop_ids, merge=False):
-    """Writes what was trained on top of `base`: the adapter, or the whole model if there is none.
-
-    With `merge` it is always the whole model: its adapter goes into folder/adapter, and is merged.
-    """
-    if adapters(model) and merge:
-        (Path(folder) / "adapter").mkdir()
-        save_adapter(model, Path(folder) / "adapter", base)
-        merge_lora(model)
-    if adapters(model):
-        save_adapter(model, folder, base)
-    else:
-        save_model(model, folder, stop_ids)
-
-
-def load_trained(model, folder, base):
-    """Reads into the same `model` what `save_trained` wrote without `merge`."""
-    if adapters(model):
-        load_adapter(model, folder, base)
-    else:
-        load_weights(model, Path(folder) / MODEL_WEIGHTS)
+    home = folder / "base.json"
+    home = read_object(home) if home.is_file() else {}  # PEFT writes none
+    paths = (folder / str(home.get("relative_path", "")), Path(name))
+    paths = [path for path in paths if path.exists() and path.resolve() != folder.resolve()]
+    if not paths:
+        mend = f"put it back, or correct base_model_name_or_path in {ADAPTER_CONFIG}"
+        raise UserError(f"{folder}: its base model {name} is not there; {mend}")
+    base = identify(paths[0])
+    if home.get("sha256", base.sha256) != base.sha256:
+        trained = f"this adapter was trained on a base with sha256 {home['sha256']!s:.12}.."
+        given = f"{base.path} has {base.sha256:.12}.."
+        raise UserError(f"{folder}: {trained}, but {given}; they do not belong together")
+    return base
 
 
 # ---- Counts, and the architecture report
@@ -1012,20 +894,10 @@ def memory_parts(cfg, rows):
     }
 
 
-def odd_shapes(cfg):
-    """Yields a warning for each shape that is legal but slow or unusual."""
-    for name in ("vocab_size", "d_model", "d_ff"):
-        if getattr(cfg, name) % 64:
-            yield f"{name} {getattr(cfg, name)} is no multiple of 64: its matmuls will be slower"
-    if cfg.head_dim not in (32, 64, 96, 128):
-        yield f"head width {cfg.head_dim} is unusual; attention kernels like 64 or 128"
-    if not 2 <= cfg.d_ff / cfg.d_model <= 6:
-        yield f"d_ff / d_model = {cfg.d_ff / cfg.d_model:.2f} is outside the usual 2 to 6"
-
-
 def main(cfg):
-    heads = f"{cfg.n_head} heads of {cfg.head_dim}, {cfg.kv_heads} for keys and values"
-    print(f"{cfg.model_name}: {cfg.n_layer} layers x {cfg.d_model}, {heads}, d_ff {cfg.d_ff}")
+    C, D, ratio = cfg.d_model, cfg.head_dim, cfg.d_ff / cfg.d_model
+    heads = f"{cfg.n_head} heads of {D}, {cfg.kv_heads} for keys and values"
+    print(f"{cfg.model_name}: {cfg.n_layer} layers x {C}, {heads}, d_ff {cfg.d_ff}")
     print(f"  vocabulary {cfg.vocab_size}, context {cfg.sequence_length}\n\n  parameters")
     for part, count in count_parameters(cfg).items():
         print(f"    {part:<42} {count:>15,}")
@@ -1033,8 +905,14 @@ def main(cfg):
     print("\n  memory of a training step, computed from the shapes (not measured)")
     for part, size in memory_parts(cfg, rows=8).items():
         print(f"    {part:<42} {size / 1e6:>12,.1f} MB")
-    for sentence in odd_shapes(cfg):
-        print(f"  warning: {sentence}")
+    for name in ("vocab_size", "d_model", "d_ff"):  # legal, but slow or unusual
+        if getattr(cfg, name) % 64:
+            size = getattr(cfg, name)
+            print(f"  warning: {name} {size} is no multiple of 64: its matmuls will be slower")
+    if D not in (32, 64, 96, 128):
+        print(f"  warning: head width {D} is unusual; attention kernels like 64 or 128")
+    if not 2 <= ratio <= 6:
+        print(f"  warning: d_ff / d_model = {ratio:.2f} is outside the usual 2 to 6")
     if cfg.foreign_keys:
         print(f"\n  not about the architecture, left to train.py: {', '.join(cfg.foreign_keys)}")
 

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from lib.config import Fraction, PositiveInt, Range, UserError, narrow, run
 from lib.runtime import choose_device, choose_dtype
 from lib.tokenizer import Tokenizer, render, stop_ids
-from model import KVCache, attend, model_folder, open_model_folder
+from model import KVCache, attend, load_model, model_folder
 
 # Letters as in model.py: B rows, T positions, C width, H query heads, K key/value heads, D head
 # width, V vocabulary; R = B T rows of a matrix product.
@@ -625,7 +625,7 @@ def open_model(folder, device="auto", dtype="auto", compile=False):
         problem = f"CUDA graphs need CUDA, and this run is on {device.type}"
         raise UserError(f"compile: {problem}; leave it off")
     on_cpu = device.type == "cpu" and dtype in ("auto", "int8")
-    model = open_model_folder(folder, device, choose_dtype("fp32" if on_cpu else dtype, device)[0])
+    model = load_model(folder, device, choose_dtype("fp32" if on_cpu else dtype, device)[0])
     tokenizer = Tokenizer.load(model_folder(folder))
     tokenizer.match(model.cfg.vocab_size, folder)
     ends = stop_ids(tokenizer, tokenizer.template)

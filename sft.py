@@ -18,7 +18,6 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -35,26 +34,31 @@ from lib.config import (
     PositiveFloat,
     PositiveInt,
     UserError,
+    read_object,
     run,
 )
 from lib.folders import hash_fraction
 from lib.runtime import open_world, to_device
 from lib.tokenizer import Tokenizer, render, stop_ids, usual_template
 from model import (
-    LoRAConfig,
+    PROJECTIONS,
+    Projection,
+    adapters,
     add_lora,
     identify,
-    load_trained,
+    load_model,
+    load_weights,
+    merge_lora,
     model_folder,
     next_token_loss,
-    open_model_folder,
-    save_trained,
+    save_adapter,
+    save_model,
 )
 from train import LoopConfig, check_data, check_same_tokenizer, fit, greedy
 
 
 @dataclass(frozen=True, kw_only=True)
-class FineTuningConfig(LoopConfig, LoRAConfig):
+class FineTuningConfig(LoopConfig):
     """What fine-tunings share: the model to begin from, the rows, and defaults made for LoRA."""
 
     # what to begin from: a model's folder, an adapter's, or that of a whole training
@@ -67,10 +71,20 @@ class FineTuningConfig(LoopConfig, LoRAConfig):
     warmup_steps: NonNegativeInt = 10  # linear rise to the top
     weight_decay: NonNegativeFloat = 0.0  # on matrices
     save_steps: PositiveInt = 100  # steps between checkpoints
+    # rank of the difference that is learned; 0 = train all weights instead
+    lora_r: NonNegativeInt = 16
+    lora_alpha: PositiveFloat = 32.0  # the difference is scaled by lora_alpha / lora_r
+    lora_dropout: Fraction = 0.0  # on the adapter's input
+    lora_target_modules: tuple[Projection, ...] = PROJECTIONS  # the projections that get one
+    # final/ is a whole model, its adapter beside in final/adapter; else the adapter alone
+    merge: bool = True
 
     def __post_init__(self):
-        LoopConfig.__post_init__(self)
-        LoRAConfig.__post_init__(self)
+        super().__post_init__()
+        if self.lora_r and not self.lora_target_modules:
+            raise ValueError("lora_target_modules names no projection; lora_r=0 trains all weights")
+        if self.lora_r and self.optimizer == "muon":
+            raise ValueError("optimizer=muon is for whole matrices: use adamw, or lora_r=0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +218,7 @@ def split_rows(rows, ratio, key):
 
 def open_base(cfg, tokenizer, say):
     """Returns (cfg.model_path with a new adapter to train, its Base, positions of a row)."""
-    base, model = identify(cfg.model_path), open_model_folder(cfg.model_path)
+    base, model = identify(cfg.model_path), load_model(cfg.model_path)
     context = model.cfg.sequence_length
     tokenizer.match(model.cfg.vocab_size, cfg.model_path)
     length = cfg.sequence_length or context
@@ -230,15 +244,23 @@ def model_files(cfg, base, tokenizer, template, data_sha256):
     ends = stop_ids(tokenizer, template)
 
     def write_model(model, folder, merge=False):
-        save_trained(model, folder, base, ends, merge)
-        for home in filter(Path.is_dir, (folder, folder / "adapter")):
-            tokenizer.save(home, model.cfg.sequence_length, template)
+        if merge and adapters(model):
+            (folder / "adapter").mkdir()
+            write_model(model, folder / "adapter")
+            merge_lora(model)
+        if adapters(model):
+            save_adapter(model, folder, base)
+        else:
+            save_model(model, folder, ends)
+        tokenizer.save(folder, model.cfg.sequence_length, template)
         (folder / "data.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
     def read_model(model, folder):
         check_same_tokenizer(tokenizer, folder)
         check_data(cfg, data, folder)
-        load_trained(model, folder, base)
+        if cfg.lora_r and read_object(folder / "base.json")["sha256"] != base.sha256:
+            raise UserError(f"{folder}: its adapter was trained on another base: {cfg.model_path}")
+        load_weights(model, folder)
 
     return write_model, read_model, partial(write_model, merge=cfg.merge)
 

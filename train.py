@@ -751,7 +751,7 @@ def pretrain(cfg, world):
     def read_model(model, folder):
         check_same_tokenizer(tokenizer, folder)
         check_data(cfg, hashes, folder)
-        load_weights(model, folder / "model.safetensors")
+        load_weights(model, folder)
 
     validate = language_validation(cfg, world, tokenizer)
     fit(cfg, model, stream, next_token_loss, world, validate, write_model, read_model)

@@ -97,7 +97,7 @@ def ours(words, cfg, folder, until_end):
     world = until_end.enter_context(machine.open_world(loop))
     torch.set_float32_matmul_precision("medium" if "onednn" in words else "highest")
     model = Llama(cfg).train()
-    load_weights(model, Path(folder) / "model.safetensors")
+    load_weights(model, folder)
     dtype, _ = train.announce(loop, model, world)
     if "math" in words:
         model.use_attention("math")

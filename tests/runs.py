@@ -64,7 +64,7 @@ def fitting(out, loader, loss_fn, validate, knobs, before=None):
     """`fit` on a tiny model with a loader and a loss of the test's own: no text, no tokenizer."""
 
     def read_model(model, folder):
-        train.load_weights(model, folder / "model.safetensors")
+        train.load_weights(model, folder)
 
     def main(cfg):
         with train.open_world(cfg) as world:

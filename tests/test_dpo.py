@@ -13,7 +13,7 @@ import torch
 import dpo
 from lib.config import UserError, configure
 from lib.tokenizer import Tokenizer, render
-from model import adapters, add_lora, load_model, lora_off, next_token_loss, open_model_folder
+from model import adapters, add_lora, load_model, lora_off, next_token_loss
 from tests.align import begin, finished, make_base, refused, tensors
 from tests.conftest import write_rows
 from tests.runs import after_save, die, losses, records
@@ -269,7 +269,7 @@ def test_eight_preferences_are_learned(tmp_path, base, pairs, knobs):
     assert set(lines[-1]) >= {f"val_{name}" for name in NAMES}
     assert (base / "model.safetensors").read_bytes() == before  # the reference is untouched
     assert Tokenizer.load(out / "final").template == "chatml"
-    open_model_folder(out)
+    load_model(out)
 
 
 @pytest.mark.parametrize(
@@ -306,13 +306,13 @@ def test_the_reference_is_the_sft_policy_and_not_its_base(tmp_path, base, pairs)
     first = records(out)[0]["logps/chosen"]
     of_policy, of_base = (
         log_probs(model, examples)[:8].mean().item()
-        for model in (open_model_folder(policy), load_model(base))
+        for model in (load_model(policy), load_model(base))
     )
     assert first == pytest.approx(of_policy, abs=1e-3)
     assert first != pytest.approx(of_base, abs=1e-3)
     home = json.loads((out / "final" / "base.json").read_text())
     assert home["relative_path"] == "../../sft/final"
-    open_model_folder(out)
+    load_model(out)
 
 
 def test_early_stopping_goes_back_to_the_best(tmp_path, base, pairs):

@@ -112,15 +112,6 @@ def test_off_is_the_base_and_on_again_after_an_error():
     assert not torch.equal(model(IDS), base(IDS))
 
 
-@pytest.mark.parametrize(
-    "targets", [["q_porj"], ["wq"], [], ["q_proj", "q_proj"], ["q_proj", "lm_head"]]
-)
-def test_unknown_targets_are_refused(targets):
-    words = f"each once; got {', '.join(targets) or 'none'}$"
-    with pytest.raises(UserError, match=f"lora_target_modules: expected some of q_proj.*{words}"):
-        llama.add_lora(build(), 4, 8, 0.0, targets)
-
-
 # ---- merging
 
 
@@ -143,15 +134,26 @@ def test_a_second_adapter_and_a_second_merge_are_refused():
         llama.merge_lora(llama.merge_lora(adapted()))
 
 
+def test_a_merge_that_changes_what_the_model_computes_is_an_error():
+    words = "merging the adapter changed the hidden states by"
+    with pytest.raises(RuntimeError, match=words):
+        llama.merge_lora(adapted().bfloat16())  # 16 bits round more than a merge may change
+    model = adapted()
+    with llama.lora_off(model), pytest.raises(RuntimeError, match=words):
+        llama.merge_lora(model)
+
+
 # ---- folders
 
 
 def test_a_folder_brings_the_adapter_back(base, adapter):
     expected = adapted(llama.load_model(base))(IDS)
-    model = llama.load_adapter(llama.load_model(base), adapter, llama.identify(base))
+    model = llama.load_adapter(adapter)
     assert torch.equal(model(IDS), expected)
-    assert torch.equal(llama.load_adapter(model, adapter)(IDS), expected)  # once more into the same
-    opened = llama.open_model_folder(adapter)
+    torch.nn.init.ones_(llama.adapters(model)["model.layers.0.mlp.up_proj"].lora_A.weight)
+    llama.load_weights(model, adapter)  # as a resumed training does
+    assert torch.equal(model(IDS), expected)
+    opened = llama.load_model(adapter)
     assert not llama.adapters(opened)
     torch.testing.assert_close(opened(IDS), expected, atol=1e-5, rtol=0)
 
@@ -167,13 +169,13 @@ def test_the_folder_says_what_it_is(base, adapter):
 
 
 def test_both_folders_may_move_together(base, adapter, tmp_path):
-    expected = llama.open_model_folder(adapter)(IDS)
+    expected = llama.load_model(adapter)(IDS)
     (tmp_path / "elsewhere").mkdir()
     shutil.move(base, tmp_path / "elsewhere" / "base")
     with pytest.raises(UserError, match=rf"its base model {base} is not there"):
-        llama.open_model_folder(adapter)
+        llama.load_model(adapter)
     shutil.move(adapter, tmp_path / "elsewhere" / "adapter")
-    assert torch.equal(llama.open_model_folder(tmp_path / "elsewhere" / "adapter")(IDS), expected)
+    assert torch.equal(llama.load_model(tmp_path / "elsewhere" / "adapter")(IDS), expected)
 
 
 def test_an_adapter_of_another_base_is_refused_by_both_hashes(base, adapter):
@@ -181,55 +183,52 @@ def test_an_adapter_of_another_base_is_refused_by_both_hashes(base, adapter):
     llama.save_model(build(seed=9), base)
     words = f"sha256 {trained[:12]}.*has {llama.identify(base).sha256[:12]}.*do not belong together"
     with pytest.raises(UserError, match=words):
-        llama.open_model_folder(adapter)
-    with pytest.raises(UserError, match=words):
-        llama.load_adapter(build(), adapter, llama.identify(base))
+        llama.load_model(adapter)
 
 
 def test_an_adapter_may_stand_on_an_adapter(adapter, tmp_path):
     second = tmp_path / "second"
     second.mkdir()
-    model = adapted(llama.open_model_folder(adapter), r=2, targets=("q_proj",), seed=4)
+    model = adapted(llama.load_model(adapter), r=2, targets=("q_proj",), seed=4)
     expected = model(IDS)
     llama.save_adapter(model, second, llama.identify(adapter))
-    torch.testing.assert_close(llama.open_model_folder(second)(IDS), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(llama.load_model(second)(IDS), expected, atol=1e-5, rtol=0)
 
 
 def test_the_folder_of_a_training_is_its_final(base, tmp_path):
     shutil.move(base, tmp_path / "run" / "final")
-    model = llama.open_model_folder(tmp_path / "run", dtype=torch.bfloat16)
+    model = llama.load_model(tmp_path / "run", dtype=torch.bfloat16)
     assert torch.equal(model.lm_head.weight, build().lm_head.weight.bfloat16())
-
-
-def spoil(folder, **changes):
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"peft_type": "IA3"}, 'peft_type is "IA3"; only plain LoRA loads'),
-        ({"bias": "all"}, 'bias is "all"; only'),
-        ({"r": 0}, "r is 0; only"),
-        ({"r": "4"}, 'r is "4"; only'),
-        ({"lora_alpha": None}, "lora_alpha is null; only"),
-        ({"target_modules": "q.*"}, 'target_modules is "q.*"; only'),
+        ({"r": 0}, "r must be an integer >= 1, got 0"),
+        ({"r": "4"}, 'r must be an integer, got string "4"'),
+        ({"lora_alpha": None}, "lora_alpha must be a finite number, got null"),
+        ({"target_modules": "q.*"}, 'target_modules must be a list, got string "q.*"'),
         ({"init_lora_weights": "pissa"}, 'init_lora_weights is "pissa"; only'),
-        ({"use_dora": True}, "use_dora is true; only"),
         ({"use_rslora": True}, "use_rslora is true; only"),
+        ({"modules_to_save": ["lm_head"]}, 'modules_to_save is ["lm_head"]; only'),
         ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens is [5]; only"),
-        ({"rank_pattern": {"q_proj": 8}}, 'rank_pattern is {"q_proj": 8}; only'),
         ({"alpha_pattern": {"q_proj": 8}}, 'alpha_pattern is {"q_proj": 8}; only'),
-        ({"target_modules": ["c_attn"]}, "lora_target_modules: expected some of"),
+        ({"target_modules": ["c_attn"]}, "target_modules[0] must be one of q_proj, k_proj"),
         ({"target_modules": ["q_proj"]}, "Unexpected key(s) in state_dict"),
         ({"r": 2}, "the shape in current model is torch.Size([2, 32])"),
+        ({"base_model_name_or_path": "gone"}, "its base model gone is not there; put it back, or"),
+        ({"base_model_name_or_path": "."}, "its base model . is not there"),  # its own folder
     ],
 )
-def test_what_is_no_plain_lora_is_refused(adapter, changes, words):
-    spoil(adapter, **changes)
+def test_what_is_no_plain_lora_on_a_base_is_refused(adapter, changes, words, monkeypatch):
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    if "base_model_name_or_path" in changes:
+        (adapter / "base.json").unlink()  # as in a folder of PEFT
+    monkeypatch.chdir(adapter)
     with pytest.raises(UserError) as refusal:
-        llama.open_model_folder(adapter)
+        llama.load_model(adapter)
     assert words in str(refusal.value)
 
 
@@ -238,19 +237,10 @@ def test_damaged_folders_are_refused_on_one_line(adapter):
     for content in (weights.read_bytes()[:100], b""):
         weights.write_bytes(content)
         with pytest.raises(UserError, match="safetensors"):
-            llama.open_model_folder(adapter)
+            llama.load_model(adapter)
     (adapter / "adapter_config.json").write_text("[1]")
     with pytest.raises(UserError, match="must be an object"):
-        llama.open_model_folder(adapter)
-    with pytest.raises(UserError, match="not a model folder"):
-        llama.open_model_folder(adapter.parent)
-
-
-def test_an_adapter_that_is_its_own_base_is_refused(adapter):
-    (adapter / "base.json").unlink()
-    spoil(adapter, base_model_name_or_path=str(adapter))
-    with pytest.raises(UserError, match="its own folder"):
-        llama.open_model_folder(adapter)
+        llama.load_model(adapter)
 
 
 # ---- peft
@@ -265,11 +255,11 @@ def peft_of(base):
 @pytest.mark.filterwarnings("ignore")
 def test_peft_opens_our_folder_and_computes_the_same(base, adapter):
     peft, transformers, hf = peft_of(base)
-    ours = llama.load_adapter(llama.load_model(base), adapter)(IDS)
+    ours = llama.load_adapter(adapter)(IDS)
     theirs = peft.PeftModel.from_pretrained(hf, adapter).eval()
     torch.testing.assert_close(theirs(IDS).logits, ours, atol=2e-6, rtol=0)
     merged = theirs.merge_and_unload()(IDS).logits
-    torch.testing.assert_close(merged, llama.open_model_folder(adapter)(IDS), atol=2e-6, rtol=0)
+    torch.testing.assert_close(merged, llama.load_model(adapter)(IDS), atol=2e-6, rtol=0)
     at_once = transformers.AutoModelForCausalLM.from_pretrained(adapter).eval()
     torch.testing.assert_close(at_once(IDS).logits, ours, atol=2e-6, rtol=0)
 
@@ -281,14 +271,32 @@ def test_we_open_a_folder_of_peft(base, tmp_path, targets):
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, init_lora_weights=False)
     model = peft.get_peft_model(hf, config).eval()
     model.save_pretrained(tmp_path / "theirs")
-    opened = llama.open_model_folder(tmp_path / "theirs")
+    opened = llama.load_model(tmp_path / "theirs")
     torch.testing.assert_close(opened(IDS), model(IDS).logits, atol=2e-6, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("variant", "word"),
+    [
+        ({"use_dora": True}, "lora_magnitude_vector"),
+        ({"rank_pattern": {"q_proj": 2}}, "size mismatch"),
+        ({"layers_to_transform": [1]}, "Missing key"),
+        ({"lora_bias": True}, "lora_B.bias"),
+    ],
+)
+def test_the_tensors_of_a_variant_of_lora_do_not_fit(base, tmp_path, variant, word):
+    peft, _, hf = peft_of(base)
+    config = peft.LoraConfig(r=3, target_modules=["q_proj", "k_proj"], **variant)
+    peft.get_peft_model(hf, config).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(UserError, match=f"does not fit the model: .*{word}"):
+        llama.load_model(tmp_path / "theirs")
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_peft_learns_the_same_gradients(base, adapter):
     peft, _, hf = peft_of(base)
-    ours = llama.load_adapter(llama.load_model(base), adapter).train()
+    ours = llama.load_adapter(adapter).train()
     llama.next_token_loss(ours, BATCH)[0].backward()
     theirs = peft.PeftModel.from_pretrained(hf, adapter, is_trainable=True)
     logits = theirs(BATCH["ids"]).logits.flatten(0, 1)
@@ -298,12 +306,3 @@ def test_peft_learns_the_same_gradients(base, adapter):
         if p.requires_grad:
             other = named[llama.PEFT_PREFIX + name.replace(".weight", ".default.weight")]
             torch.testing.assert_close(p.grad, other.grad, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("place", ["demo", "demo/final"])
-def test_a_folder_of_models_names_the_one_in_it(place, tmp_path):
-    (tmp_path / place).mkdir(parents=True)
-    (tmp_path / place / "config.json").touch()
-    with pytest.raises(UserError) as refusal:
-        llama.model_folder(tmp_path)
-    assert str(refusal.value).endswith(f"; there is one in {tmp_path / place}")

@@ -292,13 +292,13 @@ def test_impossible_shapes_are_refused_by_name(change, words):
         ({"model_type": "gpt2"}, 'model_type is "gpt2"'),
         ({"hidden_act": "gelu"}, 'hidden_act is "gelu"'),
         ({"attention_bias": True}, "attention_bias is true"),
-        ({"head_dim": 32}, "head_dim 32"),
+        ({"head_dim": 32}, "head_dim is 32; expected 16"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, '"yarn"'),
-        ({"hidden_size": None}, "no 'hidden_size'"),
-        ({"hidden_size": "64"}, 'd_model must be int 2..65536, got "64" (config.json)'),
-        ({"num_hidden_layers": 100_000}, "n_layer must be int 1..512, got 100000"),
-        ({"rms_norm_eps": "x"}, 'layer_norm_epsilon must be float > 0, got "x"'),
-        ({"rope_parameters": 5}, "rope_parameters must be an object or null, got 5"),
+        ({"hidden_size": None}, "hidden_size must be int 2..65536, got null (config.json)"),
+        ({"hidden_size": "64"}, 'hidden_size must be int 2..65536, got "64"'),
+        ({"num_hidden_layers": 100_000}, "num_hidden_layers must be int 1..512, got 100000"),
+        ({"rms_norm_eps": "x"}, 'rms_norm_eps must be float > 0, got "x"'),
+        ({"rope_parameters": 5}, "rope_parameters must be dict or none, got 5"),
         ({"eos_token_id": []}, "eos_token_id must be int >= 0, got null"),
     ],
 )
@@ -323,7 +323,7 @@ def saved(tmp_path):
         (lambda t: t.update(extra=torch.zeros(1)), 'Unexpected key(s) in state_dict: "extra"'),
         (lambda t: t.update({"model.norm.weight": torch.zeros(3)}), "torch.Size([3])"),
         (lambda t: t["model.norm.weight"].fill_(float("nan")), "model.norm.weight holds NaN"),
-        (lambda t: t.update({"model.norm.weight": torch.ones(64).int()}), "torch.int32 numbers"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(64).int()}), "(torch.int32)"),
         (lambda t: t.update({f"tensor{i}": torch.ones(1) for i in range(999)}), "Unexpected key"),
     ],
 )
@@ -336,14 +336,6 @@ def test_weights_that_do_not_fit_are_refused_by_name(change, words, saved):
     assert words in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert len(str(refusal.value)) < 999
-
-
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_the_prefixes_of_wrappers_are_no_part_of_a_name(prefix, saved):
-    path, expected = saved / "model.safetensors", llama.load_model(saved).lm_head.weight
-    tensors = safetensors.torch.load_file(path)
-    safetensors.torch.save_file({prefix + name: t for name, t in tensors.items()}, path)
-    assert torch.equal(llama.load_model(saved).lm_head.weight, expected)
 
 
 @pytest.mark.parametrize(
@@ -371,10 +363,9 @@ def test_flash_attention_that_does_not_load_is_passed_over_with_its_reason(tmp_p
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
-    with pytest.raises(UserError, match="not a model folder"):
-        llama.load_model(tmp_path)
-    with pytest.raises(UserError, match="none: no such folder; give a training's output_dir"):
-        llama.load_model(tmp_path / "none")
+    for path, words in ((tmp_path, "not a model folder"), (tmp_path / "none", "no such folder")):
+        with pytest.raises(UserError, match=f"{path}: {words}.*; give a training's output_dir"):
+            llama.load_model(path)
 
 
 def test_rotary_tables_stay_exact_in_bf16(saved):

@@ -9,7 +9,7 @@ import torch
 
 from data import TokenStream
 from lib.folders import Shards, read_manifest
-from model import open_model_folder
+from model import load_model
 from sample import Request, Sampling, generate, open_model
 from tests import ROOT
 from tests.runs import Run, records, training
@@ -30,7 +30,7 @@ def test_a_dataset_opens():
 def test_a_model_and_an_adapter_answer_as_before(folder):
     expected = EXPECTED[folder]
     with torch.no_grad():
-        logits = open_model_folder(OLD / folder).eval()(torch.tensor([expected["ids"]]))[0, -1, :8]
+        logits = load_model(OLD / folder).eval()(torch.tensor([expected["ids"]]))[0, -1, :8]
     assert logits.tolist() == pytest.approx(expected["logits"], abs=1e-5)
     model, tokenizer = open_model(OLD / folder, "cpu", "fp32")
     assert [tokenizer.bos_id, *tokenizer.encode("What is 3 plus 4?")] == expected["ids"]

@@ -19,8 +19,6 @@ from model import (
     linear_cross_entropy,
     load_model,
     next_token_loss,
-    open_model_folder,
-    token_nats,
 )
 from tests import ROOT
 from tests.align import begin, finished, make_base, refused, tensors
@@ -145,13 +143,13 @@ def test_the_head_on_supervised_positions_is_the_head_on_all(tiny_tokenizer):
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_token_nats_has_the_gradient_of_the_plain_computation(frozen):
+def test_single_losses_have_the_gradient_of_the_plain_computation(frozen):
     torch.manual_seed(0)
     x, weight = torch.randn(11, 8, requires_grad=True), torch.randn(20, 8, requires_grad=not frozen)
     labels, share = torch.randint(0, 20, (11,)), torch.rand(11)
     labels[3] = IGNORE
     plain = torch.nn.functional.cross_entropy(x @ weight.T, labels, reduction="none")
-    nats = token_nats(x, weight, labels)
+    nats = linear_cross_entropy(x, weight, labels, reduction="none")
     torch.testing.assert_close(nats, plain)
     torch.testing.assert_close(nats.sum(), linear_cross_entropy(x, weight, labels))
     learning = [x] if frozen else [x, weight]
@@ -206,7 +204,7 @@ def test_the_split_is_by_content():
 
 def answers(folder, template):
     """The greedy answers of a model folder to the questions of ROWS, and whether each stopped."""
-    model, tokenizer = open_model_folder(folder), Tokenizer.load(folder)
+    model, tokenizer = load_model(folder), Tokenizer.load(folder)
     assert tokenizer.template == template
     stops, pairs = stop_ids(tokenizer, template), []
     for question in ["why not?", "who jumps?", "over what?", "when?"]:
@@ -290,7 +288,7 @@ def test_it_goes_on_from_what_it_made(tmp_path, base, rows):
     out = finished("sft", tmp_path / "one", model_path=base, prompt_template="chat", **knobs)
     again = finished("sft", tmp_path / "two", model_path=out / "step_000002", merge=False, **knobs)
     assert Tokenizer.load(again / "final").template == "chat"
-    first, second = (open_model_folder(path).model.layers[0].mlp.up_proj for path in (out, again))
+    first, second = (load_model(path).model.layers[0].mlp.up_proj for path in (out, again))
     assert not torch.equal(first.weight, second.weight)
     line = refused("sft", tmp_path / "three", model_path=out, prompt_template="chatml", **knobs)
     assert line.startswith("error: prompt_template=chatml: ")
@@ -304,12 +302,12 @@ def test_mistakes_are_told_on_one_line(tmp_path, base, rows, tiny_tokenizer):
 
     wide = make_base(tmp_path / "wide", tiny_tokenizer, vocab_size=400)
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n[]\n')
-    no_model = f"{base.parent}: not a model folder (no config.json); there is one in {base}"
+    no_model = f"{base.parent}: not a model folder (no config.json); give a training"
     no_answer = "within 3 positions; shorten the questions, or --sequence_length=64"
     for knobs, message in [
         ({"model_path": tmp_path / "none"}, f"{tmp_path / 'none'}: no such folder"),
         ({"model_path": base.parent}, no_model),
-        ({"model_path": rows}, f"{rows}: a file, and not a model folder"),
+        ({"model_path": rows}, f"{rows}: not a model folder"),
         ({"model_path": wide}, "400 tokens, its tokenizer 384"),
         ({"dataset_path": tmp_path / "no.jsonl"}, f"{tmp_path / 'no.jsonl'}: not found"),
         ({"dataset_path": ""}, "required: --dataset_path=VALUE"),
@@ -317,7 +315,8 @@ def test_mistakes_are_told_on_one_line(tmp_path, base, rows, tiny_tokenizer):
         ({"sequence_length": 3}, no_answer),
         ({"sequence_length": 65}, "sequence_length 65 is more than the model's 64"),
         ({"val_ratio": 1}, "every row is held out"),
-        ({"lora_target_modules": "q_prj"}, "expected some of q_proj, k_proj"),
+        ({"lora_target_modules": "q_prj"}, "must be one of q_proj, k_proj"),
+        ({"lora_target_modules": ""}, "names no projection; lora_r=0 trains all weights"),
         ({"optimizer": "muon"}, "optimizer=muon is for whole matrices"),
     ]:
         assert message in line(**knobs)
@@ -332,7 +331,7 @@ def test_a_checkpoint_of_other_data_or_another_base_is_refused(
     knobs |= {"resume_from_checkpoint": "auto", "max_steps": 8, "allow_config_change": True}
     other = make_base(tmp_path / "other", tiny_tokenizer, seed=1)
     line = refused("sft", tmp_path / "out", **(knobs | {"model_path": other}))
-    assert "this adapter was trained on a base with sha256" in line
+    assert "its adapter was trained on another base" in line
     knobs |= {"allow_config_change": False, "max_steps": 4}
     assert "its data is" in refused("sft", tmp_path / "out", **(knobs | {"dataset_path": rows}))
 

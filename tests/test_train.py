@@ -18,7 +18,7 @@ from data import TokenStream
 from lib.config import UserError, configure, narrow
 from lib.runtime import open_world, tune_cpu
 from lib.tokenizer import Tokenizer
-from model import ModelConfig, load_model, next_token_loss, token_nats
+from model import ModelConfig, linear_cross_entropy, load_model, next_token_loss
 from tests.runs import (
     Run,
     begin_fit,
@@ -312,7 +312,8 @@ def test_validation_reads_the_val_shards_and_nothing_else(finished, tiny_dataset
         batch = TokenStream(tiny_dataset, split, 16, 2).rows(0, 100)
         ids, labels = torch.from_numpy(batch["ids"]), torch.from_numpy(batch["labels"])
         hidden = model.model(ids).detach().flatten(0, 1)
-        nats = token_nats(hidden, model.lm_head.weight, labels.flatten()).double().sum().item()
+        loss = linear_cross_entropy(hidden, model.lm_head.weight, labels.flatten(), "none")
+        nats = loss.double().sum().item()
         return nats / batch["count"], nats / math.log(2) / lengths[labels[labels >= 0]].sum().item()
 
     assert (last["val_loss"], last["val_bits_per_byte"]) == pytest.approx(score("val"), rel=1e-5)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from lib.config import UserError, run
 from lib.tokenizer import TEMPLATES, Tokenizer, stop_ids
 from lib.tokenizer_json import jinja
-from model import Llama, load_model, model_folder, open_model_folder, save_model
+from model import Llama, load_model, model_folder, save_model
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -48,7 +48,7 @@ def main(cfg):
     if output.exists():
         raise UserError(f"{output}: exists; name another --output, or delete it")
     write, read = (write_folder, read_folder) if cfg.format == "hf" else (write_gguf, read_gguf)
-    model = open_model_folder(cfg.model_path)
+    model = load_model(cfg.model_path)
     tokenizer = Tokenizer.load(model_folder(cfg.model_path))
     tokenizer.match(model.cfg.vocab_size, cfg.model_path)
     check_weights(model, cfg.dtype)
