@@ -315,7 +315,7 @@ def test_mistakes_are_told_on_one_line(tmp_path, base, rows, tiny_tokenizer):
         ({"sequence_length": 3}, no_answer),
         ({"sequence_length": 65}, "sequence_length 65 is more than the model's 64"),
         ({"val_ratio": 1}, "every row is held out"),
-        ({"lora_target_modules": "q_prj"}, "must be one of q_proj, k_proj"),
+        ({"lora_target_modules": "q_prj"}, "must be q_proj|k_proj"),
         ({"lora_target_modules": ""}, "names no projection; lora_r=0 trains all weights"),
         ({"optimizer": "muon"}, "optimizer=muon is for whole matrices"),
     ]:
