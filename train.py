@@ -834,7 +834,7 @@ def check_same_tokenizer(tokenizer, folder):
         raise UserError(f"{folder}: {differ}; they do not belong together")
 
 
-def command():
+def command_line():
     """Runs the command line: `curves`, or a pretraining."""
     if sys.argv[1:2] == ["curves"]:
         from lib.curves import curves_command
@@ -844,4 +844,4 @@ def command():
 
 
 if __name__ == "__main__":
-    command()
+    command_line()

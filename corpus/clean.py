@@ -558,6 +558,6 @@ def lorem_ipsum(text, words, lines):
     return 1000 * text.count("orem ipsum") > len(text)
 
 
-RULES = (word_length, few_words, symbols, bullets, ellipses)
-RULES += (repeated_lines, repeated_phrases, markup, lorem_ipsum)
-QUALITY = {rule.__name__.replace("_", "-"): rule for rule in RULES}
+QUALITY_RULES = (word_length, few_words, symbols, bullets, ellipses)
+QUALITY_RULES += (repeated_lines, repeated_phrases, markup, lorem_ipsum)
+QUALITY = {rule.__name__.replace("_", "-"): rule for rule in QUALITY_RULES}

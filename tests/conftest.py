@@ -68,7 +68,9 @@ def write_rows(path, rows):
 
 
 def prepare_dataset(folder, documents, tokenizer_path=""):
-    """Prepares `documents` as a dataset of 384 ids, a quarter of it for validation. Returns `folder`."""
+    """Prepares `documents` as a dataset of 384 ids, a quarter of it for validation. Returns
+    `folder`.
+    """
     folder = Path(folder)
     source = write_rows(folder.with_suffix(".jsonl"), ({"text": text} for text in documents))
     knobs = {"vocab_size": 384, "sequence_length": 16, "train_ratio": 0.75, "use_minhash": False}

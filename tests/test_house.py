@@ -1,4 +1,4 @@
-"""The architecture as a test: the folders say who may import whom; sizes are counted, not trusted."""
+"""The architecture as a test: the folders say who may import whom; sizes are counted."""
 
 import ast
 import shutil
@@ -40,10 +40,9 @@ def imports(nodes):
 
 @cache
 def at_import(name):
-    """What importing a module imports of ours: its statements at the top level, functions left out."""
-    body = [
-        n for n in tree_of(MODULES[name]).body if not isinstance(n, (ast.FunctionDef, ast.ClassDef))
-    ]
+    """The modules of ours that a module imports at its top level, functions left out."""
+    skipped = ast.FunctionDef, ast.ClassDef
+    body = [n for n in tree_of(MODULES[name]).body if not isinstance(n, skipped)]
     return set(imports(body))
 
 
@@ -59,12 +58,8 @@ def folder_of(name):
 
 @named
 def test_folders_import_downwards_only(name):
-    allowed = {
-        "lib": {"lib"},
-        "corpus": {"lib", "corpus"},
-        "tools": {"", *FOLDERS},
-        "": {"", "lib", "corpus"},
-    }
+    allowed = {"lib": {"lib"}, "corpus": {"lib", "corpus"}, "": {"", "lib", "corpus"}}
+    allowed["tools"] = {"", *FOLDERS}
     assert {folder_of(n) for n in at_import(name)} <= allowed[folder_of(name)]
 
 
@@ -100,6 +95,39 @@ def test_preparing_data_needs_no_torch_until_it_cleans():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == ""
+
+
+def test_a_training_and_a_sample_load_no_file_of_corpus_nor_tools():
+    for program in ("train", "sample"):
+        assert not {name for name in behind(program) if name.startswith(("corpus.", "tools."))}
+
+
+def test_nothing_but_the_programs_and_their_folders_lies_at_the_top():
+    programs = {"model", "data", "train", "sft", "dpo", "eval", "sample", "server"}
+    assert {name for name in MODULES if not folder_of(name)} == programs
+
+
+@each_file
+def test_functions_fit_on_a_screen(path):
+    functions = [n for n in ast.walk(tree_of(path)) if isinstance(n, ast.FunctionDef)]
+    lengths = {n.name: n.end_lineno - n.lineno + 1 for n in functions}
+    limits = {"fit": 90} if path.name == "train.py" else {}
+    assert {name: n for name, n in lengths.items() if n > limits.get(name, 60)} == {}
+
+
+def test_no_name_is_defined_in_two_modules():
+    owners = {}
+    for name, path in MODULES.items():
+        for node in tree_of(path).body:
+            targets = getattr(node, "targets", []) if isinstance(node, ast.Assign) else []
+            names = {
+                n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)
+            }
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names.add(node.name)
+            for each in names - {"main"}:
+                owners.setdefault(each, set()).add(name)
+    assert {name: found for name, found in owners.items() if len(found) > 1} == {}
 
 
 @pytest.mark.skipif(not (shutil.which("git") and (ROOT / ".git").exists()), reason="not in a clone")

@@ -20,11 +20,13 @@ pytestmark = pytest.mark.skipif(
     not shutil.which("make") or os.name == "nt", reason="needs make and a shell"
 )
 
-ORIGINAL = """help install install-flash check-env prepare prepare-owt prepare-wiki prepare-wt103
-prepare-demo pretrain-tiny pretrain-small pretrain-base sft dpo evaluate evaluate-quick
-evaluate-detailed assess-performance serve session-status session-cleanup session-quick session-prototype
+ORIGINAL = """
+help install install-flash check-env prepare prepare-owt prepare-wiki prepare-wt103 prepare-demo
+pretrain-tiny pretrain-small pretrain-base sft dpo evaluate evaluate-quick evaluate-detailed
+assess-performance serve session-status session-cleanup session-quick session-prototype
 session-experiment session-evaluation session-debug session-architecture pipeline-full
-resume-pretrain-tiny create-sample-datasets test-pipeline backup clean clean-checkpoints monitor config-rtx4090"""
+resume-pretrain-tiny create-sample-datasets test-pipeline backup clean clean-checkpoints monitor
+config-rtx4090"""
 ORIGINAL = set(ORIGINAL.split())
 SCRIPTLESS = {"help", "install", "install-flash"}  # awk and pip
 

@@ -1,8 +1,10 @@
-"""Every command of every document, read out of it: run in an empty folder on toy sizes, or parsed and marked.
+"""Every command of every document, read out of it: run in an empty folder on toy sizes, or parsed
+and marked.
 
-A line of a `sh` block is run, in the order of the documents, unless a comment at its end says that it wants
-the network, a GPU or time. A `console` block is a command after `$ ` and what it prints: those lines have to
-come, in that order, numbers aside. Lines of a `text` block that stand for a message have to be in the code.
+A line of a `sh` block is run, in the order of the documents, unless a comment at its end says that
+it wants the network, a GPU or time. A `console` block is a command after `$ ` and what it prints:
+those lines have to come, in that order, numbers aside. Lines of a `text` block that stand for a
+message have to be in the code.
 """
 
 import ast
@@ -53,7 +55,8 @@ SHRUNK = {
     "sft.py": STEPS,
     "dpo.py": STEPS.replace("--sample_tokens=4 ", ""),
     "sample.py": "--max_new_tokens=4",
-    "eval.py": "--max_new_tokens=2 --custom_prompts=prompts.txt --context=64",  # ours do not fit 64 positions
+    # our own prompts do not fit 64 positions
+    "eval.py": "--max_new_tokens=2 --custom_prompts=prompts.txt --context=64",
     "server.py": "--port=0",
 }
 OTHERS = {"cmp", "curl", "mv", "rm", "truncate"}  # programs beside ours that a page may call
@@ -100,7 +103,9 @@ def mentions(page):
 
 @cache
 def help_of(script, word):
-    """What `python SCRIPT [WORD] --help` prints, None if it fails; in this process, which has torch."""
+    """What `python SCRIPT [WORD] --help` prints, None if it fails; in this process, which has
+    torch.
+    """
     argv, text = sys.argv, io.StringIO()
     sys.argv = [script, *([word] if word else []), "--help"]
     try:
@@ -232,7 +237,9 @@ def test_every_command_is_a_sound_configuration_as_it_stands(page, monkeypatch):
 
 
 def shrink(command, keep=False):
-    """The words of a command with SHRUNK's flags instead of its own of the same name, or only beside them."""
+    """The words of a command with SHRUNK's flags instead of its own of the same name, or only
+    beside them.
+    """
     words = with_files(shlex.split(command, comments=True))
     words = [re.sub(r"(_steps=|step_0+)(100|50)\b", shorter, word) for word in words]
     script = next((w for w in words if w in SHRUNK), None)
@@ -296,7 +303,9 @@ class Walk:
         return done.returncode, done.stdout
 
     def run(self, command, keep):
-        """Runs a command to its end, a server until the next command but curl; returns (status, output)."""
+        """Runs a command to its end, a server until the next command but curl; returns (status,
+        output).
+        """
         if self.server and not command.startswith("curl "):
             self.server.signal(signal.SIGTERM)
             assert self.server.wait() == [0]
@@ -313,7 +322,9 @@ class Walk:
 
 
 def missing(expected, text):
-    """The first of the expected lines that does not come in `text` after those before it; None if all do."""
+    """The first of the expected lines that does not come in `text` after those before it; None if
+    all do.
+    """
     lines = iter(text.splitlines())
     for line in (line for line in expected if line.strip() not in ("", "...")):
         form = re.sub(r"\d[\d,.]*", "\0", line).replace("...", "\1")

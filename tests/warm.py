@@ -1,10 +1,11 @@
 """Processes without the two or three seconds that Python, torch and our rooms take to be imported.
 
-A server imports them once, before any thread of its own runs, and forks for whoever asks. A fork becomes what
-`python WORDS` would be: a process with arguments, folder, environment, standard streams, signals, limits and
-an exit status like any. `Fork` asks for one from within Python. For programs that start programs there is
-`python()`, the path of a shell script that runs this file as a client: it hands over its streams, passes
-signals on, is killed together with its fork, and ends as that ended.
+A server imports them once, before any thread of its own runs, and forks for whoever asks. A fork
+becomes what `python WORDS` would be: a process with arguments, folder, environment, standard
+streams, signals, limits and an exit status like any. `Fork` asks for one from within Python. For
+programs that start programs there is `python()`, the path of a shell script that runs this file as
+a client: it hands over its streams, passes signals on, is killed together with its fork, and ends
+as that ended.
 """
 
 import atexit
@@ -56,8 +57,8 @@ def python():
 class Fork:
     """`python WORDS` as a fork of the server; `files` are its standard input, output and error.
 
-    It does not outlive this object, nor this process. `exitcode` is None until `join` has seen its end, then
-    what subprocess would call its returncode.
+    It does not outlive this object, nor this process. `exitcode` is None until `join` has seen its
+    end, then what subprocess would call its returncode.
     """
 
     def __init__(self, words, env, files):
@@ -96,7 +97,9 @@ def number_from(conn):
 
 
 def ask(address, plain, *words):
-    """Has `python WORDS` run by the server, or becomes a plain one where that would not be the same."""
+    """Has `python WORDS` run by the server, or becomes a plain one where that would not be the
+    same.
+    """
     rest = words[
         next((n for n, word in enumerate(words) if word not in ("-u", "-B")), len(words)) :
     ]
@@ -174,7 +177,9 @@ def serve(address):
 
 
 def fork(conn):
-    """Returns the fork's pid, or None if nothing was asked, and in the fork 0; and there the request."""
+    """Returns the fork's pid, or None if nothing was asked, and in the fork 0; and there the
+    request.
+    """
     _, received, *_ = socket.recv_fds(conn, 1, 250)
     text = conn.makefile().readline()
     pid = os.fork() if text else None
@@ -213,7 +218,9 @@ def hear(conn, pid, selector):
 
 
 def become(words, folder, env, unbuffered, files, received):
-    """Makes this process what `python WORDS` would be, with open `files` of those numbers, and runs it."""
+    """Makes this process what `python WORDS` would be, with open `files` of those numbers, and
+    runs it.
+    """
     aside = [
         fcntl.fcntl(number, fcntl.F_DUPFD, 200) for number in received
     ]  # out of each other's way
