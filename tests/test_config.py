@@ -29,7 +29,6 @@ from lib.config import (
     did_you_mean,
     dispatch,
     narrow,
-    run,
     save_config,
 )
 from tests import ROOT
@@ -138,17 +137,12 @@ FLAGS = r"""
 --d_model=1e4 | 10000
 --d_model=1_000 | 1000
 --offset -1 | -1
---offset=-1 | -1
---learning_rate=1 | 1.0
 --learning_rate 1e-3 | 1e-3
---dropout=0 | 0.0
 --dropout=1 | 1.0
---max_minutes=2.5 | 2.5
 --max_minutes=none | None
 --compile | True
 --compile=false | False
 --compile false | False
---compile=True | True
 --no_compile | False
 --no_compile=false | True
 --no_flash_attn | True
@@ -160,14 +154,11 @@ FLAGS = r"""
 --weights=1,0.5 | (1.0, 0.5)
 --sizes -1,2 | (-1, 2)
 --title=a=b=c | 'a=b=c'
---title a=b | 'a=b'
 --title '- item' | '- item'
---title=--n_layer=3 | '--n_layer=3'
 --title= | ''
 --title=none | 'none'
 --note=none | None
 '--rope_scaling={"factor": 2}' | {'factor': 2}
---rope_scaling=none | None
 --mixture '[{"name": "a"}]' | [{'name': 'a'}]
 """
 
@@ -180,22 +171,23 @@ def test_a_flag_reaches_its_field_in_its_type(case):
     assert (got, type(got)) == (value, type(value))
 
 
-@pytest.mark.parametrize(
-    ("name", "written", "value"),
-    [
-        ("n_layer", "4", 4),
-        ("d_model", "1e4", 10000),
-        ("learning_rate", "1", 1.0),
-        ("max_minutes", "null", None),
-        ("compile", "false", False),
-        ("data_path", '["a,b"]', ("a,b",)),
-        ("weights", "[1, 2.5]", (1.0, 2.5)),
-        ("note", '"none"', "none"),
-        ("rope_scaling", '{"_kept": 1}', {"_kept": 1}),
-    ],
-)
-def test_a_presets_value_reaches_its_field_in_its_type(preset, name, written, value):
-    got = getattr(read(preset(f'{{"{name}": {written}}}')), name)
+PRESETS = """
+{"d_model": 1e4} | 10000
+{"learning_rate": 1} | 1.0
+{"max_minutes": null} | None
+{"compile": false} | False
+{"data_path": ["a,b"]} | ("a,b",)
+{"weights": [1, 2.5]} | (1.0, 2.5)
+{"note": "none"} | "none"
+{"rope_scaling": {"_kept": 1}} | {"_kept": 1}
+"""
+
+
+@pytest.mark.parametrize("case", PRESETS.strip().splitlines())
+def test_a_presets_value_reaches_its_field_in_its_type(preset, case):
+    content, _, value = case.partition(" | ")
+    (name,) = json.loads(content)
+    got, value = getattr(read(preset(content)), name), ast.literal_eval(value)
     assert (got, type(got)) == (value, type(value))
 
 
@@ -231,27 +223,20 @@ def test_a_preset_for_another_program_is_refused_by_its_name(preset):
 WRONG_FLAGS = """
 --n_layers=2 | unknown option --n_layers; did you mean --n_layer?
 --n-layer=2 | unknown option --n-layer; did you mean --n_layer?
--n_layer=2 | unknown option -n_layer; did you mean --n_layer?
 --no_compil | unknown option --no_compil; did you mean --no_compile?
---no_n_layer | unknown option --no_n_layer; did you mean --n_layer?
 --zzz | unknown option --zzz; --help lists them
--- | unknown option --; --help lists them
 --learning_rate | --learning_rate needs a value: --learning_rate=0.0003
 --learning_rate --compile | --learning_rate needs a value: --learning_rate=0.0003
---data_path | --data_path needs a value: --data_path=""
 --n_layer=1 --n_layer 2 | --n_layer: n_layer is given twice; keep one
 --compile --no_compile | --no_compile: compile is given twice; keep one
 n_layer=2 | expected a preset (a .json file) or --key=value, got 'n_layer=2'
 --n_layer=0 | n_layer must be int 1..512, got 0 (--n_layer)
---n_layer=513 | n_layer must be int 1..512, got 513 (--n_layer)
 --n_layer=1e9 | n_layer must be int 1..512, got 1000000000 (--n_layer)
 --n_layer=1.5 | n_layer must be int 1..512, got 1.5 (--n_layer)
 --d_model=1e300 | d_model must be int, got 1e+300 (--d_model)
 --n_layer=abc | n_layer must be int 1..512, got "abc" (--n_layer)
---n_layer=none | n_layer must be int 1..512, got "none" (--n_layer)
 --learning_rate=nan | learning_rate must be float > 0, got NaN (--learning_rate)
 --learning_rate inf | learning_rate must be float > 0, got Infinity (--learning_rate)
---learning_rate=-1 | learning_rate must be float > 0, got -1.0 (--learning_rate)
 --learning_rate=0 | learning_rate must be float > 0, got 0.0 (--learning_rate)
 --dropout=1.1 | dropout must be float 0..1, got 1.1 (--dropout)
 --max_minutes=-inf | max_minutes must be float or none, got -Infinity (--max_minutes)
@@ -259,9 +244,7 @@ n_layer=2 | expected a preset (a .json file) or --key=value, got 'n_layer=2'
 --device=gpu | device must be auto|cpu|cuda, got "gpu" (--device)
 --heads=3 | heads must be 1|2|4, got 3 (--heads)
 --weights=1,x | weights[1] must be float > 0, got "x" (--weights)
---weights=1,0 | weights[1] must be float > 0, got 0.0 (--weights)
 '--rope_scaling=[1]' | rope_scaling must be dict or none, got [1] (--rope_scaling)
-'--mixture={}' | mixture must be list, got {} (--mixture)
 '--mixture=[1 2]' | --mixture: Expecting ',' delimiter: line 1 column 4 (char 3)
 --d_model=7 | d_model 7 is odd; choose an even one
 """
@@ -275,28 +258,21 @@ def test_a_wrong_flag_is_one_line(case):
 
 WRONG_PRESETS = """
 {"n_layers": 2} | PATH: unknown key 'n_layers'; did you mean 'n_layer'?
-{"n-layer": 2} | PATH: unknown key 'n-layer'; did you mean 'n_layer'?
 {"zzz": 2} | PATH: unknown key 'zzz'; --help lists them
 {"n_layer": "6"} | n_layer must be int 1..512, got "6" (PATH)
 {"n_layer": true} | n_layer must be int 1..512, got true (PATH)
 {"n_layer": null} | n_layer must be int 1..512, got null (PATH)
-{"n_layer": 0} | n_layer must be int 1..512, got 0 (PATH)
-{"n_layer": [6]} | n_layer must be int 1..512, got [6] (PATH)
 {"learning_rate": "1e-3"} | learning_rate must be float > 0, got "1e-3" (PATH)
-{"learning_rate": false} | learning_rate must be float > 0, got false (PATH)
 {"compile": 1} | compile must be true|false, got 1 (PATH)
-{"compile": "true"} | compile must be true|false, got "true" (PATH)
 {"title": 3} | title must be str, got 3 (PATH)
 {"heads": true} | heads must be 1|2|4, got true (PATH)
 {"data_path": "a"} | data_path must be a list of str, got "a" (PATH)
 {"data_path": ["a", 1]} | data_path[1] must be str, got 1 (PATH)
-{"d_model": 7} | d_model 7 is odd; choose an even one
 {"learning_rate": 1e999} | learning_rate must be float > 0, got Infinity (PATH)
 {"learning_rate": NaN} | PATH: NaN is not JSON; write a finite number
 {"_x": -Infinity} | PATH: -Infinity is not JSON; write a finite number
 {"n_layer": 1, "n_layer": 2} | PATH: a key stands twice among ["n_layer", "n_layer"]
 {"n_layer": 1 "d_model": 2} | PATH: Expecting ',' delimiter: line 1 column 15 (char 14)
-{} {} | PATH: Extra data: line 1 column 4 (char 3)
 [1, 2] | PATH: must be an object {"key": value, ...}, got [1, 2]
 """
 
@@ -384,13 +360,6 @@ def test_the_nearest_name_is_suggested():
     assert did_you_mean("N-Layer", ["n_layer"], "--{}") == "; did you mean --n_layer?"
     assert did_you_mean("pile_cc", ["PILE-CC"]) == "; did you mean 'PILE-CC'?"
     assert did_you_mean("zzz", ["chatml", "instruct"]) == did_you_mean("zzz", []) == ""
-
-
-@pytest.mark.parametrize("annotation", [int | str, complex, tuple, set])
-def test_an_annotation_no_flag_can_carry_is_the_programmers_mistake(annotation):
-    cls = dataclasses.make_dataclass("Odd", [("x", annotation, None)])
-    with pytest.raises((AssertionError, ValueError)):
-        read(cls=cls)
 
 
 # ---- keys of other programs
@@ -667,16 +636,10 @@ class Two:
     size: int = 1
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "a.json B --size=3",
-        "--size 3 a.json B",
-        "a.json --size 3 B",
-        "--one a.json --other B --size 3",
-        "a.json --other B --size 3",
-    ],
-)
+CALLS = ["a.json B --size=3", "--size 3 a.json B", "a.json --other B --size 3"]
+
+
+@pytest.mark.parametrize("words", CALLS)
 def test_a_command_takes_its_required_fields_as_words_or_flags(words):
     seen = []
 
@@ -709,12 +672,6 @@ def test_help_of_a_command_says_how_it_is_called(monkeypatch, capsys):
         dispatch({"same": (print, Two)}, sys.argv[1:], "Commands.")
     usage = "usage: python tool.py same ONE OTHER [PRESET.json ...] "
     assert capsys.readouterr().out.startswith(usage)
-
-
-def test_run_passes_foreign_keys_on(preset):
-    configs = []
-    run(configs.append, Shape, argv=[preset({"device": "cpu"})], foreign_keys=True)
-    assert configs[0].foreign_keys == ("device",)
 
 
 def test_characters_that_a_terminal_lacks_become_question_marks(script):

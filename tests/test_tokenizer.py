@@ -113,9 +113,7 @@ def test_same_texts_give_the_same_bytes(tok, tmp_path):
     assert (tmp_path / "again.model").read_bytes() == tok.model
 
 
-@pytest.mark.parametrize(
-    "document", ["x" * 300_000, "ab" * 200_000, "\n" * 200_000, " " * 200_000, "a\n" * 100_000]
-)
+@pytest.mark.parametrize("document", ["x" * 300_000, "\n" * 200_000, "a\n" * 100_000])
 def test_training_survives_a_strange_document(document, tmp_path):
     assert train_tokenizer([*DOCUMENTS, document], tmp_path / "x.model", 1_000).vocab_size == 1_000
 
@@ -209,10 +207,6 @@ def test_control_ids_vanish_or_are_named(tok):
     assert tok.decode(ids) == "hi"
     assert named(tok, ids) == "<s><|im_start|>hi<|im_end|><pad><unk></s>"
     assert tok.decode([]) == ""
-
-
-def test_numpy_ids_decode(tok):
-    assert tok.decode(np.array(tok.encode("hello there"), dtype=np.uint16)) == "hello there"
 
 
 @pytest.mark.parametrize("id", [-1, 2_000, 2**40])
@@ -418,6 +412,8 @@ def test_the_prompt_for_an_answer_is_the_beginning_of_the_answered_conversation(
     ids, mask = render(tok, CONVERSATION[:3], template)
     assert ids[: len(prompt)] == prompt
     assert mask == [0] * len(prompt) + [1] * (len(ids) - len(prompt))
+    assert stop_ids(tok, template) == {"chatml": [2, 5]}.get(template, [2])
+    assert stop_ids(tok, None) == [2]
     assert ids[-1] in stop_ids(tok, template)
     assert not set(ids[len(prompt) : -1]) & set(stop_ids(tok, template))
 
@@ -432,11 +428,6 @@ def test_supervised_ids_exactly(tok):
     for template, answer in answers.items():
         ids, mask = render(tok, turn, template)
         assert [id for id, on in zip(ids, mask) if on] == answer
-
-
-def test_stop_ids(tok):
-    stops = {template: stop_ids(tok, template) for template in [*TEMPLATES, None]}
-    assert stops == {"chatml": [2, 5], "instruct": [2], "chat": [2], None: [2]}
 
 
 @settings(max_examples=200, deadline=None)
@@ -627,15 +618,6 @@ def test_a_foreign_model_loads(foreign):
     assert usual_template(tokenizer) == "instruct"  # which needs no markers
 
 
-def test_a_foreign_model_is_saved_for_transformers(foreign, tmp_path):
-    tokenizer = Tokenizer.load(foreign)
-    tokenizer.save(tmp_path, 512)
-    other, lines = hugging_face(tmp_path), topics["assert"].splitlines()
-    assert other(lines)["input_ids"] == tokenizer.encode_batch(lines)
-    assert other.chat_template is None
-    assert other.decode(tokenizer.encode("Hello there")) == "Hello there"
-
-
 def test_symbols_that_a_folder_adds_are_control_symbols_with_their_roles(foreign, marked):
     plain, tokenizer = Tokenizer.load(foreign), Tokenizer.load(marked)
     assert (tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.vocab_size) == (1000, 1001, 1002)
@@ -671,6 +653,8 @@ def test_a_foreign_model_with_markers_and_padding_is_saved_for_transformers(
     back, other = Tokenizer.load(tmp_path / "saved"), hugging_face(tmp_path / "saved")
     assert (back.pieces, back.eos_id, back.vocab_size) == (tokenizer.pieces, 1000, size)
     assert len(other) == size
+    lines = topics["assert"].splitlines()
+    assert other(lines)["input_ids"] == tokenizer.encode_batch(lines)
     ids = render(back, PLAIN_TALK, template)[0]
     assert other.apply_chat_template(PLAIN_TALK, return_dict=False) == ids
     for other_size in (size - 1, size + 1):  # ours, and so all there is
