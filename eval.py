@@ -4,11 +4,9 @@
     python eval.py compare evaluation_results/a evaluation_results/b
     python eval.py assess evaluation_results/tiny
 
-A text (WikiText-2 by default) is scored in windows of `context` tokens that move by `stride`: every
-token is predicted once. Questions (BoolQ; files of {context, choices, answer} or {text}) are
-answered by likelihood. Smoke prompts are answered by generation and scored by plain counts: these
-scores tell broken from working, not good from better, so read the responses. Every number stands
-with its count, its baselines and its protocol. A part out of reach is "not measured", never 0.
+A text is scored in windows, every token once. Questions are answered by likelihood. Smoke prompts
+are answered by generation and scored by plain counts: these scores tell broken from working, not
+good from better, so read the responses. A part out of reach is "not measured", never 0.
 """
 
 import copy
@@ -18,7 +16,6 @@ import inspect
 import json
 import lzma
 import math
-import os
 import random
 import re
 import sys
@@ -28,9 +25,10 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from textwrap import indent
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -38,7 +36,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from corpus.chats import BadRow, usable_rows
-from corpus.files import kind_of, text_of
+from corpus.files import ROW_READERS, kind_of, text_of
 from corpus.samples import passes
 from corpus.sources import Unreachable
 from lib import config
@@ -57,10 +55,8 @@ class EvalConfig:
     output_dir: str = "evaluation_results"  # results.json and report.md go here
     perplexity_path: str = "hf:Salesforce/wikitext:wikitext-2-raw-v1:test"  # a text file, or hf:
     boolq_path: str = "hf:google/boolq::validation"  # a file of {question, passage, answer}, or hf:
-    # files of {context, choices, answer} or {text}, separated by commas, or hf:
-    tasks: tuple[str, ...] = ()
-    # smoke prompts of your own: .json, .jsonl, or .txt with one a line
-    custom_prompts: str | None = None
+    tasks: tuple[str, ...] = ()  # files of {context, choices, answer} or {text}, by commas; or hf:
+    custom_prompts: str | None = None  # smoke prompts of your own: rows, or .txt with one a line
     skip_perplexity: bool = False  # leave it out
     skip_boolq: bool = False  # leave it out
     fast_mode: bool = False  # a part of everything, and stride = context: minutes become seconds
@@ -72,12 +68,10 @@ class EvalConfig:
     max_new_tokens: PositiveInt = 64  # of a response to a smoke prompt
     seed: Annotated[int, Range(0, 2**64 - 1)] = 0  # of samples, and of which questions are drawn
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
-    # of weights; 16 bits are faster and a little less exact
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of weights; 16 bits: faster, less exact
 
 
-# ----------------------------------------------------------------------------------------------
-# Scores: how likely a model finds given ids, in nats.
+# ---- Scores: how likely a model finds given ids, in nats.
 # B batch, T positions, C width, V vocabulary; Q questions, N answers to all of them
 
 
@@ -135,11 +129,7 @@ def answer_scores(model, questions, budget):
     questions: [(context ids, [answer ids, ...])], no list empty; a context and its longest answer
     may have one id more than the model's positions. `budget`: how many positions run at once.
     """
-
-    def size(number):
-        context, answers = questions[number]
-        return max(map(len, answers)), len(context)
-
+    size = lambda number: (max(map(len, questions[number][1])), len(questions[number][0]))
     groups = []  # of indices: longest answers equally long, contexts of like length
     for number in sorted(range(len(questions)), key=size, reverse=True):
         longest, width = size(groups[-1][0]) if groups else (0, 0)
@@ -165,10 +155,8 @@ def group_scores(model, questions):
     owner = torch.tensor(owner, device=weight.device)  # (N,), which question an answer belongs to
     contexts, lengths = padded([ids for ids, _ in questions], weight.device)  # (Q, T)
     labels, sizes = padded(answers, weight.device)  # (N, longest), (N,)
-    longest, cache = labels.shape[1], None
-    if longest > 1:
-        capacity = contexts.shape[1] + longest - 1
-        cache = KVCache(model.cfg, len(questions), capacity, weight.device, weight.dtype)
+    longest, capacity = labels.shape[1], contexts.shape[1] + labels.shape[1] - 1
+    cache = KVCache(model.cfg, len(questions), capacity, weight.device, weight.dtype)
     x = model.model(contexts, cache=cache)[owner, lengths[owner] - 1][:, None]  # (N, 1, C)
     if longest > 1:
         copies = copy.copy(cache)
@@ -192,8 +180,7 @@ def padded(rows, device):
     return ids.to(device), torch.tensor([len(row) for row in rows], device=device)
 
 
-# ----------------------------------------------------------------------------------------------
-# From answers to accuracies
+# ---- From answers to accuracies
 
 
 def wilson(hits, n, z=1.959964):
@@ -241,31 +228,35 @@ def multiple_choice(scores, sizes, gold, names=None):
     return result
 
 
-# ----------------------------------------------------------------------------------------------
-# Reading texts, questions and prompts
+# ---- Reading texts, questions and prompts
 
 CONFIGS = Path(__file__).parent / "configs" / "eval"
-BROKEN = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # by odd JSON
 YES_NO = {"false": 0, "no": 0, "0": 0, "true": 1, "yes": 1, "1": 1}
+QUESTION = (
+    "{question, passage, answer: true or false}, {context, choices: two texts or more, "
+    "answer: a choice or its index from 0} or {text: two words or more}"
+)
 
 
-def need(right, expected):
-    if not right:
-        raise BadRow("unusable", expected)
+def rows_in(path, convert, form):
+    """Returns [(where, kind, value)] of all rows; a row that is no `form` is a UserError."""
 
+    def checked(row):
+        try:
+            json.dumps(row, ensure_ascii=False, default=str).encode()  # are all characters whole?
+            return convert(row)
+        except Exception as problem:  # anything may come of somebody else's JSON
+            raise BadRow("unusable", f"not {form}: {row!r:.80} ({problem})") from None
 
-def is_text(value):
-    """Is it a text of whole Unicode characters, with something in it?"""
-    return (
-        isinstance(value, str) and bool(value.strip()) and not re.search("[\ud800-\udfff]", value)
-    )
+    return usable_rows(path, checked, max_bad=0)
 
 
 def read_text(path):
     """Returns a text to the byte; rows of a table or of the hub are joined by blank lines."""
     hub = path.startswith("hf:")
-    if hub or kind_of(Path(path)) in ("json", "jsonl", "csv"):
-        texts = [text for _, _, text in usable_rows(path, text_in_row, max_bad=0)]
+    if hub or kind_of(Path(path)) in ROW_READERS:
+        to_text = lambda row: ("text", row["text"] + "")  # a TypeError for other values
+        texts = [text for _, _, text in rows_in(path, to_text, '{"text": a text}')]
         # the hub keeps WikiText's lines as rows, and blank lines as empty texts
         wikitext = hub and "wikitext" in path.lower()
         text = "".join(t or " \n" for t in texts) if wikitext else "\n\n".join(texts)
@@ -276,49 +267,22 @@ def read_text(path):
     return text
 
 
-def text_in_row(row):
-    text = row.get("text") if isinstance(row, dict) else None
-    need(is_text(f"{text}.") and isinstance(text, str), 'expected {"text": whole characters}')
-    return "text", text
-
-
-class Question(NamedTuple):
-    """A context and its answers, each with the space before it; `answer` is an index."""
-
-    context: str
-    choices: tuple[str, ...]
-    answer: int
-
-
 def to_question(row):
-    """Returns (kind, Question) of a row."""
-    expected = "{question, passage, answer}, {context, choices, answer} or {text}"
-    need(isinstance(row, dict), f"expected an object {expected}, got {config.shown(row)}")
-    if "choices" in row:
-        return "multiple-choice", to_choices(row)
-    if "question" in row or "passage" in row:  # the prompt of lm-eval's task boolq
-        question, passage, answer = row.get("question"), row.get("passage"), row.get("answer")
-        answer = YES_NO.get(str(row.get("label", answer)).lower())
-        need(is_text(question) and is_text(passage), '"question" and "passage" must be texts')
-        need(answer is not None, '"answer" must be true or false')
-        context = f"{passage}\nQuestion: {question}?\nAnswer:"
-        return "boolq", Question(context, (" no", " yes"), answer)
-    need("text" in row, f"expected {expected}, found the fields {', '.join(row):.80}")
-    context, _, word = str(row["text"]).strip().rpartition(" ")
-    need(is_text(row["text"]) and context, '"text" must hold a last word and text before it')
-    return "last-word", Question(context, (" " + word,), 0)
-
-
-def to_choices(row):
-    context, choices, answer = (row.get(key) for key in ("context", "choices", "answer"))
-    need(isinstance(context, str) and is_text(f"{context}."), '"context" must be a text')
-    right = isinstance(choices, list) and len(choices) > 1 and all(map(is_text, choices))
-    need(right, '"choices" must be a list of at least two texts')
-    answer = choices.index(answer) if isinstance(answer, str) and answer in choices else answer
-    right = type(answer) is int and 0 <= answer < len(choices)
-    need(right, f'"answer" must be one of the choices or 0..{len(choices) - 1}')
-    space = "" if context[-1:].isspace() else " "
-    return Question(context, tuple(c if c[0].isspace() else space + c for c in choices), answer)
+    """Returns (kind, (context, choices, the right one's index)); choices begin with their space."""
+    match row:
+        case {"context": str(context), "choices": [str(), str(), *_] as choices, "answer": answer}:
+            answer = (choices if answer in choices else range(len(choices))).index(answer)
+            space = "" if context[-1:].isspace() else " "
+            choices = tuple(c if c[0].isspace() else space + c for c in choices)
+            return "multiple-choice", (context, choices, answer)
+        case {"question": str(question), "passage": str(passage), **others}:
+            answer = YES_NO[str(others.get("label", others.get("answer"))).lower()]
+            context = f"{passage}\nQuestion: {question}?\nAnswer:"  # as lm-eval's task boolq
+            return "boolq", (context, (" no", " yes"), answer)
+        case {"text": str(text)}:
+            context, word = text.strip().rsplit(" ", 1)
+            return "last-word", (context, (" " + word,), 0)
+    raise ValueError("other fields")
 
 
 def encode_questions(tokenizer, rows, positions):
@@ -327,20 +291,14 @@ def encode_questions(tokenizer, rows, positions):
     As in lm-eval, the ids of an answer are those it adds to its context's; the context's last
     blanks belong to the answer.
     """
-    texts = []
-    for _, _, question in rows:
-        texts += [question.context.rstrip(), *(question.context + c for c in question.choices)]
-    encodings = iter(tokenizer.encode_batch(texts, os.cpu_count() or 1))
     encoded, cut = [], 0
-    for where, _, question in rows:
-        context = next(encodings)
-        answers = [next(encodings)[len(context) :] for _ in question.choices]
-        if not all(answers):
-            remedy = "put a line break between them"
-            raise UserError(f"{where}: an answer adds no token to its context; {remedy}")
+    for where, _, (text, choices, _) in rows:
+        context = tokenizer.encode(text.rstrip())
+        answers = [tokenizer.encode(text + choice)[len(context) :] for choice in choices]
         room = positions - max(map(len, answers))  # BOS, context, all but an answer's last token
-        if room < 1:
-            raise UserError(f"{where}: an answer does not fit the model's {positions} positions")
+        if room < 1 or not all(answers):
+            fits = f"1 to {positions - 1} of the model's {positions} positions"
+            raise UserError(f"{where}: after its context each answer must take {fits}")
         cut += len(context) > room
         encoded.append(([tokenizer.bos_id, *context[-room:]], answers))
     return encoded, cut
@@ -360,57 +318,35 @@ class Prompt:
 
 
 def read_prompts(path=None, fast=False):
-    """Returns the Prompts of a file, by default our 40; with `fast` those marked "quick", if any.
-
-    .json (a list), .jsonl (one a line) or .txt (a prompt a line).
-    """
+    """Returns the Prompts of a file, by default our 40; with `fast` those marked quick, if any."""
     path = str(path or CONFIGS / "smoke_prompts.json")
     if path.endswith(".txt"):
         lines = read_text(path).split("\n")
         prompts = [Prompt(line.strip()) for line in lines if line.strip()]
     else:
-        prompts = [prompt for _, _, prompt in usable_rows(path, to_prompt, max_bad=0)]
+        prompts = [prompt for _, _, prompt in rows_in(path, to_prompt, '{"prompt": text, ...}')]
     return [prompt for prompt in prompts if fast and prompt.quick] or prompts
 
 
 def to_prompt(row):
     """Returns ("prompt", Prompt) of a text or an object; keys that are no fields are ignored."""
     row, options = {"prompt": row} if isinstance(row, str) else row, config.options_of(Prompt)
-    need(isinstance(row, dict) and is_text(row.get("prompt")), 'expected {"prompt": text}')
-    for key in row.keys() - options.keys():
-        near = config.closest(key, options, cutoff=0.8)
-        need(not near, f"unknown key {key!r}; did you mean {near!r}?")
-    try:
-        values = {
-            key: config.accept(key, row[key], options[key], "prompt")
-            for key in row.keys() & options
-        }
-        prompt = Prompt(**values)
-        prompt.check and is_right(prompt.check, "words")
-    except (UserError, AssertionError, *BROKEN, re.error) as problem:
-        raise BadRow("unusable", f"{problem}, in {config.shown(row)}") from None
-    need(all(map(is_text, (prompt.category, prompt.base or "-", *prompt.keywords))), "no text")
+    names = row.keys() & options
+    prompt = Prompt(**{key: config.accept(key, row[key], options[key], "prompt") for key in names})
+    score_response(prompt, "words", "stop")  # a check that cannot work fails here
     return "prompt", prompt
 
 
-# ----------------------------------------------------------------------------------------------
-# Smoke prompts
+# ---- Smoke prompts
 
 SAMPLING = Sampling(temperature=0.5, top_p=0.95, top_k=0)  # cooler, a base model repeats itself
-WORD_OR_NUMBER = re.compile(r"[^\W\d_]+(?:['.][^\W\d_]+)*|\d+(?:[.,:]\d+)*")
-PARTS_OF_SCORE = ("repetition", "ending", "answer", "length")
+WORD = re.compile(r"[^\W_]+(?:['.,:][^\W_]+)*")  # or number
 SENTENCE_END = re.compile(r"[.!?][\"')*]*(?=\s|$)")
-FORMS = "(?:'?s|es|d|ed|ing|er|ers|y|ly)?"  # in which a keyword counts
-
-
-def words_of(text):
-    """Returns the words and numbers of a text, in small letters."""
-    return [word.lower() for word in WORD_OR_NUMBER.findall(text)]
 
 
 def distinct(texts, n):
     """Returns distinct word n-grams / words over all texts (Li et al. 2016, arXiv:1510.03055)."""
-    texts = [words_of(text) for text in texts]
+    texts = [WORD.findall(text.lower()) for text in texts]
     grams = {tuple(words[at : at + n]) for words in texts for at in range(len(words) - n + 1)}
     return len(grams) / max(1, sum(map(len, texts)))
 
@@ -427,14 +363,14 @@ def score_response(prompt, response, finish):
     text = response.replace("\u2019", "'")
     for asked in filter(None, (prompt.prompt, prompt.base)):
         text = re.sub(rf"(?<!\w){re.escape(asked)}(?!\w)", " ", text).strip()
-    words, parts = words_of(text), dict.fromkeys(PARTS_OF_SCORE, 0.0)
+    words, parts = WORD.findall(text), {"repetition": 0, "ending": 0, "answer": 0, "length": 0}
     if words:
-        pieces = [text[at : at + 8] for at in range(max(1, len(text) - 7))]
+        runs = [text[at : at + 8] for at in range(max(1, len(text) - 7))]
         ends = [mark.end() for mark in SENTENCE_END.finditer(text)]
-        parts["repetition"] = len(set(pieces)) / len(pieces)
+        parts["repetition"] = len(set(runs)) / len(runs)
         parts["ending"] = 1.0 if finish == "stop" else max(ends, default=0) / len(text)
         parts["length"] = min(1.0, len(words) / prompt.min_words)
-        forms = [rf"\b{re.escape(word)}{FORMS}\b" for word in prompt.keywords]
+        forms = [rf"\b{re.escape(k)}(?:'?s|es|d|ed|ing|er|ers|y|ly)?\b" for k in prompt.keywords]
         hits = sum(bool(re.search(form, text, re.IGNORECASE)) for form in forms)
         parts["answer"] = min(1.0, hits / min(3, len(forms))) if forms else None
         if prompt.check:
@@ -463,7 +399,7 @@ def ask_prompts(model, tokenizer, prompts, max_new_tokens=64, seed=0, together=6
     A model with a chat template is asked `prompt` in it, any other continues `base`. A response is
     sampled with a seed made of `seed` and its prompt: no other prompt changes it.
     """
-    template, context, requests, rows = tokenizer.template, model.cfg.sequence_length, [], []
+    template, requests, rows = tokenizer.template, [], []
     for prompt in prompts:
         text = prompt.prompt if template else prompt.base or prompt.prompt
         rows.append({"prompt": prompt.prompt, "asked": text, "category": prompt.category})
@@ -471,9 +407,6 @@ def ask_prompts(model, tokenizer, prompts, max_new_tokens=64, seed=0, together=6
         if template:
             messages = [{"role": "user", "content": text}]
             ids = render(tokenizer, messages, template, add_generation_prompt=True)[0]
-        if len(ids) >= context:
-            problem = f"{len(ids)} tokens leave no room in the model's context of {context}"
-            raise UserError(f"prompt {config.shown(text)}: {problem}; shorten it")
         sampling = replace(SAMPLING, seed=zlib.crc32(f"{seed} {prompt.prompt}".encode()))
         requests.append(Request(ids, max_new_tokens, sampling, stop_ids(tokenizer, template)))
     start = time.perf_counter()
@@ -491,7 +424,7 @@ def ask_prompts(model, tokenizer, prompts, max_new_tokens=64, seed=0, together=6
     settings |= {"top_p": SAMPLING.top_p, "max_new_tokens": max_new_tokens, "seed": seed}
     return {
         "score": mean([row["score"] for row in rows]),
-        "parts": {name: mean([row["parts"][name] for row in rows]) for name in PARTS_OF_SCORE},
+        "parts": {name: mean([row["parts"][name] for row in rows]) for name in rows[0]["parts"]},
         "by_category": {name: mean(scores) for name, scores in by_category.items()},
         "eos_rate": mean([row["finish"] == "stop" for row in rows]),
         "distinct_n": {str(n): distinct([row["response"] for row in rows], n) for n in (1, 2)},
@@ -501,8 +434,7 @@ def ask_prompts(model, tokenizer, prompts, max_new_tokens=64, seed=0, together=6
     }
 
 
-# ----------------------------------------------------------------------------------------------
-# The measurement
+# ---- The measurement
 
 FAST_BYTES, FAST_QUESTIONS = 100_000, 100
 KNOWN_TEXTS = {  # by the beginning of their sha256
@@ -510,12 +442,9 @@ KNOWN_TEXTS = {  # by the beginning of their sha256
     "173c87a53759e0201f33e0ccf978e510": "WikiText-2 raw, test",
 }
 PROTOCOL = {
-    "perplexity": "every token once, the first after BOS; windows of `context` tokens move by "
-    "`stride`; bytes in UTF-8; words separated by whitespace, as in lm-eval, without line ends",
-    "baselines": "uniform: every token equally likely; unigram: the token frequencies of this very "
-    "text, the best that a model without context can do; gzip -9 and xz -6 of its bytes",
-    "questions": "log-likelihood of answers after BOS and the context, tokenized as in lm-eval; "
-    "accuracy_norm: per character; a long context loses its beginning; no template, no examples",
+    "perplexity": "every token once, the first after BOS; words by whitespace, as in lm-eval",
+    "baselines": "uniform; unigram: the frequencies of this very text; gzip -9, xz -6 of its bytes",
+    "questions": "log-likelihood after BOS and context, tokenized as in lm-eval; no examples",
     "boolq": "PASSAGE, 'Question: QUESTION?', 'Answer:', followed by ' no' or ' yes' (as lm-eval)",
     "calibrated_accuracy": "without the mean log-odds over all questions (Batch Calibration)",
     "ci95": "Wilson's interval; the verdict asks whether the baseline lies inside",
@@ -539,29 +468,29 @@ def main(cfg):
     tune_cpu()
     model, tokenizer = open_model(cfg.model_path, cfg.device, cfg.dtype)
 
-    def prepared(flag, prepare, *arguments, skip=False):
+    def prepared(flag, prepare, path, skip=False):
         """Returns a function that measures, or that says why a part is not measured."""
         reason = "skipped, as asked"
         try:
             if not skip:
-                return prepare(cfg, model, tokenizer, *arguments)
+                return prepare(cfg, model, tokenizer, path)
         except Unreachable as problem:
             reason = f"{problem}; --{flag}=FILE takes one of yours"
         return lambda: {"verdict": "not measured", "reason": reason}
 
     # everything is read and checked before anything is measured: a typing error costs no hour
     prompts = read_prompts(cfg.custom_prompts, cfg.fast_mode)
-    text = prepared("perplexity_path", prepare_text, skip=cfg.skip_perplexity)
-    boolq = prepared("boolq_path", prepare_task, cfg.boolq_path, skip=cfg.skip_boolq)
+    text = prepared("perplexity_path", prepare_text, cfg.perplexity_path, cfg.skip_perplexity)
+    boolq = prepared("boolq_path", prepare_task, cfg.boolq_path, cfg.skip_boolq)
     tasks = {path: prepared("tasks", prepare_task, path) for path in cfg.tasks}
     print(f"{len(prompts)} smoke prompts", file=sys.stderr, flush=True)
     smoke = ask_prompts(model, tokenizer, prompts, cfg.max_new_tokens, cfg.seed)
-    results = {"model": model_facts(cfg, model, tokenizer), "protocol": dict(PROTOCOL)}
+    protocol = PROTOCOL | {key: getattr(cfg, key) for key in ("fast_mode", "seed", "dtype")}
+    protocol["device"] = model.lm_head.weight.device.type
+    results = {"model": model_facts(cfg, model, tokenizer), "protocol": protocol}
     results |= {"perplexity": text(), "boolq": boolq()}
     results |= {"tasks": {path: task() for path, task in tasks.items()}, "smoke": smoke}
-    device, seconds = model.lm_head.weight.device.type, round(time.monotonic() - began, 1)
-    results["protocol"] |= {"fast_mode": cfg.fast_mode, "seed": cfg.seed, "device": device}
-    results["protocol"] |= {"dtype": cfg.dtype, "seconds": seconds}
+    protocol["seconds"] = round(time.monotonic() - began, 1)
     remedy = f"its likelihoods overflow in {cfg.dtype}; use --dtype=fp32"
     with refusing(ValueError, f"{cfg.model_path}: {remedy}"):  # NaN and infinity are no results
         content = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -591,15 +520,14 @@ def perplexity(nats, count):
     return math.exp(nats / count) if nats / count < 700 else None
 
 
-def prepare_text(cfg, model, tokenizer):
-    """Reads and encodes cfg.perplexity_path; returns the function that measures "perplexity"."""
-    limit, path = model.cfg.sequence_length, cfg.perplexity_path
+def prepare_text(cfg, model, tokenizer, path):
+    """Reads and encodes a text; returns the function that measures "perplexity"."""
+    limit = model.cfg.sequence_length
     context = cfg.context or limit
     stride = cfg.stride or (context if cfg.fast_mode else max(1, context // 2))
-    if context > limit:
-        raise UserError(f"context {context} is more than the {limit} positions of the model")
-    if stride > context:
-        raise UserError(f"stride {stride} is more than context {context}: it would skip tokens")
+    if context > limit or stride > context:
+        wanted = f"context {context} and stride {stride}"
+        raise UserError(f"{wanted}: need stride <= context <= {limit}, the model's positions")
     text = read_text(path)
     raw, part = text.encode(), "all"
     sha256 = hashlib.sha256(raw).hexdigest()
@@ -608,12 +536,8 @@ def prepare_text(cfg, model, tokenizer):
         text = text[: text.rfind("\n") + 1] or text  # whole lines
         part = f"the first {len(text.encode()):,} of {len(raw):,} bytes"
     ids, rows = tokenizer.encode(text), rows_at_once(cfg, model, context)
-    if len(ids) < context:
-        remedy = f"give a longer text, or --context={len(ids)} or less"
-        raise UserError(f"{path}: {len(ids)} tokens are fewer than the context {context}; {remedy}")
-    name = KNOWN_TEXTS.get(sha256[:32])
-    about = {"text": {"path": path, "name": name, "sha256": sha256, "part": part}}
-    about |= {"context": context, "stride": stride}
+    facts = {"path": path, "name": KNOWN_TEXTS.get(sha256[:32]), "sha256": sha256, "part": part}
+    about = {"text": facts, "context": context, "stride": stride}
 
     def measure():
         nats = text_nats(model, ids, tokenizer.bos_id, context, stride, rows)
@@ -624,7 +548,7 @@ def prepare_text(cfg, model, tokenizer):
 
 def text_result(nats, text, ids, tokenizer):
     """Returns rates of the nats spent on a text, beside the rates of baselines."""
-    raw, tokens, words = text.encode(), len(ids), sum(1 for _ in re.finditer(r"\s+", text)) + 1
+    raw, tokens, words = text.encode(), len(ids), len(re.findall(r"\s+", text)) + 1
 
     def rates(nats):
         of_words, of_tokens = perplexity(nats, words), perplexity(nats, tokens)
@@ -639,11 +563,9 @@ def text_result(nats, text, ids, tokenizer):
         "gzip": rates(byte * len(gzip.compress(raw, 9, mtime=0))),
         "xz": rates(byte * len(lzma.compress(raw))),
     }
-    bits = {name: value["bits_per_byte"] for name, value in baselines.items()}
-    beaten = ", ".join(name for name in bits if result["bits_per_byte"] < bits[name])
-    others = ", ".join(name for name in bits if name not in beaten.split(", "))
+    key = "bits_per_byte"
+    beaten = ", ".join(name for name in baselines if result[key] < baselines[name][key])
     verdict = f"better than {beaten or 'no baseline'}"
-    verdict += f"; not better than {others}" if beaten and others else ""
     lossless = tokenizer.decode(ids) == text
     verdict += "" if lossless else "; too low: the tokenizer loses parts of this text"
     result |= {"nats": nats, "tokens": tokens, "words": words, "lines": text.count("\n")}
@@ -653,19 +575,14 @@ def text_result(nats, text, ids, tokenizer):
 
 def prepare_task(cfg, model, tokenizer, path):
     """Reads, draws and encodes the questions of a file; returns the function that answers them."""
-    if not path.strip():
-        raise UserError("tasks: an empty path; give files separated by commas")
-    rows = usable_rows(path, to_question, max_bad=0)
-    kinds = sorted({kind for _, kind, _ in rows})
-    if len(kinds) > 1:
-        raise UserError(f"{path}: holds {' and '.join(kinds)} rows; give one file for each kind")
-    if path == cfg.boolq_path and kinds != ["boolq"]:
-        expected = "expected {question, passage, answer} rows; others go to --tasks"
-        raise UserError(f"{path}: {expected}")
+    rows, is_boolq = rows_in(path, to_question, QUESTION), path == cfg.boolq_path
+    kinds = {kind for _, kind, _ in rows}
+    if len(kinds) > 1 or (is_boolq and kinds != {"boolq"}):
+        remedy = "give --boolq_path questions with passages, and --tasks one file for each kind"
+        raise UserError(f"{path}: holds {' and '.join(sorted(kinds))} rows; {remedy}")
     total, limit = len(rows), FAST_QUESTIONS if cfg.fast_mode else len(rows)
-    limit = (path == cfg.boolq_path and cfg.max_boolq_samples) or limit
-    if limit < total:
-        rows = [rows[at] for at in sorted(random.Random(cfg.seed).sample(range(total), limit))]
+    limit = min(total, (is_boolq and cfg.max_boolq_samples) or limit)
+    rows = [rows[at] for at in sorted(random.Random(cfg.seed).sample(range(total), limit))]
     context = model.cfg.sequence_length
     encoded, cut = encode_questions(tokenizer, rows, context)
     questions, budget = [row[2] for row in rows], context * rows_at_once(cfg, model, context)
@@ -673,7 +590,8 @@ def prepare_task(cfg, model, tokenizer, path):
     def measure():
         print(f"{len(rows):,} questions of {path}", file=sys.stderr, flush=True)
         scores = answer_scores(model, encoded, budget)
-        return task_result(kinds[0], questions, scores) | {"path": path, "rows": total, "cut": cut}
+        result = task_result(rows[0][1], questions, scores)
+        return result | {"path": path, "rows": total, "cut": cut}
 
     return measure
 
@@ -687,57 +605,55 @@ def task_result(kind, questions, scores):
         words = "right where every token of the last word is the likeliest"
         result = accuracy(right, [1] * len(right), 0, "") | {"verdict": words, "nats": nats}
         return result | {"perplexity": perplexity(nats, len(rows))}
-    choices = [question.choices for question in questions]
+    _, choices, gold = zip(*questions)
     names = [name.strip() for name in choices[0]] if len(set(choices)) == 1 else None
     sizes = [[len(choice.strip()) for choice in row] for row in choices]
-    gold = [question.answer for question in questions]
     return multiple_choice(rows, sizes, gold, names) | {"nats": nats}
 
 
-# ----------------------------------------------------------------------------------------------
-# The report
+# ---- The report
 
-KEYS = ("bits_per_byte", "word_perplexity", "token_perplexity", "accuracy", "accuracy_norm")
-KEYS += ("calibrated_accuracy", "perplexity", "score", "eos_rate")  # the main numbers of a part
+MAIN = dict.fromkeys(("bits_per_byte", "word_perplexity", "token_perplexity", "perplexity"), min)
+MAIN |= dict.fromkeys(("accuracy", "accuracy_norm", "calibrated_accuracy"), max)
+MAIN |= {"score": max, "eos_rate": max}  # the main numbers of a part, and which are better
 
 
 def parts_of(results):
     """Returns {"perplexity", "boolq", "tasks.NAME", "smoke": part}."""
+    tasks = {f"tasks.{Path(path).name}": part for path, part in results["tasks"].items()}
     parts = {"perplexity": results["perplexity"], "boolq": results["boolq"]}
-    parts |= {f"tasks.{Path(path).name}": part for path, part in results.get("tasks", {}).items()}
-    return parts | {"smoke": results["smoke"]}
+    return parts | tasks | {"smoke": results["smoke"]}
 
 
 def main_numbers(results):
     """Returns {"perplexity.bits_per_byte": number, ...}: by their places in results.json."""
     parts = parts_of(results).items()
-    numbers = {f"{name}.{key}": part.get(key) for name, part in parts for key in KEYS}
+    numbers = {f"{name}.{key}": part.get(key) for name, part in parts for key in MAIN}
     return {place: number for place, number in numbers.items() if number is not None}
 
 
 def shown_number(place, number):
     if number is None:
         return "not measured"
-    if place.endswith(("accuracy", "accuracy_norm", "eos_rate")):
-        return f"{number:.1%}"
-    return f"{number:,.5g}"
+    is_share = place.endswith(("accuracy", "accuracy_norm", "eos_rate"))
+    return f"{number:.1%}" if is_share else f"{number:,.5g}"
 
 
 def aligned(rows):
     """Returns rows of texts as lines with straight columns."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def headline(results):
     """Returns the main numbers, each with what to hold it against, and a verdict on each part."""
-    rows, verdicts, parts = [], [], parts_of(results)
+    parts, rows, verdicts = parts_of(results), [], []
     for place, number in main_numbers(results).items():
         name, _, key = place.rpartition(".")
         part, beside = parts[name], ""
         if "baselines" in part:
-            others = {other: part["baselines"][other][key] for other in ("unigram", "xz")}
-            beside = ", ".join(f"{o} {shown_number(place, n)}" for o, n in others.items())
+            others = [(other, part["baselines"][other][key]) for other in ("unigram", "xz")]
+            beside = ", ".join(f"{other} {shown_number(place, value)}" for other, value in others)
         elif key in ("accuracy", "calibrated_accuracy"):
             low, high = part[key.replace("accuracy", "ci95")]
             beside = f"95% {low:.1%} to {high:.1%}, n {part['n']:,}"
@@ -745,96 +661,68 @@ def headline(results):
     for name, part in [*parts.items()][:-1]:
         reason = f": {part['reason']}" if "reason" in part else ""
         verdicts.append(f"{name}: {part['verdict']}{reason}")
-        if part.get("calibrated_verdict"):
-            counts = ", ".join(f"{key!r} {count:,}" for key, count in part["predicted"].items())
-            words = f"{part['calibrated_verdict']}; uncalibrated it answered {counts}"
-            verdicts.append(f"{name}, calibrated: {words}")
+        if "calibrated_verdict" in part:
+            verdicts.append(f"{name}, calibrated: {part['calibrated_verdict']}")
     return "\n".join([aligned(rows), "", *verdicts])
 
 
 def report_text(results, detailed=False):
-    """Returns report.md: the headline, all of results.json as lists; `detailed` adds responses."""
-    results = results | {"smoke": dict(results["smoke"])}
-    responses, name = results["smoke"].pop("responses"), results["model"]["name"]
-    parts = [f"# {name}: evaluation", f"```text\n{headline(results)}\n```"]
-    if results["protocol"]["fast_mode"]:
-        parts.append("**Fast mode: parts of the data only. Do not compare with full evaluations.**")
-    for name, part in results.items():
-        parts += [f"## {name}", "\n".join(listing(part))]
+    """Returns report.md: the headline and all of results.json; `detailed` adds the responses."""
+    smoke = dict(results["smoke"])
+    responses = smoke.pop("responses")
+    facts = json.dumps(results | {"smoke": smoke}, indent=2, ensure_ascii=False)
+    fast = "; fast mode: parts of the data only" if results["protocol"]["fast_mode"] else ""
+    parts = [f"# {results['model']['name']}: evaluation{fast}"]
+    parts += [f"```text\n{headline(results)}\n```", f"## All numbers\n\n```json\n{facts}\n```"]
     for row in responses if detailed else ():
-        quoted = row["prompt"].strip().replace("\n", "\n> ")
-        parts += [f"## {row['category']}: {row['score']:.2f}", f"> {quoted}"]
-        parts.append("    " + row["response"].replace("\n", "\n    "))
-        parts.append("\n".join(listing(row["parts"] | {"finish": row["finish"]})))
+        scores = ", ".join(f"{name} {value}" for name, value in row["parts"].items())
+        parts += [f"## {row['category']}: {row['score']:.2f}", indent(row["prompt"], "> ")]
+        parts += [indent(row["response"], "    "), f"{scores}, finish {row['finish']}"]
     return "\n\n".join(parts) + "\n"
 
 
-def listing(part, indent=""):
-    """Yields nested objects as the lines of a list."""
-    for key, value in part.items():
-        if isinstance(value, dict) and value:
-            yield f"{indent}- {key}:"
-            yield from listing(value, indent + "  ")
-        else:
-            yield f"{indent}- {key}: {f'{value:,.5g}' if isinstance(value, float) else value}"
-
-
-# ----------------------------------------------------------------------------------------------
-# Results side by side, and beside what is expected of a size
+# ---- Results side by side, and beside what is expected of a size
 
 
 def read_results(path):
     """Returns the results in a file, or in a folder's results.json; UserError if they are none."""
     path = Path(path) / "results.json" if Path(path).is_dir() else Path(path)
     results = config.read_object(str(path))
-    with refusing(BROKEN, f"{path}: not whole results of eval.py; run it again"):
+    with refusing(Exception, f"{path}: not whole results of eval.py; run it again"):
         report_text(results), math.log(results["model"]["non_embedding"])
     return results
-
-
-def lower_is_better(place):
-    return place.startswith("perplexity") or place.endswith("perplexity")
 
 
 def compare(files, cfg):
     """Several models side by side: python eval.py compare A.json B.json ... (or their folders)
 
-    The best of each line is marked where its values may be compared; below stands which may not.
+    The best of each line is marked where its numbers were measured on the same data.
     """
     if len(files) < 2:
         raise UserError("compare needs two results or more: python eval.py compare A.json B.json")
     models = [read_results(file) for file in files]
-    rows, notes = [["", *map(str, files)]], ["* the best"]
-    rows.append(["model", *(str(results["model"]["name"]) for results in models)])
-    rows.append(["parameters", *(f"{r['model']['non_embedding']:,}" for r in models)])
-    for key in ("context", "stride"):
-        rows.append([key, *(str(results["perplexity"].get(key, "")) for results in models)])
+    rows = [["", *map(str, files)]]
+    for part, keys in (("model", ("name", "non_embedding")), ("perplexity", ("context", "stride"))):
+        rows += [[key, *(str(results[part].get(key, "")) for results in models)] for key in keys]
     numbers = [main_numbers(results) for results in models]
-    for place in dict.fromkeys(place for found in numbers for place in found):
-        measured = [results for results, found in zip(models, numbers) if place in found]
-        top = (min if lower_is_better(place) else max)(f[place] for f in numbers if place in f)
-        basis = [basis_of(place, results) for results in measured]
-        star = " *" if len(measured) > 1 else ""
-        if any(other != basis[0] for other in basis):
-            star = ""
-            notes.append(f"{place}: not to be compared, {basis[0][0]} differ")
-        values = [found.get(place) for found in numbers]
-        rows.append([place, *(shown_number(place, v) + star * (v == top) for v in values)])
-    return "\n".join([aligned(rows), "", *notes])
+    for place in dict.fromkeys(chain.from_iterable(numbers)):
+        measured = [at for at, values in enumerate(numbers) if place in values]
+        alike = len({basis_of(place, models[at]) for at in measured}) == 1
+        best = MAIN[place.split(".")[-1]](numbers[at][place] for at in measured)
+        star = " *" if alike and len(measured) > 1 else ""
+        values = [values.get(place) for values in numbers]
+        cells = [shown_number(place, value) + star * (value == best) for value in values]
+        rows.append([place, *cells, "" if alike else "not to be compared: other data or tokenizer"])
+    return f"{aligned(rows)}\n\n* the best"
 
 
 def basis_of(place, results):
-    """Returns what a number was measured on, its name first: numbers compare where it is equal."""
+    """Returns what a number was measured on, as a text: numbers compare where it is equal."""
     part = parts_of(results)[place.rpartition(".")[0]]
-    if "text" not in part and "responses" not in part:
-        return "the numbers of questions", part["n"]
-    if "responses" in part:
-        prompts = [(row["prompt"], *row["parts"]) for row in part["responses"]]
-        return "the prompts, parts or lengths", prompts, part["settings"]["max_new_tokens"]
-    text = part["text"]["sha256"], part["text"]["part"]
-    if place.endswith("token_perplexity"):
-        return "the texts or tokenizers", text, results["model"]["tokenizer_sha256"]
-    return "the texts", text
+    text, length = part.get("text", {}), part.get("settings", {}).get("max_new_tokens")
+    prompts = [(row["prompt"], *row["parts"]) for row in part.get("responses", ())]
+    tokenizer = place.endswith("token_perplexity") and results["model"]["tokenizer_sha256"]
+    return str([text.get("sha256"), text.get("part"), tokenizer, part.get("n"), prompts, length])
 
 
 def assess(files, cfg):
@@ -848,94 +736,70 @@ def assess(files, cfg):
     results, rows = read_results(files[0]), []
     expected, count = config.read_object(cfg.expected), results["model"]["non_embedding"]
     form = '{size: {"non_embedding": count, "ranges": [{place: [low, high], ...}]}}'
-    with refusing(BROKEN, f"{cfg.expected}: must hold sizes, {form}"):
+    with refusing(Exception, f"{cfg.expected}: must hold sizes, {form}"):
         sizes = {name: entry["non_embedding"] for name, entry in expected["sizes"].items()}
         size = min(sizes, key=lambda name: abs(math.log(count / sizes[name])))  # nearest by ratio
         for entry in expected["sizes"][size]["ranges"]:
             places = [place for place in entry if place not in ("source", "text")]
             rows += [judged(place, results, entry, *entry[place]) for place in places]
-    known = ", ".join(f"{name} {number:,}" for name, number in sizes.items())
-    parts = [f"{files[0]}: size class {size}: {count:,} parameters without embeddings, of {known}"]
-    head = ["metric", "value", "expected", "verdict", "source"]
-    parts += ["", aligned([head, *rows]) if rows else f"no ranges are known for {size}", ""]
-    todo = [f"- {sentence}" for sentence in recommendations(results, rows)]
-    return "\n".join([*parts, headline(results), "", "what to do", *todo])
+    title = f"{files[0]}: size class {size}: {count:,} parameters, {len(rows)} ranges are known"
+    table = aligned([["metric", "value", "expected", "verdict", "source"], *rows])
+    todo = [f"- {sentence}" for sentence in advice(results, rows)]
+    return "\n".join([title, "", table, "", headline(results), "", "what to do", *todo])
 
 
 def judged(place, results, entry, low, high):
     """Returns a row: the place, its number, the range, a verdict in words, the range's source."""
-    number, text = main_numbers(results).get(place), results["perplexity"].get("text", {})
-    text, words = text.get("name") or "another text", "within"
+    number, verdict = main_numbers(results).get(place), "within"
+    text = results["perplexity"].get("text", {}).get("name") or "another text"
     if number is None:
-        words = "not measured"
+        verdict = "not measured"
     elif place.startswith("perplexity") and not text.startswith(entry.get("text", "")):
-        words = f"not comparable: measured on {text}"
+        verdict = f"not comparable: measured on {text}"
     elif not low <= number <= high:
-        words = "better" if (number < low) == lower_is_better(place) else "worse"
+        better = MAIN[place.split(".")[-1]](number, low, high) == number
+        verdict = "better" if better else "worse"
     expected = f"{shown_number(place, low)} to {shown_number(place, high)}"
-    return [place, shown_number(place, number), expected, words, entry.get("source", "not named")]
+    return [place, shown_number(place, number), expected, verdict, entry.get("source", "")]
 
 
-REMEDIES = {  # for a part of the smoke score that is low
-    "repetition": "it repeats itself: train longer; sample with --repetition_penalty=1.1",
-    "ending": "responses break off: fine-tune on answers that end, or raise --max_new_tokens",
-    "answer": "responses are wrong or off the point: fine-tune (sft.py), with more varied data",
-    "length": "responses are too short: look at the answers in the fine-tuning data",
-}
-STRANGE = "is this the tokenizer it was trained with?"
-OVERWRITTEN = "fine-tuning overwrote the rest: lower --learning_rate, fewer epochs or --lora_r=16"
-
-
-def recommendations(results, rows):
+def advice(results, rows):
     """Yields what to do about what is low; `rows` are `judged`'s."""
-    for name in ("perplexity", "boolq"):
-        if "reason" in results[name]:
-            yield f"{name} was not measured: {results[name]['reason']}"
-    text = results["perplexity"]
-    if "baselines" in text and "unigram" not in text["verdict"].partition(";")[0]:
-        cause = OVERWRITTEN if results["model"].get("template") else STRANGE
-        yield f"token frequencies alone predict the text as well: {cause}"
+    text, boolq, parts = results["perplexity"], results["boolq"], results["smoke"]["parts"]
+    if "baselines" in text and "unigram" not in text["verdict"]:
+        yield "perplexity: token frequencies do as well: wrong tokenizer, or too much fine-tuning"
     elif any(row[3] == "worse" and row[0].startswith("perplexity") for row in rows):
         yield "perplexity: train longer while the validation loss falls, then on more text"
-    if re.search("not distinguishable|worse", results["boolq"]["verdict"]):
+    if "n" in boolq and not boolq["verdict"].startswith("better"):
         yield "BoolQ: no sign that it reads the passage; do not report the accuracy as a skill"
-    for name, value in (results["smoke"].get("parts") or {}).items():
-        if value is not None and value < 0.5:
-            yield f"smoke prompts: {name} is low ({value:.2f}): {REMEDIES[name]}"
+    low = [name for name, value in parts.items() if value is not None and value < 0.5]
+    if low:
+        yield f"smoke prompts: {', '.join(low)} low: fine-tune (sft.py) on varied answers that end"
     yield "read the responses: --detailed_output puts them into report.md"
 
 
-# ----------------------------------------------------------------------------------------------
-# The command line
+# ---- The command line
 
 
 @dataclass(frozen=True)
-class CompareConfig:
-    """Nothing to choose."""
+class ResultsConfig:
+    """Of `compare` and `assess`."""
 
-
-@dataclass(frozen=True)
-class AssessConfig:
-    """The expectations that a model is compared with."""
-
-    expected: str = str(CONFIGS / "expected.json")  # ranges by size
-
-
-COMMANDS_OF_RESULTS = {"compare": (compare, CompareConfig), "assess": (assess, AssessConfig)}
+    expected: str = str(CONFIGS / "expected.json")  # for assess: ranges by size
 
 
 def dispatch_words(argv):
     """Measures, unless the first word asks for something else."""
-    if not argv or argv[0] not in COMMANDS_OF_RESULTS:
+    function = {"compare": compare, "assess": assess}.get(argv[0] if argv else "")
+    if function is None:
         return config.run(main, EvalConfig, __doc__, argv=argv)
-    function, settings = COMMANDS_OF_RESULTS[argv[0]]
     files = [word for word in argv[1:] if not word.startswith("-")]
     flags = [word for word in argv[1:] if word.startswith("-")]
     doc = inspect.cleandoc(function.__doc__)
     try:
-        config.run(lambda cfg: print(function(files, cfg)), settings, doc, argv=flags)
+        config.run(lambda cfg: print(function(files, cfg)), ResultsConfig, doc, argv=flags)
     except SystemExit as end:  # scripts were promised 1 of assess, 2 elsewhere
-        sys.exit(1 if (argv[0], end.code) == ("assess", 2) else end.code)
+        sys.exit(1 if function is assess and end.code == 2 else end.code)
 
 
 if __name__ == "__main__":

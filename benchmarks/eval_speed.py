@@ -60,7 +60,7 @@ class LmEval:
         return [-value for value in self.lm.loglikelihood_rolling(requests, disable_tqdm=True)]
 
     def questions(self, rows):
-        pairs = [("<s>" + row.context, choice) for _, _, row in rows for choice in row.choices]
+        pairs = [("<s>" + text, choice) for _, _, (text, choices, _) in rows for choice in choices]
         requests = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
         return [value for value, _ in self.lm.loglikelihood(requests, disable_tqdm=True)]
 
@@ -99,7 +99,7 @@ def main():
     text = args.text.read_bytes()[: args.bytes].decode("utf-8", "ignore")
     rows = usable_rows(args.boolq, to_question)[: args.questions]
     room = ours.context - 4  # only questions that fit: lm-eval would cut BOS off
-    rows = [row for row in rows if len(ours.tokenizer.encode(row[2].context)) < room]
+    rows = [row for row in rows if len(ours.tokenizer.encode(row[2][0])) < room]
     result = {"bytes": len(text.encode()), "questions": len(rows), "unit": "s: median, min, max"}
     for kind, work in {
         "text": lambda v: v.text(text),

@@ -238,8 +238,8 @@ def measure(folder, args):
     from sample import open_model  # tells OpenMP how to wait: not to be inherited by what trains
 
     model, tokenizer = open_model(folder, "cpu", "fp32")
-    cfg = EvalConfig(model_path=str(folder), perplexity_path=args.text)
-    text = prepare_text(cfg, model, tokenizer)()
+    cfg = EvalConfig(model_path=str(folder))
+    text = prepare_text(cfg, model, tokenizer, args.text)()
     stream = TokenStream((args.data,), "val", model.cfg.sequence_length, 8)
     batches = (stream.rows(at, at + 8) for at in range(0, stream.blocks, 8))
     batches = (to_device(batch, torch.device("cpu")) for batch in batches)

@@ -7,39 +7,18 @@ import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import eval as evaluation
+import model as models
 from corpus.chats import usable_rows
-from eval import (
-    CONFIGS,
-    AssessConfig,
-    EvalConfig,
-    answer_scores,
-    assess,
-    compare,
-    encode_questions,
-    main,
-    main_numbers,
-    prepare_text,
-    read_text,
-    shown_number,
-    to_question,
-)
+from eval import EvalConfig, ResultsConfig, answer_scores, assess, compare, encode_questions
 from lib.config import UserError, configure
-from model import (
-    ModelConfig,
-    add_lora,
-    count_parameters,
-    identify,
-    load_model,
-    merge_lora,
-    save_adapter,
-    save_model,
-)
+from model import ModelConfig, add_lora, identify, load_model, merge_lora, save_model
 from sample import open_model
 from tests import ROOT, SHARED
 from tests.align import make_base
@@ -48,16 +27,12 @@ from tests.warm import python
 
 WIKITEXT = SHARED / "wikitext2" / "wiki.valid.raw"
 CONTEXT = 96
-TEXT = "".join(
-    f"The quick brown fox number {n} jumps\nover a lazy dog: why not?\n\n" for n in range(60)
-)
+LINE = "The quick brown fox number {} jumps\nover a lazy dog: why not?\n\n"
+TEXT = "".join(LINE.format(n) for n in range(60))
+PASSAGES = [f"The fox is number {n}. " * (1 + n % 9) for n in range(40)]
 BOOLQ = [
-    {
-        "question": f"is {n} a lazy number",
-        "passage": f"The fox is number {n}. " * (1 + n % 9),
-        "answer": n % 3 > 0,
-    }
-    for n in range(40)
+    {"question": f"is {n} a lazy number", "passage": passage, "answer": n % 3 > 0}
+    for n, passage in enumerate(PASSAGES)
 ]
 CHOICES = [
     {"context": "once upon a", "choices": ["time", "quick brown fox"], "answer": "time"},
@@ -76,25 +51,20 @@ def place(tmp_path_factory, tiny_tokenizer):
     write_rows(place / "boolq.jsonl", BOOLQ)
     write_rows(place / "choices.jsonl", CHOICES)
     write_rows(place / "last.jsonl", LAST)
-    write_rows(
-        place / "prompts.jsonl",
-        [{"prompt": "Why not?", "category": "talk"}, {"prompt": "the", "category": "x"}],
-    )
+    prompts = [{"prompt": "Why not?", "category": "talk"}, {"prompt": "the", "category": "x"}]
+    write_rows(place / "prompts.jsonl", prompts)
     return place
 
 
 def knobs(place, **more):
     values = {"model_path": place / "base", "perplexity_path": place / "text.txt"}
     values |= {"boolq_path": place / "boolq.jsonl", "custom_prompts": place / "prompts.jsonl"}
-    values = {key: str(value) for key, value in values.items()} | {
-        "max_new_tokens": 4,
-        "device": "cpu",
-    }
-    return values | more
+    values = {key: str(value) for key, value in values.items()}
+    return values | {"max_new_tokens": 4, "device": "cpu"} | more
 
 
 def measure(place, out, **more):
-    main(EvalConfig(output_dir=str(out), **knobs(place, **more)))
+    evaluation.main(EvalConfig(output_dir=str(out), **knobs(place, **more)))
     return json.loads((out / "results.json").read_text(encoding="utf-8"))
 
 
@@ -104,29 +74,26 @@ def results(place):
     return measure(place, place / "out", tasks=tasks, detailed_output=True)
 
 
+def without(results, *keys):
+    """Returns results without what lies at this place."""
+    results = part = copy.deepcopy(results)
+    for key in keys[:-1]:
+        part = part[key]
+    del part[keys[-1]]
+    return results
+
+
 # ---- what is measured
 
 
 def test_the_promised_keys_are_there(results, place):
     assert [*results] == ["model", "protocol", "perplexity", "boolq", "tasks", "smoke"]
     text = results["perplexity"]
-    assert text.keys() >= {
-        "bits_per_byte",
-        "word_perplexity",
-        "token_perplexity",
-        "tokens",
-        "words",
-        "bytes",
-    }
+    rates = ("bits_per_byte", "word_perplexity", "token_perplexity")
+    assert text.keys() >= {*rates, "tokens", "words", "bytes"}
     assert (text["context"], text["stride"], text["lossless"]) == (CONTEXT, CONTEXT // 2, True)
-    assert results["boolq"].keys() >= {
-        "accuracy",
-        "n",
-        "majority",
-        "ci95",
-        "calibrated_accuracy",
-        "verdict",
-    }
+    keys = {"accuracy", "n", "majority", "ci95", "calibrated_accuracy", "verdict"}
+    assert results["boolq"].keys() >= keys
     assert results["smoke"].keys() >= {"score", "by_category", "eos_rate", "responses"}
     assert results["model"]["sha256"] == identify(place / "base").sha256
     assert results["model"]["non_embedding"] == 2 * (3 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64
@@ -156,21 +123,16 @@ def test_every_kind_of_question_is_answered(results, place):
 
 def test_the_report_shows_all_of_it(results, place):
     report = (place / "out" / "report.md").read_text(encoding="utf-8")
-    for place, number in main_numbers(results).items():
-        assert re.search(rf"^{place} +{re.escape(shown_number(place, number))}", report, re.M)
+    for place, number in evaluation.main_numbers(results).items():
+        shown = re.escape(evaluation.shown_number(place, number))
+        assert re.search(rf"^{place} +{shown}", report, re.M)
     assert results["boolq"]["verdict"] in report
     for row in results["smoke"]["responses"]:
         assert f"> {row['prompt']}" in report
-        for name, value in row["parts"].items():
-            assert f"- {name}: {f'{value:.5g}' if isinstance(value, float) else value}" in report
+        assert ", ".join(f"{name} {value}" for name, value in row["parts"].items()) in report
+    facts = json.loads(re.search("```json\n(.*?)```", report, re.DOTALL)[1])
+    assert facts == without(results, "smoke", "responses")
     assert "not measured" not in report
-
-
-def test_the_batch_size_changes_no_number(results, place, tmp_path):
-    again = measure(place, tmp_path, batch_size=1)
-    assert again["perplexity"]["nats"] == pytest.approx(results["perplexity"]["nats"], rel=1e-6)
-    nats = pytest.approx(results["boolq"]["nats"], rel=1e-6)
-    assert again["boolq"] == results["boolq"] | {"nats": nats}
 
 
 def test_adapters_and_what_they_were_merged_into_score_alike(place, tmp_path, tiny_tokenizer):
@@ -182,17 +144,17 @@ def test_adapters_and_what_they_were_merged_into_score_alike(place, tmp_path, ti
     for name in ("adapter", "merged"):
         (tmp_path / name).mkdir()
         tiny_tokenizer.save(tmp_path / name, CONTEXT, "chatml")
-    save_adapter(model, tmp_path / "adapter", base)
+    models.save_adapter(model, tmp_path / "adapter", base)
     merge_lora(model)
     save_model(model, tmp_path / "merged")
-    found = [
-        measure(place, tmp_path / "out", model_path=str(tmp_path / name))
-        for name in ("adapter", "merged")
-    ]
+    out = tmp_path / "out"
+    adapter, merged = (
+        measure(place, out, model_path=str(tmp_path / name)) for name in ("adapter", "merged")
+    )
     for part in ("perplexity", "boolq"):
-        assert found[0][part] == found[1][part]
-    assert found[0]["perplexity"]["nats"] != measure(place, tmp_path / "out")["perplexity"]["nats"]
-    assert found[0]["model"]["template"] == "chatml"
+        assert adapter[part] == merged[part]
+    assert adapter["perplexity"]["nats"] != measure(place, out)["perplexity"]["nats"]
+    assert adapter["model"]["template"] == "chatml"
 
 
 def test_fast_mode_measures_less_and_says_so(place, tmp_path):
@@ -202,18 +164,13 @@ def test_fast_mode_measures_less_and_says_so(place, tmp_path):
     assert part["stride"] == part["context"]
     assert part["bytes"] <= 100_000 < len(TEXT) * 40
     assert part["text"]["part"] == f"the first {part['bytes']:,} of {len(TEXT) * 40:,} bytes"
-    assert "Fast mode" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "fast mode" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 def test_questions_are_drawn_by_the_seed_not_from_the_top(place, tmp_path):
-    write_rows(
-        tmp_path / "sorted.jsonl", sorted(BOOLQ, key=lambda row: row["answer"])
-    )  # the first ten are all no
-    draw = {
-        "boolq_path": str(tmp_path / "sorted.jsonl"),
-        "max_boolq_samples": 12,
-        "skip_perplexity": True,
-    }
+    path = str(tmp_path / "sorted.jsonl")
+    write_rows(path, sorted(BOOLQ, key=lambda row: row["answer"]))  # the first ten are all no
+    draw = {"boolq_path": path, "max_boolq_samples": 12, "skip_perplexity": True}
     got = [measure(place, tmp_path, seed=seed, **draw) for seed in (0, 0, 1)]
     assert [results["boolq"]["n"] for results in got] == [12] * 3
     assert got[0]["boolq"] == got[1]["boolq"]
@@ -235,7 +192,7 @@ def test_what_overflows_is_no_number(place, tmp_path, tiny_tokenizer):
 def test_long_passages_lose_their_beginning_never_the_question(place):
     model, tokenizer = open_model(place / "base", "cpu", "fp32")
     row = {"question": "is this kept", "passage": "a fox. " * 300, "answer": "no"}
-    questions = [("row 1", *to_question(row))]
+    questions = [("row 1", *evaluation.to_question(row))]
     ((context, answers),), cut = encode_questions(tokenizer, questions, CONTEXT)
     assert cut == 1
     assert (context[0], len(context) + max(map(len, answers)) - 1) == (tokenizer.bos_id, CONTEXT)
@@ -251,46 +208,40 @@ def test_texts_are_read_to_the_byte(tmp_path):
     raw = "a\r\n\u2028b \t\n\n".encode()
     (tmp_path / "t.txt").write_bytes(raw)
     (tmp_path / "t.txt.gz").write_bytes(gzip.compress(raw))
-    assert {read_text(str(tmp_path / name)).encode() for name in ("t.txt", "t.txt.gz")} == {raw}
+    for name in ("t.txt", "t.txt.gz"):
+        assert evaluation.read_text(str(tmp_path / name)).encode() == raw
     write_rows(tmp_path / "t.jsonl", [{"text": "a"}, {"text": "b\n"}])
-    assert read_text(str(tmp_path / "t.jsonl")) == "a\n\nb\n"
+    assert evaluation.read_text(str(tmp_path / "t.jsonl")) == "a\n\nb\n"
 
 
-def hub(monkeypatch, rows):
+def hub(monkeypatch, text):
+    """Serves a text as the hub does WikiText: a row a line, blank lines empty."""
+    rows = [{"text": line if line.strip() else ""} for line in text.splitlines(keepends=True)]
     module = SimpleNamespace(load_dataset=lambda *names, **settings: iter(rows), __spec__=1)
     monkeypatch.setitem(sys.modules, "datasets", module)
 
 
 def test_wikitext_of_the_hub_is_the_file(monkeypatch):
     raw = " \n = Fox = \n \n A fox .\n \n"
-    hub(
-        monkeypatch,
-        [{"text": line if line.strip() else ""} for line in raw.splitlines(keepends=True)],
-    )
-    assert read_text("hf:Salesforce/wikitext:wikitext-2-raw-v1:test") == raw
+    hub(monkeypatch, raw)
+    assert evaluation.read_text("hf:Salesforce/wikitext:wikitext-2-raw-v1:test") == raw
 
 
 @pytest.mark.skipif(not WIKITEXT.is_file(), reason="WikiText-2 is not at hand")
 def test_wikitext_2_is_known_by_its_hash_and_its_count(place, monkeypatch):
-    rows = WIKITEXT.read_text(encoding="utf-8").splitlines(keepends=True)
-    hub(monkeypatch, [{"text": line if line.strip() else ""} for line in rows])
+    hub(monkeypatch, WIKITEXT.read_text(encoding="utf-8"))
     monkeypatch.setattr(evaluation, "text_nats", lambda *_: 1.0)
     loaded = open_model(place / "base", "cpu", "fp32")
     for path in (str(WIKITEXT), "hf:Salesforce/wikitext:wikitext-2-raw-v1:validation"):
-        measure = prepare_text(EvalConfig(model_path="", perplexity_path=path), *loaded)
-        result = measure()
+        result = evaluation.prepare_text(EvalConfig(model_path=""), *loaded, path)()
         assert result["text"]["name"] == "WikiText-2 raw, validation"
         assert result["words"] - 2 + result["lines"] == 217_646  # as published
 
 
 def test_what_is_out_of_reach_is_not_measured_and_the_rest_is(place, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    out = {
-        "perplexity_path": "hf:a/b",
-        "boolq_path": "hf:c/d",
-        "tasks": (str(place / "last.jsonl"), "hf:e/f"),
-    }
-    got = measure(place, tmp_path, **out)
+    tasks = (str(place / "last.jsonl"), "hf:e/f")
+    got = measure(place, tmp_path, perplexity_path="hf:a/b", boolq_path="hf:c/d", tasks=tasks)
     for part, flag in (("perplexity", "perplexity_path"), ("boolq", "boolq_path")):
         assert got[part]["verdict"] == "not measured"
         assert {*got[part]} == {"verdict", "reason"}  # no number, above all no 0
@@ -298,76 +249,59 @@ def test_what_is_out_of_reach_is_not_measured_and_the_rest_is(place, tmp_path, m
     assert got["tasks"]["hf:e/f"]["verdict"] == "not measured"
     assert got["tasks"][str(place / "last.jsonl")]["n"] == 2
     assert "not measured" in capsys.readouterr().out
-    assert "not measured" in assess([tmp_path], AssessConfig())
+    assert "not measured" in assess([tmp_path], ResultsConfig())
 
 
 # ---- bad input
 
-BAD = {
-    "no text": ({"perplexity_path": "nowhere.txt"}, ["nowhere.txt", "No such file"]),
-    "empty text": ({"perplexity_path": ("t.txt", b"")}, ["t.txt: holds no text"]),
-    "blank text": ({"perplexity_path": ("t.txt", b" \n\n")}, ["t.txt: holds no text"]),
-    "binary": ({"perplexity_path": ("t.txt", b"ab\xff")}, ["t.txt: byte 0xff at offset 2"]),
-    "damaged": ({"perplexity_path": ("t.gz", gzip.compress(b"abc" * 99)[:-9])}, ["t.gz: cannot"]),
-    "short text": ({"perplexity_path": ("t.txt", b"a fox")}, ["fewer than", "--context="]),
-    "context": ({"context": 97}, ["context 97", "96 positions"]),
-    "stride": ({"context": 20, "stride": 21}, ["stride 21", "context 20"]),
-    "no boolq": ({"boolq_path": "nowhere.jsonl"}, ["nowhere.jsonl: not found"]),
-    "empty boolq": ({"boolq_path": ("b.jsonl", b"")}, ["b.jsonl: 0 usable rows"]),
-    "not json": ({"boolq_path": ("b.jsonl", b"{]\n")}, ["b.jsonl", "JSON"]),
-    "not boolq": ({"boolq_path": ("b.jsonl", b'{"text": "a b"}')}, ["passage", "--tasks"]),
-    "two kinds": (
-        {
-            "tasks": (
-                "c.jsonl",
-                b'{"text": "a fox"}\n{"context": "a", "choices": ["b", "c"], "answer": 1}',
-            )
-        },
-        ["one file for each kind"],
-    ),
-    "a long answer": (
-        {"tasks": ("c.jsonl", json.dumps(CHOICES[0] | {"choices": ["time", "x" * 999]}).encode())},
-        ["c.jsonl line 1", "96 positions"],
-    ),
-    "prompts": ({"custom_prompts": "nowhere.json"}, ["nowhere.json"]),
-    "model": ({"model_path": "nowhere"}, ["nowhere"]),
-    "output": ({"output_dir": "/dev/null/out"}, ["/dev/null/out", "name another"]),
-}
-BAD_ROWS = [  # the flag, the row, what is said
-    ("perplexity_path", '{"txt": 1}', ['"text"']),
-    ("perplexity_path", '{"text": "\\ud800"}', ['"text"']),
-    ("perplexity_path", '{"text": "a"}\n{', ["not-json", "line 2"]),
-    ("boolq_path", '{"question": "a", "answer": true}', ['"passage"']),
-    ("boolq_path", '{"question": "a", "passage": "b"}', ['"answer" must be true or false']),
-    ("boolq_path", '{"question": "a", "passage": "b", "answer": []}', ['"answer"']),
-    ("tasks", '{"foo": 1}', ["expected {question", "found the fields foo"]),
-    ("tasks", "[1]", ["expected an object"]),
-    ("tasks", '{"text": "fox"}', ["last word"]),
-    ("tasks", '{"choices": ["a", "b"], "answer": 0}', ['"context"']),
-    ("tasks", '{"context": "a", "choices": ["b"], "answer": 0}', ["two texts"]),
-    ("tasks", '{"context": "a", "choices": ["b", "\\ud800"], "answer": 0}', ["two texts"]),
-    ("tasks", '{"context": "a", "choices": ["b", "c"], "answer": 2}', ["0..1"]),
+BAD = [  # the flag, the value or the content of a file r.EXT, words of the error
+    ("perplexity_path", "nowhere.txt", ["nowhere.txt", "No such file"]),
+    ("perplexity_path", b"", ["r.txt: holds no text"]),
+    ("perplexity_path", b" \n\n", ["r.txt: holds no text"]),
+    ("perplexity_path", b"ab\xff", ["r.txt: byte 0xff at offset 2"]),
+    ("perplexity_path", gzip.compress(b"abc" * 99)[:-9], ["r.gz: cannot"]),
+    ("perplexity_path", b'{"txt": 1}', ["r.jsonl", "not {", "text"]),
+    ("perplexity_path", b'{"text": 1}', ["r.jsonl", "not {", "text"]),
+    ("perplexity_path", b'{"text": "\\ud800"}', ["r.jsonl", "surrogates"]),
+    ("perplexity_path", b'{"text": "a"}\n{', ["r.jsonl", "not-json", "line 2"]),
+    ("context", 97, ["context 97", "96, the model's positions"]),
+    ("stride", 97, ["stride 97", "stride <= context"]),
+    ("boolq_path", "nowhere.jsonl", ["nowhere.jsonl: not found"]),
+    ("boolq_path", b"{]\n", ["r.jsonl", "JSON"]),
+    ("boolq_path", b'{"text": "a b"}', ["r.jsonl: holds last-word rows", "--tasks"]),
+    ("boolq_path", b'{"question": "a", "answer": true}', ["passage", "other fields"]),
+    ("boolq_path", b'{"question": "a", "passage": "b"}', ["true or false"]),
+    ("boolq_path", b'{"question": "a", "passage": "b", "answer": []}', ["true or false"]),
+    ("tasks", b'{"foo": 1}', ["not {question", "{'foo': 1}"]),
+    ("tasks", b"[1]\n[2]", ["not {question"]),
+    ("tasks", b'{"text": "fox"}', ["two words or more"]),
+    ("tasks", b'{"choices": ["a", "b"], "answer": 0}', ["{context, choices"]),
+    ("tasks", b'{"context": "a", "choices": ["b"], "answer": 0}', ["two texts or more"]),
+    ("tasks", b'{"context": "a", "choices": ["b", 3], "answer": 0}', ["two texts or more"]),
+    ("tasks", b'{"context": "a", "choices": ["b", "\\ud800"], "answer": 0}', ["surrogates"]),
+    ("tasks", b'{"context": "a", "choices": ["b", "c"], "answer": 2}', ["its index from 0"]),
+    ("tasks", b'{"context": "a", "choices": ["b", "c"], "answer": -1}', ["its index from 0"]),
+    ("tasks", b'{"context": "", "choices": ["b", "%s"], "answer": 0}' % (b"x" * 999), ["1 to 95"]),
+    ("tasks", b'{"text": "a b"}\n' + json.dumps(CHOICES[0]).encode(), ["one file for each kind"]),
+    ("custom_prompts", "nowhere.json", ["nowhere.json"]),
+    ("model_path", "nowhere", ["nowhere"]),
+    ("output_dir", "/dev/null/out", ["/dev/null/out", "name another"]),
 ]
-BAD |= {
-    row: ({flag: ("r.jsonl", row.encode())}, ["r.jsonl", *said]) for flag, row, said in BAD_ROWS
-}
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_mistakes_are_one_line_and_leave_nothing(name, place, tmp_path, monkeypatch):
-    values, words = BAD[name]
+@pytest.mark.parametrize(("flag", "value", "words"), BAD)
+def test_mistakes_are_one_line_and_leave_nothing(flag, value, words, place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for value in values.values():
-        if isinstance(value, tuple):
-            (tmp_path / value[0]).write_bytes(value[1])
-    values = {k: v[0] if isinstance(v, tuple) else v for k, v in values.items()}
-    if "tasks" in values:
-        values["tasks"] = (values["tasks"],)
+    if isinstance(value, bytes):
+        kind = {b"{": "jsonl", b"[": "jsonl", b"\x1f": "gz"}.get(value[:1], "txt")
+        Path(f"r.{kind}").write_bytes(value)
+        value = f"r.{kind}"
+    value = (value,) if flag == "tasks" else value
     with pytest.raises(UserError) as caught:
-        main(EvalConfig(**{"output_dir": str(tmp_path / "out")} | knobs(place) | values))
+        evaluation.main(EvalConfig(**{"output_dir": "out"} | knobs(place) | {flag: value}))
     assert "\n" not in str(caught.value)
     assert all(word in str(caught.value) for word in words), str(caught.value)
-    assert not (tmp_path / "out" / "results.json").exists()
+    assert not Path("out/results.json").exists()
 
 
 # ---- results side by side, and against expectations
@@ -388,12 +322,15 @@ def test_compare_marks_the_best_of_what_may_be_compared(results, place, tmp_path
     assert re.search(r"perplexity.bits_per_byte .* 0.5 \*$", text, re.M)
     assert re.search(r"tasks.choices.jsonl.accuracy +33.3% \* +33.3% \*$", text, re.M)
     assert re.search(r"context +96 +96\nstride +48 +48$", text, re.M)
-    other = variant(
-        results, tmp_path / "other", lambda r: r["perplexity"]["text"].update(sha256="x")
-    )
-    text = compare([place / "out", other / "results.json"], None)
-    assert "perplexity.bits_per_byte: not to be compared, the texts differ" in text
+    change = lambda r: r["perplexity"]["text"].update(sha256="x")
+    text = compare([place / "out", variant(results, tmp_path / "other", change)], None)
+    assert re.search("perplexity.bits_per_byte .*not to be compared: other data", text)
     assert not re.search(r"bits_per_byte .*\*", text)
+    assert re.search(r"boolq.accuracy +35.0% \* +35.0% \*$", text, re.M)
+    change = lambda r: r["model"].update(tokenizer_sha256="x")
+    text = compare([place / "out", variant(results, tmp_path / "tokenizer", change)], None)
+    assert re.search("token_perplexity .*not to be compared", text)
+    assert re.search(r"word_perplexity .*\*$", text, re.M)
     skipped = {"verdict": "not measured", "reason": "r"}
     missing = variant(results, tmp_path / "missing", lambda r: r.update(boolq=skipped))
     text = compare([place / "out", missing], None)
@@ -402,32 +339,23 @@ def test_compare_marks_the_best_of_what_may_be_compared(results, place, tmp_path
         compare([place / "out"], None)
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        None,
-        {},
-        {"tiny": {"non_embedding": 0, "ranges": []}},
-        {"tiny": {"non_embedding": 9}},
-        {"tiny": {"non_embedding": 9, "ranges": [{"boolq.accuracy": [0.5]}]}},
-    ],
-)
-def test_expectations_are_checked(sizes, results, place, tmp_path):
-    (tmp_path / "expected.json").write_text(json.dumps({"sizes": sizes}))
+@pytest.mark.parametrize("entry", [0, {"non_embedding": 9}, {"non_embedding": 0, "ranges": []}])
+def test_expectations_are_checked(entry, results, place, tmp_path):
+    (tmp_path / "expected.json").write_text(json.dumps({"sizes": {"tiny": entry}}))
     with pytest.raises(UserError, match=r"expected.json: must hold sizes"):
-        assess([place / "out"], AssessConfig(str(tmp_path / "expected.json")))
+        assess([place / "out"], ResultsConfig(str(tmp_path / "expected.json")))
 
 
 @pytest.mark.parametrize("name", ["demo", "tiny", "small", "advanced_example", "base"])
 def test_the_size_class_of_a_preset_is_itself(name, results, tmp_path):  # trap B48
     cfg = configure(ModelConfig, [str(ROOT / f"configs/{name}.json")], foreign_keys=True)
-    count = count_parameters(cfg)["non_embedding"]
-    sizes = json.loads((CONFIGS / "expected.json").read_text())["sizes"]
+    count = models.count_parameters(cfg)["non_embedding"]
+    sizes = json.loads((evaluation.CONFIGS / "expected.json").read_text())["sizes"]
     assert sizes[name]["non_embedding"] == count
     for share in (0.8, 1, 1.2):
         changed = results | {"model": results["model"] | {"non_embedding": round(count * share)}}
         folder = variant(changed, tmp_path / str(share))
-        assert f"size class {name}:" in assess([folder], AssessConfig())
+        assert f"size class {name}:" in assess([folder], ResultsConfig())
 
 
 def test_each_metric_is_held_against_its_range(results, tmp_path):
@@ -437,7 +365,7 @@ def test_each_metric_is_held_against_its_range(results, tmp_path):
         r["perplexity"]["token_perplexity"], r["boolq"]["accuracy"] = 45.0, 0.5
         r["smoke"]["score"] = 0.9
 
-    text = assess([variant(results, tmp_path / "r", change)], AssessConfig())
+    text = assess([variant(results, tmp_path / "r", change)], ResultsConfig())
     for pattern in (
         "size class tiny",
         "perplexity.token_perplexity +45 +40 to 80 +within +claim of the original README",
@@ -451,7 +379,7 @@ def test_each_metric_is_held_against_its_range(results, tmp_path):
 
 def test_a_range_for_another_text_is_no_verdict(results, tmp_path):
     change = lambda r: r["model"].update(non_embedding=50_000_000)
-    text = assess([variant(results, tmp_path / "r", change)], AssessConfig())
+    text = assess([variant(results, tmp_path / "r", change)], ResultsConfig())
     assert "size class small" in text
     assert re.search("token_perplexity .* not comparable: measured on another text", text)
 
@@ -466,9 +394,8 @@ def test_the_command_line(results, place, tmp_path):
     status, out, err = eval_py("assess", str(place / "out" / "results.json"))
     assert (status, err) == (0, "")
     assert "what to do" in out
-    (tmp_path / "cut.json").write_text(
-        (place / "out" / "results.json").read_text()[:500]
-    )  # trap B47
+    cut = (place / "out" / "results.json").read_text()[:500]  # trap B47
+    (tmp_path / "cut.json").write_text(cut)
     status, out, err = eval_py("assess", str(tmp_path / "cut.json"))
     assert (status, out, err.count("\n")) == (1, "", 1), err
     status, out, err = eval_py("--model_path=nowhere", f"--output_dir={tmp_path / 'o'}")
@@ -476,35 +403,21 @@ def test_the_command_line(results, place, tmp_path):
     assert "nowhere: no such folder" in err
 
 
-def without(results, *place):
-    """Returns results without what lies at this place."""
-    results = copy.deepcopy(results)
-    part = results
-    for key in place[:-1]:
-        part = part[key]
-    del part[place[-1]]
-    return results
-
-
 def test_broken_results_are_refused(results, tmp_path):
-    places = [
-        ["model"],
-        ["model", "non_embedding"],
-        ["perplexity", "verdict"],
-        ["boolq", "verdict"],
-    ]
-    broken = [without(results, *place) for place in [*places, ["smoke", "responses"]]]
+    places = [["model"], ["model", "non_embedding"], ["perplexity", "verdict"]]
+    places += [["boolq", "verdict"], ["smoke", "responses"]]
+    broken = [without(results, *place) for place in places]
     broken += [{}, results | {"boolq": []}, results | {"smoke": None}]
     broken.append(results | {"model": results["model"] | {"non_embedding": 0}})
     for content in broken:
         (tmp_path / "r.json").write_text(json.dumps(content))
         with pytest.raises(UserError, match=r"r\.json: not whole results of eval.py"):
-            assess([tmp_path / "r.json"], AssessConfig())
+            assess([tmp_path / "r.json"], ResultsConfig())
     (tmp_path / "r.json").write_text("[]")
     with pytest.raises(UserError, match="must be an object"):
         compare([tmp_path / "r.json"] * 2, None)
     with pytest.raises(UserError, match="one file"):
-        assess([], AssessConfig())
+        assess([], ResultsConfig())
 
 
 # ---- lm-eval on the same folder
@@ -518,32 +431,31 @@ def lm(place):
     return HFLM(pretrained=str(place / "base"), device="cpu", dtype="float32", batch_size=3)
 
 
+def ask_lm(lm, function, pairs):
+    """Returns what a function of lm-eval's model finds for each tuple of arguments."""
+    from lm_eval.api.instance import Instance
+
+    requests = [Instance(function, {}, pair, 0) for pair in pairs]
+    return getattr(lm, function)(requests, disable_tqdm=True)
+
+
 def test_lm_eval_finds_the_same_perplexity(lm, place, tmp_path):
-    from lm_eval.api.instance import Instance
-
     got = measure(place, tmp_path, stride=CONTEXT, skip_boolq=True)["perplexity"]
-    (found,) = lm.loglikelihood_rolling(
-        [Instance("loglikelihood_rolling", {}, (TEXT,), 0)], disable_tqdm=True
-    )
+    (found,) = ask_lm(lm, "loglikelihood_rolling", [(TEXT,)])
     assert got["nats"] == pytest.approx(-found, rel=1e-6)
-    assert got["word_perplexity"] == pytest.approx(
-        math.exp(-found / len(re.split(r"\s+", TEXT))), rel=1e-4
-    )
+    word_perplexity = math.exp(-found / len(re.split(r"\s+", TEXT)))
+    assert got["word_perplexity"] == pytest.approx(word_perplexity, rel=1e-4)
 
 
-def test_lm_eval_finds_the_same_likelihoods(lm, place):
-    from lm_eval.api.instance import Instance
-
+@pytest.mark.parametrize("name", ["boolq", "choices", "last"])
+def test_lm_eval_finds_the_same_likelihoods(name, lm, place):
     model, tokenizer = open_model(place / "base", "cpu", "fp32")
-    for name in ("boolq", "choices", "last"):
-        rows = usable_rows(place / f"{name}.jsonl", to_question)
-        # "<s>" is BOS to its tokenizer; a context that does not fit it would cut off at the BOS
-        rows = [row for row in rows if len(tokenizer.encode(row[2].context)) < CONTEXT - 9]
-        pairs = [("<s>" + row.context, choice) for _, _, row in rows for choice in row.choices]
-        found = lm.loglikelihood(
-            [Instance("loglikelihood", {}, pair, 0) for pair in pairs], disable_tqdm=True
-        )
-        encoded, _ = encode_questions(tokenizer, rows, CONTEXT)
-        got = [pair for row in answer_scores(model, encoded, 500) for pair in row]
-        assert [value for value, _ in got] == pytest.approx([value for value, _ in found], abs=1e-4)
-        assert [greedy for _, greedy in got] == [greedy for _, greedy in found]
+    rows = usable_rows(place / f"{name}.jsonl", evaluation.to_question)
+    # "<s>" is BOS to its tokenizer; a context that does not fit it would cut off at the BOS
+    rows = [row for row in rows if len(tokenizer.encode(row[2][0])) < CONTEXT - 9]
+    pairs = [("<s>" + text, choice) for _, _, (text, choices, _) in rows for choice in choices]
+    found = ask_lm(lm, "loglikelihood", pairs)
+    encoded, _ = encode_questions(tokenizer, rows, CONTEXT)
+    got = [pair for row in answer_scores(model, encoded, 500) for pair in row]
+    assert [value for value, _ in got] == pytest.approx([value for value, _ in found], abs=1e-4)
+    assert [greedy for _, greedy in got] == [greedy for _, greedy in found]

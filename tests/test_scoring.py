@@ -9,30 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval import (
-    accuracy,
-    answer_scores,
-    multiple_choice,
-    perplexity,
-    side_by_side,
-    text_nats,
-    text_result,
-    wilson,
-    windows,
-)
+import eval as evaluation
+from eval import answer_scores, multiple_choice, side_by_side, text_nats, text_result
 from lib.config import UserError
 from model import Llama, ModelConfig
 
-CFG = ModelConfig(
-    n_layer=2,
-    d_model=32,
-    n_head=4,
-    num_key_value_heads=2,
-    d_ff=64,
-    vocab_size=90,
-    sequence_length=24,
-    initializer_range=0.3,
-)
+SHAPE = {"n_layer": 2, "d_model": 32, "n_head": 4, "num_key_value_heads": 2, "d_ff": 64}
+CFG = ModelConfig(**SHAPE, vocab_size=90, sequence_length=24, initializer_range=0.3)
 BOS = CFG.bos_token_id
 CPU = torch.device("cpu")
 
@@ -62,7 +45,7 @@ def log_p(model, context, id):
 def test_every_target_counts_once_with_as_much_context_as_promised(count, context, stride):
     stride = min(stride, context)
     targets = []
-    for start, end, first in windows(count, context, stride):
+    for start, end, first in evaluation.windows(count, context, stride):
         assert end - start == min(context, count)
         assert first == 0 or first - start >= context - stride
         targets += range(first, end)
@@ -73,7 +56,7 @@ def test_every_target_counts_once_with_as_much_context_as_promised(count, contex
 def test_a_text_scores_as_one_token_at_a_time(model, stride):
     ids, context = ids_of(100), 24
     stream, expected = [BOS, *ids], 0.0
-    for start, end, first in windows(len(ids), context, stride):
+    for start, end, first in evaluation.windows(len(ids), context, stride):
         expected -= sum(log_p(model, stream[start : at + 1], ids[at]) for at in range(first, end))
     nats = text_nats(model, ids, BOS, context, stride, rows=3)
     assert nats == pytest.approx(expected, rel=1e-5)
@@ -126,56 +109,42 @@ def test_a_uniform_model_has_the_vocabulary_as_its_perplexity():
     model = Llama(CFG).eval()
     torch.nn.init.zeros_(model.lm_head.weight)
     nats = text_nats(model, ids_of(77), BOS, 24, 12, 2)
-    assert perplexity(nats, 77) == pytest.approx(90)
-    assert perplexity(1e6, 1) is None  # no float holds it
+    assert evaluation.perplexity(nats, 77) == pytest.approx(90)
+    assert evaluation.perplexity(1e6, 1) is None  # no float holds it
 
 
 def test_a_text_is_held_against_baselines():
     letters = SimpleNamespace(vocab_size=8, decode=lambda ids: "".join("abcd efg"[i] for i in ids))
     text, ids = "aaab", [0, 0, 0, 1]
     result = text_result(3.0, text, ids, letters)
-    entropy = -3 * math.log(3 / 4) - math.log(1 / 4)
+    entropy = (-3 * math.log(3 / 4) - math.log(1 / 4)) / 4
     assert result["bits_per_byte"] == pytest.approx(3.0 / math.log(2) / 4)
     assert result["word_perplexity"] == pytest.approx(math.exp(3))
-    assert result["baselines"]["unigram"]["token_perplexity"] == pytest.approx(
-        math.exp(entropy / 4)
-    )
-    assert result["baselines"]["uniform"]["token_perplexity"] == pytest.approx(8)
-    others = "better than uniform, gzip, xz; not better than unigram"
-    assert (result["lossless"], result["verdict"]) == (True, others)
-    assert (
-        text_result(1.0, text, ids, letters)["verdict"] == "better than uniform, unigram, gzip, xz"
-    )
-    assert text_result(99.0, "aaac", ids, letters)["verdict"] == (
-        "better than gzip, xz; not better than uniform, unigram; "
-        "too low: the tokenizer loses parts of this text"
-    )
+    baselines = result["baselines"]
+    assert baselines["unigram"]["token_perplexity"] == pytest.approx(math.exp(entropy))
+    assert baselines["uniform"]["token_perplexity"] == pytest.approx(8)
+    assert (result["lossless"], result["verdict"]) == (True, "better than uniform, gzip, xz")
+    best = text_result(1.0, text, ids, letters)
+    assert best["verdict"] == "better than uniform, unigram, gzip, xz"
+    lossy = "better than gzip, xz; too low: the tokenizer loses parts of this text"
+    assert text_result(99.0, "aaac", ids, letters)["verdict"] == lossy
 
 
 # ---- answers
 
 
-SIZES = [
-    (5, [1, 1]),
-    (24, [1, 1]),
-    (1, [1, 1]),
-    (9, [1, 3]),
-    (22, [3, 1, 2]),
-    (7, [3]),
-    (20, [5, 5]),
-    (3, [2]),
-]
+# (length of the context, [lengths of the answers])
+SIZES = [(5, [1, 1]), (24, [1, 1]), (1, [1, 1]), (9, [1, 3]), (22, [3, 1, 2]), (7, [3])]
+SIZES += [(20, [5, 5]), (3, [2])]
 
 
 def questions_of(sizes):
-    """[(context, answers)] of random ids; sizes: [(length of context, [lengths of answers])]."""
-    return [
-        (
-            [BOS, *ids_of(length - 1, n)],
-            [ids_of(size, 100 * n + k) for k, size in enumerate(answers)],
-        )
-        for n, (length, answers) in enumerate(sizes)
-    ]
+    """Returns [(context, answers)] of random ids."""
+    questions = []
+    for n, (length, answers) in enumerate(sizes):
+        context = [BOS, *ids_of(length - 1, n)]
+        questions.append((context, [ids_of(size, 100 * n + k) for k, size in enumerate(answers)]))
+    return questions
 
 
 @torch.no_grad()
@@ -194,9 +163,8 @@ def test_answers_score_as_one_token_at_a_time(model, budget):
     with torch.no_grad():
         answers[0] = [model(torch.tensor([context]))[0, -1].argmax().item()]  # one that is greedy
     seen = set()
-    for (context, answers), scores in zip(
-        questions, answer_scores(model, questions, budget), strict=True
-    ):
+    rows = answer_scores(model, questions, budget)
+    for (context, answers), scores in zip(questions, rows, strict=True):
         for answer, (got, greedy) in zip(answers, scores, strict=True):
             expected, best = one_by_one(model, context, answer)
             assert (got, greedy) == (pytest.approx(expected, abs=1e-4), best)
@@ -209,9 +177,8 @@ def bigram(table):
     size = len(table)
     cfg = ModelConfig(n_layer=1, d_model=4, n_head=2, d_ff=4, vocab_size=size, sequence_length=64)
     decoder = lambda ids, positions=None, documents=None, cache=None: torch.eye(size)[ids]
-    return SimpleNamespace(
-        model=decoder, lm_head=SimpleNamespace(weight=table.T.contiguous()), cfg=cfg
-    )
+    head = SimpleNamespace(weight=table.T.contiguous())
+    return SimpleNamespace(model=decoder, lm_head=head, cfg=cfg)
 
 
 NO, YES = 8, 9
@@ -230,12 +197,8 @@ def yes_no(yes_odds, gold):
 
 def test_known_log_probabilities_give_exactly_the_known_accuracy():
     got = yes_no([2.0, -1.0, 0.5, -0.5, 3.0], gold=[1, 0, 0, 1, 1])
-    assert (got["accuracy"], got["n"], got["majority"], got["majority_answer"]) == (
-        3 / 5,
-        5,
-        3 / 5,
-        "yes",
-    )
+    assert (got["accuracy"], got["n"]) == (3 / 5, 5)
+    assert (got["majority"], got["majority_answer"]) == (3 / 5, "yes")
     assert got["predicted"] == {"no": 2, "yes": 3}
     assert "not distinguishable from the baseline" in got["verdict"]
 
@@ -251,10 +214,8 @@ def test_calibration_takes_away_the_prior_and_nothing_else():
     gold = [0, 1] * 50
     got = yes_no([3.0 + (1 if right else -1) for right in gold], gold)  # it knows, but leans to yes
     assert (got["accuracy"], got["calibrated_accuracy"]) == (0.5, 1.0)
-    assert (
-        got["calibrated_verdict"]
-        == "better than the baseline, the same answers in random order (50.0%)"
-    )
+    verdict = "better than the baseline, the same answers in random order (50.0%)"
+    assert got["calibrated_verdict"] == verdict
 
 
 def test_long_answers_are_also_compared_by_the_character():
@@ -264,19 +225,14 @@ def test_long_answers_are_also_compared_by_the_character():
 
 
 # Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I, method 3
-@pytest.mark.parametrize(
-    ("hits", "n", "low", "high"),
-    [
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ],
-)
+NEWCOMBE = [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605)]
+NEWCOMBE += [(0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)]
+
+
+@pytest.mark.parametrize(("hits", "n", "low", "high"), NEWCOMBE)
 def test_wilson_intervals_are_those_of_the_table(hits, n, low, high):
-    assert wilson(hits, n) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
-    mirrored = wilson(n - hits, n)
-    assert mirrored == (pytest.approx(1 - high, abs=5e-5), pytest.approx(1 - low, abs=5e-5))
+    assert evaluation.wilson(hits, n) == pytest.approx((low, high), abs=5e-5)
+    assert evaluation.wilson(n - hits, n) == pytest.approx((1 - high, 1 - low), abs=5e-5)
 
 
 @pytest.mark.parametrize(
@@ -284,5 +240,5 @@ def test_wilson_intervals_are_those_of_the_table(hits, n, low, high):
     [(0.63, "not distinguishable from"), (0.5, "better than"), (0.7, "worse than")],
 )
 def test_a_verdict_needs_more_than_the_baseline(baseline, words):
-    result = accuracy([1] * 630 + [0] * 370, [1] * 1000, baseline, "b")  # 0.60 to 0.66
+    result = evaluation.accuracy([1] * 630 + [0] * 370, [1] * 1000, baseline, "b")  # 0.60 to 0.66
     assert result["verdict"] == f"{words} the baseline, b ({baseline:.1%})"

@@ -16,89 +16,48 @@ from sample import generate
 
 # For every prompt what a person would accept, in few words.
 ANSWERS = """
-What is the capital of France?
-    Paris.
-How many days are there in a week?
-    7
-What does water become when it freezes?
-    Ice.
-Who wrote the play Romeo and Juliet?
-    Shakespeare
-Which planet do we live on?
-    Earth.
-What is the opposite of hot?
-    cold
-Give me another word for happy.
-    Glad.
-What is the plural of child?
-    children
-Complete this sentence: She was so tired that she went to
-    bed.
-What is a library?
-    A building full of books that you can borrow.
-Tom has three apples and gets two more. How many apples does he have now?
-    Five.
-Anna is taller than Ben, and Ben is taller than Carl. Who is the tallest?
-    Anna.
-All birds have feathers, and a robin is a bird. Does a robin have feathers?
-    Yes.
-It is raining and you walk outside without an umbrella. What happens to you?
-    You get wet.
-Why do people wear coats in winter?
-    To keep warm when it is cold outside.
-Tell me the beginning of a story about a lost key.
-    Mary had lost the key to her house, and it was getting dark.
-Write two sentences about a dragon who is afraid of mice.
-    A dragon lived in a cave. Every night he hid from the mice.
-Write a short poem about the moon.
-    O moon, you are the light of the night, a silver boat in the sky.
-Describe a garden in spring.
-    There are many flowers, and the bees are busy in the roses.
-Imagine that you can fly like a bird. What do you see?
-    I see small houses and a long road between the trees.
-Write the word house in capital letters.
-    HOUSE
-Name three fruits, separated by commas.
-    apple, banana, orange
-Count from one to five.
-    1, 2, 3, 4, 5
-Answer with yes or no only: is snow cold?
-    Yes
-Make a numbered list of three animals.
-    1. Dog\\n2. Cat\\n3. Horse
-Begin an encyclopedia article about the Atlantic Ocean.
-    The Atlantic is an ocean between Europe and America.
-Begin an encyclopedia article about the elephant.
-    The elephant is a large mammal with a trunk.
-Begin an encyclopedia article about Albert Einstein.
-    Albert Einstein was a German physicist.
-Begin an encyclopedia article about the violin.
-    The violin is an instrument with four strings.
-Begin an encyclopedia article about the Second World War.
-    It was a war in Europe and Asia that ended in 1945.
-Hello! How are you today?
-    Fine, thanks.
-Thank you very much for your help!
-    You're welcome!
-I feel a little sad today.
-    I'm sorry. Why are you sad?
-What do you like to eat for breakfast?
-    Toast and eggs, please.
-Good night! See you tomorrow.
-    Good night!
-What does the French word "bonjour" mean in English?
-    Hello.
-How do you say "thank you" in Spanish?
-    Gracias.
-In which language do people say "guten Morgen"?
-    German
-Translate into English: "Ich liebe dich."
-    I love you.
-What is the Italian word for water?
-    acqua
+What is the capital of France? | Paris.
+How many days are there in a week? | 7
+What does water become when it freezes? | Ice.
+Who wrote the play Romeo and Juliet? | Shakespeare
+Which planet do we live on? | Earth.
+What is the opposite of hot? | cold
+Give me another word for happy. | Glad.
+What is the plural of child? | children
+Complete this sentence: She was so tired that she went to | bed.
+What is a library? | A building full of books that you can borrow.
+Tom has three apples and gets two more. How many apples does he have now? | Five.
+Anna is taller than Ben, and Ben is taller than Carl. Who is the tallest? | Anna.
+All birds have feathers, and a robin is a bird. Does a robin have feathers? | Yes.
+It is raining and you walk outside without an umbrella. What happens to you? | You get wet.
+Why do people wear coats in winter? | To keep warm when it is cold outside.
+Tell me the beginning of a story about a lost key. | Mary had lost the key to her house.
+Write two sentences about a dragon who is afraid of mice. | A dragon lived here. He hid from mice.
+Write a short poem about the moon. | O moon, you are the light of the night.
+Describe a garden in spring. | There are many flowers, and the bees are busy in the roses.
+Imagine that you can fly like a bird. What do you see? | I see houses, trees and a long road.
+Write the word house in capital letters. | HOUSE
+Name three fruits, separated by commas. | apple, banana, orange
+Count from one to five. | 1, 2, 3, 4, 5
+Answer with yes or no only: is snow cold? | Yes
+Make a numbered list of three animals. | 1. Dog 2. Cat 3. Horse
+Begin an encyclopedia article about the Atlantic Ocean. | An ocean between Europe and America.
+Begin an encyclopedia article about the elephant. | The elephant is a large mammal with a trunk.
+Begin an encyclopedia article about Albert Einstein. | Albert Einstein was a German physicist.
+Begin an encyclopedia article about the violin. | The violin is an instrument with four strings.
+Begin an encyclopedia article about the Second World War. | A war in Europe, Asia; over in 1945.
+Hello! How are you today? | Fine, thanks.
+Thank you very much for your help! | You're welcome!
+I feel a little sad today. | I'm sorry. Why are you sad?
+What do you like to eat for breakfast? | Toast and eggs, please.
+Good night! See you tomorrow. | Good night!
+What does the French word "bonjour" mean in English? | Hello.
+How do you say "thank you" in Spanish? | Gracias.
+In which language do people say "guten Morgen"? | German
+Translate into English: "Ich liebe dich." | I love you.
+What is the Italian word for water? | acqua
 """
-LINES = [line.strip().replace("\\n", "\n") for line in ANSWERS.strip().split("\n")]
-RIGHT = dict(zip(LINES[::2], LINES[1::2]))
+RIGHT = dict(line.split(" | ") for line in ANSWERS.strip().split("\n"))
 OFF_TOPIC = [
     "The old bridge was closed for three weeks while the workers painted it.",
     "He put the letter into a drawer and forgot about it until the end of the year.",
@@ -169,12 +128,7 @@ def test_no_trick_passes_for_an_answer(question):
     fluent = [score(question, text) for text in OFF_TOPIC]
     words = {"the", "cat dog", *OFF_TOPIC[0].split()}
     repeated = [score(question, " ".join([word] * 12)) for word in words]
-    assert (
-        score(question, "")
-        == score(question, question)
-        == score(question, f"{question} {question}")
-        == 0
-    )
+    assert all(score(question, echo) == 0 for echo in ("", question, f"{question} {question}"))
     assert 0 < max(repeated) < min(fluent)
     assert max(fluent) < score(question, right)
     assert score(question, " ".join([right] * 8)) < score(question, right)
@@ -201,31 +155,22 @@ def test_scores_are_between_0_and_1_and_text_of_any_length_is_scored_at_once():
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("part", "text", "expected"),
     [
-        ("one", 1),
-        ("one two three four five six", 1),
-        ("abcdefgh" * 2, 8 / 9),  # the ninth run of eight is the first again
-        ("a cat. a cat. a cat. a cat", 7 / 19),
+        ("repetition", "one", 1),
+        ("repetition", "one two three four five six", 1),
+        ("repetition", "abcdefgh" * 2, 8 / 9),  # the ninth run of eight is the first again
+        ("repetition", "a cat. a cat. a cat. a cat", 7 / 19),
+        ("ending", "He went home.", 1),
+        ("ending", '"Go home!" ', 1),
+        ("ending", "Paris", 0),
+        ("ending", "He went home. She", 13 / 17),
+        ("ending", "The value is 3.5 and", 0),
     ],
 )
-def test_repetition(text, expected):
-    assert parts(text)["repetition"] == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    ("text", "finish", "expected"),
-    [
-        ("He went home.", "length", 1),
-        ('"Go home!" ', "length", 1),
-        ("Paris", "stop", 1),
-        ("Paris", "length", 0),
-        ("He went home. She", "length", 13 / 17),
-        ("The value is 3.5 and", "context", 0),
-    ],
-)
-def test_ending(text, finish, expected):
-    assert parts(text, finish)["ending"] == pytest.approx(expected)
+def test_repetition_and_ending_are_those_counted_by_hand(part, text, expected):
+    assert parts(text, "length")[part] == pytest.approx(expected)
+    assert parts(text, "stop")["ending"] == 1
 
 
 def test_answers_are_keywords_in_any_form_where_there_is_no_check():
@@ -290,27 +235,25 @@ PROMPT = '[{"prompt": "a", %s}]'
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("p.json", "[]", ["p.json", "0 usable rows"]),
-        ("p.json", '[{"prompt": "a"}, 3]', ["p.json", "element 2", "prompt"]),
-        ("p.json", '[{"text": "a"}]', ["p.json", "prompt"]),
-        ("p.json", '[{"prompt": " "}]', ["p.json", "prompt"]),
-        ("p.json", '[{"prompt": "a\\ud800"}]', ["p.json", "prompt"]),
-        ("p.json", PROMPT % '"keyword": ["b"]', ["'keyword'", "'keywords'"]),
+        ("p.json", "[]", ["0 usable rows"]),
+        ("p.json", '[{"prompt": "a"}, 3]', ["element 2", "prompt"]),
+        ("p.json", '[{"text": "a"}]', ["prompt"]),
+        ("p.json", '[{"prompt": "a\\ud800"}]', ["prompt", "surrogates"]),
         ("p.json", PROMPT % '"keywords": "b"', ["keywords must be a list of str", '"b"']),
-        ("p.json", PROMPT % '"check": {"kind": "is", "answer": "b"}', ["check", '"is"']),
+        ("p.json", PROMPT % '"check": {"kind": "is", "answer": "b"}', ["no such check: is"]),
         ("p.json", PROMPT % '"check": {"kind": "word", "answer": 5}', ["check", "word"]),
         ("p.json", PROMPT % '"check": {"kind": "regex", "answer": "("}', ["check", "regex"]),
         ("p.json", PROMPT % '"check": {"kind": "overlap", "answer": "b"}', ["check", "share"]),
         ("p.json", PROMPT % '"min_words": 0', ["min_words must be int 1..1000, got 0"]),
-        ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', ["p.jsonl", "line 2"]),
-        ("p.txt", "\n \n", ["p.txt", "holds no text"]),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', ["line 2"]),
+        ("p.txt", "\n \n", ["holds no text"]),
     ],
 )
 def test_a_file_that_is_no_good_is_one_line(tmp_path, name, content, words):
     with pytest.raises(UserError) as caught:
         read_prompts(write(tmp_path, name, content))
     assert "\n" not in str(caught.value)
-    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert all(word in str(caught.value) for word in [name, *words]), str(caught.value)
 
 
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
@@ -352,9 +295,7 @@ def test_a_run_gives_every_prompt_a_score_and_the_same_again(model, tiny_tokeniz
 
 def test_a_response_depends_on_the_seed_and_on_no_other_prompt(model, tiny_tokenizer):
     prompts = read_prompts(fast=True)
-    ask = lambda prompts, **more: ask_prompts(model, tiny_tokenizer, prompts, 6, **more)[
-        "responses"
-    ]
+    ask = lambda prompts, **m: ask_prompts(model, tiny_tokenizer, prompts, 6, **m)["responses"]
     alone = [ask([prompt])[0] for prompt in prompts]
     assert ask(prompts[::-1], together=4)[::-1] == alone
     other = ask(prompts, seed=1)
@@ -395,7 +336,5 @@ def test_ends_by_a_stop_id_are_counted(tiny_tokenizer):
 
 
 def test_a_prompt_that_fills_the_context_is_one_line(model, tiny_tokenizer):
-    with pytest.raises(
-        UserError, match=r"prompt .x+\.\.\.: \d+ tokens leave no room .* 512; short"
-    ):
+    with pytest.raises(UserError, match=r"prompt: \d+ tokens .* leave no room .* 512; shorten"):
         ask_prompts(model, tiny_tokenizer, [Prompt("x" * 3000)])
