@@ -74,8 +74,7 @@ class ModelConfig:
         if H % K:
             raise ValueError(f"n_head {H} is not divisible by num_key_value_heads {K}")
         if C // H % 2:
-            width = f"head width d_model / n_head = {C // H}"
-            raise ValueError(f"{width} is odd; rotary positions need pairs")
+            raise ValueError(f"head width d_model / n_head = {C // H} is odd; RoPE turns pairs")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if (id := getattr(self, name)) >= self.vocab_size:
                 raise ValueError(f"{name} {id} is outside the vocabulary of {self.vocab_size}")
@@ -411,14 +410,6 @@ def supervised_hidden(model, batch):
     return x.index_select(0, batch["where"]) if "where" in batch else x
 
 
-@torch.no_grad()
-def score_batch(model, batch, token_bytes):
-    """Returns (nats, tokens, bytes) of a batch's labels; token_bytes (V,) are those of each id."""
-    loss = float(next_token_loss(model, batch)[0])
-    labels = batch["labels"][batch["labels"] >= 0]
-    return loss, len(labels), int(token_bytes[labels].sum())
-
-
 def linear_cross_entropy(x, weight, labels, reduction="sum"):
     """Returns the sum of -log softmax(x W^T)[label] for x (N, C), weight (V, C), labels (N,).
 
@@ -561,8 +552,7 @@ def adapters(model):
 
 def add_lora(model, r, alpha, dropout=0.0, targets=PROJECTIONS):
     """Puts an adapter beside every projection in `targets`, freezes all else. Returns `model`."""
-    if adapters(model):
-        raise UserError("this model has an adapter already; merge it first")
+    assert not adapters(model), "merge the adapter that the model has first"
     model.requires_grad_(False)
     for name, linear in list(model.named_modules()):
         if name.rpartition(".")[2] in targets:
@@ -584,12 +574,10 @@ def lora_off(model):
 def merge_lora(model):
     """Adds the adapter to the weights, all of which may then be trained. Returns `model`.
 
-    Raises UserError if there is no adapter, as at a second merge, and RuntimeError if the hidden
-    states of a few ids are not what they were, as where the weights have 16 bits.
+    Raises RuntimeError if the hidden states of a few ids are not what they were, as where the
+    weights have 16 bits.
     """
     layers, training = adapters(model), model.training
-    if not layers:
-        raise UserError("this model has no adapter to merge, or it is merged already")
     ids = torch.arange(min(8, model.cfg.sequence_length), device=model.lm_head.weight.device)[None]
     before = model.eval().model.forward(ids)  # not called, which would compile it for this length
     for name, layer in layers.items():
@@ -614,8 +602,6 @@ HF_NAMES = {  # the keys of config.json for the fields that have another name th
     "sequence_length": "max_position_embeddings",
     "layer_norm_epsilon": "rms_norm_eps",
 }
-
-
 # what transformers assumes where a key is absent
 HF_DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 HF_LLAMA = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
@@ -750,9 +736,8 @@ def weight_files(folder):
     for pattern in (ADAPTER_WEIGHTS, MODEL_WEIGHTS, "model-*-of-*.safetensors"):
         if files := sorted(Path(folder).glob(pattern)):
             return files
-    convert = "LlamaForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-    pickles = "a pickle may run any code, so it is not read; to convert one that you trust"
-    raise UserError(f"{folder}: no {MODEL_WEIGHTS}; {pickles}, use transformers: {convert}")
+    convert = "LlamaForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER) converts one"
+    raise UserError(f"{folder}: no {MODEL_WEIGHTS}; a pickle may run any code: {convert}")
 
 
 # ---- An adapter's folder, PEFT's: adapter_config.json, adapter_model.safetensors
@@ -761,7 +746,14 @@ def weight_files(folder):
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."  # before the name of every tensor
-INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "eva")  # others change the base's weights
+PLAIN_LORA = {  # with other values the same tensors compute something else; none is the first
+    "peft_type": ["LORA"],
+    "init_lora_weights": [True, "gaussian", "orthogonal", "eva"],  # others change the base
+    "use_rslora": [False],
+    "alpha_pattern": [False],
+    "modules_to_save": [False],
+    "alora_invocation_tokens": [False],
+}
 
 # what an adapter stands on: its folder, and the sha256 of the weights in it
 Base = namedtuple("Base", ["path", "sha256"])
@@ -808,21 +800,16 @@ def load_adapter(folder):
     Raises UserError unless it is plain LoRA on the base that it was trained on.
     """
     folder = Path(folder)
-    path, options = folder / ADAPTER_CONFIG, {"r": Annotated[int, Range(1)]}
+    path = folder / ADAPTER_CONFIG
     config = read_object(path)
-    # a variant with other tensors will not fit; these compute something else with the same ones
-    plain = {"peft_type": "LORA", "use_rslora": False, "alpha_pattern": False}
-    plain |= {"modules_to_save": False, "alora_invocation_tokens": False}
-    wrong = [key for key, value in plain.items() if (config.get(key) or value) != value]
-    if config.get("init_lora_weights", True) not in INITIALIZATIONS:
-        wrong.append("init_lora_weights")
-    if wrong:
-        value = json.dumps(config[wrong[0]])
-        raise UserError(f"{path}: {wrong[0]} is {value}; only plain LoRA loads")
+    for key, plain in PLAIN_LORA.items():
+        if (config.get(key) or plain[0]) not in plain:
+            raise UserError(f"{path}: {key} is {json.dumps(config[key])}; only plain LoRA loads")
     if isinstance(names := config.get("target_modules"), list):
         # PEFT writes full names where it chose the modules itself
         config["target_modules"] = sorted({str(name).rpartition(".")[2] for name in names})
-    options |= {"lora_alpha": PositiveFloat, "target_modules": tuple[Projection, ...]}
+    options = {"r": Annotated[int, Range(1)], "lora_alpha": PositiveFloat}
+    options["target_modules"] = tuple[Projection, ...]
     r, alpha, targets = (
         accept(key, config.get(key), option_of(kind), path) for key, kind in options.items()
     )
@@ -862,8 +849,7 @@ def count_parameters(cfg):
     table = cfg.vocab_size * C
     head = 0 if cfg.tie_word_embeddings else table
     parts = {"embedding": table, "head": head, "layers": cfg.n_layer * layer, "norm": C}
-    inner = parts["layers"] + parts["norm"]
-    return parts | {"total": table + head + inner, "non_embedding": inner}
+    return parts | {"total": sum(parts.values()), "non_embedding": parts["layers"] + C}
 
 
 def flops_per_token(cfg):
@@ -905,9 +891,9 @@ def main(cfg):
     print("\n  memory of a training step, computed from the shapes (not measured)")
     for part, size in memory_parts(cfg, rows=8).items():
         print(f"    {part:<42} {size / 1e6:>12,.1f} MB")
-    for name in ("vocab_size", "d_model", "d_ff"):  # legal, but slow or unusual
-        if getattr(cfg, name) % 64:
-            size = getattr(cfg, name)
+    # legal, but slow or unusual
+    for name, size in {"vocab_size": cfg.vocab_size, "d_model": C, "d_ff": cfg.d_ff}.items():
+        if size % 64:
             print(f"  warning: {name} {size} is no multiple of 64: its matmuls will be slower")
     if D not in (32, 64, 96, 128):
         print(f"  warning: head width {D} is unusual; attention kernels like 64 or 128")

@@ -66,7 +66,6 @@ from model import (
     nats_and_gradient,
     next_token_loss,
     save_model,
-    score_batch,
 )
 
 
@@ -762,13 +761,15 @@ def language_validation(cfg, world, tokenizer):
     stream = TokenStream(
         cfg.data_path, "val", cfg.sequence_length, cfg.batch_size, document_mask=cfg.document_mask
     )
-    rows, token_bytes = min(cfg.eval_rows, stream.blocks), torch.from_numpy(tokenizer.token_bytes())
+    rows, token_bytes = min(cfg.eval_rows, stream.blocks), tokenizer.token_bytes()
 
     def validate(model):
         nats, count, size = 0.0, 0, 0  # of `count` tokens, whose text has `size` UTF-8 bytes
         for _, batch in world.batches(stream, rows, cfg.batch_size):
-            scores = score_batch(model, to_device(batch, world.device), token_bytes)
-            nats, count, size = nats + scores[0], count + scores[1], size + scores[2]
+            loss, _ = next_token_loss(model, to_device(batch, world.device))
+            labels = batch["labels"][batch["labels"] >= 0]
+            nats, count = nats + loss.item(), count + len(labels)
+            size += int(token_bytes[labels].sum())
         nats, count, size = world.sum(nats, count, size)
         metrics = {
             "val_loss": nats / max(1, count),

@@ -47,7 +47,7 @@ from data import TokenStream
 from lib.config import configure, narrow
 from lib.runtime import choose_dtype, to_device
 from lib.tokenizer import Tokenizer
-from model import ModelConfig, score_batch, to_hf
+from model import ModelConfig, next_token_loss, to_hf
 from train import PretrainConfig, lr_at
 
 SHARED = ROOT.parent / "shared/data"
@@ -241,10 +241,12 @@ def measure(folder, args):
     cfg = EvalConfig(model_path=str(folder))
     text = prepare_text(cfg, model, tokenizer, args.text)()
     stream = TokenStream((args.data,), "val", model.cfg.sequence_length, 8)
-    batches = (stream.rows(at, at + 8) for at in range(0, stream.blocks, 8))
-    batches = (to_device(batch, torch.device("cpu")) for batch in batches)
-    sizes = torch.from_numpy(tokenizer.token_bytes())
-    nats, _, size = map(sum, zip(*(score_batch(model, batch, sizes) for batch in batches)))
+    sizes, nats, size = tokenizer.token_bytes(), 0.0, 0
+    for at in range(0, stream.blocks, 8):
+        batch = stream.rows(at, at + 8)
+        with torch.no_grad():
+            nats += next_token_loss(model, to_device(batch, torch.device("cpu")))[0].item()
+        size += int(sizes[batch["labels"][batch["labels"] >= 0]].sum())
     print(json.dumps({"wikitext2": text["bits_per_byte"], "held_out": nats / math.log(2) / size}))
 
 

@@ -74,11 +74,6 @@ def test_counts_equal_the_built_model(cfg):
     assert llama.count_parameters(cfg)["total"] == sum(p.numel() for p in model.parameters())
 
 
-def test_flops_of_tiny_equal_the_hand_computed_sum():
-    cfg = llama.ModelConfig()  # tiny's shape: blocks 6*16*L*d^2, head 6*V*d, attention 12*L*d*T
-    assert llama.flops_per_token(cfg) == 37_748_736 + 50_331_648 + 18_874_368
-
-
 def test_kv_cache_bytes_in_the_report_are_those_of_a_real_cache():
     cache = llama.KVCache(SMALL, 1, SMALL.sequence_length, dtype=torch.bfloat16)
     size = 2 * sum(tensor.numel() for tensor in cache.k + cache.v)
@@ -164,25 +159,6 @@ def test_cached_forward_in_pieces_equals_the_whole(cfg):
         assert torch.allclose(torch.cat(pieces, 1), model(ids), atol=2e-5)
 
 
-def test_ragged_cache_rows_equal_rows_alone():
-    model, ids = build(SMALL), some_ids(SMALL, 3, 12)
-    lengths = [3, 7, 5]
-    cache = llama.KVCache(SMALL, 3, 16)
-    with torch.no_grad():
-        for row, n in enumerate(lengths):
-            alone = llama.KVCache(SMALL, 1, 16)
-            model(ids[row : row + 1, :n], cache=alone)
-            for ours, theirs in zip(cache.k + cache.v, alone.k + alone.v, strict=True):
-                ours[row] = theirs[0]
-            cache.lengths[row] = n
-        cache.start = None
-        step = torch.stack([ids[row, n : n + 1] for row, n in enumerate(lengths)])
-        together = model(step, cache=cache)
-        for row, n in enumerate(lengths):
-            alone = model(ids[row : row + 1, : n + 1])
-            assert torch.allclose(together[row, -1], alone[0, -1], atol=2e-5)
-
-
 def test_documents_in_one_row_do_not_see_each_other():
     model, ids = build(SMALL), some_ids(SMALL, 1, 12)
     documents = torch.tensor([[0] * 5 + [1] * 7])
@@ -238,9 +214,8 @@ def test_loss_and_gradients_equal_torch_cross_entropy(rows, tied, monkeypatch):
     assert torch.allclose(loss, expected, rtol=1e-6)
     for name, p in model.named_parameters():
         assert torch.allclose(p.grad * 7, want[name], atol=2e-4, rtol=1e-4), name
-    nats, tokens, size = llama.score_batch(model, batch, torch.arange(cfg.vocab_size))
-    assert nats == pytest.approx(expected.item(), rel=1e-6)
-    assert (tokens, size) == (33 - 5, labels[labels >= 0].sum())
+    with torch.no_grad():
+        assert torch.allclose(llama.next_token_loss(model, batch)[0], expected, rtol=1e-6)
 
 
 def test_all_labels_ignored_is_zero_loss_and_zero_gradient():
@@ -271,12 +246,10 @@ def test_bf16_autocast_stays_near_fp32():
         ({"d_model": 12}, "head width d_model / n_head = 3 is odd"),
         ({"eos_token_id": 199}, "eos_token_id 199 is outside the vocabulary of 199"),
         ({"rope_scaling": {"rope_type": "yarn"}}, 'rope_scaling {"rope_type": "yarn"}: expected {'),
-        ({"rope_scaling": {"rope_type": []}}, 'rope_scaling {"rope_type": []}: expected'),
         ({"rope_scaling": {"factor": 2.0}}, 'rope_scaling {"factor": 2.0}: expected'),
         ({"rope_scaling": {"rope_type": "linear"}}, '"factor": 2.0}, or llama3 with factor'),
         ({"rope_scaling": LINEAR | {"factor": float("inf")}}, "all > 0"),
         ({"rope_scaling": LINEAR | {"factor": 0}}, "all > 0"),
-        ({"rope_scaling": LINEAR | {"factor": "2"}}, "all > 0"),
         ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "low < high"),
     ],
 )
@@ -320,7 +293,6 @@ def saved(tmp_path):
     ("change", "words"),
     [
         (lambda t: t.pop("model.norm.weight"), 'Missing key(s) in state_dict: "model.norm.weight"'),
-        (lambda t: t.update(extra=torch.zeros(1)), 'Unexpected key(s) in state_dict: "extra"'),
         (lambda t: t.update({"model.norm.weight": torch.zeros(3)}), "torch.Size([3])"),
         (lambda t: t["model.norm.weight"].fill_(float("nan")), "model.norm.weight holds NaN"),
         (lambda t: t.update({"model.norm.weight": torch.ones(64).int()}), "(torch.int32)"),
@@ -338,19 +310,17 @@ def test_weights_that_do_not_fit_are_refused_by_name(change, words, saved):
     assert len(str(refusal.value)) < 999
 
 
-@pytest.mark.parametrize(
-    ("name", "contents", "words"),
-    [
-        ("model.safetensors", [b"", b"hello", b"\x00" * 100], "not readable as safetensors"),
-        ("config.json", [b"[" * 100_000, b"\xff", b"[1]"], "config.json"),
-    ],
-)
-def test_garbage_in_a_file_is_one_line(name, contents, words, saved):
-    for content in contents:
-        (saved / name).write_bytes(content)
-        with pytest.raises(UserError, match=words) as refusal:
-            llama.load_model(saved)
-        assert "\n" not in str(refusal.value)
+def test_garbage_in_a_file_is_one_line(saved):
+    garbage = {
+        "model.safetensors": [b"", b"hello"],
+        "config.json": [b"[" * 100_000, b"\xff", b"[1]"],
+    }
+    for name, contents in garbage.items():
+        for content in contents:
+            (saved / name).write_bytes(content)
+            with pytest.raises(UserError, match=name) as refusal:
+                llama.load_model(saved)
+            assert "\n" not in str(refusal.value)
 
 
 def test_flash_attention_that_does_not_load_is_passed_over_with_its_reason(tmp_path, monkeypatch):
@@ -378,18 +348,19 @@ def test_rotary_tables_stay_exact_in_bf16(saved):
 
 
 def report(*args):
-    command = [python(), "model.py", *args]
+    command = [python(), "model.py", "configs/tiny.json", *args]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def test_report_prints_exact_counts_and_warnings():
-    result = report("configs/tiny.json", "--d_ff=100")
-    assert result.returncode == 0, result.stderr
-    for words in ("warning: d_ff 100 is no multiple of 64", "warning: d_ff / d_model = 0.39"):
-        assert words in result.stdout
-    result = report("configs/tiny.json")
-    assert all(words in result.stdout for words in ("14,683,392", "6,294,784", "106,954,752"))
-    assert "warning" not in result.stdout
+    words = {"d_ff 100 is no multiple of 64", "d_ff / d_model = 0.39 is outside"}
+    assert all(f"warning: {sentence}" in report("--d_ff=100").stdout for sentence in words)
+    text = report().stdout
+    flops = (
+        37_748_736 + 50_331_648 + 18_874_368
+    )  # blocks 6*16*L*d^2, head 6*V*d, attention 12*L*d*T
+    assert all(f"{number:,}" in text for number in (*COUNTS["tiny"], flops))
+    assert "warning" not in text
 
 
 def test_every_model_preset_reports(capsys):
@@ -400,7 +371,6 @@ def test_every_model_preset_reports(capsys):
 
 
 def test_impossible_preset_exits_2_with_one_line():
-    result = report("configs/tiny.json", "--n_head=3")
-    assert result.returncode == 2
+    result = report("--n_head=3")
+    assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.strip() == "error: d_model 256 is not divisible by n_head 3"
-    assert result.stdout == ""
