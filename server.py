@@ -2,21 +2,15 @@
 
     python server.py --model_path=checkpoints/sft --host=127.0.0.1 --port=8000
 
-Made for its owner's machine and network, not for the open internet: no TLS, no accounts; put a
-proxy in front for that. Any address other than this machine's own needs a key, from the
-environment variable MINI_LLM_API_KEY or a file (--api_key_file), which clients send as
-"Authorization: Bearer KEY".
-
-In this file: the fields of a request, the answers in their shapes, the scheduler (the one loop
-that owns the model), HTTP over sockets that are not trusted, the command.
+For its owner's machine and network, not for the open internet: no TLS, no accounts; put a proxy in
+front for that. Any address other than this machine's own needs a key, from the environment variable
+MINI_LLM_API_KEY or a file (--api_key_file), which clients send as "Authorization: Bearer KEY".
 """
 
 import base64
-import functools
 import hashlib
 import hmac
 import io
-import ipaddress
 import itertools
 import json
 import os
@@ -27,16 +21,13 @@ import select
 import signal
 import socket
 import socketserver
-import sys
 import threading
 import time
 import traceback
-from bisect import bisect_left
-from collections import Counter, deque, namedtuple
+from collections import Counter, namedtuple
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Annotated, Literal
@@ -49,115 +40,51 @@ from lib.tokenizer_json import jinja
 from model import model_folder
 from sample import Engine, Reply, Request, Sampling, ending, open_model, token_logprobs
 
-# ---- errors
-
 
 class ApiError(Exception):
     """A request that is answered with an error: HTTP status, message, and the field it is about."""
 
     def __init__(self, status, message, param=None, code=None, headers=()):
-        super().__init__(" ".join(message.split("\n")))
+        super().__init__(message)
         self.status, self.param, self.code, self.headers = status, param, code, dict(headers)
 
-    def body(self):
-        """Returns the error in OpenAI's shape."""
-        kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        error = {"message": str(self), "type": kinds.get(self.status, kind)}
-        return {"error": error | {"param": self.param, "code": self.code}}
 
-
-def require(condition, status, message, param=None, code=None, headers=()):
-    """Raises ApiError where a condition does not hold."""
+def require(condition, *error, **more):
+    """Raises an ApiError of these arguments where a condition does not hold."""
     if not condition:
-        raise ApiError(status, message, param, code, headers)
-
-
-@contextmanager
-def bad_request(param, code=None):
-    """Answers an error raised inside with status 400, about the field `param`."""
-    try:
-        yield
-    except (UserError, UnicodeDecodeError, RecursionError) as problem:
-        raise ApiError(400, str(problem), param, code) from None
+        raise ApiError(*error, **more)
 
 
 def internal_error():
     """Logs the traceback under a number; returns an ApiError that gives only the number."""
     number = secrets.token_hex(4)
     log_line(f"error {number}: {traceback.format_exc().rstrip()}")
-    message = f"internal error {number}; the server's log tells more"
-    return ApiError(500, message, code="internal_error")
+    return ApiError(500, f"internal error {number}; the server's log tells more", code="internal")
 
 
 def log_line(text):
-    """Writes to stderr, or drops the text where a pipe is full: no answer waits for its reader."""
-    with suppress(OSError, ValueError):  # no file, or Windows, where select knows sockets only
-        if not select.select([], [sys.stderr], [], 0)[1]:
-            return
+    """Writes to stderr in one piece and without a lock: any thread and a signal may call it."""
     with suppress(OSError):
-        sys.stderr.write(text + "\n")  # in one piece, whichever threads write
+        os.write(2, (text + "\n").encode("utf-8", "replace"))
 
 
 # --------------------------------------------------------------------------------------------------
 # The fields of a request: a dataclass for each route, whose annotations are the checks. Fields that
 # would change the answer and are not supported are refused, never ignored.
 
-MAX_ROWS = 64  # prompts x n of one request
-IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls"}
-IGNORED |= {"prompt_cache_key", "prompt_cache_retention"}  # OpenAI's, and without effect here
-# Fields that are not supported, and the values with which they change nothing.
-NEUTRAL = {"tools": ([],), "functions": ([],), "response_format": ({"type": "text"},)}
-NEUTRAL |= {"modalities": (["text"],), "logit_bias": ({},), "suffix": ("",), "best_of": (1,)}
-NEUTRAL |= dict.fromkeys(["frequency_penalty", "presence_penalty"], (0,))
-NEUTRAL |= dict.fromkeys(["tool_choice", "function_call"], ("none", "auto"))
-NEUTRAL |= dict.fromkeys(["audio", "prediction", "web_search_options"], ())
-NEUTRAL |= dict.fromkeys(["reasoning_effort", "verbosity"], ())
+IGNORED = {"user", "metadata", "store", "service_tier", "parallel_tool_calls"}  # of no effect here
+IGNORED |= {"safety_identifier", "prompt_cache_key"}
+# Fields that are not supported, and the values that change nothing: some clients send these.
+NEUTRAL = {"tools": ([],), "tool_choice": ("none", "auto"), "response_format": ({"type": "text"},)}
+NEUTRAL |= {"frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},)}
+NEUTRAL |= {"best_of": (1,), "suffix": ("",)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationFields(Sampling):
-    """The fields of every route that generates."""
-
     model: str | None = None
     stop: tuple[str, ...] = ()
     stream: bool = False
-
-    def __post_init__(self):
-        fair = len(self.stop) <= 8 and all(1 <= len(text) <= 256 for text in self.stop)
-        require(fair, 400, "stop: up to 8 texts, each of 1 to 256 characters", "stop")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OpenAIFields(GenerationFields):
-    n: Annotated[int, Range(1, MAX_ROWS)] = 1
-    stream_options: dict | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        message = "stream_options.include_usage must be true or false"
-        require(type(self.wants_usage) is bool, 400, message, "stream_options")
-
-    @property
-    def wants_usage(self):
-        return (self.stream_options or {}).get("include_usage") or False
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatFields(OpenAIFields):
-    messages: list
-    max_tokens: PositiveInt | None = None
-    max_completion_tokens: PositiveInt | None = None
-    logprobs: bool = False
-    top_logprobs: Annotated[int, Range(0, 20)] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompletionFields(OpenAIFields):
-    prompt: list  # of texts, or of lists of ids
-    max_tokens: Annotated[int, Range(0)] = 16  # as OpenAI has it
-    echo: bool = False
-    logprobs: Annotated[int, Range(0, 20)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,60 +95,47 @@ class GenerateFields(GenerationFields):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizeFields:
+class ChatFields(GenerationFields):
+    messages: list
+    max_tokens: PositiveInt | None = None
+    max_completion_tokens: PositiveInt | None = None
+    n: Annotated[int, Range(1, 64)] = 1
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Range(0, 20)] | None = None
+    stream_options: dict | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionFields(GenerationFields):
+    prompt: list  # of texts, or of lists of ids
+    max_tokens: Annotated[int, Range(0)] = 16  # as OpenAI has it
+    n: Annotated[int, Range(1, 64)] = 1
+    echo: bool = False
+    logprobs: Annotated[int, Range(0, 20)] | None = None
+    stream_options: dict | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenFields:
+    """Of /tokenize and /detokenize."""
+
     model: str | None = None
     prompt: str | None = None
     messages: list | None = None
     add_special_tokens: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class DetokenizeFields:
-    model: str | None = None
-    tokens: list
-
-
-fields_of = functools.cache(config.options_of)
-
-
-def read_fields(cls, body):
-    """Returns the `cls` that a body makes; ApiError names the first field that is wrong."""
-    values, fields = {}, fields_of(cls)
-    for name, value in body.items():
-        if value is None or name in IGNORED:
-            continue
-        if name in fields:
-            value = [value] if name == "stop" and isinstance(value, str) else value
-            with bad_request(name):
-                values[name] = config.accept(name, value, fields[name], "request")
-            continue
-        short = name[:60]
-        message = f"unknown field {short!r}{config.did_you_mean(short, fields)}"
-        require(name in NEUTRAL, 400, message, short, "unknown_parameter")
-        harmless = value in NEUTRAL[name] and not isinstance(value, bool)
-        require(harmless, 400, f"{name} is not supported here", name, "unsupported_parameter")
-    for name, field in fields.items():
-        given = name in values or field.default is not config.NO_DEFAULT
-        require(given, 400, f"{name} is missing", name, "missing_required_parameter")
-    return cls(**values)
+    tokens: list | None = None
 
 
 def text_message(message, number):
-    """Returns a message with its content as one text; ApiError unless all of it is text."""
-
-    def check(condition, problem):
-        require(condition, 400, f"message {number}: {problem}", "messages")
-
-    check(isinstance(message, dict), "must be an object with role and content")
+    """Returns a message with its content as one text; ApiError unless it is a text of a role."""
+    message = message if isinstance(message, dict) else {}
     role, content = message.get("role"), message.get("content")
-    if isinstance(content, list):
-        texts = [p.get("text") for p in content if isinstance(p, dict) and p.get("type") == "text"]
-        texts = [text for text in texts if isinstance(text, str)]
-        check(len(texts) == len(content), "only text parts are supported")
-        content = "".join(texts)
-    check(role in ROLES, f"role must be one of {', '.join(ROLES)}")
-    check(isinstance(content, str), "content must be a string")
-    return {"role": role, "content": content}
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    texts = [p.get("text") for p in parts if isinstance(p, dict) and p.get("type") == "text"]
+    right = role in ROLES and len(texts) == len(parts) and all(isinstance(t, str) for t in texts)
+    problem = f"message {number} must have a role ({', '.join(ROLES)}) and text as its content"
+    require(right, 400, problem, "messages")
+    return {"role": role, "content": "".join(texts)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -239,11 +153,12 @@ class Api:
         self.scheduler, self.tokenizer = scheduler, tokenizer
         self.name, self.seconds, self.started = name, seconds, int(time.time())
         self.context, self.template = scheduler.model.cfg.sequence_length, tokenizer.template
+        self.ends = stop_ids(tokenizer, tokenizer.template)
 
     def card(self):
         """Returns the model's entry: OpenAI's four fields, and the page's needs."""
         settings = {"max_tokens": {"min": 1, "max": self.context - 1, "default": None}}
-        for name, field in fields_of(Sampling).items():
+        for name, field in config.options_of(Sampling).items():
             limits = field.limits
             low = limits.low + 0.01 if limits.open_low else limits.low  # for a slider
             settings[name] = {"min": low, "max": limits.high, "default": field.default}
@@ -257,20 +172,9 @@ class Api:
         info = {f"{role}_token": self.tokenizer.pieces[id] for role, id in ids.items()}
         return info | {"chat_template": self.template and jinja(TEMPLATES[self.template])}
 
-    def read(self, cls, body):
-        """Returns the fields of a request that is for this model."""
-        fields = read_fields(cls, body)
-        self.check_name(self.name if fields.model is None else fields.model)
-        return fields
-
-    def check_name(self, name):
-        """Refuses another model's name: our answer would be a silent substitute."""
-        message = f"the model {name[:60]!r} is not served here, only {self.name!r} is"
-        require(name == self.name, 404, message, "model", "model_not_found")
-
     def tokenize(self, body, disconnected):
         """POST /tokenize: the ids of `prompt`, or of `messages` as in a chat request."""
-        fields = self.read(TokenizeFields, body)
+        fields = self.read(TokenFields, body)
         if fields.messages is None:
             ids = self.continued(fields.prompt)[not fields.add_special_tokens :]  # with BOS or not
         else:
@@ -279,27 +183,40 @@ class Api:
 
     def detokenize(self, body, disconnected):
         """POST /detokenize: the text of `tokens`."""
-        ids = self.checked_ids(self.read(DetokenizeFields, body).tokens, "tokens")
+        ids = self.checked_ids(self.read(TokenFields, body).tokens, "tokens")
         return {"prompt": self.tokenizer.decode(ids)}
 
-    # ---- prompts
+    # ---- what is asked
+
+    def read(self, cls, body):
+        """Returns the `cls` that a body makes; an error names the first field that is wrong."""
+        values, fields = {}, config.options_of(cls)
+        for name, value in body.items():
+            if name in fields and value is not None:
+                value = [value] if name == "stop" and isinstance(value, str) else value
+                values[name] = config.accept(name, value, fields[name], "request")
+            elif name not in IGNORED and value is not None:
+                neutral = value in NEUTRAL.get(name, ()) and not isinstance(value, bool)
+                message = f"{name:.60} is not supported here"
+                require(neutral, 400, message, name[:60], "unsupported_parameter")
+        for name, field in fields.items():
+            given = name in values or field.default is not config.NO_DEFAULT
+            require(given, 400, f"{name} is missing", name, "missing_required_parameter")
+        name = values.get("model", self.name)  # another's answer would be a silent substitute
+        message = f"the model {name[:60]!r} is not served here, only {self.name!r} is"
+        require(name == self.name, 404, message, "model", "model_not_found")
+        return cls(**values)
 
     def checked_ids(self, ids, param):
         size = self.tokenizer.vocab_size
-        right = all(type(id) is int and 0 <= id < size for id in ids)
+        right = ids is not None and all(type(id) is int and 0 <= id < size for id in ids)
         require(right, 400, f"{param} must be a list of token ids, each in 0..{size - 1}", param)
         return ids
 
-    def continued(self, text, param="prompt"):
+    def continued(self, text):
         """Returns the ids of a text to continue: BOS and its own."""
-        require(isinstance(text, str), 400, f"{param} must be a string", param)
-        with bad_request(param):
-            return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
-
-    def rendered(self, messages, param):
-        """Returns the ids of messages in the model's template, up to where the answer begins."""
-        with bad_request(param):
-            return render(self.tokenizer, messages, self.template, add_generation_prompt=True)[0]
+        require(isinstance(text, str), 400, "prompt must be a string", "prompt")
+        return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
 
     def conversation(self, messages):
         """Returns the ids of a conversation, up to where the answer begins.
@@ -307,114 +224,67 @@ class Api:
         A model without a template only continues text: BOS, then all contents in one.
         """
         require(1 <= len(messages) <= 256, 400, "messages must be 1 to 256", "messages")
-        messages = [
-            text_message(message, number) for number, message in enumerate(messages, start=1)
-        ]
+        messages = list(map(text_message, messages, itertools.count(1)))
         text = "".join(message["content"] for message in messages)
         # an empty system prompt is none, and an empty answer no reason to end the conversation
         messages = [m for m in messages if m["content"].strip() or m["role"] == "user"]
-        last = messages[-1]["role"] if messages else None
-        require(last == "user", 400, "the last message must be the user's", "messages")
-        if self.template:
-            return self.rendered(messages, "messages")
-        return self.continued(text, "messages")
+        right = messages and messages[-1]["role"] == "user"
+        require(right, 400, "the last message must be the user's", "messages")
+        if self.template is None:
+            return self.continued(text)
+        return render(self.tokenizer, messages, self.template, add_generation_prompt=True)[0]
 
-    def check_context(self, fits, problem, param):
-        message = f"this model's context is {self.context} tokens; {problem}"
-        require(fits, 400, message, param, "context_length_exceeded")
-
-    # ---- generation
-
-    def room(self, prompt, wanted, param):
+    def length(self, prompt, wanted, param):
         """Returns how many tokens the answer may have; ApiError if it does not fit the context."""
-        room, size = self.context - len(prompt), f"the prompt has {len(prompt)} tokens"
-        problem = f"{size}, which leave no room for an answer: shorten it"
-        self.check_context(room > 0 or wanted == 0, problem, param)
-        wanted = room if wanted is None else wanted
-        problem = f"{size} and {param} is {wanted}: lower it to {room} or shorten the prompt"
-        self.check_context(wanted <= room, problem, param)
-        return wanted
+        room = self.context - len(prompt)
+        length = room if wanted is None else wanted
+        message = f"this model's context is {self.context} tokens; the prompt has {len(prompt)}, "
+        message += f"which leaves {max(0, room)} for an answer: shorten it or lower {param}"
+        fits = length <= room and (room > 0 or wanted == 0)
+        require(fits, 400, message, param, "context_length_exceeded")
+        return length
 
-    def ask(
-        self, fields, prompts, wanted, disconnected, n=1, top=None, trim=False, ends=(), score=None
-    ):
+    def ask(self, fields, disconnected, prompts, wanted, n=1, trim=False, **row):
         """Submits a Call of each prompt n times. `wanted`: the longest answer and its field's name.
 
-        Seeds count up from the one asked for, or from a fresh one. `top`: see Request.top_logprobs;
-        `ends`, `score`: see Row.
+        Seeds count up from the one asked for, or from a fresh one. `row`: arguments of Row.
         """
+        fair = len(fields.stop) <= 8 and all(1 <= len(text) <= 256 for text in fields.stop)
+        require(fair, 400, "stop: up to 8 texts, each of 1 to 256 characters", "stop")
+        count, most = len(prompts) * n, self.scheduler.room
+        require(count <= most, 400, f"{count} rows in one request; the queue holds {most}", "n")
         first = secrets.randbits(32) if fields.seed is None else fields.seed
-        stops = () if ends else stop_ids(self.tokenizer, self.template)
         call = Call(disconnected, time.monotonic() + self.seconds, fields.stream)
-        for index, prompt in enumerate(prompt for prompt in prompts for _ in range(n)):
-            sampling = replace(config.narrow(fields, Sampling), seed=(first + index) % 2**64)
-            reply = Reply(self.tokenizer, fields.stop, trim)
-            request = prompt, self.room(prompt, *wanted), sampling, stops, top
-            call.rows.append(Row(call, reply, *request, ends=ends, score=score))
-        count, room = len(call.rows), self.scheduler.room
-        message = f"{count} rows in one request; the queue holds {room}"
-        require(count <= room, 400, message, "n" if n > 1 else "prompt")
+        for index in range(count):
+            prompt, seed = prompts[index // n], (first + index) % 2**64
+            sampling = replace(config.narrow(fields, Sampling), seed=seed)
+            reply, length = Reply(self.tokenizer, fields.stop, trim), self.length(prompt, *wanted)
+            call.rows.append(Row(call, reply, prompt, length, sampling, **row))
         self.scheduler.submit(call)
         return call
 
-    def openai_answer(self, kind, call, fields, choice):
-        """Returns a whole answer, or with `stream` a generator of its chunks, in OpenAI's frame.
-
-        choice(piece) makes an entry of "choices" from a Piece.
-        """
-        id = f"{'chatcmpl' if kind.startswith('chat') else 'cmpl'}-{secrets.token_hex(12)}"
-        head = {"id": id, "object": kind, "created": int(time.time()), "model": self.name}
-        if not fields.stream:
-            choices = [choice(piece) for piece in sorted(call.pieces())]  # one Piece a row
-            return head | {"choices": choices, "usage": call.usage()}
-
-        def chunks():
-            usage = {"usage": None} if fields.wants_usage else {}  # only the last chunk knows it
-            for piece in call.pieces():
-                yield head | {"choices": [choice(piece)]} | usage
-            if fields.wants_usage:
-                yield head | {"choices": [], "usage": call.usage()}
-
-        return chunks()
+    # ---- what is answered
 
     def chat(self, body, disconnected):
         """POST /v1/chat/completions: the answer to `messages`."""
         fields = self.read(ChatFields, body)
         param = "max_completion_tokens" if fields.max_completion_tokens else "max_tokens"
-        wanted = getattr(fields, param)
+        wanted, top = getattr(fields, param), fields.top_logprobs
         agree = fields.max_tokens in (None, wanted)
         require(agree, 400, f"{param} is {wanted}, max_tokens {fields.max_tokens}", param)
-        meant, message = fields.logprobs or fields.top_logprobs is None, "logprobs is not true"
-        require(meant, 400, f"top_logprobs is given, but {message}", "top_logprobs")
-        top = (fields.top_logprobs or 0) if fields.logprobs else None
-        prompt, trim = self.conversation(fields.messages), self.template is not None
-        call = self.ask(fields, [prompt], (wanted, param), disconnected, fields.n, top, trim)
+        meant = fields.logprobs or top is None
+        require(meant, 400, "top_logprobs is given, but logprobs is not true", "top_logprobs")
 
-        def choice(piece):
-            text = {"role": "assistant"} if piece.first else {}
-            text |= {"content": piece.text}
-            logprobs = None if top is None else self.chat_logprobs(piece)
-            choice = {"index": piece.index, "delta" if fields.stream else "message": text}
-            return choice | {"logprobs": logprobs, "finish_reason": piece.finish}
+        def choice(piece, row):
+            text = ({"role": "assistant"} if piece.first else {}) | {"content": piece.text}
+            logprobs = self.chat_logprobs(piece) if fields.logprobs else None
+            return {"delta" if fields.stream else "message": text, "logprobs": logprobs}
 
+        asked = {"prompts": [self.conversation(fields.messages)], "wanted": (wanted, param)}
+        asked |= {"trim": self.template is not None, "stop_ids": self.ends}
+        asked |= {"top_logprobs": (top or 0) if fields.logprobs else None}
         kind = "chat.completion.chunk" if fields.stream else "chat.completion"
-        return self.openai_answer(kind, call, fields, choice)
-
-    def spell(self, id):
-        """Returns the text and bytes of an id; U+FFFD stands for a part of a character."""
-        spelled = self.tokenizer.spelled(id)
-        return spelled.decode("utf-8", "replace"), spelled
-
-    def chat_logprobs(self, piece):
-        def entry(id, logprob):
-            text, spelled = self.spell(id)
-            return {"token": text, "logprob": logprob, "bytes": list(spelled)}
-
-        content = []
-        for token in piece.tokens:
-            others = [entry(id, logprob) for id, logprob in token.top]
-            content.append(entry(token.id, token.logprob) | {"top_logprobs": others})
-        return {"content": content, "refusal": None}
+        return self.openai_answer(kind, choice, fields, disconnected, **asked)
 
     def completions(self, body, disconnected):
         """POST /v1/completions: prompts as text or ids; `echo` with `logprobs` also scores them."""
@@ -423,77 +293,68 @@ class Api:
         if prompt is not None and not several:
             body = body | {"prompt": [prompt]}
         fields = self.read(CompletionFields, body)
-        few, top, echo = len(fields.prompt) <= MAX_ROWS, fields.logprobs, fields.echo
-        require(few, 400, f"more than {MAX_ROWS} prompts in one request", "prompt")
+        top, echo, wanted = fields.logprobs, fields.echo, fields.max_tokens
         require(not echo or not fields.stream, 400, "echo is not supported with stream", "echo")
-        some = fields.max_tokens or echo
-        require(some, 400, "max_tokens 0 asks for nothing, but with echo", "max_tokens")
+        require(wanted or echo, 400, "max_tokens 0 asks for nothing, but with echo", "max_tokens")
         prompts = [
             self.checked_ids(row, "prompt") if isinstance(row, list) else self.continued(row)
             for row in fields.prompt
         ]
         require(all(prompts), 400, "prompt: an empty list of ids; give at least BOS", "prompt")
-        wanted = fields.max_tokens, "max_tokens"
-        # lm-eval counts on the end of the answer among the tokens
-        ends = () if top is None else stop_ids(self.tokenizer, self.template)
-        score = (top or 0) if echo and (top is not None or fields.max_tokens == 0) else None
-        call = self.ask(
-            fields, prompts, wanted, disconnected, fields.n, top, ends=ends, score=score
-        )
 
-        def choice(piece):
-            piece = self.echoed(piece, call.rows[piece.index]) if echo else piece
+        def choice(piece, row):
+            piece = self.echoed(piece, row) if echo else piece
             logprobs = None if top is None else self.completion_logprobs(piece)
-            choice = {"index": piece.index, "text": piece.text, "logprobs": logprobs}
-            return choice | {"finish_reason": piece.finish}
+            return {"text": piece.text, "logprobs": logprobs}
 
-        return self.openai_answer("text_completion", call, fields, choice)
+        # lm-eval counts on the end of the answer among the tokens
+        asked = {"stop_ids" if top is None else "ends": self.ends, "top_logprobs": top}
+        asked |= {"score": (top or 0) if echo and (top is not None or wanted == 0) else None}
+        asked |= {"prompts": prompts, "wanted": (wanted, "max_tokens")}
+        return self.openai_answer("text_completion", choice, fields, disconnected, **asked)
 
-    def echoed(self, piece, row):
-        """Returns a piece with the prompt, and its log-probabilities, in front of it."""
-        ids, stream, tokens, start = row.prompt, self.tokenizer.stream(), [], 0
-        for id, score in zip(ids, row.scores or [(None, [])] * len(ids)):
-            tokens.append(Token(start, id, *score))
-            start += len(stream.push(id))
-        text = self.tokenizer.decode(ids)
-        tokens += [token._replace(start=token.start + len(text)) for token in piece.tokens]
-        return piece._replace(text=text + piece.text, tokens=tokens)
+    def openai_answer(self, kind, choice, fields, disconnected, **asked):
+        """Returns a whole answer, or with `stream` a generator of its chunks, in OpenAI's frame.
 
-    def completion_logprobs(self, piece):
-        def name(id):
-            text, spelled = self.spell(id)
-            return "bytes:" + "".join(f"\\x{b:02x}" for b in spelled) if "\ufffd" in text else text
+        choice(piece, row) returns the fields of a choice that depend on the route.
+        """
+        counted = (fields.stream_options or {}).get("include_usage") or False
+        message = "stream_options.include_usage must be true or false"
+        require(type(counted) is bool, 400, message, "stream_options")
+        call = self.ask(fields, disconnected, n=fields.n, **asked)
+        id = f"{'chatcmpl' if kind.startswith('chat') else 'cmpl'}-{secrets.token_hex(12)}"
+        head = {"id": id, "object": kind, "created": int(time.time()), "model": self.name}
 
-        def alternatives(token):
-            if token.logprob is None:  # of the first token nothing is known
-                return None
-            top = {name(id): logprob for id, logprob in token.top}
-            return top | {name(token.id): token.logprob}
+        def framed(*pieces):
+            ends = [{"index": piece.index, "finish_reason": piece.finish} for piece in pieces]
+            choices = [end | choice(p, call.rows[p.index]) for p, end in zip(pieces, ends)]
+            return head | {"choices": choices}
 
-        return {
-            "tokens": [name(token.id) for token in piece.tokens],
-            "token_logprobs": [token.logprob for token in piece.tokens],
-            "top_logprobs": [alternatives(token) for token in piece.tokens],
-            "text_offset": [token.start for token in piece.tokens],
-        }
+        def chunks():
+            for piece in call.pieces():
+                yield framed(piece) | ({"usage": None} if counted else {})
+            if counted:  # only the last chunk knows
+                yield framed() | {"usage": call.usage()}
+
+        if fields.stream:
+            return chunks()
+        return framed(*sorted(call.pieces())) | {"usage": call.usage()}  # one Piece a row
 
     def generate(self, body, disconnected):
         """POST /generate: one prompt, by default in the model's own template."""
         fields = self.read(GenerateFields, body)
         template = None if fields.template == "none" else self.template
-        if fields.template not in (None, "none", self.template):
-            trained = f"{self.name} was trained in {self.template!r}"
-            trained = trained if self.template else self.tokenizer.without_template(self.name)
-            message = f"template {fields.template[:60]!r}: {trained}; leave it out, or say 'none'"
-            raise ApiError(400, message, "template")
+        message = f"template {fields.template!r:.60}: this model has {self.template or 'none'!r}"
+        right = fields.template in (None, "none", self.template)
+        require(right, 400, f"{message}; leave the field out, or say 'none'", "template")
         if template:
             require(fields.prompt.strip(), 400, "prompt: there is nothing to answer", "prompt")
-            prompt = self.rendered([{"role": "user", "content": fields.prompt}], "prompt")
+            prompt = self.conversation([{"role": "user", "content": fields.prompt}])
         else:
             prompt = self.continued(fields.prompt)
         limit = fields.max_new_tokens or max(1, min(128, self.context - len(prompt)))
         wanted, trim = (limit, "max_new_tokens"), template is not None
-        call = self.ask(fields, [prompt], wanted, disconnected, trim=trim)
+        call = self.ask(fields, disconnected, [prompt], wanted, trim=trim, stop_ids=self.ends)
         used = {"max_new_tokens": limit, "template": template, "stop": list(fields.stop)}
         used |= asdict(call.rows[0].sampling)
 
@@ -505,6 +366,46 @@ class Api:
 
         return answers() if fields.stream else next(answers()) | {"prompt": fields.prompt}
 
+    # ---- log-probabilities
+
+    def chat_logprobs(self, piece):
+        def entry(id, logprob):
+            spelled = self.tokenizer.spelled(id)  # U+FFFD stands for a part of a character
+            text = spelled.decode("utf-8", "replace")
+            return {"token": text, "logprob": logprob, "bytes": list(spelled)}
+
+        content = [
+            entry(token.id, token.logprob) | {"top_logprobs": [entry(*pair) for pair in token.top]}
+            for token in piece.tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def completion_logprobs(self, piece):
+        def name(id):
+            spelled = self.tokenizer.spelled(id)
+            text = spelled.decode("utf-8", "replace")
+            return "bytes:" + "".join(f"\\x{b:02x}" for b in spelled) if "\ufffd" in text else text
+
+        def alternatives(token):
+            return {name(id): logprob for id, logprob in (*token.top, (token.id, token.logprob))}
+
+        return {
+            "tokens": [name(token.id) for token in piece.tokens],
+            "token_logprobs": [token.logprob for token in piece.tokens],
+            "top_logprobs": [None if t.logprob is None else alternatives(t) for t in piece.tokens],
+            "text_offset": [token.start for token in piece.tokens],
+        }
+
+    def echoed(self, piece, row):
+        """Returns a piece with the prompt, and its log-probabilities, in front of it."""
+        ids, stream, tokens, start = row.prompt, self.tokenizer.stream(), [], 0
+        for id, score in zip(ids, row.scores or [(None, [])] * len(ids)):
+            tokens.append(Token(start, id, *score))
+            start += len(stream.push(id))
+        text = self.tokenizer.decode(ids)
+        tokens += [token._replace(start=token.start + len(text)) for token in piece.tokens]
+        return piece._replace(text=text + piece.text, tokens=tokens)
+
 
 # --------------------------------------------------------------------------------------------------
 # The scheduler: the one loop that owns the model, and the queue in front of it. A `Call` is one
@@ -513,8 +414,11 @@ class Api:
 # that ask hand in a call and read its pieces; they touch neither model nor engine.
 
 PIECE_SECONDS = 0.02  # between two pieces of a row, at least: each takes time from the model
-FIRST_TOKEN = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # seconds: the histogram's buckets
-
+RETRY = {"Retry-After": "1"}
+REFUSALS = {  # of a row without a token, by the reason why it ends: arguments of ApiError
+    "time": (429, "too many requests are waiting; try again", None, "queue_full", RETRY),
+    "shutdown": (503, "the server is stopping", None, "stopping", RETRY),
+}
 
 # The newly certain part of a row: text, Tokens, and at its end the finish reason.
 Piece = namedtuple("Piece", "index first text tokens finish")
@@ -555,64 +459,47 @@ class Row(Request):
     `score`: compute the log-probabilities of the prompt first, with this many alternatives a token.
     """
 
-    def __init__(self, call, reply, *request, ends=(), score=None):
-        super().__init__(*request)
+    def __init__(self, call, reply, *request, ends=(), score=None, **more):
+        super().__init__(*request, **more)
         self.call, self.index, self.reply = call, len(call.rows), reply
         self.ends, self.score, self.scores, self.slot = ends, score, None, None
-        self.held, self.tokens, self.text = [], [], ""  # held: tokens whose text is not yet certain
-        self.arrival, self.sent_at = time.monotonic(), 0.0
+        self.tokens, self.text, self.sent_at = [], "", 0.0  # not yet sent
 
     def push(self, id):
-        """Takes the newest id."""
+        """Takes the newest id; sends what is certain, but not too often."""
         logprobs = self.logprobs[-1] if self.logprobs else (None, [])
-        self.held.append(Token(self.reply.shown + len(self.reply.held), id, *logprobs))
-        self.add_text(self.reply.push(id))
+        self.tokens.append(Token(self.reply.shown + len(self.reply.held), id, *logprobs))
+        self.text += self.reply.push(id)
         if self.reply.stopped or id in self.ends:
             self.finish = "stop"
-
-    def add_text(self, text, last=False):
-        """Adds text. Tokens wait until theirs is certain; in the end some are cut off with it."""
-        self.text += text
-        reply = self.reply
-        if last or not (reply.held or reply.stopped):
-            self.tokens += [t for t in self.held if not reply.cut or t.start < reply.shown]
-            self.held = []
+        if self.call.stream and not self.finish and time.monotonic() - self.sent_at > PIECE_SECONDS:
+            self.send_piece()
 
     def send_piece(self):
-        """Sends a Piece of what became certain since the last one."""
-        if self.text or self.tokens or self.finish:
-            piece = Piece(self.index, not self.sent_at, self.text, self.tokens, self.finish)
+        """Sends what is new: text and tokens. In the end some may be cut off with their text."""
+        whole = self.finish and not self.reply.cut
+        tokens = [token for token in self.tokens if whole or token.start < self.reply.shown]
+        if self.text or self.finish:
+            piece = Piece(self.index, not self.sent_at, self.text, tokens, self.finish)
             self.call.inbox.put(piece)
-            self.text, self.tokens, self.sent_at = "", [], time.monotonic()
+            self.tokens, self.text, self.sent_at = self.tokens[len(tokens) :], "", time.monotonic()
 
     def end(self, failure):
         """Sends the last Piece, or an error if the row failed, or was dropped without a token."""
-        finish, nobody = self.finish, ConnectionAbortedError()
-        errors = {"error": failure, "disconnected": nobody}
+        errors = {"error": failure, "disconnected": ConnectionAbortedError()}
         if not self.ids:
-            errors |= {"time": queue_full(), "shutdown": stopping()}
-        if finish in errors:
-            self.call.inbox.put(errors[finish])
+            errors |= {reason: ApiError(*REFUSALS[reason]) for reason in REFUSALS}
+        if self.finish in errors:
+            self.call.inbox.put(errors[self.finish])
         else:
-            self.add_text(self.reply.end(), last=True)
+            self.text += self.reply.end()
             self.send_piece()
-
-
-def queue_full():
-    message, headers = "too many requests are waiting; try again in a moment", {"Retry-After": "1"}
-    return ApiError(429, message, code="queue_full", headers=headers)
-
-
-def stopping():
-    headers = {"Retry-After": "5"}
-    return ApiError(503, "the server is stopping", code="stopping", headers=headers)
 
 
 class Scheduler:
     """Runs calls on one model, in the thread that calls `run`. `room`: rows that may wait in all.
 
-    For anyone to read: `steps`, `prompt_tokens`, `new_tokens`, `first_seconds` (from arrival to the
-    first token, summed) and `first_tokens`, their number by the buckets of FIRST_TOKEN.
+    `rows` holds all in order of arrival; the first `slots` are running, the others wait.
     """
 
     def __init__(self, model, slots, room, graphs=False):
@@ -620,125 +507,94 @@ class Scheduler:
         self.engine = Engine(model, slots, graphs=graphs)
         if graphs:  # no request waits for a compiler
             self.engine.rehearse(Sampling(), Sampling(temperature=0))
-        self.waiting, self.running = deque(), []  # rows; the running ones have slots of the engine
-        self.changed = threading.Condition()  # guards `waiting`
+        self.rows, self.changed = [], threading.Condition()  # which guards them
         self.end_time = None  # once the server is to stop: the time after which no row goes on
         self.failure = None  # the newest
-        self.steps = self.prompt_tokens = self.new_tokens = self.first_seconds = 0
-        self.first_tokens = [0] * (len(FIRST_TOKEN) + 1)
+        self.prompt_tokens = self.new_tokens = 0
+
+    @property
+    def running(self):
+        return self.rows[: self.slots]
 
     def submit(self, call):
         """Puts a call's rows into the queue, all or none; ApiError 429 or 503 if it takes none."""
         with self.changed:
-            if self.end_time is not None:
-                raise stopping()
-            if len(self.waiting) + len(call.rows) > self.room:
-                raise queue_full()
-            self.waiting.extend(call.rows)
+            require(self.end_time is None, *REFUSALS["shutdown"])
+            fits = len(self.rows) + len(call.rows) <= self.slots + self.room
+            require(fits, *REFUSALS["time"])
+            self.rows.extend(call.rows)
             self.changed.notify()
 
     def close(self, grace):
-        """Has `run` return within `grace` seconds; rows without a token by now are given up.
-
-        A signal's handler may call it: it takes no lock.
-        """
+        """Has `run` return within `grace` seconds. A signal may call it: it takes no lock."""
         self.end_time = time.monotonic() + grace
 
     def run(self):
-        """Works until closed."""
-        while self._work():
+        """Works until closed, and what has begun is done."""
+        while self.rows or self.end_time is None:
+            with self.changed:
+                if not self.rows:
+                    self.changed.wait(0.1)  # `close` wakes nobody
             try:
                 self._drop()
                 self._admit()
                 self._step()
             except Exception:  # a failure ends the rows it concerns, not the server
                 self.failure = internal_error()
-                if not any(row.finish == "error" for row in self.running):  # the engine names some
-                    for row in self.running:
-                        row.finish = "error"
-
-    def _work(self):
-        """Waits for work; returns whether there is any before the end."""
-        with self.changed:
-            while not (self.waiting or self.running or self.end_time is not None):
-                self.changed.wait(0.1)  # `close` wakes nobody
-            return bool(self.waiting or self.running)
+                named = [row for row in self.running if row.finish == "error"]  # by the engine
+                for row in named or self.running:
+                    row.finish = "error"
 
     def _drop(self):
         """Lets go of rows that have ended; ends those whose client is gone or whose time is up."""
-        with self.changed:
-            rows = [*self.waiting, *self.running]
-        dropped = {call for call in {row.call for row in rows} if call.disconnected()}
-        now = time.monotonic()
+        rows, now = list(self.rows), time.monotonic()
+        gone = {call for call in {row.call for row in rows} if call.disconnected()}
         for row in rows:
             reason = "time" if now > row.call.deadline else None
             if self.end_time is not None and (now > self.end_time or not row.ids):
                 reason = "shutdown"
-            row.finish = row.finish or ("disconnected" if row.call in dropped else reason)
+            row.finish = row.finish or ("disconnected" if row.call in gone else reason)
             if row.finish:
                 row.end(self.failure)
         with self.changed:
-            self.waiting = deque(row for row in self.waiting if not row.finish)
-        self.running = [row for row in self.running if not row.finish]
+            self.rows = [row for row in self.rows if not row.finish]
 
     def _admit(self):
         """Gives free slots to the oldest rows. Of those that want it, one a turn is scored."""
-        with self.changed:
-            while self.waiting and len(self.running) < self.slots:
-                self.running.append(self.waiting.popleft())
-        for row in self.running:
-            if row.slot is None and not row.finish:
-                with ending([row]):
-                    self._join(row)
-                if row.scores:
-                    return
-
-    def _join(self, row):
-        prompt = row.prompt
-        self.prompt_tokens += len(prompt)
-        if row.score is not None:
-            row.scores = next(token_logprobs(self.model, [prompt], row.score))
-        if row.max_new_tokens == 0:
-            row.finish = "length"
-        else:
-            (row.slot,) = self.engine.join([row])
+        for row in [row for row in self.running if row.slot is None]:
+            self.prompt_tokens += len(row.prompt)
+            with ending([row]):
+                if row.score is not None:
+                    row.scores = next(token_logprobs(self.model, [row.prompt], row.score))
+                if row.max_new_tokens:
+                    (row.slot,) = self.engine.join([row])
+                else:
+                    row.finish = "length"
+            if row.scores:
+                return
 
     def _step(self):
         for ids in self.engine.advance():
-            self.steps += 1
             for row in self.running:
                 if row.slot is not None and ids[row.slot] is not None:
-                    self._count(row)
+                    self.new_tokens += 1
                     row.push(ids[row.slot])
-                    paused = time.monotonic() - row.sent_at > PIECE_SECONDS
-                    if row.call.stream and paused and not row.finish:
-                        row.send_piece()
-
-    def _count(self, row):
-        self.new_tokens += 1
-        if len(row.ids) == 1:
-            seconds = time.monotonic() - row.arrival
-            self.first_seconds += seconds
-            self.first_tokens[bisect_left(FIRST_TOKEN, seconds)] += 1
 
 
 # --------------------------------------------------------------------------------------------------
 # HTTP: who may ask, and where. One request a connection, every byte of it under a deadline.
 
-MAX_CONNECTIONS = 256  # answered at the same time
-MAX_TURNED_AWAY = 64  # connections beyond that are told 503; still more wait in the system's queue
+MAX_CONNECTIONS = 256  # answered at the same time; 64 more are told 503, others wait in the system
 MAX_FIRST_LINE, MAX_HEAD, MAX_BODY = 8 << 10, 32 << 10, 1 << 20  # bytes: first line, headers, body
 READ_SECONDS = 10  # for the whole request, however it trickles in
 SEND_SECONDS = 10  # for each piece of an answer
 LINGER_SECONDS = 1  # for the client to read the answer to a request that was not read to its end
 
-REQUEST_LINE = re.compile(rb"[A-Z]{1,20} ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])\r\n")
-HEADER_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n")
+REQUEST_LINE = re.compile(r"([A-Z]{1,20}) ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])\r\n")
+HEADER_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)\r\n")
 SINGLE_HEADERS = ["host", "origin", "authorization", "expect", "content-type", "content-length"]
 SINGLE_HEADERS += ["content-encoding", "transfer-encoding"]  # two readers may heed different ones
-HOST_NAME = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)"
-HOST = re.compile(HOST_NAME + "(:[0-9]{1,5})?")
-ADDRESS = re.compile(r"\[.*\]|[0-9.]+")  # as a host: nobody's name
+JSON_TYPE = re.compile(r'application/json *(; *charset="?utf-8"?)?', flags=re.IGNORECASE)
 
 
 class DeadlineReader(io.RawIOBase):
@@ -752,21 +608,11 @@ class DeadlineReader(io.RawIOBase):
 
     def readinto(self, buffer):
         left = self.end - time.monotonic()
-        if left > 0 and readable_within(self.sock, left):
+        if left > 0 and select.select([self.sock], [], [], left)[0]:
             self.any = True
             return self.sock.recv_into(buffer)
-        message = f"the request took longer than {READ_SECONDS} seconds to arrive"
-        require(not self.any, 408, message)
-        raise TimeoutError  # browsers open connections in advance
-
-
-def readable_within(sock, seconds=0):
-    """Returns whether `recv` returns at once. By poll where it exists: select knows 1,024 files."""
-    if not hasattr(select, "poll"):
-        return bool(select.select([sock], [], [], seconds)[0])
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    return bool(poll.poll(1000 * seconds))
+        require(not self.any, 408, f"the request took longer than {READ_SECONDS} s to arrive")
+        raise TimeoutError
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -774,32 +620,30 @@ class Handler(BaseHTTPRequestHandler):
 
     http.server alone waits for ever, and takes what two readers of one message may understand
     differently (RFC 9112, request smuggling): folded headers, repeated ones, bare line feeds,
-    HTTP/0.9. So every line of the head is checked as bytes before http.server parses it.
+    HTTP/0.9. So the head is read here, line by line, each of which must match a pattern whole.
     """
 
-    protocol_version = "HTTP/1.1"
+    protocol_version = request_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # or each token waits for the last one's ACK
-    request_version = "HTTP/1.1"  # until it is read: otherwise no status line would be sent
-    command, route, reason, streaming = None, "other", None, False
-    discarded = 0  # bytes behind the request
+    command, path, route, streaming = "-", "", "other", False
 
     def setup(self):
         super().setup()
-        self.response_headers = self.server.headers
+        self.headers, self.allow_origin = {}, {}
         self.rfile = io.BufferedReader(DeadlineReader(self.connection, READ_SECONDS))
+        with self.server.lock:
+            self.server.active += 1
 
     def handle(self):
         start, status = time.monotonic(), 499  # 499: the client hung up, or did not read
         with suppress(OSError):
             status = self.respond()
-        if status == 499 and self.command is None:
-            return  # before its request was whole, or without a byte
+        if status == 499 and not self.path:
+            return  # browsers open connections in advance
         with self.server.lock:
             self.server.requests[self.route, status] += 1
-        request = f"{self.command} {self.path[:80]}" if self.command else "-"
-        reason = f" ({self.reason})" if self.reason else ""
-        line = f"{time.strftime('%H:%M:%S')} {self.client_address[0]} {request} {status}"
-        log_line(f"{line} {time.monotonic() - start:.3f} s{reason}")
+        request = f"{self.client_address[0]} {self.command} {self.path[:80]} {status}"
+        log_line(f"{time.strftime('%H:%M:%S')} {request} {time.monotonic() - start:.3f} s")
 
     def finish(self):
         """Closes so that the answer arrives: with bytes unread the connection would be reset."""
@@ -809,90 +653,65 @@ class Handler(BaseHTTPRequestHandler):
             while rest.read(1 << 16):
                 pass
         super().finish()
+        with self.server.lock:
+            self.server.active -= 1
 
     # ---- the request
 
     def read_head(self):
-        """Reads and checks the first line and the headers. Raises ApiError or OSError."""
+        """Reads the first line and the headers, names in small letters. ApiError or OSError."""
         plain = self.rfile.peek(1)[:1] in b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"
         require(plain, 400, "not HTTP; if this is HTTPS: the server speaks plain HTTP")
-        line = self.read_line(MAX_FIRST_LINE, 414)
-        match = REQUEST_LINE.fullmatch(line)
+        match = REQUEST_LINE.fullmatch(self.read_line(MAX_FIRST_LINE, 414))
         require(match, 400, "the first line is not 'METHOD /path HTTP/1.1'")
-        require(match[2] in (b"1.1", b"1.0"), 505, "the server speaks HTTP/1.1")
-        require(match[1].startswith(b"/"), 400, "the path must begin with /")
-        head, header = b"", None
-        while header != b"\r\n":
-            header = self.read_line(MAX_HEAD - len(head), 431)
-            right = header == b"\r\n" or HEADER_LINE.fullmatch(header)
-            require(right, 400, "a header is not 'Name: value' on one line that ends in CR LF")
-            head += header
-        stream, self.raw_requestline, self.rfile = self.rfile, line, io.BytesIO(head)
-        self.parse_request()  # sets `command` and `headers`
-        self.rfile, self.path = stream, match[1].decode().partition("?")[0]  # no route has a query
-        for name in SINGLE_HEADERS:
-            require(len(self.headers.get_all(name, ())) < 2, 400, f"{name} stands twice")
+        command, path, version = match.groups()
+        require(version in ("1.1", "1.0"), 505, "the server speaks HTTP/1.1")
+        require(path.startswith("/"), 400, "the path must begin with /")
+        left = MAX_HEAD
+        while (line := self.read_line(left, 431)) != "\r\n":
+            left -= len(line)
+            match = HEADER_LINE.fullmatch(line)
+            require(match, 400, "a header is not 'Name: value' on one line that ends in CR LF")
+            name = match[1].lower()
+            once = name not in self.headers or name not in SINGLE_HEADERS
+            require(once, 400, f"{name} stands twice")
+            self.headers[name] = match[2].strip(" \t")
+            require(len(self.headers) <= 100, 431, "more than 100 headers")
+        self.command, self.path = command, path.partition("?")[0]  # no route has a query
 
     def read_line(self, limit, status):
-        line = self.rfile.readline(limit + 1)
-        long = f"a first line of more than {MAX_FIRST_LINE} bytes, or headers of {MAX_HEAD}"
-        require(len(line) <= limit, status, long)
-        if not line.endswith(b"\n"):
+        line = self.rfile.readline(limit + 1).decode("latin-1")
+        require(len(line) <= limit, status, "the first line or the headers are too long")
+        if not line.endswith("\n"):
             raise ConnectionAbortedError
         return line
 
-    def send_error(self, code, message=None, explain=None):
-        """Is called by parse_request, which finds one fault in a checked head: too many headers."""
-        raise ApiError(code, HTTPStatus(code).phrase)
-
-    def handle_expect_100(self):
-        return True  # read_json says so, once it is clear that the body is wanted
-
-    def header(self, name, default=None):
-        value = self.headers.get(name)
-        return default if value is None else value.strip(" \t")
-
     def read_json(self):
-        """Returns the fields of a JSON body; ApiError for anything else."""
-        kind, _, charset = self.header("content-type", "").lower().partition(";")
-        charset = charset.strip().replace('"', "")
-        right = kind.strip() == "application/json" and charset in ("", "charset=utf-8")
-        require(right, 415, "the body must be JSON: send 'Content-Type: application/json'")
-        length, expect = self.body_length(), self.header("expect", "")
-        continued = expect.lower() in ("", "100-continue")
-        require(continued, 417, "the only expectation understood is 100-continue")
+        """Returns the fields of a JSON body of a fair, known length; ApiError for anything else."""
+        kind, length = self.headers.get("content-type", ""), self.headers.get("content-length")
+        expect = self.headers.get("expect", "").lower()
+        require(JSON_TYPE.fullmatch(kind), 415, "send 'Content-Type: application/json' and JSON")
+        require("content-encoding" not in self.headers, 415, "Content-Encoding is not supported")
+        require("transfer-encoding" not in self.headers, 501, "Transfer-Encoding is not supported")
+        require(length is not None, 411, "Content-Length is missing")
+        require(re.fullmatch("[0-9]+", length), 400, "Content-Length must be a number of bytes")
+        length = int(length) if len(length) <= 10 else MAX_BODY + 1
+        require(length <= MAX_BODY, 413, f"a body of more than {MAX_BODY} bytes")
+        require(expect in ("", "100-continue"), 417, "only 100-continue can be expected")
         if expect:
-            super().handle_expect_100()
+            self.handle_expect_100()
         body = self.rfile.read(length)
         if len(body) < length:
             raise ConnectionAbortedError
-        with bad_request(None, "invalid_json"):
-            fields = config.parse_json(body.decode("utf-8"), "body")
-        problem = 'the body must be a JSON object, {"field": value, ...}'
-        require(isinstance(fields, dict), 400, problem, code="invalid_json")
+        fields = config.parse_json(body.decode("utf-8"), "body")
+        require(isinstance(fields, dict), 400, 'the body must be a JSON object, {"field": value}')
         return fields
 
-    def body_length(self):
-        """Returns Content-Length; ApiError unless the body is plain and of a fair, known length."""
-        chunked, encoding = "transfer-encoding" in self.headers, self.header("content-encoding")
-        require(not chunked, 501, "Transfer-Encoding is not supported; send Content-Length")
-        require(encoding in (None, "identity"), 415, "Content-Encoding is not supported")
-        length = self.header("content-length")
-        require(length is not None, 411, "Content-Length is missing")
-        require(re.fullmatch("[0-9]+", length), 400, "Content-Length must be a number of bytes")
-        fair = len(length) <= 10 and int(length) <= MAX_BODY
-        require(fair, 413, f"a body of more than {MAX_BODY} bytes")
-        return int(length)
-
     def disconnected(self):
-        """Returns whether the client has hung up, or sends without end; discards what it sends."""
+        """Returns whether the client has hung up; discards what else it sends."""
         try:
-            while self.discarded <= MAX_BODY and readable_within(self.connection):
-                count = len(self.connection.recv(1 << 16))
-                self.discarded += count
-                if not count:
-                    return True
-            return self.discarded > MAX_BODY
+            ready = select.select([self.connection], [], [], 0)[0]
+            return bool(ready) and not self.connection.recv(1 << 16)
         except (OSError, ValueError):  # closed, by the other side or by ours
             return True
 
@@ -901,61 +720,50 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self):
         """Returns the answer of a route, as `send` takes it."""
         self.read_head()
-        server, soon = self.server, {"Retry-After": "1"}
-        free = server.active <= MAX_CONNECTIONS
-        require(free, 503, "too many connections; try again in a moment", headers=soon)
+        free = self.server.active <= MAX_CONNECTIONS
+        require(free, 503, "too many connections; try again in a moment", headers=RETRY)
         self.check_host()
         self.check_origin()
-        route = "/v1/models/{model}" if self.path.startswith("/v1/models/") else self.path
+        known = unquote(self.path) == f"/v1/models/{self.server.api.name}"
+        route = "/v1/models/{model}" if known else self.path
         require(route in ROUTES, 404, f"there is no {self.path[:80]} here", code="not_found")
-        self.route, methods = route, ROUTES[route]
-        if self.command == "OPTIONS" and self.response_headers is not server.headers:
+        self.route, (methods, function) = route, ROUTES[route]
+        if self.command == "OPTIONS" and self.allow_origin:
             return ("text/plain", "")  # a preflight
-        allowed = ", ".join(methods)
-        message, headers = f"{route} takes {allowed}", {"Allow": allowed}
-        require(self.command in methods, 405, message, headers=headers)
+        allowed = self.command in methods.split(", ")
+        require(allowed, 405, f"{route} takes {methods}", headers={"Allow": methods})
         if route not in PUBLIC:
             self.check_key()
-        loaded = server.api is not None or route == "/"
-        require(loaded, 503, "the model is being loaded", code="loading", headers=soon)
-        function = methods[self.command]
         if self.command == "POST":
-            return function(server.api, self.read_json(), self.disconnected)
-        body = self.header("content-length", "0") != "0" or "transfer-encoding" in self.headers
-        require(not body, 400, "a GET with a body")
-        return function(server, self.path)
+            return function(self.server.api, self.read_json(), self.disconnected)
+        length = self.headers.get("content-length", "0")
+        empty = length == "0" and "transfer-encoding" not in self.headers
+        require(empty, 400, "a GET with a body")
+        return function(self.server)
 
     def check_host(self):
         """A page that rebinds its own name to this address (DNS rebinding) still sends its name."""
-        match = HOST.fullmatch(self.header("host", ""))
-        name = match[1].lower() if match else ""
-        ours = name.strip("[]") in self.server.names
-        ours = ours or (self.server.outside and ADDRESS.fullmatch(name))
         require("host" in self.headers, 400, "the Host header is missing")
+        name = host_name(self.headers["host"])
+        address = self.server.outside and re.fullmatch(r"[0-9.]+|\[.*\]", name)  # nobody's name
+        ours = name in self.server.names or address
         require(ours, 403, "this server does not go by that Host; name it with --allowed_hosts")
 
     def check_origin(self):
         """Other web pages must not use the browser of somebody who may ask."""
-        origin, host = self.header("origin"), self.header("host")
-        if origin in (None, f"http://{host}", f"https://{host}"):
-            return
-        allowed = origin in self.server.cfg.allowed_origins
-        require(allowed, 403, "this Origin may not ask; name it with --allowed_origins")
-        self.response_headers = self.server.headers | {
-            "Access-Control-Allow-Origin": origin,
-            "Access-Control-Allow-Methods": "GET, POST",
-            "Access-Control-Allow-Headers": "authorization, content-type",
-            "Cross-Origin-Resource-Policy": "cross-origin",
-            "Vary": "Origin",
-        }
+        origin, host = self.headers.get("origin"), self.headers["host"]
+        if origin not in (None, f"http://{host}", f"https://{host}"):
+            allowed = origin in self.server.cfg.allowed_origins
+            require(allowed, 403, "this Origin may not ask; name it with --allowed_origins")
+            self.allow_origin = {"Access-Control-Allow-Origin": origin}
+            self.allow_origin |= {"Access-Control-Allow-Headers": "authorization, content-type"}
 
     def check_key(self):
-        scheme, _, key = self.header("authorization", "").partition(" ")
+        scheme, _, key = self.headers.get("authorization", "").partition(" ")
         right = hmac.compare_digest(key.strip().encode("latin-1"), self.server.key.encode())
         right = not self.server.key or (right and scheme.lower() == "bearer")
-        message = "a wrong API key, or none: send 'Authorization: Bearer KEY'"
-        headers = {"WWW-Authenticate": "Bearer"}
-        require(right, 401, message, code="invalid_api_key", headers=headers)
+        message, headers = "send 'Authorization: Bearer KEY'", {"WWW-Authenticate": "Bearer"}
+        require(right, 401, f"a wrong API key, or none: {message}", headers=headers)
 
     # ---- the answer
 
@@ -965,12 +773,17 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(200, self.answer())
         except OSError:
             raise
-        except Exception as problem:  # whatever it was: the client is told, the server lives on
-            error = problem if isinstance(problem, ApiError) else internal_error()
-        self.reason = error.code or error.param or str(error)  # no word of the client's
+        except ApiError as problem:
+            error = problem
+        except (UserError, UnicodeDecodeError, RecursionError) as problem:  # of fields and JSON
+            error = ApiError(400, str(problem))
+        except Exception:  # the client is told, the server lives on
+            error = internal_error()
+        kind = "server_error" if error.status >= 500 else "invalid_request_error"
+        fields = {"message": str(error), "type": kind, "param": error.param, "code": error.code}
         if not self.streaming:
-            return self.send(error.status, error.body(), error.headers)
-        self.wfile.write(event(error.body()))
+            return self.send(error.status, {"error": fields}, error.headers)
+        self.wfile.write(event({"error": fields}))
         return 200
 
     def send(self, status, answer, headers=()):
@@ -995,7 +808,8 @@ class Handler(BaseHTTPRequestHandler):
     def send_head(self, status, headers):
         self.connection.settimeout(SEND_SECONDS)  # for each write, however slowly it is read
         self.send_response_only(status)
-        for name, value in (self.response_headers | headers | {"Connection": "close"}).items():
+        headers = self.server.headers | self.allow_origin | headers | {"Connection": "close"}
+        for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
 
@@ -1005,66 +819,45 @@ def event(fields):
     return f"data: {json.dumps(fields, separators=(',', ':'))}\n\n".encode()
 
 
+def host_name(host):
+    """Returns the name in a Host header, without the port and in small letters."""
+    return re.sub(r":[0-9]{1,5}$", "", host).lower()
+
+
 # ---- the routes
 
 
-def chat_page(server, path):
-    """The chat page, the only file that is served, read when the server starts."""
-    there = server.page is not None
-    require(there, 404, "this copy of the code has no chat page (chat.html)", code="not_found")
-    return ("text/html; charset=utf-8", server.page)
-
-
-def health(server, path):
+def health(server):
     return {"status": "ok", "model": server.api.name, "context_length": server.api.context}
 
 
-def model_card(server, path):
-    server.api.check_name(unquote(path).removeprefix("/v1/models/"))
-    return server.api.card()
-
-
-def metrics(server, path):
-    """Counters in Prometheus' text format."""
-    scheduler, lines = server.api.scheduler, []
-
-    def put(kind, name, samples):
-        lines.append(f"# TYPE mini_llm_{name} {kind}")
-        lines.extend(f"mini_llm_{name}{labels} {value}" for labels, value in samples.items())
-
+def metrics(server):
+    """Numbers for Prometheus, in its text format."""
+    scheduler = server.api.scheduler
     with server.lock:
         counts = sorted(server.requests.items())
-    requests = {f'{{route="{route}",status="{status}"}}': n for (route, status), n in counts}
-    sums = itertools.accumulate(scheduler.first_tokens)
-    first = {f'_bucket{{le="{bound}"}}': n for bound, n in zip((*FIRST_TOKEN, "+Inf"), sums)}
-    first |= {"_sum": scheduler.first_seconds, "_count": first['_bucket{le="+Inf"}']}
-    prompt, new = scheduler.prompt_tokens, scheduler.new_tokens
-    put("counter", "requests_total", requests)
-    put("counter", "tokens_total", {'{kind="prompt"}': prompt, '{kind="new"}': new})
-    put("counter", "steps_total", {"": scheduler.steps})
-    put("gauge", "queue_length", {"": len(scheduler.waiting)})
-    put("gauge", "batch_size", {"": len(scheduler.running)})
-    put("gauge", "connections", {"": server.active})
-    put("histogram", "first_token_seconds", first)  # from a request's arrival
-    return ("text/plain; version=0.0.4; charset=utf-8", "\n".join(lines) + "\n")
+    values = {f'requests_total{{route="{r}",status="{status}"}}': n for (r, status), n in counts}
+    values |= {'tokens_total{kind="prompt"}': scheduler.prompt_tokens}
+    values |= {'tokens_total{kind="new"}': scheduler.new_tokens, "connections": server.active}
+    values |= {"batch_size": len(scheduler.running)}
+    values |= {"queue_length": len(scheduler.rows) - values["batch_size"]}
+    lines = [f"mini_llm_{name} {value}\n" for name, value in values.items()]
+    return ("text/plain; version=0.0.4; charset=utf-8", "".join(lines))
 
 
-def get(function):
-    return {"GET": function, "HEAD": function}
-
-
-ROUTES = {
-    "/": get(chat_page),
-    "/health": get(health),
-    "/metrics": get(metrics),
-    "/tokenizer_info": get(lambda server, path: server.api.tokenizer_info()),
-    "/v1/models": get(lambda server, path: {"object": "list", "data": [server.api.card()]}),
-    "/v1/models/{model}": get(model_card),
-    "/generate": {"POST": Api.generate},
-    "/tokenize": {"POST": Api.tokenize},
-    "/detokenize": {"POST": Api.detokenize},
-    "/v1/chat/completions": {"POST": Api.chat},
-    "/v1/completions": {"POST": Api.completions},
+GET = "GET, HEAD"
+ROUTES = {  # path: methods, and the function that answers
+    "/": (GET, lambda server: ("text/html; charset=utf-8", server.page)),
+    "/health": (GET, health),
+    "/metrics": (GET, metrics),
+    "/tokenizer_info": (GET, lambda server: server.api.tokenizer_info()),
+    "/v1/models": (GET, lambda server: {"object": "list", "data": [server.api.card()]}),
+    "/v1/models/{model}": (GET, lambda server: server.api.card()),
+    "/generate": ("POST", Api.generate),
+    "/tokenize": ("POST", Api.tokenize),
+    "/detokenize": ("POST", Api.detokenize),
+    "/v1/chat/completions": ("POST", Api.chat),
+    "/v1/completions": ("POST", Api.completions),
 }
 PUBLIC = {"/", "/health"}  # without a key: the page holds no secret, and asks for the key itself
 
@@ -1100,37 +893,25 @@ class ServerConfig:
     # CUDA only: compile the decode step and replay it as a graph; the start takes minutes longer
     compile: bool = False
 
-    def __post_init__(self):
-        host, origin = "a host's name; write it bare, as box.lan", "an origin, as http://box:3000"
-        for field, pattern, form in [
-            ("allowed_hosts", HOST_NAME, host),
-            ("allowed_origins", r"https?://[^/\s]+", origin),
-        ]:
-            for text in getattr(self, field):
-                if not re.fullmatch(pattern, text):
-                    raise ValueError(f"{field}: {text!r} is not {form}")
-
 
 class Server(ThreadingHTTPServer):
-    """Listens, and answers each connection in a thread. `api` is None until the model is loaded."""
+    """Listens, and answers each connection in a thread: by `api`, once that is set."""
 
     block_on_close = False
     request_queue_size = 1024
-    allow_reuse_address = os.name == "posix"
     server_bind = socketserver.TCPServer.server_bind  # HTTPServer's asks a name server first
 
     def __init__(self, cfg, key):
         self.cfg, self.key, self.api = cfg, key, None
         self.lock, self.active, self.requests = threading.Lock(), 0, Counter()
-        self.page = PAGE.read_text(encoding="utf-8") if PAGE.is_file() else None
-        self.headers = security_headers(self.page or "")
-        self.names = {"localhost", "127.0.0.1", "::1", cfg.host, *cfg.allowed_hosts}
-        self.names = {name.lower().strip("[]") for name in self.names}
+        self.page = PAGE.read_text(encoding="utf-8")
+        self.headers = security_headers(self.page)
+        self.names = {"localhost", "127.0.0.1", "[::1]", cfg.host.lower()}
+        self.names |= set(map(host_name, cfg.allowed_hosts))
         try:
             places = socket.getaddrinfo(cfg.host, cfg.port, type=socket.SOCK_STREAM)
             self.address_family, *_, address = places[0]
-            ip = ipaddress.ip_address(address[0].partition("%")[0])
-            self.outside = not ip.is_loopback
+            self.outside = not re.match(r"127\.|::1$", address[0])
             if self.outside and not key:
                 raise UserError(
                     f"host={cfg.host} is open to others, and there is no API key: set the "
@@ -1146,31 +927,14 @@ class Server(ThreadingHTTPServer):
             ) from None
 
     def process_request(self, request, client_address):
-        while self.active >= MAX_CONNECTIONS + MAX_TURNED_AWAY:
-            time.sleep(0.01)  # meanwhile others wait in the system's queue
+        while self.active >= MAX_CONNECTIONS + 64:
+            time.sleep(0.01)
         super().process_request(request, client_address)
 
-    def process_request_thread(self, request, client_address):
-        with self.lock:
-            self.active += 1
-        super().process_request_thread(request, client_address)
-        with self.lock:
-            self.active -= 1
-
-    def handle_error(self, request, client_address):
-        if not isinstance(sys.exc_info()[1], OSError):  # a client that hung up at once
-            internal_error()
-
     def stop(self, *_):
-        """Begins to stop, on a signal; on a second one stops at once."""
-        if self.api is None:  # loading a model may take minutes, and nobody waits for an answer
-            os._exit(0)
-        scheduler = self.api.scheduler
-        if scheduler.end_time is not None:
-            raise KeyboardInterrupt
-        scheduler.close(GRACE_SECONDS)
-        text = f"stopping; answers under way have {GRACE_SECONDS} seconds"
-        threading.Thread(target=log_line, args=[text], daemon=True).start()  # it takes a lock
+        """Begins to stop, on a signal."""
+        log_line(f"stopping; answers under way have {GRACE_SECONDS} seconds")
+        self.api.scheduler.close(GRACE_SECONDS)
 
 
 def security_headers(page):
@@ -1179,18 +943,13 @@ def security_headers(page):
     def hashes(tag):
         blocks = re.findall(rf"<{tag}>(.*?)</{tag}>", page, flags=re.S)
         digests = [base64.b64encode(hashlib.sha256(b.encode()).digest()).decode() for b in blocks]
-        return " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
+        return " ".join(f"'sha256-{digest}'" for digest in digests)
 
     policy = f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; "
     policy += "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-    return {
-        "Content-Security-Policy": policy + "frame-ancestors 'none'",
-        "X-Content-Type-Options": "nosniff",
-        "X-Frame-Options": "DENY",
-        "Referrer-Policy": "no-referrer",
-        "Cache-Control": "no-store",
-        "Cross-Origin-Resource-Policy": "same-origin",
-    }
+    policy += "frame-ancestors 'none'"
+    headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
+    return headers | {"Cache-Control": "no-store"}
 
 
 def read_key(cfg):
@@ -1203,50 +962,33 @@ def read_key(cfg):
         except (OSError, UnicodeDecodeError) as problem:
             raise UserError(f"{source}: cannot be read ({problem})") from None
     if key is not None and not re.fullmatch("[!-~]{8,200}", key):
-        expected = "a key is 8 to 200 letters, digits and signs, no spaces"
-        raise UserError(f"{source}: {expected}; got {len(key)}")
+        raise UserError(f"{source}: a key is 8 to 200 letters, digits and signs; got {len(key)}")
     return key or ""
 
 
-def name_of(folder):
-    """Returns what to call a model folder: its name, or its training's if that says more."""
-    folder = model_folder(folder).resolve()
-    general = folder.name == "final" or re.fullmatch(r"step_\d+", folder.name)
-    return folder.parent.name if general else folder.name
-
-
 def main(cfg):
-    with Server(cfg, read_key(cfg)) as server:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, server.stop)
-        threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
-        patience = threading.Timer(2, log_line, [f"loading {cfg.model_path}"])
-        patience.daemon = True
-        patience.start()
+    with Server(cfg, read_key(cfg)) as server:  # whoever calls while the model is loaded waits
         model, tokenizer = open_model(cfg.model_path, cfg.device, cfg.dtype, cfg.compile)
-        patience.cancel()
         if tokenizer.template is None:
             log_line(tokenizer.without_template(cfg.model_path))
         scheduler = Scheduler(model, cfg.slots, cfg.queue, cfg.compile)
-        name = cfg.model_name or name_of(cfg.model_path)
-        server.api = Api(scheduler, tokenizer, name, cfg.request_seconds)
-        print(start_line(server, model), flush=True)
+        folder = model_folder(cfg.model_path).resolve()  # whose name says little if it is final/
+        folder = folder.parent if re.fullmatch(r"final|step_\d+", folder.name) else folder
+        name = cfg.model_name or folder.name
+        api = server.api = Api(scheduler, tokenizer, name, cfg.request_seconds)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, server.stop)
+        threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
+        host, weight = f"[{cfg.host}]" if ":" in cfg.host else cfg.host, model.lm_head.weight
+        url = f"http://{host}:{server.server_address[1]}"
+        kind = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
+        size = f"context {api.context}, {cfg.slots} slots"
+        print(f"{url}  {name}, template {api.template or 'none'}; {kind}, {size}", flush=True)
         scheduler.run()  # in the thread that loaded the model: OpenMP keeps threads for each
         time.sleep(0.1)  # whoever is in the system's queue already is told, not reset
         end = time.monotonic() + 0.5
         while server.active and time.monotonic() < end:  # last words are being sent
             time.sleep(0.01)
-
-
-def start_line(server, model):
-    """Returns the line that says where the server is, and what it serves."""
-    api, weight, host = server.api, model.lm_head.weight, server.cfg.host
-    host = f"[{host}]" if ":" in host else host
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    kind = f"{api.name}, {size:.1f}M parameters, template {api.template or 'none'}"
-    place = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
-    url = f"http://{host}:{server.server_address[1]}"
-    return f"{url}  {kind}; {place}, context {api.context}, {server.cfg.slots} slots"
 
 
 if __name__ == "__main__":
