@@ -117,8 +117,6 @@ class CompletionFields(GenerationFields):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenFields:
-    """Of /tokenize and /detokenize."""
-
     model: str | None = None
     prompt: str | None = None
     messages: list | None = None
@@ -159,9 +157,8 @@ class Api:
         """Returns the model's entry: OpenAI's four fields, and the page's needs."""
         settings = {"max_tokens": {"min": 1, "max": self.context - 1, "default": None}}
         for name, field in config.options_of(Sampling).items():
-            limits = field.limits
-            low = limits.low + 0.01 if limits.open_low else limits.low  # for a slider
-            settings[name] = {"min": low, "max": limits.high, "default": field.default}
+            low = field.limits.low + 0.01 * field.limits.open_low  # for a slider
+            settings[name] = {"min": low, "max": field.limits.high, "default": field.default}
         card = {"id": self.name, "object": "model", "created": self.started, "owned_by": "mini-llm"}
         card |= {"context_length": self.context, "template": self.template, "settings": settings}
         return card
@@ -289,8 +286,8 @@ class Api:
     def completions(self, body, disconnected):
         """POST /v1/completions: prompts as text or ids; `echo` with `logprobs` also scores them."""
         prompt = body.get("prompt")
-        several = isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list)
-        if prompt is not None and not several:
+        ids = isinstance(prompt, list) and all(type(id) is int for id in prompt)
+        if isinstance(prompt, str) or ids:
             body = body | {"prompt": [prompt]}
         fields = self.read(CompletionFields, body)
         top, echo, wanted = fields.logprobs, fields.echo, fields.max_tokens
@@ -913,18 +910,15 @@ class Server(ThreadingHTTPServer):
             self.address_family, *_, address = places[0]
             self.outside = not re.match(r"127\.|::1$", address[0])
             if self.outside and not key:
-                raise UserError(
-                    f"host={cfg.host} is open to others, and there is no API key: set the "
-                    "environment variable MINI_LLM_API_KEY or give --api_key_file, or listen on "
-                    "--host=127.0.0.1"
-                )
+                problem = f"host={cfg.host} is open to others, and there is no API key"
+                remedy = "set MINI_LLM_API_KEY or --api_key_file, or listen on --host=127.0.0.1"
+                raise UserError(f"{problem}: {remedy}")
             super().__init__(address, Handler)
         except (OSError, UnicodeError) as problem:
+            where = f"host={cfg.host} port={cfg.port}: cannot listen there"
             reason = getattr(problem, "strerror", None) or problem
-            raise UserError(
-                f"host={cfg.host} port={cfg.port}: cannot listen there: {reason}; choose an "
-                "address of this machine, as 127.0.0.1, and a free port, or --port=0"
-            ) from None
+            remedy = "choose an address of this machine, as 127.0.0.1, and a free port, or --port=0"
+            raise UserError(f"{where}: {reason}; {remedy}") from None
 
     def process_request(self, request, client_address):
         while self.active >= MAX_CONNECTIONS + 64:

@@ -21,11 +21,10 @@ import torch
 
 import server
 from lib.config import UserError
-from lib.tokenizer import IM_END, Tokenizer, render, stop_ids
+from lib.tokenizer import IM_END, render, stop_ids
 from sample import Reply, Request, Sampling, generate, open_model, token_logprobs
-from server import Api, ApiError, Call, Row, Scheduler, log_line
+from server import Api, ApiError, Call, Row, Scheduler
 from tests import ROOT
-from tests.conftest import free_port
 from tests.serving import Served, make_model, parse, read_all
 
 CHAT, DONE = "/v1/chat/completions", "/v1/completions"
@@ -50,7 +49,7 @@ def servers(tmp_path_factory, folder, plain_folder):
     """Servers of several kinds, started side by side."""
     place = tmp_path_factory.mktemp("logs")
     (place / "key").write_text(KEY + "\n")
-    foreign = {"allowed_origins": "http://page.example:3000", "allowed_hosts": "box.lan"}
+    foreign = {"allowed_origins": "http://page.example:3000", "allowed_hosts": "box.lan:80"}
     servers = {
         "chatty": Served(place / "chatty.log", folder),
         "plain": Served(place / "plain.log", plain_folder),
@@ -218,17 +217,8 @@ def test_a_base_model_continues_what_the_chat_says(servers, plain_folder, tiny_t
     assert ids == [1, *tiny_tokenizer.encode("\nthe\n\ndog")]
     status, answer = plain.ask("/generate", fields | {"template": "chatml"})
     assert (status, answer["error"]["param"]) == (400, "template")
-    assert "has no chat template" in answer["error"]["message"]
+    assert "this model has 'none'" in answer["error"]["message"]
     assert f"{plain_folder} has no chat template: each text is continued" in plain.text
-
-
-def test_a_template_that_is_not_read_is_not_called_none(solo, tmp_path, tiny_tokenizer):
-    (tmp_path / "tokenizer.model").write_bytes(tiny_tokenizer.model)
-    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
-    api = Api(solo.scheduler, Tokenizer.load(tmp_path), "foreign", 60)
-    message = "foreign has a chat template that is none of chatml, instruct, chat"
-    with pytest.raises(ApiError, match=message):
-        api.generate({"prompt": "a", "template": "chatml"}, None)
 
 
 def test_another_template_than_the_models_own_is_refused(chatty, alone):
@@ -516,13 +506,13 @@ def fragile(model, tiny_tokenizer):
     solo.close()
 
 
-def test_a_failure_ends_its_own_calls_only(fragile, capsys):
+def test_a_failure_ends_its_own_calls_only(fragile, capfd):
     expected = finishes(fragile.call())
     for prompt, kw in (((1, 99, 70), {}), ((1, 70, 99), {}), ((1, 99, 70), {"score": 1})):
         with refused(500) as problem:
             finishes(fragile.call(prompts=[prompt], **kw))
         number = re.match(r"internal error (\w+);", str(problem.value))[1]
-        assert f"error {number}: Traceback" in capsys.readouterr().err
+        assert f"error {number}: Traceback" in capfd.readouterr().err
         assert finishes(fragile.call()) == expected  # the next call is served as ever
 
 
@@ -597,8 +587,6 @@ def test_of_others_pages_only_the_allowed_may_ask(servers):
         ({"api_key_file": "nowhere"}, ["nowhere", "cannot be read"]),
         ({"model_path": "nowhere"}, ["nowhere: no such folder"]),
         ({"slots": 0}, ["slots", "1..256"]),
-        ({"allowed_hosts": "box.lan:8000"}, ["allowed_hosts", "'box.lan:8000'", "bare"]),
-        ({"allowed_origins": "http://localhost:3000/"}, ["allowed_origins", "origin"]),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, chatty, folder, knobs, words):
@@ -623,7 +611,7 @@ def test_the_command(folder):
     env = os.environ | {"MINI_LLM_API_KEY": KEY}
     with subprocess.Popen(words, env=env, **pipes) as process:
         line = process.stdout.readline()
-        parts = r"chatty, 0\.0M parameters, template chatml; float32 on cpu, .*8 slots"
+        parts = r"chatty, template chatml; float32 on cpu, context 128, 8 slots"
         url = re.fullmatch(rf"(http://127\.0\.0\.1:\d+)  {parts}\n", line)[1]
         if shutil.which("curl"):
             headers = ["Content-Type: application/json", f"Authorization: Bearer {KEY}"]
@@ -667,52 +655,6 @@ def test_streams_end_properly_when_the_server_stops(tmp_path, tiny_tokenizer, nu
     assert one.wait() == [0]
     with pytest.raises(ConnectionRefusedError):
         one.connect()
-
-
-class WaitsFor:
-    """`open_model`, once the file `path` is there."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __call__(self, *args):
-        while not self.path.exists():
-            time.sleep(0.01)
-        return open_model(*args)
-
-
-def loading(tmp_path, folder):
-    """Returns a server whose model is loaded once the file tmp_path/go is there."""
-    patches, port = {"open_model": WaitsFor(tmp_path / "go")}, free_port()
-    one = Served(tmp_path / "log", folder, patches, port=port)
-    one.port = port
-    return one.until(lambda: can_connect(one))
-
-
-def can_connect(one):
-    with contextlib.suppress(OSError), one.connect():
-        return True
-    return False
-
-
-def test_while_the_model_loads(tmp_path, folder):
-    one = loading(tmp_path, folder)
-    for path in ("/health", "/v1/models", "/v1/models/chatty", "/metrics"):
-        answer = one.get(path)
-        assert (answer.status, answer.headers["retry-after"]) == (503, "1"), path
-    assert one.ask("/tokenize", {"prompt": "a"})[0] == 503
-    (tmp_path / "go").touch()
-    assert one.ready().get("/health").status == 200
-    one.kill()
-
-
-def test_stopping_while_the_model_loads(tmp_path, folder):
-    one = loading(tmp_path, folder)
-    one.until(lambda: "loading" in one.text)  # a slow model is told of
-    assert one.get("/health").status == 503
-    one.signal(signal.SIGINT)
-    assert one.wait() == [0]  # at once: this model never comes
-    assert str(folder) in one.text.splitlines()[0]
 
 
 # ---- what it tells of itself
@@ -770,8 +712,6 @@ def test_metrics_are_prometheus(chatty):
     assert more("requests_total", route=DONE, status="400") == 1
     assert more("requests_total", route="/metrics", status="200") == 1
     assert more("tokens_total", kind="prompt") == 6
-    assert more("first_token_seconds_count") == 2
-    assert more("first_token_seconds_bucket", le="+Inf") == 2
     assert 2 <= more("tokens_total", kind="new") <= 10
     assert after["mini_llm_queue_length",] == after["mini_llm_batch_size",] == 0
 
@@ -779,47 +719,14 @@ def test_metrics_are_prometheus(chatty):
 def test_the_log_is_short_and_holds_no_contents(chatty):
     chatty.ask("/generate", {"prompt": "a secret of mine", "max_new_tokens": 1})
     chatty.get("/" + "x" * 500)
-    chatty.ask("/generate", {"prompt": "a secret of mine", "temperature": "secret"})
-    chatty.ask("/generate", {"prompt": "a", "secret": 1})
-    chatty.ask("/generate", {"prompt": "a secret of mine" * 2000})
-    chatty.ask("/generate", {"prompt": "a", "model": "secret"})
+    chatty.ask("/generate", {"prompt": "a secret of mine", "secret": "secret"})
     chatty.raw(chatty.post("/generate", b'{"secret": 1, "secret": 2}'))
-    chatty.raw(chatty.post("/generate", b"{}").replace(b"Content-Length", b"X"))
     chatty.raw(b"\x16\x03\x01 secret\r\n\r\n")
     assert "secret" not in chatty.text
-    reasons = re.findall(r"(\d{3}) \d+\.\d{3} s \((.*)\)$", chatty.text, flags=re.M)[-7:]
-    assert reasons == [
-        ("400", "temperature"),
-        ("400", "unknown_parameter"),
-        ("400", "context_length_exceeded"),
-        ("404", "model_not_found"),
-        ("400", "invalid_json"),
-        ("411", "Content-Length is missing"),
-        ("400", "not HTTP; if this is HTTPS: the server speaks plain HTTP"),
-    ]
-    pattern = r"\d\d:\d\d:\d\d 127\.0\.0\.1 (\w+ \S+|-) \d{3} \d+\.\d{3} s( \(.+\))?"
+    pattern = r"\d\d:\d\d:\d\d 127\.0\.0\.1 (\w+ \S+|- ) \d{3} \d+\.\d{3} s"
     lines = chatty.text[chatty.text.index("http://") :].splitlines()[1:]
     assert [line for line in lines if not re.fullmatch(pattern, line)] == []
     assert max(map(len, lines)) < 140
-
-
-def test_a_log_that_nobody_reads_holds_nobody_up(monkeypatch):
-    reader, writer = os.pipe()
-    with open(reader, "rb", buffering=0) as source, open(writer, "w", buffering=1) as sink:
-        os.set_blocking(writer, False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                os.write(writer, bytes(4096))
-        os.set_blocking(writer, True)
-        monkeypatch.setattr(sys, "stderr", sink)
-        thread = threading.Thread(target=log_line, args=("lost",), daemon=True)
-        thread.start()
-        thread.join(10)
-        waited = thread.is_alive()
-        source.read(1 << 24)
-        assert not waited
-        log_line("told")
-        assert source.read(100) == b"told\n"
 
 
 # ---- clients

@@ -602,7 +602,7 @@ def test_a_full_context_is_told_with_ways_out(opened, start, tiny_tokenizer, tmp
     expect(chat.notice).to_contain_text("This model's context is 64 tokens; the prompt has")
     expect(chat.page.locator("#context")).to_have_class("full")
     chat.press("As long as fits")
-    expect(chat.notice).to_contain_text("which leave no room for an answer")
+    expect(chat.notice).to_contain_text("which leaves 0 for an answer")
     chat.press("Leave out the oldest turn")
     chat.settle()
     assert chat.texts()[0] == ("jumps over a lazy dog " * 4).strip()
@@ -645,7 +645,7 @@ def test_a_text_that_fills_the_context_goes_on_without_its_beginning(
     chat.hear("7" * 55)
     written = chat.texts()[0][55:]
     chat.go.click()
-    expect(chat.notice).to_contain_text("which leave no room for an answer")
+    expect(chat.notice).to_contain_text("which leaves 0 for an answer")
     chat.press("Leave out the beginning")
     chat.settle()
     assert chat.texts()[0].startswith(written)
