@@ -321,8 +321,7 @@ def read_prompts(path=None, fast=False):
     """Returns the Prompts of a file, by default our 40; with `fast` those marked quick, if any."""
     path = str(path or CONFIGS / "smoke_prompts.json")
     if path.endswith(".txt"):
-        lines = read_text(path).split("\n")
-        prompts = [Prompt(line.strip()) for line in lines if line.strip()]
+        prompts = [Prompt(line.strip()) for line in read_text(path).split("\n") if line.strip()]
     else:
         prompts = [prompt for _, _, prompt in rows_in(path, to_prompt, '{"prompt": text, ...}')]
     return [prompt for prompt in prompts if fast and prompt.quick] or prompts
@@ -340,13 +339,13 @@ def to_prompt(row):
 # ---- Smoke prompts
 
 SAMPLING = Sampling(temperature=0.5, top_p=0.95, top_k=0)  # cooler, a base model repeats itself
-WORD = re.compile(r"[^\W_]+(?:['.,:][^\W_]+)*")  # or number
+WORD_OR_NUMBER = re.compile(r"[^\W_]+(?:['.,:][^\W_]+)*")
 SENTENCE_END = re.compile(r"[.!?][\"')*]*(?=\s|$)")
 
 
 def distinct(texts, n):
     """Returns distinct word n-grams / words over all texts (Li et al. 2016, arXiv:1510.03055)."""
-    texts = [WORD.findall(text.lower()) for text in texts]
+    texts = [WORD_OR_NUMBER.findall(text.lower()) for text in texts]
     grams = {tuple(words[at : at + n]) for words in texts for at in range(len(words) - n + 1)}
     return len(grams) / max(1, sum(map(len, texts)))
 
@@ -363,7 +362,10 @@ def score_response(prompt, response, finish):
     text = response.replace("\u2019", "'")
     for asked in filter(None, (prompt.prompt, prompt.base)):
         text = re.sub(rf"(?<!\w){re.escape(asked)}(?!\w)", " ", text).strip()
-    words, parts = WORD.findall(text), {"repetition": 0, "ending": 0, "answer": 0, "length": 0}
+    words, parts = (
+        WORD_OR_NUMBER.findall(text),
+        {"repetition": 0, "ending": 0, "answer": 0, "length": 0},
+    )
     if words:
         runs = [text[at : at + 8] for at in range(max(1, len(text) - 7))]
         ends = [mark.end() for mark in SENTENCE_END.finditer(text)]
@@ -767,7 +769,7 @@ def advice(results, rows):
     """Yields what to do about what is low; `rows` are `judged`'s."""
     text, boolq, parts = results["perplexity"], results["boolq"], results["smoke"]["parts"]
     if "baselines" in text and "unigram" not in text["verdict"]:
-        yield "perplexity: token frequencies do as well: wrong tokenizer, or too much fine-tuning"
+        yield "perplexity: token frequencies do as well: another tokenizer, or fine-tuned too much"
     elif any(row[3] == "worse" and row[0].startswith("perplexity") for row in rows):
         yield "perplexity: train longer while the validation loss falls, then on more text"
     if "n" in boolq and not boolq["verdict"].startswith("better"):
