@@ -362,10 +362,8 @@ def score_response(prompt, response, finish):
     text = response.replace("\u2019", "'")
     for asked in filter(None, (prompt.prompt, prompt.base)):
         text = re.sub(rf"(?<!\w){re.escape(asked)}(?!\w)", " ", text).strip()
-    words, parts = (
-        WORD_OR_NUMBER.findall(text),
-        {"repetition": 0, "ending": 0, "answer": 0, "length": 0},
-    )
+    words = WORD_OR_NUMBER.findall(text)
+    parts = {"repetition": 0, "ending": 0, "answer": 0, "length": 0}
     if words:
         runs = [text[at : at + 8] for at in range(max(1, len(text) - 7))]
         ends = [mark.end() for mark in SENTENCE_END.finditer(text)]
