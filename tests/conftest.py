@@ -94,7 +94,7 @@ def tiny_dataset(tmp_path_factory, tiny_documents):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """small_disk("6m") makes a folder a disk of that size, or changes its size; returns the folder."""
+    """small_disk("6m") makes a folder a disk of that size, or resizes it; returns the folder."""
     folder = tmp_path / "small_disk"
     folder.mkdir()
 

@@ -72,7 +72,7 @@ def blocks(page, kind):
 
 
 def commands(page):
-    """Yields (line number, command with its comment, None or the lines it prints), top to bottom."""
+    """Yields (line number, command with its comment, None or the lines it prints)."""
     found = [(n, line, None) for n, text in blocks(page, "sh") for n, line in lines_of(n, text)]
     for number, text in blocks(page, "console"):
         for part in re.split(r"^\$ ", text, flags=re.M)[1:]:
@@ -178,7 +178,7 @@ def passed_on(flag):
 
 
 def sentences():
-    """A pattern for every text in the code that says enough, with anything in place of its values."""
+    """Yields a pattern for every long text in the code, with anything in place of its values."""
     for node in (
         node for path in ROOMS for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
     ):
@@ -274,7 +274,7 @@ def python(folder, words, env):
 
 
 class Walk:
-    """A folder with the code and nothing else, as after git clone, and the server that runs there."""
+    """A folder with the code and nothing else, as after git clone, and its running server."""
 
     def __init__(self, folder):
         self.folder, self.count, self.server, self.url = folder, 0, None, ""
@@ -292,7 +292,7 @@ class Walk:
         return Run(log, python, (self.folder, words[at:], env), ranks)
 
     def other(self, command):
-        """Runs a program that is not ours, curl at the server; returns (status, what it printed)."""
+        """Runs another program, or curl at the server; returns (status, its output)."""
         if command.startswith("curl "):
             command = command.replace("http://127.0.0.1:8000", self.url).replace('s": 100', 's": 4')
         words = shrink(command)

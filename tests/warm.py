@@ -50,7 +50,7 @@ def start_server():
 
 
 def python():
-    """Returns the path of a Python that has imported everything; without fork(), of the plain one."""
+    """Returns the path of a Python that has imported everything, or without fork() a plain one."""
     return os.path.join(start_server(), "python") if hasattr(os, "fork") else sys.executable
 
 
