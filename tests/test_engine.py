@@ -305,12 +305,6 @@ def test_distributions_by_hand(settings, expected):
     torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
 
 
-def test_repetition_penalty_by_hand():
-    logits, history = torch.tensor([[2.0, -2.0, 1.0, 3.0]]), torch.tensor([[0, 1, 1, 0]])
-    penalized = sample.penalize(logits, history, torch.tensor([[2.0]]))
-    torch.testing.assert_close(penalized, torch.tensor([[1.0, -4.0, 1.0, 3.0]]))
-
-
 @pytest.mark.parametrize("seed", range(20))
 def test_rules_equal_transformers(seed):
     process = pytest.importorskip("transformers.generation.logits_process")
@@ -392,17 +386,10 @@ def test_equal_keys_run_equal_kernels():
     assert len({str(calls) for calls in recorded.values()}) == len(recorded)
 
 
-def test_temperature_0_is_argmax():
-    for row in (logits := torch.randn(5, 100)):
-        assert next_id(row, GREEDY, [0], 1.0) == row.argmax()
-    rows = [GREEDY] * 4 + [PLAIN]
-    tokens = next_token(
-        logits,
-        Branches.of(rows, 100),
-        rule_columns(rule_table(rows, 100)),
-        torch.zeros(5, 1, dtype=torch.long),
-        torch.ones(5, 1),
-    )
+def test_temperature_0_is_argmax_beside_a_draw():
+    rows, logits = [GREEDY] * 4 + [PLAIN], torch.randn(5, 100)
+    columns, history = rule_columns(rule_table(rows, 100)), torch.zeros(5, 1, dtype=torch.long)
+    tokens = next_token(logits, Branches.of(rows, 100), columns, history, torch.ones(5, 1))
     assert torch.equal(tokens[:4, 0], logits[:4].argmax(dim=-1))
 
 
@@ -478,18 +465,9 @@ def test_int8_by_the_formula():
     layers, x = [nn.Linear(96, n, bias=False) for n in (64, 32)], spread(5, 96)
     for layer in layers:
         layer.weight.copy_(spread(*layer.weight.shape))
-    expected = by_the_formula(torch.cat([layer.weight for layer in layers]), x)
+    layers[0].weight[2], x[3] = 0, 0  # of nothing comes nothing
+    expected = by_the_formula(torch.cat([layer.weight for layer in layers]), x).nan_to_num()
     torch.testing.assert_close(Int8Matrix(*layers)(x).double(), expected, atol=1e-6, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_int8_of_nothing_is_nothing():
-    layer = nn.Linear(8, 4, bias=False)
-    layer.weight[2] = 0
-    y = Int8Matrix(layer)(torch.stack([torch.zeros(8), torch.ones(8)]))
-    assert y[0].tolist() == [0] * 4
-    assert y[1, 2] == 0
-    assert y.isfinite().all()
 
 
 @torch.no_grad()
