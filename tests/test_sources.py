@@ -801,7 +801,7 @@ def test_a_mixture_comes_from_presets_and_flags_and_stands_alone(tmp_path):
 def test_bytes_read_grow_to_the_bytes_there_are(tmp_path):
     text = "\n".join(json.dumps({"text": f"{n} " * 500}) for n in range(2000))
     for number in range(3):
-        (tmp_path / f"{number}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+        (tmp_path / f"{number}.jsonl.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
         (tmp_path / f"{number}.json").write_text(text)
     size = sum(path.stat().st_size for path in tmp_path.iterdir())
     parts = [{"name": kind, "input_path": f"{tmp_path}/*{kind}"} for kind in ("json", "gz")]
