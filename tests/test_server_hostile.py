@@ -522,20 +522,14 @@ def test_who_never_reads(impatient):
 # ---- whether a client is gone
 
 
-def handler_of(sock):
-    """A Handler that has read its request."""
-    handler = Handler.__new__(Handler)
-    handler.connection = sock
-    return handler
-
-
 @pytest.fixture
 def pair():
+    handler = Handler.__new__(Handler)  # as after it has read its request
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        theirs = socket.create_connection(listener.getsockname())
-        ours, _ = listener.accept()
-    with ours, theirs:
-        yield handler_of(ours), theirs
+        client = socket.create_connection(listener.getsockname())
+        handler.connection, _ = listener.accept()
+    with handler.connection, client:
+        yield handler, client
 
 
 def wait_until(ready):
@@ -552,11 +546,8 @@ def test_a_client_that_closes_its_half_is_gone(pair):
     assert not handler.disconnected()
     client.shutdown(socket.SHUT_WR)  # a client that is through with sending counts as gone
     wait_until(handler.disconnected)
-
-
-def test_gone_when_closed_on_our_side(pair):
-    pair[0].connection.close()
-    assert pair[0].disconnected()
+    handler.connection.close()
+    assert handler.disconnected()
 
 
 def test_open_to_others_only_with_a_key():

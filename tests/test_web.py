@@ -206,29 +206,6 @@ def test_regenerate_and_edit_replace_what_follows(opened):
     assert len(chat.texts()) == 4
 
 
-def test_an_edit_outlives_a_drawing_of_the_page(opened, start, folder):
-    one = start(folder)
-    chat = opened(one).ready().set(Longest_answer=4)
-    chat.hear("One")
-    chat.page.get_by_role("button", name="Edit").click()
-    area = chat.page.get_by_label("New text")
-    area.fill("half of a change")
-    area.evaluate("e => e.setSelectionRange(4, 4)")
-    one.kill()
-    start(folder, port=one.port, model_name="renamed")
-    chat.page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")  # coming back
-    expect(chat.page.locator("#model")).to_have_text("renamed", timeout=30_000)
-    chat.page.keyboard.type(" and more")
-    expect(area).to_have_value("half and more of a change")
-    chat.press("Probabilities")
-    expect(area).to_have_value("half and more of a change")
-    area.press("Enter")
-    chat.settle()
-    assert chat.texts()[0] == "half and more of a change"
-    assert len(chat.texts()) == 2
-    expect(area).to_have_count(0)
-
-
 def test_a_reload_keeps_everything_and_a_new_conversation_can_be_undone(opened):
     chat = opened().ready().set(Longest_answer=8, Temperature=0.5)
     chat.page.evaluate("document.getElementById('settings').showModal()")
@@ -250,23 +227,6 @@ def test_a_reload_keeps_everything_and_a_new_conversation_can_be_undone(opened):
     expect(chat.page.get_by_role("heading", name="Ask something small.")).to_be_visible()
     chat.press("Undo")
     assert chat.texts() == texts
-
-
-def test_where_nothing_can_be_kept_the_page_says_so(opened):
-    error = "new DOMException('full', 'QuotaExceededError')"
-    refuse = f"Storage.prototype.setItem = () => {{ throw {error} }}"
-    chat = opened(before=refuse).ready().set(Longest_answer=4)
-    chat.hear("Hello")
-    assert len(chat.texts()) == 2
-    expect(chat.page.get_by_text("Not saved")).to_be_visible()
-
-
-def test_starting_questions(opened):
-    chat = opened().ready().set(Longest_answer=4)
-    chat.page.get_by_role("button", name="What is 3 plus 4?").click()
-    chat.settle()
-    assert chat.texts()[0] == "What is 3 plus 4?"
-    assert len(chat.texts()) == 2
 
 
 # ---- text is text
@@ -294,23 +254,13 @@ def test_export_import_and_markup_stays_text(opened, tmp_path):
     assert chat.page.evaluate("window.caught") is None
 
 
-def test_code_and_every_paragraphs_direction(opened, tmp_path):
+def test_code_stands_apart(opened, tmp_path):
     answer = "Here:\n\n```python\nx = '<b>'\n  y\n```\n\nSo.\n```\nhalf"
-    asked = "\u05e9\u05dc\u05d5\u05dd\nwhy"
-    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    messages = [{"role": "user", "content": "why"}, {"role": "assistant", "content": answer}]
     chat = opened().ready()
     chat.load(tmp_path / "code.json", messages)
     expect(chat.answers.locator("code")).to_have_text(["x = '<b>'\n  y", "half"])
     assert chat.texts()[1] == "Here:x = '<b>'\n  ySo.half"
-    edges = """e => [[0, 4], [5, 8]].map(([from, to]) => {
-        const range = document.createRange();
-        range.setStart(e.firstChild, from);
-        range.setEnd(e.firstChild, to);
-        const { left, right } = range.getBoundingClientRect(), around = e.getBoundingClientRect();
-        return [Math.round(left - around.left), Math.round(around.right - right)];
-    })"""
-    (_, hebrew), (latin, _) = chat.said.first.evaluate(edges)
-    assert (hebrew, latin) == (0, 0)
 
 
 def test_a_file_that_is_no_conversation_changes_nothing(opened, tmp_path):
@@ -436,47 +386,6 @@ def test_on_a_phone_nothing_is_cut_off_or_too_small_to_touch(opened, tmp_path, s
     assert chat.page.evaluate(fits)
 
 
-CONTRASTS = """() => {
-  const numbers = (colour) => {
-    const context = new OffscreenCanvas(1, 1).getContext('2d', {willReadFrequently: true});
-    const paint = (colour) => { context.fillStyle = colour; context.fillRect(0, 0, 1, 1); };
-    [].concat(colour).forEach(paint);
-    return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3);
-  };
-  const luminance = (colour) => {
-    const linear = (c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
-    const [r, g, b] = numbers(colour).map((c) => linear(c / 255));
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const under = (e) => e ? [...under(e.parentElement), getComputedStyle(e).backgroundColor] : [];
-  const texts = [...document.querySelectorAll('*')].filter((e) => e.checkVisibility() &&
-    [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()) &&
-    !e.matches('.unseen, :disabled'));
-  return texts.map((e) => {
-    const colours = [luminance(getComputedStyle(e).color), luminance(under(e))];
-    const [a, b] = colours.sort((a, b) => b - a);
-    return [(a + 0.05) / (b + 0.05), e.className || e.tagName, e.textContent.slice(0, 30)];
-  });
-}"""
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_text_can_be_read(opened, scheme):
-    chat = opened(color_scheme=scheme, reduced_motion="reduce").ready()
-    found = chat.page.evaluate(CONTRASTS)
-    chat.set(Longest_answer=24)
-    chat.hear("Hello")
-    chat.press("Probabilities")
-    levels = "document.querySelectorAll('.token').forEach((e, i) => e.dataset.level = i % 5)"
-    chat.page.evaluate(levels)
-    chat.page.locator(".token").first.hover()
-    found += chat.page.evaluate(CONTRASTS)
-    chat.press("Settings")
-    found += chat.page.evaluate(CONTRASTS)
-    assert len(found) > 60
-    assert [row for row in found if row[0] < 4.5] == []
-
-
 def paper(chat):
     return chat.page.evaluate("getComputedStyle(document.body).backgroundColor")
 
@@ -491,8 +400,6 @@ def test_dark_by_the_system_or_by_hand(opened):
     assert paper(chat) == light
     chat.press("Light or dark")
     assert paper(chat) == dark
-    chat.page.emulate_media(color_scheme="light")
-    assert paper(chat) == light, "what the system prefers is followed again"
 
 
 def test_everything_has_a_name_and_can_be_reached_by_keyboard(opened):
@@ -636,17 +543,3 @@ def test_a_base_model_continues_a_text(opened, start, tiny_tokenizer, tmp_path):
     assert chat.texts() == ["there was" + written]
     chat.press("Probabilities")
     assert "".join(chat.page.locator(".token").all_text_contents()) == written
-
-
-def test_a_text_that_fills_the_context_goes_on_without_its_beginning(
-    opened, start, tiny_tokenizer, tmp_path
-):
-    chat = opened(start(talkative(tmp_path / "short", tiny_tokenizer, sequence_length=64))).ready()
-    chat.hear("7" * 55)
-    written = chat.texts()[0][55:]
-    chat.go.click()
-    expect(chat.notice).to_contain_text("which leaves 0 for an answer")
-    chat.press("Leave out the beginning")
-    chat.settle()
-    assert chat.texts()[0].startswith(written)
-    assert len(chat.texts()[0]) > len(written)
