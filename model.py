@@ -192,14 +192,6 @@ def attend(q, k, v, mask=None, causal=True, dropout=0.0, backend="sdpa"):
     return F.dropout(scores.float().softmax(dim=-1), dropout).to(v.dtype) @ v
 
 
-def document_mask(documents):
-    """Returns (B, 1, T, T) bool for documents (B, T): a token sees its own up to itself."""
-    if documents is None:
-        return None
-    same = documents[:, :, None] == documents[:, None, :]
-    return same.tril()[:, None]
-
-
 class Attention(nn.Module):
     """Every token of x (B, T, C) collects from those it may see; returns (B, T, C)."""
 
@@ -293,7 +285,9 @@ class Decoder(nn.Module):
         rows = slice(T) if positions is None else positions
         # (T, D/2) or (B, T, D/2), and an axis for the heads
         rope = self.cos[rows].unsqueeze(-3), self.sin[rows].unsqueeze(-3)
-        mask = document_mask(documents) if cache is None else cache.mask(positions)
+        mask = None if cache is None else cache.mask(positions)
+        if documents is not None:  # a token sees its own document up to itself: (B, 1, T, T)
+            mask = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
         x = self.dropout(self.embed_tokens(ids))
         # most memory traffic is the residual stream's: under autocast it is kept in 16 bits
         if torch.is_autocast_enabled(x.device.type):
@@ -624,8 +618,7 @@ def from_hf(hf, where="config.json"):
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     rope = dict(accept("rope_parameters", rope, options["rope_scaling"], where))
     hf["rope_theta"] = rope.pop("rope_theta", None) or hf.get("rope_theta", ModelConfig.rope_theta)
-    older = rope.pop("type", "default")  # how transformers once spelled rope_type
-    kind = rope.pop("rope_type", older)
+    kind = rope.pop("rope_type", rope.pop("type", "default"))  # `type` is the older spelling
     hf["rope_scaling"] = None if kind == "default" else {"rope_type": kind} | rope
     if isinstance(hf.get("eos_token_id"), list):
         hf["eos_token_id"] = next(iter(hf["eos_token_id"]), None)
@@ -736,8 +729,9 @@ def weight_files(folder):
     for pattern in (ADAPTER_WEIGHTS, MODEL_WEIGHTS, "model-*-of-*.safetensors"):
         if files := sorted(Path(folder).glob(pattern)):
             return files
-    convert = "LlamaForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER) converts one"
-    raise UserError(f"{folder}: no {MODEL_WEIGHTS}; a pickle may run any code: {convert}")
+    pickles = "a pickle may run any code, so it is not read; transformers converts one"
+    convert = "LlamaForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+    raise UserError(f"{folder}: no {MODEL_WEIGHTS}; {pickles}: {convert}")
 
 
 # ---- An adapter's folder, PEFT's: adapter_config.json, adapter_model.safetensors
@@ -805,14 +799,12 @@ def load_adapter(folder):
     for key, plain in PLAIN_LORA.items():
         if (config.get(key) or plain[0]) not in plain:
             raise UserError(f"{path}: {key} is {json.dumps(config[key])}; only plain LoRA loads")
-    if isinstance(names := config.get("target_modules"), list):
-        # PEFT writes full names where it chose the modules itself
-        config["target_modules"] = sorted({str(name).rpartition(".")[2] for name in names})
-    options = {"r": Annotated[int, Range(1)], "lora_alpha": PositiveFloat}
-    options["target_modules"] = tuple[Projection, ...]
-    r, alpha, targets = (
-        accept(key, config.get(key), option_of(kind), path) for key, kind in options.items()
-    )
+    names = config.get("target_modules")
+    if isinstance(names, list):  # PEFT writes full names where it chose the modules itself
+        names = sorted({str(name).rpartition(".")[2] for name in names})
+    r = accept("r", config.get("r"), option_of(Annotated[int, Range(1)]), path)
+    alpha = accept("lora_alpha", config.get("lora_alpha"), option_of(PositiveFloat), path)
+    targets = accept("target_modules", names, option_of(tuple[Projection, ...]), path)
     base = find_base(folder, str(config.get("base_model_name_or_path")))
     model = add_lora(load_model(base.path), r, alpha, targets=targets)
     load_weights(model, folder)
@@ -826,16 +818,15 @@ def find_base(folder, name):
     """
     home = folder / "base.json"
     home = read_object(home) if home.is_file() else {}  # PEFT writes none
-    paths = (folder / str(home.get("relative_path", "")), Path(name))
-    paths = [path for path in paths if path.exists() and path.resolve() != folder.resolve()]
+    paths = ((folder / str(home.get("relative_path", ""))).resolve(), Path(name).resolve())
+    paths = [path for path in paths if path.exists() and path != folder.resolve()]
     if not paths:
         mend = f"put it back, or correct base_model_name_or_path in {ADAPTER_CONFIG}"
         raise UserError(f"{folder}: its base model {name} is not there; {mend}")
     base = identify(paths[0])
     if home.get("sha256", base.sha256) != base.sha256:
-        trained = f"this adapter was trained on a base with sha256 {home['sha256']!s:.12}.."
-        given = f"{base.path} has {base.sha256:.12}.."
-        raise UserError(f"{folder}: {trained}, but {given}; they do not belong together")
+        words = "this adapter was trained on another base; they do not belong together"
+        raise UserError(f"{folder} and {base.path}: {words}")
     return base
 
 
@@ -869,27 +860,23 @@ def activation_bytes(cfg, size=2, fused=True):
     return size * numbers * (1 if fused else 1.6)
 
 
-def memory_parts(cfg, rows):
-    """Returns bytes by part of a 16-bit training step on full rows, and of one row's KV cache."""
-    T, kv_width = cfg.sequence_length, cfg.kv_heads * cfg.head_dim
-    return {
-        "weights, gradients, Adam's moments (fp32)": 16 * count_parameters(cfg)["total"],
-        f"activations of {rows} full rows (16 bit)": cfg.n_layer * activation_bytes(cfg) * rows * T,
-        "logits, a group of rows at a time": 2 * min(rows * T * cfg.vocab_size, 1 << 27),
-        "KV cache of one full row (16 bit)": 4 * cfg.n_layer * kv_width * T,
-    }
-
-
 def main(cfg):
-    C, D, ratio = cfg.d_model, cfg.head_dim, cfg.d_ff / cfg.d_model
+    C, D, L, T = cfg.d_model, cfg.head_dim, cfg.n_layer, cfg.sequence_length
+    counts, rows = count_parameters(cfg), 8
+    memory = {
+        "weights, gradients, Adam's moments (fp32)": 16 * counts["total"],
+        f"activations of {rows} full rows (16 bit)": L * activation_bytes(cfg) * rows * T,
+        "logits, a group of rows at a time": 2 * min(rows * T * cfg.vocab_size, 1 << 27),
+        "KV cache of one full row (16 bit)": 4 * L * cfg.kv_heads * D * T,
+    }
     heads = f"{cfg.n_head} heads of {D}, {cfg.kv_heads} for keys and values"
-    print(f"{cfg.model_name}: {cfg.n_layer} layers x {C}, {heads}, d_ff {cfg.d_ff}")
-    print(f"  vocabulary {cfg.vocab_size}, context {cfg.sequence_length}\n\n  parameters")
-    for part, count in count_parameters(cfg).items():
+    print(f"{cfg.model_name}: {L} layers x {C}, {heads}, d_ff {cfg.d_ff}")
+    print(f"  vocabulary {cfg.vocab_size}, context {T}\n\n  parameters")
+    for part, count in counts.items():
         print(f"    {part:<42} {count:>15,}")
     print(f"  {'training FLOPs per token':<44} {flops_per_token(cfg):>15,}")
     print("\n  memory of a training step, computed from the shapes (not measured)")
-    for part, size in memory_parts(cfg, rows=8).items():
+    for part, size in memory.items():
         print(f"    {part:<42} {size / 1e6:>12,.1f} MB")
     # legal, but slow or unusual
     for name, size in {"vocab_size": cfg.vocab_size, "d_model": C, "d_ff": cfg.d_ff}.items():
@@ -897,8 +884,8 @@ def main(cfg):
             print(f"  warning: {name} {size} is no multiple of 64: its matmuls will be slower")
     if D not in (32, 64, 96, 128):
         print(f"  warning: head width {D} is unusual; attention kernels like 64 or 128")
-    if not 2 <= ratio <= 6:
-        print(f"  warning: d_ff / d_model = {ratio:.2f} is outside the usual 2 to 6")
+    if not 2 <= cfg.d_ff / C <= 6:
+        print(f"  warning: d_ff / d_model = {cfg.d_ff / C:.2f} is outside the usual 2 to 6")
     if cfg.foreign_keys:
         print(f"\n  not about the architecture, left to train.py: {', '.join(cfg.foreign_keys)}")
 

@@ -162,11 +162,9 @@ def test_both_folders_may_move_together_and_a_base_into_a_training(base, adapter
     assert torch.equal(llama.load_model(tmp_path / "elsewhere" / "adapter")(IDS), expected)
 
 
-def test_an_adapter_of_another_base_is_refused_by_both_hashes(base, adapter):
-    trained = llama.identify(base).sha256
+def test_an_adapter_of_another_base_is_refused(base, adapter):
     llama.save_model(build(seed=9), base)
-    words = f"sha256 {trained[:12]}.*has {llama.identify(base).sha256[:12]}.*do not belong together"
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=f"{base}: this adapter was trained on another base"):
         llama.load_model(adapter)
 
 
