@@ -63,7 +63,10 @@ def internal_error():
 
 
 def log_line(text):
-    """Writes to stderr in one piece and without a lock: any thread and a signal may call it."""
+    """Writes to stderr in one piece, or drops the text where nobody reads a full pipe."""
+    with suppress(OSError, ValueError):  # select knows only sockets on Windows
+        if not select.select([], [2], [], 0)[1]:
+            return
     with suppress(OSError):
         os.write(2, (text + "\n").encode("utf-8", "replace"))
 

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -709,6 +710,15 @@ def test_the_log_is_short_and_holds_no_contents(chatty):
     lines = chatty.text[chatty.text.index("http://") :].splitlines()[1:]
     assert [line for line in lines if not re.fullmatch(pattern, line)] == []
     assert max(map(len, lines)) < 140
+
+
+def test_a_log_that_nobody_reads_holds_nobody_up():
+    code = "from server import log_line; [log_line('x' * 99) for _ in range(9000)]; print('done')"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes) as process:
+        written, _, _ = select.select([process.stdout], [], [], 60)
+        process.kill()
+        assert written
 
 
 # ---- clients
