@@ -363,9 +363,10 @@ def ending(requests):
     """An exception inside ends these requests, so that no slot is lost."""
     try:
         yield
-    except BaseException:
+    except BaseException as problem:
         for request in requests:
-            request.finish = request.finish or "error"
+            stopped = isinstance(problem, KeyboardInterrupt)
+            request.finish = request.finish or ("stopped" if stopped else "error")
         raise
 
 
