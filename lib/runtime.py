@@ -12,12 +12,14 @@ import re
 import signal
 import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from lib.config import UserError
+from lib.config import UserError, read_object
 
 
 class Stopped(Exception):
@@ -274,8 +276,7 @@ def less_memory(cfg):
 # ---- GPUs
 
 
-@dataclass(frozen=True)
-class Card:
+class GPU(NamedTuple):
     """A GPU by its datasheet."""
 
     label: str  # occurs in torch's name of it
@@ -284,38 +285,16 @@ class Card:
     bandwidth: float  # bytes per second
 
 
-CARDS = {
-    # NVIDIA's datasheets of the data center cards; those that print sparse figures halved
-    "b200": Card("B200", 2250e12, 180e9, 8000e9),
-    "h200": Card("H200", 989e12, 141e9, 4800e9),
-    "h100": Card("H100", 989e12, 80e9, 3350e9),
-    "h100-pcie": Card("H100 PCIe", 756e12, 80e9, 2000e9),
-    "a100": Card("A100", 312e12, 80e9, 2039e9),
-    "a100-40gb": Card("A100-SXM4-40GB", 312e12, 40e9, 1555e9),
-    "l40s": Card("L40S", 362e12, 48e9, 864e9),
-    "l4": Card("L4", 121e12, 24e9, 300e9),
-    "a10": Card("A10", 125e12, 24e9, 600e9),
-    "a6000": Card("RTX A6000", 154.8e12, 48e9, 768e9),
-    # the appendices of the architecture whitepapers: RTX Blackwell, Ada, Ampere GA102
-    "rtx5090": Card("RTX 5090", 209.5e12, 32e9, 1792e9),
-    "rtx5080": Card("RTX 5080", 112.6e12, 16e9, 960e9),
-    "rtx4090": Card("RTX 4090", 165.2e12, 24e9, 1008e9),
-    "rtx4080": Card("RTX 4080", 97.5e12, 16e9, 716.8e9),
-    "rtx4070ti": Card("RTX 4070 Ti", 80.2e12, 12e9, 504e9),
-    "rtx3090": Card("RTX 3090", 71e12, 24e9, 936e9),
-    "rtx3080": Card("RTX 3080", 59.5e12, 10e9, 760e9),
-    "rtx3070": Card("RTX 3070", 40.6e12, 8e9, 448e9),
-    # computed as those papers compute theirs, 4 FLOPs a clock and core, from NVIDIA's pages
-    "rtx4090-16gb": Card("RTX 4090 Laptop", 4 * 9728 * 2.04e9, 16e9, 576e9),
-    "rtx4070": Card("RTX 4070", 4 * 5888 * 2.475e9, 12e9, 504e9),
-    "rtx4060ti-16gb": Card("RTX 4060 Ti", 4 * 4352 * 2.535e9, 16e9, 288e9),
-    "rtx4060": Card("RTX 4060", 4 * 3072 * 2.46e9, 8e9, 272e9),
-    "rtx3060": Card("RTX 3060", 4 * 3584 * 1.777e9, 12e9, 360e9),
-}
+def datasheets():
+    """Returns {name: GPU} of configs/gpus/datasheets.json."""
+    entries = read_object(Path(__file__).parents[1] / "configs/gpus/datasheets.json")
+    return {name: GPU(**entry) for name, entry in entries.items() if name[0] != "_"}
 
 
 def peak_flops(device):
-    """Returns the dense bf16 FLOP/s of the card at hand, or None if it is unknown."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    cards = [card for card in CARDS.values() if re.search(rf"\b{card.label}\b", name)]
-    return max(cards, key=lambda card: len(card.label)).flops if cards else None
+    """Returns the dense bf16 FLOP/s of the GPU at hand, or None if it is unknown."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    gpus = [gpu for gpu in datasheets().values() if re.search(rf"\b{gpu.label}\b", name)]
+    return max(gpus, key=lambda gpu: len(gpu.label)).flops if gpus else None

@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 import numpy as np
 
 from lib.config import UserError
-from lib.runtime import CARDS, autocast, memory_used, to_device
+from lib.runtime import autocast, datasheets, memory_used, to_device
 from model import ModelConfig, activation_bytes, count_parameters, flops_per_token, rows_per_group
 from train import State, announce, compiles, total_steps, with_vocab_size
 
@@ -248,9 +248,10 @@ def card_plan(cfg, name):
     """Returns the lines of a plan for a card that is elsewhere; UserError if its data are not
     known.
     """
-    if name not in CARDS:
-        raise UserError(f"plan_gpu: {name!r} is not known; use one of {', '.join(CARDS)}")
-    cfg, card = with_vocab_size(cfg), CARDS[name]
+    cards = datasheets()
+    if name not in cards:
+        raise UserError(f"plan_gpu: {name!r} is not known; use one of {', '.join(cards)}")
+    cfg, card = with_vocab_size(cfg), cards[name]
     seconds, tokens, room = card_seconds(cfg, card), tokens_per_step(cfg), card.memory - RESERVE
     fitting = [
         n for n in (2**k for k in range(11)) if memory(replace(cfg, batch_size=n))["peak"] <= room

@@ -511,12 +511,13 @@ class GpuConfig:
 
 def find_card(gpu):
     """Returns (name, bytes of memory) of a card by its datasheet, or of this machine's card."""
-    from lib.runtime import CARDS
+    from lib.runtime import datasheets
 
     if gpu:
-        if gpu not in CARDS:
-            raise UserError(f"gpu: {gpu!r} is not known; use one of {', '.join(CARDS)}")
-        return gpu, CARDS[gpu].memory
+        cards = datasheets()
+        if gpu not in cards:
+            raise UserError(f"gpu: {gpu!r} is not known; use one of {', '.join(cards)}")
+        return gpu, cards[gpu].memory
     import torch
 
     if not torch.cuda.is_available():
