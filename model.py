@@ -358,13 +358,13 @@ class KVCache:
     def append(self, layer, k, v, positions):
         """Stores k, v (B, K, T, D) of a layer; returns all its queries may see, (B, K, S, D)."""
         k_all, v_all = self.k[layer], self.v[layer]
-        k, v = k.to(k_all.dtype), v.to(v_all.dtype)
         if self.start is not None:
             end = self.start + k.shape[2]
             k_all[:, :, self.start : end], v_all[:, :, self.start : end] = k, v
             return k_all[:, :, :end], v_all[:, :, :end]
         rows = torch.arange(len(k), device=k.device)[:, None]
-        k_all[rows, :, positions], v_all[rows, :, positions] = k.transpose(1, 2), v.transpose(1, 2)
+        k, v = (x.transpose(1, 2).to(k_all.dtype) for x in (k, v))
+        k_all[rows, :, positions], v_all[rows, :, positions] = k, v
         return k_all[:, :, : self.window], v_all[:, :, : self.window]
 
     def mask(self, positions):

@@ -7,9 +7,8 @@ python sample.py --chat --model_path=checkpoints/dpo
 import os
 
 # A decode step on a CPU is about a hundred parallel regions of some microseconds each; waking
-# OpenMP's threads costs more than their work. Threads that spin in between decode 1.3 to 2.7 times
-# as fast on two idle cores. 10^7 turns last some 50 ms, so a server that waits for a request leaves
-# the cores alone. OpenMP reads both variables once, when torch loads it.
+# OpenMP's threads costs more than their work. Threads that spin in between, for some 50 ms at most,
+# decode 1.3 to 2.7 times as fast on two idle cores. OpenMP reads this once, when torch loads it.
 os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000000")
 
@@ -159,14 +158,13 @@ def uniforms(seed, count):
     return 1 - torch.rand(count, generator=generator)
 
 
-# ---- Weights for decoding: the model's own decoder, its blocks exchanged for leaner ones
+# ---- Weights for decoding: the model's own decoder, its blocks exchanged for a leaner module
 #
 # Two things decide the speed of a decode step, which multiplies every weight with a row or a few:
 # the bytes of the weights, and the number of small operations between the matrix products. `fuse`
 # leaves Decoder.forward alone and exchanges its parts: queries, keys and values are one matrix,
-# gate and up another, on a CPU input-major, which BLAS reads fastest for few rows. Exchanging the
-# linear layers only would leave twice as many small operations (norms, rotations, sums). A fused
-# model computes the same function; it cannot be trained or saved.
+# gate and up another, on a CPU input-major, which BLAS reads fastest for few rows; one module runs
+# all blocks. A fused model computes the same function; it cannot be trained or saved.
 
 
 class Matrix(nn.Module):
@@ -230,41 +228,49 @@ class Int8Matrix(Matrix):
         return self.weight[ids] * self.scale[ids, None]
 
 
-class FusedBlock(nn.Module):
-    """model.Block for inference. `rope` is cos and sin (.., T, D), see `fuse`."""
+class FusedBlocks(nn.Module):
+    """All of a model's blocks for inference. `rope` is cos and sin (.., T, D), see `fuse`."""
 
-    def __init__(self, block, cfg, matrix):
+    def __init__(self, decoder, cfg, matrix):
         super().__init__()
-        attention, mlp = block.self_attn, block.mlp
-        self.layer, self.heads = attention.layer, (cfg.n_head, cfg.kv_heads, cfg.head_dim)
-        qkv = matrix(attention.q_proj, attention.k_proj, attention.v_proj)
-        out, down = matrix(attention.o_proj), matrix(mlp.down_proj)
-        gate_up = matrix(mlp.gate_proj, mlp.up_proj)
+        self.heads, blocks = (cfg.n_head, cfg.kv_heads, cfg.head_dim), decoder.layers
+        self.layers, self.norms, self.matrices = [], nn.ParameterList(), nn.ModuleList()
         # RMSNorm in four calls: x / rms(x) = x sqrt(C) / hypot(|x|, sqrt(C epsilon))
-        norms = block.input_layernorm.weight, block.post_attention_layernorm.weight
-        norms = [norm.detach().float() * math.sqrt(cfg.d_model) for norm in norms]
-        self.norms = nn.ParameterList(nn.Parameter(norm, requires_grad=False) for norm in norms)
         radius = math.sqrt(cfg.d_model * cfg.layer_norm_epsilon)
-        self.radius = torch.tensor(radius, device=norms[0].device)
-        self.matrices = nn.ModuleList([qkv, out, gate_up, down])
-        self.parts = (self.norms[0], qkv, out, self.norms[1], gate_up, down)  # a tuple is fast
+        self.radius = torch.tensor(radius, device=decoder.cos.device)
+        while blocks:  # one by one: a single layer is held twice
+            block = blocks.pop(0)
+            attention, mlp = block.self_attn, block.mlp
+            for norm in (block.input_layernorm, block.post_attention_layernorm):
+                weight = norm.weight.detach().float() * math.sqrt(cfg.d_model)
+                self.norms.append(nn.Parameter(weight, requires_grad=False))
+            qkv = matrix(attention.q_proj, attention.k_proj, attention.v_proj)
+            out, down = matrix(attention.o_proj), matrix(mlp.down_proj)
+            gate_up = matrix(mlp.gate_proj, mlp.up_proj)
+            self.matrices.extend([qkv, out, gate_up, down])
+            # a tuple is read faster than attributes of a module
+            self.layers.append((self.norms[-2], qkv, out, self.norms[-1], gate_up, down))
 
     def forward(self, x, rope, mask, positions, cache):
         (B, T, C), (H, K, D), (cos, sin) = x.shape, self.heads, rope
-        norm, qkv, out, second_norm, gate_up, down = self.parts
-        x = x.view(B * T, C)
-        qkv = qkv.times(self.normed(x, norm)).view(B, T, H + 2 * K, D).transpose(1, 2)
-        qk, v = qkv.split([H + K, K], dim=1)  # (B, H + K, T, D), (B, K, T, D)
-        # queries and keys turn in one go: x cos + (x rolled by half a head) sin
-        qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin).to(x.dtype)
-        q, k = qk.split([H, K], dim=1)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v, positions)
         # behind the first positions a single query sees all keys, and several have a mask
-        y = attend(q, k, v, mask, causal=cache is None or cache.start == 0)
-        x = out.onto(x, y.transpose(1, 2).reshape(B * T, H * D))
-        gate, up = gate_up.times(self.normed(x, second_norm)).chunk(2, dim=1)
-        return down.onto(x, F.silu(gate).mul_(up)).view(B, T, C)
+        causal = cache is None or cache.start == 0
+        if mask is not None and mask.is_cuda:  # as a term of the scores: SDPA would convert it
+            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -torch.inf)
+        x = x.view(B * T, C)
+        for layer, (norm, qkv, out, second_norm, gate_up, down) in enumerate(self.layers):
+            heads = qkv.times(self.normed(x, norm)).view(B, T, H + 2 * K, D).transpose(1, 2)
+            qk, v = heads.split([H + K, K], dim=1)  # (B, H + K, T, D), (B, K, T, D)
+            # queries and keys turn in one go: x cos + (x rolled by half a head) sin
+            qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin).to(x.dtype)
+            q, k = qk.split([H, K], dim=1)
+            if cache is not None:
+                k, v = cache.append(layer, k, v, positions)
+            y = attend(q, k, v, mask, causal)
+            x = out.onto(x, y.transpose(1, 2).reshape(B * T, H * D))
+            gate, up = gate_up.times(self.normed(x, second_norm)).chunk(2, dim=1)
+            x = down.onto(x, F.silu(gate).mul_(up))
+        return x.view(B, T, C)
 
     def normed(self, x, weight):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
@@ -282,8 +288,7 @@ def fuse(model, int8=False):
     decoder.embed_tokens = decoder.table.rows
     decoder.cos = torch.cat((decoder.cos, decoder.cos), dim=-1)  # (positions, D)
     decoder.sin = torch.cat((-decoder.sin, decoder.sin), dim=-1)
-    for layer, block in enumerate(decoder.layers):  # one by one: a single layer is held twice
-        decoder.layers[layer] = FusedBlock(block, model.cfg, matrix)
+    decoder.layers = nn.ModuleList([FusedBlocks(decoder, model.cfg, matrix)])
     return model
 
 
@@ -303,6 +308,7 @@ class Request:
     sampling: Sampling = Sampling()
     stop_ids: Collection[int] = ()
     top_logprobs: int | None = None  # record log-probabilities, and those of so many likeliest ids
+    echo: bool = False  # record the log-probabilities of the prompt first
     ids: list[int] = field(default_factory=list)  # the answer, without the id that stopped it
     # for each id its own log-probability and [(id, log-probability), ...], the likeliest first
     logprobs: list[tuple] = field(default_factory=list)
@@ -324,22 +330,12 @@ class Request:
         return id
 
 
-class RowCache(KVCache):
-    """A KVCache whose rows may be computed apart."""
-
-    def part(self, rows):
-        """Returns the slice `rows`: the same memory, but a `start` and a window of its own."""
-        part = copy.copy(self)
-        part.k, part.v = [k[rows] for k in self.k], [v[rows] for v in self.v]
-        part.lengths = self.lengths[rows]
-        return part
-
-    def mask(self, positions):
-        """As KVCache's, on CUDA as a term of the scores: SDPA would convert it in every layer."""
-        mask = super().mask(positions)
-        if mask is None or not mask.is_cuda:
-            return mask
-        return torch.zeros_like(mask, dtype=self.k[0].dtype).masked_fill(~mask, -torch.inf)
+def rows_of(cache, rows):
+    """Returns the slice `rows` of a KVCache: the same memory, a `start` and a window of its own."""
+    part = copy.copy(cache)
+    part.k, part.v = [k[rows] for k in cache.k], [v[rows] for v in cache.v]
+    part.lengths = cache.lengths[rows]
+    return part
 
 
 def window_for(length):
@@ -385,7 +381,7 @@ class Engine:
         self.model, self.device, self.graphs, self.chunk = model, weight.device, graphs, chunk
         self.limit = min(limit or context, context)  # of prompt and answer together
         capacity = window_for(self.limit) if graphs else self.limit
-        self.cache = RowCache(model.cfg, slots, capacity, self.device, weight.dtype)
+        self.cache = KVCache(model.cfg, slots, capacity, self.device, weight.dtype)
         # what a step reads and writes never moves, as CUDA graphs need it; a row for each slot:
         on = {"device": self.device}
         self.tokens = torch.zeros(slots, 1, dtype=torch.long, **on)  # the newest, not yet fed
@@ -393,7 +389,7 @@ class Engine:
         self.uniforms = torch.ones(slots, self.limit, **on)  # by position of the token to draw
         self.table = rule_table([Sampling()] * slots, model.cfg.vocab_size).to(self.device)
         self.requests = [Request([], 0, finish="stop")] * slots
-        self._look_at(slots)
+        self.part = None  # the cache and the rules of the rows that are computed
         self.fed = [0] * slots  # positions in the cache, as the host knows them
         self.joining = []  # slots whose prompts wait to be prefilled, oldest first
         self.burst = 1 if self.device.type == "cpu" else 8  # steps per wait for the device
@@ -407,9 +403,10 @@ class Engine:
 
     def join(self, requests):
         """Puts requests into free slots, which it returns. UserError for a prompt too long."""
-        for length in (len(request.prompt) for request in requests):
+        for request in requests:
+            length = len(request.prompt)
             assert length, "a prompt holds BOS at least"
-            if length >= self.limit:
+            if length + min(1, request.max_new_tokens) > self.limit:
                 problem = f"{length} tokens (BOS included) leave no room for an answer"
                 raise UserError(f"prompt: {problem} in a context of {self.limit}; shorten it")
         assert len(self.free) >= len(requests), f"{len(requests)} requests, {len(self.free)} slots"
@@ -417,9 +414,10 @@ class Engine:
         self.joining = [slot for slot in self.joining if slot not in slots] + slots
         for slot, request in zip(slots, requests):
             self.requests[slot], self.fed[slot] = request, 0
+            request.logprobs = [(None, [])] * request.echo  # nothing tells a prompt's first id
         return slots
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def advance(self):
         """Takes a turn: up to `chunk` positions of waiting prompts, then a step or a few for rows.
 
@@ -455,9 +453,13 @@ class Engine:
             with ending([request]):
                 if piece:
                     self.cache.lengths[slot] = begin
-                    row = self.cache.part(slice(slot, slot + 1))
+                    row = rows_of(self.cache, slice(slot, slot + 1))
                     row.start = begin
-                    self.model.model(torch.tensor([piece], device=self.device), cache=row)
+                    x = self.model.model(torch.tensor([piece], device=self.device), cache=row)
+                    if request.echo:  # each position predicts the next id
+                        logits, ids = self.model.lm_head(x[0]), request.prompt[begin + 1 :]
+                        ids = torch.tensor(ids[: len(piece)], device=self.device)[:, None]
+                        request.logprobs += listed(*log_probs(logits, ids, request.top_logprobs))
                 spent, self.fed[slot] = spent + len(piece), begin + len(piece)
                 if self.fed[slot] == len(request.prompt) - 1:
                     self._seat(slot)
@@ -465,17 +467,18 @@ class Engine:
     def _seat(self, slot):
         """The prompt in `slot` is in the cache: its row, and all with an equal one, may decode."""
         opening, size = self.requests[slot].prompt[:-1], len(self.requests[slot].prompt)
-        seated = [i for i in self.joining if self.requests[i].prompt[:-1] == opening]
+        alike = [i for i in self.joining if self.requests[i].prompt[:-1] == opening]
+        seated = [i for i in alike if i == slot or not self.requests[i].echo]
         for stored in (*self.cache.k, *self.cache.v) if len(seated) > 1 else ():  # of each layer
             stored[seated, :, : size - 1] = stored[slot, :, : size - 1].clone()
-        settings = [self.requests[i].sampling for i in seated]
-        self.table[seated] = rule_table(settings, self.model.cfg.vocab_size).to(self.device)
-        for i, sampling in zip(seated, settings):
-            prompt = torch.tensor(self.requests[i].prompt, device=self.device)
+        for i, request in ((i, self.requests[i]) for i in seated):
+            self.table[i] = rule_table([request.sampling], self.model.cfg.vocab_size)[0]
+            prompt = torch.tensor(request.prompt, device=self.device)
             self.fed[i] = self.cache.lengths[i] = size - 1
             self.tokens[i], self.history[i], self.history[i, :size] = prompt[-1], prompt[0], prompt
-            numbers = uniforms(sampling.seed, self.limit - size)
+            numbers = uniforms(request.sampling.seed, self.limit - size)
             self.uniforms[i, size:] = numbers.to(self.device)
+            request.finish = request.finish or (None if request.max_new_tokens else "length")
         self.joining = [i for i in self.joining if i not in seated]
 
     def _decode(self, rows):
@@ -492,8 +495,9 @@ class Engine:
         longest = min(max(fed) + count, self.limit)
         # equally long rows are appended to, and read, as slices: no mask, no index
         even = len(set(self.fed[:size])) == 1 and not any(slot < size for slot in self.joining)
-        if size != len(self.part.lengths):
-            self._look_at(size)
+        if self.part is None or size != len(self.part.lengths):
+            self.part = rows_of(self.cache, slice(size))
+            self.columns = rule_columns(self.table[:size])
         self.part.start = self.fed[0] if even and not self.graphs else None
         self.part.window = window_for(longest) if self.graphs else longest
         new = torch.empty(count, size, dtype=torch.long, device=self.device)
@@ -505,10 +509,6 @@ class Engine:
                 reports[step] = listed(*report)
         self.fed = [fed + count * (slot not in self.joining) for slot, fed in enumerate(self.fed)]
         return list(zip(new.tolist(), reports))  # here the host waits for the device
-
-    def _look_at(self, size):
-        """Lets the next steps compute the first `size` rows."""
-        self.part, self.columns = self.cache.part(slice(size)), rule_columns(self.table[:size])
 
     def _step(self, branches, top, forward=decode):
         """Puts the next tokens in the place of the newest; returns the `log_probs` of these."""
@@ -589,27 +589,6 @@ def listed(own, values, ids):
     return list(zip(own.flatten().tolist(), pairs))
 
 
-@torch.no_grad()
-def token_logprobs(model, rows, top=0, chunk=256):
-    """Yields for each row of ids what `Request.logprobs` would hold; for the first id (None, []).
-
-    The logits (T, V) never stand whole: `chunk` positions at a time. UserError for a row that is
-    longer than the model's context.
-    """
-    weight, context = model.model.norm.weight, model.cfg.sequence_length
-    for row in rows:
-        if len(row) > context:
-            problem = f"{len(row)} tokens do not fit the model's context of {context}"
-            raise UserError(f"{problem}; shorten the text")
-        ids, logprobs = torch.tensor(row, device=weight.device), [(None, [])]
-        cache = KVCache(model.cfg, 1, len(row), weight.device, weight.dtype)
-        for begin in range(0, len(row) - 1, chunk):
-            end = min(begin + chunk, len(row) - 1)
-            logits = model(ids[None, begin:end], cache=cache)[0]
-            logprobs += listed(*log_probs(logits, ids[begin + 1 : end + 1, None], top))
-        yield logprobs
-
-
 # ---- From folders to models, from ids to text
 
 
@@ -620,11 +599,9 @@ def open_model(folder, device="auto", dtype="auto", compile=False):
     """
     device = choose_device(device)
     if dtype == "int8" and device.type != "cpu":
-        problem = f"dtype=int8 is for a CPU, and this run is on {device.type}"
-        raise UserError(f"{problem}; use --dtype=auto")
+        raise UserError(f"dtype=int8 is for a CPU, not for {device.type}; use --dtype=auto")
     if compile and device.type != "cuda":
-        problem = f"CUDA graphs need CUDA, and this run is on {device.type}"
-        raise UserError(f"compile: {problem}; leave it off")
+        raise UserError(f"compile: CUDA graphs need CUDA, this is {device.type}; leave it off")
     on_cpu = device.type == "cpu" and dtype in ("auto", "int8")
     model = load_model(folder, device, choose_dtype("fp32" if on_cpu else dtype, device)[0])
     tokenizer = Tokenizer.load(model_folder(folder))
@@ -696,12 +673,11 @@ def print_replies(engine, requests, replies):
 
     Then notes how each answer ended and the speed. Ctrl-C ends them all, with finish "stopped".
     """
-    texts, times = [""] * len(requests), [time.perf_counter()]
+    texts, start = [""] * len(requests), time.perf_counter()
     header = "--- sample {} ---\n" if len(requests) > 1 else ""
     show(header.format(1))
     try:
         for ids in generate(engine.model, requests, engine):
-            times.append(time.perf_counter())
             for row, (id, request, reply) in enumerate(zip(ids, requests, replies)):
                 text = "" if id is None else reply.push(id)
                 request.finish = "stop" if reply.stopped else request.finish
@@ -712,11 +688,11 @@ def print_replies(engine, requests, replies):
         for request in requests:
             request.finish = request.finish or "stopped"
     show("\n" + "".join(f"{header.format(i)}{text}\n" for i, text in enumerate(texts[1:], 2)))
-    note(outcome(requests, times, engine))
+    note(outcome(requests, time.perf_counter() - start, engine))
     return texts
 
 
-def outcome(requests, times, engine):
+def outcome(requests, seconds, engine):
     """Returns how each answer ended (see Request.finish), its seed, and the speed."""
     context, weight = engine.model.cfg.sequence_length, engine.model.lm_head.weight
     lines = []
@@ -724,10 +700,9 @@ def outcome(requests, times, engine):
         which, used = f"sample {number}: " * (len(requests) > 1), len(request.prompt + request.ids)
         ended = f"{len(request.ids)} tokens, ended by {request.finish}"
         lines.append(f"{which}{ended}, seed {request.sampling.seed}, context {used} of {context}")
-    count, seconds = sum(len(request.ids) for request in requests), times[-1] - times[0]
+    count = sum(len(request.ids) for request in requests)
     speed = f"{count} tokens in {seconds:.2f} s: {count / max(seconds, 1e-9):,.0f} tokens/s"
-    first = f"the first after {1000 * (times[:2][-1] - times[0]):.0f} ms"
-    lines.append(f"{speed}, {first}; {weight.dtype} on {weight.device}")
+    lines.append(f"{speed}; {weight.dtype} on {weight.device}")
     return ("\n" if len(requests) > 1 else "; ").join(lines)
 
 
@@ -762,20 +737,17 @@ class Chat:
     def obey(self, line):
         """Does what a line says; returns False for /quit. UserError if it can't be done."""
         word, _, rest = line.strip().partition(" ")
-        commands = {"/clear": self.clear, "/retry": self.retry, "/help": lambda: note(HELP)}
-        commands |= {"/quit": lambda: None}
-        with_text = {"/system": self.system, "/save": self.save}
+        commands = {"/clear": self.clear, "/retry": self.retry, "/help": lambda _: note(HELP)}
+        commands |= {"/system": self.system, "/save": self.save, "/quit": lambda _: None}
         if word in commands:
-            commands[word]()
-        elif word in with_text:
-            with_text[word](rest.strip())
+            commands[word](rest.strip())
         elif word.startswith("/") and not word.startswith("//"):
             raise UserError(f"{word}: no such command; /help lists them, // begins a text with a /")
         elif word:
             self.ask(line.replace("//", "/", 1) if word.startswith("//") else line)
         return word != "/quit"
 
-    def clear(self):
+    def clear(self, _):
         self.messages = [message for message in self.messages if message["role"] == "system"]
 
     def system(self, text):
@@ -784,9 +756,7 @@ class Chat:
         if not text:
             return note("".join(systems) or "no system message")
         if self.template is None:
-            raise UserError(
-                "system: without a chat template there is no system message; leave it out"
-            )
+            raise UserError("system: the model has no chat template, so no system message; drop it")
         self.tokenizer.encode(text)  # UserError if it is not Unicode
         messages = self.messages[len(systems) :]
         self.messages = [{"role": "system", "content": text}, *messages]
@@ -813,7 +783,7 @@ class Chat:
         """Answers a question; it takes the place of a last one that got no answer."""
         self.answer([*self.before("user"), {"role": "user", "content": text}])
 
-    def retry(self):
+    def retry(self, _):
         """Answers the last question again."""
         messages = self.before("assistant")
         if not messages or messages[-1]["role"] != "user":

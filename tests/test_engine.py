@@ -30,7 +30,6 @@ from sample import (
     open_model,
     rule_columns,
     rule_table,
-    token_logprobs,
     uniforms,
 )
 from tests import ROOT
@@ -111,6 +110,18 @@ def uncached(model, prompt, sampling, count=10):
 def finish_all(engine, rows):
     while any(row.finish is None for row in rows):
         list(engine.advance())
+
+
+def test_ctrl_c_in_a_step_ends_its_rows_as_stopped(model):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    row, engine = Request(PROMPTS[1], 9, GREEDY), Engine(model, 1)
+    engine.step = interrupted
+    engine.join([row])
+    with pytest.raises(KeyboardInterrupt):
+        list(engine.advance())
+    assert (row.finish, engine.free) == ("stopped", [0])
 
 
 # ---- the cache
@@ -571,19 +582,29 @@ def test_recorded_log_probabilities_are_the_models_own(model, burst):
             agree(row.logprobs, exact, row.ids, top)
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 256])
-def test_log_probabilities_of_rows_are_those_of_one_pass(model, chunk):
-    rows = [PROMPTS[6], [1], PROMPTS[3]]
-    for row, known in zip(rows, token_logprobs(model, rows, top=2, chunk=chunk), strict=True):
-        assert known[0] == (None, [])
-        agree(known[1:], exact_log_probs(model, row), row[1:], 2)
-    assert all(likeliest == [] for _, likeliest in next(token_logprobs(model, rows, chunk=chunk)))
-
-
-def test_a_row_beyond_the_context_has_no_log_probabilities(model):
-    assert len(next(token_logprobs(model, [[1] * 48]))) == 48
-    with pytest.raises(UserError, match=r"49 tokens.* 48"):
-        next(token_logprobs(model, [[1] * 49]))
+@pytest.mark.parametrize("chunk", [1, 5, 512])
+def test_log_probabilities_of_prompts_are_those_of_one_pass(model, chunk):
+    prompts = [
+        PROMPTS[6],
+        [1],
+        PROMPTS[3],
+        PROMPTS[3],
+        [*PROMPTS[3][:-1], 9],
+        PROMPTS[6] * 2 + [1] * 6,
+    ]
+    rows = [
+        Request(prompt, count, GREEDY, (), 2, echo=True)
+        for prompt, count in zip(prompts, [0, 3] * 3)
+    ]
+    rows[5].max_new_tokens = 0  # fills the context
+    plain = Request(PROMPTS[3], 4, GREEDY)  # shares a prompt's keys and values
+    list(generate(model, [*rows, plain], Engine(model, 7, chunk=chunk)))
+    assert plain.ids == answer(model, PROMPTS[3], GREEDY, 4)
+    for row in rows:
+        ids = row.prompt + row.ids
+        assert (row.finish, len(row.ids)) == ("length", row.max_new_tokens)
+        assert row.logprobs[0] == (None, [])
+        agree(row.logprobs[1:], exact_log_probs(model, ids), ids[1:], 2)
 
 
 # ---- seeds

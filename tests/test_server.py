@@ -23,7 +23,7 @@ import torch
 import server
 from lib.config import UserError
 from lib.tokenizer import IM_END, render, stop_ids
-from sample import Reply, Request, Sampling, generate, open_model, token_logprobs
+from sample import Reply, Request, Sampling, generate, open_model
 from server import Api, ApiError, Call, Row, Scheduler
 from tests import ROOT
 from tests.serving import Served, make_model, parse, read_all
@@ -246,14 +246,18 @@ def test_no_message_makes_a_control_id(solo, tiny_tokenizer):
 # ---- log-probabilities
 
 
+@torch.no_grad()
+def one_pass(model, ids):
+    """The log-probabilities (T, V) of a whole text by one forward pass: the oracle."""
+    return model(torch.tensor([ids]))[0].log_softmax(dim=-1)
+
+
 def test_logprobs_are_the_models(chatty, model, tiny_tokenizer, alone):
-    """Against one forward pass over the whole text."""
     prompt = [1, *tiny_tokenizer.encode("once upon")]
     fields = {"prompt": prompt, "max_tokens": 8, "logprobs": 3, "echo": True} | SAMPLING
     (choice,) = chatty.ask(DONE, fields)[1]["choices"]
     logprobs, ids = choice["logprobs"], prompt + alone(prompt, 8, **SAMPLING)[1]
-    with torch.no_grad():
-        truth = model(torch.tensor([ids]))[0].log_softmax(dim=-1)
+    truth = one_pass(model, ids)
     assert logprobs["token_logprobs"][0] is logprobs["top_logprobs"][0] is None
     own = truth[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
     assert logprobs["token_logprobs"][1:] == pytest.approx(own, abs=1e-4)
@@ -266,28 +270,20 @@ def test_logprobs_are_the_models(chatty, model, tiny_tokenizer, alone):
         assert token.startswith(("<s>", "bytes:")) or rest.startswith(token)
 
 
-def test_prompts_are_scored_without_an_answer(chatty, model, tiny_tokenizer):
-    rows = [[1, *tiny_tokenizer.encode(text)] for text in ("the quick brown fox", "a lazy dog")]
-    fields = {"prompt": rows, "max_tokens": 0, "logprobs": 0, "echo": True}
-    choices = chatty.ask(DONE, fields)[1]["choices"]
-    for choice, ids, known in zip(choices, rows, token_logprobs(model, rows), strict=True):
-        assert choice["logprobs"]["token_logprobs"] == [own for own, _ in known]
-        assert choice["text"] == tiny_tokenizer.decode(ids)
-        assert choice["finish_reason"] == "length"
-
-
-def test_what_lm_eval_asks(chatty, model, tiny_tokenizer):
-    """Ids longer than the prompt by exactly one token, whatever it is; greedy told by equality."""
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_what_lm_eval_asks(chatty, model, tiny_tokenizer, wanted):
+    """As many tokens as the prompt and the answer have; greedy is told by equality."""
     row = [1, *tiny_tokenizer.encode("the quick brown fox")]
-    fields = {"prompt": [row, row[:4]], "temperature": 0, "max_tokens": 1, "logprobs": 1}
+    fields = {"prompt": [row, row[:4]], "temperature": 0, "max_tokens": wanted, "logprobs": 1}
     answer = chatty.ask(DONE, fields | {"seed": 1234, "echo": True})[1]
-    for choice, ids in zip(answer["choices"], (row, row[:4])):
+    for choice, ids in zip(answer["choices"], (row, row[:4]), strict=True):
         own, tops = choice["logprobs"]["token_logprobs"], choice["logprobs"]["top_logprobs"]
-        assert len(choice["logprobs"]["tokens"]) == len(own) == len(ids) + 1
-        with torch.no_grad():
-            greedy = model(torch.tensor([ids]))[0].argmax(dim=-1).tolist()
+        assert len(choice["logprobs"]["tokens"]) == len(own) == len(ids) + wanted
+        assert choice["text"].startswith(tiny_tokenizer.decode(ids))
+        assert choice["finish_reason"] == "length"
+        greedy = one_pass(model, ids).argmax(dim=-1).tolist()
         is_greedy = [mine == max(top.values()) for mine, top in zip(own[1:], tops[1:])]
-        assert is_greedy == [a == b for a, b in zip(greedy, ids[1:])] + [True]
+        assert is_greedy == [a == b for a, b in zip(greedy, ids[1:])] + [True] * wanted
 
 
 def test_the_end_of_an_answer_is_among_its_tokens(chatty, alone):
@@ -309,13 +305,12 @@ def test_chat_logprobs(chatty, model, tiny_tokenizer, alone, chat_ids):
     (choice,) = chatty.ask(CHAT, fields)[1]["choices"]
     content, prompt = choice["logprobs"]["content"], chat_ids(*HELLO)
     ids = alone(prompt, 12, **SAMPLING)[1]
-    (known,) = token_logprobs(model, [prompt + ids], top=5)
-    for entry, id, (own, top) in zip(content, ids, known[len(prompt) :]):
+    for entry, id, row in zip(content, ids, one_pass(model, prompt + ids)[len(prompt) - 1 :]):
         spelled = bytes(entry["bytes"]).decode("utf-8", "replace")
         assert spelled == entry["token"] == tiny_tokenizer.decode([id])
-        assert entry["logprob"] == pytest.approx(own, abs=1e-4)
+        assert entry["logprob"] == pytest.approx(row[id].item(), abs=1e-4)
         others = [other["logprob"] for other in entry["top_logprobs"]]
-        assert others == pytest.approx([logprob for _, logprob in top], abs=1e-4)
+        assert others == pytest.approx(row.topk(5).values.tolist(), abs=1e-4)
     text = b"".join(bytes(entry["bytes"]) for entry in content).decode("utf-8", "replace")
     assert text.strip() == choice["message"]["content"]
     streamed = [e["choices"][0]["logprobs"]["content"] for e in chatty.stream(CHAT, fields)]
@@ -496,23 +491,26 @@ def fragile(model, tiny_tokenizer):
     solo.close()
 
 
-def test_a_failure_ends_its_own_calls_only(fragile, capfd):
+def test_a_failure_ends_its_own_calls_only(fragile):
     expected = finishes(fragile.call())
-    for prompt, kw in (((1, 99, 70), {}), ((1, 70, 99), {}), ((1, 99, 70), {"score": 1})):
-        with refused(500) as problem:
-            finishes(fragile.call(prompts=[prompt], **kw))
-        number = re.match(r"internal error (\w+);", str(problem.value))[1]
-        assert f"error {number}: Traceback" in capfd.readouterr().err
+    for prompt in ((1, 99, 70), (1, 70, 99)):
+        with pytest.raises(RuntimeError, match="a broken kernel"):
+            finishes(fragile.call(prompts=[prompt]))
         assert finishes(fragile.call()) == expected  # the next call is served as ever
 
 
-def test_a_failing_score_leaves_the_rows_under_way_alone(fragile):
-    running = fragile.call(count=120, disconnected=lambda: time.sleep(0.001))
-    while not running.rows[0].ids:
-        time.sleep(0.001)
-    with refused(500):
-        finishes(fragile.call(prompts=[(1, 99, 70)], score=1))
+def test_a_failing_prompt_leaves_the_rows_under_way_alone(fragile):
+    prompts = []
+
+    def join():
+        if len(running.rows[0].ids) == 3 and not prompts:
+            prompts.append(fragile.call(prompts=[(1, 99, 70)]))
+
+    running = None
+    running = fragile.call(count=120, disconnected=lambda: running and join())
     assert finishes(running) == ["length"]
+    with pytest.raises(RuntimeError):
+        finishes(prompts[0])
 
 
 # ---- who may ask
