@@ -120,11 +120,11 @@ def check_rope_scaling(scaling):
         raise ValueError(f"rope_scaling {json.dumps(scaling)}: {expected}")
 
 
-def rope_tables(cfg):
-    """Returns cos and sin of every position's angles, each (sequence_length, D/2) float32."""
-    # pair i turns by theta^(-2i/D) per position: the first pairs fast, the last ones slowly
+def rope_frequencies(cfg):
+    """Returns the angle by which each pair turns per position, (D/2,) float64."""
+    # pair i turns by theta^(-2i/D): the first pairs fast, the last ones slowly
     exponents = -torch.arange(0, cfg.head_dim, 2, dtype=torch.float64) / cfg.head_dim
-    frequency = cfg.rope_theta**exponents  # (D/2,)
+    frequency = cfg.rope_theta**exponents
     scaling = cfg.rope_scaling or {"rope_type": "none"}
     if scaling["rope_type"] == "linear":  # squeezes all positions by the factor (Chen et al. 2023)
         frequency = frequency / scaling["factor"]
@@ -133,7 +133,13 @@ def rope_tables(cfg):
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = keep * frequency + (1 - keep) * frequency / scaling["factor"]
-    angles = torch.arange(cfg.sequence_length, dtype=torch.float64)[:, None] * frequency
+    return frequency
+
+
+def rope_tables(cfg):
+    """Returns cos and sin of every position's angles, each (sequence_length, D/2) float32."""
+    positions = torch.arange(cfg.sequence_length, dtype=torch.float64)
+    angles = positions[:, None] * rope_frequencies(cfg)
     return angles.cos().float(), angles.sin().float()
 
 

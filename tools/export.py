@@ -11,18 +11,19 @@ package gguf writes GGUF.
 import copy
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import sentencepiece
 import torch
 from safetensors import SafetensorError
 
 from lib.config import UserError, run
-from lib.tokenizer import TEMPLATES, Tokenizer, stop_ids
+from lib.tokenizer import BYTE_PIECE, TEMPLATES, Tokenizer, stop_ids
 from lib.tokenizer_json import jinja
-from model import Llama, load_model, model_folder, save_model
+from model import Llama, load_model, model_folder, rope_frequencies, save_model
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -47,7 +48,6 @@ def main(cfg):
     output = Path(cfg.output)
     if output.exists():
         raise UserError(f"{output}: exists; name another --output, or delete it")
-    write, read = (write_folder, read_folder) if cfg.format == "hf" else (write_gguf, read_gguf)
     model = load_model(cfg.model_path)
     tokenizer = Tokenizer.load(model_folder(cfg.model_path))
     tokenizer.match(model.cfg.vocab_size, cfg.model_path)
@@ -57,8 +57,12 @@ def main(cfg):
     partial = output.with_name(f".{output.name}.partial")
     delete_export(partial)  # of an export that was killed
     try:
-        write(partial, model, tokenizer, cfg.dtype)
-        proof = compare_models(model, read(partial, model.cfg), cfg.dtype)
+        if cfg.format == "hf":
+            write_folder(partial, model, tokenizer, cfg.dtype)
+            proof = compare_models(model, load_model(partial), cfg.dtype)
+        else:
+            write_gguf(partial, model, tokenizer, cfg.dtype)
+            proof = compare_models(model, read_gguf(partial, model.cfg), cfg.dtype)
         os.replace(partial, output)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{output}: not written ({error}); is there no space left?") from None
@@ -80,8 +84,7 @@ def check_weights(model, dtype):
     """Raises UserError if the dtype cannot hold a weight."""
     limit = {"f16": 65504, "q8_0": 127 * 65504}.get(dtype, torch.inf)
     for name, p in model.named_parameters():
-        if not p.abs().max() <= limit:
-            size = p.abs().max()
+        if not (size := p.abs().max()) <= limit:
             raise UserError(f"{name} holds {size:.3g}, too large for {dtype}; use --dtype=bf16")
         if dtype == "q8_0" and p.ndim > 1 and p.shape[1] % 32:
             width = f"{name}: rows of {p.shape[1]} numbers"
@@ -96,90 +99,55 @@ def check_tokenizer(cfg, tokenizer):
     if tokenizer.file != "tokenizer.model":
         if cfg.format == "hf":
             return ""  # the file is copied
-        raise UserError(
-            f"{cfg.model_path}: its tokenizer is a {tokenizer.file}, and GGUF is written from "
-            "tokenizer.model; use --format=hf and llama.cpp's own converter"
-        )
-    kind, habits = sentencepiece_kind(tokenizer.model)
-    if kind != "BPE":
-        raise UserError(
-            f"{cfg.model_path}: its tokenizer.model is a {kind} model, and an export as BPE gives "
-            "other ids; use the folder with its base model's tokenizer files"
-        )
-    if not habits:
-        return ""
-    file = "tokenizer.json" if cfg.format == "hf" else "the tokenizer in the file"
-    return f"\nwarning: {file} does not {' or '.join(habits)}, as tokenizer.model does"
-
-
-def sentencepiece_kind(model):
-    """Returns (kind, habits) of a tokenizer.model, by the numbers of sentencepiece_model.proto."""
-    fields = list(protobuf_fields(model))
-    trainer, normalizer = (
-        dict(protobuf_fields(b"".join(value for number, value in fields if number == message)))
-        for message in (2, 3)
-    )
-    pieces = (dict(protobuf_fields(value)) for number, value in fields if number == 1)
+        problem = f"its tokenizer is a {tokenizer.file}, and GGUF is written from tokenizer.model"
+        raise UserError(f"{cfg.model_path}: {problem}; use --format=hf and llama.cpp's converter")
+    # BPE numbers its merges 0, -1, -2 ...; the other kinds score by logarithms
+    scores = [tokenizer.scores[id] for id in range(tokenizer.model_size) if is_text(tokenizer, id)]
+    if not all(score.is_integer() for score in scores):
+        problem = "its tokenizer.model is not BPE, and an export as BPE gives other ids"
+        raise UserError(f"{cfg.model_path}: {problem}; use its base model's tokenizer files")
+    normalize = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model).normalize
     habits = {
-        "normalize characters": normalizer.get(2),
-        "drop superfluous spaces": normalizer.get(4, 1),
-        "keep user-defined symbols whole": any(piece.get(3) == 4 for piece in pieces),
+        "normalize characters": "\ufb01" not in normalize("\ufb01"),  # the ligature fi
+        "drop superfluous spaces": "\u2581\u2581" not in normalize("a  b"),
+        "keep user-defined symbols whole": scores.count(0) > 1,  # the first merge is the other
     }
-    kind = {1: "unigram", 2: "BPE", 3: "word", 4: "character"}[trainer.get(3, 1)]
-    return kind, [habit for habit, present in habits.items() if present]
+    present = " or ".join(habit for habit, is_present in habits.items() if is_present)
+    file = "tokenizer.json" if cfg.format == "hf" else "the tokenizer in the file"
+    return f"\nwarning: {file} does not {present}, as tokenizer.model does" if present else ""
 
 
-def protobuf_fields(data):
-    """Yields (number, value) of a protobuf message: an integer, or bytes for every other type."""
-    at = 0
-
-    def varint():
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte, at = data[at], at + 1
-            value, shift = value | (byte & 127) << shift, shift + 7
-            if byte < 128:
-                return value
-
-    while at < len(data):
-        key = varint()
-        if key & 7 == 0:
-            yield key >> 3, varint()
-        else:
-            size = {1: 8, 5: 4}.get(key & 7) or varint()
-            yield key >> 3, data[at : at + size]
-            at += size
+def is_text(tokenizer, id):
+    """Returns whether an id is a piece of text: neither a control symbol nor a single byte."""
+    text = tokenizer.spelled(id, controls=False)
+    return bool(text) and not BYTE_PIECE.fullmatch(tokenizer.pieces[id])
 
 
 @torch.no_grad()
-def compare_models(model, copy, dtype):
-    """Returns a line on how the copy read back differs; fails if by more than dtype's rounding."""
-    largest_difference, tensors = 0.0, copy.state_dict()
-    for name, expected in model.state_dict().items():
-        difference = (tensors[name] - expected).abs()
-        if dtype == "q8_0" and expected.ndim > 1:
-            largest = expected.reshape(-1, 32).abs().amax(dim=1, keepdim=True)
-            allowed = (0.5 / 127 + 2**-11) * largest  # half a step, and the rounding of its scale
-            same = (difference.reshape(-1, 32) <= allowed).all()
-        else:
-            rounded = expected.to(DTYPES.get(dtype, torch.float32)).float()
-            same = any(torch.equal(tensors[name], each) for each in (rounded, expected))
+def compare_models(model, export, dtype):
+    """Returns a line on how the export computes; fails unless it holds the model's numbers."""
+    tensors = export.state_dict()
+    for name, weight in model.state_dict().items():
+        same = any(torch.equal(tensors[name], w) for w in (rounded(weight, dtype), weight))
         assert same, f"{name}: the export holds other numbers"
-        largest_difference = max(largest_difference, difference.max().item())
     ids = torch.arange(min(64, model.cfg.sequence_length)) * 7919 % model.cfg.vocab_size
-    before, after = model(ids[None]), copy(ids[None])
+    before, after = model(ids[None]), export(ids[None])
     apart, size = (before - after).abs().max().item(), before.abs().max().item()
     agreement = (before.argmax(-1) == after.argmax(-1)).float().mean().item()
     return (
-        f"read back: {len(tensors)} tensors, at most {largest_difference:.2g} from the model's; "
-        f"logits of {len(ids)} positions at most {apart:.2g} apart (the largest is {size:.3g}), "
-        f"the likeliest token the same in {agreement:.0%}"
+        f"read back: {len(tensors)} tensors are the model's in {dtype}; logits of {len(ids)} "
+        f"positions at most {apart:.2g} apart (the largest is {size:.3g}), the likeliest token "
+        f"the same in {agreement:.0%}"
     )
 
 
-# ----------------------------------------------------------------------------------------------
-# Hugging Face
+def rounded(weight, dtype):
+    """Returns a weight as `dtype` holds it, in float32."""
+    if dtype != "q8_0" or weight.ndim == 1:
+        return weight.to(DTYPES.get(dtype, torch.float32)).float()
+    gguf = gguf_package()
+    kind = gguf.GGMLQuantizationType.Q8_0
+    return torch.from_numpy(gguf.dequantize(gguf.quantize(weight.numpy(), kind), kind))
 
 
 def write_folder(folder, model, tokenizer, dtype):
@@ -188,10 +156,6 @@ def write_folder(folder, model, tokenizer, dtype):
     model = copy.deepcopy(model).to(DTYPES[dtype])
     save_model(model, folder, stop_ids(tokenizer, tokenizer.template))
     tokenizer.save(folder, model.cfg.sequence_length)
-
-
-def read_folder(folder, cfg):
-    return load_model(folder)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -207,17 +171,15 @@ def gguf_package():
     return gguf
 
 
-def gguf_tensors(cfg):
-    """Yields (our name, llama.cpp's name, heads if it is rotated else None) of the tensors."""
-    gguf = gguf_package()
+def gguf_tensors(model):
+    """Yields (weight, llama.cpp's name of it, heads if it is rotated else 0)."""
+    gguf, cfg = gguf_package(), model.cfg
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, cfg.n_layer)
-    with torch.device("meta"):
-        ours = list(Llama(cfg).state_dict())
-    for name in ours:
+    for name, weight in model.state_dict().items():
         if name == "lm_head.weight" and cfg.tie_word_embeddings:
             continue
-        heads = cfg.n_head if "q_proj" in name else cfg.kv_heads if "k_proj" in name else None
-        yield name, names.get_name(name, try_suffixes=(".weight",)), heads
+        heads = cfg.n_head if "q_proj" in name else cfg.kv_heads if "k_proj" in name else 0
+        yield weight, names.get_name(name, try_suffixes=(".weight",)), heads
 
 
 def reorder_rows(array, heads, pairs):
@@ -226,25 +188,27 @@ def reorder_rows(array, heads, pairs):
     Rotary positions turn the pair of rows (i, i + D/2) in our order, which is Hugging Face's, and
     neighbours (2i, 2i + 1) in llama.cpp's. pairs: (2, -1) to llama.cpp's order, (-1, 2) back.
     """
+    if not heads:
+        return array
     rows = array.reshape(heads, *pairs, array.shape[1])
     return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(array.shape)
 
 
 def write_gguf(path, model, tokenizer, dtype):
     """Writes a GGUF file; norms stay float32."""
-    gguf, cfg, weights = gguf_package(), model.cfg, model.state_dict()
+    gguf, cfg = gguf_package(), model.cfg
     writer = gguf.GGUFWriter(path, "llama")
     add_model(
-        writer, cfg, gguf.LlamaFileType[{"f32": "ALL_F32"}.get(dtype, f"MOSTLY_{dtype.upper()}")]
+        writer, cfg, gguf.LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"]
     )
     add_tokenizer(writer, tokenizer)
-    for name, gguf_name, heads in gguf_tensors(cfg):
-        array = weights[name].numpy()
-        array = reorder_rows(array, heads, (2, -1)) if heads else array
-        kind = gguf.GGMLQuantizationType[dtype.upper() if array.ndim > 1 else "F32"]
-        writer.add_tensor(gguf_name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+    for weight, name, heads in gguf_tensors(model):
+        kind = gguf.GGMLQuantizationType[dtype.upper() if weight.ndim > 1 else "F32"]
+        array = reorder_rows(weight.numpy(), heads, (2, -1))
+        writer.add_tensor(name, gguf.quantize(array, kind), raw_dtype=kind)
     if (cfg.rope_scaling or {}).get("rope_type") == "llama3":
-        writer.add_tensor("rope_freqs.weight", frequency_divisors(cfg))
+        divisors = rope_frequencies(replace(cfg, rope_scaling=None)) / rope_frequencies(cfg)
+        writer.add_tensor("rope_freqs.weight", divisors.float().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -293,34 +257,20 @@ def add_tokenizer(writer, tokenizer):
 def token_type(tokenizer, id):
     """Returns llama.cpp's type of a token."""
     types = gguf_package().TokenType
-    if id == tokenizer.unk_id:
-        return types.UNKNOWN
-    if not tokenizer.spelled(id, controls=False):
-        return types.CONTROL
-    piece = tokenizer.pieces[id]
-    byte = len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
-    return types.BYTE if byte else types.NORMAL
-
-
-def frequency_divisors(cfg):
-    """Returns the divisors of llama3's rotary frequencies, (D/2,) float32."""
-    frequency = cfg.rope_theta ** (-np.arange(0, cfg.head_dim, 2) / cfg.head_dim)
-    scaling = cfg.rope_scaling
-    turns = scaling["original_max_position_embeddings"] * frequency / (2 * np.pi)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    keep = np.clip((turns - low) / (high - low), 0, 1)
-    return (1 / (keep + (1 - keep) / scaling["factor"])).astype(np.float32)
+    if is_text(tokenizer, id):
+        return types.NORMAL
+    if tokenizer.spelled(id, controls=False):
+        return types.BYTE
+    return types.UNKNOWN if id == tokenizer.unk_id else types.CONTROL
 
 
 def read_gguf(path, cfg):
     """Returns the Llama of shape `cfg` with the weights of a GGUF file."""
     gguf, model = gguf_package(), Llama(cfg).eval()
-    tensors, weights = {t.name: t for t in gguf.GGUFReader(path).tensors}, model.state_dict()
-    for name, gguf_name, heads in gguf_tensors(cfg):
-        tensor = tensors[gguf_name]
-        array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        array = reorder_rows(array, heads, (-1, 2)) if heads else array
-        weights[name].copy_(torch.from_numpy(array))
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    for weight, name, heads in gguf_tensors(model):
+        array = gguf.dequantize(tensors[name].data, tensors[name].tensor_type)
+        weight.copy_(torch.from_numpy(reorder_rows(array.astype(np.float32), heads, (-1, 2))))
     return model
 
 
