@@ -7,9 +7,9 @@ Memory is counted from the shapes, within about 20 % of what torch holds. This m
 For a card elsewhere `card_seconds` knows two limits: arithmetic and bandwidth.
 """
 
+import math
 import time
 from dataclasses import replace
-from datetime import datetime, timedelta
 
 import numpy as np
 
@@ -57,6 +57,12 @@ def memory(cfg, device="cuda", size=2, fused=True):
     }
 
 
+def fitting_rows(cfg, space):
+    """Returns the powers of two of rows, up to 1,024, whose step fits a card of `space` bytes."""
+    powers = [2**k for k in range(11)]
+    return [n for n in powers if memory(replace(cfg, batch_size=n))["peak"] <= space - RESERVE]
+
+
 # ----------------------------------------------------------------------------------------------
 # Time
 
@@ -81,7 +87,7 @@ def card_seconds(cfg, card):
 
 
 def time_step(cfg, state, loader, loss_fn, world, dtype):
-    """Returns (seconds of an optimizer step, rows of a micro-batch that was timed).
+    """Returns (seconds of an optimizer step, rows of a micro-batch that was timed, their loss).
 
     A first step with a single row warms up. Where all rows would take longer than PATIENCE, single
     rows are timed and multiplied.
@@ -92,24 +98,24 @@ def time_step(cfg, state, loader, loss_fn, world, dtype):
         batches = [loader.batch(0, micro, world.rank, micros) for micro in range(micros)]
         count = sum(batch["count"] for batch in batches)
         start = time.perf_counter()
-        forward_backward(state, batches, loss_fn, count, world.device, dtype).item()
+        loss = forward_backward(state, batches, loss_fn, count, world.device, dtype).item()
         middle = time.perf_counter()
         world.sum_gradients(state.parameters)
         state.update(cfg.floor, state.clip(cfg.max_grad_norm), count)
-        return middle - start, time.perf_counter() - middle
+        return middle - start, time.perf_counter() - middle, loss
 
     loader.batch_size = 1
     run(1)
-    computing, _ = run(1)
+    computing, *_ = run(1)
     if computing * all_rows * micros * (STEPS + 1) < PATIENCE:
         loader.batch_size = all_rows
         run(micros)  # the first of its shape
     else:
         micros = 1
     columns = zip(*(run(micros) for _ in range(STEPS)), strict=True)
-    computing, updating = (float(np.median(column)) for column in columns)
+    computing, updating, loss = (float(np.median(column)) for column in columns)
     times = cfg.gradient_accumulation_steps / micros * all_rows / loader.batch_size
-    return computing * times + updating, loader.batch_size
+    return computing * times + updating, loader.batch_size, loss
 
 
 def forward_backward(state, batches, loss_fn, count, device, dtype):
@@ -147,64 +153,44 @@ def row(name, value):
     return f"  {name:<34} {value}"
 
 
-def size_lines(cfg, ranks=1, total=None, blocks=None):
-    """Yields the size of a run: parameters, FLOPs, tokens, steps and passes over the data."""
-    counts, tokens = count_parameters(cfg), tokens_per_step(cfg, ranks)
-    yield f"plan: {cfg.model_name}"
-    yield row("parameters", f"{counts['total']:,}")
-    yield row("  blocks", f"{counts['non_embedding']:,}")
-    tied = " (the head's too)" if cfg.tie_word_embeddings else ""
-    yield row("  embeddings" + tied, f"{counts['embedding']:,}")
-    yield row("  head", f"{counts['head']:,}")
-    yield row("FLOPs per token", f"{flops_per_token(cfg) / 1e6:,.1f} million")
-    product = f"{cfg.batch_size} rows x {cfg.gradient_accumulation_steps} x {cfg.sequence_length:,}"
-    product += f" tokens x {ranks} ranks" if ranks > 1 else " tokens"
-    yield row("tokens per step", f"{tokens:,} = {product}")
-    yield row("steps", step_count(cfg, total))
+def size_lines(cfg, shape, trained, total, ranks=1, blocks=None):
+    """Returns the size of a run of `total` steps (None: unknown). blocks: rows in a pass."""
+    rows = cfg.batch_size * cfg.gradient_accumulation_steps * ranks
+    product = f"{cfg.batch_size} x {cfg.gradient_accumulation_steps} x {ranks} ranks"
+    count = count_parameters(shape)["total"]
+    lines = [
+        f"plan: {shape.model_name}",
+        row("parameters", f"{count:,}, of which {trained:,} are trained"),
+        row("FLOPs per token", f"{flops_per_token(shape) / 1e6:,.1f} million"),
+        row("rows per step", f"{rows:,} = {product}"),
+        row("steps", f"{total:,}" if total else "as many as the data or the clock allow"),
+    ]
     if total:
-        passes = "passes unknown: there is no data yet"
-        if blocks:
-            passes = f"{total * tokens / cfg.sequence_length / blocks:.2f} passes"
-        yield row("tokens in all", f"{total * tokens:,}, {passes}")
-
-
-def step_count(cfg, total):
-    """Returns the number of steps as text."""
-    if total:
-        return f"{total:,}"
-    if cfg.max_minutes:
-        return f"as many as fit in {cfg.max_minutes:g} minutes"
-    return "unknown without data or max_steps"
+        passes = f"{total * rows / blocks:.2f}" if blocks else "unknown: there is no data yet"
+        lines.append(row("passes over the data", passes))
+    if total and isinstance(cfg, ModelConfig):
+        lines.append(row("tokens in all", f"{total * tokens_per_step(cfg, ranks):,}"))
+    return lines
 
 
 def memory_lines(cfg, *kernels):
-    """Yields the predicted memory by part, and the peak with two other settings."""
-    parts, other = memory(cfg, *kernels), "adamw" if cfg.optimizer == "muon" else "muon"
-    yield from ("", "memory of tensors, predicted, in MB")
-    for name, value in parts.items():
-        yield row(name if name == "peak" else "  " + name, f"{value / 1e6:>10,.0f}")
-    for name, value in (
-        ("gradient_checkpointing", not cfg.gradient_checkpointing),
-        ("optimizer", other),
-    ):
-        peak = memory(replace(cfg, **{name: value}), *kernels)["peak"]
-        yield row(f"  with {name}={str(value).lower()}", f"{peak / 1e6:>10,.0f}")
-    weights, moments = parts["weights (fp32)"], parts[f"{cfg.optimizer}'s moments (fp32)"]
-    yield row("a checkpoint on disk", f"{(weights + moments) / 1e6:>10,.0f}")
-    yield row("the finished model", f"{weights / 1e6:>10,.0f}")
+    """Returns the predicted memory by part, and the peak with checkpointing turned round."""
+    parts, other = memory(cfg, *kernels), not cfg.gradient_checkpointing
+    peak = memory(replace(cfg, gradient_checkpointing=other), *kernels)["peak"]
+    parts |= {f"peak with gradient_checkpointing={str(other).lower()}": peak}
+    rows = [row(name, f"{value / 1e6:>10,.0f}") for name, value in parts.items()]
+    return ["", "memory of tensors, predicted, in MB", *rows]
 
 
 def hour_lines(cfg, seconds, total):
-    """Yields the time of a step and of the run."""
-    yield row("seconds a step", f"{seconds:,.2f}")
-    if total:
-        hours = total * seconds / 3600
-        hours = min(hours, cfg.max_minutes / 60) if cfg.max_minutes else hours
-        end = datetime.now() + timedelta(hours=hours)
-        yield row("hours", f"{hours:,.2f}, without validations; begun now it ends {end:%F %H:%M}")
-    elif cfg.max_minutes:
-        steps = f"about {60 * cfg.max_minutes / seconds:,.0f} in {cfg.max_minutes:g} minutes"
-        yield row("steps", steps)
+    """Returns the time of a step and of the run."""
+    clock = cfg.max_minutes / 60 if cfg.max_minutes else math.inf
+    hours = min(clock, total * seconds / 3600 if total else math.inf)
+    lines = [row("seconds a step", f"{seconds:,.2f}")]
+    if hours < math.inf:
+        steps = f"{3600 * hours / seconds:,.0f} steps"
+        lines.append(row("hours", f"{hours:,.2f} for {steps}, without validations"))
+    return lines
 
 
 def local(cfg, model, loader, loss_fn, world):
@@ -213,16 +199,16 @@ def local(cfg, model, loader, loss_fn, world):
     dtype, _ = announce(cfg, model, world)
     state = State(cfg, model, world, dtype)
     total = total_steps(cfg, loader.blocks, world.size) if loader.blocks else cfg.max_steps
-    pretraining = isinstance(cfg, ModelConfig)
-    if pretraining:
+    trained = sum(p.numel() for p in state.parameters)
+    lines = size_lines(cfg, model.cfg, trained, total, world.size, loader.blocks)
+    if isinstance(cfg, ModelConfig):
         kernels = world.device.type, dtype.itemsize, compiles(cfg, world.device)
-        sizes = [*size_lines(cfg, world.size, total, loader.blocks), *memory_lines(cfg, *kernels)]
-    else:
-        sizes = tuning_lines(cfg, model, loader.blocks, world.size, total)
-    world.say("\n".join(sizes))
-    seconds, rows = time_step(cfg, state, loader, loss_fn, world, dtype)
+        lines += memory_lines(cfg, *kernels)
+    world.say("\n".join(lines))
+    seconds, rows, loss = time_step(cfg, state, loader, loss_fn, world, dtype)
     lines = ["", f"timed on this machine, {rows} of {cfg.batch_size} rows at a time, {STEPS} steps"]
-    if pretraining:
+    lines.append(row("loss", f"{loss:.4f}"))
+    if isinstance(cfg, ModelConfig):
         speed = tokens_per_step(cfg, world.size) / seconds
         lines.append(row("tokens a second", f"{speed:,.0f}"))
     if rows == cfg.batch_size:
@@ -231,41 +217,28 @@ def local(cfg, model, loader, loss_fn, world):
     world.say("\n".join([*lines, *hour_lines(cfg, seconds, total)]))
 
 
-def tuning_lines(cfg, model, blocks, ranks, total):
-    """Returns the size of an SFT or DPO run."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    parameters = sum(p.numel() for p in model.parameters())
-    rows = cfg.batch_size * cfg.gradient_accumulation_steps * ranks
-    return [
-        f"plan: {model.cfg.model_name}",
-        row("parameters", f"{parameters:,}, of which {trained:,} are trained"),
-        row("rows in a pass, in a step", f"{blocks:,}, {rows:,}"),
-        row("steps", step_count(cfg, total)),
-    ]
+def find_card(name, option):
+    """Returns the GPU of a name, by its datasheet; `option` is how its user gave it."""
+    cards = datasheets()
+    if name not in cards:
+        raise UserError(f"{option}: {name!r} is not known; use one of {', '.join(cards)}")
+    return cards[name]
 
 
 def card_plan(cfg, name):
-    """Returns the lines of a plan for a card that is elsewhere; UserError if its data are not
-    known.
-    """
-    cards = datasheets()
-    if name not in cards:
-        raise UserError(f"plan_gpu: {name!r} is not known; use one of {', '.join(cards)}")
-    cfg, card = with_vocab_size(cfg), cards[name]
-    seconds, tokens, room = card_seconds(cfg, card), tokens_per_step(cfg), card.memory - RESERVE
-    fitting = [
-        n for n in (2**k for k in range(11)) if memory(replace(cfg, batch_size=n))["peak"] <= room
-    ]
-    fits = "yes" if memory(cfg)["peak"] <= room else "NO"
-    largest = f"largest power of two: {fitting[-1]}" if fitting else "not even one row"
+    """Returns the lines of a plan for a card that is elsewhere; UserError for an unknown card."""
+    cfg, card = with_vocab_size(cfg), find_card(name, "plan_gpu")
+    seconds, tokens = card_seconds(cfg, card), tokens_per_step(cfg)
+    fits = "yes" if memory(cfg)["peak"] <= card.memory - RESERVE else "NO"
+    largest = max(fitting_rows(cfg, card.memory), default=0)
     mfu = flops_per_token(cfg) * tokens / seconds / card.flops
     datasheet = f"{card.flops / 1e12:.0f} TFLOP/s dense bf16, {card.memory / 1e9:.0f} GB"
     return [
-        *size_lines(cfg, total=cfg.max_steps),
+        *size_lines(cfg, cfg, count_parameters(cfg)["total"], cfg.max_steps),
         *memory_lines(cfg),
         "",
         f"on {name}, predicted from its datasheet: {datasheet}, {card.bandwidth / 1e9:,.0f} GB/s",
-        row("fits", f"{fits}, with 1 GB left to CUDA; rows that fit, {largest}"),
+        row("fits", f"{fits}, with 1 GB left to CUDA; at most {largest} rows (a power of two)"),
         row("MFU", f"{mfu:.0%}, extrapolated from an H100 (benchmarks/RESULTS.md); compiled"),
         row("tokens a second", f"{tokens / seconds:,.0f}"),
         *hour_lines(cfg, seconds, cfg.max_steps),
