@@ -161,7 +161,7 @@ session-evaluation: .venv/installed ## 1 h: the newest model, or MODEL_PATH, loo
 session-debug: .venv/installed ## does everything work here? a training, a resume and a sample on toy data
 	$(SESSION) debug $(BOX)
 
-session-architecture: .venv/installed ## 30 min: report, forward and backward pass of every preset
+session-architecture: .venv/installed ## 30 min: report and a few timed steps of every preset
 	$(SESSION) architecture $(PRESET_BOX)
 
 session-cleanup: .venv/installed ## delete sessions/

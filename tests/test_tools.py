@@ -1,6 +1,7 @@
 """Sessions, status, backup, deleting and the report on the machine: run as a user runs them."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -101,6 +102,7 @@ def test_a_failed_stage_ends_the_session_and_the_exit_status_says_so(folder):
     assert done.returncode == 1
     assert outcomes(done.stdout) == {"data": "done", "pretrain": "failed: status 2"}
     assert "error: d_model 32 is not divisible by n_head 3" in done.stdout
+    assert "\nerror: pretrain failed: status 2; its last lines above say why\n" in done.stdout
 
 
 def test_trainings_share_the_minutes_that_are_left(tmp_path, monkeypatch):
@@ -114,6 +116,9 @@ def test_trainings_share_the_minutes_that_are_left(tmp_path, monkeypatch):
     minutes = [float(word.removeprefix("--max_minutes=")) for word in calls]
     assert minutes == pytest.approx([(left - 10) * 0.7, (left - 12) * 2 / 3], abs=0.01)
     assert box.rows == [("c", 0.0, "skipped: no time left")]
+    box.minutes = math.inf  # pipeline-full: no clock
+    box.train("d", 1, "checkpoints/d", "train.py")
+    assert calls[2:] == ["--output_dir=checkpoints/d"]
 
 
 def test_the_newest_twenty_logs_stay(tmp_path, monkeypatch):
@@ -122,28 +127,11 @@ def test_the_newest_twenty_logs_stay(tmp_path, monkeypatch):
     for n in range(30):
         Path(f"sessions/20200101_0000{n:02}.log").touch()
     Path("sessions/notes.log").touch()  # not a session's
-    session.open_log().close()
-    names = sorted(path.name for path in Path("sessions").iterdir())
+    session.Session("x", 1).log.close()
+    names = {path.name for path in Path("sessions").iterdir()}
     assert len(names) == session.LOGS + 1
-    assert "20200101_000011.log" in names
+    assert names >= {"notes.log", "20200101_000011.log"}
     assert "20200101_000010.log" not in names
-
-
-def test_a_session_says_what_it_trains_on_when_the_hub_is_out_of_reach(folder, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    wanted, cfg = "configs/datasets/demo_tiny.json", session.TrainingSessionConfig()
-    preset, note = session.choose_data(cfg, wanted)
-    assert preset == "configs/datasets/docstrings.json"
-    assert re.search("in place of .*demo_tiny.json: (HF_HUB_OFFLINE is set|the package)", note)
-    Path("data/processed/demo_tiny").mkdir(parents=True)
-    Path("data/processed/demo_tiny/manifest.json").touch()
-    assert session.choose_data(cfg, wanted)[0] == wanted
-
-
-def test_a_training_without_a_clock_keeps_the_length_of_its_preset(tmp_path):
-    (tmp_path / "own.json").write_text('{"num_train_epochs": 1, "n_layer": 2}')
-    assert session.length_without_clock("") == ["--num_train_epochs=3", "--warmup_steps=20"]
-    assert session.length_without_clock(str(tmp_path / "own.json")) == ["--warmup_steps=20"]
 
 
 @pytest.mark.parametrize(
@@ -155,12 +143,12 @@ def test_a_flag_of_another_session_is_refused(name, flag):
         configure(session.SESSION_COMMANDS[name][1], [flag])
 
 
-def test_a_preset_is_run_forward_and_backward(tmp_path, capsys):
-    path = tmp_path / "one.json"
-    path.write_text(json.dumps({k: TOY[k] for k in ("n_layer", "d_model", "n_head", "d_ff")}))
-    session.smoke(session.SmokeConfig(str(path)))
-    numbers = re.search(r"loss ([\d.]+) \(ln 32,768 = ([\d.]+)\)", capsys.readouterr().out)
-    assert float(numbers[1]) == pytest.approx(float(numbers[2]), abs=0.5)
+@pytest.mark.parametrize("name", ["cpu", "full"])
+def test_the_presets_of_sessions_lie_between_the_models_and_the_users(name):
+    presets = [ROOT / "configs" / path for path in ("tiny.json", f"sessions/{name}.json")]
+    cfg = configure(PretrainConfig, [*map(str, presets), "--warmup_steps=7"])
+    values = json.loads(presets[1].read_text()) | {"warmup_steps": 7}
+    assert all(getattr(cfg, key) == value for key, value in values.items() if key[0] != "_")
 
 
 # ---- status
@@ -228,15 +216,10 @@ def test_status_after_kills(folder, capsys):
     assert f"{renamed} (pretrain): not complete, step_000004 | step 1, loss 6.5" in text
     (renamed / "step_000004" / "manifest.json").unlink()
     Path("checkpoints/empty/final").mkdir(parents=True)
-    work = Path("data/processed/.docs.partial")
-    work.mkdir(parents=True)
-    (work / "progress.json").write_text('{"documents": 4200, "parts": 2}')
     text = status(capsys)
     assert f"{renamed} (pretrain): not complete, no whole checkpoint | step 1" in text
     assert "checkpoints/empty (pretrain): final/ is BROKEN: no manifest.json" in text
-    assert "1970" not in text
-    assert "data/processed/docs: not complete, 4,200 documents read" in text
-    assert "next (there is no model yet):\n  make prepare\n" in text
+    assert "next (there is no dataset yet):\n  python data.py configs/datasets/docs" in text
 
 
 def test_status_of_nothing(folder, capsys):
@@ -284,7 +267,7 @@ def test_a_backup_keeps_the_newest_whole_checkpoint_and_tells_what_is_broken(fol
 
 def test_a_backup_that_cannot_be_written_is_one_line(folder):
     Path("file").touch()
-    with pytest.raises(UserError, match=r"^file.*: .+; name another --output"):
+    with pytest.raises(UserError, match=r"^file.*: .+; no backup was kept; name another --output"):
         workspace.backup(workspace.BackupConfig("file/b.tar.gz"))
 
 
@@ -391,15 +374,16 @@ def test_a_training_that_runs_is_not_deleted(folder):
 def test_check_env_names_what_is_missing_and_fails_then(folder):
     whole = run("tools.workspace", "check-env")
     assert whole.returncode == 0, whole.stdout
-    assert re.search(rf"^cores +{workspace.cores()}$", whole.stdout, flags=re.M)
+    assert re.search(rf"^cores +{workspace.cores()}, memory", whole.stdout, flags=re.M)
+    packages = [line.split()[0] for line in whole.stdout.splitlines() if "(optional)" in line]
+    assert {"flash-attn", "gguf", "datasets"} <= set(packages)
     (folder / ".venv/bin").mkdir(parents=True)
     (folder / ".venv/bin/python").symlink_to(sys.executable)
     (folder / ".venv/pyvenv.cfg").write_text(f"home = {Path(sys.base_prefix) / 'bin'}\n")
     words = [".venv/bin/python", "-m", "tools.workspace", "check-env"]
     bare = subprocess.run(words, capture_output=True, text=True)
     assert bare.returncode == 1
-    remedy = r"missing: .*sentencepiece.*; .venv/bin/python -m pip install -r requirements.txt"
-    assert re.search(remedy, bare.stdout)
+    assert re.search(r"missing: torch, .*sentencepiece.*; install them: make install", bare.stdout)
 
 
 def test_monitor_shows_the_newest_training_and_ends_without_a_trace(trained):
@@ -410,7 +394,6 @@ def test_monitor_shows_the_newest_training_and_ends_without_a_trace(trained):
     assert process.stdout.read().count("Traceback") == 0
     assert "checkpoints/pretrain/toy: step 8, loss" in line
     assert re.search(r"load [\d.]+ on \d+ cores \| memory [\d.]+ GB, ", line)
-    assert len(run("tools.workspace", "monitor", "--once").stdout.splitlines()) == 1
 
 
 @pytest.mark.parametrize("card", ["rtx4090", "rtx3080"])
@@ -451,8 +434,8 @@ def test_the_minutes_on_the_page_are_those_of_the_sessions():
     source = (ROOT / "tools" / "session.py").read_text()
     assert len(minutes) == 5
     for name, count in minutes.items():
-        body = source.split(f"def {name}(cfg)")[1].split("\n\n\n")[0]
-        assert f"or {count}" in body, name
+        body = source.split(f"def {name}(cfg)")[1].split("\n\n\n")[0].split('"""')[2]
+        assert re.search(rf"\b{count}\b", body), name
 
 
 @pytest.mark.parametrize("module", ["tools.session", "tools.workspace"])

@@ -134,11 +134,8 @@ def compare_models(model, export, dtype):
     before, after = model(ids[None]), export(ids[None])
     apart, size = (before - after).abs().max().item(), before.abs().max().item()
     agreement = (before.argmax(-1) == after.argmax(-1)).float().mean().item()
-    return (
-        f"read back: {len(tensors)} tensors are the model's in {dtype}; logits of {len(ids)} "
-        f"positions at most {apart:.2g} apart (the largest is {size:.3g}), the likeliest token "
-        f"the same in {agreement:.0%}"
-    )
+    numbers = f"at most {apart:.2g} apart (the largest is {size:.3g})"
+    return f"read back: the same weights; logits {numbers}, the likeliest same in {agreement:.0%}"
 
 
 def rounded(weight, dtype):
@@ -158,8 +155,7 @@ def write_folder(folder, model, tokenizer, dtype):
     tokenizer.save(folder, model.cfg.sequence_length)
 
 
-# ----------------------------------------------------------------------------------------------
-# GGUF
+# ---- GGUF
 
 
 def gguf_package():

@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from lib.config import UserError
 from lib.runtime import autocast, datasheets, memory_used, to_device
@@ -23,8 +24,7 @@ PATIENCE = 120  # seconds for them; a slower machine is timed with one row at a 
 RESERVE = 1e9  # bytes of a card for CUDA itself and the allocator's fragments: an assumption
 
 
-# ----------------------------------------------------------------------------------------------
-# Memory
+# ---- memory
 
 
 def memory(cfg, device="cuda", size=2, fused=True):
@@ -63,8 +63,7 @@ def fitting_rows(cfg, space):
     return [n for n in powers if memory(replace(cfg, batch_size=n))["peak"] <= space - RESERVE]
 
 
-# ----------------------------------------------------------------------------------------------
-# Time
+# ---- time
 
 
 def tokens_per_step(cfg, ranks=1):
@@ -145,8 +144,7 @@ class RandomTokens:
         return {"ids": rows[:, :-1].copy(), "labels": rows[:, 1:].copy(), "count": rows[:, 1:].size}
 
 
-# ----------------------------------------------------------------------------------------------
-# The tables
+# ---- the tables
 
 
 def row(name, value):
@@ -223,6 +221,15 @@ def find_card(name, option):
     if name not in cards:
         raise UserError(f"{option}: {name!r} is not known; use one of {', '.join(cards)}")
     return cards[name]
+
+
+def card_memory(name):
+    """Returns the bytes of memory of a card by its name, or of this machine's for None."""
+    if name:
+        return find_card(name, "gpu").memory
+    if not torch.cuda.is_available():
+        raise UserError("this machine has no CUDA card; name one elsewhere: --gpu=rtx4090")
+    return torch.cuda.get_device_properties(0).total_memory
 
 
 def card_plan(cfg, name):

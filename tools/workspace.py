@@ -1,21 +1,17 @@
 """What is in this folder and on this machine, and what may be kept or deleted.
 
     python -m tools.workspace status
-    python -m tools.workspace newest --kind=sft
     python -m tools.workspace backup --output=backups/monday.tar.gz
-    python -m tools.workspace clean | clean-checkpoints | clean-sessions
-    python -m tools.workspace check-env | monitor --once
-    python -m tools.workspace config-gpu --config=configs/small.json --gpu=rtx4090
 
-The commands look where the programs write, below the current folder: data/processed, checkpoints,
+The commands look below the current folder where the programs write: data/processed, checkpoints,
 evaluation_results, sessions. They follow no link, neither to keep nor to delete its target.
 """
 
-import contextlib
 import filecmp
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -23,10 +19,12 @@ import sys
 import tarfile
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from lib.config import UserError, configure, dispatch, read_object
 
@@ -40,17 +38,14 @@ class NoOptions:
 
 
 def command(*words):
-    """Returns a command line to type, with .venv's Python where that runs this."""
-    python = Path(sys.prefix) / ("Scripts" if os.name == "nt" else "bin") / "python"
-    here = python.is_relative_to(Path.cwd())
-    return " ".join([str(python.relative_to(Path.cwd())) if here else "python", *map(str, words)])
+    """Returns a command line to type."""
+    return " ".join(["python", *map(str, words)])
 
 
 def read_values(path):
     """Returns the JSON object in a file, {} where there is none that can be read."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return values if isinstance(values, dict) else {}
+    with suppress(UserError):
+        return read_object(path)
     return {}
 
 
@@ -58,73 +53,68 @@ def megabytes(count):
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
-# ----------------------------------------------------------------------------------------------
-# Status
-
-
-def by_age(paths):
-    return sorted(paths, key=lambda path: -path.stat().st_mtime)
+# ---- status
 
 
 def datasets():
     """Returns the folders of prepared datasets, the newest first."""
-    return [path.parent for path in by_age(DATA.glob("[!.]*/manifest.json"))]
+    manifests = DATA.glob("[!.]*/manifest.json")
+    return [path.parent for path in sorted(manifests, key=lambda path: -path.stat().st_mtime)]
 
 
-def evaluations():
-    """Returns the folders that hold results, the newest first."""
-    return [path.parent for path in by_age(RESULTS.rglob("results.json"))]
-
-
-class Training(NamedTuple):
-    """One folder of a training and the contents of its files."""
+@dataclass
+class Training:
+    """A folder of a training, in whatever state it is; each property reads the disk once."""
 
     folder: Path
-    kind: str  # pretrain, sft or dpo
-    config: dict  # its newest run.json
-    last: dict  # the newest value of every key in metrics.jsonl
-    time: float  # when it last wrote something
 
-    @property
+    @cached_property
     def problem(self):
         """What is wrong with final/; None if it is a whole model by the hashes of its manifest."""
         from lib.checkpoint import FINAL_FILES, problem_with  # check-env runs without packages
 
         return problem_with(self.folder / "final", FINAL_FILES)
 
-    @property
-    def steps(self):
-        """The checkpoints' folders, the newest first."""
-        steps = [p for p in self.folder.glob("step_*") if p.name[5:].isdecimal()]
-        return sorted((p for p in steps if not p.is_symlink()), key=lambda p: -int(p.name[5:]))
+    @cached_property
+    def checkpoint(self):
+        """The newest checkpoint from which it can be resumed, or None."""
+        from lib.checkpoint import checkpoints, problem_with
 
-    @property
-    def whole_step(self):
-        """The newest checkpoint from which a training can be resumed, or None."""
-        from lib.checkpoint import problem_with
+        return next((step for step in checkpoints(self.folder) if not problem_with(step)), None)
 
-        return next((step for step in self.steps if problem_with(step) is None), None)
+    @cached_property
+    def kind(self):
+        """Returns pretrain, sft or dpo, by the keys of a run.json."""
+        config = next(filter(None, map(read_values, self.folder.glob("*/run.json"))), {})
+        return "dpo" if "beta" in config else "sft" if "dataset_path" in config else "pretrain"
 
+    @cached_property
+    def last(self):
+        """The newest value of every key in metrics.jsonl."""
+        values, path = {}, self.folder / "metrics.jsonl"
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            with suppress(ValueError, TypeError):  # the last line may be half written
+                values |= json.loads(line)
+        return values
 
-def read_training(folder):
-    """Returns the Training in a folder, whatever state it is in."""
-    training, last = Training(folder, "", {}, {}, 0.0), {}
-    metrics = folder / "metrics.jsonl"
-    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else ():
-        with contextlib.suppress(ValueError, TypeError):  # the last line may be half written
-            last |= json.loads(line)
-    presets = [path / "run.json" for path in (*training.steps[:1], folder / "final")]
-    config = next(filter(None, map(read_values, presets)), {})
-    kind = "dpo" if "beta" in config else "sft" if "dataset_path" in config else "pretrain"
-    times = [path.stat().st_mtime for path in (metrics, *presets) if path.is_file()]
-    return Training(folder, kind, config, last, max(times, default=0.0))
+    @cached_property
+    def time(self):
+        """When it last wrote something."""
+        files = [*self.folder.glob("metrics.jsonl"), *self.folder.glob("*/run.json")]
+        return max(file.stat().st_mtime for file in files or [self.folder])
+
+    def metrics(self):
+        """Returns the newest values that it logged, as text."""
+        keys = ("step", "loss", "val_loss", "val_bits_per_byte", "lr", "tokens_per_second")
+        values = [f"{k} {self.last[k]:.6g}" for k in keys if self.last.get(k) is not None]
+        return ", ".join(values) or "nothing logged"
 
 
 def trainings():
-    """Returns every training below checkpoints/, the newest first."""
+    """Returns every Training below checkpoints/, the newest first."""
     marks = [p for name in ("metrics.jsonl", "final", "step_*") for p in CHECKPOINTS.rglob(name)]
     folders = {p.parent for p in marks if not any(part.startswith(".") for part in p.parts)}
-    return sorted(map(read_training, folders), key=lambda training: -training.time)
+    return sorted(map(Training, folders), key=lambda training: -training.time)
 
 
 def describe_dataset(folder):
@@ -141,31 +131,17 @@ def describe_dataset(folder):
     return f"  {folder}: {documents:,} documents, {tokens:,} tokens, vocabulary {vocabulary:,}"
 
 
-def preparations():
-    """Returns a line on each data preparation that has not ended."""
-    for folder in sorted(DATA.glob(".*.partial")):
-        name = folder.name.removeprefix(".").removesuffix(".partial")
-        count = read_values(folder / "progress.json").get("documents") or 0
-        yield f"  {DATA / name}: not complete, {count:,} documents read; the same command goes on"
-
-
-def describe_training(training, problem):
-    """Returns a line on a training: state, time and newest metrics. problem: of its final/."""
-    state = "complete"
-    if problem and (training.folder / "final").exists():
-        state = f"final/ is BROKEN: {problem}"
-    elif problem:
-        checkpoint = training.whole_step.name if training.whole_step else "no whole checkpoint"
-        state = f"not complete, {checkpoint}"
-    day = time.strftime("%Y-%m-%d %H:%M", time.localtime(training.time)) if training.time else "-"
-    return f"  {training.folder} ({training.kind}): {state} | {metrics_of(training)} | {day}"
-
-
-def metrics_of(training):
-    """Returns the newest values that a training logged, as text."""
-    keys = ("step", "loss", "val_loss", "val_bits_per_byte", "lr", "tokens_per_second")
-    values = [f"{k} {training.last[k]:.6g}" for k in keys if training.last.get(k) is not None]
-    return ", ".join(values) or "nothing logged"
+def describe_training(training):
+    """Returns a line on a training: state, newest metrics and time."""
+    if not training.problem:
+        state = "complete"
+    elif (training.folder / "final").exists():
+        state = f"final/ is BROKEN: {training.problem}"
+    else:
+        checkpoint = training.checkpoint
+        state = f"not complete, {checkpoint.name if checkpoint else 'no whole checkpoint'}"
+    day = time.strftime("%Y-%m-%d %H:%M", time.localtime(training.time))
+    return f"  {training.folder} ({training.kind}): {state} | {training.metrics()} | {day}"
 
 
 def describe_evaluation(folder):
@@ -177,47 +153,42 @@ def describe_evaluation(folder):
     return f"  {folder}: {model.get('path', 'not readable')}, {quality}"
 
 
-def next_command(runs):
-    """Returns (the next command, its reason). runs: (Training, its problem), newest first."""
-    whole = [training for training, problem in runs if problem is None]
-    halves = [training for training, problem in runs if problem and training.whole_step]
-    if not datasets() and not runs:
+def next_command():
+    """Returns (the next command, its reason), by the newest training that is of use."""
+    training = next((t for t in trainings() if not t.problem or t.checkpoint), None)
+    if training is None and not datasets():
         return command("data.py", "configs/datasets/docstrings.json"), "there is no dataset yet"
-    if halves and (not whole or halves[0].time > whole[0].time):
-        return resume_command(halves[0]), f"{halves[0].folder} is not complete"
-    if not whole:
-        data = [f"--data_path={folder}" for folder in datasets()[:1]]
-        words = command("train.py", "configs/demo.json", *data) if data else "make prepare"
-        return words, "there is no model yet"
-    model = f"--model_path={whole[0].folder}"
-    program = {"pretrain": "sft", "sft": "dpo"}.get(whole[0].kind)
+    if training is None:
+        data = f"--data_path={datasets()[0]}"
+        return command("train.py", "configs/demo.json", data), "there is no model yet"
+    if training.problem:  # resumed also where its folder was renamed since
+        program, preset = (
+            training.kind.replace("pretrain", "train"),
+            training.checkpoint / "run.json",
+        )
+        words = ("--resume_from_checkpoint=auto", f"--output_dir={training.folder}")
+        return command(f"{program}.py", preset, *words), f"{training.folder} is not complete"
+    model = f"--model_path={training.folder}"
+    program = {"pretrain": "sft", "sft": "dpo"}.get(training.kind)
     if program is None:
         return command("sample.py", "--chat", model), "every training is done"
     rows = Path(f"data/samples/{program}_train.jsonl")
     if not rows.exists():
         return command("data.py", "create_sample_datasets"), f"{program}.py needs rows"
     words = (f"{program}.py", f"configs/{program}.json", model, f"--dataset_path={rows}")
-    return command(*words), f"{program} follows {whole[0].kind}"
-
-
-def resume_command(training):
-    """Returns the command that resumes a training, also where its folder was renamed since."""
-    program = training.kind.replace("pretrain", "train")
-    words = (f"{program}.py", training.whole_step / "run.json", "--resume_from_checkpoint=auto")
-    return command(*words, f"--output_dir={training.folder}")
+    return command(*words), f"{program} follows {training.kind}"
 
 
 def status(cfg=None):
     """Datasets, trainings and evaluations as they are on the disk, and the next command."""
-    runs = [(training, training.problem) for training in trainings()]
-    lines = {
-        "datasets": [*map(describe_dataset, datasets()), *preparations()],
-        "trainings": [describe_training(*run) for run in runs],
-        "evaluations": list(map(describe_evaluation, evaluations())),
-    }
-    for name, section in lines.items():
-        print(name, *(section or ["  none"]), sep="\n")
-    todo, reason = next_command(runs)
+    results = [path.parent for path in sorted(RESULTS.rglob("results.json"))]
+    for name, lines in {
+        "datasets": map(describe_dataset, datasets()),
+        "trainings": map(describe_training, trainings()),
+        "evaluations": map(describe_evaluation, results),
+    }.items():
+        print(name, *(list(lines) or ["  none"]), sep="\n")
+    todo, reason = next_command()
     print(f"\nnext ({reason}):\n  {todo}")
 
 
@@ -232,13 +203,13 @@ class NewestConfig:
 def newest(kind="any"):
     """Returns the folder of the newest whole model of a kind, or of the newest dataset."""
     if kind == "data":
-        folders = datasets()
+        folders = iter(datasets())
         remedy = f"no dataset in {DATA}; make one: make prepare"
     else:
         folders = (t.folder for t in trainings() if kind in (t.kind, "any") and not t.problem)
         name = "model" if kind == "any" else f"{kind} model"
         remedy = f"no complete {name} in {CHECKPOINTS}; set MODEL_PATH, or train one: make demo"
-    folder = next(iter(folders), None)
+    folder = next(folders, None)
     if folder is None:
         raise UserError(remedy)
     return folder
@@ -251,8 +222,7 @@ def print_newest(cfg):
     print(folder)
 
 
-# ----------------------------------------------------------------------------------------------
-# Backup
+# ---- backup
 
 OPENSSL = "openssl enc -aes-256-cbc -pbkdf2 -iter 600000 -salt -pass env:BACKUP_PASSPHRASE".split()
 
@@ -264,43 +234,42 @@ class BackupConfig:
     output: str = ""  # the file, .tar.gz or encrypted .tar.gz.enc; empty = backups/ and the time
 
 
-def files_to_keep():
-    """Returns (files, warnings): presets, results; of a training final/, a step, metrics, curves.
-
-    The step is the newest whole one, else the newest. Links are left out and named in the warnings.
-    """
-    roots, warnings, files = [Path("configs"), RESULTS], [], set()
+def paths_to_keep():
+    """Yields presets and results; of a training final/, its newest whole step, metrics, curves."""
+    yield from (path for path in (Path("configs"), RESULTS) if path.exists())
     for training in trainings():
-        step = training.whole_step or next(iter(training.steps), None)
-        roots += [training.folder / "final", *filter(None, [step])]
-        roots += [*training.folder.glob("metrics*"), *training.folder.glob("curves*")]
-        if (training.folder / "final").exists() and (problem := training.problem):
-            warnings.append(f"warning: {training.folder / 'final'} is BROKEN ({problem})")
-    for path in (path for root in roots for path in (root, *sorted(root.rglob("*")))):
-        if path.is_symlink():
-            warnings.append(f"left out: {path}, a link")
-        elif path.is_file() and not any(part.startswith(".") for part in path.parts):
-            files.add(path)
-    return sorted(p for p in files if not any(q.is_symlink() for q in p.parents)), warnings
+        if (training.folder / "final").exists():
+            yield training.folder / "final"
+            if training.problem:
+                print(f"warning: {training.folder}/final is BROKEN ({training.problem})")
+        yield from filter(None, [training.checkpoint])
+        yield from (*training.folder.glob("metrics*"), *training.folder.glob("curves*"))
+
+
+def without_links(entry):
+    """Returns an entry of a backup, None for a link."""
+    if entry.issym():
+        return print(f"left out: {entry.name}, a link")
+    return entry
 
 
 def run_openssl(*words):
-    try:
-        code = subprocess.run([*OPENSSL, *map(str, words)]).returncode
-    except FileNotFoundError:
-        raise UserError("BACKUP_PASSPHRASE needs openssl; install it, or unset that") from None
-    if code:
+    if code := subprocess.run([*OPENSSL, *map(str, words)]).returncode:
         raise UserError(f"openssl failed with status {code}; nothing was kept")
 
 
-def write_backup(files, path, folder, secret):
-    """Packs files in `folder`, reads them back, encrypts them if `secret`, and moves to `path`."""
+def write_backup(path, folder, secret):
+    """Packs in `folder`, reads it back, encrypts it if `secret`, and moves it to `path`.
+
+    Returns the number of files and folders in it.
+    """
     archive = folder / "backup.tar.gz"
-    with tarfile.open(archive, "w:gz", dereference=True) as tar:
-        for file in files:
-            tar.add(file, file.as_posix(), recursive=False)
+    with tarfile.open(archive, "w:gz") as tar:
+        for root in paths_to_keep():
+            tar.add(root, root.as_posix(), filter=without_links)
+        names = tar.getnames()
     with tarfile.open(archive) as tar:  # to its end: gzip checks every byte
-        if tar.getnames() != [file.as_posix() for file in files]:
+        if tar.getnames() != names:
             raise UserError(f"{path}: does not hold what was written; nothing was kept")
     if secret:
         encrypted, decrypted = folder / "encrypted", folder / "decrypted"
@@ -310,6 +279,7 @@ def write_backup(files, path, folder, secret):
             raise UserError(f"{path}: openssl does not decrypt it; nothing was kept")
         archive = encrypted
     os.replace(archive, path)
+    return len(names)
 
 
 def backup(cfg):
@@ -324,15 +294,14 @@ def backup(cfg):
     path = Path(cfg.output) if cfg.output else BACKUPS / name
     if path.exists():
         raise UserError(f"{path}: exists; name another --output")
-    files, warnings = files_to_keep()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=path.parent) as folder:
-            write_backup(files, path, Path(folder), secret)
-    except (FileNotFoundError, PermissionError, NotADirectoryError, FileExistsError) as error:
-        remedy = "name another --output, or start again if a training deleted it"
+            count = write_backup(path, Path(folder), secret)
+    except OSError as error:  # openssl is missing, too
+        remedy = "no backup was kept; name another --output, free space, or install openssl"
         raise UserError(f"{error.filename or path}: {error.strerror}; {remedy}") from None
-    print(*warnings, f"{path}: {len(files):,} files, {megabytes(path.stat().st_size)}", sep="\n")
+    print(f"{path}: {count:,} files and folders, {megabytes(path.stat().st_size)}")
     print(f"to unpack: {unpack_command(path, secret)}")
 
 
@@ -341,8 +310,7 @@ def unpack_command(path, secret):
     return f"{' '.join(OPENSSL)} -d -in {path} | tar -xz" if secret else f"tar -xzf {path}"
 
 
-# ----------------------------------------------------------------------------------------------
-# Deleting
+# ---- deleting
 
 
 @dataclass(frozen=True)
@@ -357,9 +325,7 @@ def delete(paths, cfg):
     paths = [path for path in paths if path.exists() or path.is_symlink()]
     if not paths:
         return print("nothing to delete")
-    for path in paths:
-        note = "  (a link; what it points to stays)" if path.is_symlink() else ""
-        print(f"  {path}{note}", flush=True)
+    print(*paths, sep="\n", flush=True)
     if not cfg.yes:
         if not sys.stdin.isatty():
             raise UserError("deleting needs a yes, and there is no terminal; set YES=1 (--yes=1)")
@@ -370,16 +336,11 @@ def delete(paths, cfg):
     print("deleted")
 
 
-def contents(folder):
-    """Returns what is in a folder; of a folder that is a link, the link."""
-    return [folder] if folder.is_symlink() else sorted(folder.glob("*"))
-
-
 def clean_caches(cfg):
     """Delete caches of Python and of the tools, and the halves of killed backups."""
-    caches = [Path(name) for name in (".pytest_cache", ".ruff_cache", ".hypothesis")]
-    caches += [Path("__pycache__"), *sorted(Path(".").glob("[!.]*/__pycache__"))]
-    delete([*caches, *sorted(BACKUPS.glob(".tmp-*"))], cfg)
+    caches = [Path(name) for name in ("__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis")]
+    caches += [*Path(".").glob("[!.]*/__pycache__"), *BACKUPS.glob(".tmp-*")]
+    delete(caches, cfg)
 
 
 def clean_checkpoints(cfg):
@@ -390,55 +351,35 @@ def clean_checkpoints(cfg):
         with lock.open(encoding="utf-8") as handle:
             if not lock_file(handle):
                 raise UserError(f"{lock.parent} is in use by a running training; stop it first")
-    delete(contents(CHECKPOINTS), cfg)
+    delete([CHECKPOINTS], cfg)
 
 
 def clean_sessions(cfg):
     """Delete the logs of sessions and the toy models of session-debug."""
-    delete(contents(SESSIONS), cfg)
+    delete([SESSIONS], cfg)
 
 
-# ----------------------------------------------------------------------------------------------
-# The machine
-
-REQUIRED = "torch numpy sentencepiece datasketch ftfy tqdm safetensors matplotlib".split()
-OPTIONAL = {
-    "flash-attn": "faster attention on CUDA",
-    "datasets": "hf: sources, WikiText-2 and BoolQ for eval.py",
-    "pyarrow": ".parquet",
-    "zstandard": ".zst",
-    "py3langid": "languages other than English",
-    "tokenizers": "other models' byte-level tokenizers",
-    "gguf": "python -m tools.export --format=gguf",
-    "wandb": "--report_to=wandb",
-    "tensorboard": "--report_to=tensorboard",
-}
+# ---- the machine
 
 
 def version_of(package):
-    try:
+    """Returns the version of an installed package, None if it is not installed."""
+    with suppress(metadata.PackageNotFoundError):
         return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    return None
 
 
 def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def machine_memory():
-    """Returns (bytes in all, bytes available), None where there is no /proc."""
-    with contextlib.suppress(OSError):
-        text = Path("/proc/meminfo").read_text(encoding="utf-8")
-        numbers = dict(line.split(":") for line in text.splitlines())
-        return tuple(int(numbers[k].split()[0]) * 1024 for k in ("MemTotal", "MemAvailable"))
-    return None
-
-
 def describe_memory():
-    if (numbers := machine_memory()) is None:
-        return "not told by this system"
-    return f"{megabytes(numbers[0])}, {megabytes(numbers[1])} free"
+    with suppress(OSError):  # only Linux has /proc
+        text = Path("/proc/meminfo").read_text(encoding="utf-8")
+        kilobytes = {name: int(number) for name, number in re.findall(r"(\w+): +(\d+)", text)}
+        whole, free = (megabytes(1024 * kilobytes[f"Mem{key}"]) for key in ("Total", "Available"))
+        return f"memory {whole}, {free} free"
+    return "memory unknown"
 
 
 def describe_cuda():
@@ -453,50 +394,39 @@ def describe_cuda():
 
 def check_env(cfg=None):
     """What this machine has for the programs; exits 1 if something required is missing."""
-    versions = {package: version_of(package) for package in REQUIRED}
-    missing = [package for package, version in versions.items() if version is None]
-    rows = [("python", platform.python_version()), ("system", platform.platform())]
-    rows += [(package, version or "MISSING") for package, version in versions.items()]
-    rows += [("CUDA", describe_cuda())] if versions["torch"] else []
+    text = (Path(__file__).parents[1] / "requirements.txt").read_text(encoding="utf-8")
+    required = {name: version_of(name) for name in re.findall(r"^([\w-]+)[=>]", text, flags=re.M)}
+    optional = re.findall(r"^# ([\w-]+): (.*)", text, flags=re.M)
+    missing = [package for package, version in required.items() if version is None]
     disk = shutil.disk_usage(".")
-    rows += [("cores", str(cores())), ("memory", describe_memory())]
-    rows += [("disk here", f"{megabytes(disk.free)} free of {megabytes(disk.total)}")]
-    for package, use in OPTIONAL.items():
-        rows.append((f"{package} (optional)", f"{version_of(package) or 'not installed'}: {use}"))
-    print("\n".join(f"{name:<24}{value}" for name, value in rows))
+    rows = {"python": platform.python_version(), "system": platform.platform()}
+    rows |= {package: version or "MISSING" for package, version in required.items()}
+    rows |= {"CUDA": describe_cuda()} if required["torch"] else {}
+    rows |= {"cores": f"{cores()}, {describe_memory()}"}
+    rows |= {"disk here": f"{megabytes(disk.free)} free of {megabytes(disk.total)}"}
+    for package, use in optional:
+        rows[f"{package} (optional)"] = f"{version_of(package) or 'not installed'}: {use}"
+    print("\n".join(f"{name:<24}{value}" for name, value in rows.items()))
     if missing:
-        remedy = command("-m", "pip", "install", "-r", "requirements.txt")
-        print(f"\nmissing: {', '.join(missing)}; {remedy}")
+        print(f"\nmissing: {', '.join(missing)}; install them: make install")
         raise SystemExit(1)
     print("\nall that is required is there")
 
 
-@dataclass(frozen=True)
-class MonitorConfig:
-    """How long."""
-
-    once: bool = False  # one look, for scripts
-
-
-def describe_cards():
-    """Returns a line for each NVIDIA card, or one that says that there is none."""
-    if not shutil.which("nvidia-smi"):
-        return ["no gpu"]
-    fields = "--query-gpu=name,utilization.gpu,memory.used,memory.total,temperature.gpu"
-    query = ["nvidia-smi", fields, "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, encoding="utf-8").stdout.splitlines()
+NVIDIA_SMI = ["nvidia-smi", "--format=csv,noheader"]
+NVIDIA_SMI += ["--query-gpu=name,utilization.gpu,memory.used,memory.total,temperature.gpu"]
 
 
 def monitor(cfg):
     """Load, memory, GPU and the newest training, once a second until Ctrl-C."""
     while True:
-        load = f"load {os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "load not told"
-        parts = [time.strftime("%H:%M:%S"), f"{load} on {cores()} cores"]
-        parts += [f"memory {describe_memory()}", *describe_cards()]
-        parts += [f"{t.folder}: {metrics_of(t)}" for t in trainings()[:1]] or ["no training"]
+        load = f"load {os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "load unknown"
+        parts = [time.strftime("%H:%M:%S"), f"{load} on {cores()} cores", describe_memory()]
+        if shutil.which("nvidia-smi"):
+            gpus = subprocess.run(NVIDIA_SMI, capture_output=True, encoding="utf-8").stdout
+            parts += gpus.splitlines()
+        parts += [f"{t.folder}: {t.metrics()}" for t in trainings()[:1]]
         print(" | ".join(parts), flush=True)
-        if cfg.once:
-            return
         time.sleep(1)
 
 
@@ -509,45 +439,24 @@ class GpuConfig:
     output: str = "configs/rtx4090.json"  # the preset to write; it must not exist
 
 
-def find_card(gpu):
-    """Returns (name, bytes of memory) of a card by its datasheet, or of this machine's card."""
-    from lib.runtime import datasheets
-
-    if gpu:
-        cards = datasheets()
-        if gpu not in cards:
-            raise UserError(f"gpu: {gpu!r} is not known; use one of {', '.join(cards)}")
-        return gpu, cards[gpu].memory
-    import torch
-
-    if not torch.cuda.is_available():
-        raise UserError(f"no CUDA card ({describe_cuda()}); name one elsewhere: --gpu=rtx4090")
-    card = torch.cuda.get_device_properties(0)
-    return card.name, card.total_memory
-
-
 def config_gpu(cfg):
     """Write a preset with the largest micro-batch that fits a card, at the same tokens per step."""
-    output, values = Path(cfg.output), read_object(cfg.config)
-    if output.exists():
-        raise UserError(f"{output}: exists; name another --output, or delete it")
-    name, space = find_card(cfg.gpu)
-    from tools.plan import RESERVE, memory
+    from tools.plan import card_memory, fitting_rows
     from train import PretrainConfig
 
-    preset = configure(PretrainConfig, [cfg.config])
+    output, preset = Path(cfg.output), configure(PretrainConfig, [cfg.config])
+    if output.exists():
+        raise UserError(f"{output}: exists; name another --output, or delete it")
+    space = card_memory(cfg.gpu)
     rows = preset.batch_size * preset.gradient_accumulation_steps
-    for size in sorted((2**k for k in range(rows.bit_length()) if rows % 2**k == 0), reverse=True):
-        batch = {"batch_size": size, "gradient_accumulation_steps": rows // size}
-        need = memory(replace(preset, **batch))["peak"]
-        if need <= space - RESERVE:
-            break
-    else:
-        raise UserError(f"{cfg.config}: one row needs {megabytes(need)}, too much for {name}")
-    reason = f"{cfg.config} for {name}: about {megabytes(need)} of {megabytes(space)}"
+    size = max((n for n in fitting_rows(preset, space) if rows % n == 0), default=None)
+    if size is None:
+        raise UserError(f"{cfg.config}: one row needs more than the card's {megabytes(space)}")
+    values = read_object(cfg.config) | {"_why": f"{cfg.config} for {megabytes(space)}"}
+    values |= {"batch_size": size, "gradient_accumulation_steps": rows // size}
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(values | {"_why": reason} | batch, indent=2), encoding="utf-8")
-    print(f"{output}: {reason}; batch_size {size}, {rows // size} to a step")
+    output.write_text(json.dumps(values, indent=2), encoding="utf-8")
+    print(f"{output}: batch_size {size}, {rows // size} to a step, for {megabytes(space)}")
 
 
 WORKSPACE_COMMANDS = {
@@ -558,7 +467,7 @@ WORKSPACE_COMMANDS = {
     "clean-checkpoints": (clean_checkpoints, DeleteConfig),
     "clean-sessions": (clean_sessions, DeleteConfig),
     "check-env": (check_env, NoOptions),
-    "monitor": (monitor, MonitorConfig),
+    "monitor": (monitor, NoOptions),
     "config-gpu": (config_gpu, GpuConfig),
 }
 
