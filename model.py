@@ -892,8 +892,6 @@ def main(cfg):
         print(f"  warning: head width {D} is unusual; attention kernels like 64 or 128")
     if not 2 <= cfg.d_ff / C <= 6:
         print(f"  warning: d_ff / d_model = {cfg.d_ff / C:.2f} is outside the usual 2 to 6")
-    if cfg.foreign_keys:
-        print(f"\n  not about the architecture, left to train.py: {', '.join(cfg.foreign_keys)}")
 
 
 if __name__ == "__main__":

@@ -315,11 +315,10 @@ class State:
         self.step, self.seconds, self.tokens, self.bad_steps = 0, 0.0, 0, 0
         self.evaluated = 0  # the step of the last validation
         self.best, self.best_step, self.stale = None, 0, 0  # of the validations, see `judge`
-        self.recent = []  # losses of the last steps, see Log.step
         self.saved_at = None  # the step of the checkpoint that holds all this
 
     def counters(self):
-        names = "step seconds tokens bad_steps evaluated best best_step stale recent"
+        names = "step seconds tokens bad_steps evaluated best best_step stale"
         return {k: getattr(self, k) for k in names.split()}
 
     def clip(self, limit):

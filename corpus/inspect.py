@@ -89,7 +89,7 @@ def dataset_lines(folder, tokenizer_path=""):
     for name, split in splits.items():
         lines.append(
             f"  {name:<8}{split.documents:>12,} documents {split.tokens:>15,} tokens "
-            f"{split.bytes / 1e6:>11,.2f} MB in {len(split.names)} shards"
+            f"{split.bytes / 1e6:>11,.2f} MB in {len(split.arrays)} shards"
         )
     size, tokens = (sum(getattr(s, key) for s in splits.values()) for key in ("bytes", "tokens"))
     lines.append(f"  {'bytes per token':<17}{size / tokens:.2f}")

@@ -518,7 +518,7 @@ def is_prepared(output, settings, tokenizer):
     if tokenizer and tokenizer.is_file() and (other := folders.file_sha256(tokenizer)) != sha256:
         hashes = f"the tokenizer of sha256 {sha256}, {tokenizer} has {other}"
         raise UserError(f"{output}: was encoded by {hashes}; name another, or delete the folder")
-    folders.check_file(output / "tokenizer.model", sha256)
+    folders.check_file(output, "tokenizer.model", sha256)
     folders.check_shards(output, manifest, ["bin", "text"])
     sums = totals(chain.from_iterable(manifest["splits"].values()))
     counts = f"{sums['documents']:,} documents, {sums['tokens']:,} tokens"

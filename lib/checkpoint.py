@@ -16,21 +16,13 @@ from pathlib import Path
 
 import safetensors
 
-from lib.config import UserError, save_config
-from lib.folders import file_sha256, lock_file
+from lib.config import UserError, fsync, read_object, save_config
+from lib.folders import file_problem, file_sha256, lock_file
 
 CHECKPOINT_FORMAT = 1  # a newer one is refused, not guessed at
 WEIGHT_FILES = {"model.safetensors", "adapter_model.safetensors"}  # a folder has one of them
 FINAL_FILES = {"run.json"}
 CHECKPOINT_FILES = FINAL_FILES | {"train_state/state.pt", "train_state/rng_00000.pt"}
-
-
-def fsync(path):
-    """Forces a file or folder to the disk, where the system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-        os.fsync(handle)
-        os.close(handle)
 
 
 def seal(folder):
@@ -50,34 +42,25 @@ def problem_with(folder, needed=CHECKPOINT_FILES):
     """Returns None if `folder` is sound and lists the files `needed`, else what is wrong."""
     if not folder.is_dir():
         return "no such folder"
+    if not (folder / "manifest.json").is_file():
+        return "no manifest.json: it was never finished"
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = read_object(folder / "manifest.json")
         if manifest["format"] != CHECKPOINT_FORMAT:
             return f"format {manifest['format']!r:.40}, this program reads {CHECKPOINT_FORMAT}"
-        entries = [(k, int(v["bytes"]), str(v["sha256"])) for k, v in manifest["files"].items()]
-        names = {name for name, _, _ in entries}
-        if not (names >= needed and names & WEIGHT_FILES):
+        files = manifest["files"]
+        if not (files.keys() >= needed and files.keys() & WEIGHT_FILES):
             return "manifest.json does not list a whole checkpoint"
-        return next(filter(None, (problem_with_file(folder, *entry) for entry in entries)), None)
-    except FileNotFoundError:
-        return "no manifest.json: it was never finished"
+        for name, entry in files.items():
+            if ".." in Path(name).parts or Path(name).is_absolute():
+                return f"illegal file name {name!r} in manifest.json"
+            if problem := file_problem(folder, name, entry["bytes"], str(entry["sha256"])):
+                return problem
+        return None
     except OSError as problem:
         return f"not readable ({problem.strerror})"
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (UserError, KeyError, TypeError, AttributeError, ValueError):
         return "manifest.json is not readable"
-
-
-def problem_with_file(folder, name, size, digest):
-    path = folder / name
-    if ".." in Path(name).parts or Path(name).is_absolute():
-        return f"illegal file name {name!r} in manifest.json"
-    if not path.is_file():
-        return f"{name} is missing"
-    if path.stat().st_size != size:
-        return f"{name} has {path.stat().st_size} bytes, expected {size}"
-    if (actual := file_sha256(path)) != digest:
-        return f"{name}: checksum mismatch (expected {digest[:8]}.., got {actual[:8]}..)"
-    return None
 
 
 def step_of(folder):
@@ -92,13 +75,10 @@ def checkpoints(output_dir):
 
 def check_unused(cfg):
     """Raises UserError if a fresh start is asked for where a run already lies."""
-    final = Path(cfg.output_dir) / "final"
-    used = checkpoints(cfg.output_dir) or final.exists()
+    used = checkpoints(cfg.output_dir) or (Path(cfg.output_dir) / "final").exists()
     if used and cfg.resume_from_checkpoint is None and not cfg.plan:
-        raise UserError(
-            f"{cfg.output_dir} already holds a run; continue it with "
-            "--resume_from_checkpoint=auto, or choose another --output_dir"
-        )
+        remedy = "continue it with --resume_from_checkpoint=auto, or choose another --output_dir"
+        raise UserError(f"{cfg.output_dir} already holds a run; {remedy}")
 
 
 def find_checkpoint(cfg, say):
@@ -164,6 +144,8 @@ def whole_folder(folder, cfg, world):
     If the disk is full or failing, raises UserError and leaves nothing of the hidden folder.
     """
     hidden = folder.with_name(f".tmp-{folder.name}")
+    fresh = {"resume_from_checkpoint": None}  # so `train.py FOLDER/run.json` begins at step 0
+    fresh |= {"allow_config_change": False, "allow_world_size_change": False}
     try:
         if world.rank == 0:
             shutil.rmtree(hidden, ignore_errors=True)
@@ -172,33 +154,24 @@ def whole_folder(folder, cfg, world):
         yield hidden
         world.barrier()
         if world.rank == 0:
-            write_run_json(cfg, world, hidden / "run.json")
+            run = dataclasses.replace(cfg, **fresh)
+            save_config(run, hidden / "run.json", _world_size=world.size)
             seal(hidden)
             remove_folder(folder)
             os.replace(hidden, folder)
             fsync(folder.parent)
         world.barrier()
-    except (OSError, safetensors.SafetensorError) as problem:
+    except (OSError, safetensors.SafetensorError, RuntimeError, MemoryError) as problem:
         shutil.rmtree(hidden, ignore_errors=True)
+        if isinstance(problem, (RuntimeError, MemoryError)):
+            raise  # a lost rank, or no memory: see runtime.open_world
         why = f"not written ({getattr(problem, 'strerror', None) or problem})"
         raise UserError(f"{folder}: {why}; earlier checkpoints are untouched") from None
-    except (RuntimeError, MemoryError):  # a lost rank, or no memory: see runtime.open_world
-        shutil.rmtree(hidden, ignore_errors=True)
-        raise
-
-
-def write_run_json(cfg, world, path):
-    """Writes the resolved configuration, a preset: `train.py FOLDER/run.json` begins at step 0."""
-    once = {"allow_config_change": False, "allow_world_size_change": False}
-    save_config(dataclasses.replace(cfg, resume_from_checkpoint=None, **once), path)
-    values = json.loads(path.read_text(encoding="utf-8")) | {"_world_size": world.size}
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def remove_folder(folder):
     """Deletes a checkpoint, manifest first: half a checkpoint must not look like a whole one."""
-    with contextlib.suppress(FileNotFoundError):
-        (folder / "manifest.json").unlink()
+    (folder / "manifest.json").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -215,27 +188,25 @@ def prune(output_dir, keep, state):
 @contextlib.contextmanager
 def locked(output_dir, world):
     """Holds `output_dir` for this run; UserError naming the process that already does."""
+    if world.rank:
+        yield
+        return
     folder = Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (
-            (folder / "run.lock").open("a+", encoding="utf-8")
-            if world.rank == 0
-            else contextlib.nullcontext()
-        )
+        lock = (folder / "run.lock").open("a+", encoding="utf-8", newline="\n")
     except OSError as problem:
         why = f"{problem.strerror}; choose another --output_dir"
         raise UserError(f"output_dir {output_dir}: {why}") from None
     with lock:
-        if world.rank == 0:
-            held = not lock_file(lock)
-            lock.seek(0)
-            if held:
-                raise UserError(f"{output_dir} is in use by process {lock.read().strip()}")
-            lock.truncate()
-            lock.write(f"{os.getpid()}\n")
-            lock.flush()
-            recover(folder)
+        held = not lock_file(lock)
+        lock.seek(0)
+        if held:
+            raise UserError(f"{output_dir} is in use by process {lock.read().strip()}")
+        lock.truncate()
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        recover(folder)
         yield
 
 

@@ -53,28 +53,26 @@ def shown(value):
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-# ----------------------------------------------------------------------------------------------
-# Options
+# ---- options
 
 
 @dataclass(frozen=True)
 class Range:
     """Bounds of a number, both included unless open_low: `n: Annotated[int, Range(1, 512)] = 6`."""
 
-    low: float | None = None
-    high: float | None = None
+    low: float = -math.inf
+    high: float = math.inf
     open_low: bool = False
 
     def __contains__(self, value):
-        finite = -math.inf < value < math.inf  # false for NaN
-        above = self.low is None or value > self.low or (value == self.low and not self.open_low)
-        return finite and above and (self.high is None or value <= self.high)
+        above = value > self.low if self.open_low else value >= self.low
+        return above and value <= self.high and abs(value) < math.inf  # false for NaN
 
     def __str__(self):
-        if None not in (self.low, self.high) and not self.open_low:
-            return f"{self.low}..{self.high}"
-        ends = [(">" if self.open_low else ">=", self.low), ("<=", self.high)]
-        return " and ".join(f"{sign} {end}" for sign, end in ends if end is not None)
+        low = f"> {self.low}" if self.open_low else f">= {self.low}"
+        if self.high == math.inf:
+            return "" if self.low == -math.inf else low
+        return f"{low} and <= {self.high}" if self.open_low else f"{self.low}..{self.high}"
 
 
 PositiveInt = Annotated[int, Range(1)]
@@ -99,8 +97,8 @@ class Option:
 
     def __str__(self):
         kind = "true|false" if self.base is bool else self.base.__name__
-        name = "|".join(filter(None, map(str, self.choices))) or kind
-        name = f"{self.item},..." if self.item else f"{name} {self.limits}".rstrip()
+        name = "|".join(filter(None, map(str, self.choices))) or f"{kind} {self.limits}".rstrip()
+        name = f"{self.item},..." if self.item else name
         return f"{name} or none" if self.optional else name
 
 
@@ -115,8 +113,7 @@ def option_of(annotation):
     if origin is Literal:
         return Option(type(args[0]), choices=args)
     if origin is tuple:
-        item, _ = args  # the other is `...`
-        return Option(tuple, item=option_of(item))
+        return Option(tuple, item=option_of(args[0]))  # the other is `...`
     base = origin or annotation
     assert base in (int, float, bool, str, list, dict), f"no flag can carry {annotation}"
     return Option(base)
@@ -125,11 +122,10 @@ def option_of(annotation):
 def options_of(cls):
     """Returns {name: Option} of a dataclass's fields, defaults included."""
     hints, options = get_type_hints(cls, include_extras=True), {}
-    for field in fields(cls):
+    for field in filter(lambda field: field.init, fields(cls)):
         default = field.default if field.default_factory is MISSING else field.default_factory()
         default = NO_DEFAULT if default is MISSING else default
-        if field.init:
-            options[field.name] = replace(option_of(hints[field.name]), default=default)
+        options[field.name] = replace(option_of(hints[field.name]), default=default)
     return options
 
 
@@ -155,15 +151,13 @@ def accept(name, value, option, source):
     return value
 
 
-# ----------------------------------------------------------------------------------------------
-# The command line: presets, flags, --help
+# ---- the command line: presets, flags, --help
 
 
 def parse_json(text, origin):
     """Returns parsed JSON; UserError names the place in `origin` (a file or flag) of a mistake.
 
-    text: str, or bytes with or without a byte order mark. No key may stand twice, no number may be
-    NaN or Infinity.
+    text: str, or bytes with or without a byte order mark. No key may stand twice.
     """
 
     def unique(pairs):
@@ -172,11 +166,8 @@ def parse_json(text, origin):
             raise UserError(f"{origin}: a key stands twice among {shown([k for k, _ in pairs])}")
         return values
 
-    def refuse(word):
-        raise UserError(f"{origin}: {word} is not JSON; write a finite number")
-
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        return json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or beyond Python's limits
         raise UserError(f"{origin}: {error}") from None
 
@@ -185,37 +176,30 @@ def read_object(path):
     """Returns the JSON object in a file; UserError if there is none."""
     try:
         values = parse_json(Path(path).read_bytes(), path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{path}: {error.strerror}") from None
     if not isinstance(values, dict):
         raise UserError(f'{path}: must be an object {{"key": value, ...}}, got {shown(values)}')
     return values
 
 
-def read_preset(path, options, foreign, program):
-    """Returns a preset's checked values; keys of other programs go to the list `foreign`, if given.
+def read_preset(path, options, foreign_keys, program):
+    """Returns a preset's checked values, without its comments: keys that begin with `_`.
 
-    A key very near to an option is a misspelling, not another program's key. A preset may name its
-    program in its key `_program`. Other keys with `_` are comments.
+    A preset may name its program in the key `_program`. With foreign_keys, keys of other programs
+    are passed over; a key very near to an option is a misspelling all the same.
     """
     if not os.path.exists(path):
         shipped = {p.stem: p for p in (Path(sys.argv[0]).parent / "configs").rglob("*.json")}
         near = closest(Path(path).stem, shipped)
-        hint = f"; did you mean {shipped[near]}?" if near else ""
-        raise UserError(f"{path}: not found{hint}")
+        raise UserError(f"{path}: not found{f'; did you mean {shipped[near]}?' if near else ''}")
     preset, values = read_object(path), {}
-    if foreign is None and preset.get("_program", program) != program:
+    if not foreign_keys and preset.get("_program", program) != program:
         raise UserError(f"{path} is a preset for {preset['_program']}, not for {program}")
     for key, value in preset.items():
         if key in options:
             values[key] = accept(key, value, options[key], path)
-        elif key.startswith("_"):
-            continue
-        elif foreign is not None and not closest(key, options, cutoff=0.85):
-            foreign.append(key)
-        else:
+        elif key[:1] != "_" and not (foreign_keys and not closest(key, options, cutoff=0.85)):
             hint = did_you_mean(key, options) or "; --help lists them"
             raise UserError(f"{path}: unknown key {key!r}{hint}")
     return values
@@ -257,8 +241,7 @@ def read_flag(word, rest, options):
     if written not in names:
         hint = did_you_mean(written, names, "--{}") or "; --help lists them"
         raise UserError(f"unknown option {flag}{hint}")
-    name = names[written]
-    option = options[name]
+    option = options[name := names[written]]
     if not equals and option.base is bool:
         text = rest.popleft() if rest and rest[0].lower() in ("true", "false") else "true"
     elif not equals:
@@ -299,16 +282,12 @@ def comments_of(cls):
     """
     helps = {}
     for owner in filter(is_dataclass, reversed(cls.__mro__)):
-        name, above = None, []
+        above = []
         for line in textwrap.dedent(inspect.getsource(owner)).splitlines():
             code, _, comment = line.partition("  # ")
             if field := re.match(r"    (\w+): ", code):
-                name = field[1]
-                helps[name] = comment or " ".join(above) or helps.get(name, "")
-            elif name and comment and code.strip():  # on the second line of a field
-                helps[name] = comment
+                helps[field[1]] = comment or " ".join(above) or helps.get(field[1], "")
             above = [*above, comment] if comment and not code.strip() else []
-            name = name if line else None
     return helps
 
 
@@ -326,38 +305,32 @@ def usage(cls, options, argv, positional, doc):
     return "\n\n".join([call, *(doc or "").strip().split("\n\n")[:2], table])
 
 
-# ----------------------------------------------------------------------------------------------
-# For the programs
+# ---- for the programs
 
 
 def configure(cls, argv=None, *, foreign_keys=False, positional=(), doc=None):
     """Returns the dataclass `cls` made of presets in order, then flags (by default sys.argv's).
 
-    foreign_keys: presets may hold keys of other programs; their names are then in the result's
-    attribute `foreign_keys`, which is no field. positional: fields that may be given as words
-    without a flag, in order. Raises UserError for any mistake, __post_init__'s ValueError
+    foreign_keys: presets may hold keys of other programs. positional: fields that may be given as
+    words without a flag, in order. Raises UserError for any mistake, __post_init__'s ValueError
     included, and SystemExit after --help, which opens with `doc`.
     """
     argv = sys.argv[1:] if argv is None else argv
-    options = options_of(cls)
+    options, values = options_of(cls), {}
     if "--help" in argv or "-h" in argv:
         print(usage(cls, options, argv, positional, doc), flush=True)
         raise SystemExit(0)
-    values, foreign = {}, [] if foreign_keys else None
     presets, flags = read_words(argv, options, positional)
     for path in presets:
-        values |= read_preset(path, options, foreign, Path(inspect.getfile(cls)).name)
+        values |= read_preset(path, options, foreign_keys, Path(inspect.getfile(cls)).name)
     values |= flags
     required = [name for name, option in options.items() if option.default is NO_DEFAULT]
     if missing := [name for name in required if values.get(name, "") == ""]:  # an unset variable
         raise UserError(f"required: {' '.join(f'--{name}=VALUE' for name in missing)}")
     try:
-        cfg = cls(**values)
+        return cls(**values)
     except ValueError as error:
         raise UserError(str(error)) from error
-    if foreign_keys:
-        object.__setattr__(cfg, "foreign_keys", tuple(dict.fromkeys(foreign)))  # cfg is frozen
-    return cfg
 
 
 def narrow(cfg, cls):
@@ -366,24 +339,31 @@ def narrow(cfg, cls):
     return cls(**{name: getattr(cfg, name) for name in names})
 
 
+def fsync(path):
+    """Forces a file or folder to the disk, where the system can."""
+    with suppress(OSError):
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        os.fsync(handle)
+        os.close(handle)
+
+
 def write_whole(path, content):
     """Writes bytes to a file, making its folder; a crash leaves the old file or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # a rename is atomic in one folder
+    part = path.with_name(f".tmp-{path.name}")  # a rename is atomic in one folder
     try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        part.write_bytes(content)
+        fsync(part)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def save_config(cfg, path):
+def save_config(cfg, path, **comments):
     """Writes `cfg` as a preset from which an equal one is made."""
     values = {field.name: getattr(cfg, field.name) for field in fields(cfg) if field.init}
+    values |= comments
     write_whole(path, (json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
 
 
@@ -432,12 +412,12 @@ def exit_statuses():
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
-        status = {errno.EPIPE: 141, errno.ENOSPC: 2}.get(error.errno)
-        if status is None:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
         with suppress(OSError, ValueError):  # the flush at exit goes nowhere; stdout may be no file
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if error.errno == errno.ENOSPC:
-            path = error.filename or "stdout"
-            print(f"error: {path}: no space left on the disk; free some", file=sys.stderr)
-        sys.exit(status)
+        if error.errno == errno.EPIPE:
+            sys.exit(141)
+        path = error.filename or "stdout"
+        print(f"error: {path}: no space left on the disk; free some", file=sys.stderr)
+        sys.exit(2)

@@ -14,8 +14,8 @@ from typing import Literal
 
 import numpy as np
 
-from lib.config import UserError, run
-from lib.log import replace_file, writing
+from lib.config import UserError, run, write_whole
+from lib.log import writing
 
 # title, column of the log steps, of the validations, scale; a panel without data is left out
 PANELS = (
@@ -44,21 +44,19 @@ def read_run(path, x):
     the log step before it. Raises UserError for a file that is missing, damaged, or without a step.
     """
     path = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
-    key = {"tokens": "tokens", "steps": "step", "minutes": "seconds"}[x]
-    columns, at, number = {}, 0.0, 0
+    key, unit = {"tokens": ("tokens", 1), "steps": ("step", 1), "minutes": ("seconds", 60)}[x]
+    columns, at = {}, 0.0
     try:
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            number += 1
-            record = json.loads(line) if line.endswith("\n") else {"step": None}
-            at = record[key] / (60 if x == "minutes" else 1) if key in record else at
+        for line in path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines():
+            record = json.loads(line)
+            at = record[key] / unit if key in record else at
             for name, value in ({"step": record["step"]} | record).items():
                 if isinstance(value, (int, float)):
                     columns.setdefault(name, []).append((at, value))
     except OSError as problem:
-        hint = "name an output folder of a training"
-        raise UserError(f"{path}: {problem.strerror}; {hint}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{path} line {number}: not a record of a training's step") from None
+        raise UserError(f"{path}: {problem.strerror}; name a training's output folder") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as problem:
+        raise UserError(f"{path}: not what a training logs: {problem!r:.80}") from None
     if "loss" not in columns or key not in columns:
         raise UserError(f"{path}: holds no step with a loss and {key} yet; try --x=steps")
     return {name: np.array(points, float).T for name, points in columns.items()}
@@ -76,24 +74,22 @@ def figure_of(runs, x):
     panels = [p for p in PANELS if any(column in run for run in runs.values() for column in p[1:3])]
     rows = math.ceil(len(panels) / 3)
     figure = Figure((12, 1 + 2.7 * rows), layout="constrained")
-    for number, (title, steps, validation, scale) in enumerate(panels, 1):
-        axes = figure.add_subplot(rows, 3, number, xlabel=x, yscale=scale)
+    for place, (title, steps, validation, scale) in enumerate(panels, 1):
+        axes = figure.add_subplot(rows, 3, place, xlabel=x, yscale=scale)
         axes.set_title(title, loc="left", size="medium")
         axes.grid(alpha=0.3)
-        for colour, columns in zip(COLOURS, runs.values()):
+        for number, (name, columns) in enumerate(runs.items()):
+            colour, label = f"C{number}", f"{name}: {how_far(columns)}"
             if steps in columns:
                 at, y = columns[steps]
                 axes.add_artist(Line2D(at, y, color=colour, linewidth=0.5, alpha=0.4))
-                axes.plot(at, running_mean(y), color=colour, marker="." if len(y) < 9 else "")
+                marker = "." if len(y) < 9 else ""
+                axes.plot(at, running_mean(y), color=colour, marker=marker, label=label)
             if validation in columns:
                 axes.plot(*columns[validation], color=colour, marker="o", markersize=3)
-    handles = [figure.axes[0].plot([], [], color=colour)[0] for colour in COLOURS[: len(runs)]]
-    labels = [f"{name}: {how_far(columns)}" for name, columns in runs.items()]
-    figure.legend(handles, labels, loc="outside upper left", frameon=False)
+    legend = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*legend, loc="outside upper left", frameon=False)
     return figure
-
-
-COLOURS = [f"C{n}" for n in range(8)]  # of matplotlib; more runs could not be told apart
 
 
 def running_mean(y):
@@ -112,14 +108,10 @@ def how_far(columns):
 
 def draw_curves(paths, x, output):
     """Draws the runs at `paths` to `output`, a .png or .svg. Returns {path: run}."""
-    if len(paths) > len(COLOURS):
-        most = f"can't be told apart; give at most {len(COLOURS)}"
-        raise UserError(f"{len(paths)} runs in one picture {most}")
-    runs = {str(path): read_run(path, x) for path in paths}
-    picture = io.BytesIO()
+    runs, picture = {str(path): read_run(path, x) for path in paths}, io.BytesIO()
     figure_of(runs, x).savefig(picture, format=Path(output).suffix.strip("."))
     with writing(output):
-        replace_file(Path(output), picture.getvalue())
+        write_whole(output, picture.getvalue())
     return runs
 
 

@@ -9,6 +9,7 @@
 Nothing in a folder is trusted: a manifest may come from anywhere, a shard may be cut or changed.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -18,27 +19,15 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.config import UserError, read_object
+from lib.config import UserError, fsync, read_object
 
 AGAIN = "delete the folder and prepare it again"  # the remedy for a damaged dataset
 MANIFEST_FORMAT = 1  # a reader refuses any other
 ID_TYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 VERIFY_BYTES = 64 << 20  # datasets up to this size are hashed when opened (0.2 s), larger if asked
 
-# A legal value is of a type, in a range, or matched by a pattern.
-COUNT, HASH = range(2**63), re.compile("[0-9a-f]{64}")
 FILE_NAME = re.compile("[A-Za-z0-9_-][A-Za-z0-9_.-]*")  # no way out of the folder
-MANIFEST_FIELDS = {
-    "vocab_size": range(1, 2**32 + 1),
-    "tokenizer_sha256": HASH,
-    "dtype": re.compile("uint16|uint32"),
-    "config": dict,
-    "splits": dict,
-}
-MANIFEST_FIELDS |= dict.fromkeys(("pad_id", "bos_id", "eos_id"), COUNT)
-SHARD_FIELDS = {"tokens": range(1, 2**63), "documents": COUNT, "bytes": COUNT}
-SHARD_FIELDS |= dict.fromkeys(("bin", "text"), FILE_NAME)
-SHARD_FIELDS |= dict.fromkeys(("bin_sha256", "text_sha256"), HASH)
+HASH = re.compile("[0-9a-f]{64}")
 
 
 # ---- files
@@ -59,51 +48,61 @@ def hash_fraction(text, seed=""):
 def lock_file(file):
     """Locks an open file until it is closed. Returns False if another process holds it."""
     try:
-        import fcntl
-    except ImportError:  # Windows
-        fcntl = None
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            import msvcrt  # locks bytes, which only their holder may read: take one far off
+        with contextlib.suppress(ImportError):
+            import fcntl
 
-            os.lseek(file.fileno(), 1 << 30, os.SEEK_SET)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        import msvcrt  # Windows locks bytes, which only their holder may read: take one far off
+
+        os.lseek(file.fileno(), 1 << 30, os.SEEK_SET)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        return True
     except OSError:
         return False
-    return True
+
+
+def file_problem(folder, name, size=None, sha256=None):
+    """Returns None if a file is there, of this size and sha256 where given, else what is wrong."""
+    path = folder / name
+    if not path.is_file():
+        return f"{name} is missing"
+    if size is not None and path.stat().st_size != size:
+        return f"{name} has {path.stat().st_size} bytes, expected {size}"
+    if sha256 is not None and (actual := file_sha256(path)) != sha256:
+        return f"{name}: checksum mismatch (expected {sha256:.8}.., got {actual:.8}..)"
+    return None
 
 
 # ---- the manifest
 
 
-def check_fields(values, fields, where):
-    """Raises UserError unless `values` is an object with legal values in all these fields."""
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: expected an object, got {type(values).__name__}; {AGAIN}")
-    for name, kind in fields.items():
-        if name not in values:
-            raise UserError(f"{where}: '{name}' is missing; {AGAIN}")
-        value = values[name]
-        if isinstance(kind, range):
-            legal = type(value) is int and value in kind
-        elif isinstance(kind, re.Pattern):
-            legal = isinstance(value, str) and kind.fullmatch(value)
-        else:
-            legal = isinstance(value, kind)
-        if not legal:
-            raise UserError(f"{where}: illegal '{name}' {value!r:.80}; {AGAIN}")
+def is_legal(manifest):
+    """Returns whether a manifest is as data.py writes it; a KeyError or the like means no, too."""
+    counts = [manifest[f"{role}_id"] for role in ("pad", "bos", "eos")]
+    positive = [manifest["vocab_size"]]
+    names, hashes = [], [manifest["tokenizer_sha256"]]
+    for entry in itertools.chain.from_iterable(manifest["splits"].values()):
+        counts += [entry["documents"], entry["bytes"]]
+        positive += [entry["tokens"]]
+        names += [entry["bin"], entry["text"]]
+        hashes += [entry["bin_sha256"], entry["text_sha256"]]
+    return (
+        all(type(count) is int and 0 <= count < 2**63 for count in counts + positive)
+        and 0 not in positive
+        and all(FILE_NAME.fullmatch(name) for name in names)
+        and all(HASH.fullmatch(sha256) for sha256 in hashes)
+        and manifest["vocab_size"] <= 2**32
+        and manifest["dtype"] in ID_TYPES
+        and isinstance(manifest["config"], dict)
+    )
 
 
 def read_manifest(folder):
     """Returns FOLDER/manifest.json. Raises UserError for anything wrong with it."""
     path = Path(folder) / "manifest.json"
-    if Path(folder).is_file():
-        remedy = f"prepare it: python data.py --input_path={folder}"
-        raise UserError(f"{folder}: a file, not a prepared dataset; {remedy}")
     if not path.is_file():
-        remedy = "make one: python data.py configs/datasets/NAME.json"
+        remedy = "make one: python data.py --input_path=TEXTS"
         raise UserError(f"{folder}: no prepared dataset (no manifest.json); {remedy}")
     manifest = read_object(path)
     if "files" in manifest:  # not a damaged dataset: nobody must be told to delete it
@@ -113,11 +112,12 @@ def read_manifest(folder):
         formats = f"format {manifest.get('format')!r:.80}, this program reads {MANIFEST_FORMAT}"
         remedy = "prepare the text again, or use the version that wrote it"
         raise UserError(f"{path}: {formats}; {remedy}")
-    check_fields(manifest, MANIFEST_FIELDS, path)
-    check_fields(manifest["splits"], dict.fromkeys(manifest["splits"], list), path)
-    for split, entries in manifest["splits"].items():
-        for number, entry in enumerate(entries):
-            check_fields(entry, SHARD_FIELDS, f"{path}: {split} shard {number}")
+    try:
+        legal = is_legal(manifest)
+    except (KeyError, TypeError, AttributeError):
+        legal = False
+    if not legal:
+        raise UserError(f"{path}: not as data.py writes it; {AGAIN}")
     return manifest
 
 
@@ -128,23 +128,17 @@ def totals(entries):
     return {"shards": len(entries), **sums}
 
 
-def check_file(path, sha256, size=None):
-    """Raises UserError unless a file is there, has this size and, where given, this sha256."""
-    if not path.is_file():
-        raise UserError(f"{path}: not found; {AGAIN}")
-    if size is not None and path.stat().st_size != size:
-        sizes = f"{path.stat().st_size} bytes, the manifest says {size}"
-        raise UserError(f"{path}: {sizes}; {AGAIN}")
-    if sha256 and (found := file_sha256(path)) != sha256:
-        hashes = f"the manifest says {sha256}, the file has {found}"
-        raise UserError(f"{path}: sha256 mismatch ({hashes}); {AGAIN}")
+def check_file(folder, name, sha256, size=None):
+    """Raises UserError unless a file of a dataset is there and as its manifest says."""
+    if problem := file_problem(folder, name, size, sha256):
+        raise UserError(f"{folder}: {problem}; {AGAIN}")
 
 
 def check_shards(folder, manifest, kinds):
     """Raises UserError unless the shards' files of these kinds, bin or text, are unchanged."""
     for entry in itertools.chain.from_iterable(manifest["splits"].values()):
         for kind in kinds:
-            check_file(folder / entry[kind], entry[f"{kind}_sha256"])
+            check_file(folder, entry[kind], entry[f"{kind}_sha256"])
 
 
 # ---- writing
@@ -187,11 +181,10 @@ def write_shards(folder, split, documents, vocab_size, shard_tokens, first=0):
                 entry["bytes"] += len(text.encode())
                 if entry["tokens"] >= shard_tokens:
                     break
-            for file in (bins, texts):
-                file.flush()
-                os.fsync(file.fileno())
-        hashes = {f"{kind}_sha256": file_sha256(folder / entry[kind]) for kind in ("bin", "text")}
-        yield entry | hashes
+        for kind in ("bin", "text"):
+            fsync(folder / entry[kind])
+            entry[f"{kind}_sha256"] = file_sha256(folder / entry[kind])
+        yield entry
 
 
 # ---- reading, as one array
@@ -212,7 +205,7 @@ class Shards:
             remedy = f"{AGAIN} with another train_ratio"
             raise UserError(f"{folder}: holds no {split} documents; {remedy}")
         self.tokenizer_sha256 = self.manifest["tokenizer_sha256"]
-        check_file(self.folder / "tokenizer.model", self.tokenizer_sha256)
+        check_file(self.folder, "tokenizer.model", self.tokenizer_sha256)
         self.dtype = ID_TYPES[self.manifest["dtype"]]
         self.vocab_size = self.manifest["vocab_size"]
         sums = totals(entries)
@@ -220,20 +213,18 @@ class Shards:
         self.bytes = sums["bytes"]  # of the text, as UTF-8
         if verify is None:
             verify = self.tokens * self.dtype.itemsize <= VERIFY_BYTES
-        self.names = [entry["bin"] for entry in entries]
-        self.arrays = [self._open(entry, verify) for entry in entries]
+        self.arrays = []
+        for entry in entries:
+            name, size = entry["bin"], entry["tokens"] * self.dtype.itemsize
+            check_file(self.folder, name, entry["bin_sha256"] if verify else None, size)
+            array = np.memmap(self.folder / name, dtype=self.dtype, mode="r")
+            self.arrays.append(self._checked(array) if verify else array)
         self.ends = np.cumsum([entry["tokens"] for entry in entries])
 
-    def _open(self, entry, verify):
-        path = self.folder / entry["bin"]
-        check_file(path, verify and entry["bin_sha256"], entry["tokens"] * self.dtype.itemsize)
-        array = np.memmap(path, dtype=self.dtype, mode="r")
-        return self._checked(entry["bin"], array) if verify else array
-
-    def _checked(self, name, ids):
+    def _checked(self, ids):
         if (largest := int(ids.max())) >= self.vocab_size:
             outside = f"token id {largest} is outside the vocabulary of {self.vocab_size}"
-            raise UserError(f"{self.folder / name}: {outside}; {AGAIN}")
+            raise UserError(f"{self.folder}: {outside}; {AGAIN}")
         return ids
 
     def read(self, start, stop):
@@ -243,10 +234,9 @@ class Shards:
             shard = int(np.searchsorted(self.ends, start, side="right"))
             array = self.arrays[shard]
             offset = start - (int(self.ends[shard]) - len(array))
-            piece = array[offset : offset + stop - start]
-            pieces.append(self._checked(self.names[shard], piece))
-            start += len(piece)
-        return np.concatenate(pieces)
+            pieces.append(array[offset : offset + stop - start])
+            start += len(pieces[-1])
+        return self._checked(np.concatenate(pieces))
 
     def histogram(self, start=0):
         """Returns how often each id occurs from token `start` on: (vocab_size,) int64."""

@@ -1,9 +1,7 @@
-"""What a run reports: a line for people, a record for programs, an alarm, and curves.
+"""What a run reports: a line for people, a record for programs, and curves.
 
 Every log step prints one line and appends one JSON object to OUTPUT_DIR/metrics.jsonl; wandb and
 tensorboard get the same records on request. When a run ends, its curves are drawn into its folder.
-
-    python train.py curves checkpoints/pretrain/a checkpoints/pretrain/b --x=minutes --output=ab.png
 """
 
 import contextlib
@@ -12,16 +10,11 @@ import importlib.util
 import json
 import math
 import os
-import threading
 import time
 from pathlib import Path
-from statistics import median
 
-from lib.config import UserError
+from lib.config import UserError, write_whole
 from lib.runtime import memory_used, peak_flops
-
-WINDOW, ENOUGH = 100, 20  # losses that a new one is compared with; no alarm with fewer than ENOUGH
-UPLOAD_SECONDS = 60  # that an upload may take when the run is over
 
 
 class Log:
@@ -44,7 +37,7 @@ class Log:
         if self.world.rank or kind is KeyboardInterrupt:  # a second Ctrl-C means: at once
             return
         for tracker in self.trackers:
-            tracker.close()
+            tracker.attempt("close")
         try:
             if self.path.is_file():
                 from lib.curves import draw_curves  # which imports matplotlib
@@ -65,7 +58,7 @@ class Log:
                     last = state.step if "grad_norm" in record else state.evaluated
                     if record["step"] <= last and line.endswith("\n"):
                         lines.append(line)
-            replace_file(self.path, "".join(lines).encode())
+            write_whole(self.path, "".join(lines).encode())
 
     def write(self, record):
         """Appends one line, NaN and infinity as null: JSON has neither."""
@@ -75,20 +68,13 @@ class Log:
             with writing(self.path), open(self.path, "a", encoding="utf-8", newline="\n") as f:
                 f.write(json.dumps(record) + "\n")
         for tracker in self.trackers:
-            tracker.send(record)
+            tracker.attempt("send", record)
 
     def step(self, state, clock, stats, lr, grad_norm):
-        """Watches the loss of a step; logs every step that is a multiple of logging_steps.
-
-        stats: {"loss": mean, ...}. The losses of before are part of `state`, so a resumed run
-        raises the same alarms as the uninterrupted one.
-        """
-        loss, now, seconds = stats["loss"], time.monotonic(), clock.seconds
-        if 0 < grad_norm < math.inf:  # else the step was not applied, which is reported elsewhere
-            self._alarm(state, loss, grad_norm)
-            state.recent = [*state.recent, loss][-WINDOW:]
+        """Logs every step that is a multiple of logging_steps; stats: {"loss": mean, ...}."""
         if state.step % self.every and state.step > 1:
             return
+        loss, now, seconds = stats["loss"], time.monotonic(), clock.seconds
         rate = (state.tokens - self.mark[1]) / max(1e-9, now - self.mark[0])
         self.mark, memory = (now, state.tokens), memory_used(self.world.device)
         record = {"step": state.step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
@@ -107,17 +93,6 @@ class Log:
             others = [f"{k} {v:.4f}" for k, v in stats.items() if k != "loss"]
             self.world.say("    " + " | ".join(others))
 
-    def _alarm(self, state, loss, grad_norm):
-        middle, limit = spike_limit(state.recent)
-        if loss > limit >= state.recent[-1]:  # reported once, not at every step that it lasts
-            spike = {"spike": loss, "median": middle, "grad_norm": grad_norm}
-            self.write({"step": state.step} | spike)
-            before = f"a median of {middle:.4f} in the {len(state.recent)} steps before"
-            self.world.say(
-                f"warning: loss spike at step {state.step:,}: {loss:.4f}, with {before}; "
-                f"gradient norm {grad_norm:.3f}"
-            )
-
     def evaluation(self, state, metrics):
         """Logs a validation: numbers on one line, texts quoted below it."""
         self.write({"step": state.step} | metrics)
@@ -131,37 +106,12 @@ class Log:
 
 @contextlib.contextmanager
 def writing(path):
-    """Turns what a disk refuses into a UserError, and leaves no half of a file."""
+    """Turns what a disk refuses into a UserError."""
     try:
         yield
     except OSError as problem:
-        hidden_twin(path).unlink(missing_ok=True)
-        why = f"could not be written ({problem.strerror}); make room"
-        raise UserError(f"{path}: {why}, or choose another place") from None
-
-
-def replace_file(path, content):
-    """Writes bytes beside `path` first: a kill leaves the old file or the new one."""
-    hidden_twin(path).write_bytes(content)
-    os.replace(hidden_twin(path), path)
-
-
-def hidden_twin(path):
-    return Path(path).with_name(f".tmp-{Path(path).name}")
-
-
-def spike_limit(recent):
-    """Returns (median of the losses `recent`, what a loss has to exceed to be called a spike).
-
-    More than one and a half times the median, and further above it than six median absolute
-    deviations, about four standard deviations. In logarithms: losses near 0 scatter by factors.
-    """
-    if len(recent) < ENOUGH:
-        return None, math.inf
-    logs = [math.log(max(loss, 1e-9)) for loss in recent]
-    middle = median(logs)
-    spread = max(math.log(1.5), 6 * median(abs(x - middle) for x in logs))
-    return math.exp(middle), math.exp(middle + spread)
+        why = f"could not be written ({problem.strerror})"
+        raise UserError(f"{path}: {why}; make room, or choose another place") from None
 
 
 # ---- wandb and tensorboard
@@ -171,9 +121,8 @@ def open_trackers(cfg, state, say):
     """Returns the Trackers of cfg.report_to; UserError if the package of one is not installed."""
     for name in cfg.report_to:
         if importlib.util.find_spec(name) is None:
-            raise UserError(
-                f"report_to={name}: needs a package that is not installed: pip install {name}"
-            )
+            missing = "needs a package that is not installed"
+            raise UserError(f"report_to={name}: {missing}: pip install {name}")
     return [Tracker(name, cfg, state, say) for name in cfg.report_to]
 
 
@@ -181,33 +130,22 @@ class Tracker:
     """wandb or tensorboard, given every record; its first failure is one warning and its end."""
 
     def __init__(self, name, cfg, state, say):
-        self.name, self.say, self.failed = name, say, False
-        opener = {"wandb": open_wandb, "tensorboard": open_tensorboard}[name]
-        self._send, self._close = self._attempt(opener, cfg, state) or (None, None)
+        self.name, self.say = name, say
+        self.calls = {"open": {"wandb": open_wandb, "tensorboard": open_tensorboard}[name]}
+        self.calls = self.attempt("open", cfg, state) or {}
 
-    def _attempt(self, call, *args):
+    def attempt(self, call, *args):
+        """Calls "send" with a record, or "close"; nothing after a failure."""
         try:
-            return None if self.failed else call(*args)
+            return self.calls[call](*args) if self.calls else None
         except Exception as problem:  # foreign code, over a network: nothing in it may end a run
-            self.failed = True
+            self.calls = {}
             line = (str(problem).splitlines() or [type(problem).__name__])[0]
             self.say(f"warning: {self.name} failed ({line:.120}); training goes on without it")
 
-    def send(self, record):
-        self._attempt(self._send, record)
-
-    def close(self):
-        """Waits for what was sent to arrive, for a minute at most."""
-        thread = threading.Thread(target=self._attempt, args=(self._close,), daemon=True)
-        thread.start()
-        thread.join(UPLOAD_SECONDS)
-        if thread.is_alive():
-            late = f"did not finish within {UPLOAD_SECONDS} seconds; not waiting longer"
-            self.say(f"warning: {self.name} {late}")
-
 
 def open_tensorboard(cfg, state):
-    """Returns (send, close); events go to OUTPUT_DIR/tensorboard, a resume purges those to come."""
+    """Events go to OUTPUT_DIR/tensorboard; a resume purges those of the steps to come."""
     from torch.utils.tensorboard import SummaryWriter
 
     folder = str(Path(cfg.output_dir) / "tensorboard")
@@ -220,15 +158,15 @@ def open_tensorboard(cfg, state):
             elif value is not None and name != "step":
                 writer.add_scalar(name, value, record["step"])
 
-    return send, writer.close
+    return {"send": send, "close": writer.close}
 
 
 def open_wandb(cfg, state):
-    """Returns (send, close). The project is WANDB_PROJECT or mini-llm; WANDB_MODE is respected."""
+    """The project is WANDB_PROJECT or mini-llm; WANDB_MODE is respected."""
     import wandb
 
     os.environ.setdefault("WANDB_PROJECT", "mini-llm")
     quiet, config = wandb.Settings(silent=True, console="off"), dataclasses.asdict(cfg)
     session = wandb.init(name=cfg.output_dir, dir=cfg.output_dir, config=config, settings=quiet)
     session.define_metric("*", step_metric="step")  # wandb's own step refuses to go back
-    return session.log, session.finish
+    return {"send": session.log, "close": session.finish}

@@ -105,19 +105,17 @@ def open_world(cfg):
 
     What can end every training becomes a UserError: memory that runs out, a rank that is gone.
     """
-    rank, size = from_environment("RANK", 0), from_environment("WORLD_SIZE", 1)
+    number = lambda name, default: int(os.environ.get(name, default))
+    rank, size = number("RANK", 0), number("WORLD_SIZE", 1)
     if size > 1 and "MASTER_ADDR" not in os.environ:  # set by a cluster's shell, or left over
         missing = "but MASTER_ADDR is not set; start with torchrun, or unset it"
         raise UserError(f"WORLD_SIZE is {size}, {missing}")
     device = choose_device(cfg.device)
-    if device.type == "mps" and size > 1:
-        remedy = "leave torchrun out, or --device=cpu"
-        raise UserError(f"device=mps is one GPU, which ranks can't share; {remedy}")
     if device.type == "cuda":
-        device = torch.device("cuda", from_environment("LOCAL_RANK", 0))
+        device = torch.device("cuda", number("LOCAL_RANK", 0))
         torch.cuda.set_device(device)
     if device.type == "cpu":  # torchrun says how many of the ranks share this machine
-        tune_cpu(min(size, from_environment("LOCAL_WORLD_SIZE", size)))
+        tune_cpu(min(size, number("LOCAL_WORLD_SIZE", size)))
     if size > 1:  # counts and decisions travel through gloo, gradients on GPUs through nccl
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if cfg.deterministic:
@@ -131,20 +129,13 @@ def open_world(cfg):
         if is_out_of_memory(problem):
             less = less_memory(cfg)
             raise UserError(f"out of memory; checkpoints are untouched; {less}") from None
-        if size == 1 or not re.search("(?i)gloo|nccl|connection", str(problem)):
-            raise
-        why = f"whose own message says why ({problem!s:.80})"
-        raise UserError(f"rank {rank} lost another rank, {why}") from None
+        if size > 1 and re.search("(?i)gloo|nccl|connection", str(problem)):
+            why = f"whose own message says why ({problem!s:.80})"
+            raise UserError(f"rank {rank} lost another rank, {why}") from None
+        raise
     finally:
         if size > 1:
             dist.destroy_process_group()
-
-
-def from_environment(name, default):
-    text = os.environ.get(name, str(default))
-    if not text.isdecimal():
-        raise UserError(f"environment variable {name} must be a number, got {text!r}; unset it")
-    return int(text)
 
 
 # ---- device and precision
@@ -152,13 +143,13 @@ def from_environment(name, default):
 
 def choose_device(wanted):
     """Returns the torch.device for auto, cpu, cuda or mps; UserError where it does not exist."""
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    present["cpu"] = True
-    if wanted == "auto":
-        wanted = next(name for name in present if present[name])
-    if not present[wanted]:
-        name = wanted.upper()
-        raise UserError(f"device={wanted}: this machine has no {name} device; use --device=cpu")
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    devices = [name for name in available if available[name]] + ["cpu"]
+    wanted = devices[0] if wanted == "auto" else wanted
+    if wanted not in devices:
+        raise UserError(
+            f"device={wanted}: this machine has no {wanted.upper()} device; use --device=cpu"
+        )
     return torch.device(wanted)
 
 
@@ -255,22 +246,20 @@ def memory_used(device):
 def is_out_of_memory(problem):
     """Returns whether an exception means so; torch has a type for it on CUDA only."""
     words = "(?i)out of memory|can't allocate memory|not enough memory|bad_alloc|ALLOC_FAILED"
-    types = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(problem, types) or bool(re.search(words, str(problem)))
+    return isinstance(problem, MemoryError) or bool(re.search(words, str(problem)))
 
 
 def less_memory(cfg):
     """Returns how a run of `cfg` goes on in less memory: the end of an error message."""
     rows, ways = cfg.batch_size * cfg.gradient_accumulation_steps, []
-    half = next((n for n in range(cfg.batch_size // 2, 0, -1) if rows % n == 0), None)
-    if half:  # a step keeps its rows: nothing changes in what is learned
+    if cfg.batch_size > 1:  # a step keeps its rows: nothing changes in what is learned
+        half = next(n for n in range(cfg.batch_size // 2, 0, -1) if rows % n == 0)
         ways.append(f"--batch_size={half} --gradient_accumulation_steps={rows // half}")
     if not cfg.gradient_checkpointing:
         ways.append("--gradient_checkpointing")
-    resume = "continue with --resume_from_checkpoint=auto and"
-    start = f"{resume} {' or '.join(ways)}; else use" if ways else "use"
-    plan = "(--plan shows what takes how much)"
-    return f"{start} a shorter --sequence_length or a smaller model {plan}"
+    resume = f"continue with --resume_from_checkpoint=auto and {' or '.join(ways)}; else "
+    less = "use a shorter --sequence_length or a smaller model (--plan shows what takes how much)"
+    return resume + less if ways else less
 
 
 # ---- GPUs

@@ -32,43 +32,47 @@ BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 # protobuf: normalizer_spec {add_dummy_prefix: false}; the last value of a field counts
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\0"
 
-# ----------------------------------------------------------------------------------------------
-# Text and ids
+# ---- text and ids
 
 
 class Tokenizer:
     """A trained SentencePiece model: ours, or a foreign one such as Llama's `tokenizer.model`.
 
-    model             the .model file as bytes; `sha256` is their hash
-    pieces            the vocabulary as SentencePiece spells it; V = `vocab_size` of them
-    controls          {symbol: id} of the control symbols
-    template          the chat template named by the folder it came from, or None
-    foreign_template  whether the folder has a chat template that is not read here
-    dummy_prefix      whether it puts a space before every text
-    exact             whether `save` wrote the folder, so that there are no other ids
+    model         the .model file as bytes; `sha256` is their hash
+    pieces        the vocabulary as SentencePiece spells it; V = `vocab_size` of them
+    controls      {symbol: id} of the control symbols
+    template      the chat template named by the folder it came from, or None
+    dummy_prefix  whether it puts a space before every text
+    exact         whether `save` wrote the folder, so that there are no other ids
 
-    Foreign folders may add control symbols (`added`, {id: symbol}), name those that open and end a
-    text (`roles`), lack the chat markers (`im_start_id`, `im_end_id` are then None) and padding
-    (`pad_id` is then the eos id).
+    The `config` of a foreign folder, its tokenizer_config.json, may add control symbols and name
+    those that open and end a text. Chat markers (`im_start_id`, `im_end_id` are then None) and
+    padding (`pad_id` is then the eos id) may be lacking.
     """
 
     file = "tokenizer.model"  # the name of `model` in a folder
     unreadable = "not a SentencePiece model, or a damaged one"
 
-    def __init__(self, model, source="tokenizer.model", template=None, added=None, roles=None):
-        self.model, self.source, self.template = model, source, template
-        self.exact = self.foreign_template = False
+    def __init__(self, model, source="tokenizer.model", config=None):
+        config = config or {}
+        self.model, self.source, self.exact = model, source, False
         self.sha256 = hashlib.sha256(model).hexdigest()
+        self.template = config.get("chat_template_name")
+        if self.template not in (None, *TEMPLATES):
+            problem = f"chat_template_name {self.template!r} is not one of {', '.join(TEMPLATES)}"
+            raise UserError(f"{source}: tokenizer_config.json: {problem}")
         try:
             ids = self._open(model)
             self.dummy_prefix = self._bytes[self.encode("a")[0]].startswith(b" ")
+            self.model_size = len(self.pieces)  # ids of `model` alone
+            symbols = self._symbols(config.get("added_tokens_decoder", {}))
+            self._add_controls(max(symbols, default=-1) + 1, symbols)
         except UserError:
             raise
         except Exception as error:  # a damaged file fails in many ways
-            raise UserError(f"{source}: {self.unreadable}") from error
-        self.model_size = len(self.pieces)  # ids of `model` alone
-        self._add_controls(max(added or {}, default=-1) + 1, added or {})
-        self._set_roles(ids, roles or {})
+            beside = ", or tokenizer_config.json beside it is" if config else ""
+            raise UserError(f"{source}: {self.unreadable}{beside}") from error
+        self._set_roles(ids, {role: config.get(f"{role}_token") for role in SPECIALS})
 
     def _open(self, model):
         """Sets `pieces` and the text of each, `_bytes`; returns {role: id}, -1 for none."""
@@ -81,6 +85,21 @@ class Tokenizer:
         control = [sp.is_control(id) or sp.is_unknown(id) for id in range(len(self.pieces))]
         self._bytes = [b"" if c else spell(piece) for c, piece in zip(control, self.pieces)]
         return {role: getattr(sp, f"{role}_id")() for role in SPECIALS}
+
+    def _symbols(self, added):
+        """Returns the {id: symbol} that a folder adds. A word that may occur in a text is refused:
+        SentencePiece would not find it.
+        """
+        for id, token in added.items():
+            symbol = token["content"]
+            special = token.get("special", True) or re.fullmatch(r"<.+>|\[.+\]", symbol)
+            if not 0 <= int(id) < 1 << 20 or not isinstance(symbol, str):
+                raise ValueError(id)
+            if int(id) >= self.model_size and not special:
+                word = f"the folder adds the word {symbol!r}, which SentencePiece would not find"
+                remedy = "move this file away, so that its tokenizer.json is read"
+                raise UserError(f"{self.source}: {word}; {remedy}")
+        return {int(id): token["content"] for id, token in added.items()}
 
     def _add_controls(self, size, symbols):
         """Adds control symbols up to `size` ids in all; those without a name are unused."""
@@ -100,10 +119,9 @@ class Tokenizer:
                 ids[role] = self.controls.get(str(symbol), -1)
         self.bos_id, self.eos_id, self.unk_id = ids["bos"], ids["eos"], ids["unk"]
         if min(self.bos_id, self.eos_id) < 0:
-            raise UserError(
-                f"{self.source}: no control symbol opens a text, or none ends it; name them in "
-                "tokenizer_config.json as bos_token and eos_token"
-            )
+            problem = "no control symbol opens a text, or none ends it"
+            remedy = "name them in tokenizer_config.json as bos_token and eos_token"
+            raise UserError(f"{self.source}: {problem}; {remedy}")
         self.pad_id = ids["pad"] if ids["pad"] >= 0 else self.eos_id
 
     @classmethod
@@ -117,35 +135,24 @@ class Tokenizer:
         path = Path(path)
         if not path.is_dir():
             return cls(read_model(path), str(path))
-        config, kind = tokenizer_config(path), cls
+        config, kind = path / "tokenizer_config.json", cls
+        config = read_object(config) if config.exists() else {}
         if not (path / cls.file).exists() and (path / "tokenizer.json").exists():
             from lib.tokenizer_json import JSONTokenizer as kind
 
-        folder, path = path, path / kind.file
-        roles = {role: config.get(f"{role}_token") for role in SPECIALS}
-        template, (added, words) = config.get("chat_template_name"), added_symbols(folder, config)
-        tokenizer = kind(read_model(path), str(path), template, added, roles)
-        if lost := sorted(id for id in words if id >= tokenizer.model_size):
-            raise UserError(
-                f"{path}: the folder adds the word {added[lost[0]]!r}, which SentencePiece would "
-                "not find in a text; move this file away, so that its tokenizer.json is read"
-            )
+        path = path / kind.file
+        tokenizer = kind(read_model(path), str(path), config)
         sha256 = config.get("tokenizer_model_sha256")
         tokenizer.exact = kind is cls and sha256 is not None
         if tokenizer.exact and tokenizer.sha256 != sha256:
-            raise UserError(
-                f"{path}: checksum mismatch (expected {str(sha256)[:12]}, got "
-                f"{tokenizer.sha256[:12]}): the file is damaged, or from another model"
-            )
-        jinja = "chat_template" in config or (folder / "chat_template.jinja").exists()
-        tokenizer.foreign_template = sha256 is None and jinja
+            hashes = f"expected {sha256!s:.12}, got {tokenizer.sha256:.12}"
+            why = "the file is damaged, or from another model"
+            raise UserError(f"{path}: checksum mismatch ({hashes}): {why}")
         return tokenizer
 
     def without_template(self, folder):
         """Returns the sentence on what happens to a chat where `template` is None."""
-        foreign = f"a chat template that is none of {', '.join(TEMPLATES)}"
-        reason = foreign if self.foreign_template else "no chat template"
-        return f"{folder} has {reason}: each text is continued as it stands"
+        return f"{folder} names no chat template of ours: each text is continued as it stands"
 
     def match(self, size, folder):
         """Adapts to the model in `folder`, which has `size` ids; UserError if they do not fit.
@@ -153,10 +160,8 @@ class Tokenizer:
         Other programs round a vocabulary up: the ids beyond are never read or written.
         """
         if size < self.vocab_size or (self.exact and size > self.vocab_size):
-            raise UserError(
-                f"{folder}: the model has {size} tokens, its tokenizer {self.vocab_size}; "
-                "they do not belong together"
-            )
+            sizes = f"the model has {size} tokens, its tokenizer {self.vocab_size}"
+            raise UserError(f"{folder}: {sizes}; they do not belong together")
         self._add_controls(size, {})
 
     def encode(self, text, after=None):
@@ -266,36 +271,7 @@ def read_model(path):
         raise UserError(f"{path}: {error.strerror}; a tokenizer is {expected}") from error
 
 
-def tokenizer_config(folder):
-    """Returns the tokenizer_config.json of a folder, {} if it has none."""
-    path = folder / "tokenizer_config.json"
-    config = read_object(path) if path.exists() else {}
-    name = config.get("chat_template_name")
-    if name is not None and name not in list(TEMPLATES):
-        raise UserError(f"{path}: chat_template_name {name!r} is not one of {', '.join(TEMPLATES)}")
-    return config
-
-
-def added_symbols(folder, config):
-    """Returns what tokenizer_config.json adds to a vocabulary: ({id: symbol}, ids of words).
-
-    A word may occur in a text, other than a symbol such as <|end|> or [END].
-    """
-    try:
-        added = {int(id): token for id, token in config.get("added_tokens_decoder", {}).items()}
-        symbols = {id: token["content"] for id, token in added.items()}
-        tags = {id for id, symbol in symbols.items() if re.fullmatch(r"<.+>|\[.+\]", symbol)}
-        words = {id for id, token in added.items() if not token.get("special", True)} - tags
-        if added and not 0 <= min(added) <= max(added) < 1 << 20:
-            raise ValueError(added)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        path = folder / "tokenizer_config.json"
-        raise UserError(f"{path}: added_tokens_decoder must hold symbols by their ids") from None
-    return symbols, words
-
-
-# ----------------------------------------------------------------------------------------------
-# Conversations
+# ---- conversations
 
 
 class Template(NamedTuple):
@@ -312,22 +288,13 @@ class Template(NamedTuple):
 
 ROLES = ("system", "user", "assistant")
 EOS_AFTER_ANSWER = {"system": "", "user": "", "assistant": SPECIALS["eos"]}
+INSTRUCT = {"system": "", "user": "### Instruction:\n", "assistant": "### Response:\n"}
+CHAT = {"system": "", "user": "Human: ", "assistant": "Assistant: "}
+CHATML = {role: f"{IM_START}{role}\n" for role in ROLES}
 TEMPLATES = {
-    "chatml": Template(
-        heads={role: f"{IM_START}{role}\n" for role in ROLES},
-        ends=dict.fromkeys(ROLES, f"\n{IM_END}"),
-        between="\n",
-    ),
-    "instruct": Template(
-        heads={"system": "", "user": "### Instruction:\n", "assistant": "### Response:\n"},
-        ends=EOS_AFTER_ANSWER,
-        between="\n\n",
-    ),
-    "chat": Template(
-        heads={"system": "", "user": "Human: ", "assistant": "Assistant: "},
-        ends=EOS_AFTER_ANSWER,
-        between="\n\n",
-    ),
+    "chatml": Template(CHATML, ends=dict.fromkeys(ROLES, f"\n{IM_END}"), between="\n"),
+    "instruct": Template(INSTRUCT, ends=EOS_AFTER_ANSWER, between="\n\n"),
+    "chat": Template(CHAT, ends=EOS_AFTER_ANSWER, between="\n\n"),
 }
 
 
@@ -383,10 +350,8 @@ def find_template(tokenizer, name):
     if name not in TEMPLATES:
         raise UserError(f"unknown template {name!r}: choose one of {', '.join(TEMPLATES)}")
     if name == "chatml" and None in (tokenizer.im_start_id, tokenizer.im_end_id):
-        raise UserError(
-            f"the template chatml needs {IM_START}, and this tokenizer has none: choose instruct "
-            "or chat"
-        )
+        missing = f"needs {IM_START}, and this tokenizer has none"
+        raise UserError(f"the template chatml {missing}: choose instruct or chat")
     return TEMPLATES[name]
 
 
@@ -412,7 +377,5 @@ def check_messages(messages):
             expected = f"one of {', '.join(ROLES)}"
             raise UserError(f"message {number}: role must be {expected}, got {role!r:.60}")
         if not isinstance(content, str) or not content.strip():
-            raise UserError(
-                f"message {number} ({role}): content must be text that is not empty, got "
-                f"{content!r:.60}"
-            )
+            expected = "content must be text that is not empty"
+            raise UserError(f"message {number} ({role}): {expected}, got {content!r:.60}")

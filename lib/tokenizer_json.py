@@ -20,8 +20,7 @@ from lib.tokenizer import (
     spell,
 )
 
-# ----------------------------------------------------------------------------------------------
-# Reading
+# ---- reading
 
 
 class JSONTokenizer(Tokenizer):
@@ -38,10 +37,8 @@ class JSONTokenizer(Tokenizer):
         try:
             import tokenizers
         except ImportError:
-            raise UserError(
-                f"{self.source}: needs the package tokenizers: pip install tokenizers (or put the "
-                "SentencePiece tokenizer.model beside it that it was made from)"
-            ) from None
+            remedy = "pip install tokenizers, or put its tokenizer.model beside it"
+            raise UserError(f"{self.source}: needs the package tokenizers: {remedy}") from None
 
         def reader(spec):
             tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
@@ -54,10 +51,8 @@ class JSONTokenizer(Tokenizer):
         inner = {name: without_prefix(spec.get(name)) for name in ("normalizer", "pre_tokenizer")}
         self._json, self._inner = reader(spec), reader(spec | inner)
         self._prefix_after_symbols = "Prepend" in json.dumps(spec.get("normalizer"))
-        texts = {
-            token["content"]: b"" if token["special"] else token["content"].encode()
-            for token in spec["added_tokens"]
-        }
+        added = {token["content"]: token["special"] for token in spec["added_tokens"]}
+        texts = {name: b"" if special else name.encode() for name, special in added.items()}
         ids, spell_piece = self._json.get_vocab(with_added_tokens=True), speller(spec)
         self.pieces = [f"<unused_{id}>" for id in range(max(ids.values()) + 1)]
         self._bytes = [b""] * len(self.pieces)
@@ -78,10 +73,7 @@ class JSONTokenizer(Tokenizer):
 def without_prefix(section):
     """Returns a normalizer or pre-tokenizer of tokenizer.json without a space before texts."""
     off = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}
-
-    def switch_off(part):
-        return {key: off.get(key, value) for key, value in part.items()}
-
+    switch_off = lambda part: {key: off.get(key, value) for key, value in part.items()}
     return json.loads(json.dumps(section), object_hook=switch_off)
 
 
@@ -102,8 +94,7 @@ def speller(spec):
     return lambda piece: bytes(letters[letter] for letter in piece)
 
 
-# ----------------------------------------------------------------------------------------------
-# Writing
+# ---- writing
 
 CONTROL_TOKEN = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 CONTROL_TOKEN |= {"special": True}
@@ -136,11 +127,9 @@ def files_of(tokenizer, max_length, template):
         config["chat_template_name"] = template
     files = {"special_tokens_map.json": specials, "tokenizer_config.json": config}
     if tokenizer.file != JSONTokenizer.file:
-        files = {JSONTokenizer.file: hugging_face_json(tokenizer)} | files
-    return {
-        name: json.dumps(value, ensure_ascii=False, indent=1).encode() + b"\n"
-        for name, value in files.items()
-    }
+        files[JSONTokenizer.file] = hugging_face_json(tokenizer)
+    text = lambda value: json.dumps(value, ensure_ascii=False, indent=1) + "\n"
+    return {name: text(value).encode() for name, value in files.items()}
 
 
 def hugging_face_json(tokenizer):

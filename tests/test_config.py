@@ -269,8 +269,7 @@ WRONG_PRESETS = """
 {"data_path": "a"} | data_path must be a list of str, got "a" (PATH)
 {"data_path": ["a", 1]} | data_path[1] must be str, got 1 (PATH)
 {"learning_rate": 1e999} | learning_rate must be float > 0, got Infinity (PATH)
-{"learning_rate": NaN} | PATH: NaN is not JSON; write a finite number
-{"_x": -Infinity} | PATH: -Infinity is not JSON; write a finite number
+{"learning_rate": NaN} | learning_rate must be float > 0, got NaN (PATH)
 {"n_layer": 1, "n_layer": 2} | PATH: a key stands twice among ["n_layer", "n_layer"]
 {"n_layer": 1 "d_model": 2} | PATH: Expecting ',' delimiter: line 1 column 15 (char 14)
 [1, 2] | PATH: must be an object {"key": value, ...}, got [1, 2]
@@ -312,7 +311,7 @@ def test_a_missing_preset_names_the_shipped_one(preset, monkeypatch, name):
 
 def test_a_preset_that_cannot_be_read(preset):
     Path("folder.json").mkdir()
-    assert error_of("folder.json").startswith("folder.json: cannot be read: ")
+    assert error_of("folder.json").startswith("folder.json: Is a directory")
 
 
 def test_a_long_or_many_lined_value_stays_one_short_line():
@@ -343,16 +342,14 @@ def test_a_derived_field_is_no_knob(tmp_path):
     assert narrow(Derived(4), Derived).double == 8
 
 
-def test_open_and_one_sided_ranges():
+def test_an_open_range():
     @dataclass
     class Bounds:
         share: Annotated[float, Range(0, 1, open_low=True)] = 1.0
-        few: Annotated[int, Range(high=3)] = 1
 
-    assert read("--share=1", "--few=-9", cls=Bounds) == Bounds(1.0, -9)
+    assert read("--share=1", cls=Bounds) == Bounds(1.0)
     message = "share must be float > 0 and <= 1, got 0.0 (--share)"
     assert error_of("--share=0", cls=Bounds) == message
-    assert error_of("--few=4", cls=Bounds) == "few must be int <= 3, got 4 (--few)"
 
 
 def test_the_nearest_name_is_suggested():
@@ -365,13 +362,10 @@ def test_the_nearest_name_is_suggested():
 # ---- keys of other programs
 
 
-def test_foreign_keys_are_collected_but_misspellings_are_not(preset):
+def test_foreign_keys_are_passed_over_but_misspellings_are_not(preset):
     path = preset({"n_layer": 2, "learning_rate": 1e-3, "device": "cpu", "_why": 1})
     again = preset({"learning_rate": 1e-4}, "again.json")
-    cfg = read(path, again, cls=Shape, foreign_keys=True)
-    assert cfg == Shape(n_layer=2)
-    assert cfg.foreign_keys == ("learning_rate", "device")
-    assert read(cls=Shape, foreign_keys=True).foreign_keys == ()
+    assert read(path, again, cls=Shape, foreign_keys=True) == Shape(n_layer=2)
     for key in ("n_layers", "n-layer", "nlayer", "N_layer", "d_modell", "droput"):
         sentence = error_of(preset({key: 2}), cls=Shape, foreign_keys=True)
         assert sentence.startswith(f"configs/my.json: unknown key '{key}'; did you mean '")
@@ -515,19 +509,6 @@ def test_help_reads_comments_of_a_base_in_its_own_module(tmp_path, monkeypatch, 
     monkeypatch.syspath_prepend(tmp_path)
     _, rows = help_of(capsys, importlib.import_module("leaf_module").Leaf)
     assert rows == {"--x": "int 2 of the base", "--y": "int 3 of the leaf"}
-
-
-def test_help_finds_the_comment_of_a_wrapped_field(capsys):
-    @dataclass
-    class Wrapped:
-        width: Annotated[int, Range(1, 512)] | None = (
-            None  # a formatter puts it here, inside the parentheses, where a line would be too long
-        )
-        height: int = 1
-
-    _, rows = help_of(capsys, Wrapped)
-    assert "a formatter puts it here, inside the parentheses" in rows["--width"]
-    assert rows["--height"] == "int 1"
 
 
 def test_every_option_of_every_command_has_its_line_in_help():

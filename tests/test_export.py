@@ -395,8 +395,9 @@ class Recorder:
 
 
 def test_the_end_of_a_turn_is_the_templates_whatever_its_number(tiny_tokenizer):
-    added, roles = {384: "<end>"}, {"eos": "<end>"}
-    tokenizer = Tokenizer(tiny_tokenizer.model, template="chatml", added=added, roles=roles)
+    config = {"added_tokens_decoder": {"384": {"content": "<end>"}}, "eos_token": "<end>"}
+    config |= {"chat_template_name": "chatml"}
+    tokenizer = Tokenizer(tiny_tokenizer.model, config=config)
     writer = Recorder()
     add_tokenizer(writer, tokenizer)
     assert (writer.add_eos_token_id, writer.add_eot_token_id) == (384, tiny_tokenizer.im_end_id)

@@ -320,7 +320,7 @@ DAMAGES = {
     ),
     "a deep manifest": (manifest("[" * 100_000), "manifest.json is not readable"),
     "a wrong size": (entry(bytes=7, sha256="0"), "config.json has"),
-    "a wrong type": (entry(bytes=[], sha256=7), "manifest.json is not readable"),
+    "a wrong type": (entry(bytes=[], sha256=7), "config.json has"),
     "a newer format": (manifest(lambda m: m | {"format": 2}), "format 2, this program reads 1"),
     "a name that leads out": (
         manifest(lambda m: m | {"files": m["files"] | {"../run.lock": m["files"]["run.json"]}}),

@@ -269,9 +269,9 @@ def test_a_folder_of_somebody_else_is_never_overwritten(stories, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("train_00001.jsonl", b"{}\n", "train_00001.jsonl: sha256 mismatch"),
-        ("train_00001.bin", b"", "train_00001.bin: sha256 mismatch"),
-        ("tokenizer.model", None, "tokenizer.model: not found"),
+        ("train_00001.jsonl", b"{}\n", "train_00001.jsonl: checksum mismatch"),
+        ("train_00001.bin", b"", "train_00001.bin: checksum mismatch"),
+        ("tokenizer.model", None, "tokenizer.model is missing"),
     ],
 )
 def test_a_damaged_dataset_is_not_called_verified(
@@ -285,7 +285,7 @@ def test_a_damaged_dataset_is_not_called_verified(
         prepare_dataset(stories, folder, shard_tokens=4000)
     if name != "train_00001.jsonl":  # training reads no text
         done = data_py("inspect", folder)
-        assert f"{name}: " in done.stderr
+        assert f"{name} " in done.stderr
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
@@ -663,7 +663,7 @@ def test_a_killed_retokenize_is_not_taken_for_a_preparation(
 def test_retokenize_refuses_changed_text(prepared, tmp_path):
     folder = shutil.copytree(prepared, tmp_path / "d")
     (folder / "train_00001.jsonl").write_bytes(b"{}\n")
-    with pytest.raises(UserError, match=r"train_00001.jsonl: sha256 mismatch"):
+    with pytest.raises(UserError, match=r"train_00001.jsonl: checksum mismatch"):
         retokenize_dataset(folder, tmp_path / "again", vocab_size=300)
     done = data_py("retokenize", folder)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)

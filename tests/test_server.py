@@ -219,7 +219,7 @@ def test_a_base_model_continues_what_the_chat_says(servers, plain_folder, tiny_t
     status, answer = plain.ask("/generate", fields | {"template": "chatml"})
     assert (status, answer["error"]["param"]) == (400, "template")
     assert "this model has 'none'" in answer["error"]["message"]
-    assert f"{plain_folder} has no chat template: each text is continued" in plain.text
+    assert f"{plain_folder} names no chat template of ours: each text is continued" in plain.text
 
 
 def test_another_template_than_the_models_own_is_refused(chatty, alone):

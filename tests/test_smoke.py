@@ -260,7 +260,7 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
     (tmp_path / "p.txt").write_bytes(b"caf\xe9")
     with pytest.raises(UserError, match=r"p\.txt: .*not UTF-8"):
         read_prompts(str(tmp_path / "p.txt"))
-    with pytest.raises(UserError, match=r"gone\.json: not found"):
+    with pytest.raises(UserError, match=r"gone\.json: No such file"):
         read_prompts(str(tmp_path / "gone.json"))
 
 
@@ -307,7 +307,7 @@ def test_a_model_is_asked_in_its_own_template_or_continues_plain_text(
     model, tiny_tokenizer, template, monkeypatch
 ):
     prompt, seen = read_prompts()[0], []
-    tokenizer = Tokenizer(tiny_tokenizer.model, template=template)
+    tokenizer = Tokenizer(tiny_tokenizer.model, config={"chat_template_name": template})
 
     def spy(model, requests):
         seen.extend(requests)

@@ -630,18 +630,6 @@ def test_symbols_that_a_folder_adds_are_control_symbols_with_their_roles(foreign
             Tokenizer.load(marked)
 
 
-def test_a_chat_template_that_is_not_read_is_mentioned(foreign, tok, tmp_path):
-    """transformers writes it into tokenizer_config.json, since version 5 into a file of its own."""
-    tok.save(tmp_path / "ours", 64)  # offers chatml, as a base model that was not trained in it
-    for name in ("tokenizer_config.json", "chat_template.jinja"):
-        shutil.copytree(foreign, tmp_path / name)
-        write_json(tmp_path / name / name, {"chat_template": "{{ messages[0].content }}"})
-        sentence = Tokenizer.load(tmp_path / name).without_template("x")
-        assert sentence.startswith("x has a chat template that is none of chatml, instruct, chat:")
-    for folder in (foreign, tmp_path / "ours"):
-        assert "has no chat template:" in Tokenizer.load(folder).without_template("x")
-
-
 @templates
 @pytest.mark.parametrize("size", [1002, 1024])
 def test_a_foreign_model_with_markers_and_padding_is_saved_for_transformers(
@@ -668,11 +656,20 @@ def test_a_foreign_model_with_markers_and_padding_is_saved_for_transformers(
     ("added", "message"),
     [
         ({"1000": {"content": "lamp", "special": False}}, "adds the word 'lamp'.*move this file"),
-        ([1], "must hold symbols"),
-        ({"1000": "<a>"}, "must hold symbols"),
-        ({"x": {"content": "<a>"}}, "must hold symbols"),
-        ({str(10**9): {"content": "<a>"}}, "must hold symbols"),
-        ({"1000": {"content": 5}}, "must hold symbols"),
+        ([1], "not a SentencePiece model, or a damaged one, or tokenizer_config.json"),
+        ({"1000": "<a>"}, "not a SentencePiece model, or a damaged one, or tokenizer_config.json"),
+        (
+            {"x": {"content": "<a>"}},
+            "not a SentencePiece model, or a damaged one, or tokenizer_config.json",
+        ),
+        (
+            {str(10**9): {"content": "<a>"}},
+            "not a SentencePiece model, or a damaged one, or tokenizer_config.json",
+        ),
+        (
+            {"1000": {"content": 5}},
+            "not a SentencePiece model, or a damaged one, or tokenizer_config.json",
+        ),
     ],
 )
 def test_a_word_that_a_folder_adds_and_nonsense_are_refused(foreign, tmp_path, added, message):

@@ -529,18 +529,10 @@ def test_a_log_that_cannot_be_rewritten_is_one_line(tmp_path, tiny_dataset):
     assert "metrics.jsonl: could not be written (Is a directory); make room, or choose" in line
 
 
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a number, got 'two'"),
-        ({"RANK": "-1"}, "RANK must be a number, got '-1'"),
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but MASTER_ADDR is not set; start with torchrun"),
-    ],
-)
-def test_a_leftover_of_a_cluster_in_the_environment_is_named(environment, message, monkeypatch):
+def test_a_leftover_of_a_cluster_in_the_environment_is_named(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = "WORLD_SIZE is 2, but MASTER_ADDR is not set; start with torchrun"
     with pytest.raises(UserError, match=message), open_world(PretrainConfig(device="cpu")):
         pass
 
