@@ -32,7 +32,7 @@ from typing import Annotated
 from corpus import report
 from corpus.clean import CleanConfig, clean, language_score, reject
 from corpus.dedup import Index, minhash, sha256
-from corpus.sources import Tally, input_bytes, read_documents
+from corpus.sources import Tally, read_documents
 from corpus.tokenizer import train_tokenizer
 from lib import folders
 from lib.config import Fraction, NonNegativeInt, PositiveInt, Range, UserError, write_whole
@@ -262,7 +262,8 @@ def collect(cfg, progress):
     tally.dropped |= progress.dropped  # the same dicts: what is counted here is saved there
     index = Index(progress.work, cfg.minhash_threshold if cfg.use_minhash else None, progress.index)
     rows, size = {split: [] for split in SPLITS}, 0  # of this part; its bytes of raw text
-    batches = batches_of(with_read_bar(source, cfg, tally, progress.documents))
+    source = progress_bar("read", source, initial=progress.documents, total=cfg.max_docs)
+    batches = batches_of(source)
     for batch, results in in_order(partial(refine, cfg=cfg), batches, cfg.num_workers):
         texts, scores, reasons, digests, signatures = results
         verdicts = iter(index.judge(digests, signatures))
@@ -299,17 +300,6 @@ def progress_bar(title, documents=None, unit=" documents", **counts):
     from tqdm import tqdm
 
     return tqdm(documents, title, disable=None, unit_scale=True, unit=unit, **counts)
-
-
-def with_read_bar(documents, cfg, tally, done):
-    """Yields the documents, with a bar of bytes where their sum is known, else of documents."""
-    size = None if cfg.max_docs else input_bytes(cfg)
-    unit = "B" if size else " documents"
-    with progress_bar("read", unit=unit, total=size or cfg.max_docs) as bar:
-        for count, document in enumerate(documents, done):
-            if count % BATCH_DOCUMENTS == 0:
-                bar.update((tally.read_bytes if size else count) - bar.n)
-            yield document
 
 
 def batches_of(documents):

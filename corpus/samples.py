@@ -18,8 +18,9 @@ import re
 import sysconfig
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache
-from itertools import chain, product
+from functools import cache, partial
+from itertools import product
+from operator import add, mul, sub
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,9 +38,6 @@ class SampleFilesConfig:
 
     output_dir: str = "data/samples"  # four .jsonl files are written here
     seed: NonNegativeInt = 42  # of the choice and the order of the tasks
-
-
-# ---- is an answer right?
 
 
 def passes(check, answer):
@@ -71,26 +69,22 @@ class Answer(NamedTuple):
     wrong: list
 
 
-def exact(text, *wrong):
-    return Answer(text, {"kind": "exact", "answer": text}, list(wrong))
+def answer(kind, text, *wrong):
+    return Answer(text, {"kind": kind, "answer": text}, list(wrong))
 
 
-def word(text, *wrong):
-    return Answer(text, {"kind": "word", "answer": text}, list(wrong))
+exact, word = partial(answer, "exact"), partial(answer, "word")
 
 
 def number(value):
     near = [str(value + step) for step in (1, -1, 2, 10) if value + step >= 0]
-    return Answer(str(value), {"kind": "number", "answer": str(value)}, near)
-
-
-# ---- words, the forms of questions, the phrases of rejected answers
-
-TABLES = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-WORDS = TABLES["words"]
+    return answer("number", str(value), *near)
 
 
 # ---- kinds of tasks: generators of (values, Answer); TABLES["forms"] has their questions
+
+TABLES = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+WORDS = TABLES["words"]
 
 
 def word_task(answer_to, change=str):
@@ -98,13 +92,20 @@ def word_task(answer_to, change=str):
     return lambda rng: (((change(w),), answer_to(w)) for w in WORDS)
 
 
+def sum_task(calculate, numbers):
+    """Returns a generator of a task about calculate(a, b) for all numbers where it is not < 0."""
+    pairs = [pair for pair in product(numbers, repeat=2) if calculate(*pair) >= 0]
+    return lambda rng: ((pair, number(calculate(*pair))) for pair in pairs)
+
+
+def table_task(name, answer_to):
+    """Returns a generator of a task about each (given, right) of a table."""
+    return lambda rng: (((given,), answer_to(given, right)) for given, right in TABLES[name])
+
+
 def neighbours(rng):
-    after = "What number comes right after", "Count on by one from", "Which number follows"
-    before = "What number comes right before", "Count back by one from"
-    for value in range(1, 80):
-        for form in (*after, *before):
-            mark = "." if form.startswith("Count") else "?"
-            yield (form, value, mark), number(value + (1 if form in after else -1))
+    for value, (question, step) in product(range(1, 80), TABLES["neighbours"].items()):
+        yield (question.format(value),), number(value + step)
 
 
 def comparison(rng):
@@ -136,31 +137,11 @@ def repeated_words(rng):
         yield (rng.choice(("Say", "Write the word", "Repeat")), w, name), answer
 
 
-def opposites(rng):
-    pairs = TABLES["opposites"]
-    uses = Counter(chain.from_iterable(pairs))  # a word that stands twice has two opposites
-    for given, opposite in chain(pairs, (pair[::-1] for pair in pairs)):
-        if uses[given] == 1:
-            yield (given,), word(opposite, given)
-
-
-def plurals(rng):
-    return (((w,), word(many, w + "es", w + "s", w)) for w, many in TABLES["plurals"])
-
-
-def past_tense(rng):
-    return (((verb,), word(past, verb + "ed", verb)) for verb, past in TABLES["past_tense"])
-
-
 def categories(rng):
     for right, names in TABLES["categories"].items():
         for name in names:
             wrong = rng.choice([other for other in TABLES["categories"] if other != right])
             yield (name, *rng.sample((right, wrong), 2)), word(right, wrong)
-
-
-def facts(rng):
-    return (((question,), word(answer)) for question, answer in TABLES["facts"])
 
 
 def python_functions(rng):
@@ -173,13 +154,9 @@ def python_functions(rng):
 
 
 TASKS = {  # their order counts
-    "addition": lambda rng: (((a, b), number(a + b)) for a, b in product(range(13), repeat=2)),
-    "subtraction": lambda rng: (
-        ((a, b), number(a - b)) for a, b in product(range(19), repeat=2) if a >= b
-    ),
-    "multiplication": lambda rng: (
-        ((a, b), number(a * b)) for a, b in product(range(11), repeat=2)
-    ),
+    "addition": sum_task(add, range(13)),
+    "subtraction": sum_task(sub, range(19)),
+    "multiplication": sum_task(mul, range(11)),
     "neighbours": neighbours,
     "comparison": comparison,
     "length": word_task(lambda w: number(len(w))),
@@ -192,25 +169,19 @@ TASKS = {  # their order counts
     "has_letter": has_letter,
     "sorting": word_order,
     "repetition": repeated_words,
-    "opposites": opposites,
-    "plurals": plurals,
-    "past_tense": past_tense,
+    "opposites": table_task("opposites", lambda given, opposite: word(opposite, given)),
+    "plurals": table_task("plurals", lambda w, many: word(many, w + "es", w + "s", w)),
+    "past_tense": table_task("past_tense", lambda verb, past: word(past, verb + "ed", verb)),
     "categories": categories,
-    "one_word": facts,
+    "one_word": table_task("facts", lambda question, fact: word(fact)),
     "python_functions": python_functions,
 }
-
-
-def all_tasks(kind, rng):
-    """Yields (prompt, Answer) of every task of a kind, in each form of its question."""
-    for values, answer in TASKS[kind](rng):
-        yield from ((form.format(*values), answer) for form in TABLES["forms"][kind])
 
 
 # ---- what Python's functions do, in the words of their own documentation
 
 BUILTINS = (str, list, dict, set, tuple, bytes, int, float)
-COMPILED = ("math", "itertools", "operator", "time")
+COMPILED = ("math", "itertools", "operator", "time")  # modules without source text
 SUMMARY = re.compile(r"[A-Z][a-z]+( [A-Za-z0-9'(),/-]+){2,14}\.")  # one plain line
 
 
@@ -218,39 +189,31 @@ SUMMARY = re.compile(r"[A-Z][a-z]+( [A-Za-z0-9'(),/-]+){2,14}\.")  # one plain l
 def summaries():
     """Returns {name: the first line of its documentation} of Python's public functions."""
     lines = {}
-    for name, text in chain(compiled_documentation(), module_documentation()):
+    for name, text in documentation():
         summary = text.strip().split("\n\n")[0]
         if SUMMARY.fullmatch(summary) and "_" not in (name[0], name.rpartition(".")[2][0]):
             lines[name] = summary
     return lines
 
 
-def compiled_documentation():
-    """Yields (name, documentation) of functions of which Python has no source text."""
-    for owner in chain(BUILTINS, map(importlib.import_module, COMPILED)):
-        for name, thing in vars(owner).items():
-            if callable(thing) or isinstance(thing, classmethod | staticmethod):
-                yield f"{owner.__name__}.{name}", thing.__doc__ or ""
-
-
-def module_documentation():
-    """Yields (name, documentation) of the functions and methods of some well-known modules."""
+def documentation():
+    """Yields (name, documentation) of functions and methods of built-in types and some modules."""
+    for owner in (*BUILTINS, *map(importlib.import_module, COMPILED)):
+        for name, value in vars(owner).items():
+            if callable(value) or isinstance(value, classmethod | staticmethod):
+                yield f"{owner.__name__}.{name}", value.__doc__ or ""
+    stdlib = Path(sysconfig.get_path("stdlib"))
     for module in TABLES["modules"]:
-        path = Path(sysconfig.get_path("stdlib")) / module
-        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-        if not path.is_file():
-            continue  # not in this version of Python, or compiled
-        tree = ast.parse(path.read_bytes())
-        classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name[0] != "_"]
-        for node in [tree, *classes]:
-            title = module if node is tree else f"{module}.{node.name}"
-            for text in docstrings(node, "", f"{title}."):
-                name, _, documentation = text.partition("\n\n")
-                if name:
-                    yield name, documentation
+        paths = stdlib / module / "__init__.py", stdlib / f"{module}.py"
+        # else it is not in this version of Python, or compiled
+        for path in filter(Path.is_file, paths):
+            tree = ast.parse(path.read_bytes())
+            classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name[0] != "_"]
+            for node in [tree, *classes]:
+                title = module if node is tree else f"{module}.{node.name}"
+                texts = (text.partition("\n\n") for text in docstrings(node, "", f"{title}."))
+                yield from ((name, text) for name, _, text in texts if name)
 
-
-# ---- what is wrong with a rejected answer
 
 FLAWS = {"correctness": 45, "rambling": 25, "rudeness": 18, "evasion": 12}  # per cent of the pairs
 
@@ -265,11 +228,7 @@ def rejected(answer, flaw, others, rng):
         return " ".join([answer.text] * rng.randint(3, 6))
     if flaw == "rambling":
         return f"{bare}. {' '.join(rng.sample(TABLES['fillers'], rng.randint(1, 3)))}"
-    phrase = rng.choice(TABLES["rude" if flaw == "rudeness" else "evasive"])
-    return phrase.format(bare)
-
-
-# ---- the files
+    return rng.choice(TABLES[flaw]).format(bare)
 
 
 def create_sample_datasets(cfg):
@@ -278,32 +237,35 @@ def create_sample_datasets(cfg):
     python data.py create_sample_datasets [--output_dir=data/samples] [--seed=42]
     """
     folder = Path(cfg.output_dir)
-    files = {folder / f"{name}.jsonl": to_jsonl(rows) for name, rows in make_rows(cfg.seed).items()}
     try:
-        present = {path for path in files if path.exists()}
-        for path in sorted(present):
-            if path.read_bytes() != files[path]:
-                raise UserError(
-                    f"{path}: exists, with other contents; name another --output_dir, or delete it"
-                )
-        for path in sorted(files.keys() - present):
-            write_whole(path, files[path])
+        for name, rows in make_rows(cfg.seed).items():
+            write_sample(folder / f"{name}.jsonl", rows)
     except OSError as error:
         reason = f"cannot be written ({error.strerror}); name another --output_dir"
         raise UserError(f"{folder}: {reason}") from None
-    for path, content in files.items():
-        note = "  (was there)" if path in present else ""
-        print(f"{path}{content.count(10):>8,} rows{note}")
+
+
+def write_sample(path, rows):
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    present = path.exists()
+    if not present:
+        write_whole(path, content)
+    elif path.read_bytes() != content:
+        remedy = "name another --output_dir, or delete it"
+        raise UserError(f"{path}: exists, with other contents; {remedy}")
+    print(f"{path}{len(rows):>8,} rows{'  (was there)' if present else ''}")
 
 
 def make_rows(seed):
     """Returns {"sft_train": rows, ...} for each of FILES."""
     files, used = {name: [] for name in FILES}, set()
-    for kind in TASKS:
+    for kind, generate in TASKS.items():
         rng = random.Random(f"{seed} {kind}")  # one for each, so that no kind depends on another
-        tasks = {prompt: answer for prompt, answer in all_tasks(kind, rng) if prompt not in used}
-        used |= tasks.keys()
-        tasks = list(tasks.items())
+        tasks = {}
+        for values, answer in generate(rng):
+            tasks |= {form.format(*values): answer for form in TABLES["forms"][kind]}
+        tasks = [(prompt, answer) for prompt, answer in tasks.items() if prompt not in used]
+        used |= {prompt for prompt, _ in tasks}
         rng.shuffle(tasks)
         tasks = tasks[:MOST]
         others, start = [answer.text for _, answer in tasks], 0
@@ -325,7 +287,3 @@ def dpo_row(kind, prompt, answer, others, rng):
     flaw = rng.choices([*FLAWS], [*FLAWS.values()])[0]
     texts = {"chosen": answer.text, "rejected": rejected(answer, flaw, others, rng)}
     return {"prompt": prompt, **texts, "check": answer.check, "kind": kind, "about": flaw}
-
-
-def to_jsonl(rows):
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()

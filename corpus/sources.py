@@ -6,19 +6,20 @@ source of no use at all (nothing there, no column of text, no network) is a User
 """
 
 import ast
-import fnmatch
 import glob
 import os
 import re
 import sysconfig
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from itertools import chain, islice
 from pathlib import Path
 
 from corpus import files
-from corpus.files import MAX_LINE, ROW_READERS, USUAL, Tally, kind_of, package, until_damaged
+from corpus.files import MAX_LINE, ROW_READERS, NoColumn, Tally, kind_of, package, until_damaged
 from lib import config
 from lib.config import PositiveFloat, PositiveInt, UserError
 
@@ -52,24 +53,18 @@ def read_documents(cfg, tally):
 
 def sources_of(cfg):
     """Returns the Sources of a configuration: its mixture's, or that of its input_path."""
-    own = {"input_path": "docstrings:", "input_config": "", "text_column": ""}
+    alone = {"input_path": "docstrings:", "input_config": "", "text_column": ""}  # the defaults
+    given = {name: getattr(cfg, name) for name in alone}
     if cfg.mixture is None:
-        if not cfg.input_path:
-            raise UserError(f"input_path is empty; {PLACES}")
-        keys = {name: getattr(cfg, name) for name in (*own, "licence")}
-        return [Source(name=cfg.input_path, **keys)]
+        return [Source(cfg.input_path, **given, licence=cfg.licence)]
     if not cfg.mixture:
-        entry = '{"name": ..., "input_path": ..., "weight": 1}'
-        raise UserError(f"mixture: an empty list; give entries {entry}")
-    for name, default in own.items():
-        if (value := getattr(cfg, name)) != default:
-            remedy = f"keep one of the two (each entry of mixture has a {name} of its own)"
-            raise UserError(f"mixture and {name} {value!r} are both given; {remedy}")
+        raise UserError('mixture: an empty list; give entries {"name": ..., "input_path": ...}')
+    if given != alone:
+        raise UserError(f"mixture and one of {', '.join(alone)} are both given; keep one")
     sources = [source_of(f"mixture[{number}]", entry) for number, entry in enumerate(cfg.mixture)]
-    names = [source.name for source in sources]
-    for number, name in enumerate(names):
-        if name in names[:number]:
-            raise UserError(f"mixture[{number}]: a second source with the name {name!r}; rename it")
+    names = Counter(source.name for source in sources)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise UserError(f"mixture: two sources have the name {twice[0]!r}; rename one")
     return sources
 
 
@@ -84,9 +79,8 @@ def source_of(where, entry):
         elif not key.startswith("_"):
             hint = config.did_you_mean(key, options) or f"; known are {', '.join(options)}"
             raise UserError(f"{where}: unknown key {key!r}{hint}")
-    for key, option in options.items():
-        if option.default is config.NO_DEFAULT and not values.get(key):
-            raise UserError(f"{where}: {key} is {'empty' if key in values else 'missing'}")
+    if not (values.get("name") and values.get("input_path")):
+        raise UserError(f"{where}: name or input_path is missing or empty")
     return Source(**values)
 
 
@@ -105,43 +99,35 @@ def interleave(streams, tally):
         due = {source.name: owed[source.name] + source.weight / total for source, _ in streams}
         turn = source, documents = max(streams, key=lambda stream: due[stream[0].name])
         counts, (where, text) = tally.sources[source.name], next(documents, (None, ""))
+        counts["bytes"] += len(text.encode(errors="ignore"))
+        counts["ended"] = where is None
         if where is None:
-            counts["ended"] = True
             streams.remove(turn)
-            continue
-        counts["bytes"] += len(text) if text.isascii() else len(text.encode(errors="ignore"))
-        if files.surrogate(text):
+        elif files.surrogate(text):
             tally.bad("bad-unicode", f"{where}: lone surrogate")
-            continue
-        owed |= due
-        owed[source.name] -= 1
-        counts["documents"] += 1
-        if counts["documents"] == source.max_samples:
-            counts["capped"] = True
-            streams.remove(turn)
-        yield where, text
+        else:
+            owed |= due
+            owed[source.name] -= 1
+            counts["documents"] += 1
+            if counts["documents"] == source.max_samples:
+                counts["capped"] = True
+                streams.remove(turn)
+            yield where, text
 
 
 def documents_of(source, max_length, tally):
     """Returns the documents of one source; raises at once for an absent file or package."""
     path = source.input_path
-    if path.startswith("docstrings:"):
-        return docstring_documents(path.removeprefix("docstrings:"), max_length, tally)
+    if path == "docstrings:":
+        return docstring_documents(max_length, tally)
     if path.startswith("hf:"):
         package("datasets", path, Unreachable)
         rows = hub_rows(path, source.input_config)
         return joined_wikitext(column_texts(rows, source.text_column, tally))
     paths = input_files(path, tally)
-    files.check_packages(paths)
+    for suffix in {".zst", ".parquet"} & {path.suffix.lower() for path in paths}:
+        package("pyarrow", f"a {suffix} file")
     return file_documents(paths, source.text_column, max_length, tally)
-
-
-def input_bytes(cfg):
-    """Returns the size of all files that cfg names; None if it names other sources too."""
-    paths = [source.input_path for source in sources_of(cfg)]
-    if any(path.startswith(("docstrings:", "hf:")) for path in paths):
-        return None
-    return sum(file.stat().st_size for path in paths for file in input_files(path))
 
 
 def source_rows(path, tally):
@@ -168,19 +154,12 @@ def source_rows(path, tally):
 UNDOCUMENTED = {"test", "tests", "testing", "idle_test", "site-packages", "__pycache__", "_vendor"}
 
 
-def docstring_documents(folder, max_length, tally):
-    """Yields this Python's documentation (reference, standard library, packages) or a folder's."""
-    if folder and not os.path.isdir(folder):
-        alone = "docstrings: alone is this Python's documentation"
-        raise UserError(f"docstrings:{folder}: not a folder; {alone}")
-    roots = [folder] if folder else map(sysconfig.get_path, ("stdlib", "purelib"))
-    if not folder:
-        from pydoc_data.topics import topics
-
-        for name in sorted(topics):
-            lines = topics[name].splitlines(keepends=True)
-            yield from numbered(f"pydoc_data.topics {name}", passages(lines, max_length))
-    for root in map(Path, roots):
+def docstring_documents(max_length, tally):
+    """Yields this Python's documentation: its reference, the standard library, packages."""
+    for name, text in sorted(import_module("pydoc_data.topics").topics.items()):
+        texts = passages(text.splitlines(keepends=True), max_length)
+        yield from numbered(f"pydoc_data.topics {name}", texts)
+    for root in map(Path, map(sysconfig.get_path, ("stdlib", "purelib"))):
         for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).parts):
             parts = path.relative_to(root).with_suffix("").parts
             if not UNDOCUMENTED & set(parts):
@@ -192,7 +171,7 @@ def module_documents(path, module, max_length, tally):
     """Yields a document for a module and its functions, and one for each class with its methods."""
     try:
         if not path.is_file() or path.stat().st_size > MAX_LINE:
-            return tally.bad("unreadable-module", f"{module}: not a file, or over 16 MiB")
+            raise ValueError("not a file, or over 16 MiB")
         source = path.read_bytes()
         if b'"""' not in source and b"'''" not in source:
             return
@@ -238,42 +217,37 @@ def input_files(pattern, tally=None):
     In a folder those of a known kind; hidden ones are passed over. A file with two names is read
     under the first.
     """
-    tally, pattern = tally or Tally(), os.path.expanduser(pattern)
-    is_folder, paths = os.path.isdir(pattern), {}
+    tally, pattern, paths = tally or Tally(), os.path.expanduser(pattern), {}
     if os.path.isfile(pattern):
-        refuse_unreadable(Path(pattern))
-        return [Path(pattern)]
-    if os.path.exists(pattern) and not is_folder:
-        raise UserError(f"{pattern}: a pipe or a device; write its content to a file")
-    for path in sorted(files_below(pattern, tally) if is_folder else globbed(pattern, tally)):
-        if kind_of(path) is None or path.name[0] == "." or os.path.isdir(path):
+        path = Path(pattern)
+        if (
+            kind_of(path) is None
+            and (suffix := files.inner_path(path).suffix.lower()) in UNREADABLE
+        ):
+            remedy = "unpack it, or convert it to .txt, .jsonl or .parquet"
+            raise UserError(f"{path}: {suffix} files are not read; {remedy}")
+        return [path]
+    is_folder = os.path.isdir(pattern)
+    if not is_folder and not glob.has_magic(pattern):
+        problem = "a pipe or a device" if os.path.exists(pattern) else "not found"
+        raise UserError(f"{pattern}: {problem}; {PLACES}")
+    for path in sorted(files_below(pattern, tally) if is_folder else globbed(pattern)):
+        if kind_of(path) is None or path.name[0] == "." or path.is_dir():
             continue
-        if os.path.isfile(path):
+        if path.is_file():
             paths.setdefault(os.path.realpath(path), path)
         else:
             tally.bad("not-a-file", f"{path}: a broken link, a pipe or a device")
-    if not paths and not is_folder and not glob.has_magic(pattern):
-        raise UserError(f"{pattern}: not found; {PLACES}")
     if not paths:
         kinds = f"{', '.join(files.SUFFIXES)} (or these with {', '.join(files.OPENERS)})"
         raise UserError(f"{pattern}: holds no file that ends in {kinds}")
     return list(paths.values())
 
 
-def refuse_unreadable(path):
-    suffix = files.inner_path(path).suffix.lower()
-    if kind_of(path) is None and suffix in UNREADABLE:
-        remedy = "unpack it, or convert it to .txt, .jsonl or .parquet"
-        raise UserError(f"{path}: {suffix} files are not read; {remedy}")
-
-
 def files_below(folder, tally):
     """Yields every file below a folder; a folder with two names is entered once."""
+    refused = lambda error: tally.bad("unreadable-folder", f"{error.filename}: {error.strerror}")
     entered = set()
-
-    def refused(error):
-        tally.bad("unreadable-folder", f"{error.filename}: {error.strerror}")
-
     for parent, folders, names in os.walk(folder, onerror=refused, followlinks=True):
         real = os.path.realpath(parent)
         folders[:] = [] if real in entered else sorted(name for name in folders if name[0] != ".")
@@ -282,26 +256,14 @@ def files_below(folder, tally):
         entered.add(real)
 
 
-def globbed(pattern, tally):
-    """Yields the paths that a pattern matches; under ** glob itself follows links in circles."""
-    parts = Path(pattern).parts
-    if "**" not in parts:
-        yield from map(Path, glob.glob(pattern))
-        return
-    at = parts.index("**")
-    for folder in sorted(glob.glob(str(Path(*parts[:at])))):
-        for file in files_below(folder, tally):
-            if matches(file.relative_to(folder).parts, parts[at:]):
-                yield file
-
-
-def matches(parts, patterns):
-    """Returns whether a path's parts match a pattern's parts, ** any number of them."""
-    if not parts or not patterns:
-        return not parts and patterns in ((), ("**",))
-    if patterns[0] == "**":
-        return matches(parts, patterns[1:]) or matches(parts[1:], patterns)
-    return fnmatch.fnmatch(parts[0], patterns[0]) and matches(parts[1:], patterns[1:])
+def globbed(pattern):
+    """Yields the paths that a pattern matches; ** enters no linked folder, so that it ends."""
+    parts = [re.sub(r"\*+", "*", part) if part != "**" else part for part in Path(pattern).parts]
+    root = Path(Path(pattern).anchor)
+    parts = parts[len(root.parts) :] + ["*"] * (parts[-1] == "**")
+    for path in root.glob("/".join(parts)):
+        if all(part[0] != "." or part in parts for part in path.parts):
+            yield path
 
 
 def file_documents(paths, column, max_length, tally):
@@ -309,29 +271,29 @@ def file_documents(paths, column, max_length, tally):
 
     Raises UserError only at the end, if no file had a column of text.
     """
-    useless, empty = [], True
+    problem = document = None
 
-    def give_up(path, error):
-        if isinstance(error, files.NoColumn):
-            useless.append(error)
+    def give_up(error):
+        nonlocal problem
+        if isinstance(error, NoColumn):
+            problem = error
             return tally.bad("no-text-column", str(error))
         reason = "damaged-file" if error.errno is None else "unreadable-file"
         tally.bad(reason, f"{path}: {error.strerror or error}")
 
     for path in paths:
-        for document in file_texts(path, column, max_length, tally, partial(give_up, path)):
-            empty = False
+        for document in file_texts(path, column, max_length, tally, give_up):
             yield document
-    if useless and empty:
-        raise useless[0]
+    if problem and not document:
+        raise problem
 
 
 def file_texts(path, column, max_length, tally, give_up):
     """Returns the (where, text)s of a file; give_up(error) is called where it is damaged."""
     kind = kind_of(path)
     if kind in ROW_READERS:
-        texts = column_texts(files.rows(path, tally, column), column, tally)
-        return joined_wikitext(until_damaged(texts, give_up))
+        rows = until_damaged(files.rows(path, tally), give_up)
+        return joined_wikitext(until_damaged(column_texts(rows, column, tally), give_up))
     read = files.page_lines if kind == "html" else files.decoded_lines
     lines = until_damaged(read(path, tally), give_up)
     if kind == "wikitext":
@@ -339,23 +301,30 @@ def file_texts(path, column, max_length, tally, give_up):
     return numbered(path, passages((line for _, line in lines), max_length))
 
 
+# The columns that are taken for the text, the likeliest first
+USUAL = ("text", "content", "document", "article", "body", "passage", "markdown")
+
+
 def column_texts(rows, column, tally):
     """Yields (where, text) of (where, row); a row without a text is counted.
 
-    The column is chosen by the first rows together, up to one that has it by name: a single odd row
-    decides nothing.
+    The text is the column `column` if given, else a usual one, else the only one that holds text.
+    The first rows together tell, up to one that has it by name: a single odd row decides nothing.
     """
-    first, union = [], {}
+    first, strings, names = [], {}, [column] if column else USUAL
     for where, row in islice(rows, 20):
         first.append((where, row))
         if isinstance(row, dict):
-            union |= {k: v for k, v in row.items() if not isinstance(union.get(k), str)}
-            if row.keys() & ({column} if column else set(USUAL)):
-                break
-    name = column or "text"
-    if union:
-        strings = [key for key, value in union.items() if isinstance(value, str)]
-        name = files.choose_column(column, first[0][0], strings, union)
+            strings |= {key: isinstance(row[key], str) or strings.get(key) for key in row}
+        if any(map(strings.get, names)):
+            break
+    texts = [key for key, is_text in strings.items() if is_text]
+    names = [*names, *texts] if len(texts) == 1 and not column else names
+    name = next((name for name in names if name in texts), names[0])
+    if strings and name not in texts:
+        what = f"no column {column!r} of text" if column else "no column that is surely the text"
+        what += f" among {', '.join(map(str, strings))[:200]}; name it with --text_column=NAME"
+        raise NoColumn(f"{first[0][0]}: {what}")
     for where, row in chain(first, rows):
         if not isinstance(row, dict):
             tally.bad("not-an-object", where)
@@ -370,14 +339,14 @@ def column_texts(rows, column, tally):
 def joined_wikitext(texts):
     """Yields (where, text)s as they are, or the articles of WikiText, where a row is a line.
 
-    WikiText has a heading ` = Title = ` among its first hundred rows.
+    The first row of WikiText that is not blank is a heading, ` = Title = `.
     """
-    first, is_wikitext = [], False
-    for where, text in islice(texts, 100):
-        first.append((where, text))
-        is_wikitext = re.fullmatch(r" = .* = ?\n?", text) is not None
-        if is_wikitext or len(text) > 100_000 or "\n" in text.rstrip("\n"):
+    first = []
+    for document in islice(texts, 100):
+        first.append(document)
+        if document[1].strip():
             break
+    is_wikitext = first and re.fullmatch(r" = .* = ?\n?", first[-1][1])
     texts = chain(first, texts)
     yield from articles(texts) if is_wikitext else texts
 
@@ -407,7 +376,7 @@ class Unreachable(UserError):
 
 
 def hub_rows(path, config=""):
-    """Streams (where, row) of a dataset of the hub: hf:owner/name[@revision][:config[:split]].
+    """Streams (where, row) of a dataset of the hub: hf:owner/name[:config[:split]].
 
     Raises Unreachable for any error, in the middle too: no dataset comes out shorter than it is.
     """
@@ -415,20 +384,15 @@ def hub_rows(path, config=""):
     if not name.strip("/ "):
         raise UserError(f"{path!r} names no dataset; write hf:owner/name")
     if own and config not in ("", own):
-        other = f"another configuration than input_config {config!r}"
-        raise UserError(f"{path} names {other}; keep one")
-    name, _, revision = name.partition("@")
+        raise UserError(f"{path} names another configuration than input_config {config!r}")
     datasets, number = package("datasets", path, Unreachable), 0
-    options = {"split": split or "train", "streaming": True, "revision": revision or None}
+    split = split or "train"
     try:
-        for row in datasets.load_dataset(name, own or config or None, **options):
+        for row in datasets.load_dataset(name, own or config or None, split=split, streaming=True):
             yield f"{name} row {number}", row
             number += 1
     except Exception as error:  # anything may come from there; none of it is worth a traceback
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
         where = f"{path}: broke off after {number} rows" if number else f"{path}: cannot be read"
         remedy = "check the name and the network, or give local files"
-        if "scripts are no longer supported" in reason:
-            _, colon, rest = path.removeprefix("hf:").partition(":")
-            remedy = f"the hub's own copy may do: hf:{name}@refs/convert/parquet{colon}{rest}"
         raise Unreachable(f"{where} ({reason}); {remedy}") from None

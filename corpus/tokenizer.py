@@ -39,43 +39,25 @@ def train_tokenizer(texts, path, vocab_size):
     """Learns a vocabulary of `vocab_size` ids from `texts`, writes it to the .model file `path`.
 
     Returns the Tokenizer. The same texts in the same order give the same bytes on any machine.
-    SentencePiece holds the texts in memory, about ten bytes a character: give it a sample of a
-    large corpus. Raises UserError if vocab_size is too large for the texts or too small for their
-    characters. An exception raised by `texts` is passed on.
+    Memory holds the texts, and SentencePiece about ten bytes a character more: give it a sample of
+    a large corpus. Raises UserError if vocab_size is too large for the texts or too small for their
+    characters.
     """
-    size, failure, model = 0, None, io.BytesIO()
-
-    def sentences():
-        nonlocal size, failure
-        try:
-            for text in texts:
-                size += len(text)
-                yield LINE_BREAKS.sub(rf"{CUT}\g<0>{CUT}", UNTRAINABLE.sub(" ", text))
-        except BaseException as error:  # SentencePiece turns it into a RuntimeError
-            failure = error
-            raise
-
-    files = {"sentence_iterator": sentences(), "model_writer": model}
+    texts = [LINE_BREAKS.sub(rf"{CUT}\g<0>{CUT}", UNTRAINABLE.sub(" ", text)) for text in texts]
+    if not any(texts):
+        raise UserError("no text to train a tokenizer on: no documents, or all are empty")
+    train, model = spm.SentencePieceTrainer.train, io.BytesIO()
+    files = {"sentence_iterator": iter(texts), "model_writer": model}
     try:
-        spm.SentencePieceTrainer.train(**files, vocab_size=max(vocab_size, 6), **RECIPE)
+        train(**files, vocab_size=max(vocab_size, 6), **RECIPE)
     except RuntimeError as error:
-        raise failure or training_error(str(error), vocab_size, size) from None
+        number = re.search(r"value <= (\d+)|required_chars\. \d+ vs (\d+)", str(error))
+        if number is None:
+            raise
+        most, least = number.groups()
+        remedy = f"too large for these texts: set vocab_size={most} or give more text"
+        if least:
+            remedy = f"too small: specials, bytes and the texts' characters need at least {least}"
+        raise UserError(f"vocab_size {vocab_size} is {remedy}") from None
     write_whole(path, model.getvalue())
     return Tokenizer(model.getvalue(), str(path))
-
-
-def training_error(message, vocab_size, size):
-    """Returns SentencePiece's complaint as a UserError with the number that mends it."""
-    if size == 0:
-        return UserError("no text to train a tokenizer on: no documents, or all are empty")
-    if largest := re.search(r"value <= (\d+)", message):
-        return UserError(
-            f"vocab_size {vocab_size} is too large for {size:,} characters of text, which support "
-            f"at most {largest[1]}: set vocab_size={largest[1]} or give more text"
-        )
-    if needed := re.search(r"required_chars\. \d+ vs (\d+)", message):
-        return UserError(
-            f"vocab_size {vocab_size} is too small: 6 specials, 256 bytes and the characters of "
-            f"these texts need at least {needed[1]}"
-        )
-    return RuntimeError(message)

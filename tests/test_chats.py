@@ -4,20 +4,19 @@ import bz2
 import gzip
 import json
 import lzma
-import subprocess
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import data
 from corpus.chats import read_chats, read_pairs
-from corpus.inspect import marked, rendered, tokens_of
+from corpus.inspect import Characters, InspectConfig, dialogues_of, inspect, marked
 from corpus.sources import Tally
 from lib.config import UserError
 from lib.tokenizer import render
 from tests import ROOT, SHARED
 from tests.conftest import prepare_dataset
-from tests.warm import python
 
 
 def says(*turns, first="user"):
@@ -200,28 +199,25 @@ GOOD = [{"prompt": f"q{number}", "response": "a"} for number in range(100)]
 DEEP = "[" * 100_000
 QA = {"prompt": "q", "response": "a"}
 BAD_CHATS = [
-    (DEEP, "too-deep", ""),
-    ('{"prompt": ' + DEEP, "too-deep", ""),
-    ('{"prompt": "q", "response": NaN}', "not-a-string", "response"),
+    (DEEP, "not-json", ""),
+    ('{"prompt": ' + DEEP, "not-json", ""),
+    ('{"prompt": "q", "response": NaN}', "missing-field", "response"),
     ('{"prompt": "q", "response": "\\ud800"}', "bad-unicode", '"response" holds a lone surrogate'),
     ("{nothing", "not-json", ""),
     (b'{"prompt": "\xff"}', "not-utf-8", ""),
     ('{"prompt": 1' + "0" * 5000 + "}", "not-json", ""),
-    ("7", "not-an-object", "a row must be an object, got a number"),
-    ('"text"', "not-an-object", "got a string"),
-    ("null", "not-an-object", "got null"),
-    ("[]", "empty", "the list"),
-    ("{}", "missing-field", 'missing "prompt" (or "messages", ...) among no fields at all'),
-    ({"text": "x"}, "missing-field", 'missing "prompt" (or "messages", ...) among text'),
+    ("7", "not-an-object", "a row must be an object, got int"),
+    ('"text"', "not-an-object", "got str"),
+    ("null", "not-an-object", "got NoneType"),
+    ("[]", "empty", '"messages" is empty'),
+    ("{}", "missing-field", 'missing "prompt" among no fields'),
+    ({"text": "x"}, "missing-field", 'missing "prompt" among text; rename its fields: '),
     ({"\x1b[2J": "x"}, "missing-field", "among ?[2J"),
     ({"response": "a"}, "missing-field", 'missing "prompt"'),
     ({"prompt": "q"}, "missing-field", 'missing "response"'),
-    ({"instruction": "q"}, "missing-field", 'missing "output"'),
-    ({"question": "q"}, "missing-field", 'missing "answer"'),
-    (QA | {"response": None}, "not-a-string", '"response" must be a string or messages, got null'),
-    (QA | {"prompt": 3}, "not-a-string", '"prompt" must be a string or messages, got a number'),
-    (QA | {"prompt": True}, "not-a-string", "got true or false"),
-    (QA | {"response": [1]}, "not-messages", '"response" message 1 must be an object, got a num'),
+    (QA | {"response": None}, "missing-field", 'missing "response"'),
+    (QA | {"prompt": 3}, "not-a-string", '"prompt" must be a string or messages, got int'),
+    (QA | {"response": [1]}, "not-messages", '"response" message 1 must be an object, got int'),
     (QA | {"response": " \x00\n"}, "empty", '"response" is empty'),
     (QA | {"prompt": ""}, "empty", '"prompt" is empty'),
     (QA | {"system": 5}, "not-a-string", '"system" must be'),
@@ -231,14 +227,14 @@ BAD_CHATS = [
     ({"messages": system("S")}, "no-answer", ""),
     ({"messages": "text"}, "no-answer", ""),
     ({"messages": [{"role": "root", "content": "x"}]}, "unknown-role", "message 1: role must be"),
-    ({"messages": [{"content": "x"}]}, "unknown-role", "got null"),
-    ({"messages": [{"role": ["user"], "content": "x"}]}, "unknown-role", "got a list"),
+    ({"messages": [{"content": "x"}]}, "unknown-role", "got 'NoneType'"),
+    ({"messages": [{"role": ["user"], "content": "x"}]}, "unknown-role", "got 'list'"),
     ({"messages": [*says("q"), {"role": "assistant"}]}, "not-a-string", "message 2: content must"),
     ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "not-a-string",
-     "an item that is no text"),
+     "content must be text"),
     ({"messages": [{"role": "user", "content": " "}, *replies("a")]}, "empty",
      '"messages message 1" is empty'),
-    ({"prompt": "q"} | AB, "preference-pair", "which are for dpo.py"),
+    ({"prompt": "q"} | AB, "missing-field", "prompt, chosen and rejected for dpo.py"),
 ]  # fmt: skip
 
 
@@ -262,14 +258,14 @@ BAD_PAIRS = [
     (AB, "missing-field"),
     ({"chosen": replies("a"), "rejected": replies("b")}, "missing-field"),
     ({"chosen": says("q", "a"), "rejected": says("r", "b")}, "missing-field"),
-    ({"chosen": says("q", "a", "r", "b"), "rejected": says("q", "a", "s", "b")}, "prompts-differ"),
-    ({"prompt": "q", "chosen": says("x"), "rejected": "b"}, "prompts-differ"),
+    ({"chosen": says("q", "a", "r", "b"), "rejected": says("q", "a", "s", "b")}, "no-answer"),
+    ({"prompt": "q", "chosen": says("x"), "rejected": "b"}, "no-answer"),
     ({"prompt": "q", "chosen": None, "rejected": "b"}, "not-a-string"),
     ({"prompt": "q", "chosen": "a", "rejected": ""}, "empty"),
-    ({"chosen": hh(" q", " a"), "rejected": hh(" r", " b")}, "prompts-differ"),
+    ({"chosen": hh(" q", " a"), "rejected": hh(" r", " b")}, "missing-field"),
     ({"chosen": hh(" q", ""), "rejected": hh(" q", " b")}, "empty"),
     ({"chosen": hh(" q"), "rejected": hh(" q", " b")}, "missing-field"),
-    ({"chosen": "q\n\nAssistant: a", "rejected": "q\n\nAssistant: b"}, "not-messages"),
+    ({"chosen": "q\n\nAssistant: a", "rejected": "q\n\nAssistant: b"}, "missing-field"),
     ({"chosen": hh(" q", " a", " x"), "rejected": hh(" q", " b")}, "no-answer"),
     (["chosen", "rejected"], "not-an-object"),
 ]
@@ -299,41 +295,40 @@ def test_too_many_unusable_rows_are_an_error_that_lists_them(tmp_path):
     with pytest.raises(UserError) as caught:
         read_chats(path)
     text = str(caught.value)
-    assert text.startswith(f"{path}: 6 of 100 rows are unusable (6.0%, allowed 5.0%): ")
-    assert '5 missing-field (line 1: missing "response"); 1 not-json (line 6)' in text
+    assert text.startswith(f"{path}: 6 of 100 rows are unusable (6.0%): ")
+    assert '5 missing-field (line 1: missing "response" among prompt; rename its fields: ' in text
+    assert text.endswith("; 1 not-json (line 6)")
     assert text.count(str(path)) == 1
     assert len(read_chats(path, max_bad=0.06)) == 94
     assert len(read_chats(write(path, *bad[:5], *GOOD[:95]))) == 95  # exactly 5 %
 
 
 @pytest.mark.parametrize(
-    ("read", "row", "start"),
+    ("read", "row", "name"),
     [
-        (read_chats, {"frage": "q", "antwort": "a"}, 'missing "prompt" (or "messages", ...) among'),
-        (read_chats, {"prompt": "q", "reply": "a"}, 'missing "response" among'),
-        (read_pairs, {"frage": "q", "gut": "a", "schlecht": "b"}, 'missing "chosen" among'),
+        (read_chats, {"frage": "q", "antwort": "a"}, "prompt"),
+        (read_chats, {"prompt": "q", "reply": "a"}, "response"),
+        (read_pairs, {"frage": "q", "gut": "a", "schlecht": "b"}, "chosen"),
+        (read_pairs, ROW, "chosen"),  # for sft.py
     ],
 )
-def test_other_field_names_get_a_remedy_that_works(tmp_path, read, row, start):
+def test_other_field_names_get_a_remedy_that_works(tmp_path, read, row, name):
     path = write(tmp_path / "rows.jsonl", row)
     remedy = (
-        "rename its fields: prompt (instruction, question) and response (completion, output, "
-        "answer), or messages (conversations, conversation, dialogue, dialog); "
-        "in a pair prompt, chosen and rejected"
+        "rename its fields: prompt|instruction|question and response|completion|output|answer, or "
+        "messages|conversations|conversation|dialogue|dialog, for sft.py; "
+        "prompt, chosen and rejected for dpo.py"
     )
-    detail = f"{start} {', '.join(row)}; {remedy}"
+    detail = f'missing "{name}" among {", ".join(row)}; {remedy}'
     with pytest.raises(UserError) as caught:
         read(path)
     assert str(caught.value) == f"{path}: 0 usable rows of 1: 1 missing-field (line 1: {detail})"
     ours = ("prompt", "response") if read is read_chats else ("prompt", "chosen", "rejected")
-    assert len(read(write(path, dict(zip(ours, row.values(), strict=True))))) == 1
+    values = [*row.values(), "b"][: len(ours)]
+    assert len(read(write(path, dict(zip(ours, values, strict=True))))) == 1
 
 
-def test_rows_of_the_other_training_and_folders_of_models_are_named(tmp_path):
-    with pytest.raises(UserError, match=r'missing "chosen"; conversations are for sft\.py'):
-        read_pairs(write(tmp_path / "chats.jsonl", ROW))
-    with pytest.raises(UserError, match=r"1 preference-pair \(line 1: .*for dpo.py\)$"):
-        read_chats(write(tmp_path / "pairs.jsonl", {"prompt": "q"} | AB))
+def test_a_folder_of_a_model_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="the folder of a model"):
         read_chats(tmp_path)
@@ -351,7 +346,7 @@ def test_a_list_with_a_bad_element_goes_on(tmp_path):
     tally = Tally()
     (tmp_path / "rows.json").write_text(text[:-1] + ', {"prompt": NaN}]')
     assert len(read_chats(tmp_path / "rows.json", tally)) == 40
-    assert reasons(tally) == {"missing-field": 1, "not-a-string": 1}
+    assert reasons(tally) == {"missing-field": 2}
     assert "element 4" in tally.dropped["read"]["missing-field"]["examples"][0]
 
 
@@ -371,7 +366,7 @@ NINE = json.dumps([ROW] * 9)
         (
             "two.json",
             f"[\n{LINE}\n]\n".encode() * 2,
-            "its JSON stops after 1 elements: text follows its end",
+            "its JSON stops after 1 elements",
         ),
         ("binary.jsonl", bytes(range(256)) * 20, "0 usable rows"),
         ("nul.jsonl", b"\0" * 5000, "0 usable rows"),
@@ -491,151 +486,127 @@ def test_the_same_dialogue_in_every_format_reads_the_same(tmp_path_factory, turn
 # ---- inspect
 
 
-def inspect(*args):
-    """Runs `data.py inspect`. Returns (status, stdout, stderr); an error is one line."""
-    words = [python(), "data.py", "inspect", *map(str, args)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert "Traceback" not in done.stderr
-    assert (done.stderr.startswith("error: "), done.stderr.count("\n")) == (
-        done.returncode == 2,
-    ) * 2
-    return done.returncode, done.stdout, done.stderr
+def shown(capsys, path, **settings):
+    inspect(InspectConfig(str(path), **settings))
+    return capsys.readouterr().out
 
 
-def test_inspect_shows_conversations_as_the_model_sees_them(tmp_path, tiny_tokenizer):
+def test_inspect_shows_conversations_as_the_model_sees_them(tmp_path, tiny_tokenizer, capsys):
     tiny_tokenizer.save(tmp_path / "model", 64, template="instruct")
     rows = [{"prompt": "Hi \u6f22", "response": "Hello"}, {"conversations": sharegpt("a", "b")}]
     path = write(tmp_path / "rows.jsonl", *rows, {"prompt": 5}, *GOOD)
-    status, shown, _ = inspect(path)
-    assert status == 0
-    for text in (
-        "101  prompt/response",
-        "1  ShareGPT",
+    text = shown(capsys, path)
+    for part in (
+        "101  prompt, response",
+        "1  conversations",
         "102  usable of 103 rows",
         "as chatml; in [ ]:",
         f'-1  not-a-string, first: {path} line 3: "prompt" must be',
         "[<|im_start|>user\nHi \u6f22\n<|im_end|>\n<|im_start|>assistant\n]Hello\n<|im_end|>",
+        "conversation: characters learned",
     ):
-        assert text in shown
-    assert "tokens" not in shown
-    _, shown, _ = inspect(path, f"--tokenizer_path={tmp_path / 'model'}")
-    assert "[<s>### Instruction:\nHi \u6f22\n\n### Response:\n]Hello</s>" in shown
-    learned = next(line for line in shown.splitlines() if "of them learned" in line)
-    assert learned.split()[4:6] == [str(len(tiny_tokenizer.encode("a")) + 1)] * 2  # and its end
-    _, shown, _ = inspect("--template", "chat", "--tokenizer_path", tmp_path / "model", path)
-    assert "[<s>Human: Hi \u6f22\n\nAssistant:] Hello</s>" in shown  # the model writes the space
+        assert part in text
+    model = str(tmp_path / "model")
+    text = shown(capsys, path, tokenizer_path=model)
+    assert "[<s>### Instruction:\nHi \u6f22\n\n### Response:\n]Hello</s>" in text
+    learned = next(line for line in text.splitlines() if "tokens learned" in line)
+    assert learned.split()[3:5] == [str(len(tiny_tokenizer.encode("a")) + 1)] * 2  # and its end
+    text = shown(capsys, path, tokenizer_path=model, template="chat")
+    assert "[<s>Human: Hi \u6f22\n\nAssistant:] Hello</s>" in text  # the model writes the space
 
 
-def test_inspect_shows_pairs_without_learning_earlier_answers(tmp_path):
+def test_inspect_shows_pairs_without_learning_earlier_answers(tmp_path, capsys):
     row = {"chosen": says("q", "x", "r", "a"), "rejected": says("q", "x", "r", "b")}
     same = {"prompt": "q", "chosen": "a", "rejected": "a"}
-    status, shown, _ = inspect(write(tmp_path / "rows.jsonl", row, same))
-    assert status == 0
-    for text in ("preference pairs", "1  chosen, rejected\n", "-1  identical-pair"):
-        assert text in shown
+    text = shown(capsys, write(tmp_path / "rows.jsonl", row, same))
+    for part in ("preference pairs", "1  chosen, rejected\n", "-1  identical-pair"):
+        assert part in text
     for answer in "ab":
-        assert f"<|im_start|>assistant\n]{answer}\n<|im_end|>" in shown
-    assert "[<|im_start|>user\nq\n<|im_end|>\n<|im_start|>assistant\n]" not in shown
+        assert f"<|im_start|>assistant\n]{answer}\n<|im_end|>" in text
+    assert "[<|im_start|>user\nq\n<|im_end|>\n<|im_start|>assistant\n]" not in text
+
+
+@pytest.mark.parametrize("template", ["chatml", "instruct", "chat"])
+def test_characters_stand_in_for_a_tokenizer(tiny_tokenizer, template):
+    pair = {"prompt": says("q", "x", "r"), "chosen": replies("a"), "rejected": replies("b")}
+    for value in (says("q", "x", "r", "a"), pair):
+        ours, theirs = (dialogues_of(value, t, template) for t in (Characters(), tiny_tokenizer))
+        for (*_, ids, mask), (*_, other_ids, other_mask) in zip(ours, theirs, strict=True):
+            text = marked(other_ids, other_mask, tiny_tokenizer)
+            assert marked(ids, mask, Characters()) == text.replace("<s>", "", 1)
+            assert ("]x" in text.replace("] ", "]")) == (value is not pair)
+    assert len(marked([ord("q")] * 10**6, [1] * 10**6, Characters())) < 2100
+
+
+def test_inspect_shows_a_mostly_unusable_file_and_then_refuses_it(tmp_path, capsys):
+    with pytest.raises(UserError, match="2 of 3 rows are unusable, more than 5%: training refuses"):
+        shown(capsys, write(tmp_path / "rows.jsonl", ROW, "x", "x"))
+    assert "1  usable of 3 rows" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("start", "template"),
-    [(0, "chatml"), (3, "chatml"), (3, "instruct"), (3, "chat"), (0, "chat")],
-)
-def test_what_is_dimmed_is_what_the_mask_leaves_out(tiny_tokenizer, start, template):
-    messages = says("q", "x", "r", "a")
-    ids, mask = tokens_of(messages, start, tiny_tokenizer, template)
-    pieces = rendered(messages, start, tiny_tokenizer, template)
-    learned = tiny_tokenizer.decode([id for id, bit in zip(ids, mask) if bit], controls=True)
-    assert "".join(text for text, is_learned in pieces if is_learned) == learned
-    assert "".join(text for text, _ in pieces) == tiny_tokenizer.decode(ids, controls=True)
-    assert ("x" in learned) == (start == 0)
-
-
-def test_a_terminal_dims_and_long_texts_are_cut():
-    assert marked([("q", False), ("a", True)], terminal=True) == "\x1b[2mq\x1b[22ma"
-    assert len(marked([("q" * 10**6, True)], terminal=False)) < 2100
-
-
-def test_inspect_shows_a_mostly_unusable_file_and_then_refuses_it(tmp_path):
-    status, shown, error = inspect(write(tmp_path / "rows.jsonl", ROW, "x", "x"))
-    assert status == 2
-    assert "1  usable of 3 rows" in shown
-    assert "2 of 3 rows are unusable, more than 5%: training refuses it" in error
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "flags", "end"),
+    ("name", "content", "settings", "parts"),
     [
-        ("rows.jsonl", '{"text": "First."}\n{"text": "Second."}\n3\n', [], "First.\n"),
-        ("odd.csv", "a,b\nsome words,others\n", ["--text_column=b"], "others\n"),
-        ("page.html", "<p>Only <b>words</b></p>", [], "Only words\n"),
+        ("rows.jsonl", '{"text": "First."}\n{"text": "Second."}\n3\n', {},
+         ("2  documents read\n", "-1  not-an-object, first: ", "First.\n")),
+        ("many.jsonl", '{"text": "x"}\n' * 2000, {}, ("1,000  documents read, and there are",)),
+        ("odd.csv", "a,b\nsome words,others\n", {"text_column": "b"}, ("others\n",)),
+        ("page.html", "<p>Only <b>words</b></p>", {}, ("Only words\n",)),
+        ("west.txt", "na\xefve man", {}, ("1  decoded-as-cp1252, first: ", "na\xefve man\n")),
     ],
-)
-def test_inspect_shows_a_source_of_text(tmp_path, name, content, flags, end):
-    (tmp_path / name).write_text(content)
-    status, shown, _ = inspect(tmp_path / name, *flags)
-    assert status == 0
-    assert shown.endswith(end)
-    assert name != "rows.jsonl" or "2  documents in all" in shown
-    assert name != "rows.jsonl" or "-1  not-an-object, first: " in shown
-    (tmp_path / "empty.txt").write_text("")
-    status, _, error = inspect(tmp_path / "empty.txt")
-    assert (status, "0 usable documents" in error) == (2, True)
+)  # fmt: skip
+def test_inspect_shows_a_source_of_text(tmp_path, capsys, name, content, settings, parts):
+    (tmp_path / name).write_text(content, encoding="cp1252")
+    text = shown(capsys, tmp_path / name, **settings)
+    assert all(part in text for part in parts)
 
 
-def test_inspect_shows_a_prepared_dataset_and_names_its_damage(
-    tmp_path, tiny_documents, tiny_tokenizer
-):
+def test_inspect_shows_a_prepared_dataset_and_names_its_damage(tmp_path, tiny_documents, capsys):
     folder = prepare_dataset(tmp_path / "tiny", tiny_documents)
     manifest = json.loads((folder / "manifest.json").read_text())
     totals = manifest["totals"]
-    status, shown, _ = inspect(folder)
-    assert status == 0
+    capsys.readouterr()
+    text = shown(capsys, folder)
     for split in ("train", "val"):
-        line = next(line for line in shown.splitlines() if line.startswith(f"  {split} "))
+        line = next(line for line in text.splitlines() if line.startswith(f"  {split} "))
         assert line.split()[1] == f"{totals[split]['documents']:,}"
         assert line.split()[3] == f"{totals[split]['tokens']:,}"
     size, tokens = (sum(totals[split][key] for split in totals) for key in ("bytes", "tokens"))
     for part in (manifest["tokenizer_sha256"], f"{folder}.jsonl", "shown):\n<s>",
                  f"bytes per token  {size / tokens:.2f}"):  # fmt: skip
-        assert part in shown
-    tiny_tokenizer.save(tmp_path / "other", 64)
-    status, _, error = inspect(folder, "--tokenizer_path", tmp_path / "other")
-    assert status == 2
-    assert manifest["tokenizer_sha256"] in error
-    assert tiny_tokenizer.sha256 in error
+        assert part in text
     shard = folder / "train_00000.bin"
     shard.write_bytes(shard.read_bytes()[:-1])
-    status, _, error = inspect(folder)
-    assert status == 2
-    assert f"{shard}: " in error
+    with pytest.raises(UserError, match=f"{shard}: "):
+        shown(capsys, folder)
 
 
 @pytest.mark.parametrize(
-    ("args", "detail"),
+    ("path", "settings", "message"),
     [
-        ([], "inspect needs a path: python data.py inspect PATH"),
-        (["none.jsonl"], "none.jsonl: not found"),
-        (["data.py"], "0 usable rows of"),
-        (["configs/tiny.json"], "0 usable rows of 1: 1 missing-field"),
-        (["lib"], "lib: holds no file"),
-        (["data.py", "--template=chtml"], "template must be chatml|instruct|chat"),
-        (["data.py", "--tokenizer_path=none"], "none: No such file"),
+        ("", {}, r"inspect needs a path: python data.py inspect PATH"),
+        ("none.jsonl", {}, "none.jsonl: not found"),
+        ("data.py", {}, "0 usable rows of"),
+        ("configs/tiny.json", {}, "0 usable rows of 1: 1 missing-field"),
+        ("lib", {}, "lib: holds no file"),
+        ("data.py", {"tokenizer_path": "none"}, "none: No such file"),
+        ("empty.txt", {}, "0 usable documents"),
     ],
 )
-def test_inspect_of_a_mistake_is_one_line(args, detail):
-    status, _, error = inspect(*args)
-    assert status == 2
-    assert detail in error
+def test_inspect_of_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, path, settings, message):
+    for name in ("data.py", "lib", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "empty.txt").write_text("")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        shown(capsys, path, **settings)
+    assert "\n" not in str(caught.value)
 
 
-def test_a_misspelled_command_is_named():
-    done = subprocess.run(
-        [python(), "data.py", "inspekt"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert done.stderr == "error: unknown command 'inspekt'; did you mean inspect?\n"
+def test_a_misspelled_command_is_named(capsys):
+    with pytest.raises(SystemExit):
+        data.main(["inspekt"])
+    assert capsys.readouterr().err == "error: unknown command 'inspekt'; did you mean inspect?\n"
 
 
 # ---- real files

@@ -25,9 +25,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corpus.files import MAX_LINE, Tally, gap_of, page_text, rows
-from corpus.inspect import document_lines
-from corpus.sources import input_bytes, input_files, read_documents
+from corpus.files import GAPS, MAX_LINE, Tally, page_text, rows
+from corpus.sources import input_files, read_documents
 from lib.config import UserError, configure
 from tests import ROOT, SHARED
 from tests.conftest import write_rows
@@ -134,7 +133,7 @@ def test_several_members_are_one_file_and_a_cut_one_gives_what_it_has(tmp_path, 
 def test_files_of_the_zstd_command_are_read(tmp_path):
     pytest.importorskip("zstandard")
     plain = write_jsonl(tmp_path / "a.jsonl", [f"document {n} " * 50 for n in range(5000)])
-    for options in ("-1", "-19 --long=31", "-3 --rsyncable -T2"):
+    for options in ("-1", "-19 --long=27", "-3 --rsyncable -T2"):
         packed = tmp_path / "a.jsonl.zst"
         subprocess.run(["zstd", "-q", "-f", *options.split(), plain, "-o", packed], check=True)
         assert texts_of(packed) == texts_of(plain)
@@ -196,7 +195,6 @@ def test_tables_give_their_text_column(tmp_path, options):
     documents, tally = read(path)
     assert documents == texts[:-1]
     assert [(reason, count) for _, reason, count, _ in tally.reasons()] == [("not-a-string", 1)]
-    assert tally.read_bytes == path.stat().st_size
     whole = [row for _, row in rows(path, Tally())]
     assert whole == [{key: values[n] for key, values in columns.items()} for n in range(200)]
 
@@ -204,26 +202,24 @@ def test_tables_give_their_text_column(tmp_path, options):
 def test_a_table_without_a_text_column_names_its_columns(tmp_path):
     columns = {"n": [1], "text": [["in a list"]], "verse": ["v"]}
     path = write_table(tmp_path / "a.parquet", columns)
-    refused(
-        "no column 'words' among n, text, verse; name it with --text_column",
-        path,
-        text_column="words",
-    )
     assert texts_of(path, text_column="verse") == texts_of(path) == (["v"], {})
-    for column in ("text", "n"):
-        message = f"a.parquet: no column '{column}' of text among n, text, verse"
+    for column in ("text", "n", "words"):
+        message = f"no column '{column}' of text among n, text, verse; name it with --text_column"
         refused(message, path, text_column=column)
 
 
-def test_a_bad_value_or_a_damaged_table_is_counted(tmp_path):
+def test_a_damaged_table_gives_what_stands_before(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
-    values = pyarrow.array([b"good", b"bad \xff", b"good"] * 50, pyarrow.binary())
+    values = pyarrow.array([*[b"good"] * 1000, b"bad \xff"], pyarrow.binary())
     path = write_table(tmp_path / "a.parquet", {"text": values.view(pyarrow.string())})
-    assert texts_of(path) == (["good"] * 100, {"unreadable-row": 50})
+    documents, bad = texts_of(path)
+    assert bad == {"damaged-file": 1}
+    assert documents == ["good"] * len(documents)
+    assert len(documents) > 900
     data = path.read_bytes()
     for damaged in (data[:-20], data[:30] + b"\xff" * 60 + data[90:], b"PAR1", b""):
         path.write_bytes(damaged)
-        assert texts_of(path)[1].get("damaged-file") == 1
+        assert texts_of(path)[1] == {"damaged-file": 1}
 
 
 def test_tables_are_read_in_bounded_memory_and_unfold_to_no_bomb(tmp_path):
@@ -270,7 +266,7 @@ BAD_ROWS = [
     (b'{"text": "a"', "not-json"),
     (b'{"text": "a"} x', "not-json"),
     (b'{"text": "\xff"}', "not-utf-8"),
-    (b"[" * 100_000, "too-deep"),
+    (b"[" * 100_000, "not-json"),
     (b'{"text": "' + b"a" * (17 << 20) + b'"}', "line-over-16-MiB"),
     (b"9" * 5000, "not-json"),
 ]
@@ -333,8 +329,7 @@ def test_json_is_read_by_its_content_whatever_the_suffix(tmp_path, name, text):
 
 NAMES = "x.jsonl x.json x.csv x.tsv x.txt x.html wiki.x.raw x.parquet "
 NAMES += "x.jsonl.gz x.txt.bz2 x.txt.xz x.txt.zst"
-DAMAGED = [".gz", ".bz2", ".xz", *([".zst"] if find_spec("zstandard") else [])]
-DAMAGED += [".parquet"] if find_spec("pyarrow") else []
+DAMAGED = [".gz", ".bz2", ".xz", *([".zst", ".parquet"] if find_spec("pyarrow") else [])]
 
 
 @given(st.binary(max_size=60), st.sampled_from(NAMES.split()))
@@ -345,7 +340,6 @@ def test_no_bytes_crash_a_reader(tmp_path_factory, data, name):  # Z1
     with contextlib.suppress(UserError):
         documents, tally = read(path)
         assert all(text.encode().decode() == text for text in documents)
-        assert tally.read_bytes == len(data)
         json.dumps([tally.dropped, tally.notes]).encode()
 
 
@@ -373,7 +367,7 @@ def test_the_text_column_is_found_or_named_or_asked_for(tmp_path):
     path.write_text('{"left": "a", "right": "b"}\n')
     assert texts_of(path, text_column="right")[0] == ["b"]
     refused("no column that is surely the text among left, right; name it with", path)
-    refused("no column 'middle' among left, right", path, text_column="middle")
+    refused("no column 'middle' of text among left, right", path, text_column="middle")
 
 
 def test_an_odd_first_row_or_file_decides_nothing(tmp_path):
@@ -443,11 +437,10 @@ def test_other_encodings_are_dropped_and_counted_not_turned_to_soup(tmp_path, te
     for encoding in encodings.split():
         (tmp_path / "a.txt").write_bytes(b"Title\n" + text.encode(encoding) * 40 + b"plain\n")
         documents, tally = read(tmp_path / "a.txt")
-        assert ("".join(documents), tally.notes) == ("Title\n", {})
+        assert ("".join(documents), tally.notes) == ("Title\nplain\n", {})
         ((_, reason, count, example),) = tally.reasons()
-        assert (reason, count) == ("not-utf-8", 1)
+        assert (reason, count) == ("not-utf-8", 40)
         assert "line 2: byte 0x" in example
-        assert example.endswith("not UTF-8; the file is dropped from here on")
 
 
 def test_one_damaged_line_costs_one_line(tmp_path):
@@ -532,7 +525,7 @@ class Words(HTMLParser):
 
     def handle_starttag(self, tag, attributes, step=1):
         self.unseen += step * (tag in ("script", "style", "svg", "template"))
-        self.text.append(" " * bool(gap_of(tag)))
+        self.text.append(" " * (tag in GAPS))
 
     def handle_endtag(self, tag):
         self.handle_starttag(tag, (), step=-1)
@@ -654,9 +647,8 @@ def test_hub_datasets_are_streamed_by_config_and_split(hub):  # traps B8, B9, B1
     assert texts_of(f"hf:{hub}:pages") == ([f"page {n}" for n in range(300)], {})
     assert texts_of(f"hf:{hub}:pages:test") == (["the test split of pages"], {})
     assert len(texts_of(f"hf:{hub}:pages", input_config="pages")[0]) == 300
-    refused("no column 'words' among id, text", f"hf:{hub}:pages", text_column="words")
-    message = "names another configuration than input_config 'lines'; keep one"
-    refused(message, f"hf:{hub}:pages", input_config="lines")
+    refused("no column 'words' of text among id, text", f"hf:{hub}:pages", text_column="words")
+    refused("another configuration than", f"hf:{hub}:pages", input_config="lines")
 
 
 def test_a_hub_dataset_out_of_reach_or_breaking_off_is_one_line(hub):
@@ -665,9 +657,6 @@ def test_a_hub_dataset_out_of_reach_or_breaking_off_is_one_line(hub):
     good = (hub / "pages" / "train-0.parquet").read_bytes()
     (hub / "pages" / "train-1.parquet").write_bytes(good[:400] + b"\0" * 400 + good[800:])
     refused(r":pages: broke off after 300 rows \(", f"hf:{hub}:pages")
-    (hub / "name.py").write_text("# a script that loads the data, which the package no longer runs")
-    refused("the hub's own copy may do: hf:.*owner/name@refs/convert/parquet", f"hf:{hub}")
-    refused("owner/name@refs/convert/parquet:pages:test$", f"hf:{hub}:pages:test")
     refused("names no dataset; write hf:owner/name", "hf:")
 
 
@@ -686,7 +675,7 @@ def test_presets_name_their_datasets():  # traps B8, B9
 
 @pytest.mark.parametrize(
     ("name", "package"),
-    [("a.parquet", "pyarrow"), ("a.jsonl.zst", "zstandard"), ("hf:a/b", "datasets")],
+    [("a.parquet", "pyarrow"), ("a.jsonl.zst", "pyarrow"), ("hf:a/b", "datasets")],
 )
 def test_a_package_that_is_not_there_is_told_before_anything_is_read(
     tmp_path, monkeypatch, name, package
@@ -771,8 +760,8 @@ def test_entries_have_their_own_columns_configs_and_kinds(tmp_path, hub):
         ({"weight": float("nan")}, "weight must be float > 0, got NaN"),
         ({"weight": "2"}, "weight must be float > 0, got .2"),
         ({"max_samples": 0}, "max_samples must be int >= 1 or none"),
-        ({"name": "a"}, r"mixture\[1\]: a second source with the name 'a'"),
-        ({"name": ""}, r"mixture\[1\]: name is empty"),
+        ({"name": "a"}, r"mixture: two sources have the name 'a'"),
+        ({"name": ""}, r"mixture\[1\]: name or input_path is missing or empty"),
         ({"input_path": "/not/there.txt"}, "/not/there.txt: not found"),
         (3, r"mixture\[1\] must be a JSON object, got 3"),
         ({"input_path": None}, "input_path must be str"),
@@ -791,39 +780,7 @@ def test_a_mixture_comes_from_presets_and_flags_and_stands_alone(tmp_path):
     assert configure(Config, [f"--mixture={json.dumps(mixture)}"]).mixture == mixture
     refused("mixture: an empty list", mixture=())
     for other in ({"path": "x.txt"}, {"text_column": "x"}, {"input_config": "x"}):
-        refused(r"and .* 'x.*' are both given; keep one", mixture=mixture, **other)
-    refused("name is missing", mixture=({"input_path": "x"},))
-
-
-# --- Progress, state, peek ------------------------------------------------------------------------
-
-
-def test_bytes_read_grow_to_the_bytes_there_are(tmp_path):
-    text = "\n".join(json.dumps({"text": f"{n} " * 500}) for n in range(2000))
-    for number in range(3):
-        (tmp_path / f"{number}.jsonl.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
-        (tmp_path / f"{number}.json").write_text(text)
-    size = sum(path.stat().st_size for path in tmp_path.iterdir())
-    parts = [{"name": kind, "input_path": f"{tmp_path}/*{kind}"} for kind in ("json", "gz")]
-    for cfg in (Config(str(tmp_path)), Config(mixture=parts)):
-        tally = Tally()
-        seen = [0, *(tally.read_bytes for _ in read_documents(cfg, tally))]
-        assert seen == sorted(seen)
-        assert len(set(seen)) > 6
-        assert tally.read_bytes == input_bytes(cfg) == size
-    assert input_bytes(Config()) is input_bytes(Config("hf:a/b")) is None
-
-
-def test_inspect_shows_what_a_source_of_text_holds(tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", ["first", "second", "third"])
-    (tmp_path / "b.txt").write_bytes(WESTERN.encode("cp1252"))
-    shown = "\n".join(document_lines(str(tmp_path), ""))
-    for line in ("1  jsonl", "1  text", "4  documents in all", "1  decoded-as-cp1252", "\nfirst"):
-        assert line in shown
-    write_jsonl(tmp_path / "a.jsonl", ["first"] * 2000)
-    assert "1,000  documents read to see, there are more" in "\n".join(
-        document_lines(str(tmp_path / "a.jsonl"), "")
-    )
+        refused(r"mixture and one of .* are both given; keep one", mixture=mixture, **other)
 
 
 # --- Hostile folders ------------------------------------------------------------------------------
@@ -861,7 +818,7 @@ def test_links_pipes_and_devices(tmp_path):
         (tmp_path / "in" / name).symlink_to(target)
     # c.txt is a.txt, the loops lead nowhere new
     assert texts_of(tmp_path / "in") == (["a", "b"], {})
-    assert texts_of(tmp_path / "in" / "**" / "*.txt")[0] == ["a", "b"]
+    assert texts_of(tmp_path / "in" / "**" / "*.txt")[0] == ["a"]  # ** enters no linked folder
     (tmp_path / "in" / "broken.txt").symlink_to("nowhere")
     os.mkfifo(tmp_path / "in" / "pipe.txt")
     assert texts_of(tmp_path / "in") == (["a", "b"], {"not-a-file": 2})
@@ -930,7 +887,7 @@ def test_memory_stays_bounded_on_hostile_lines(tmp_path):
 # --- This Python's documentation ------------------------------------------------------------------
 
 
-def test_docstrings_come_by_module_and_class_in_a_fixed_order(tmp_path):
+def test_docstrings_come_by_module_and_class_in_a_fixed_order(tmp_path, monkeypatch):
     package = tmp_path / "pkg"
     (package / "tests").mkdir(parents=True)
     (package / "tests" / "t.py").write_text('"""not this"""')
@@ -940,13 +897,16 @@ def test_docstrings_come_by_module_and_class_in_a_fixed_order(tmp_path):
         'class A:\n    """An A."""\n    def g(self):\n        """Does g.\n\n        Well."""\n'
     )
     (package / "s.py").write_text('"""A lone surrogate: \\ud800."""')
-    documents, bad = texts_of(f"docstrings:{tmp_path}")
+    roots = {"stdlib": tmp_path, "purelib": tmp_path / "none"}
+    monkeypatch.setattr("sysconfig.get_path", roots.get)
+    monkeypatch.setattr("pydoc_data.topics.topics", {"a": "A topic."})
+    documents, bad = texts_of("docstrings:")
     assert documents == [
+        "A topic.",
         "pkg\n\nAbout pkg.\n\nf\n\nDoes f.\n\n",
         "pkg.m.A\n\nAn A.\n\ng\n\nDoes g.\n\nWell.\n\n",
     ]
     assert bad == {"unreadable-module": 1, "bad-unicode": 1}
-    refused("not a folder", f"docstrings:{tmp_path}/nothing")
 
 
 def test_this_python_documents_itself():
