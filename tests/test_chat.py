@@ -51,26 +51,6 @@ def main(folder, *words):
 
 PROMPT = ["--prompt=Why?  the  dog", "--max_new_tokens=8"]
 ASK = [*PROMPT, "--temperature=1.5", "--top_k=0", "--seed=5"]
-COMMANDS = {  # name: (model, words)
-    "one": ("short", ASK),
-    "two": ("short", [*ASK, "--num_samples=2"]),
-    "no folder": ("nowhere", []),
-    "top_p": ("short", ["--top_p=0"]),
-    "temperature": ("short", ["--temperature=-1"]),
-    "long": ("short", ["--prompt=" + "9" * 60]),
-}
-
-
-@pytest.fixture(scope="module")
-def runs(folders):
-    """{name: (exit status, stdout, stderr)} of COMMANDS, run side by side."""
-    started = {}
-    for name, (model, words) in COMMANDS.items():
-        call = [python(), str(ROOT / "sample.py"), f"--model_path={folders.get(model, model)}"]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        started[name] = subprocess.Popen([*call, *words], text=True, encoding="utf-8", **pipes)
-    results = {name: process.communicate(timeout=120) for name, process in started.items()}
-    return {name: (started[name].returncode, *texts) for name, texts in results.items()}
 
 
 def expected_text(folder, tokenizer, seed):
@@ -79,13 +59,15 @@ def expected_text(folder, tokenizer, seed):
     return tokenizer.decode(answer(open_model(folder)[0], prompt, rules, 8, stop_ids=ends))
 
 
-def test_samples_are_all_that_is_printed_and_in_order(runs, folders, tiny_tokenizer):
+def test_samples_are_all_that_is_printed_and_in_order(folders, tiny_tokenizer, capsys):
     first, second = (expected_text(folders["short"], tiny_tokenizer, seed) for seed in (5, 6))
     assert first != second
-    assert runs["one"][:2] == (0, first + "\n")
-    assert "seed 5" in runs["one"][2]
-    assert "tokens/s" in runs["one"][2]
-    assert runs["two"][:2] == (0, f"--- sample 1 ---\n{first}\n--- sample 2 ---\n{second}\n")
+    main(folders["short"], *ASK)
+    out, err = capsys.readouterr()
+    assert out == first + "\n"
+    assert all(words in err for words in ("seed 5", "tokens/s"))
+    main(folders["short"], *ASK, "--num_samples=2")
+    assert capsys.readouterr().out == f"--- sample 1 ---\n{first}\n--- sample 2 ---\n{second}\n"
 
 
 def test_an_empty_prompt_begins_a_document(folders, tiny_tokenizer, capsys):
@@ -101,22 +83,6 @@ def test_a_stop_text_ends_the_sample(folders, tiny_tokenizer, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("no folder", ["nowhere: no such folder"]),
-        ("top_p", ["top_p", "> 0", "got 0"]),
-        ("temperature", ["temperature", "0..100", "got -1"]),
-        ("long", ["61 tokens", "48", "shorten it"]),
-    ],
-)
-def test_mistakes_are_one_line(runs, name, words):
-    status, out, err = runs[name]
-    assert (status, out.strip(), err.count("\n")) == (2, "", 1), err
-    assert err.startswith("error: ")
-    assert all(word in err for word in words), err
-
-
-@pytest.mark.parametrize(
     ("words", "problem"),
     [
         (["--chat", "--num_samples=2"], "one answer at a time"),
@@ -125,6 +91,9 @@ def test_mistakes_are_one_line(runs, name, words):
         (["--prompt=\udcff"], "not Unicode text"),
         (["--device=cpu", "--compile"], "compile: .* need CUDA"),
         (["--device=cpu", "--dtype=fp16"], "dtype=fp16 .*--dtype=fp32"),
+        (["--top_p=0"], "top_p.*> 0.*got 0"),
+        (["--temperature=-1"], r"temperature.*0\.\.100.*got -1"),
+        (["--prompt=" + "9" * 60], "61 tokens.* 48; shorten it"),
     ],
 )
 def test_what_cannot_be_is_refused(folders, words, problem):
@@ -138,10 +107,11 @@ def test_int8_is_for_a_cpu(folders, monkeypatch):
         open_model(folders["short"], "cuda", "int8")
 
 
-def test_a_foreign_tokenizer_is_refused(tmp_path, tiny_tokenizer):
+def test_a_foreign_tokenizer_or_no_folder_is_refused(tmp_path, tiny_tokenizer):
     folder = saved(tmp_path / "m", tiny_tokenizer, cfg=replace(BASE, vocab_size=300))
-    with pytest.raises(UserError, match=r"300 tokens.* 384"):
-        open_model(folder)
+    for path, problem in ((folder, r"300 tokens.* 384"), ("nowhere", "nowhere: no such folder")):
+        with pytest.raises(UserError, match=problem):
+            open_model(path)
 
 
 # ---- a conversation
@@ -174,15 +144,6 @@ def test_the_answer_is_printed_and_how_it_ended(folders, capsys):
     prompt, _ = render(chat.tokenizer, chat.messages[:1], "chatml", add_generation_prompt=True)
     assert err.startswith("8 tokens, ended by length, ")
     assert f"context {len(prompt) + 8} of 400; 8 tokens in" in err
-
-
-def test_a_stop_text_ends_an_answer(folders):
-    chat = begin(folders["chatml"])
-    chat.ask("why?")
-    whole = chat.messages[-1]["content"]
-    other = begin(folders["chatml"], stop=(whole[2:4],))
-    other.ask("why?")
-    assert other.messages[-1]["content"] == whole[: whole.index(whole[2:4])].rstrip()
 
 
 def test_a_full_context_forgets_the_oldest_turns_and_says_so(folders, capsys):
@@ -290,24 +251,20 @@ def command(folder, *words):
 
 
 def test_questions_from_a_pipe_and_from_the_command_line(folders):
-    def run(words, text):
-        words = command(
-            folders["chatml"], "--chat", "--temperature=0", "--max_new_tokens=8", *words
-        )
-        return subprocess.run(words, input=text, capture_output=True, timeout=120)
-
+    words = command(folders["chatml"], "--chat", "--temperature=0", "--max_new_tokens=8")
     chat = begin(folders["chatml"])
     chat.ask("why?")
     chat.ask("when?")
     first, second = (message["content"].encode() + b"\n" for message in chat.messages[1::2])
-    done = run([], b"why?\n\nwhen?\n/quit\nwho?\n")
-    assert (done.returncode, done.stdout) == (0, first + second)
-    done = run(["--prompt=why?"], b"not read")
-    assert (done.returncode, done.stdout) == (0, first)
-    done = run([], b"why?\n\xff\nwhen?\n")
-    assert (done.returncode, done.stdout) == (2, first)
+    for more, text, expected in [
+        ([], b"why?\n\nwhen?\n/quit\nwho?\n", (0, first + second)),
+        (["--prompt=why?"], b"not read", (0, first)),
+        ([], b"why?\n\xff\nwhen?\n", (2, first)),
+    ]:
+        done = subprocess.run([*words, *more], input=text, capture_output=True, timeout=120)
+        assert (done.returncode, done.stdout) == expected
+        assert b"Traceback" not in done.stderr
     assert b"\nerror: not Unicode" in done.stderr
-    assert b"Traceback" not in done.stderr
 
 
 class Terminal:

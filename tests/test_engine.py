@@ -16,7 +16,6 @@ import sample
 from lib.config import UserError
 from model import KVCache, Llama, ModelConfig, count_parameters, save_model
 from sample import (
-    RULES,
     Branches,
     Engine,
     Int8Matrix,
@@ -25,12 +24,7 @@ from sample import (
     Sampling,
     fuse,
     generate,
-    keep,
-    next_token,
     open_model,
-    rule_columns,
-    rule_table,
-    uniforms,
 )
 from tests import ROOT
 
@@ -90,19 +84,17 @@ def answer(model, prompt, sampling=GREEDY, count=10, engine=None, **kw):
 
 def next_id(logits, sampling, history, uniform):
     """`next_token` of one row without an engine."""
-    kernels, table = (
-        Branches.of([sampling], len(logits)),
-        rule_columns(rule_table([sampling], len(logits))),
-    )
+    kernels = Branches.of([sampling], len(logits))
+    table = sample.rule_columns(sample.rule_table([sampling], len(logits)))
     uniform = torch.as_tensor(uniform, dtype=torch.float32).view(1, 1)
-    return next_token(logits[None], kernels, table, torch.tensor([history]), uniform).item()
+    return sample.next_token(logits[None], kernels, table, torch.tensor([history]), uniform).item()
 
 
 @torch.no_grad()
 def uncached(model, prompt, sampling, count=10):
     """The oracle: the whole text through the model for every token."""
     ids = list(prompt)
-    for uniform in uniforms(sampling.seed, count):
+    for uniform in sample.uniforms(sampling.seed, count):
         ids.append(next_id(model(torch.tensor([ids]))[0, -1], sampling, ids, uniform))
     return ids[len(prompt) :]
 
@@ -151,6 +143,7 @@ def test_a_row_in_a_crowd_equals_the_row_alone(model, kernels, graphs):
     if kernels != "as-trained":
         model = fuse(build(), int8=kernels == "int8")
     crowd = [Request(prompt, 14, sampling) for prompt, sampling in zip(PROMPTS, CROWD)]
+    crowd += [Request(PROMPTS[1], 14, replace(EVERY_RULE, seed=seed)) for seed in (4, 5)]
     steps = list(generate(model, crowd, Engine(model, len(crowd), graphs=graphs, chunk=6)))
     assert all(len(step) == len(crowd) for step in steps)
     for row, request in enumerate(crowd):
@@ -158,14 +151,6 @@ def test_a_row_in_a_crowd_equals_the_row_alone(model, kernels, graphs):
         assert request.ids == [step[row] for step in steps if step[row] is not None]
     if kernels == "fused":
         assert crowd[0].ids == answer(build(), PROMPTS[0], GREEDY, 14)
-
-
-@pytest.mark.parametrize("sampling", [GREEDY, EVERY_RULE])
-def test_samples_of_one_prompt_are_rows_of_their_own(model, sampling):
-    seeds = [sampling.seed and sampling.seed + i for i in range(3)]
-    rows = [Request(PROMPTS[1], 10, replace(sampling, seed=seed)) for seed in seeds]
-    list(generate(model, rows))
-    assert [row.ids for row in rows] == [answer(model, PROMPTS[1], row.sampling) for row in rows]
 
 
 @graphs
@@ -218,8 +203,9 @@ def test_rows_that_wait_or_write_are_cancelled(model):
 @pytest.mark.parametrize("prompt", [[999, 1, 1], [1, 1, 999]], ids=["prefilling", "decoding"])
 def test_a_failure_leaves_no_slot_behind(model, prompt):
     engine = Engine(model, 2)
-    with pytest.raises(UserError, match="leave no room"):
-        engine.join([Request([1], 5), Request([1] * 48, 5)])
+    for length, count in ((48, 5), (49, 0)):
+        with pytest.raises(UserError, match=rf"{length} tokens.*leave no room.* 48"):
+            engine.join([Request([1], 5), Request([1] * length, count)])
     assert engine.free == [0, 1]
     bad = Request(prompt, 5)
     engine.join([bad])
@@ -266,24 +252,18 @@ def test_cuda_graphs_change_nothing(arranged):
 
 OFF = Sampling(temperature=1.0, top_k=0, top_p=1.0)
 # for each setting a value that changes the distribution of 500 random logits
-CHANGES = {
-    "repetition_penalty": 1.5,
-    "temperature": 0.5,
-    "top_k": 30,
-    "top_p": 0.8,
-    "min_p": 0.05,
-    "seed": 1,
-}
+CHANGES = {"repetition_penalty": 1.5, "temperature": 0.5, "top_k": 30, "top_p": 0.8, "min_p": 0.05}
+CHANGES |= {"seed": 1}
 
 
 def distribution(logits, sampling, history=()):
     """The probabilities (V,) that the rules leave of one row of logits."""
     logits = torch.as_tensor(logits, dtype=torch.float32)[None]
     size = logits.shape[1]
-    columns = rule_columns(rule_table([sampling], size))
+    columns = sample.rule_columns(sample.rule_table([sampling], size))
     if len(history):
         logits = sample.penalize(logits, torch.tensor([history]), columns["repetition_penalty"])
-    weights, ids = keep(logits, Branches.of([sampling], size).width, columns)
+    weights, ids = sample.keep(logits, Branches.of([sampling], size).width, columns)
     full = torch.zeros_like(logits).scatter(1, ids, weights)[0]
     return full / full.sum()
 
@@ -356,8 +336,8 @@ def test_every_setting_works_everywhere(name):
         assert not torch.equal(
             distribution(logits, OFF, history), distribution(logits, changed, history)
         )
-        assert rule_table([OFF], 500).shape == (1, len(RULES))
-        assert not torch.equal(rule_table([OFF], 500), rule_table([changed], 500))
+        assert sample.rule_table([OFF], 500).shape == (1, len(sample.RULES))
+        assert not torch.equal(sample.rule_table([OFF], 500), sample.rule_table([changed], 500))
     rows = [replace(OFF, seed=0), replace(changed, seed=CHANGES["seed"] if name == "seed" else 0)]
     crowd = [Request(PROMPTS[3], 30, sampling) for sampling in (*rows, *CROWD)]
     model = build()
@@ -387,21 +367,17 @@ def test_equal_keys_run_equal_kernels():
     for rows in [[row] for row in CROWD] + [[a, b] for a in CROWD for b in CROWD]:
         rows = (rows * 2)[:2]
         rows = [replace(row, top_k=min(row.top_k, 1) * 40) for row in rows]
-        kernels, table = Branches.of(rows, 384, few=True), rule_columns(rule_table(rows, 384))
+        kernels, table = (
+            Branches.of(rows, 384, few=True),
+            sample.rule_columns(sample.rule_table(rows, 384)),
+        )
         torch.manual_seed(0)
         state = torch.randn(2, 384), torch.randint(384, (2, 9)), torch.rand(2, 1)
         with Calls() as mode:
-            next_token(state[0], kernels, table, *state[1:])
+            sample.next_token(state[0], kernels, table, *state[1:])
         assert recorded.setdefault(kernels, mode.calls) == mode.calls
     assert len(recorded) > 4
     assert len({str(calls) for calls in recorded.values()}) == len(recorded)
-
-
-def test_temperature_0_is_argmax_beside_a_draw():
-    rows, logits = [GREEDY] * 4 + [PLAIN], torch.randn(5, 100)
-    columns, history = rule_columns(rule_table(rows, 100)), torch.zeros(5, 1, dtype=torch.long)
-    tokens = next_token(logits, Branches.of(rows, 100), columns, history, torch.ones(5, 1))
-    assert torch.equal(tokens[:4, 0], logits[:4].argmax(dim=-1))
 
 
 def test_a_draw_is_never_of_weight_0():
@@ -412,7 +388,7 @@ def test_a_draw_is_never_of_weight_0():
 
 def test_draws_follow_the_distribution():
     count = 20_000
-    chance = uniforms(5, count)
+    chance = sample.uniforms(5, count)
     expected = torch.searchsorted(FOUR.exp().cumsum(0), chance)
     tokens = [next_id(FOUR, PLAIN, [0], u) for u in chance[:2000]]
     assert tokens == expected[:2000].tolist()
@@ -621,7 +597,7 @@ def test_a_seed_gives_its_answer_again_and_none_another(model):
 
 def test_a_longer_answer_begins_like_a_shorter_one(model):
     assert answer(model, PROMPTS[2], PLAIN, 20)[:5] == answer(model, PROMPTS[2], PLAIN, 5)
-    assert torch.equal(uniforms(1, 500)[:3], uniforms(1, 3))
+    assert torch.equal(sample.uniforms(1, 500)[:3], sample.uniforms(1, 3))
 
 
 # ---- where it ends
@@ -634,27 +610,24 @@ def test_ends_at_a_stop_id(model):
     assert (request.ids, request.finish) == (full[: full.index(full[4])], "stop")
 
 
-@pytest.mark.parametrize(
-    ("count", "length", "finish"), [(5, 5, "length"), (42, 41, "context"), (41, 41, "length")]
-)
 @graphs
-def test_ends_at_its_length_or_the_context(model, count, length, finish, graphs):
-    request = Request(PROMPTS[1], count, PLAIN)
-    list(generate(model, [request], Engine(model, 1, graphs=graphs)))
-    assert (len(request.ids), request.finish) == (length, finish)
-    assert len(request.prompt) + len(request.ids) <= model.cfg.sequence_length
-
-
 @pytest.mark.parametrize("burst", [1, 8], ids=["step-by-step", "in-bursts-as-on-a-GPU"])
-def test_rows_end_each_at_its_own_place(model, burst):
-    asked = [(PROMPTS[6], 99, GREEDY), (PROMPTS[0], 99, PLAIN), (PROMPTS[1], 3, PLAIN)]
-    rows, engine = [Request(*row) for row in asked], Engine(model, 3)
+def test_rows_end_each_at_its_own_place(model, burst, graphs):
+    """At its length, or where the context of 48 is full."""
+    asked = [
+        (PROMPTS[6], 99),
+        (PROMPTS[0], 99),
+        (PROMPTS[1], 3),
+        (PROMPTS[1], 41),
+        (PROMPTS[1], 42),
+    ]
+    rows, engine = [Request(*row, PLAIN) for row in asked], Engine(model, 5, graphs=graphs)
     engine.burst = burst
     list(generate(model, rows, engine))
-    assert [len(row.ids) for row in rows] == [48 - 21, 47, 3]
-    assert [row.finish for row in rows] == ["context", "context", "length"]
+    assert [len(row.ids) for row in rows] == [48 - 21, 47, 3, 41, 41]
+    assert [row.finish for row in rows] == ["context", "context", "length", "length", "context"]
     for row in rows:
-        assert row.ids == answer(model, row.prompt, row.sampling, row.max_new_tokens)
+        assert row.ids == answer(model, row.prompt, PLAIN, row.max_new_tokens)
 
 
 def test_a_reader_ends_a_row(model):
@@ -663,12 +636,6 @@ def test_a_reader_ends_a_row(model):
         if step == 3:
             rows[0].finish = "stop"
     assert [len(row.ids) for row in rows] == [4, 10]
-
-
-@pytest.mark.parametrize("length", [48, 49])
-def test_a_prompt_that_fills_the_context_is_refused(model, length):
-    with pytest.raises(UserError, match=rf"{length} tokens.* 48"):
-        answer(model, [1] * length)
 
 
 # ---- text

@@ -42,100 +42,61 @@ def head_of(target, text):
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
-HEADS = {  # requests without a body -> status
-    "plain": ("GET|HOST", 200),
-    "HTTP/1.0": ("GET /health HTTP/1.0|HOST", 200),
-    "a query": ("GET /health?x=../..&y=%00 HTTP/1.1|HOST", 200),
-    "POST where GET is": ("POST /health HTTP/1.1|HOST", 405),
-    "GET where POST is": ("GET /generate HTTP/1.1|HOST", 405),
-    "HEAD where POST is": ("HEAD /generate HTTP/1.1|HOST", 405),
-    "PUT": ("PUT /health HTTP/1.1|HOST", 405),
-    "DELETE": ("DELETE /v1/models/chatty HTTP/1.1|HOST", 405),
-    "PATCH": ("PATCH /generate HTTP/1.1|HOST", 405),
-    "TRACE": ("TRACE / HTTP/1.1|HOST", 405),
-    "CONNECT": ("CONNECT / HTTP/1.1|HOST", 405),
-    "OPTIONS": ("OPTIONS /generate HTTP/1.1|HOST", 405),
-    "a made-up method": ("FROBNICATE /health HTTP/1.1|HOST", 405),
-    "no such path": ("GET /nope HTTP/1.1|HOST", 404),
-    "a file of the tree": ("GET /server.py HTTP/1.1|HOST", 404),
-    "the page's file": ("GET /chat.html HTTP/1.1|HOST", 404),
-    "traversal": ("GET /../../../etc/passwd HTTP/1.1|HOST", 404),
-    "traversal, encoded": ("GET /%2e%2e/%2e%2e/etc/passwd HTTP/1.1|HOST", 404),
-    "traversal in a model's name": ("GET /v1/models/..%2f..%2fetc%2fpasswd HTTP/1.1|HOST", 404),
-    "two slashes": ("GET //health HTTP/1.1|HOST", 404),
-    "a slash at the end": ("GET /health/ HTTP/1.1|HOST", 404),
-    "an encoded path": ("GET /%68ealth HTTP/1.1|HOST", 404),
-    "upper case": ("GET /HEALTH HTTP/1.1|HOST", 404),
-    "another model": ("GET /v1/models/gpt-4 HTTP/1.1|HOST", 404),
-    "a whole URL": ("GET http://127.0.0.1/health HTTP/1.1|HOST", 400),
-    "an asterisk": ("OPTIONS * HTTP/1.1|HOST", 400),
-    "an authority": ("CONNECT example.com:443 HTTP/1.1|HOST", 400),
-    "HTTP/0.9": ("GET /health", 400),
-    "HTTP/1": ("GET /health HTTP/1|HOST", 400),
-    "HTTP/1.10": ("GET /health HTTP/1.10|HOST", 400),
-    "HTTP/1.2": ("GET /health HTTP/1.2|HOST", 505),
-    "HTTP/9.9": ("GET /health HTTP/9.9|HOST", 505),
-    "HTTP/2's opening": ("PRI * HTTP/2.0", 505),
-    "http in small letters": ("GET /health http/1.1|HOST", 400),
-    "a method in small letters": ("get /health HTTP/1.1|HOST", 400),
-    "an empty first line": ("|GET|HOST", 400),
-    "two spaces": ("GET  /health HTTP/1.1|HOST", 400),
-    "tabs": ("GET\t/health\tHTTP/1.1|HOST", 400),
-    "a space in the path": ("GET /he alth HTTP/1.1|HOST", 400),
-    "a NUL in the path": ("GET /health\x00 HTTP/1.1|HOST", 400),
-    "a letter beyond ASCII in the path": ("GET /héalth HTTP/1.1|HOST", 400),
-    "a long path": ("GET /" + "a" * 9000 + " HTTP/1.1|HOST", 414),
-    "a long method": ("G" * 9000 + " / HTTP/1.1|HOST", 414),
-    "a long header": ("GET|HOST|X: " + "a" * 40000, 431),
-    "many headers": ("GET|HOST" + "".join(f"|X-{i}: a" for i in range(120)), 431),
-    "many long headers": ("GET|HOST" + f"|X: {'a' * 900}" * 60, 431),
-    "a header of spaces": ("GET|HOST|X: " + " " * 30_000 + "\x01", 400),
-    "a path of percents": ("GET /v1/models/" + "%" * 8000 + " HTTP/1.1|HOST", 404),
-    "a header without colon": ("GET|HOST|Nonsense", 400),
-    "a space before the colon": ("GET|HOST|X : a", 400),
-    "a header without name": ("GET|HOST|: a", 400),
-    "a folded header": ("GET|HOST|X: a| b", 400),
-    "a space before a header": ("GET| X: a|HOST", 400),
-    "a NUL in a header": ("GET|HOST|X: a\x00b", 400),
-    "a bell in a header": ("GET|HOST|X: a\x07b", 400),
-    "a DEL in a header": ("GET|HOST|X: a\x7fb", 400),
-    "a lone CR": ("GET|HOST|X: a\rY: b", 400),
-    "a lone LF": ("GET|HOST|X: a\nY: b", 400),
-    "no Host": ("GET", 400),
-    "two Hosts": ("GET|HOST|HOST", 400),
-    "an empty Host": ("GET|Host:", 403),
-    "a foreign Host": ("GET|Host: evil.example", 403),
-    "a Host that looks like ours": ("GET|Host: 127.0.0.1.evil.example", 403),
-    "a Host with a user": ("GET|Host: 127.0.0.1@evil.example", 403),
-    "a Host with a path": ("GET|Host: localhost/evil", 403),
-    "two Hosts in one": ("GET|Host: localhost, evil.example", 403),
-    "another address": ("GET|Host: 192.168.0.1", 403),
-    "any address": ("GET|Host: 0.0.0.0", 403),
-    "a port that is none": ("GET|Host: localhost:http", 403),
-    "localhost": ("GET|Host: LocalHost", 200),
-    "localhost through a tunnel": ("GET|Host: localhost:9", 200),
-    "IPv6": ("GET|host:[::1]:8000", 200),
-    "a foreign page": ("GET /v1/models HTTP/1.1|HOST|Origin: http://evil.example", 403),
-    "a page without origin": ("GET /v1/models HTTP/1.1|HOST|Origin: null", 403),
-    "a page of another port": ("GET /v1/models HTTP/1.1|HOST|Origin: http://127.0.0.1:1", 403),
-    "a preflight": ("OPTIONS /generate HTTP/1.1|HOST|Origin: http://evil.example", 403),
-    "our own page": ("GET /v1/models HTTP/1.1|Host: localhost:7|Origin: http://localhost:7", 200),
-    "our own page behind TLS": ("GET|Host: localhost|Origin: https://localhost", 200),
-    "two Origins": ("GET|HOST|Origin: http://localhost|Origin: null", 400),
-    "a GET with a body": ("GET|HOST|Content-Length: 5||hello", 400),
-    "a GET with a chunked body": ("GET|HOST|Transfer-Encoding: chunked", 400),
+METHODS = "POST /health|GET /generate|HEAD /generate|PUT /health|DELETE /v1/models/chatty|TRACE /"
+METHODS += "|PATCH /generate|CONNECT /|OPTIONS /generate|FROBNICATE /health"
+PATHS = (
+    "/nope|/server.py|/chat.html|/../../../etc/passwd|/%2e%2e/%2e%2e/etc/passwd|//health|/health/"
+)
+PATHS += f"|/v1/models/..%2f..%2fetc%2fpasswd|/v1/models/{'%' * 8000}|/%68ealth|/HEALTH"
+PATHS += "|/v1/models/gpt-4"
+LINES = "GET /health|GET /health HTTP/1|GET /health HTTP/1.10|GET /health http/1.1|"
+LINES += "|GET\t/health\tHTTP/1.1|get /health HTTP/1.1|GET  /health HTTP/1.1|GET /he alth HTTP/1.1"
+LINES += "|GET /health\x00 HTTP/1.1|GET /h\xe9alth HTTP/1.1|GET http://127.0.0.1/health HTTP/1.1"
+LINES += "|OPTIONS * HTTP/1.1|CONNECT example.com:443 HTTP/1.1"
+HEADERS = ["Nonsense", "X : a", ": a", "X: a| b", " X: a", "X: a\x00b", "X: a\x07b", "X: a\x7fb"]
+HEADERS += ["X: a\rY: b", "X: a\nY: b", "X: " + " " * 30_000 + "\x01", "HOST"]
+HEADERS += ["Origin: http://localhost|Origin: null", "Content-Length: 5||hello"]
+HEADERS += ["Transfer-Encoding: chunked"]
+LARGE = [
+    "X: " + "a" * 40000,
+    "|".join(f"X-{i}: a" for i in range(120)),
+    f"X: {'a' * 900}|" * 60 + "X: a",
+]
+HOSTS = "|evil.example|127.0.0.1.evil.example|127.0.0.1@evil.example|localhost/evil|192.168.0.1"
+HOSTS += "|localhost, evil.example|0.0.0.0|localhost:http"
+ORIGINS = ["http://evil.example", "null", "http://127.0.0.1:1"]
+HEADS = {  # status -> requests without a body
+    405: [f"{line} HTTP/1.1|HOST" for line in METHODS.split("|")],
+    404: [f"GET {path} HTTP/1.1|HOST" for path in PATHS.split("|")],
+    400: [f"{line}|HOST" for line in LINES.split("|")]
+    + [f"GET|HOST|{h}" for h in HEADERS]
+    + ["GET"],
+    403: [f"GET|Host: {host}" for host in HOSTS.split("|")]
+    + [
+        f"{ask} HTTP/1.1|HOST|Origin: {o}"
+        for o in ORIGINS
+        for ask in ("GET /", "OPTIONS /generate")
+    ],
+    414: [f"GET /{'a' * 9000} HTTP/1.1|HOST", f"{'G' * 9000} / HTTP/1.1|HOST"],
+    431: [f"GET|HOST|{header}" for header in LARGE],
+    505: ["GET /health HTTP/1.2|HOST", "GET /health HTTP/9.9|HOST", "PRI * HTTP/2.0"],
+    200: ["GET|HOST", "GET /health HTTP/1.0|HOST", "GET /health?x=../..&y=%00 HTTP/1.1|HOST"]
+    + ["GET|Host: LocalHost", "GET|Host: localhost:9", "GET|host:[::1]:8000"]
+    + ["GET|Host: localhost|Origin: https://localhost"]  # our own page behind TLS
+    + ["GET /v1/models HTTP/1.1|Host: localhost:7|Origin: http://localhost:7"],
 }
 
 
-@pytest.mark.parametrize(("text", "status"), HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize(
+    ("text", "status"), [(text, status) for status, texts in HEADS.items() for text in texts]
+)
 def test_every_head_has_its_status(target, text, status):
     response = target.raw(head_of(target, text))
     assert response.status == status, response.body
     assert response.headers["connection"] == "close"
     names = {name for name in response.headers if name.startswith("access-control")}
     assert not names | ({"server"} & response.headers.keys())
-    if status == 405:
-        assert response.headers["allow"]
+    assert status != 405 or response.headers["allow"]
     if status >= 400 and not text.startswith("HEAD"):
         assert set(response.json["error"]) == {"message", "type", "param", "code"}
 
@@ -146,63 +107,58 @@ def test_head_has_no_body(target):
     assert int(response.headers["content-length"]) == len(target.get("/health").body)
 
 
-BYTES = {
-    "a TLS hello": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200), 400),
-    "an SSH client": (b"SSH-2.0-OpenSSH_9.6\r\n\r\n", 400),
-    "lines that end in LF": (b"GET /health HTTP/1.1\nHost: localhost\n\n", 400),
-    "binary": (bytes(range(256)), 400),
-    "a first line without end": (b"GET /" + b"a" * 9000, 414),
-    "headers without end": (b"GET / HTTP/1.1\r\n" + b"X: aaaaaaaaaaaaaaaa\r\n" * 2000, 431),
-}
+BYTES = [
+    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200), 400),  # a TLS hello
+    (b"SSH-2.0-OpenSSH_9.6\r\n\r\n", 400),
+    (b"GET /health HTTP/1.1\nHost: localhost\n\n", 400),  # lines that end in LF
+    (bytes(range(256)), 400),
+    (b"GET /" + b"a" * 9000, 414),  # a first line without end
+    (b"GET / HTTP/1.1\r\n" + b"X: aaaaaaaaaaaaaaaa\r\n" * 2000, 431),  # headers without end
+]
 
 
-@pytest.mark.parametrize(("data", "status"), BYTES.values(), ids=BYTES)
+@pytest.mark.parametrize(("data", "status"), BYTES, ids=lambda value: repr(value)[:20])
 def test_what_is_no_request_is_told_at_once(target, data, status):
-    with target.connect(data) as sock:  # and nothing more comes
-        assert parse(read_all(sock)).status == status
+    assert target.raw(data).status == status  # and nothing more comes
 
 
 # ---- the body's length and kind
 
-LENGTHS = {  # headers of a POST with the body GOOD, {L} bytes -> status
-    "as it should be": ("LENGTH|JSON", 200),
-    "utf-8": ('LENGTH|Content-Type: application/json; charset="UTF-8"', 200),
-    "a zero in front": ("Content-Length: 0{L}|JSON", 200),
-    "ready to wait": ("LENGTH|JSON|Expect: 100-Continue", 200),
-    "no kind": ("LENGTH", 415),
-    "a form": ("LENGTH|Content-Type: application/x-www-form-urlencoded", 415),
-    "plain text": ("LENGTH|Content-Type: text/plain", 415),
-    "a file": ("LENGTH|Content-Type: multipart/form-data; boundary=x", 415),
-    "nearly JSON": ("LENGTH|Content-Type: application/jsonx", 415),
-    "JSON and more": ("LENGTH|Content-Type: application/json, text/plain", 415),
-    "another charset": ("LENGTH|Content-Type: application/json; charset=utf-16", 415),
-    "two kinds": ("LENGTH|JSON|Content-Type: text/plain", 400),
-    "compressed": ("LENGTH|JSON|Content-Encoding: gzip", 415),
-    "no length": ("JSON", 411),
-    "an empty length": ("JSON|Content-Length:", 400),
-    "below zero": ("JSON|Content-Length: -1", 400),
-    "a word": ("JSON|Content-Length: abc", 400),
-    "a sign": ("JSON|Content-Length: +{L}", 400),
-    "hexadecimal": ("JSON|Content-Length: 0x10", 400),
-    "an exponent": ("JSON|Content-Length: 1e3", 400),
-    "another script's digits": ("JSON|Content-Length: ²", 400),
-    "a list": ("JSON|Content-Length: {L}, {L}", 400),
-    "twice the same": ("JSON|LENGTH|LENGTH", 400),
-    "twice another": ("JSON|LENGTH|content-length: 0", 400),
-    "one byte too long": (f"JSON|Content-Length: {(1 << 20) + 1}", 413),
-    "ten gigabytes": ("JSON|Content-Length: 10000000000", 413),
-    "99 digits": ("JSON|Content-Length: " + "9" * 99, 413),
-    "too long to wait for": ("JSON|Content-Length: 10000000000|Expect: 100-continue", 413),
-    "chunked": ("JSON|Transfer-Encoding: chunked", 501),
-    "chunked with a length": ("JSON|LENGTH|Transfer-Encoding: chunked", 501),
-    "chunked in disguise": ("JSON|LENGTH|Transfer-Encoding: xchunked", 501),
-    "chunked twice": ("JSON|Transfer-Encoding: chunked|Transfer-Encoding: identity", 400),
-    "identity": ("JSON|LENGTH|Transfer-Encoding: identity", 501),
-    "another expectation": ("JSON|LENGTH|Expect: miracles", 417),
+LENGTHS = {  # status -> headers of a POST with the body GOOD, {L} bytes
+    200: ["LENGTH|JSON", "Content-Length: 0{L}|JSON", "LENGTH|JSON|Expect: 100-Continue"]
+    + ['LENGTH|Content-Type: application/json; charset="UTF-8"'],
+    415: ["LENGTH", "LENGTH|JSON|Content-Encoding: gzip"]
+    + [
+        f"LENGTH|Content-Type: {kind}"
+        for kind in ("application/x-www-form-urlencoded", "text/plain")
+    ]
+    + [f"LENGTH|{JSON}{more}" for more in ("x", ", text/plain", "; charset=utf-16")]
+    + ["LENGTH|Content-Type: multipart/form-data; boundary=x"],
+    411: ["JSON"],
+    400: [
+        f"JSON|Content-Length: {n}"
+        for n in ("", "-1", "abc", "+{L}", "0x10", "1e3", "\xb2", "{L}, {L}")
+    ]
+    + [
+        "JSON|LENGTH|LENGTH",
+        "JSON|LENGTH|content-length: 0",
+        "LENGTH|JSON|Content-Type: text/plain",
+    ]
+    + ["JSON|Transfer-Encoding: chunked|Transfer-Encoding: identity"],
+    413: [f"JSON|Content-Length: {n}" for n in ((1 << 20) + 1, 10**10, "9" * 99)]
+    + ["JSON|Content-Length: 10000000000|Expect: 100-continue"],
+    501: [
+        f"JSON|{more}"
+        for more in ("Transfer-Encoding: chunked", "LENGTH|Transfer-Encoding: chunked")
+    ]
+    + [f"JSON|LENGTH|Transfer-Encoding: {kind}" for kind in ("xchunked", "identity")],
+    417: ["JSON|LENGTH|Expect: miracles"],
 }
 
 
-@pytest.mark.parametrize(("headers", "status"), LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize(
+    ("headers", "status"), [(text, status) for status, texts in LENGTHS.items() for text in texts]
+)
 def test_a_body_is_taken_by_its_length_and_kind_alone(target, headers, status):
     headers = headers.replace("{L}", str(len(GOOD)))
     data = head_of(target, f"POST {CHAT} HTTP/1.1|HOST|{headers}") + GOOD.encode()
@@ -241,53 +197,39 @@ def test_what_follows_a_request_is_not_another(target, second):
 def test_a_large_body_sent_blindly_is_answered(target):
     head = target.head(f"POST {CHAT} HTTP/1.1", JSON, "Content-Length: 4000000")
     with target.connect(head) as sock:
-        with suppress(
-            OSError
-        ):  # it may notice before it is through, and has its answer all the same
+        with suppress(OSError):  # it may notice early, and has its answer all the same
             sock.sendall(b"x" * 4_000_000)
         assert sock.recv(1 << 16).startswith(b"HTTP/1.1 413")
 
 
 # ---- bodies
 
-BODIES = {
-    "nothing": b"",
-    "a word": b"hello",
-    "an array": b"[]",
-    "a string": b'"prompt"',
-    "a number": b"7",
-    "null": b"null",
-    "no UTF-8": b'{"prompt": "\xff"}',
-    "UTF-16": '{"prompt": "a"}'.encode("utf-16"),
-    "a byte order mark": b'\xef\xbb\xbf{"prompt": "a"}',
-    "half of it": GOOD[:20].encode(),
-    "more behind it": GOOD.encode() + b"{}",
-    "single quotes": b"{'prompt': 'a'}",
-    "a comma too many": b'{"prompt": "a",}',
-    "a key twice": b'{"prompt": "a", "prompt": "b"}',
-    "NaN": b'{"prompt": "a", "temperature": NaN}',
-    "Infinity": b'{"prompt": "a", "temperature": -Infinity}',
-    "more than a float holds": b'{"prompt": "a", "temperature": 1e999}',
-    "5000 digits": b'{"prompt": "a", "seed": ' + b"7" * 5000 + b"}",
-    "4000 digits": b'{"prompt": "a", "temperature": ' + b"7" * 4000 + b"}",
-    "100,000 lists": b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-    "900 lists": b'{"prompt": ' + b"[" * 900 + b"]" * 900 + b"}",
-    "900 objects": b'{"messages": [' + b'{"content":' * 900 + b"1" + b"}" * 900 + b"]}",
-    "100,000 open lists": b"[" * 100_000,
-    "half a surrogate pair": b'{"prompt": "\\ud800"}',
-    "a NUL for a number": b'{"prompt": "a", "seed": \0}',
-    "a line break in a string": b'{"prompt": "a\nb"}',
-    "a name of 100,000 letters": b'{"prompt": "a", "' + b"temperatur" * 10_000 + b'": 1}',
-    "no prompt": b"{}",
-}
+BODIES = [
+    *(b"", b"hello", b"[]", b'"prompt"', b"7", b"null", b"{}", b'{"prompt": "\xff"}'),
+    *('{"prompt": "a"}'.encode("utf-16"), b'\xef\xbb\xbf{"prompt": "a"}'),
+    *(GOOD[:20].encode(), GOOD.encode() + b"{}", b"{'prompt': 'a'}", b'{"prompt": "a",}'),
+    *(b'{"prompt": "a", "prompt": "b"}', b'{"prompt": "a", "temperature": NaN}'),
+    *(b'{"prompt": "a", "temperature": -Infinity}', b'{"prompt": "a", "temperature": 1e999}'),
+    b'{"prompt": "a", "temperature": ' + b"7" * 4000 + b"}",
+    b'{"prompt": "a", "seed": ' + b"7" * 5000 + b"}",
+    *(b'{"prompt": ' + b"[" * count + b"]" * count + b"}" for count in (900, 100_000)),
+    b'{"messages": [' + b'{"content":' * 900 + b"1" + b"}" * 900 + b"]}",
+    *(
+        b"[" * 100_000,
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": "a", "seed": \0}',
+        b'{"prompt": "a\nb"}',
+    ),
+    b'{"prompt": "a", "' + b"temperatur" * 10_000 + b'": 1}',
+]
 
 
 @pytest.mark.parametrize("path", ["/generate", DONE, CHAT, "/tokenize", "/detokenize"])
 def test_a_body_that_is_no_request_is_a_400(target, path):
-    for name, body in BODIES.items():
+    for body in BODIES:
         response = target.raw(target.post(path, body))
-        assert response.status == 400, (name, response.body)
-        assert len(response.json["error"]["message"]) < 300, name
+        assert response.status == 400, (body[:60], response.body)
+        assert len(response.json["error"]["message"]) < 300, body[:60]
 
 
 USER, TOO = {"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}
@@ -404,8 +346,7 @@ def test_the_context_is_never_overrun_nor_cut(target):
     message = {"messages": [{"role": "user", "content": long}]}
     for path, fields in (
         (CHAT, message),
-        ("/generate", {"prompt": long}),
-        (DONE, {"prompt": long}),
+        *((path, {"prompt": long}) for path in ("/generate", DONE)),
     ):
         status, answer = target.ask(path, fields)
         assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
@@ -463,7 +404,7 @@ def impatient(tmp_path_factory, tiny_tokenizer):
     """A server of short deadlines and few places, on a model that can write for long."""
     place = tmp_path_factory.mktemp("served")
     long = make_model(place / "long", tiny_tokenizer, sequence_length=2048)
-    patches = {"READ_SECONDS": 3, "SEND_SECONDS": 0.5, "MAX_CONNECTIONS": 64}
+    patches = {"READ_SECONDS": 5, "SEND_SECONDS": 0.5, "MAX_CONNECTIONS": 64}
     one = Served(place / "log", long, patches).ready()
     yield one
     assert "Traceback" not in one.text
@@ -476,11 +417,10 @@ def test_sixty_slow_clients(impatient):
     with ExitStack() as stack:
         parts = [b"", b"GET /hea", head[:-2], post[:-5], post.partition(b"{")[0]] * 12
         slow = [stack.enter_context(impatient.connect(data)) for data in parts]
-        for _ in range(4):
-            for number, sock in enumerate(slow[1::5]):
-                sock.sendall(b"X"[: number % 2])
-            assert impatient.get("/health").status == 200
-        assert impatient.metric("connections") >= 60
+        impatient.until(lambda: impatient.metric("connections") >= 60)
+        for sock in slow[1::5]:
+            sock.sendall(b"X")
+        assert impatient.get("/health").status == 200
         answers = [parse(read_all(sock)) for sock in slow]
     assert [answer and answer.status for answer in answers] == [None, 408, 408, 408, 408] * 12
     assert impatient.get("/health").status == 200
@@ -500,9 +440,8 @@ def test_too_many_connections(impatient):
 
 def test_who_hangs_up_early(impatient):
     post = impatient.post(CHAT, ASK)
-    for data in (b"", b"G", post[:60], post[:-1]):
+    for data in (b"", b"G", post[:60], post[:-1], post):
         impatient.connect(data).close()
-    impatient.connect(post).close()
     assert impatient.get("/health").status == 200
 
 
