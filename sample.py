@@ -624,22 +624,19 @@ class Reply:
         self.characters, self.stop, self.trim = tokenizer.stream(begun=True), tuple(stop), trim
         self.shown, self.held, self.stopped, self.cut = 0, "", False, False
 
-    def push(self, id):
-        """Takes an id, returns the text that is now certain. A stop text sets `stopped`."""
-        return self._certain(self.characters.push(id))
+    def push(self, id=None):
+        """Takes an id, or none once no more come; returns the text that is now certain.
 
-    def end(self):
-        """Returns the text that is left once no more ids come."""
-        return self._certain(self.characters.flush(), last=True)
-
-    def _certain(self, text, last=False):
+        A stop text sets `stopped`.
+        """
+        last = id is None
+        text = self.characters.flush() if last else self.characters.push(id)
         if self.stopped:
             return ""
         text = self.held + text
         stops = [at for at in map(text.find, self.stop) if at >= 0]
         if stops:
-            self.stopped, text = True, text[: min(stops)]
-        last = last or self.stopped
+            self.stopped, last, text = True, True, text[: min(stops)]
         starts = (stop[:n] for stop in self.stop for n in range(len(stop)))  # cut short by the end
         hold = 0 if last else max((len(s) for s in starts if text.endswith(s)), default=0)
         text, held = text[: len(text) - hold], text[len(text) - hold :]
@@ -681,7 +678,7 @@ def print_replies(engine, requests, replies):
             for row, (id, request, reply) in enumerate(zip(ids, requests, replies)):
                 text = "" if id is None else reply.push(id)
                 request.finish = "stop" if reply.stopped else request.finish
-                text += reply.end() if request.finish else ""
+                text += reply.push() if request.finish else ""
                 texts[row] += text
                 show(text if row == 0 else "")
     except KeyboardInterrupt:
@@ -758,8 +755,7 @@ class Chat:
         if self.template is None:
             raise UserError("system: the model has no chat template, so no system message; drop it")
         self.tokenizer.encode(text)  # UserError if it is not Unicode
-        messages = self.messages[len(systems) :]
-        self.messages = [{"role": "system", "content": text}, *messages]
+        self.messages = [{"role": "system", "content": text}, *self.messages[len(systems) :]]
 
     def save(self, path):
         """Appends the conversation to the JSON Lines file `path`."""
@@ -784,7 +780,6 @@ class Chat:
         self.answer([*self.before("user"), {"role": "user", "content": text}])
 
     def retry(self, _):
-        """Answers the last question again."""
         messages = self.before("assistant")
         if not messages or messages[-1]["role"] != "user":
             raise UserError("/retry: no question has been asked yet; ask one")
@@ -802,8 +797,9 @@ class Chat:
         reply = Reply(self.tokenizer, self.cfg.stop, trim=self.template is not None)
         (text,) = print_replies(self.engine, [request], [reply])
         self.sampling = replace(self.sampling, seed=(self.sampling.seed + 1) % 2**64)
-        remembered = self.template is not None and text
-        self.messages = messages + [{"role": "assistant", "content": text}] * bool(remembered)
+        if text and self.template is not None:
+            messages = [*messages, {"role": "assistant", "content": text}]
+        self.messages = messages
         if request.finish == "stopped" and not self.person:
             raise KeyboardInterrupt
 

@@ -481,7 +481,7 @@ class Row(Request):
         if self.finish in errors:
             self.call.inbox.put(errors[self.finish])
         else:
-            self.text += self.reply.end()
+            self.text += self.reply.push()
             self.send_piece()
 
 

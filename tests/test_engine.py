@@ -646,11 +646,11 @@ def test_the_stream_is_the_text(tiny_tokenizer):
     ids = tiny_tokenizer.encode(text)
     for cut in range(len(ids) + 1):
         reply = Reply(tiny_tokenizer)
-        pieces = [reply.push(id) for id in ids[:cut]] + [reply.end()]
+        pieces = [reply.push(id) for id in ids[:cut]] + [reply.push()]
         assert "".join(pieces) == tiny_tokenizer.decode(ids[:cut])
         assert "\ufffd" not in "".join(pieces[:-1])
     reply = Reply(tiny_tokenizer)
-    assert "".join(map(reply.push, range(6))) + reply.end() == ""  # control ids have no text
+    assert "".join(map(reply.push, range(6))) + reply.push() == ""  # control ids have no text
 
 
 QUICK = "the quick brown fox jumps over a lazy dog"
@@ -683,6 +683,6 @@ def test_stop_texts_and_white_space_across_tokens(tiny_tokenizer, text, stop, tr
             assert expected.startswith(shown)  # what was shown is never taken back
             assert reply.shown == len(shown)
         assert reply.stopped == any(text.find(one) >= 0 for one in stop)
-        assert shown + reply.end() == expected
+        assert shown + reply.push() == expected
         rest = (text.lstrip() if trim else text).removeprefix(expected)
         assert reply.cut == bool(rest)

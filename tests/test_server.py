@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import hashlib
-import html.parser
 import itertools
 import json
 import os
@@ -85,7 +84,7 @@ def alone(model, tiny_tokenizer):
         request = Request(ids, count, Sampling(**settings), ends)
         reply = Reply(tiny_tokenizer)
         text = "".join(reply.push(id) for (id,) in generate(model, [request]) if id is not None)
-        return text + reply.end(), request.ids, request.finish
+        return text + reply.push(), request.ids, request.finish
 
     return alone
 
@@ -328,10 +327,9 @@ def test_a_crowd_gets_what_each_would_get_alone(chatty):
         {"prompt": f"once upon {i % 10}", "max_tokens": 8 + i % 20, "top_k": 8} | kind
         for i, kind in zip(range(200), itertools.cycle(kinds))
     ]
-    results, start = [None] * 200, threading.Event()
+    results = [None] * 200
 
     def client(number):
-        start.wait()
         data = chatty.post(DONE, asked[number] | {"stream": number % 2 == 0})
         with chatty.connect(data) as sock:
             results[number] = parse(read_all(sock))
@@ -339,7 +337,6 @@ def test_a_crowd_gets_what_each_would_get_alone(chatty):
     threads = [threading.Thread(target=client, args=(number,)) for number in range(200)]
     for thread in threads:
         thread.start()
-    start.set()
     for thread in threads:
         thread.join()
     assert {response.status for response in results} <= {200, 429}
@@ -371,15 +368,14 @@ def settle(one):
     return one.metric('tokens_total{kind="new"}')
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_nobody_writes_for_a_client_who_left(servers, stream):
+def test_nobody_writes_for_a_client_who_left(servers):
     small = servers["small"].ready()
     before = settle(small)
-    for _ in range(5):
+    for stream in [True, False] * 3:
         with small.connect(small.post(DONE, LONG | {"stream": stream})) as sock:
             if stream:
                 sock.recv(1)  # under way
-    assert settle(small) - before < 5 * 120
+    assert settle(small) - before < 6 * 120
 
 
 class Solo:
@@ -516,20 +512,21 @@ def test_a_failing_prompt_leaves_the_rows_under_way_alone(fragile):
 # ---- who may ask
 
 
+WRONG_KEYS = [
+    "Bearer wrong",
+    f"Bearer {KEY[:-1]}",
+    f"Bearer \xe9{KEY[1:]}",
+    f"Basic {KEY}",
+    KEY,
+    "Bearer",
+]
+
+
 @pytest.mark.parametrize(
     ("headers", "status"),
-    [
-        ([], 401),
-        (["Authorization: Bearer wrong"], 401),
-        (["Authorization: Bearer " + KEY[:-1]], 401),
-        (["Authorization: Bearer \xe9" + KEY[1:]], 401),
-        (["Authorization: Basic " + KEY], 401),
-        (["Authorization: " + KEY], 401),
-        (["Authorization: Bearer"], 401),
-        (["X-API-Key: " + KEY], 401),
-        (["Authorization: Bearer " + KEY], 200),
-        (["authorization:bearer " + KEY], 200),
-    ],
+    [([], 401), ([f"X-API-Key: {KEY}"], 401)]
+    + [([f"Authorization: {words}"], 401) for words in WRONG_KEYS]
+    + [([f"Authorization: Bearer {KEY}"], 200), ([f"authorization:bearer {KEY}"], 200)],
 )
 def test_nothing_but_the_right_key_opens(servers, headers, status):
     one = servers["key"].ready()
@@ -649,31 +646,21 @@ def test_streams_end_properly_when_the_server_stops(tmp_path, tiny_tokenizer, nu
 
 
 def test_the_page_runs_its_own_script_only(chatty):
-    page, blocks = chatty.get("/"), []
-
-    class Reader(html.parser.HTMLParser):
-        def handle_data(self, data):
-            blocks.append(data)
-
-        def handle_starttag(self, tag, attributes):
-            blocks.append(tag)
-            names = [name for name, _ in attributes]
-            assert not any(name.startswith("on") or name in ("style", "srcdoc") for name in names)
-
-    text = page.body.decode()
-    Reader().feed(text)
-    parts = page.headers["content-security-policy"].split("; ")
+    page = chatty.get("/")
+    text, parts = page.body.decode(), page.headers["content-security-policy"].split("; ")
     policy = dict(part.split(" ", 1) for part in parts)
     for tag in ("script", "style"):
-        texts = [block for before, block in itertools.pairwise(blocks) if before == tag]
+        blocks = text.split(f"<{tag}>")[1:]
+        texts = [block.partition(f"</{tag}>")[0] for block in blocks]
         digests = [hashlib.sha256(block.encode()).digest() for block in texts]
         hashes = [f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests]
-        assert texts
-        assert policy[f"{tag}-src"] == " ".join(hashes)
+        assert policy[f"{tag}-src"] == " ".join(hashes) != ""
     assert (policy["default-src"], policy["connect-src"]) == ("'none'", "'self'")
     assert "unsafe" not in str(policy)
     loose = r"innerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function"
     assert not re.search(loose + r"|https?://(?!www\.w3)", text)
+    markup = re.sub(r"(?s)<(script|style)>.*?</\1>", "", text)
+    assert not re.search(r"\s(on\w+|style|srcdoc)\s*=", markup)
     assert page.body == (ROOT / "web" / "chat.html").read_bytes()
 
 
