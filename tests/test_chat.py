@@ -302,25 +302,12 @@ class Terminal:
         return before
 
 
-def test_control_characters_reach_a_pipe_but_no_terminal(tmp_path, tiny_tokenizer):
-    """The model writes ESC and BEL only: of two opposite rows of the head one is the largest."""
-    model = build(replace(LONG, tie_word_embeddings=False))
-    with torch.no_grad():
-        row = 99 * torch.randn(32)
-        model.lm_head.weight[[6 + 0x1B, 6 + 0x07]] = torch.stack([row, -row])
-    save_model(model, tmp_path)
-    tiny_tokenizer.save(tmp_path, LONG.sequence_length, "chatml")
-    for chat in (["--chat"], []):
-        words = ["--temperature=0", "--max_new_tokens=9", "--prompt=why?"]
-        words = command(tmp_path, *chat, *words)
-        raw = subprocess.run(words, capture_output=True, timeout=120).stdout
-        assert len(raw) == 10
-        assert set(raw) - {0x0A} <= {0x1B, 0x07}
-        with Terminal(words) as terminal:
-            shown = terminal.until(b" tokens/s")
-        pictures = raw.decode().translate({0x0A: None, 0x1B: "\u241b", 0x07: "\u2407"})
-        assert pictures.encode() in shown
-        assert not {0x1B, 0x07} & set(shown)
+@pytest.mark.parametrize("terminal", [True, False])
+def test_control_characters_reach_a_pipe_but_no_terminal(capsys, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    sample.show("a\x1b[2J\x07\x9b\n\tb")
+    pictures = "a\u241b[2J\u2407\ufffd\n\tb"
+    assert capsys.readouterr().out == (pictures if terminal else "a\x1b[2J\x07\x9b\n\tb")
 
 
 def test_ctrl_c_ends_the_answer_and_then_the_chat(folders):

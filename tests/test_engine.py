@@ -1,7 +1,6 @@
 """The engine of sample.py: neither cache, kernels nor neighbours change a token; the rules are
 transformers'; the text is whole."""
 
-import json
 import random
 import re
 from dataclasses import fields, replace
@@ -501,24 +500,6 @@ def test_of_control_ids_only_ends_are_written(tmp_path, tiny_tokenizer, dtype, t
         assert asked[0].ids == exact.argmax(dim=-1).tolist()
     model.unwritten = None
     assert never & set(answer(model, PROMPTS[1], GREEDY, 30))  # else this test could not fail
-
-
-def test_a_vocabulary_with_one_control_id_may_write_it_and_all_others(tmp_path):
-    """As GPT-2's: what ends a text is the only symbol there is, and opens it, too."""
-    library = pytest.importorskip("tokenizers")
-    alphabet = sorted(library.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {piece: id for id, piece in enumerate(["<|endoftext|>", *alphabet])}
-    bpe = library.Tokenizer(library.models.BPE(vocabulary, []))
-    bpe.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = library.decoders.ByteLevel()
-    bpe.add_special_tokens(["<|endoftext|>"])
-    bpe.save(str(tmp_path / "tokenizer.json"))
-    roles = dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>")
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(roles))
-    save_model(build(replace(BASE, vocab_size=257, bos_token_id=0, eos_token_id=0)), tmp_path)
-    model, tokenizer = open_model(tmp_path, "cpu", "fp32")
-    assert (tokenizer.bos_id, tokenizer.eos_id, model.unwritten.tolist()) == (0, 0, [])
-    assert answer(model, [0, 5], GREEDY) == uncached(model, [0, 5], GREEDY)
 
 
 # ---- log-probabilities
