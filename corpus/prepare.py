@@ -29,7 +29,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated
 
-from corpus import report
+from corpus import report, shards
 from corpus.clean import CleanConfig, clean, language_score, reject
 from corpus.dedup import Index, minhash, sha256
 from corpus.sources import Tally, read_documents
@@ -123,7 +123,7 @@ def retokenize(cfg):
     settings["retokenized"] = [entry["text_sha256"] for split in SPLITS for entry in splits[split]]
     if is_prepared(output, settings, shared_tokenizer(cfg)):
         return
-    folders.check_shards(folder, manifest, ["text"])
+    shards.check_shards(folder, manifest, ["text"])
     with unfinished(output, settings) as progress:
         progress.stats = report.read_stats(folder)
         files = {s: [(folder / e["text"], e["documents"]) for e in splits[s]] for s in SPLITS}
@@ -276,7 +276,7 @@ def collect(cfg, progress):
                 continue
             # the hash of a text decides its split: it stays there, whatever else is read
             split = "train" if hash_fraction(text) < cfg.train_ratio else "val"
-            rows[split].append(folders.text_row(text))
+            rows[split].append(shards.text_row(text))
             progress.lengths[str(1 << len(text).bit_length() - 1)] += 1
         progress.documents += len(batch)
         progress.scores.update(f"{int(10 * s) / 10}" for s in scores if s is not None)
@@ -423,7 +423,7 @@ def make_tokenizer(cfg, progress, files):
 def train_on_sample(cfg, path, files):
     """Returns a tokenizer trained on a random sample of the texts of FILES, and a line on that."""
     share = SAMPLE_BYTES / max(sum(file.stat().st_size for file in files), 1)
-    texts = chain.from_iterable(map(folders.read_texts, files))
+    texts = chain.from_iterable(map(shards.read_texts, files))
     sample = [text for text in texts if hash_fraction(text, cfg.seed) < share]
     size = sum(len(text.encode()) for text in sample)
     amount = f"{size / 1e6:.1f} MB of text"
@@ -443,7 +443,7 @@ def encode(cfg, progress, tokenizer, split, files):
     texts = progress_bar(f"encode {split}", texts_after(files, done), initial=done, total=total)
     documents = with_ids(iter(texts), tokenizer, cfg.num_workers)
     shape = (tokenizer.vocab_size, cfg.shard_tokens, len(entries))
-    for entry in folders.write_shards(progress.work, split, documents, *shape):
+    for entry in shards.write_shards(progress.work, split, documents, *shape):
         entries.append(entry)
         progress.save()
         done = counted = totals(entries)["documents"]
@@ -458,7 +458,7 @@ def texts_after(files, done):
     """Yields the texts of [(.jsonl, its documents)], without the first `done` of them."""
     for path, count in files:
         if done < count:
-            yield from islice(folders.read_texts(path), done, None)
+            yield from islice(shards.read_texts(path), done, None)
         done = max(0, done - count)
 
 
@@ -509,7 +509,7 @@ def is_prepared(output, settings, tokenizer):
         hashes = f"the tokenizer of sha256 {sha256}, {tokenizer} has {other}"
         raise UserError(f"{output}: was encoded by {hashes}; name another, or delete the folder")
     folders.check_file(output, "tokenizer.model", sha256)
-    folders.check_shards(output, manifest, ["bin", "text"])
+    shards.check_shards(output, manifest, ["bin", "text"])
     sums = totals(chain.from_iterable(manifest["splits"].values()))
     counts = f"{sums['documents']:,} documents, {sums['tokens']:,} tokens"
     print(f"{output} exists: {counts}, verified")
@@ -522,7 +522,7 @@ def finish_folder(cfg, progress, tokenizer, name):
         "format": folders.MANIFEST_FORMAT,
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_sha256": tokenizer.sha256,
-        "dtype": folders.dtype_name(tokenizer.vocab_size),
+        "dtype": shards.dtype_name(tokenizer.vocab_size),
         "pad_id": tokenizer.pad_id,
         "bos_id": tokenizer.bos_id,
         "eos_id": tokenizer.eos_id,

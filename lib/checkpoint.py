@@ -84,7 +84,7 @@ def check_unused(cfg):
 def find_checkpoint(cfg, say):
     """Returns the folder to resume from, None for a fresh start."""
     wanted, steps = cfg.resume_from_checkpoint, checkpoints(cfg.output_dir)
-    finished = ["final"] if (Path(cfg.output_dir) / "final").exists() else []
+    finished = (Path(cfg.output_dir) / "final").exists()
     if wanted is None:
         check_unused(cfg)
         return None
@@ -93,10 +93,9 @@ def find_checkpoint(cfg, say):
         if problem := problem_with(folder):
             remedy = "name a step_* folder, or auto for the newest sound one"
             raise UserError(f"{wanted}: not a sound checkpoint: {problem}; {remedy}")
-        newest = [p.name for p in steps] + finished  # a later auto would go on from the first
-        if newest and not (steps and steps[0].samefile(folder)):
-            here = f"{cfg.output_dir} already holds {newest[0]}"
-            raise UserError(f"{here}; choose another --output_dir")
+        newest = steps[0] if steps else None  # a later auto would go on from it
+        if (finished or newest) and not (newest and newest.samefile(folder)):
+            raise UserError(f"{cfg.output_dir} already holds a run; choose another --output_dir")
         return folder
     problems = []
     for folder in steps:

@@ -264,9 +264,7 @@ def read_words(argv, options, positional):
             word = f"--{positional.popleft()}={word}"
         if word.startswith("-"):
             name, value = read_flag(word, rest, options)
-            if name in flags:
-                raise UserError(f"{word.partition('=')[0]}: {name} is given twice; keep one")
-            flags[name] = value
+            flags[name] = value  # of two the last counts, as of two presets
         elif word.endswith(".json"):
             presets.append(word)
         else:

@@ -1,4 +1,4 @@
-"""A prepared dataset's folder: its manifest, checked; its shards, written and read as one array.
+"""A prepared dataset's folder: its manifest, checked; its shards, read as one array.
 
     train_00000.bin    token ids, uint16 (uint32 above 65,535 ids): BOS text EOS BOS text EOS ...
     train_00000.jsonl  the same documents, {"text": ...} one a line; val_00000.bin, .jsonl alike
@@ -6,20 +6,20 @@
     manifest.json      sizes and sha256 of the shards; written last: the folder is complete
     stats.json, DATA_CARD.md, TOKENIZER_CARD.md
 
-Nothing in a folder is trusted: a manifest may come from anywhere, a shard may be cut or changed.
+corpus/shards.py writes it. Nothing in it is trusted: a manifest may come from anywhere, a shard may
+be cut or changed.
 """
 
 import contextlib
 import hashlib
 import itertools
-import json
 import os
 import re
 from pathlib import Path
 
 import numpy as np
 
-from lib.config import UserError, fsync, read_object
+from lib.config import UserError, read_object
 
 AGAIN = "delete the folder and prepare it again"  # the remedy for a damaged dataset
 MANIFEST_FORMAT = 1  # a reader refuses any other
@@ -132,59 +132,6 @@ def check_file(folder, name, sha256, size=None):
     """Raises UserError unless a file of a dataset is there and as its manifest says."""
     if problem := file_problem(folder, name, size, sha256):
         raise UserError(f"{folder}: {problem}; {AGAIN}")
-
-
-def check_shards(folder, manifest, kinds):
-    """Raises UserError unless the shards' files of these kinds, bin or text, are unchanged."""
-    for entry in itertools.chain.from_iterable(manifest["splits"].values()):
-        for kind in kinds:
-            check_file(folder, entry[kind], entry[f"{kind}_sha256"])
-
-
-# ---- writing
-
-
-def dtype_name(vocab_size):
-    """Returns the manifest's name for the type that holds ids below `vocab_size`."""
-    return "uint16" if vocab_size <= 65_535 else "uint32"
-
-
-def text_row(text):
-    """Returns a document as a line of a .jsonl file."""
-    return json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
-
-
-def read_texts(path):
-    """Yields the documents of a .jsonl file."""
-    with open(path, "rb") as file:
-        for line in file:
-            yield json.loads(line)["text"]
-
-
-def write_shards(folder, split, documents, vocab_size, shard_tokens, first=0):
-    """Writes (text, ids) into shards, numbered from `first`. Yields the manifest's entry of each.
-
-    A shard ends with the document that reaches `shard_tokens`, and is on the disk when yielded.
-    """
-    dtype, documents = ID_TYPES[dtype_name(vocab_size)], iter(documents)
-    for number, document in zip(itertools.count(first), documents):
-        name = f"{split}_{number:05d}"
-        entry = {"bin": f"{name}.bin", "text": f"{name}.jsonl"}
-        entry |= {"tokens": 0, "documents": 0, "bytes": 0}
-        with open(folder / entry["bin"], "wb") as bins, open(folder / entry["text"], "wb") as texts:
-            for text, ids in itertools.chain([document], documents):
-                assert max(ids) < vocab_size
-                bins.write(np.asarray(ids, dtype).tobytes())
-                texts.write(text_row(text))
-                entry["tokens"] += len(ids)
-                entry["documents"] += 1
-                entry["bytes"] += len(text.encode())
-                if entry["tokens"] >= shard_tokens:
-                    break
-        for kind in ("bin", "text"):
-            fsync(folder / entry[kind])
-            entry[f"{kind}_sha256"] = file_sha256(folder / entry[kind])
-        yield entry
 
 
 # ---- reading, as one array

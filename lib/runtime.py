@@ -147,9 +147,8 @@ def choose_device(wanted):
     devices = [name for name in available if available[name]] + ["cpu"]
     wanted = devices[0] if wanted == "auto" else wanted
     if wanted not in devices:
-        raise UserError(
-            f"device={wanted}: this machine has no {wanted.upper()} device; use --device=cpu"
-        )
+        missing = f"this machine has no {wanted.upper()} device"
+        raise UserError(f"device={wanted}: {missing}; use --device=cpu")
     return torch.device(wanted)
 
 
@@ -181,8 +180,6 @@ def choose_dtype(wanted, device):
         if torch.cuda.get_device_capability(device)[0] >= 8:
             return torch.bfloat16, "the GPU multiplies bf16 natively"
         return torch.float16, "the GPU has fp16 units but no bf16"
-    if device.type == "mps":
-        return torch.float32, "16 bits only on request: --dtype=bf16"
     flags = getattr(torch.cpu, "get_capabilities", dict)()
     if flags.get("avx512_bf16") or flags.get("amx_bf16"):
         return torch.bfloat16, "the CPU multiplies bf16 natively"

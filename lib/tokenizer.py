@@ -132,16 +132,19 @@ class Tokenizer:
         verified. A folder of transformers may hold more symbols than tokenizer.model. A
         tokenizer.json alone is read by the package `tokenizers`.
         """
-        path = Path(path)
-        if not path.is_dir():
-            return cls(read_model(path), str(path))
-        config, kind = path / "tokenizer_config.json", cls
-        config = read_object(config) if config.exists() else {}
-        if not (path / cls.file).exists() and (path / "tokenizer.json").exists():
-            from lib.tokenizer_json import JSONTokenizer as kind
-
-        path = path / kind.file
-        tokenizer = kind(read_model(path), str(path), config)
+        path, kind, config = Path(path), cls, {}
+        if path.is_dir():
+            if not (path / cls.file).exists() and (path / "tokenizer.json").exists():
+                from lib.tokenizer_json import JSONTokenizer as kind
+            if (path / "tokenizer_config.json").exists():
+                config = read_object(path / "tokenizer_config.json")
+            path = path / kind.file
+        try:
+            model = path.read_bytes()
+        except OSError as error:
+            expected = "a SentencePiece .model file, or a folder that holds tokenizer.model"
+            raise UserError(f"{path}: {error.strerror}; a tokenizer is {expected}") from error
+        tokenizer = kind(model, str(path), config)
         sha256 = config.get("tokenizer_model_sha256")
         tokenizer.exact = kind is cls and sha256 is not None
         if tokenizer.exact and tokenizer.sha256 != sha256:
@@ -261,14 +264,6 @@ def check_unicode(text):
     except UnicodeEncodeError as error:
         name = f"U+{ord(text[error.start]):04X} at character {error.start}"
         raise UserError(f"not Unicode text: lone surrogate {name}") from None
-
-
-def read_model(path):
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        expected = "a SentencePiece .model file, or a folder that holds tokenizer.model"
-        raise UserError(f"{path}: {error.strerror}; a tokenizer is {expected}") from error
 
 
 # ---- conversations

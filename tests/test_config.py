@@ -134,6 +134,7 @@ def test_presets_in_order_then_flags_then_defaults(preset):
 FLAGS = r"""
 --n_layer=2 | 2
 --n_layer 2 | 2
+--n_layer=1 --n_layer 2 | 2
 --d_model=1e4 | 10000
 --d_model=1_000 | 1000
 --offset -1 | -1
@@ -227,8 +228,6 @@ WRONG_FLAGS = """
 --zzz | unknown option --zzz; --help lists them
 --learning_rate | --learning_rate needs a value: --learning_rate=0.0003
 --learning_rate --compile | --learning_rate needs a value: --learning_rate=0.0003
---n_layer=1 --n_layer 2 | --n_layer: n_layer is given twice; keep one
---compile --no_compile | --no_compile: compile is given twice; keep one
 n_layer=2 | expected a preset (a .json file) or --key=value, got 'n_layer=2'
 --n_layer=0 | n_layer must be int 1..512, got 0 (--n_layer)
 --n_layer=1e9 | n_layer must be int 1..512, got 1000000000 (--n_layer)
