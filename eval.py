@@ -12,7 +12,6 @@ good from better, so read the responses. A part out of reach is "not measured", 
 import copy
 import gzip
 import hashlib
-import inspect
 import json
 import lzma
 import math
@@ -32,6 +31,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -43,7 +43,7 @@ from lib import config
 from lib.config import PositiveInt, Range, UserError
 from lib.runtime import tune_cpu
 from lib.tokenizer import render, stop_ids
-from model import KVCache, count_parameters, identify, nats, next_token_loss, row_groups
+from model import KVCache, count_parameters, identify, next_token_loss, row_groups
 from sample import Request, Sampling, generate, open_model
 
 
@@ -91,8 +91,7 @@ def side_by_side(work, items, device):
 def windows(count, context, stride):
     """Yields (start, end, first): inputs start..end of `count` targets, of which first..end count.
 
-    Every target counts once. A window is `context` long - the last moves back rather than being
-    shorter - so all but the first targets have at least context - stride + 1 tokens before them.
+    Every target counts once; all but the first see at least context - stride + 1 tokens.
     """
     end = min(context, count)
     yield 0, end, 0
@@ -144,10 +143,8 @@ def answer_scores(model, questions, budget):
 
 
 def group_scores(model, questions):
-    """As `answer_scores`. A context runs once, however many answers it has.
-
-    Its last hidden state predicts their first ids. Their other ids are predicted from the ids
-    before them and from copies of the context's keys and values.
+    """As `answer_scores`. A context runs once: its last hidden state predicts the first ids of its
+    answers, the other ids are predicted from copies of its keys and values.
     """
     weight = model.lm_head.weight
     answers = [ids for _, choices in questions for ids in choices]  # N
@@ -167,7 +164,8 @@ def group_scores(model, questions):
     pairs = []  # (-log p, is it the likeliest) of every id of every answer
     for rows, to in row_groups(x[real], labels[real], len(weight)):
         logits = rows @ weight.T
-        pairs += zip(nats(logits, to).tolist(), (logits.argmax(dim=-1) == to).tolist())
+        losses = F.cross_entropy(logits.float(), to, reduction="none")
+        pairs += zip(losses.tolist(), (logits.argmax(dim=-1) == to).tolist())
     pairs = iter(pairs)
     of_answers = (zip(*islice(pairs, len(ids))) for ids in answers)
     scores = ((-sum(losses), all(greedy)) for losses, greedy in of_answers)
@@ -204,8 +202,8 @@ def accuracy(chosen, gold, baseline, name):
 def multiple_choice(scores, sizes, gold, names=None):
     """Returns accuracies and verdicts from the log-likelihoods `scores` of answers to questions.
 
-    sizes: of the answers, in characters; gold: the right ones' indices; names: of the answers, if
-    all questions have the same ones. Only then is there a prior to remove.
+    sizes: of the answers, in characters; gold: indices; names: of answers that all questions share,
+    without which there is no prior to remove.
     """
     chosen = [int(np.argmax(row)) for row in scores]
     by_size = [int(np.argmax(np.divide(*pair))) for pair in zip(scores, sizes)]
@@ -288,8 +286,7 @@ def to_question(row):
 def encode_questions(tokenizer, rows, positions):
     """Returns ([(context ids, [answer ids, ...])], how many contexts lost their beginning).
 
-    As in lm-eval, the ids of an answer are those it adds to its context's; the context's last
-    blanks belong to the answer.
+    As in lm-eval, an answer's ids are those it adds; the context's last blanks belong to it.
     """
     encoded, cut = [], 0
     for where, _, (text, choices, _) in rows:
@@ -362,20 +359,20 @@ def score_response(prompt, response, finish):
     text = response.replace("\u2019", "'")
     for asked in filter(None, (prompt.prompt, prompt.base)):
         text = re.sub(rf"(?<!\w){re.escape(asked)}(?!\w)", " ", text).strip()
-    words = WORD_OR_NUMBER.findall(text)
-    parts = {"repetition": 0, "ending": 0, "answer": 0, "length": 0}
-    if words:
-        runs = [text[at : at + 8] for at in range(max(1, len(text) - 7))]
-        ends = [mark.end() for mark in SENTENCE_END.finditer(text)]
-        parts["repetition"] = len(set(runs)) / len(runs)
-        parts["ending"] = 1.0 if finish == "stop" else max(ends, default=0) / len(text)
-        parts["length"] = min(1.0, len(words) / prompt.min_words)
+    words, answer = len(WORD_OR_NUMBER.findall(text)), None
+    if not words:
+        return {"score": 0, "parts": dict.fromkeys(("repetition", "ending", "answer", "length"), 0)}
+    runs = [text[at : at + 8] for at in range(max(1, len(text) - 7))]
+    end = max((mark.end() for mark in SENTENCE_END.finditer(text)), default=0)
+    if prompt.check:
+        answer = float(is_right(prompt.check, text))
+    elif prompt.keywords:
         forms = [rf"\b{re.escape(k)}(?:'?s|es|d|ed|ing|er|ers|y|ly)?\b" for k in prompt.keywords]
         hits = sum(bool(re.search(form, text, re.IGNORECASE)) for form in forms)
-        parts["answer"] = min(1.0, hits / min(3, len(forms))) if forms else None
-        if prompt.check:
-            parts["answer"] = float(is_right(prompt.check, text))
-            parts["length"] = max(parts["answer"], parts["length"])
+        answer = min(1.0, hits / min(3, len(forms)))
+    parts = {"repetition": len(set(runs)) / len(runs), "answer": answer}
+    parts["ending"] = 1.0 if finish == "stop" else end / len(text)
+    parts["length"] = 1.0 if prompt.check and answer else min(1.0, words / prompt.min_words)
     return {"score": mean(parts.values()), "parts": parts}
 
 
@@ -413,23 +410,25 @@ def ask_prompts(model, tokenizer, prompts, max_new_tokens=64, seed=0, together=6
     for at in range(0, len(requests), together):
         for _ in generate(model, requests[at : at + together]):
             pass
-    speed = sum(len(request.ids) for request in requests) / (time.perf_counter() - start)
-    by_category = {prompt.category: [] for prompt in prompts}
+    seconds = time.perf_counter() - start
     for prompt, request, row in zip(prompts, requests, rows):
         text = tokenizer.decode(request.ids)
-        row["response"] = text.strip() if template else text  # a template may leave a space to it
-        row |= score_response(prompt, row["response"], request.finish) | {"finish": request.finish}
-        by_category[prompt.category].append(row["score"])
-    settings = {"template": template, "temperature": SAMPLING.temperature}
-    settings |= {"top_p": SAMPLING.top_p, "max_new_tokens": max_new_tokens, "seed": seed}
+        text = text.strip() if template else text  # a template may leave a space to it
+        scores = score_response(prompt, text, request.finish)
+        row |= {"response": text, **scores, "finish": request.finish}
+    average = lambda key, rows=rows: mean([row[key] for row in rows])
+    groups = {
+        row["category"]: [r for r in rows if r["category"] == row["category"]] for row in rows
+    }
     return {
-        "score": mean([row["score"] for row in rows]),
-        "parts": {name: mean([row["parts"][name] for row in rows]) for name in rows[0]["parts"]},
-        "by_category": {name: mean(scores) for name, scores in by_category.items()},
+        "score": average("score"),
+        "parts": {key: mean([row["parts"][key] for row in rows]) for key in rows[0]["parts"]},
+        "by_category": {name: average("score", group) for name, group in groups.items()},
         "eos_rate": mean([row["finish"] == "stop" for row in rows]),
         "distinct_n": {str(n): distinct([row["response"] for row in rows], n) for n in (1, 2)},
-        "tokens_per_second": speed,
-        "settings": settings,
+        "tokens_per_second": sum(len(request.ids) for request in requests) / seconds,
+        "settings": {"template": template, "temperature": SAMPLING.temperature, "seed": seed}
+        | {"top_p": SAMPLING.top_p, "max_new_tokens": max_new_tokens},
         "responses": rows,
     }
 
@@ -437,28 +436,19 @@ def ask_prompts(model, tokenizer, prompts, max_new_tokens=64, seed=0, together=6
 # ---- The measurement
 
 FAST_BYTES, FAST_QUESTIONS = 100_000, 100
-KNOWN_TEXTS = {  # by the beginning of their sha256
-    "4cd0f6876d07a413aa911261ff6d363c": "WikiText-2 raw, validation",
-    "173c87a53759e0201f33e0ccf978e510": "WikiText-2 raw, test",
-}
-PROTOCOL = {
-    "perplexity": "every token once, the first after BOS; words by whitespace, as in lm-eval",
-    "baselines": "uniform; unigram: the frequencies of this very text; gzip -9, xz -6 of its bytes",
-    "questions": "log-likelihood after BOS and context, tokenized as in lm-eval; no examples",
-    "boolq": "PASSAGE, 'Question: QUESTION?', 'Answer:', followed by ' no' or ' yes' (as lm-eval)",
-    "calibrated_accuracy": "without the mean log-odds over all questions (Batch Calibration)",
-    "ci95": "Wilson's interval; the verdict asks whether the baseline lies inside",
-    "smoke": "the mean of repetition, ending, answer and length; see score_response in eval.py",
-}
+# what the numbers of results.json mean; names of texts, by the beginning of their sha256
+DESCRIPTIONS = json.loads((CONFIGS / "protocol.json").read_text(encoding="utf-8"))
 
 
 @contextmanager
-def refusing(errors, message):
+def refusing(errors, message, exit_code=2):
     """Turns `errors` that a user's files may cause into a UserError."""
     try:
         yield
     except errors as problem:
-        raise UserError(f"{message} ({problem!r:.100})") from None
+        error = UserError(f"{message} ({problem!r:.100})")
+        error.exit_code = exit_code
+        raise error from None
 
 
 def main(cfg):
@@ -485,14 +475,14 @@ def main(cfg):
     tasks = {path: prepared("tasks", prepare_task, path) for path in cfg.tasks}
     print(f"{len(prompts)} smoke prompts", file=sys.stderr, flush=True)
     smoke = ask_prompts(model, tokenizer, prompts, cfg.max_new_tokens, cfg.seed)
-    protocol = PROTOCOL | {key: getattr(cfg, key) for key in ("fast_mode", "seed", "dtype")}
-    protocol["device"] = model.lm_head.weight.device.type
+    protocol = {key: getattr(cfg, key) for key in ("fast_mode", "seed", "dtype")}
+    protocol |= DESCRIPTIONS["protocol"] | {"device": model.lm_head.weight.device.type}
     results = {"model": model_facts(cfg, model, tokenizer), "protocol": protocol}
     results |= {"perplexity": text(), "boolq": boolq()}
     results |= {"tasks": {path: task() for path, task in tasks.items()}, "smoke": smoke}
     protocol["seconds"] = round(time.monotonic() - began, 1)
-    remedy = f"its likelihoods overflow in {cfg.dtype}; use --dtype=fp32"
-    with refusing(ValueError, f"{cfg.model_path}: {remedy}"):  # NaN and infinity are no results
+    # NaN and infinity are no results
+    with refusing(ValueError, f"{cfg.model_path}: overflows in {cfg.dtype}; use --dtype=fp32"):
         content = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     config.write_whole(out / "results.json", content.encode())
     (out / "report.md").write_text(report_text(results, cfg.detailed_output), encoding="utf-8")
@@ -501,13 +491,12 @@ def main(cfg):
 
 def model_facts(cfg, model, tokenizer):
     shape, counts = model.cfg, count_parameters(model.cfg)
-    facts = {"path": cfg.model_path, "name": shape.model_name}
-    facts |= {"sha256": identify(cfg.model_path).sha256, "parameters": counts["total"]}
     sizes = ("n_layer", "d_model", "n_head", "kv_heads", "d_ff")
-    facts["shape"] = {key: getattr(shape, key) for key in sizes}
+    facts = {"path": cfg.model_path, "name": shape.model_name, "template": tokenizer.template}
+    facts |= {"sha256": identify(cfg.model_path).sha256, "tokenizer_sha256": tokenizer.sha256}
+    facts |= {"parameters": counts["total"], "non_embedding": counts["non_embedding"]}
     facts |= {key: getattr(shape, key) for key in ("sequence_length", "vocab_size")}
-    facts |= {"tokenizer_sha256": tokenizer.sha256, "template": tokenizer.template}
-    return facts | {"non_embedding": counts["non_embedding"]}
+    return facts | {"shape": {key: getattr(shape, key) for key in sizes}}
 
 
 def rows_at_once(cfg, model, context):
@@ -529,19 +518,19 @@ def prepare_text(cfg, model, tokenizer, path):
         wanted = f"context {context} and stride {stride}"
         raise UserError(f"{wanted}: need stride <= context <= {limit}, the model's positions")
     text = read_text(path)
-    raw, part = text.encode(), "all"
-    sha256 = hashlib.sha256(raw).hexdigest()
-    if cfg.fast_mode and len(raw) > FAST_BYTES:
-        text = raw[:FAST_BYTES].decode("utf-8", "ignore")
+    size, sha256, part = len(text.encode()), hashlib.sha256(text.encode()).hexdigest(), "all"
+    if cfg.fast_mode and size > FAST_BYTES:
+        text = text.encode()[:FAST_BYTES].decode("utf-8", "ignore")
         text = text[: text.rfind("\n") + 1] or text  # whole lines
-        part = f"the first {len(text.encode()):,} of {len(raw):,} bytes"
+        part = f"the first {len(text.encode()):,} of {size:,} bytes"
     ids, rows = tokenizer.encode(text), rows_at_once(cfg, model, context)
-    facts = {"path": path, "name": KNOWN_TEXTS.get(sha256[:32]), "sha256": sha256, "part": part}
-    about = {"text": facts, "context": context, "stride": stride}
+    name = DESCRIPTIONS["texts"].get(sha256[:32])
+    about = {"path": path, "name": name, "sha256": sha256, "part": part}
 
     def measure():
         nats = text_nats(model, ids, tokenizer.bos_id, context, stride, rows)
-        return text_result(nats, text, ids, tokenizer) | about
+        result = text_result(nats, text, ids, tokenizer)
+        return result | {"text": about, "context": context, "stride": stride}
 
     return measure
 
@@ -551,11 +540,11 @@ def text_result(nats, text, ids, tokenizer):
     raw, tokens, words = text.encode(), len(ids), len(re.findall(r"\s+", text)) + 1
 
     def rates(nats):
-        of_words, of_tokens = perplexity(nats, words), perplexity(nats, tokens)
-        bits = nats / math.log(2) / len(raw)
-        return {"bits_per_byte": bits, "word_perplexity": of_words, "token_perplexity": of_tokens}
+        rates = {"bits_per_byte": nats / math.log(2) / len(raw)}
+        rates["word_perplexity"] = perplexity(nats, words)
+        return rates | {"token_perplexity": perplexity(nats, tokens)}
 
-    result, byte = rates(nats), 8 * math.log(2)
+    result, byte, key = rates(nats), 8 * math.log(2), "bits_per_byte"
     baselines = {
         "uniform": rates(tokens * math.log(tokenizer.vocab_size)),
         # the ids under their own frequencies: the best a model without context can do
@@ -563,14 +552,13 @@ def text_result(nats, text, ids, tokenizer):
         "gzip": rates(byte * len(gzip.compress(raw, 9, mtime=0))),
         "xz": rates(byte * len(lzma.compress(raw))),
     }
-    key = "bits_per_byte"
     beaten = ", ".join(name for name in baselines if result[key] < baselines[name][key])
-    verdict = f"better than {beaten or 'no baseline'}"
     lossless = tokenizer.decode(ids) == text
-    verdict += "" if lossless else "; too low: the tokenizer loses parts of this text"
+    loss = "" if lossless else "; too low: the tokenizer loses parts of this text"
+    result |= {"verdict": f"better than {beaten or 'no baseline'}{loss}", "lossless": lossless}
     result |= {"nats": nats, "tokens": tokens, "words": words, "lines": text.count("\n")}
     result |= {"bytes": len(raw), "bytes_per_token": len(raw) / tokens}
-    return result | {"lossless": lossless, "baselines": baselines, "verdict": verdict}
+    return result | {"baselines": baselines}
 
 
 def prepare_task(cfg, model, tokenizer, path):
@@ -652,8 +640,10 @@ def headline(results):
         name, _, key = place.rpartition(".")
         part, beside = parts[name], ""
         if "baselines" in part:
-            others = [(other, part["baselines"][other][key]) for other in ("unigram", "xz")]
-            beside = ", ".join(f"{other} {shown_number(place, value)}" for other, value in others)
+            unigram, xz = (
+                shown_number(place, part["baselines"][b][key]) for b in ("unigram", "xz")
+            )
+            beside = f"unigram {unigram}, xz {xz}"
         elif key in ("accuracy", "calibrated_accuracy"):
             low, high = part[key.replace("accuracy", "ci95")]
             beside = f"95% {low:.1%} to {high:.1%}, n {part['n']:,}"
@@ -684,36 +674,42 @@ def report_text(results, detailed=False):
 # ---- Results side by side, and beside what is expected of a size
 
 
-def read_results(path):
+@dataclass(frozen=True)
+class ResultsConfig:
+    """Of `compare` and `assess`."""
+
+    files: tuple[str, ...]  # results.json of evaluations, or their folders
+    expected: str = str(CONFIGS / "expected.json")  # for assess: ranges by size
+
+
+def read_results(path, exit_code=2):
     """Returns the results in a file, or in a folder's results.json; UserError if they are none."""
     path = Path(path) / "results.json" if Path(path).is_dir() else Path(path)
-    results = config.read_object(str(path))
-    with refusing(Exception, f"{path}: not whole results of eval.py; run it again"):
+    with refusing(Exception, f"{path}: not whole results of eval.py; run it again", exit_code):
+        results = config.read_object(path)
         report_text(results), math.log(results["model"]["non_embedding"])
     return results
 
 
-def compare(files, cfg):
+def compare(cfg):
     """Several models side by side: python eval.py compare A.json B.json ... (or their folders)
 
     The best of each line is marked where its numbers were measured on the same data.
     """
-    if len(files) < 2:
-        raise UserError("compare needs two results or more: python eval.py compare A.json B.json")
-    models = [read_results(file) for file in files]
-    rows = [["", *map(str, files)]]
+    models = [read_results(file) for file in cfg.files]
+    rows = [["", *cfg.files]]
     for part, keys in (("model", ("name", "non_embedding")), ("perplexity", ("context", "stride"))):
         rows += [[key, *(str(results[part].get(key, "")) for results in models)] for key in keys]
     numbers = [main_numbers(results) for results in models]
     for place in dict.fromkeys(chain.from_iterable(numbers)):
-        measured = [at for at, values in enumerate(numbers) if place in values]
-        alike = len({basis_of(place, models[at]) for at in measured}) == 1
-        best = MAIN[place.split(".")[-1]](numbers[at][place] for at in measured)
-        star = " *" if alike and len(measured) > 1 else ""
         values = [values.get(place) for values in numbers]
+        measured = [at for at, value in enumerate(values) if value is not None]
+        alike = len({basis_of(place, models[at]) for at in measured}) == 1
+        best = MAIN[place.split(".")[-1]](values[at] for at in measured)
+        star = " *" if alike and len(measured) > 1 else ""
         cells = [shown_number(place, value) + star * (value == best) for value in values]
         rows.append([place, *cells, "" if alike else "not to be compared: other data or tokenizer"])
-    return f"{aligned(rows)}\n\n* the best"
+    print(f"{aligned(rows)}\n\n* the best")
 
 
 def basis_of(place, results):
@@ -725,15 +721,15 @@ def basis_of(place, results):
     return str([text.get("sha256"), text.get("part"), tokenizer, part.get("n"), prompts, length])
 
 
-def assess(files, cfg):
+def assess(cfg):
     """One model beside what is expected of its size: python eval.py assess results.json (or folder)
 
     Ranges are those of configs/eval/expected.json, or of --expected=FILE, each with its source.
     Exits with 1 if the results cannot be read.
     """
-    if len(files) != 1:
+    if len(cfg.files) != 1:
         raise UserError("assess needs one file of results: python eval.py assess results.json")
-    results, rows = read_results(files[0]), []
+    results, rows = read_results(*cfg.files, exit_code=1), []
     expected, count = config.read_object(cfg.expected), results["model"]["non_embedding"]
     form = '{size: {"non_embedding": count, "ranges": [{place: [low, high], ...}]}}'
     with refusing(Exception, f"{cfg.expected}: must hold sizes, {form}"):
@@ -742,10 +738,10 @@ def assess(files, cfg):
         for entry in expected["sizes"][size]["ranges"]:
             places = [place for place in entry if place not in ("source", "text")]
             rows += [judged(place, results, entry, *entry[place]) for place in places]
-    title = f"{files[0]}: size class {size}: {count:,} parameters, {len(rows)} ranges are known"
+    title = f"size class {size}: {count:,} parameters, {len(rows)} ranges are known"
     table = aligned([["metric", "value", "expected", "verdict", "source"], *rows])
     todo = [f"- {sentence}" for sentence in advice(results, rows)]
-    return "\n".join([title, "", table, "", headline(results), "", "what to do", *todo])
+    print(title, "", table, "", headline(results), "", "what to do", *todo, sep="\n")
 
 
 def judged(place, results, entry, low, high):
@@ -772,34 +768,22 @@ def advice(results, rows):
         yield "perplexity: train longer while the validation loss falls, then on more text"
     if "n" in boolq and not boolq["verdict"].startswith("better"):
         yield "BoolQ: no sign that it reads the passage; do not report the accuracy as a skill"
-    low = [name for name, value in parts.items() if value is not None and value < 0.5]
-    if low:
-        yield f"smoke prompts: {', '.join(low)} low: fine-tune (sft.py) on varied answers that end"
+    if low := ", ".join(name for name, value in parts.items() if value is not None and value < 0.5):
+        yield f"smoke prompts: {low} low: fine-tune (sft.py) on varied answers that end"
     yield "read the responses: --detailed_output puts them into report.md"
 
 
 # ---- The command line
 
 
-@dataclass(frozen=True)
-class ResultsConfig:
-    """Of `compare` and `assess`."""
-
-    expected: str = str(CONFIGS / "expected.json")  # for assess: ranges by size
-
-
 def dispatch_words(argv):
     """Measures, unless the first word asks for something else."""
-    function = {"compare": compare, "assess": assess}.get(argv[0] if argv else "")
-    if function is None:
+    if not argv or argv[0] not in ("compare", "assess"):
         return config.run(main, EvalConfig, __doc__, argv=argv)
-    files = [word for word in argv[1:] if not word.startswith("-")]
+    files = ",".join(word for word in argv[1:] if not word.startswith("-"))
     flags = [word for word in argv[1:] if word.startswith("-")]
-    doc = inspect.cleandoc(function.__doc__)
-    try:
-        config.run(lambda cfg: print(function(files, cfg)), ResultsConfig, doc, argv=flags)
-    except SystemExit as end:  # scripts were promised 1 of assess, 2 elsewhere
-        sys.exit(1 if function is assess and end.code == 2 else end.code)
+    commands = {"compare": (compare, ResultsConfig), "assess": (assess, ResultsConfig)}
+    config.dispatch(commands, [argv[0], files, *flags], __doc__)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@
 
 The network is LLaMA's (Touvron et al. 2023): RMSNorm before each branch, rotary positions, SwiGLU,
 grouped-query attention, no biases. Submodules have the names of Hugging Face's LlamaForCausalLM, so
-`state_dict()` is the file and nothing needs converting. Network, losses and LoRA come first, file
-formats after them. Nothing here knows text, ranks or training.
+`state_dict()` is the file and nothing needs converting. Nothing here knows text, ranks or training.
 
 Shapes:  B batch    T positions    S keys to look at, T or more with a cache    V vocabulary
          C width of the residual stream    H query heads    K key/value heads    D head width, C / H
@@ -27,17 +26,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lib.config import (
-    Fraction,
-    PositiveFloat,
-    Range,
-    UserError,
-    accept,
-    option_of,
-    options_of,
-    read_object,
-    run,
-)
+from lib import config
+from lib.config import Fraction, PositiveFloat, Range, UserError, option_of
 
 
 @dataclass(frozen=True)
@@ -48,18 +38,15 @@ class ModelConfig:
     n_layer: Annotated[int, Range(1, 512)] = 6  # transformer blocks
     d_model: Annotated[int, Range(2, 65536)] = 256  # width C of the residual stream
     n_head: Annotated[int, Range(1, 1024)] = 4  # query heads H; the head width is d_model / n_head
-    # K; fewer than n_head is grouped-query attention, none = n_head
-    num_key_value_heads: Annotated[int, Range(1, 1024)] | None = None
+    num_key_value_heads: Annotated[int, Range(1, 1024)] | None = None  # K, at most H; none = H
     d_ff: Annotated[int, Range(1, 1 << 20)] = 1024  # inner width of the SwiGLU
     vocab_size: Annotated[int, Range(8, 1 << 20)] = 32768  # V, the tokenizer's size
     sequence_length: Annotated[int, Range(1, 1 << 20)] = 1024  # longest context, in tokens
     dropout: Fraction = 0.0  # on embeddings, and the default of the two below
     attention_dropout: Fraction | None = None  # on attention probabilities; none = dropout
-    # on what each block adds to the residual stream; none = dropout
-    hidden_dropout: Fraction | None = None
+    hidden_dropout: Fraction | None = None  # on what each block adds to x; none = dropout
     rope_theta: PositiveFloat = 10000.0  # base of the rotary frequencies
-    # {"rope_type": "linear", "factor": 2.0}, or "llama3" with its four numbers
-    rope_scaling: dict | None = None
+    rope_scaling: dict | None = None  # {"rope_type": "linear", "factor": 2.0}, or llama3's
     layer_norm_epsilon: PositiveFloat = 1e-5  # inside RMSNorm's square root
     initializer_range: PositiveFloat = 0.02  # standard deviation of the initial weights
     tie_word_embeddings: bool = True  # one table for reading tokens and for predicting them
@@ -78,8 +65,14 @@ class ModelConfig:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if (id := getattr(self, name)) >= self.vocab_size:
                 raise ValueError(f"{name} {id} is outside the vocabulary of {self.vocab_size}")
-        if self.rope_scaling is not None:
-            check_rope_scaling(self.rope_scaling)
+        numbers = dict(self.rope_scaling or {"rope_type": "default"})
+        sound = ROPE_NUMBERS.get(str(numbers.pop("rope_type", None))) == numbers.keys()
+        for value in numbers.values():
+            sound &= type(value) in (int, float) and value in Range(0, open_low=True)
+        if not sound or numbers.get("low_freq_factor", 0) >= numbers.get("high_freq_factor", 1):
+            llama3 = f"llama3 with {', '.join(sorted(ROPE_NUMBERS['llama3']))}, low < high"
+            expected = f'expected {{"rope_type": "linear", "factor": 2.0}}, or {llama3}, all > 0'
+            raise ValueError(f"rope_scaling {json.dumps(self.rope_scaling)}: {expected}")
 
     @property
     def kv_heads(self):
@@ -89,35 +82,17 @@ class ModelConfig:
     def head_dim(self):
         return self.d_model // self.n_head
 
-    @property
-    def p_attention(self):
-        return self.dropout if self.attention_dropout is None else self.attention_dropout
-
-    @property
-    def p_hidden(self):
-        return self.dropout if self.hidden_dropout is None else self.hidden_dropout
+    def probability(self, dropout):
+        return self.dropout if dropout is None else dropout
 
 
 # ---- Rotary positions (Su et al. 2021)
 
 ROPE_NUMBERS = {  # by rope_type
+    "default": set(),
     "linear": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
 }
-
-
-def check_rope_scaling(scaling):
-    """Raises ValueError unless `scaling` has a known rope_type and exactly its numbers."""
-    numbers = {key: value for key, value in scaling.items() if key != "rope_type"}
-    sound = ROPE_NUMBERS.get(str(scaling.get("rope_type"))) == numbers.keys()
-    for value in numbers.values():
-        sound &= type(value) in (int, float) and value in Range(0, open_low=True)
-    if sound and scaling["rope_type"] == "llama3":
-        sound = numbers["low_freq_factor"] < numbers["high_freq_factor"]
-    if not sound:
-        linear, llama3 = '{"rope_type": "linear", "factor": 2.0}', sorted(ROPE_NUMBERS["llama3"])
-        expected = f"expected {linear}, or llama3 with {', '.join(llama3)}, all > 0 and low < high"
-        raise ValueError(f"rope_scaling {json.dumps(scaling)}: {expected}")
 
 
 def rope_frequencies(cfg):
@@ -125,7 +100,7 @@ def rope_frequencies(cfg):
     # pair i turns by theta^(-2i/D): the first pairs fast, the last ones slowly
     exponents = -torch.arange(0, cfg.head_dim, 2, dtype=torch.float64) / cfg.head_dim
     frequency = cfg.rope_theta**exponents
-    scaling = cfg.rope_scaling or {"rope_type": "none"}
+    scaling = cfg.rope_scaling or {"rope_type": "default"}
     if scaling["rope_type"] == "linear":  # squeezes all positions by the factor (Chen et al. 2023)
         frequency = frequency / scaling["factor"]
     elif scaling["rope_type"] == "llama3":  # squeezes slow pairs, keeps fast ones, a ramp between
@@ -204,7 +179,7 @@ class Attention(nn.Module):
     def __init__(self, cfg, layer):
         super().__init__()
         self.layer, self.head_dim = layer, cfg.head_dim
-        self.dropout, self.backend = cfg.p_attention, "sdpa"
+        self.dropout, self.backend = cfg.probability(cfg.attention_dropout), "sdpa"
         self.q_proj = nn.Linear(cfg.d_model, cfg.n_head * cfg.head_dim, bias=False)
         self.k_proj = nn.Linear(cfg.d_model, cfg.kv_heads * cfg.head_dim, bias=False)
         self.v_proj = nn.Linear(cfg.d_model, cfg.kv_heads * cfg.head_dim, bias=False)
@@ -263,7 +238,7 @@ class Block(nn.Module):
         self.self_attn = Attention(cfg, layer)
         self.post_attention_layernorm = RMSNorm(cfg.d_model, cfg.layer_norm_epsilon)
         self.mlp = MLP(cfg)
-        self.dropout = nn.Dropout(cfg.p_hidden)
+        self.dropout = nn.Dropout(cfg.probability(cfg.hidden_dropout))
 
     def forward(self, x, rope, mask, positions, cache):
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, mask, positions, cache))
@@ -320,17 +295,15 @@ class Llama(nn.Module):
         self.cfg = cfg
         self.model = Decoder(cfg)
         self.lm_head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
-        self.apply(self._init)
+        for p in self.parameters():
+            if p.ndim == 2:  # all but the weights of the norms, which stay 1
+                nn.init.normal_(p, std=cfg.initializer_range)
         # 2 n_layer branches are summed up: this makes the variance of the sum that of one (GPT-2)
         for name, p in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 nn.init.normal_(p, std=cfg.initializer_range / math.sqrt(2 * cfg.n_layer))
         if cfg.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-
-    def _init(self, module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=self.cfg.initializer_range)
 
     def forward(self, ids, positions=None, documents=None, cache=None):
         return self.lm_head(self.model(ids, positions, documents, cache))
@@ -346,7 +319,7 @@ class KVCache:
 
     While every row holds equally many positions (`start`), keys are appended and read as slices.
     With `start = None` rows are ragged: row b writes at `lengths[b]` and reads `window` positions
-    under a mask. Its shapes are fixed, as continuous batching and CUDA graphs need them.
+    under a mask; its shapes are fixed, as CUDA graphs need them.
     """
 
     def __init__(self, cfg, batch, capacity, device="cpu", dtype=torch.float32):
@@ -419,50 +392,38 @@ def linear_cross_entropy(x, weight, labels, reduction="sum"):
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return LinearCrossEntropy.apply(x, weight, labels, summed)
     weight, groups = weight.to(x.dtype), row_groups(x, labels, len(weight))
-    losses = torch.cat([nats(rows @ weight.T, targets) for rows, targets in groups])
-    return losses.sum() if summed else losses
+    losses = [F.cross_entropy((x @ weight.T).float(), y, reduction="none") for x, y in groups]
+    return torch.cat(losses).sum() if summed else torch.cat(losses)
+
+
+LOGITS = {"cpu": 1 << 25, "cuda": 1 << 27, "mps": 1 << 27}  # so many at once: what caches hold
 
 
 def row_groups(x, labels, vocab_size):
-    """Yields (x, labels) of some rows at a time."""
-    rows = rows_per_group(vocab_size, x.device.type)
+    """Yields (x, labels) of some rows at a time, whose logits are LOGITS numbers."""
+    rows = max(1, LOGITS[x.device.type] // vocab_size)
     return zip(x.split(rows), labels.split(rows), strict=True)
 
 
-def rows_per_group(vocab_size, device):
-    """Returns of how many rows there are logits at once: 2^25 numbers (CPU caches), 2^27 (GPU)."""
-    return max(1, (1 << (25 if device == "cpu" else 27)) // vocab_size)
-
-
-def nats(logits, labels):
-    """Returns -log softmax(logits)[label], (N,) float32, for logits (N, V) and labels (N,)."""
-    return F.cross_entropy(logits.float(), labels, reduction="none")
-
-
 def nats_and_gradient(logits, labels):
-    """Returns `nats`, and overwrites `logits` with the gradient of their sum."""
+    """Returns -log softmax(logits)[label], (N,); logits (N, V) become the gradient of its sum."""
+    supervised, target = labels >= 0, labels.clamp(min=0)[:, None]
     if logits.dtype == torch.float32 and not torch.compiler.is_compiling():
-        return nats_and_gradient_fp32(logits, labels)
-    supervised, target = labels >= 0, labels.clamp(min=0)
+        # where no compiler fuses: a few passes over the logits in place of a dozen
+        at_target, top = logits.gather(1, target), logits.amax(dim=-1, keepdim=True)
+        torch.softmax(logits, dim=-1, out=logits)
+        # the largest p is exp(top - log_total); it never underflows
+        log_total = top - logits.amax(dim=-1, keepdim=True).log()
+        logits.scatter_add_(1, target, logits.new_full(target.shape, -1.0))
+        logits.index_fill_(0, (~supervised).nonzero()[:, 0], 0.0)
+        return torch.where(supervised, (log_total - at_target)[:, 0], 0.0)
     z = logits.float()
-    log_total = torch.logsumexp(z, dim=-1)  # log p = z - log_total
-    loss = torch.where(supervised, log_total - z.gather(1, target[:, None])[:, 0], 0.0)
-    onehot = torch.arange(logits.shape[1], device=logits.device) == target[:, None]  # (N, V)
-    dz = torch.exp(z - log_total[:, None]) - onehot.float()
+    log_total = torch.logsumexp(z, dim=-1, keepdim=True)  # log p = z - log_total
+    onehot = torch.arange(logits.shape[1], device=logits.device) == target  # (N, V)
+    loss = torch.where(supervised, (log_total - z.gather(1, target))[:, 0], 0.0)
+    dz = torch.exp(z - log_total) - onehot.float()
     logits.copy_(torch.where(supervised[:, None], dz, 0.0))
     return loss
-
-
-def nats_and_gradient_fp32(logits, labels):
-    """The same where no compiler fuses: a few passes over the logits in place of a dozen."""
-    target = labels.clamp(min=0)[:, None]
-    at_target, top = logits.gather(1, target), logits.amax(dim=-1, keepdim=True)
-    torch.softmax(logits, dim=-1, out=logits)
-    # the largest p is exp(top - log_total); it never underflows
-    log_total = top - logits.amax(dim=-1, keepdim=True).log()
-    logits.scatter_add_(1, target, logits.new_full(target.shape, -1.0))
-    logits.index_fill_(0, (labels < 0).nonzero()[:, 0], 0.0)
-    return torch.where(labels >= 0, (log_total - at_target)[:, 0], 0.0)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -574,13 +535,12 @@ def lora_off(model):
 def merge_lora(model):
     """Adds the adapter to the weights, all of which may then be trained. Returns `model`.
 
-    Raises RuntimeError if the hidden states of a few ids are not what they were, as where the
-    weights have 16 bits.
+    Raises RuntimeError if hidden states are not what they were, as with weights of 16 bits.
     """
-    layers, training = adapters(model), model.training
+    training = model.training
     ids = torch.arange(min(8, model.cfg.sequence_length), device=model.lm_head.weight.device)[None]
     before = model.eval().model.forward(ids)  # not called, which would compile it for this length
-    for name, layer in layers.items():
+    for name, layer in adapters(model).items():
         linear = nn.Linear(*reversed(layer.weight.shape), bias=False, device="meta")
         difference = layer.lora_B.weight @ layer.lora_A.weight  # B A, (out, in)
         linear.weight = nn.Parameter(layer.weight + layer.alpha / layer.r * difference)
@@ -594,14 +554,10 @@ def merge_lora(model):
 # ---- A model's folder, Hugging Face's: config.json, generation_config.json, model.safetensors
 
 MODEL_WEIGHTS = "model.safetensors"
-HF_NAMES = {  # the keys of config.json for the fields that have another name there
-    "d_model": "hidden_size",
-    "d_ff": "intermediate_size",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "sequence_length": "max_position_embeddings",
-    "layer_norm_epsilon": "rms_norm_eps",
-}
+# the keys of config.json for the fields that have another name there
+HF_NAMES = {"d_model": "hidden_size", "d_ff": "intermediate_size", "n_layer": "num_hidden_layers"}
+HF_NAMES |= {"n_head": "num_attention_heads", "sequence_length": "max_position_embeddings"}
+HF_NAMES |= {"layer_norm_epsilon": "rms_norm_eps"}
 # what transformers assumes where a key is absent
 HF_DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 HF_LLAMA = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
@@ -612,17 +568,18 @@ def to_hf(cfg, dtype="float32"):
     rope = {"rope_theta": cfg.rope_theta, "rope_type": "default"} | (cfg.rope_scaling or {})
     fields = {HF_NAMES.get(name, name): value for name, value in asdict(cfg).items()}
     resolved = {"num_key_value_heads": cfg.kv_heads, "head_dim": cfg.head_dim}
-    resolved |= {"attention_dropout": cfg.p_attention, "hidden_dropout": cfg.p_hidden}
+    resolved["attention_dropout"] = cfg.probability(cfg.attention_dropout)
+    resolved["hidden_dropout"] = cfg.probability(cfg.hidden_dropout)
     others = {"architectures": ["LlamaForCausalLM"], "rope_parameters": rope, "use_cache": True}
     return HF_LLAMA | fields | resolved | others | {"torch_dtype": dtype, "dtype": dtype}
 
 
 def from_hf(hf, where="config.json"):
     """Returns the ModelConfig of config.json's dict; UserError if this model can't compute it."""
-    options, required = options_of(ModelConfig), ("vocab_size", *HF_NAMES.values())
-    hf = {"model_name": "imported"} | dict.fromkeys(required) | HF_DEFAULTS | hf
+    options = config.options_of(ModelConfig)
+    hf = dict.fromkeys(("vocab_size", *HF_NAMES.values())) | HF_DEFAULTS | hf  # None: required
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    rope = dict(accept("rope_parameters", rope, options["rope_scaling"], where))
+    rope = dict(config.accept("rope_parameters", rope, options["rope_scaling"], where))
     hf["rope_theta"] = rope.pop("rope_theta", None) or hf.get("rope_theta", ModelConfig.rope_theta)
     kind = rope.pop("rope_type", rope.pop("type", "default"))  # `type` is the older spelling
     hf["rope_scaling"] = None if kind == "default" else {"rope_type": kind} | rope
@@ -632,13 +589,12 @@ def from_hf(hf, where="config.json"):
         hf["pad_token_id"] = 0
     keys = {name: HF_NAMES.get(name, name) for name in options}
     # values are checked as a preset's: 100,000 layers would take hours to build
-    values = {n: accept(k, hf[k], options[n], where) for n, k in keys.items() if k in hf}
+    values = {n: config.accept(k, hf[k], options[n], where) for n, k in keys.items() if k in hf}
     try:
-        cfg = ModelConfig(**values)
+        cfg = ModelConfig(**{"model_name": "imported"} | values)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
-    fixed = HF_LLAMA | {"head_dim": cfg.head_dim, "quantization_config": None}
-    for key, value in fixed.items():
+    for key, value in (HF_LLAMA | {"head_dim": cfg.head_dim, "quantization_config": None}).items():
         if (hf.get(key) or value) != value:
             expected = f"expected {json.dumps(value)}, as of a Llama in 16 or 32 bits"
             raise UserError(f"{where}: {key} is {json.dumps(hf[key]):.60}; {expected}")
@@ -646,13 +602,10 @@ def from_hf(hf, where="config.json"):
 
 
 def save_model(model, folder, stop_ids=None):
-    """Writes a model's files into `folder`, which must exist. A tied head is not stored.
-
-    stop_ids: the ids that end an answer, for generation_config.json; none = EOS.
-    """
+    """Writes a model's files into `folder`, which must exist; `stop_ids` end an answer, or EOS."""
     folder, cfg = Path(folder), model.cfg
     tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
-    if cfg.tie_word_embeddings:
+    if cfg.tie_word_embeddings:  # the head is the embedding
         del tensors["lm_head.weight"]
     ids = {"bos_token_id": cfg.bos_token_id, "pad_token_id": cfg.pad_token_id}
     ids["eos_token_id"] = sorted(stop_ids or [cfg.eos_token_id])
@@ -668,14 +621,13 @@ def write_json(path, content):
 def load_model(folder, device="cpu", dtype=torch.float32):
     """Returns the Llama of a model's folder, of an adapter's with its base, or of a training's.
 
-    It is in evaluation mode on `device`, its parameters in `dtype`. Raises UserError if something
-    is missing, damaged, or does not belong together.
+    In evaluation mode, parameters in `dtype`. UserError if files are damaged or do not fit.
     """
     folder = model_folder(folder)
     if (folder / ADAPTER_CONFIG).is_file():
         model = merge_lora(load_adapter(folder))
     else:
-        cfg = from_hf(read_object(folder / "config.json"), folder / "config.json")
+        cfg = from_hf(config.read_object(folder / "config.json"), folder / "config.json")
         with torch.device("meta"):  # no time goes into random weights, overwritten at once
             model = Llama(cfg)
         model.to_empty(device="cpu")
@@ -683,8 +635,7 @@ def load_model(folder, device="cpu", dtype=torch.float32):
             model.lm_head.weight = model.model.embed_tokens.weight
         model.model.cos, model.model.sin = rope_tables(cfg)
         load_weights(model, folder)
-    # not the rotary tables: bfloat16 cannot tell neighbouring positions apart
-    for p in model.parameters():
+    for p in model.parameters():  # no rotary table: bfloat16 cannot tell neighbouring positions
         p.data = p.data.to(dtype)
     return model.to(device).eval()
 
@@ -701,11 +652,7 @@ def model_folder(path):
 
 
 def load_weights(model, folder):
-    """Copies the weights of a model's or an adapter's folder into `model`.
-
-    If `model` has an adapter, that is what is read. Raises UserError unless all names and shapes
-    fit, and for a damaged file.
-    """
+    """Copies a folder's weights into `model`, or into its adapter; UserError unless all fit."""
     tensors = {}
     for path in weight_files(folder):
         try:
@@ -715,13 +662,11 @@ def load_weights(model, folder):
         for name, tensor in content.items():
             floats = tensor.is_floating_point() and tensor.element_size() > 1  # 8 bits: quantized
             if not (floats and tensor.isfinite().all()):
-                values = f"NaN, infinity or no floats of 16 to 64 bits ({tensor.dtype})"
-                raise UserError(f"{path}: {name} holds {values}")
+                raise UserError(f"{path}: {name} holds NaN, infinity or no floats ({tensor.dtype})")
             if not name.endswith("rotary_emb.inv_freq"):  # a table that older programs stored
                 tensors[name.removeprefix(PEFT_PREFIX)] = tensor
     if adapters(model):
-        others = {name: t for name, t in model.state_dict().items() if ".lora_" not in name}
-        tensors = others | tensors
+        tensors = {n: t for n, t in model.state_dict().items() if ".lora_" not in n} | tensors
     elif model.cfg.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors.get("model.embed_tokens.weight", model.lm_head.weight)
     try:
@@ -735,9 +680,8 @@ def weight_files(folder):
     for pattern in (ADAPTER_WEIGHTS, MODEL_WEIGHTS, "model-*-of-*.safetensors"):
         if files := sorted(Path(folder).glob(pattern)):
             return files
-    pickles = "a pickle may run any code, so it is not read; transformers converts one"
-    convert = "LlamaForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-    raise UserError(f"{folder}: no {MODEL_WEIGHTS}; {pickles}: {convert}")
+    remedy = "a pickle may run any code, so it is not read; transformers' save_pretrained writes it"
+    raise UserError(f"{folder}: no {MODEL_WEIGHTS}; {remedy}")
 
 
 # ---- An adapter's folder, PEFT's: adapter_config.json, adapter_model.safetensors
@@ -746,17 +690,12 @@ def weight_files(folder):
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."  # before the name of every tensor
-PLAIN_LORA = {  # with other values the same tensors compute something else; none is the first
-    "peft_type": ["LORA"],
-    "init_lora_weights": [True, "gaussian", "orthogonal", "eva"],  # others change the base
-    "use_rslora": [False],
-    "alpha_pattern": [False],
-    "modules_to_save": [False],
-    "alora_invocation_tokens": [False],
-}
+# with other values the same tensors compute something else; none is the first
+PLAIN_LORA = {"peft_type": ["LORA"], "use_rslora": [False], "alpha_pattern": [False]}
+PLAIN_LORA |= {"modules_to_save": [False], "alora_invocation_tokens": [False]}
+PLAIN_LORA |= {"init_lora_weights": [True, "gaussian", "orthogonal", "eva"]}  # others change W
 
-# what an adapter stands on: its folder, and the sha256 of the weights in it
-Base = namedtuple("Base", ["path", "sha256"])
+Base = namedtuple("Base", ["path", "sha256"])  # a folder, and the hash of the weights in it
 
 
 def identify(folder):
@@ -772,68 +711,48 @@ def save_adapter(model, folder, base):
     """Writes the adapter of `model`, which stands on `base`, into `folder`, which must exist."""
     folder, layers = Path(folder), adapters(model)
     names, layer = {name.rpartition(".")[2] for name in layers}, next(iter(layers.values()))
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "inference_mode": True,
-        "base_model_name_or_path": str(base.path.resolve()),  # PEFT looks from where it runs
-        "r": layer.r,
-        "lora_alpha": int(layer.alpha) if layer.alpha == int(layer.alpha) else layer.alpha,
-        "lora_dropout": layer.dropout.p,
-        "target_modules": [name for name in PROJECTIONS if name in names],
-        "bias": "none",
-    } | dict.fromkeys(("fan_in_fan_out", "use_rslora", "use_dora"), False)
-    home = {"sha256": base.sha256}
-    with contextlib.suppress(ValueError):  # no relative path leads to another drive of Windows
-        path = os.path.relpath(base.path.resolve(), folder.resolve())
-        home["relative_path"] = Path(path).as_posix()
-    write_json(folder / ADAPTER_CONFIG, config)
-    write_json(folder / "base.json", home)
+    values = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none"}
+    values["base_model_name_or_path"] = str(base.path.resolve())  # PEFT looks from where it runs
+    values["target_modules"] = [name for name in PROJECTIONS if name in names]
+    values |= {"r": layer.r, "lora_alpha": layer.alpha, "lora_dropout": layer.dropout.p}
+    home = Path(os.path.relpath(base.path.resolve(), folder.resolve())).as_posix()
+    write_json(folder / ADAPTER_CONFIG, values)
+    write_json(folder / "base.json", {"sha256": base.sha256, "relative_path": home})
     tensors = model.state_dict().items()
     tensors = {PEFT_PREFIX + name: t.contiguous() for name, t in tensors if ".lora_" in name}
     safetensors.torch.save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
 def load_adapter(folder):
-    """Returns the Llama of an adapter's folder: its base with the adapter on it, not merged.
-
-    Raises UserError unless it is plain LoRA on the base that it was trained on.
-    """
-    folder = Path(folder)
-    path = folder / ADAPTER_CONFIG
-    config = read_object(path)
+    """Returns an adapter folder's base with the adapter on it; UserError if it is no plain LoRA."""
+    path = Path(folder) / ADAPTER_CONFIG
+    values = config.read_object(path)
     for key, plain in PLAIN_LORA.items():
-        if (config.get(key) or plain[0]) not in plain:
-            raise UserError(f"{path}: {key} is {json.dumps(config[key])}; only plain LoRA loads")
-    names = config.get("target_modules")
+        if (values.get(key) or plain[0]) not in plain:
+            raise UserError(f"{path}: {key} is {json.dumps(values[key])}; only plain LoRA loads")
+    names = values.get("target_modules")
     if isinstance(names, list):  # PEFT writes full names where it chose the modules itself
-        names = sorted({str(name).rpartition(".")[2] for name in names})
-    r = accept("r", config.get("r"), option_of(Annotated[int, Range(1)]), path)
-    alpha = accept("lora_alpha", config.get("lora_alpha"), option_of(PositiveFloat), path)
-    targets = accept("target_modules", names, option_of(tuple[Projection, ...]), path)
-    base = find_base(folder, str(config.get("base_model_name_or_path")))
-    model = add_lora(load_model(base.path), r, alpha, targets=targets)
+        values["target_modules"] = sorted({str(name).rpartition(".")[2] for name in names})
+    check = lambda key, kind: config.accept(key, values.get(key), option_of(kind), path)
+    r, alpha = check("r", Annotated[int, Range(1)]), check("lora_alpha", PositiveFloat)
+    targets = check("target_modules", tuple[Projection, ...])
+    base = find_base(Path(folder), str(values.get("base_model_name_or_path")))
+    model = add_lora(load_model(base), r, alpha, targets=targets)
     load_weights(model, folder)
     return model
 
 
 def find_base(folder, name):
-    """Returns the Base of an adapter's folder: looks beside it first, then where it once was.
-
-    Raises UserError if it is gone, or another one than the adapter was trained on.
-    """
+    """Returns the folder of an adapter's base: looks beside it first, then where it once was."""
     home = folder / "base.json"
-    home = read_object(home) if home.is_file() else {}  # PEFT writes none
-    paths = ((folder / str(home.get("relative_path", ""))).resolve(), Path(name).resolve())
-    paths = [path for path in paths if path.exists() and path != folder.resolve()]
-    if not paths:
-        mend = f"put it back, or correct base_model_name_or_path in {ADAPTER_CONFIG}"
-        raise UserError(f"{folder}: its base model {name} is not there; {mend}")
-    base = identify(paths[0])
-    if home.get("sha256", base.sha256) != base.sha256:
-        words = "this adapter was trained on another base; they do not belong together"
-        raise UserError(f"{folder} and {base.path}: {words}")
-    return base
+    home = config.read_object(home) if home.is_file() else {}  # PEFT writes none
+    for path in ((folder / str(home.get("relative_path", ""))).resolve(), Path(name).resolve()):
+        if path.exists() and path != folder.resolve():
+            if home.get("sha256") not in (None, identify(path).sha256):
+                raise UserError(f"{folder}: this adapter was trained on another base than {path}")
+            return path
+    mend = f"put it back, or correct base_model_name_or_path in {ADAPTER_CONFIG}"
+    raise UserError(f"{folder}: its base model {name} is not there; {mend}")
 
 
 # ---- Counts, and the architecture report
@@ -856,14 +775,10 @@ def flops_per_token(cfg):
     return 6 * matrices + 12 * cfg.n_layer * cfg.d_model * cfg.sequence_length
 
 
-def activation_bytes(cfg, size=2, fused=True):
-    """Returns the bytes that a training step keeps of a token in a block, numbers of `size` bytes.
-
-    Norms' inputs and outputs, attention's output; q, k, v; gate, up and their product. A compiler
-    that fuses kernels keeps no more, eager torch about 1.6 times as much.
-    """
-    numbers = 6 * cfg.d_model + 2 * cfg.kv_heads * cfg.head_dim + 3 * cfg.d_ff
-    return size * numbers * (1 if fused else 1.6)
+def activation_bytes(cfg, size=2):
+    """Returns the bytes that a training step keeps of a token in a block, `size` bytes a number."""
+    # norms' inputs and outputs, attention's output; q, k, v; gate, up and their product
+    return size * (6 * cfg.d_model + 2 * cfg.kv_heads * cfg.head_dim + 3 * cfg.d_ff)
 
 
 def main(cfg):
@@ -872,27 +787,24 @@ def main(cfg):
     memory = {
         "weights, gradients, Adam's moments (fp32)": 16 * counts["total"],
         f"activations of {rows} full rows (16 bit)": L * activation_bytes(cfg) * rows * T,
-        "logits, a group of rows at a time": 2 * min(rows * T * cfg.vocab_size, 1 << 27),
+        "logits, a group of rows at a time": 2 * min(rows * T * cfg.vocab_size, LOGITS["cuda"]),
         "KV cache of one full row (16 bit)": 4 * L * cfg.kv_heads * D * T,
     }
     heads = f"{cfg.n_head} heads of {D}, {cfg.kv_heads} for keys and values"
     print(f"{cfg.model_name}: {L} layers x {C}, {heads}, d_ff {cfg.d_ff}")
-    print(f"  vocabulary {cfg.vocab_size}, context {T}\n\n  parameters")
-    for part, count in counts.items():
-        print(f"    {part:<42} {count:>15,}")
-    print(f"  {'training FLOPs per token':<44} {flops_per_token(cfg):>15,}")
+    print(f"  vocabulary {cfg.vocab_size}, context {T}\n")
+    counts = {f"parameters: {part}": count for part, count in counts.items()}
+    for part, count in (counts | {"training FLOPs per token": flops_per_token(cfg)}).items():
+        print(f"  {part:<44} {count:>15,}")
     print("\n  memory of a training step, computed from the shapes (not measured)")
     for part, size in memory.items():
-        print(f"    {part:<42} {size / 1e6:>12,.1f} MB")
-    # legal, but slow or unusual
+        print(f"  {part:<44} {size / 1e6:>12,.1f} MB")
     for name, size in {"vocab_size": cfg.vocab_size, "d_model": C, "d_ff": cfg.d_ff}.items():
         if size % 64:
             print(f"  warning: {name} {size} is no multiple of 64: its matmuls will be slower")
     if D not in (32, 64, 96, 128):
         print(f"  warning: head width {D} is unusual; attention kernels like 64 or 128")
-    if not 2 <= cfg.d_ff / C <= 6:
-        print(f"  warning: d_ff / d_model = {cfg.d_ff / C:.2f} is outside the usual 2 to 6")
 
 
 if __name__ == "__main__":
-    run(main, ModelConfig, __doc__, foreign_keys=True)
+    config.run(main, ModelConfig, __doc__, foreign_keys=True)

@@ -1,6 +1,7 @@
 """eval.py: promised numbers, lm-eval's on the same folder, bad input, comparison, assessment."""
 
 import copy
+import functools
 import gzip
 import json
 import math
@@ -16,9 +17,9 @@ import torch
 import eval as evaluation
 import model as models
 from corpus.chats import usable_rows
-from eval import EvalConfig, ResultsConfig, answer_scores, assess, compare, encode_questions
+from eval import EvalConfig, ResultsConfig, answer_scores, encode_questions
 from lib.config import UserError, configure
-from model import ModelConfig, add_lora, identify, load_model, merge_lora, save_model
+from model import ModelConfig, identify, load_model, save_model
 from sample import open_model
 from tests import ROOT, SHARED
 from tests.align import make_base
@@ -99,29 +100,21 @@ def test_the_promised_keys_are_there(results, place):
     assert results["model"]["non_embedding"] == 2 * (3 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64
 
 
-def test_perplexities_are_their_definitions(results):
+def test_numbers_are_their_definitions(results):
     part = results["perplexity"]
-    assert part["bytes"] == len(TEXT.encode())
-    assert part["words"] == len(re.split(r"\s+", TEXT))  # lm-eval's count
+    words = len(re.split(r"\s+", TEXT))  # lm-eval's count
+    assert (part["bytes"], part["words"]) == (len(TEXT.encode()), words)
     assert part["bits_per_byte"] == pytest.approx(part["nats"] / math.log(2) / part["bytes"])
-    assert part["word_perplexity"] == pytest.approx(math.exp(part["nats"] / part["words"]))
+    assert part["word_perplexity"] == pytest.approx(math.exp(part["nats"] / words))
     assert part["token_perplexity"] == pytest.approx(math.exp(part["nats"] / part["tokens"]))
-    uniform, packed = (
-        part["baselines"]["uniform"],
-        8 * len(gzip.compress(TEXT.encode(), 9, mtime=0)),
-    )
-    assert uniform["token_perplexity"] == pytest.approx(384)
-    assert part["baselines"]["gzip"]["bits_per_byte"] == pytest.approx(packed / part["bytes"])
-
-
-def test_every_kind_of_question_is_answered(results, place):
+    assert part["baselines"]["uniform"]["token_perplexity"] == pytest.approx(384)
+    bits = 8 * len(gzip.compress(TEXT.encode(), 9, mtime=0)) / part["bytes"]
+    assert part["baselines"]["gzip"]["bits_per_byte"] == pytest.approx(bits)
     boolq, (choices, last) = results["boolq"], results["tasks"].values()
-    assert (boolq["n"], boolq["majority"]) == (40, 26 / 40)
-    assert sum(boolq["predicted"].values()) == 40
+    assert (boolq["n"], boolq["majority"], sum(boolq["predicted"].values())) == (40, 26 / 40, 40)
     assert (choices["n"], choices["calibrated_accuracy"]) == (3, None)
     assert choices["chance"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 2) / 3)
-    assert (last["n"], last["cut"]) == (2, 0)
-    assert last["perplexity"] > 1
+    assert (last["n"], last["cut"], last["perplexity"] > 1) == (2, 0, True)
 
 
 def test_the_report_shows_all_of_it(results, place):
@@ -136,28 +129,6 @@ def test_the_report_shows_all_of_it(results, place):
     facts = json.loads(re.search("```json\n(.*?)```", report, re.DOTALL)[1])
     assert facts == without(results, "smoke", "responses")
     assert "not measured" not in report
-
-
-def test_adapters_and_what_they_were_merged_into_score_alike(place, tmp_path, tiny_tokenizer):
-    base = identify(place / "base")
-    model = add_lora(load_model(place / "base"), 4, 8)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(p, std=0.1)
-    for name in ("adapter", "merged"):
-        (tmp_path / name).mkdir()
-        tiny_tokenizer.save(tmp_path / name, CONTEXT, "chatml")
-    models.save_adapter(model, tmp_path / "adapter", base)
-    merge_lora(model)
-    save_model(model, tmp_path / "merged")
-    out = tmp_path / "out"
-    adapter, merged = (
-        measure(place, out, model_path=str(tmp_path / name)) for name in ("adapter", "merged")
-    )
-    for part in ("perplexity", "boolq"):
-        assert adapter[part] == merged[part]
-    assert adapter["perplexity"]["nats"] != measure(place, out)["perplexity"]["nats"]
-    assert adapter["model"]["template"] == "chatml"
 
 
 def test_fast_mode_measures_less_and_says_so(place, tmp_path):
@@ -188,7 +159,7 @@ def test_what_overflows_is_no_number(place, tmp_path, tiny_tokenizer):
     (tmp_path / "wild").mkdir()
     save_model(model, tmp_path / "wild")
     tiny_tokenizer.save(tmp_path / "wild", CONTEXT)
-    with pytest.raises(UserError, match="overflow in fp32"):
+    with pytest.raises(UserError, match="overflows in fp32"):
         measure(place, tmp_path / "out", model_path=str(tmp_path / "wild"))
 
 
@@ -197,10 +168,9 @@ def test_long_passages_lose_their_beginning_never_the_question(place):
     row = {"question": "is this kept", "passage": "a fox. " * 300, "answer": "no"}
     questions = [("row 1", *evaluation.to_question(row))]
     ((context, answers),), cut = encode_questions(tokenizer, questions, CONTEXT)
-    assert cut == 1
-    assert (context[0], len(context) + max(map(len, answers)) - 1) == (tokenizer.bos_id, CONTEXT)
+    assert (cut, context[0]) == (1, tokenizer.bos_id)
+    assert len(context) + max(map(len, answers)) - 1 == CONTEXT
     assert tokenizer.decode(context).endswith("a fox. \nQuestion: is this kept?\nAnswer:")
-    assert [tokenizer.decode(answer) for answer in answers] == [" no", " yes"]
     answer_scores(model, [(context, answers)], 1)  # fits
 
 
@@ -217,22 +187,13 @@ def test_texts_are_read_to_the_byte(tmp_path):
     assert evaluation.read_text(str(tmp_path / "t.jsonl")) == "a\n\nb\n"
 
 
-def hub(monkeypatch, text):
-    """Serves a text as the hub does WikiText: a row a line, blank lines empty."""
-    rows = [{"text": line if line.strip() else ""} for line in text.splitlines(keepends=True)]
-    module = SimpleNamespace(load_dataset=lambda *names, **settings: iter(rows), __spec__=1)
-    monkeypatch.setitem(sys.modules, "datasets", module)
-
-
-def test_wikitext_of_the_hub_is_the_file(monkeypatch):
-    raw = " \n = Fox = \n \n A fox .\n \n"
-    hub(monkeypatch, raw)
-    assert evaluation.read_text("hf:Salesforce/wikitext:wikitext-2-raw-v1:test") == raw
-
-
 @pytest.mark.skipif(not WIKITEXT.is_file(), reason="WikiText-2 is not at hand")
 def test_wikitext_2_is_known_by_its_hash_and_its_count(place, monkeypatch):
-    hub(monkeypatch, WIKITEXT.read_text(encoding="utf-8"))
+    # the hub serves a row a line, and blank lines as empty texts
+    lines = WIKITEXT.read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = [{"text": line if line.strip() else ""} for line in lines]
+    module = SimpleNamespace(load_dataset=lambda *names, **settings: iter(rows), __spec__=1)
+    monkeypatch.setitem(sys.modules, "datasets", module)
     monkeypatch.setattr(evaluation, "text_nats", lambda *_: 1.0)
     loaded = open_model(place / "base", "cpu", "fp32")
     for path in (str(WIKITEXT), "hf:Salesforce/wikitext:wikitext-2-raw-v1:validation"):
@@ -252,7 +213,8 @@ def test_what_is_out_of_reach_is_not_measured_and_the_rest_is(place, tmp_path, m
     assert got["tasks"]["hf:e/f"]["verdict"] == "not measured"
     assert got["tasks"][str(place / "last.jsonl")]["n"] == 2
     assert "not measured" in capsys.readouterr().out
-    assert "not measured" in assess([tmp_path], ResultsConfig())
+    evaluation.assess(ResultsConfig((str(tmp_path),)))
+    assert "not measured" in capsys.readouterr().out
 
 
 # ---- bad input
@@ -319,56 +281,71 @@ def variant(results, folder, change=lambda results: None):
     return folder
 
 
-def test_compare_marks_the_best_of_what_may_be_compared(results, place, tmp_path):
-    better = lambda r: r["perplexity"].update(bits_per_byte=0.5)
-    text = compare([place / "out", variant(results, tmp_path / "better", better)], None)
-    assert re.search(r"perplexity.bits_per_byte .* 0.5 \*$", text, re.M)
-    assert re.search(r"tasks.choices.jsonl.accuracy +33.3% \* +33.3% \*$", text, re.M)
-    assert re.search(r"context +96 +96\nstride +48 +48$", text, re.M)
-    change = lambda r: r["perplexity"]["text"].update(sha256="x")
-    text = compare([place / "out", variant(results, tmp_path / "other", change)], None)
-    assert re.search("perplexity.bits_per_byte .*not to be compared: other data", text)
-    assert not re.search(r"bits_per_byte .*\*", text)
-    assert re.search(r"boolq.accuracy +35.0% \* +35.0% \*$", text, re.M)
-    change = lambda r: r["model"].update(tokenizer_sha256="x")
-    text = compare([place / "out", variant(results, tmp_path / "tokenizer", change)], None)
-    assert re.search("token_perplexity .*not to be compared", text)
-    assert re.search(r"word_perplexity .*\*$", text, re.M)
+@pytest.fixture
+def compared(capsys):
+    """compared(folder, ...) returns the printed comparison, assessed(folder) the assessment."""
+
+    def call(*folders, function=evaluation.compare, **options):
+        function(ResultsConfig(tuple(map(str, folders)), **options))
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def assessed(compared):
+    return functools.partial(compared, function=evaluation.assess)
+
+
+def test_compare_marks_the_best_of_what_may_be_compared(results, place, tmp_path, compared):
     skipped = {"verdict": "not measured", "reason": "r"}
-    missing = variant(results, tmp_path / "missing", lambda r: r.update(boolq=skipped))
-    text = compare([place / "out", missing], None)
-    assert re.search(r"boolq.accuracy .*% +not measured$", text, re.M)
-    with pytest.raises(UserError, match="two results"):
-        compare([place / "out"], None)
+    changes = {
+        "better": lambda r: r["perplexity"].update(bits_per_byte=0.5),
+        "other": lambda r: r["perplexity"]["text"].update(sha256="x"),
+        "tokenizer": lambda r: r["model"].update(tokenizer_sha256="x"),
+        "missing": lambda r: r.update(boolq=skipped),
+    }
+    text = {}
+    for name, change in changes.items():
+        text[name] = compared(place / "out", variant(results, tmp_path / name, change))
+    assert re.search(r"perplexity.bits_per_byte .* 0.5 \*$", text["better"], re.M)
+    assert re.search(r"tasks.choices.jsonl.accuracy +33.3% \* +33.3% \*$", text["better"], re.M)
+    assert re.search(r"context +96 +96\nstride +48 +48$", text["better"], re.M)
+    assert re.search("perplexity.bits_per_byte .*not to be compared: other data", text["other"])
+    assert not re.search(r"bits_per_byte .*\*", text["other"])
+    assert re.search(r"boolq.accuracy +35.0% \* +35.0% \*$", text["other"], re.M)
+    assert re.search("token_perplexity .*not to be compared", text["tokenizer"])
+    assert re.search(r"word_perplexity .*\*$", text["tokenizer"], re.M)
+    assert re.search(r"boolq.accuracy .*% +not measured$", text["missing"], re.M)
 
 
 @pytest.mark.parametrize("entry", [0, {"non_embedding": 9}, {"non_embedding": 0, "ranges": []}])
-def test_expectations_are_checked(entry, results, place, tmp_path):
-    (tmp_path / "expected.json").write_text(json.dumps({"sizes": {"tiny": entry}}))
+def test_expectations_are_checked(entry, results, place, tmp_path, assessed):
+    path = tmp_path / "expected.json"
+    path.write_text(json.dumps({"sizes": {"tiny": entry}}))
     with pytest.raises(UserError, match=r"expected.json: must hold sizes"):
-        assess([place / "out"], ResultsConfig(str(tmp_path / "expected.json")))
+        assessed(place / "out", expected=str(path))
 
 
 @pytest.mark.parametrize("name", ["demo", "tiny", "small", "advanced_example", "base"])
-def test_the_size_class_of_a_preset_is_itself(name, results, tmp_path):  # trap B48
+def test_the_size_class_of_a_preset_is_itself(name, results, tmp_path, assessed):  # trap B48
     cfg = configure(ModelConfig, [str(ROOT / f"configs/{name}.json")], foreign_keys=True)
     count = models.count_parameters(cfg)["non_embedding"]
     sizes = json.loads((evaluation.CONFIGS / "expected.json").read_text())["sizes"]
     assert sizes[name]["non_embedding"] == count
     for share in (0.8, 1, 1.2):
         changed = results | {"model": results["model"] | {"non_embedding": round(count * share)}}
-        folder = variant(changed, tmp_path / str(share))
-        assert f"size class {name}:" in assess([folder], ResultsConfig())
+        assert f"size class {name}:" in assessed(variant(changed, tmp_path / str(share)))
 
 
-def test_each_metric_is_held_against_its_range(results, tmp_path):
+def test_each_metric_is_held_against_its_range(results, tmp_path, assessed):
     def change(r):
         r["model"]["non_embedding"] = 6_294_784
         r["perplexity"]["text"]["name"] = "WikiText-2 raw, test"
         r["perplexity"]["token_perplexity"], r["boolq"]["accuracy"] = 45.0, 0.5
         r["smoke"]["score"] = 0.9
 
-    text = assess([variant(results, tmp_path / "r", change)], ResultsConfig())
+    text = assessed(variant(results, tmp_path / "r", change))
     for pattern in (
         "size class tiny",
         "perplexity.token_perplexity +45 +40 to 80 +within +claim of the original README",
@@ -378,49 +355,39 @@ def test_each_metric_is_held_against_its_range(results, tmp_path):
         "do not report the accuracy as a skill",
     ):
         assert re.search(pattern, text), pattern
-
-
-def test_a_range_for_another_text_is_no_verdict(results, tmp_path):
     change = lambda r: r["model"].update(non_embedding=50_000_000)
-    text = assess([variant(results, tmp_path / "r", change)], ResultsConfig())
+    text = assessed(variant(results, tmp_path / "other", change))
     assert "size class small" in text
     assert re.search("token_perplexity .* not comparable: measured on another text", text)
 
 
-def eval_py(*words):
-    done = subprocess.run([python(), str(ROOT / "eval.py"), *words], capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
-
-
 def test_the_command_line(results, place, tmp_path):
-    """One process each: the others call the same functions."""
-    status, out, err = eval_py("assess", str(place / "out" / "results.json"))
-    assert (status, err) == (0, "")
-    assert "what to do" in out
-    cut = (place / "out" / "results.json").read_text()[:500]  # trap B47
-    (tmp_path / "cut.json").write_text(cut)
-    status, out, err = eval_py("assess", str(tmp_path / "cut.json"))
-    assert (status, out, err.count("\n")) == (1, "", 1), err
-    status, out, err = eval_py("--model_path=nowhere", f"--output_dir={tmp_path / 'o'}")
-    assert (status, err.count("\n")) == (2, 1)
-    assert "nowhere: no such folder" in err
+    """Three processes: the others call the same functions."""
+    path = place / "out" / "results.json"
+    (tmp_path / "cut.json").write_text(path.read_text()[:500])  # trap B47
+    for words, status, text in (
+        (["assess", str(path)], 0, "what to do"),
+        (["assess", str(tmp_path / "cut.json")], 1, "cut.json: not whole results of eval.py"),
+        (["--model_path=nowhere", f"--output_dir={tmp_path / 'o'}"], 2, "nowhere: no such folder"),
+    ):
+        command = [python(), str(ROOT / "eval.py"), *words]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stderr.count("\n")) == (status, int(status > 0))
+        assert text in done.stdout + done.stderr
 
 
-def test_broken_results_are_refused(results, tmp_path):
+def test_broken_results_are_refused(results, tmp_path, assessed):
     places = [["model"], ["model", "non_embedding"], ["perplexity", "verdict"]]
     places += [["boolq", "verdict"], ["smoke", "responses"]]
     broken = [without(results, *place) for place in places]
-    broken += [{}, results | {"boolq": []}, results | {"smoke": None}]
+    broken += [[], {}, results | {"boolq": []}, results | {"smoke": None}]
     broken.append(results | {"model": results["model"] | {"non_embedding": 0}})
     for content in broken:
         (tmp_path / "r.json").write_text(json.dumps(content))
         with pytest.raises(UserError, match=r"r\.json: not whole results of eval.py"):
-            assess([tmp_path / "r.json"], ResultsConfig())
-    (tmp_path / "r.json").write_text("[]")
-    with pytest.raises(UserError, match="must be an object"):
-        compare([tmp_path / "r.json"] * 2, None)
+            assessed(tmp_path / "r.json")
     with pytest.raises(UserError, match="one file"):
-        assess([], ResultsConfig())
+        assessed()
 
 
 # ---- lm-eval on the same folder

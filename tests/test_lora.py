@@ -66,25 +66,11 @@ def test_the_model_begins_as_its_base_and_keeps_its_names(tied):
     assert len(model.state_dict()) - len(names) == 2 * 7 * 2
 
 
-def test_a_is_drawn_as_kaiming_uniform_does_and_b_is_zero():
-    layer = llama.LoRALinear(torch.nn.Linear(64, 64, bias=False), 32, 8, 0.0)
-    bound = 1 / 64**0.5  # gain sqrt(2 / (1 + 5)) * sqrt(3 / fan_in)
-    assert layer.lora_A.weight.abs().max() <= bound
-    assert layer.lora_A.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
-    assert not layer.lora_B.weight.any()
-
-
-def test_only_the_adapter_learns_and_checkpointing_changes_no_gradient():
-    gradients = []
-    for checkpointing in (False, True):
-        model = adapted().train()
-        model.model.gradient_checkpointing = checkpointing
-        llama.next_token_loss(model, BATCH)[0].backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
-        assert gradients[-1].keys() == {name for name in model.state_dict() if ".lora_" in name}
-        assert all(gradient.any() for gradient in gradients[-1].values())
-        assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
-    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+def test_only_the_adapter_learns():
+    model = adapted().train()
+    llama.next_token_loss(model, BATCH)[0].backward()
+    learned = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert learned == {name for name in model.state_dict() if ".lora_" in name}
 
 
 def test_compiled_it_computes_the_same():
@@ -143,16 +129,6 @@ def test_a_folder_brings_the_adapter_back(base, adapter):
     torch.testing.assert_close(opened(IDS), expected, atol=1e-5, rtol=0)
 
 
-def test_the_folder_says_what_it_is(base, adapter):
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    keys = "peft_type task_type base_model_name_or_path r lora_alpha lora_dropout target_modules"
-    keys += " bias fan_in_fan_out inference_mode use_rslora use_dora"
-    assert set(config) == set(keys.split())
-    assert config["base_model_name_or_path"] == str(base)
-    home = json.loads((adapter / "base.json").read_text())
-    assert home == {"relative_path": "../base", "sha256": llama.identify(base).sha256}
-
-
 def test_both_folders_may_move_together_and_a_base_into_a_training(base, adapter, tmp_path):
     expected = llama.load_model(adapter)(IDS)
     shutil.move(base, tmp_path / "elsewhere" / "base" / "final")
@@ -164,7 +140,7 @@ def test_both_folders_may_move_together_and_a_base_into_a_training(base, adapter
 
 def test_an_adapter_of_another_base_is_refused(base, adapter):
     llama.save_model(build(seed=9), base)
-    with pytest.raises(UserError, match=f"{base}: this adapter was trained on another base"):
+    with pytest.raises(UserError, match=f"this adapter was trained on another base than {base}"):
         llama.load_model(adapter)
 
 

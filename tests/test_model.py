@@ -75,16 +75,6 @@ def test_counts_equal_the_built_model(cfg):
     assert llama.count_parameters(cfg)["total"] == sum(p.numel() for p in model.parameters())
 
 
-def test_the_kv_cache_in_the_report_is_as_large_as_a_real_one(capsys):
-    cfg = preset("advanced_example")
-    llama.main(cfg)
-    cache = llama.KVCache(cfg, 1, cfg.sequence_length, dtype=torch.bfloat16)
-    size = 2 * sum(tensor.numel() for tensor in cache.k + cache.v)
-    assert re.search(
-        rf"KV cache of one full row \(16 bit\) +{size / 1e6:.1f} MB", capsys.readouterr().out
-    )
-
-
 # ---- against transformers
 
 
@@ -204,10 +194,10 @@ def test_gradient_checkpointing_changes_no_gradient():
 @pytest.mark.parametrize("rows", [1, 7, 1000])
 @pytest.mark.parametrize("tied", [True, False])
 def test_loss_and_gradients_equal_torch_cross_entropy(rows, tied, monkeypatch):
-    monkeypatch.setattr("model.rows_per_group", lambda vocab_size, device: rows)
+    monkeypatch.setitem(llama.LOGITS, "cpu", rows * SMALL.vocab_size)
     cfg = replace(SMALL, tie_word_embeddings=tied)
     ids, labels = some_ids(cfg, 3, 11), some_ids(cfg, 3, 11, seed=2)
-    labels[0, :4] = labels[2, 10] = -100
+    labels[0, :4] = labels[1] = labels[2, 10] = -100
     batch, model = {"ids": ids, "labels": labels}, build(cfg)
     logits = model(ids).flatten(0, 1)
     expected = F.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum")
@@ -221,14 +211,6 @@ def test_loss_and_gradients_equal_torch_cross_entropy(rows, tied, monkeypatch):
         assert torch.allclose(p.grad * 7, want[name], atol=2e-4, rtol=1e-4), name
     with torch.no_grad():
         assert torch.allclose(llama.next_token_loss(model, batch)[0], expected, rtol=1e-6)
-
-
-def test_all_labels_ignored_is_zero_loss_and_zero_gradient():
-    model, ids = build(SMALL), some_ids(SMALL, 1, 8)
-    loss, _ = llama.next_token_loss(model, {"ids": ids, "labels": torch.full_like(ids, -100)})
-    loss.backward()
-    assert loss.item() == 0
-    assert all(p.grad is None or p.grad.count_nonzero() == 0 for p in model.parameters())
 
 
 def test_bf16_autocast_stays_near_fp32():
@@ -316,16 +298,13 @@ def test_weights_that_do_not_fit_are_refused_by_name(change, words, saved):
 
 
 def test_garbage_in_a_file_is_one_line(saved):
-    garbage = {
-        "model.safetensors": [b"", b"hello"],
-        "config.json": [b"[" * 100_000, b"\xff", b"[1]"],
-    }
-    for name, contents in garbage.items():
-        for content in contents:
-            (saved / name).write_bytes(content)
-            with pytest.raises(UserError, match=name) as refusal:
-                llama.load_model(saved)
-            assert "\n" not in str(refusal.value)
+    garbage = [("model.safetensors", content) for content in (b"", b"hello")]
+    garbage += [("config.json", content) for content in (b"[1]", b"\xff", b"[" * 100_000)]
+    for name, content in garbage:
+        (saved / name).write_bytes(content)
+        with pytest.raises(UserError, match=name) as refusal:
+            llama.load_model(saved)
+        assert "\n" not in str(refusal.value)
 
 
 def test_flash_attention_that_does_not_load_is_passed_over_with_its_reason(tmp_path, monkeypatch):
@@ -358,13 +337,15 @@ def report(*args):
 
 
 def test_report_prints_exact_counts_and_warnings():
-    words = {"d_ff 100 is no multiple of 64", "d_ff / d_model = 0.39 is outside"}
-    assert all(f"warning: {sentence}" in report("--d_ff=100").stdout for sentence in words)
-    text = report().stdout
-    flops = (
-        37_748_736 + 50_331_648 + 18_874_368
-    )  # blocks 6*16*L*d^2, head 6*V*d, attention 12*L*d*T
+    text = report("--d_ff=100").stdout
+    assert "warning: d_ff 100 is no multiple of 64" in text
+    text, cfg = report().stdout, preset("tiny")
+    # blocks 6*16*L*d^2, head 6*V*d, attention 12*L*d*T
+    flops = 37_748_736 + 50_331_648 + 18_874_368
     assert all(f"{number:,}" in text for number in (*COUNTS["tiny"], flops))
+    cache = llama.KVCache(cfg, 1, cfg.sequence_length)
+    size = 2 * sum(tensor.numel() for tensor in cache.k + cache.v)
+    assert re.search(rf"KV cache of one full row \(16 bit\) +{size / 1e6:.1f} MB", text)
     assert "warning" not in text
 
 

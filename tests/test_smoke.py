@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import eval as evaluation
-from corpus import samples
 from eval import Prompt, ask_prompts, distinct, is_right, read_prompts, score_response
 from lib.config import UserError
 from lib.tokenizer import Tokenizer, render, stop_ids
@@ -222,13 +221,6 @@ def test_prompts_come_from_json_jsonl_and_text_files(tmp_path):
     assert len(read_prompts(as_text, fast=True)) == 3  # nothing marked: all
 
 
-def test_the_held_out_tasks_of_the_sample_files_are_prompts(tmp_path):
-    rows = samples.make_rows(seed=42)["sft_val"][:50]
-    path = write(tmp_path, "sft_val.jsonl", "\n".join(map(json.dumps, rows)))
-    for prompt, row in zip(read_prompts(path), rows, strict=True):
-        assert score_response(prompt, row["response"], "stop")["parts"]["answer"] == 1
-
-
 PROMPT = '[{"prompt": "a", %s}]'
 
 
@@ -254,14 +246,6 @@ def test_a_file_that_is_no_good_is_one_line(tmp_path, name, content, words):
         read_prompts(write(tmp_path, name, content))
     assert "\n" not in str(caught.value)
     assert all(word in str(caught.value) for word in [name, *words]), str(caught.value)
-
-
-def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
-    (tmp_path / "p.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(UserError, match=r"p\.txt: .*not UTF-8"):
-        read_prompts(str(tmp_path / "p.txt"))
-    with pytest.raises(UserError, match=r"gone\.json: No such file"):
-        read_prompts(str(tmp_path / "gone.json"))
 
 
 # ---- a model
@@ -324,15 +308,6 @@ def test_a_model_is_asked_in_its_own_template_or_continues_plain_text(
     assert row["asked"] == (prompt.prompt if template else "The capital of France is")
     assert result["settings"]["template"] == template
     assert set(seen[0].stop_ids) == set(stop_ids(tokenizer, template))
-
-
-def test_ends_by_a_stop_id_are_counted(tiny_tokenizer):
-    cfg = ModelConfig(n_layer=1, d_model=16, n_head=2, d_ff=16, vocab_size=384, sequence_length=512)
-    model = Llama(cfg).eval()
-    with torch.no_grad():
-        model.lm_head.weight.zero_()  # all ids equally likely: a row stops with 12%
-    result = ask_prompts(model, tiny_tokenizer, read_prompts(), max_new_tokens=48)
-    assert 0 < result["eos_rate"] < 0.4
 
 
 def test_a_prompt_that_fills_the_context_is_one_line(model, tiny_tokenizer):
