@@ -1,5 +1,4 @@
-"""Every command of every document, read out of it: run in an empty folder on toy sizes, or parsed
-and marked.
+"""Every command of every document: run in an empty folder on toy sizes, or parsed and marked.
 
 A line of a `sh` block is run, in the order of the documents, unless a comment at its end says that
 it wants the network, a GPU or time. A `console` block is a command after `$ ` and what it prints:
@@ -9,7 +8,6 @@ message have to be in the code.
 
 import ast
 import importlib
-import io
 import json
 import os
 import re
@@ -20,40 +18,33 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import redirect_stdout, suppress
-from functools import cache
+from contextlib import suppress
 
 import pytest
 
 from corpus.prepare import DataConfig
 from lib.config import configure
 from tests import ROOT
+from tests.commands import TARGETS, VARIABLES, flags_of, with_file
 from tests.conftest import link_code
 from tests.runs import Run
 
 WALKED = ("README.md", "docs/REFERENCE.md", "docs/SESSIONS.md", "ARCHITECTURE.md")
 WALKED += ("docs/TROUBLESHOOTING.md", "docs/PROMISES.md", "docs/RECIPE.md")
-PAGES = {
-    name: (ROOT / name).read_text(encoding="utf-8") for name in (*WALKED, "benchmarks/RESULTS.md")
-}
-MARK = re.compile(
-    r"#.*\b(network|GPU|minutes|hours|days)\b"
-)  # why a line of a `sh` block is not run
+PAGES = {n: (ROOT / n).read_text(encoding="utf-8") for n in (*WALKED, "benchmarks/RESULTS.md")}
+MARK = re.compile(r"#.*\b(network|GPU|minutes|hours|days)\b")  # why a line is not run
 SETTING = re.compile(r"[A-Z][A-Z0-9_]*=")
-ROOMS = sorted(
-    path for folder in (".", "lib", "corpus", "tools") for path in (ROOT / folder).glob("*.py")
-)
+FILES = [path for name in (".", "lib", "corpus", "tools") for path in (ROOT / name).glob("*.py")]
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(FILES)}
 
-# Flags added to, or put in place of, what the page says: the same commands, on toy sizes.
+# Flags added to, or put in place of, those on the page: the same commands, on toy sizes.
 SHAPE = "--n_layer=1 --d_model=32 --n_head=2 --d_ff=64 --sequence_length=64 --vocab_size=400"
-STEPS = (
-    "--batch_size=2 --gradient_accumulation_steps=1 --warmup_steps=1 --sample_tokens=4 --dtype=fp32"
-)
+STEPS = "--batch_size=2 --gradient_accumulation_steps=1 --warmup_steps=1 --dtype=fp32"
 SHRUNK = {
     "data.py": "--max_docs=60 --min_length=50 --num_workers=1",
-    "train.py": f"{SHAPE} {STEPS} --eval_rows=4 --max_minutes=none",
-    "sft.py": STEPS,
-    "dpo.py": STEPS.replace("--sample_tokens=4 ", ""),
+    "train.py": f"{SHAPE} {STEPS} --eval_rows=4 --max_minutes=none --sample_tokens=4",
+    "sft.py": f"{STEPS} --sample_tokens=4",
+    "dpo.py": STEPS,
     "sample.py": "--max_new_tokens=4",
     # our own prompts do not fit 64 positions
     "eval.py": "--max_new_tokens=2 --custom_prompts=prompts.txt --context=64",
@@ -62,31 +53,26 @@ SHRUNK = {
 OTHERS = {"cmp", "curl", "mv", "rm", "truncate"}  # programs beside ours that a page may call
 
 
-# ---- what a page says
+# ---- reading the pages
 
 
 def blocks(page, kind):
     """Yields (line number, text) of the fenced blocks of a kind."""
-    for found in re.finditer(rf"^```{kind}\n(.*?)^```$", PAGES[page], flags=re.S | re.M):
-        yield PAGES[page].count("\n", 0, found.start()) + 2, found[1]
+    for block in re.finditer(rf"^```{kind}\n(.*?)^```$", PAGES[page], flags=re.S | re.M):
+        yield PAGES[page].count("\n", 0, block.start()) + 2, block[1]
 
 
 def commands(page):
-    """Yields (line number, command with its comment, None or the lines it prints)."""
-    found = [(n, line, None) for n, text in blocks(page, "sh") for n, line in lines_of(n, text)]
+    """Yields (line number of its block, command with its comment, None or the lines it prints)."""
+    entries = []
+    for number, text in blocks(page, "sh"):
+        lines = text.replace("\\\n", "").splitlines()
+        entries += [(number, s, None) for s in lines if s.strip() and not s.startswith("#")]
     for number, text in blocks(page, "console"):
         for part in re.split(r"^\$ ", text, flags=re.M)[1:]:
             command, *printed = part.replace("\\\n", "").splitlines()
-            found.append((number, command, printed))
-    return sorted(found, key=lambda entry: entry[0])
-
-
-def lines_of(number, text):
-    joined = re.sub(r"\\\n", lambda _: "\\\0", text)  # a continued line is one, and counts as two
-    for line in joined.splitlines():
-        if line.strip() and not line.startswith("#"):
-            yield number, line.replace("\\\0", "")
-        number += 1 + line.count("\0")
+            entries.append((number, command, printed))
+    return sorted(entries, key=lambda entry: entry[0])
 
 
 def mentions(page):
@@ -98,47 +84,10 @@ def mentions(page):
     return [text.replace("\\|", "|") for text in spans if start.match(text)]
 
 
-# ---- what there is
-
-
-@cache
-def help_of(script, word):
-    """What `python SCRIPT [WORD] --help` prints, None if it fails; in this process, which has
-    torch.
-    """
-    argv, text = sys.argv, io.StringIO()
-    sys.argv = [script, *([word] if word else []), "--help"]
-    try:
-        with redirect_stdout(text):
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-    except SystemExit as end:
-        return None if end.code else text.getvalue()
-    finally:
-        sys.argv = argv
-    return text.getvalue()
-
-
-def flags_of(script, word):
-    """The flags of a script, or of one of its subcommands; None for a word that is none."""
-    text = help_of(script, word)
-    if text is None or (word and text == help_of(script, None)):
-        return None
-    return set(re.findall(r"^--(\w+)", text, flags=re.M))
-
-
-def makefile():
-    """The targets and the variables of make."""
-    text = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
-    variables = re.search(r"^VARIABLES := (.*)$", text, flags=re.M)[1].split()
-    return set(re.findall(r"^([a-z0-9-]+):.*## ", text, flags=re.M)), {*variables, "PYTHON"}
-
-
-def with_files(words):
-    """The words of a command, `-m tools.export` written as the file that it is, tools/export.py."""
-    if "-m" not in words or not (name := words[words.index("-m") + 1]).startswith("tools."):
-        return words
-    at = words.index("-m")
-    return [*words[:at], name.replace(".", "/") + ".py", *words[at + 2 :]]
+def sound_commands(page):
+    """Every command of a page but those that show an error."""
+    shown = [c for _, c, printed in commands(page) if "error: " not in "".join(printed or ())]
+    return shown + mentions(page)
 
 
 def problem_with(command):
@@ -146,29 +95,25 @@ def problem_with(command):
     words = [w for w in shlex.split(command, comments=True) if w not in ("...", "|")]
     if "make" in words:
         settings = {w.partition("=")[0] for w in words if SETTING.match(w)}
-        targets, variables = makefile()
-        wanted = {w for w in words if not SETTING.match(w)}
-        return sorted(wanted - targets - {"make"}) + sorted(settings - variables) or None
-    words = with_files(words)
+        targets = {w for w in words if not SETTING.match(w)} - {"make"}
+        return sorted(targets - {*TARGETS}) + sorted(settings - {*VARIABLES, "PYTHON"}) or None
+    words = with_file(words)
     script = next((w for w in words if w.endswith(".py")), None)
     if script is None or not set(words) & {"python", "torchrun", ".venv/bin/python"}:
         return None
     if not (ROOT / script).is_file():
         return f"no {script}"
     rest = words[words.index(script) + 1 :]
-    given = [
-        w.partition("=")[0].removeprefix("--") for w in rest if w.startswith("--") and w != "--help"
-    ]
+    flags = [w.partition("=")[0].removeprefix("--") for w in rest if w.startswith("--")]
+    flags = [flag for flag in flags if flag != "help"]
     if script.startswith("benchmarks"):
         text = (ROOT / script).read_text(encoding="utf-8")
-        return [flag for flag in given if f'"--{flag}"' not in text and not passed_on(flag)] or None
+        return [flag for flag in flags if f'"--{flag}"' not in text and not passed_on(flag)] or None
     word = rest[0] if rest and re.fullmatch(r"[a-z][a-z_-]*", rest[0]) else None
-    listed = flags_of(script, word)
-    if listed is None:
+    known = flags_of(script, word)
+    if known is None:
         return f"{script} knows no {word}"
-    return [
-        flag for flag in given if flag not in listed and flag.removeprefix("no_") not in listed
-    ] or None
+    return [flag for flag in flags if not {flag, flag.removeprefix("no_")} & known] or None
 
 
 def passed_on(flag):
@@ -177,54 +122,43 @@ def passed_on(flag):
     return dot and key in flags_of(f"{script}.py", None)
 
 
-def sentences():
+def messages():
     """Yields a pattern for every long text in the code, with anything in place of its values."""
-    for node in (
-        node for path in ROOMS for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    ):
+    for node in (node for tree in TREES.values() for node in ast.walk(tree)):
         parts = node.values if isinstance(node, ast.JoinedStr) else [node]
-        texts = [
-            p.value if isinstance(p, ast.Constant) and isinstance(p.value, str) else None
-            for p in parts
-        ]
-        if sum(len(text) for text in texts if text) >= 20:
-            yield "".join(".+" if text is None else re.escape(text) for text in texts)
+        texts = [part.value if isinstance(part, ast.Constant) else None for part in parts]
+        if sum(len(text) for text in texts if isinstance(text, str)) >= 20:
+            yield "".join(re.escape(t) if isinstance(t, str) else ".+" for t in texts)
 
 
 def test_every_message_that_is_not_provoked_here_is_in_the_code():
-    known = re.compile("|".join(f"(?:{form})" for form in sentences()), flags=re.S)
-    lines = [
-        line for page in WALKED for _, text in blocks(page, "text") for line in text.splitlines()
-    ]
+    known = re.compile("|".join(f"(?:{form})" for form in messages()), flags=re.S)
+    lines = [ln for page in WALKED for _, text in blocks(page, "text") for ln in text.splitlines()]
     assert [line for line in lines if not known.fullmatch(line.removeprefix("error: "))] == []
     assert len(lines) > 10
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_has_its_script_flags_target_and_variables(page):
-    told = [c for _, c, printed in commands(page) if "error: " not in "".join(printed or ())]
-    told += mentions(page)
-    assert {command: wrong for command in told if (wrong := problem_with(command))} == {}
+    assert {c: problem for c in sound_commands(page) if (problem := problem_with(c))} == {}
 
 
 def config_of(script):
     """The configuration of a script's main command, by the last line that runs it."""
     if script == "data.py":  # which loads corpus/ only for the command that it runs
         return DataConfig
-    room = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     source = (ROOT / script).read_text(encoding="utf-8")
-    return getattr(room, re.findall(r"\brun\(main, (\w+)", source)[-1])
+    return getattr(module, re.findall(r"\brun\(main, (\w+)", source)[-1])
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_is_a_sound_configuration_as_it_stands(page, monkeypatch):
     monkeypatch.chdir(ROOT)
-    told = [c for _, c, printed in commands(page) if "error: " not in "".join(printed or ())]
-    for command in [*told, *mentions(page)]:
-        words = with_files(shlex.split(command, comments=True))
-        script = next(
-            (w for w in words if w in SHRUNK or w in ("tools/export.py", "model.py")), None
-        )
+    for command in sound_commands(page):
+        words = with_file(shlex.split(command, comments=True))
+        scripts = {*SHRUNK, "tools/export.py", "model.py"}
+        script = next((w for w in words if w in scripts), None)
         rest = words[words.index(script) + 1 :] if script else []
         presets = [w for w in rest if w.endswith(".json") and "=" not in w]
         if {"...", "--help"} & {*words} or not script or not all(map(os.path.isfile, presets)):
@@ -237,10 +171,11 @@ def test_every_command_is_a_sound_configuration_as_it_stands(page, monkeypatch):
 
 
 def shrink(command, keep=False):
-    """The words of a command with SHRUNK's flags instead of its own of the same name, or only
-    beside them.
+    """The words of a command with SHRUNK's flags instead of its own of the same name.
+
+    keep: its own stay, and the others are added.
     """
-    words = with_files(shlex.split(command, comments=True))
+    words = with_file(shlex.split(command, comments=True))
     words = [re.sub(r"(_steps=|step_0+)(100|50)\b", shorter, word) for word in words]
     script = next((w for w in words if w in SHRUNK), None)
     at = words.index(script) + 1 if script else 0
@@ -250,18 +185,17 @@ def shrink(command, keep=False):
     if script == "data.py" and "docstrings" in command:
         extra.append("--vocab_size=400")  # 60 documents support no more
     if script in ("train.py", "sft.py", "dpo.py"):
-        steps = re.search(r"--(?:max|save)_steps=(\d+)", command)
-        extra += [] if steps else ["--max_steps=2"]
+        extra += [] if re.search(r"--(max|save)_steps=", command) else ["--max_steps=2"]
     own, ours = ({w.partition("=")[0] for w in some} for some in (words, extra))
     if keep:
         return words + [flag for flag in extra if flag.partition("=")[0] not in own]
     return [w for w in words if w.partition("=")[0] not in ours] + extra
 
 
-def shorter(found):
+def shorter(match):
     """100 steps are 4, 50 are 2."""
-    count = int(found[2]) // 25
-    return f"{found[1][:5]}{count:06}" if found[1].startswith("step_") else f"{found[1]}{count}"
+    count = int(match[2]) // 25
+    return f"{match[1][:5]}{count:06}" if match[1].startswith("step_") else f"{match[1]}{count}"
 
 
 def python(folder, words, env):
@@ -286,10 +220,9 @@ class Walk:
         """Starts `[NAME=VALUE ...] python SCRIPT ...`; returns the Run."""
         env = dict(w.split("=", 1) for w in words if SETTING.match(w))
         at = next(n for n, w in enumerate(words) if w.endswith(".py"))
-        ranks = 2 if "torchrun" in words else 1
         self.count += 1
         log = self.folder.parent / "logs" / f"{self.count}.log"
-        return Run(log, python, (self.folder, words[at:], env), ranks)
+        return Run(log, python, (self.folder, words[at:], env), 2 if "torchrun" in words else 1)
 
     def other(self, command):
         """Runs another program, or curl at the server; returns (status, its output)."""
@@ -303,8 +236,9 @@ class Walk:
         return done.returncode, done.stdout
 
     def run(self, command, keep):
-        """Runs a command to its end, a server until the next command but curl; returns (status,
-        output).
+        """Runs a command to its end, a server until the next command but curl.
+
+        Returns (status, output).
         """
         if self.server and not command.startswith("curl "):
             self.server.signal(signal.SIGTERM)
@@ -322,73 +256,61 @@ class Walk:
 
 
 def missing(expected, text):
-    """The first of the expected lines that does not come in `text` after those before it; None if
-    all do.
-    """
+    """The first of the expected lines that does not come in `text` after those before it."""
     lines = iter(text.splitlines())
     for line in (line for line in expected if line.strip() not in ("", "...")):
         form = re.sub(r"\d[\d,.]*", "\0", line).replace("...", "\1")
         form = re.escape(form).replace("\0", r"\d[\d,.]*").replace("\1", ".*")
-        if not any(re.fullmatch(form.replace(r"\ ", r"\s+"), found.strip()) for found in lines):
+        if not any(re.fullmatch(form.replace(r"\ ", r"\s+"), printed.strip()) for printed in lines):
             return line
     return None
 
 
 def test_every_command_runs_in_the_order_of_the_pages(tmp_path):
-    walk, ran = Walk(tmp_path / "clone"), []
-    with (
-        socket.socket() as other
-    ):  # either we hold the port that the pages speak of, or someone else does
+    walk, count = Walk(tmp_path / "clone"), 0
+    with socket.socket() as other:  # the port that the pages speak of is taken, by us or others
         with suppress(OSError):
             other.bind(("127.0.0.1", 8000))
             other.listen()
-        for page in WALKED:
-            for number, command, printed in commands(page):
-                if command.startswith("make ") or MARK.search(command):
-                    continue
-                status, text = walk.run(command, printed is not None)
-                told = f"{page} line {number}: {command}\n{(text or '')[-3000:]}"
-                assert (status != 0) == ("error: " in "".join(printed or ())), told
-                assert text is None or missing(printed or (), text) is None, (
-                    missing(printed, text),
-                    told,
-                )
-                if command.startswith("curl ") and text:
-                    assert json.loads(text).keys() >= {"response", "prompt", "generation_config"}
-                ran.append(command)
-    assert len(ran) > 60
+        for page, (number, command, printed) in ((p, c) for p in WALKED for c in commands(p)):
+            if command.startswith("make ") or MARK.search(command):
+                continue
+            status, text = walk.run(command, printed is not None)
+            report = f"{page}, block at line {number}: {command}\n{(text or '')[-3000:]}"
+            assert (status != 0) == ("error: " in "".join(printed or ())), report
+            assert text is None or missing(printed or (), text) is None, report
+            if command.startswith("curl ") and text:
+                assert json.loads(text).keys() >= {"response", "prompt", "generation_config"}
+            count += 1
+    assert count > 60
+
+
+# ---- names, numbers and code on the pages
 
 
 def test_every_test_that_is_named_exists():
-    named = re.findall(
-        r"`(test_\w+\.py)(?:::(test_\w+))?`", "".join(PAGES[page] for page in WALKED)
-    )
-    assert len(named) > 100
-    for file, name in sorted(set(named)):
+    pages = "".join(PAGES[page] for page in WALKED)
+    named = set(re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", pages))
+    assert len(named) > 80
+    for file, name in sorted(named):
         text = (ROOT / "tests" / file).read_text(encoding="utf-8")
         assert not name or f"\ndef {name}(" in text, f"{file}::{name}"
 
 
-def names_of(room):
-    """What stands at the top level of a room: its functions, classes and variables."""
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in ROOMS if path.stem == room]
-    for node in (node for tree in trees for node in tree.body):
-        targets = getattr(node, "targets", [getattr(node, "target", None)])
-        yield from (
-            name.id
-            for target in targets
-            for name in ast.walk(target or ast.Pass())
-            if hasattr(name, "id")
-        )
+def names_of(module):
+    """The functions, classes and variables at the top level of a module."""
+    for node in (n for path, tree in TREES.items() if path.stem == module for n in tree.body):
+        for target in getattr(node, "targets", [getattr(node, "target", None)]):
+            yield from (n.id for n in ast.walk(target or ast.Pass()) if isinstance(n, ast.Name))
         yield getattr(node, "name", None)
 
 
-def test_every_place_in_a_room_that_is_named_exists():
-    rooms = "|".join(path.stem for path in ROOMS)
-    found = {pair for page in WALKED for pair in re.findall(rf"`({rooms})\.(\w+)`", PAGES[page])}
-    found -= {(room, end) for room, end in found if end in ("py", "model")}  # files
-    assert len(found) > 20
-    assert [f"{room}.{name}" for room, name in sorted(found) if name not in [*names_of(room)]] == []
+def test_every_name_in_a_module_that_a_page_mentions_exists():
+    modules = "|".join(path.stem for path in TREES)
+    pairs = {p for page in WALKED for p in re.findall(rf"`({modules})\.(\w+)`", PAGES[page])}
+    pairs = {(module, name) for module, name in pairs if name not in ("py", "model")}  # files
+    assert len(pairs) > 20
+    assert [f"{m}.{name}" for m, name in sorted(pairs) if name not in {*names_of(m)}] == []
 
 
 def test_the_counts_in_the_table_are_true():
@@ -405,7 +327,7 @@ def test_the_counts_in_the_table_are_true():
 
 
 def test_the_python_on_the_pages_is_python():
-    found = [text for page in WALKED for _, text in blocks(page, "python")]
-    assert found
-    for text in found:
+    texts = [text for page in WALKED for _, text in blocks(page, "python")]
+    assert texts
+    for text in texts:
         compile(text, "page", "exec")
