@@ -16,12 +16,11 @@ import bisect
 import math
 import sys
 from functools import lru_cache
-from inspect import cleandoc
 from pathlib import Path
 
 import numpy as np
 
-from lib.config import UserError, closest, run
+from lib.config import UserError, dispatch, run
 from lib.folders import open_all
 from lib.tokenizer import IGNORE
 
@@ -95,11 +94,9 @@ class TokenStream(BatchStream):
         self.sequence_length, self.document_mask = sequence_length, document_mask
         for source in self.sources:
             if split == "train" and source.tokens <= sequence_length:
-                raise UserError(
-                    f"{source.folder}: only {source.tokens} tokens, need at least "
-                    f"{sequence_length + 1} for sequence_length {sequence_length}; "
-                    "shorten that, or prepare more text"
-                )
+                needed = f"at least {sequence_length + 1} for sequence_length {sequence_length}"
+                sizes = f"only {source.tokens} tokens, need {needed}"
+                raise UserError(f"{source.folder}: {sizes}; shorten that, or prepare more text")
         first = self.sources[0]
         self.vocab_size, self.tokenizer_sha256 = first.vocab_size, first.tokenizer_sha256
         self.pad_id, self.bos_id = first.manifest["pad_id"], first.manifest["bos_id"]
@@ -157,9 +154,7 @@ def mixture_table(weights, names, seed):
     Each dataset gets its exact share rounded down; the rows left over go to the largest remainders.
     """
     if len(weights) != len(names):
-        raise UserError(
-            f"{len(weights)} weights for {len(names)} datasets; give one weight for each"
-        )
+        raise UserError(f"{len(weights)} weights for {len(names)} datasets; give each its weight")
     for weight, name in zip(weights, names):
         if not (math.isfinite(weight) and weight > 0):
             raise UserError(f"{name}: weight {weight} must be a finite number > 0")
@@ -168,10 +163,10 @@ def mixture_table(weights, names, seed):
     missing = MIXTURE_PERIOD - int(counts.sum())
     counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
     if not counts.all():
-        raise UserError(
-            f"{names[int(counts.argmin())]}: its weight is below 1/{MIXTURE_PERIOD} of the "
-            "mixture; raise it, or leave the dataset out"
+        problem = (
+            f"its weight is below 1/{MIXTURE_PERIOD} of the mixture; raise it, or leave it out"
         )
+        raise UserError(f"{names[int(counts.argmin())]}: {problem}")
     table = np.repeat(np.arange(len(names)), counts)
     return np.random.RandomState(seed & 0xFFFFFFFF).permutation(table)
 
@@ -181,8 +176,7 @@ def unigram_bits_per_byte(paths):
 
     A real model must beat this baseline. Frequencies are add-one, over all train tokens. Every val
     token but the first of each dataset is a target, BOS and EOS included, as in `TokenStream.rows`
-    without document_mask. The result is nats of all targets / (UTF-8 bytes of the val text * ln
-    2).
+    without document_mask. The result is nats of all targets / (UTF-8 bytes of val * ln 2).
     """
     train, val = open_all(paths, "train"), open_all(paths, "val")
     counts = 1 + sum(source.histogram() for source in train)
@@ -241,11 +235,8 @@ def supervised_rows(rows, length, pad_id, packed=False):
             start = span.stop
     where = np.flatnonzero(labels != IGNORE)
     size = -(-max(1, len(where)) // 64) * 64  # few shapes again
-    batch = {
-        "ids": ids,
-        "where": np.zeros(size, np.int64),
-        "labels": np.full(size, IGNORE, np.int64),
-    }
+    batch = {"ids": ids, "where": np.zeros(size, np.int64)}
+    batch["labels"] = np.full(size, IGNORE, np.int64)
     batch["where"][: len(where)], batch["labels"][: len(where)] = where, labels.flat[where]
     if packed:
         batch |= {"documents": documents, "positions": positions}
@@ -273,41 +264,22 @@ def pack_examples(examples, length):
 # The command
 
 
-def load_command(word):
-    """Returns (function, configuration, fields that need no flag) of a command; loads corpus/."""
-    if word == "inspect":
-        from corpus.inspect import InspectConfig, inspect
-
-        return inspect, InspectConfig, ["path"]
-    if word == "retokenize":
-        from corpus.prepare import RetokenizeConfig, retokenize
-
-        return retokenize, RetokenizeConfig, ["path"]
-    from corpus.samples import SampleFilesConfig, create_sample_datasets
-
-    return create_sample_datasets, SampleFilesConfig, []
-
-
 def main(argv):
     """Runs the command that the first word names; without one it prepares a dataset."""
-    commands = ("inspect", "retokenize", "create_sample_datasets")
-    word = argv[0] if argv and argv[0][:1] != "-" else ""
-    if word in commands:
-        function, config, positional = load_command(word)
-        run(function, config, cleandoc(function.__doc__), argv=argv[1:], positional=positional)
-    elif (near := closest(word, commands)) and not word.endswith(".json"):
-        refuse(f"unknown command {word!r}; did you mean {near}?")
-    elif word and not word.endswith(".json") and Path(word).exists():  # a likely first try
-        refuse(f"{word!r} is no preset; to prepare it write --input_path={word}")
-    else:
-        from corpus import prepare
+    from corpus import inspect, prepare, samples
 
+    commands = {
+        "inspect": (inspect.inspect, inspect.InspectConfig),
+        "retokenize": (prepare.retokenize, prepare.RetokenizeConfig),
+        "create_sample_datasets": (samples.create_sample_datasets, samples.SampleFilesConfig),
+    }
+    word = argv[0] if argv else ""
+    if word in ("", "-h", "--help") or word.startswith("--") or word.endswith(".json"):
         run(prepare.main, prepare.DataConfig, __doc__, argv=argv)
-
-
-def refuse(reason):
-    print(f"error: {reason}", file=sys.stderr)
-    sys.exit(2)
+    elif word not in commands and Path(word).exists():  # a likely first try
+        run(prepare.main, prepare.DataConfig, __doc__, argv=[f"--input_path={word}", *argv[1:]])
+    else:
+        dispatch(commands, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,16 @@ there is nothing to do: a repair is only tried where a substring search, at memo
 cause. Control strings of a chat template stay: the tokenizer keeps text from becoming control.
 """
 
+import io
 import re
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Literal
 
+from corpus.files import package
 from lib.config import Fraction, NonNegativeInt, PositiveInt, UserError
 
 
@@ -45,7 +48,7 @@ class CleanConfig:
 
 # --- Repair ---------------------------------------------------------------------------------------
 
-ROUNDS = 8  # one repair may expose the next; a text that still changes after so many was made so
+ROUNDS = 16  # one repair may expose the next; a text that still changes after so many was made so
 
 
 def clean(text, cfg):
@@ -55,21 +58,17 @@ def clean(text, cfg):
     Nothing is kept of a text that never stops changing.
     """
     for _ in range(ROUNDS):
-        text = repaired(text)
-        rest = without_unwanted(text, cfg)
-        if rest == text:
+        before, text = text, repaired(text)
+        if text == before:
+            text = without_unwanted(text, cfg)
+        if text == before:
             return text
-        text = rest
     return ""
 
 
 def repaired(text):
     """Returns a text with its characters and lines in order, whatever else is in it."""
-    for _ in range(ROUNDS):
-        before, text = text, tidy(without_invisible(fix_encoding(plain_lines(text))))
-        if text == before:
-            return text
-    return ""
+    return tidy(without_invisible(fix_encoding(plain_lines(text))))
 
 
 def without_unwanted(text, cfg):
@@ -98,17 +97,13 @@ def plain_lines(text):
     return ESCAPE.sub("", text) if "\x1b" in text else text
 
 
-def bytes_but(*wanted):
-    return bytes(set(range(256)) - set().union(*wanted))
-
-
 # ftfy would change character references, control characters and, beyond ASCII, anything that does
 # not stand alone (Latin letters and signs) or among its kind (quotes and dashes; emoji; Greek,
-# Cyrillic, CJK). bytes.translate looks for these in a tenth of the time of a pattern.
+# Cyrillic, CJK). bytes.translate looks for bytes in a tenth of the time of a pattern.
 REFERENCE = re.compile(r"&#?[0-9A-Za-z]{1,24};")
-NO_CONTROL = bytes_but(range(9), range(11, 32), [127])
-NO_DIGITS = bytes_but(b"0123456789")
-BLANK_ASCII = bytes(32 if byte < 128 else byte for byte in range(256))
+NO_CONTROL = bytes({*range(256)} - {*range(9), *range(11, 32), 127})
+NO_DIGITS = bytes({*range(256)} - {*b"0123456789"})
+BEYOND_ASCII = re.compile("[^\0-\x7f]+")
 QUIET = re.compile(
     "[\u00a1-\u00c1\u00c4-\u0131\u0134-\u0148\u014a-\u0151\u0154-\u017e\u2022\u20ac\u2122]"
     "|[\u00a0\u200b\u2010-\u2014\u2026\u2018\u2019\u201c\u201d]+"
@@ -116,49 +111,33 @@ QUIET = re.compile(
     "|[\u0391-\u03a1\u03a3-\u03a9\u03b1-\u03c9\u0401\u0410-\u044f\u0451"
     "\u3041-\u3096\u30a1-\u30fa\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\u3001\u3002]+"
 )
-NESTED = re.compile(r"&(?:(?:amp|#38);){2,}")  # ftfy would take one layer at a time
+NESTED = re.compile(r"&(?:(?:amp|#38);){9,}")  # ftfy would take one layer at a time
 STRAIGHT = {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"'}
 
 
 def fix_encoding(text):
     """Returns ftfy.fix_text(text), without its cost for what it would leave alone."""
-    if not needs_ftfy(text):
-        return replace_all(text, STRAIGHT)
-    import ftfy
+    if needs_ftfy(text):
+        import ftfy
 
-    lines, config = text.split("\n"), ftfy.TextFixerConfig(explain=False)
-    for number, line in enumerate(lines):
-        if "<" in line:  # ftfy, too, reads entities as such only up to the first tag
-            config = config._replace(unescape_html=False)
-        if needs_ftfy(line):
-            line = NESTED.sub("&amp;", line) if config.unescape_html else line
-            end = "\n" if number + 1 < len(lines) else ""  # ftfy looks at a line with its end
-            lines[number] = ftfy.fix_text(line + end, config).removesuffix(end)
-        else:
-            lines[number] = replace_all(line, STRAIGHT)
-    return "\n".join(lines)
+        config, lines = ftfy.TextFixerConfig(explain=False), []
+        for line in io.StringIO(text):
+            if "<" in line:  # ftfy, too, reads entities as such only up to the first tag
+                config = config._replace(unescape_html=False)
+            needy = needs_ftfy(line)
+            lines.append(ftfy.fix_text(NESTED.sub("&amp;", line), config) if needy else line)
+        text = "".join(lines)
+    for curly, straight in STRAIGHT.items():
+        text = text.replace(curly, straight)
+    return text
 
 
 def needs_ftfy(text):
     """Returns whether ftfy may change more of a text than its quotation marks."""
-    if text.encode("utf-8", "surrogatepass").translate(None, NO_CONTROL):
+    if not text.isascii() and not all(map(QUIET.fullmatch, set(BEYOND_ASCII.findall(text)))):
         return True
-    if "&" in text and REFERENCE.search(text):
-        return True
-    return not (text.isascii() or all(map(QUIET.fullmatch, beyond_ascii(text))))
-
-
-def beyond_ascii(text):
-    """Returns the different runs of characters beyond ASCII."""
-    runs = set(text.encode("utf-8", "surrogatepass").translate(BLANK_ASCII).split())
-    return [run.decode("utf-8", "surrogatepass") for run in runs]
-
-
-def replace_all(text, replacements):
-    if not text.isascii():
-        for character, replacement in replacements.items():
-            text = text.replace(character, replacement)
-    return text
+    control = text.encode().translate(None, NO_CONTROL)
+    return bool(control or ("&" in text and REFERENCE.search(text)))
 
 
 # Every kind of blank becomes a space. Zero-width and bidirectional marks, the soft hyphen, tags
@@ -175,13 +154,10 @@ JOINER = re.compile(rf"(?<![{SPELLED_JOINED}])[\u200c\u200d]+")
 def without_invisible(text):
     """Returns a text with spaces for all blanks and without the characters that show nothing."""
     text = text.replace("\f", "\n")
-    if not text.isascii():
-        characters = set().union(*beyond_ascii(text))
-        for character in INVISIBLE.keys() & characters:
-            text = text.replace(character, INVISIBLE[character])
-        if characters & {"\u200c", "\u200d"}:
-            text = JOINER.sub("", text)
-    return text
+    characters = set() if text.isascii() else set(text)
+    for character in INVISIBLE.keys() & characters:
+        text = text.replace(character, INVISIBLE[character])
+    return JOINER.sub("", text) if characters & {"\u200c", "\u200d"} else text
 
 
 def tidy(text):
@@ -203,14 +179,12 @@ URL = re.compile(
     r"[A-Za-z](?<![\w+.-].)(?:[A-Za-z0-9+.-]{1,11}://|(?<=[Ww])ww\.)(?!\s)[^\s<>\[\]{}|\\^`\"\0]+"
 )
 HOLES = re.compile(r"\0(?:[ \t]{0,3}[,;|/]?[ \t]{0,3}\0)+")
-LINK = re.compile(r"\[([^\[\]\n]{0,300})\]\( ?\0[^()\n]{0,200}\)")
-IMAGE = re.compile(f"!{LINK.pattern}")
-WRAPS = ("()", "[]", "{}", "<>", '""', "''", "**", "__")
-# The start of a line that holds only a bullet or the name of a reference, and such a line's end.
-BULLET = re.compile(
-    r"[ \t>]*+(?:(?:[-*+]|\.\.|\d{1,3}[.)])[ \t]++)?(?:\[[^\[\]\n]{1,80}\]:?[ \t]*+)?"
+LINK = re.compile(r"!?\[([^\[\]\n]{0,300})\]\( ?\0[^()\n]{0,200}\)")
+WRAPPED = re.compile(r"\(\0\)|\[\0\]|\{\0\}|<\0>|\"\0\"|'\0'|\*\0\*|_\0_")
+BARE = re.compile(  # a line that held nothing else: a bullet, the name of a reference, its title
+    r"[ \t>]*+(?:(?:[-*+]|\.\.|\d{1,3}[.)])[ \t]++)?(?:\[[^\[\]]{1,80}\]:?[ \t]*+)?"
+    r'\0[ \t]*+(?:"[^"]{0,200}")?[ \t.,;:]*'
 )
-LINE_END = re.compile(r'[ \t]*+(?:"[^"\n]{0,200}")?[ \t.,;:]*+(?:\n|\Z)')
 
 
 def without_fenced(text):
@@ -243,35 +217,31 @@ def url_hole(match):
 
 def close_holes(text):
     """Returns a text with no empty brackets, bullets or double spaces where something was."""
-    text = IMAGE.sub(r"\1", HOLES.sub(HOLE, text))
-    first, *rest = LINK.sub(r"\1", text).split(HOLE)
-    pieces = [first]
-    for right in rest:
-        left = pieces.pop()
-        while pieces and not left:
-            left = pieces.pop()
-        pieces += close_hole(left, right, first=not pieces)
-    return "".join(pieces)
+    lines = []
+    for line in text.split("\n"):
+        if HOLE in line:
+            for _ in range(2):  # a link may hold a picture, and brackets may hold brackets
+                line = HOLES.sub(HOLE, WRAPPED.sub(HOLE, LINK.sub(r"\1", line)))
+            if BARE.fullmatch(line):
+                continue
+            first, *rest = line.split(HOLE)
+            pieces = [first]
+            for right in rest:
+                pieces[-1:] = close_hole(pieces[-1], right)
+            line = "".join(pieces)
+        lines.append(line)
+    return "\n".join(lines)
 
 
-def close_hole(left, right, first):
-    """Returns the two sides of a hole, made to meet; `first`: nothing stands before `left`."""
-    for _ in range(3):  # brackets deeper than that are no brackets
-        if left[-1:] + right[:1] in WRAPS:
-            left, right = left[:-1], right[1:]
-    start = left.rfind("\n") + 1
-    line, rest = left[start:], right.lstrip(" \t")
-    if (start or first) and BULLET.fullmatch(line):
-        if end := LINE_END.match(right):
-            return left[:start], right[end.end() :]
-        return left, rest if line.strip() else rest.lstrip(".,;:!?").lstrip(" \t")
-    if not rest or rest[0] in "\n.,;:!?)]}":
-        return left.rstrip(" \t"), rest
-    if left[-1:] in "([{":
-        return left, rest
-    spaced = left[-1:] in " \t" or rest != right
-    words_meet = left[-1:].isalnum() and rest[0].isalnum()
-    return left.rstrip(" \t"), f" {rest}" if spaced or words_meet else rest
+def close_hole(left, right):
+    """Returns the two sides of a hole, made to meet."""
+    head, tail = left.rstrip(" \t"), right.lstrip(" \t")
+    if not head:  # the first in its line, which stays indented
+        return left, tail.lstrip(" \t.,;:!?")
+    if not tail or tail[0] in ".,;:!?)]}":
+        return head, tail
+    spaced = (head, tail) != (left, right) and head[-1] not in "([{"
+    return head, f" {tail}" if spaced else tail
 
 
 # --- Private data ---------------------------------------------------------------------------------
@@ -320,53 +290,38 @@ NAMED_PHONE = re.compile(  # a number called a telephone number, however it is w
     r"(?: (?:no\.?|number|us|me|at|is|on)){0,2}:? {0,2})"
     r"(?=[(0-9]{1,5}[ .()-]|[0-9]{9})\(?[0-9](?:[ .()-]{0,2}[0-9]){5,13}(?!\w|[.,-][0-9])"
 )
-VERSION = re.compile(  # the word or operator before a version number
-    r"(?i)(?:\b(?:v|vers?|versions?|release|rev|revision|build|section|sec|chapter|rfc|kernel)"
-    r"[.:-]? ?|[<>=~^!]= ?|[<>^~] ?)\Z"
-)
-TITLE = re.compile(r"\.[ \t]|\.?[ \t]{1,4}[A-Z]")
 
 
 def mask_private(text):
     """Returns a text with a word in brackets for each address, key, card or telephone number."""
     if "-----BEGIN" in text:
         text = PEM.sub("[KEY]", text)
-    if "@" not in text and not text.encode("utf-8", "surrogatepass").translate(None, NO_DIGITS):
+    if "@" not in text and not text.encode().translate(None, NO_DIGITS):
         return text
-    kept, at = [], 0
-    while match := SUSPECT.search(text, at):
-        start, end = text.rfind("\n", at, match.start()) + 1 or at, text.find("\n", match.end())
-        end = len(text) if end < 0 else end
-        kept += [text[at:start], mask_line(text[start:end])]
-        at = end
-    return "".join([*kept, text[at:]])
+    lines = text.split("\n")
+    return "\n".join(mask_line(line) if SUSPECT.search(line) else line for line in lines)
 
 
 def mask_line(line):
     """Returns a line with private data masked; longer shapes first, for they hold the shorter."""
-    line = KEY.sub("[KEY]", line)
-    if "@" in line:
-        line = EMAIL.sub("[EMAIL]", line)
-    if line.count(":") > 1:
-        line = IPV6.sub(lambda match: "[IP]" if is_ipv6(match[0]) else match[0], line)
-    line = IPV4.sub(lambda match: "[IP]" if is_ipv4(match) else match[0], line)
-    line = CARD.sub(lambda match: "[CARD]" if luhn(match[0]) else match[0], line)
-    line = PHONE.sub(lambda match: "[PHONE]" if is_phone(match[0]) else match[0], line)
+    for mask, sign, pattern, is_private in MASKS:
+        if sign in line:
+            line = pattern.sub(partial(masked, mask, is_private), line)
     return NAMED_PHONE.sub(r"\1[PHONE]", line)
 
 
-def is_ipv4(match):
-    """Returns whether four numbers are an address: below 256, not this host (127), no mask (255).
+def masked(mask, is_private, match):
+    return mask if is_private(match[0]) else match[0]
 
-    A version has a word for it in front; a section has small numbers, first in line, and a title.
+
+def is_ipv4(text):
+    """Returns whether four numbers are an address, not one of this host (127) or a mask (255).
+
+    Where all are small they are a version or a section, unless they begin as private addresses do.
     """
-    line, start, end = match.string, match.start(), match.end()
-    numbers = [int(number) for number in match[0].split(".")]
-    is_version = VERSION.search(line[max(0, start - 12) : start])
-    if max(numbers) > 255 or numbers[0] in (0, 127, 255) or is_version:
-        return False
-    first = start < 12 and not line[:start].strip(" \t#*>")
-    return not (first and max(numbers) < 64 and TITLE.match(line, end))
+    numbers = [int(number) for number in text.split(".")]
+    small = max(numbers) < 64 and numbers[0] != 10
+    return max(numbers) < 256 and numbers[0] not in (0, 127, 255) and not small
 
 
 def is_ipv6(text):
@@ -374,10 +329,9 @@ def is_ipv6(text):
     groups = [group for group in text.split(":") if group]
     if (len(groups) < 3 and "".join(groups).isdigit()) or max(map(len, groups), default=0) < 3:
         return False
-    try:
+    with suppress(ValueError):
         return bool(IPv6Address(text))
-    except ValueError:
-        return False
+    return False
 
 
 def is_phone(text):
@@ -395,6 +349,16 @@ def luhn(number):
     return sum(digits[::2] + doubled) % 10 == 0
 
 
+MASKS = [  # (word, sign of it in a line, pattern, check of a match)
+    ("[KEY]", "", KEY, bool),
+    ("[EMAIL]", "@", EMAIL, bool),
+    ("[IP]", ":", IPV6, is_ipv6),
+    ("[IP]", ".", IPV4, is_ipv4),
+    ("[CARD]", "", CARD, luhn),
+    ("[PHONE]", "", PHONE, is_phone),
+]
+
+
 # --- Language -------------------------------------------------------------------------------------
 
 LISTS = Path(__file__).with_name("english.txt").read_text(encoding="utf-8").split("\n\n")
@@ -402,7 +366,6 @@ ENGLISH, FOREIGN, MARKS_OF_ENGLISH = (frozenset(words.split()) for words in LIST
 TRIGRAMS = frozenset(mark.replace("_", " ") for mark in MARKS_OF_ENGLISH)
 WORD = re.compile(r"[^\W\d_]{2,}")
 LETTERS = frozenset(byte for byte in range(256) if byte > 127 or chr(byte).isalpha())
-LETTERS_AND_BLANKS = bytes(LETTERS | set(b" \n\t"))
 BLANK_OTHERS = bytes(byte if byte in LETTERS else 32 for byte in range(256))
 EXCERPT = 500  # characters from each of the beginning, the middle and the end
 
@@ -441,13 +404,8 @@ def english_score(text):
 @cache
 def language_identifier():
     """Returns py3langid's model, loaded once in each process; UserError without the package."""
-    try:
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-        return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-    except (ImportError, AttributeError):  # before 0.4 the model was a pickle
-        needs = "language_detector=py3langid needs the package, 0.4 or later"
-        raise UserError(f"{needs}: pip install -U py3langid") from None
+    langid = package("py3langid.langid", "language_detector=py3langid")
+    return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
 
 
 def language_score(text, cfg):
@@ -464,8 +422,8 @@ def language_score(text, cfg):
 # --- Filters --------------------------------------------------------------------------------------
 
 
-def reject(text, cfg, score=None):
-    """Returns why a cleaned document is not kept, or None; `score`: its language_score, if known.
+def reject(text, cfg):
+    """Returns why a cleaned document is not kept, or None.
 
     The reasons are too-short, too-long, the rules of QUALITY, and not-english or not-LANGUAGE.
     """
@@ -478,15 +436,10 @@ def reject(text, cfg, score=None):
         for name, fails in QUALITY.items():
             if name not in cfg.quality_off and fails(text, words, lines):
                 return name
-    if cfg.language != "off":
-        score = language_score(text, cfg) if score is None else score
-        if score < cfg.language_threshold:
-            return "not-english" if cfg.language == "en" else f"not-{cfg.language}"
+    if cfg.language != "off" and language_score(text, cfg) < cfg.language_threshold:
+        return "not-english" if cfg.language == "en" else f"not-{cfg.language}"
     return None
 
-
-# Each rule of quality returns whether a document fails, given as its text, its words in lower case
-# and its lines but blank ones. Gopher: Rae et al. 2021, table A1; C4: Raffel et al. 2020, 2.2.
 
 BULLETS = ("- ", "* ", "+ ", "\u2022", "\u00b7", "\u25cf", "\u25aa", "\u2023")
 DOTS = ("...", "\u2026")
@@ -497,67 +450,43 @@ def has_spaces(text):
     return len(text.encode()) < 1.5 * len(text)
 
 
-def word_length(text, words, lines):
-    """Mean word length outside 3 to 10 characters (Gopher), in 200 characters at least."""
-    if len(text) < 200 or not has_spaces(text):
-        return False
-    return not 3 <= len("".join(words)) / len(words) <= 10
-
-
-def few_words(text, words, lines):
-    """Under 60% of the words hold a letter (Gopher: 80%, but tables stand among good prose)."""
-    if len(words) < 20 or not has_spaces(text):
-        return False
-    signs = len(text.encode().translate(None, LETTERS_AND_BLANKS))  # fast: most documents end here
-    return signs > 0.4 * len(words) and sum(map(str.islower, words)) < 0.6 * len(words)
-
-
-def symbols(text, words, lines):
-    """Over one run of # or of dots to ten words (Gopher counts each #), of 50 words at least."""
-    allowed = 0.1 * max(50, len(words))
-    marks = sum(map(text.count, ("#", *DOTS)))
-    return marks > allowed and len(re.findall(r"#+|\.{3,}|\u2026", text)) > allowed
-
-
-def bullets(text, words, lines):
-    """Over 90% of the lines, of ten at least, begin with a bullet (Gopher)."""
-    return len(lines) >= 10 and sum(line.startswith(BULLETS) for line in lines) > 0.9 * len(lines)
-
-
-def ellipses(text, words, lines):
-    """Over 30% of the lines, of five at least, end with an ellipsis (Gopher)."""
-    allowed = 0.3 * len(lines)
-    return (
-        len(lines) >= 5
-        and sum(map(text.count, DOTS)) > allowed
-        and sum(line.endswith(DOTS) for line in lines) > allowed
-    )
-
-
-def repeated_lines(text, words, lines):
-    """Over 30% of the characters, in five lines at least, repeat an earlier line (Gopher: 20%)."""
-    if len(lines) < 5 or len(distinct := set(lines)) == len(lines):
-        return False
-    return sum(map(len, lines)) - sum(map(len, distinct)) > 0.3 * sum(map(len, lines))
-
-
-def repeated_phrases(text, words, lines):
-    """Over 30% of the word 5-grams, of 50 at least, repeat an earlier one (after Gopher)."""
-    count = len(words) - 4
-    grams = zip(words, words[1:], words[2:], words[3:], words[4:])
-    return count >= 50 and count - len(set(grams)) > 0.3 * count
-
-
-def markup(text, words, lines):
-    """Over one closing tag to 200 words, three at least: a page with its markup still in it."""
-    return text.count("</") >= 3 and 200 * len(re.findall("</[A-Za-z]", text)) > len(words)
-
-
-def lorem_ipsum(text, words, lines):
-    """The typesetters' dummy text, once in 1,000 characters (C4: anywhere)."""
-    return 1000 * text.count("orem ipsum") > len(text)
-
-
-QUALITY_RULES = (word_length, few_words, symbols, bullets, ellipses)
-QUALITY_RULES += (repeated_lines, repeated_phrases, markup, lorem_ipsum)
-QUALITY = {rule.__name__.replace("_", "-"): rule for rule in QUALITY_RULES}
+# Whether a document fails, given its text, its words in lower case and its lines but blank ones.
+# Gopher: Rae et al. 2021, table A1; C4: Raffel et al. 2020, 2.2.
+QUALITY = {
+    # mean word length outside 3 to 10 characters (Gopher), in 200 characters at least
+    "word-length": lambda text, words, lines: (
+        len(text) >= 200 and has_spaces(text) and not 3 <= len("".join(words)) / len(words) <= 10
+    ),
+    # under 60% of the words hold a letter (Gopher: 80%, but tables stand among good prose)
+    "few-words": lambda text, words, lines: (
+        len(words) >= 20 and has_spaces(text) and sum(map(str.islower, words)) < 0.6 * len(words)
+    ),
+    # over one run of # or of dots to ten words (Gopher counts each #), of 50 words at least
+    "symbols": lambda text, words, lines: (
+        sum(map(text.count, ("#", *DOTS))) > 0.1 * max(50, len(words))  # fast
+        and len(re.findall(r"#+|\.{3,}|\u2026", text)) > 0.1 * max(50, len(words))
+    ),
+    # over 90% of the lines, of ten at least, begin with a bullet (Gopher)
+    "bullets": lambda text, words, lines: (
+        len(lines) >= 10 and sum(line.startswith(BULLETS) for line in lines) > 0.9 * len(lines)
+    ),
+    # over 30% of the lines, of five at least, end with an ellipsis (Gopher)
+    "ellipses": lambda text, words, lines: (
+        len(lines) >= 5 and sum(line.endswith(DOTS) for line in lines) > 0.3 * len(lines)
+    ),
+    # over 30% of the characters, in five lines at least, repeat an earlier line (Gopher: 20%)
+    "repeated-lines": lambda text, words, lines: (
+        len(lines) >= 5 and 10 * sum(map(len, set(lines))) < 7 * sum(map(len, lines))
+    ),
+    # over 30% of the word 5-grams, of 50 at least, repeat an earlier one (after Gopher)
+    "repeated-phrases": lambda text, words, lines: (
+        (count := len(words) - 4) >= 50
+        and 10 * len(set(zip(*(words[at : at + count] for at in range(5))))) < 7 * count
+    ),
+    # over one closing tag to 200 words, three at least: a page with its markup still in it
+    "markup": lambda text, words, lines: (
+        text.count("</") >= 3 and 200 * len(re.findall("</[A-Za-z]", text)) > len(words)
+    ),
+    # the typesetters' dummy text, once in 1,000 characters (C4: anywhere)
+    "lorem-ipsum": lambda text, words, lines: 1000 * text.count("orem ipsum") > len(text),
+}

@@ -22,7 +22,6 @@ from lib.config import UserError
 
 PERMUTATIONS = 128  # the estimate of a Jaccard similarity of 0.8 is off by 0.035 (one sigma)
 NGRAM = 5  # words of a shingle
-GROUP = 1 << 18  # characters hashed together: their arrays stay in a core's cache
 CHUNK = 256  # documents compared with the index together
 EMPTY = 0xFFFFFFFF  # in every place of the signature of a document without words
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -45,28 +44,13 @@ def minhash(texts, seed):
     The values are those of datasketch (2.0, scheme affine32), bit for bit, vectorised over texts. A
     text without words has EMPTY in every place, as an empty datasketch.MinHash has.
     """
-    signatures, start = np.full((len(texts), PERMUTATIONS), EMPTY, np.uint32), 0
-    for group in groups(texts):
-        grams, counts = shingles(group)
-        worded = np.flatnonzero(counts)
-        if len(worded):
-            starts = (np.cumsum(counts) - counts)[worded]
-            signatures[start + worded] = minima(grams, starts, permutations(seed))
-        start += len(group)
+    signatures = np.full((len(texts), PERMUTATIONS), EMPTY, np.uint32)
+    grams, counts = shingles([text.lower() for text in texts])
+    worded = np.flatnonzero(counts)
+    if len(worded):
+        starts = (np.cumsum(counts) - counts)[worded]
+        signatures[worded] = minima(grams, starts, permutations(seed))
     return signatures
-
-
-def groups(texts):
-    """Yields lists of consecutive lower-cased texts, of GROUP characters or of one longer text."""
-    group, size = [], 0
-    for text in map(str.lower, texts):
-        if group and size + len(text) >= GROUP:
-            yield group
-            group, size = [], 0
-        group.append(text)
-        size += len(text) + 1
-    if group:
-        yield group
 
 
 @functools.cache
@@ -134,7 +118,7 @@ def hash_words(texts):
     inside = word_characters().take(characters)
     edges = np.flatnonzero(inside[1:] != inside[:-1]) + 1
     starts = edges[::2]  # at the others a word ends
-    up, down = powers(max(GROUP + 2, len(characters)))
+    up, down = powers(1 << len(characters).bit_length())
     hashes = np.add.reduceat(characters * up[: len(characters)], edges)[::2] * down[starts]
     borders = np.cumsum([1, *(len(text) + 1 for text in texts)])
     return hashes, np.diff(np.searchsorted(starts, borders))
@@ -146,7 +130,7 @@ def word_characters():
     return np.array([chr(code).isalnum() or code == ord("_") for code in range(0x110000)])
 
 
-@functools.lru_cache(1)  # a longer one than usual is soon forgotten
+@functools.lru_cache(2)  # a longer one than usual is soon forgotten
 def powers(size):
     """Returns the first `size` powers of BASE and of its inverse modulo 2**64, as two rows."""
     table = np.empty((2, size), np.uint64)
@@ -292,13 +276,11 @@ class Index:
 
     def _is_near(self, signature, others, candidates):
         """Returns whether an earlier document of the chunk or of the index is near enough."""
-        needed = self.threshold * PERMUTATIONS
         numbers = np.unique(np.concatenate([*candidates, np.zeros(0, np.uint64)]))
         blocks = range(0, len(numbers), 4096)  # boilerplate can propose a large part of the index
-        for rows in chain([others], (self._stored(numbers[n : n + 4096]) for n in blocks)):
-            if (np.count_nonzero(rows == signature, axis=1) >= needed).any():
-                return True
-        return False
+        rows = chain([others], (self._stored(numbers[start : start + 4096]) for start in blocks))
+        needed = self.threshold * PERMUTATIONS
+        return any((np.count_nonzero(r == signature, axis=1) >= needed).any() for r in rows)
 
     def _insert(self, names, signatures, keys):
         """Adds the digests of distinct documents, and what later ones are compared with."""

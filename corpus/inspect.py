@@ -38,7 +38,7 @@ class InspectConfig:
     """What to look at."""
 
     # conversations or preference pairs, any source of text, or the folder of a prepared dataset
-    path: str = ""
+    path: str
     # of a source of text: the column that holds it; empty = found by its name
     text_column: str = ""
     # how to write the example out; none = what sft.py would take with that tokenizer
@@ -52,8 +52,6 @@ def inspect(cfg):
 
     python data.py inspect PATH [--tokenizer_path=FOLDER] [--template=chatml|instruct|chat]
     """
-    if not cfg.path:
-        raise UserError("inspect needs a path: python data.py inspect PATH")
     if any((Path(cfg.path) / name).is_file() for name in ("manifest.json", "tokenizer.model")):
         show_dataset(Path(cfg.path))
     elif cfg.text_column or (content := content_of(cfg.path)) == "text":

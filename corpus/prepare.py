@@ -3,7 +3,6 @@
 Documents are read in a fixed order, cleaned and filtered (clean.py), compared with those kept
 before (dedup.py), and assigned to train or val by their own hash. Then a tokenizer is trained on a
 sample of the training text, or an existing one is opened, and the text is encoded into shards.
-stats.json counts all that is dropped by reason, with examples: a bad row never ends a run.
 
 The result is a pure function of (input, config): no clock, no random state, no number of workers
 and no order of a file system enters it (except the date on DATA_CARD.md). Memory does not grow with
@@ -19,7 +18,7 @@ import shutil
 import signal
 import threading
 import zlib
-from collections import Counter, deque
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -30,16 +29,24 @@ from pathlib import Path
 from typing import Annotated
 
 from corpus import report, shards
-from corpus.clean import CleanConfig, clean, language_score, reject
+from corpus.clean import CleanConfig, clean, reject
 from corpus.dedup import Index, minhash, sha256
 from corpus.sources import Tally, read_documents
 from corpus.tokenizer import train_tokenizer
 from lib import folders
-from lib.config import Fraction, NonNegativeInt, PositiveInt, Range, UserError, write_whole
+from lib.config import (
+    Fraction,
+    NonNegativeInt,
+    PositiveInt,
+    Range,
+    UserError,
+    read_object,
+    write_whole,
+)
 from lib.folders import hash_fraction, totals
 from lib.tokenizer import Tokenizer
 
-BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 20  # handled together: so many, fewer when long
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 18  # handled together: so many, fewer when long
 PART_BYTES = 8 << 20  # of raw text between two points from which a killed run resumes
 SAMPLE_BYTES = 48 << 20  # of text to train a tokenizer on: SentencePiece holds it in memory
 SPLITS = ("train", "val")
@@ -85,28 +92,24 @@ class DataConfig(EncodeConfig, CleanConfig, SourceConfig):
     train_ratio: Fraction = 0.98  # share of documents for training; the rest is val
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RetokenizeConfig(EncodeConfig):
     """Which dataset to encode again, and how."""
 
-    path: str = ""  # a prepared dataset, whose text is taken as it is
+    path: str  # a prepared dataset, whose text is taken as it is
 
 
 def main(cfg):
     """Prepare a dataset from raw text, or verify and name the one that is there."""
-    output, settings = output_folder(cfg), kept_settings(cfg)
-    if is_prepared(output, settings, shared_tokenizer(cfg)):
-        return
-    with unfinished(output, settings) as progress:
+
+    def text_files(progress):
         if not progress.stats:
             collect(cfg, progress)
         check_usable(cfg, progress)
-        files = {
-            split: [(progress.part(n, split), part[split]) for n, part in enumerate(progress.parts)]
-            for split in SPLITS
-        }
-        stats = build(cfg, progress, files, output.name)
-    print(report.run_summary(output, stats))
+        parts = list(enumerate(progress.parts))
+        return {s: [(progress.part(n, s), part[s]) for n, part in parts] for s in SPLITS}
+
+    build(cfg, output_folder(cfg), kept_settings(cfg), text_files)
 
 
 def retokenize(cfg):
@@ -114,29 +117,35 @@ def retokenize(cfg):
 
     python data.py retokenize FOLDER --output_dir=NEW [--tokenizer_path=MODEL] [--vocab_size=N]
     """
-    if not (cfg.path and cfg.output_dir):
-        call = "python data.py retokenize FOLDER --output_dir=NEW"
-        raise UserError(f"retokenize needs two folders: {call}")
-    folder, output, manifest = Path(cfg.path), Path(cfg.output_dir), folders.read_manifest(cfg.path)
+    if not cfg.output_dir:
+        raise UserError("retokenize needs a new folder: --output_dir=NEW")
+    folder, manifest = Path(cfg.path), folders.read_manifest(cfg.path)
     splits = {split: manifest["splits"].get(split, []) for split in SPLITS}
     settings = manifest["config"] | kept_settings(cfg)
     settings["retokenized"] = [entry["text_sha256"] for split in SPLITS for entry in splits[split]]
+
+    def text_files(progress):
+        shards.check_shards(folder, manifest, ["text"])
+        progress.stats = read_object(folder / "stats.json")
+        return {s: [(folder / e["text"], e["documents"]) for e in splits[s]] for s in SPLITS}
+
+    build(cfg, Path(cfg.output_dir), settings, text_files)
+
+
+def build(cfg, output, settings, text_files):
+    """Makes a dataset, if it is not there, of text_files(progress): {split: [(.jsonl, documents)]}.
+
+    The .jsonl files come with the number of their documents.
+    """
     if is_prepared(output, settings, shared_tokenizer(cfg)):
         return
-    shards.check_shards(folder, manifest, ["text"])
     with unfinished(output, settings) as progress:
-        progress.stats = report.read_stats(folder)
-        files = {s: [(folder / e["text"], e["documents"]) for e in splits[s]] for s in SPLITS}
-        stats = build(cfg, progress, files, output.name)
+        files = text_files(progress)
+        tokenizer = make_tokenizer(cfg, progress, [path for path, _ in files["train"]])
+        for split in SPLITS:
+            encode(cfg, progress, tokenizer, split, files[split])
+        stats = finish_folder(cfg, progress, tokenizer, output.name)
     print(report.run_summary(output, stats))
-
-
-def build(cfg, progress, files, name):
-    """Makes a dataset of {split: [(.jsonl, its documents)]}. Returns all of stats.json."""
-    tokenizer = make_tokenizer(cfg, progress, [path for path, _ in files["train"]])
-    for split in SPLITS:
-        encode(cfg, progress, tokenizer, split, files[split])
-    return finish_folder(cfg, progress, tokenizer, name)
 
 
 # ---- resumption
@@ -146,12 +155,9 @@ def build(cfg, progress, files, name):
 class Progress:
     """How an interrupted preparation resumes: only what WORK/progress.json counts is done.
 
-    The work is a row of steps: the parts of cleaned text (PART_BYTES of raw text each), then the
-    tokenizer, then the shards. A step first brings its files to the disk, then replaces this file,
-    which counts them. So after a kill or on a full disk the same command skips what is counted: the
-    first `documents` of the input, the documents of whole shards. All else it writes again. The
-    result has the bytes of an unbroken run. With other settings, or if the input is not the same
-    (`checksum`), it starts over.
+    The work is a row of steps: the parts of cleaned text, the tokenizer, the shards. A step first
+    brings its files to the disk, then replaces this file, which counts them. After a kill or on a
+    full disk the same command skips what is counted and writes all else again.
     """
 
     work: Path
@@ -160,35 +166,22 @@ class Progress:
     checksum: int = 0  # CRC-32 of their raw text
     parts: list = field(default_factory=list)  # {split: documents} of each
     dropped: dict = field(default_factory=lambda: {"filter": {}, "dedup": {}})
-    lengths: Counter = field(default_factory=Counter)  # of texts kept; "256" is 256..511 characters
-    scores: Counter = field(default_factory=Counter)  # of the language, in tenths
     index: dict = field(default_factory=dict)  # sizes of its files
     stats: dict = field(default_factory=dict)  # stats.json on documents, once all are read
     tokenizer: str = ""  # where it is from, once it is there
     splits: dict = field(default_factory=lambda: {split: [] for split in SPLITS})  # whole shards
 
-    @classmethod
-    def open(cls, work, settings):
-        """Returns the progress of an earlier run, as far as these settings can use it."""
-        progress, saved = cls(work, settings), None
+    def resume(self):
+        """Takes over what an earlier run did, if it had the same settings."""
+        saved = {}
         with suppress(OSError, ValueError):
-            saved = json.loads((work / "progress.json").read_text(encoding="utf-8"))
-        if not isinstance(saved, dict) or saved.keys() != vars(progress).keys() - {"work"}:
-            return progress
-        changes = changed_settings(saved["settings"], settings)
-        for name in ("sequence_length", "licence"):  # only the cards show these
-            changes.pop(name, None)
-        # these change the ids alone: before the first shard, the text need not be cleaned again
-        encoding = {"tokenizer_path", "train_tokenizer", "vocab_size", "shard_tokens"}
-        if changes.keys() - encoding or (changes and any(saved["splits"].values())):
-            key, (old, new) = next(iter(changes.items()))
-            values = f"{key} was {old!r:.80}, now {new!r:.80}"
-            print(f"starting over: an unfinished preparation is of no use, {values}", flush=True)
-            return progress
-        vars(progress).update(saved, settings=settings)
-        progress.lengths, progress.scores = Counter(saved["lengths"]), Counter(saved["scores"])
-        progress.tokenizer = "" if changes else saved["tokenizer"]
-        return progress
+            saved = json.loads((self.work / "progress.json").read_text(encoding="utf-8"))
+        if not isinstance(saved, dict) or saved.keys() != vars(self).keys() - {"work"}:
+            return
+        for key, (old, new) in changed_settings(saved["settings"], self.settings).items():
+            print(f"starting over: {key} was {old!r:.80}, now {new!r:.80}", flush=True)
+            return
+        vars(self).update(saved)
 
     def part(self, number, split):
         return self.work / f"part_{number:05d}.{split}.jsonl"
@@ -216,27 +209,24 @@ def unfinished(output, settings):
     stays when there is more to resume from than one part.
     """
     work = output.parent / f".{output.name}.partial"
-    try:
+    with write_errors(output, "output_dir"):
         work.mkdir(parents=True, exist_ok=True)
         lock = (work / "lock").open("wb")
-    except OSError as error:
-        problem = f"cannot be written ({error.strerror})"
-        raise UserError(f"{output}: {problem}; name another output_dir") from None
     with lock:
         if not folders.lock_file(lock):
-            problem = "another run is preparing it now"
-            raise UserError(f"{output}: {problem}; wait, or name another output_dir")
-        progress = Progress.open(work, settings)
+            raise UserError(
+                f"{output}: another run is preparing it now; wait, or name another output_dir"
+            )
+        progress = Progress(work, settings)
+        progress.resume()
         try:
             progress.save()  # from here on it describes this run
             yield progress
         except BaseException as error:
-            remedy = "the same command goes on"
             if len(progress.parts) < 2 and not any(progress.splits.values()):
                 shutil.rmtree(work, ignore_errors=True)
-                remedy = "begin again"
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                problem = f"no space left on the disk; free some, and {remedy}"
+                problem = "no space left on the disk; free some, and the same command goes on"
                 raise UserError(f"{work}: {problem}") from None
             raise
     (work / "lock").unlink()
@@ -245,31 +235,34 @@ def unfinished(output, settings):
     os.replace(work, output)
 
 
+@contextmanager
+def write_errors(path, option):
+    try:
+        yield
+    except OSError as error:
+        problem = f"cannot be written ({error.strerror}); name another {option}"
+        raise UserError(f"{path}: {problem}") from None
+
+
 # ---- from documents to parts
 
 
 def collect(cfg, progress):
     """Reads, cleans, filters and deduplicates the input into parts; describes it in `stats`."""
     tally = Tally()
-    source = islice(read_documents(cfg, tally), cfg.max_docs)
-    if progress.documents:
-        if not is_same_input(source, progress):
-            print("starting over: the input has changed since this preparation began", flush=True)
-            vars(progress).update(vars(Progress(progress.work, progress.settings)))
-            progress.save()
-            return collect(cfg, progress)
-        print(f"going on after {progress.documents:,} documents", flush=True)
     tally.dropped |= progress.dropped  # the same dicts: what is counted here is saved there
+    documents = islice(read_documents(cfg, tally), cfg.max_docs)
+    skip(documents, progress)
+    documents = progress_bar(documents, "read", cfg.max_docs, progress.documents)
     index = Index(progress.work, cfg.minhash_threshold if cfg.use_minhash else None, progress.index)
-    rows, size = {split: [] for split in SPLITS}, 0  # of this part; its bytes of raw text
-    source = progress_bar("read", source, initial=progress.documents, total=cfg.max_docs)
-    batches = batches_of(source)
-    for batch, results in in_order(partial(refine, cfg=cfg), batches, cfg.num_workers):
-        texts, scores, reasons, digests, signatures = results
+    rows, part_bytes = {split: [] for split in SPLITS}, 0
+    work = in_order(partial(refine, cfg=cfg), batches_of(documents), cfg.num_workers)
+    for batch, (texts, reasons, digests, signatures) in work:
         verdicts = iter(index.judge(digests, signatures))
         for (where, raw), text, reason in zip(batch, texts, reasons, strict=True):
             data = raw.encode()
-            progress.checksum, size = zlib.crc32(data, progress.checksum), size + len(data)
+            progress.checksum = zlib.crc32(data, progress.checksum)
+            part_bytes += len(data)
             stage, reason = ("filter", reason) if reason else ("dedup", next(verdicts))
             if reason:
                 tally.drop(stage, reason, where, text)
@@ -277,29 +270,33 @@ def collect(cfg, progress):
             # the hash of a text decides its split: it stays there, whatever else is read
             split = "train" if hash_fraction(text) < cfg.train_ratio else "val"
             rows[split].append(shards.text_row(text))
-            progress.lengths[str(1 << len(text).bit_length() - 1)] += 1
         progress.documents += len(batch)
-        progress.scores.update(f"{int(10 * s) / 10}" for s in scores if s is not None)
-        if size >= PART_BYTES:
+        if part_bytes >= PART_BYTES:
             progress.end_part(rows, index)
-            size = 0
+            part_bytes = 0
     progress.end_part(rows, index)
     progress.stats = report.document_stats(cfg, progress, tally)
     progress.save()
 
 
-def is_same_input(source, progress):
-    """Skips the documents that are done. Returns whether they are still what they were."""
-    checksum = count = 0
-    for _, raw in islice(source, progress.documents):
-        checksum, count = zlib.crc32(raw.encode(), checksum), count + 1
-    return (checksum, count) == (progress.checksum, progress.documents)
+def skip(documents, progress):
+    """Passes over the documents that are done. UserError if they are not what they were."""
+    if not progress.documents:
+        return
+    checksum = 0
+    for _, raw in islice(documents, progress.documents):
+        checksum = zlib.crc32(raw.encode(), checksum)
+    if checksum != progress.checksum:
+        problem = "the input is not what it was; delete this folder to start over"
+        raise UserError(f"{progress.work}: {problem}")
+    print(f"going on after {progress.documents:,} documents", flush=True)
 
 
-def progress_bar(title, documents=None, unit=" documents", **counts):
+def progress_bar(documents, title, total, done):
     from tqdm import tqdm
 
-    return tqdm(documents, title, disable=None, unit_scale=True, unit=unit, **counts)
+    scale = {"initial": done, "unit": " documents", "unit_scale": True}
+    return iter(tqdm(documents, title, total, disable=None, **scale))
 
 
 def batches_of(documents):
@@ -316,18 +313,13 @@ def batches_of(documents):
 
 
 def refine(batch, cfg):
-    """Returns what can be said of each document without the others: text, score, reason to drop;
+    """Returns what can be said of each document without the others: its text, a reason to drop it;
     and of those without a reason: digests and signatures (None without use_minhash).
     """
     texts = [clean(raw, cfg) for _, raw in batch]
-    scores = [
-        language_score(text, cfg) if cfg.language != "off" and len(text) >= cfg.min_length else None
-        for text in texts
-    ]
-    reasons = [reject(text, cfg, score) for text, score in zip(texts, scores, strict=True)]
+    reasons = [reject(text, cfg) for text in texts]
     good = [text for text, reason in zip(texts, reasons, strict=True) if not reason]
-    signatures = minhash(good, cfg.seed) if cfg.use_minhash else None
-    return texts, scores, reasons, sha256(good), signatures
+    return texts, reasons, sha256(good), minhash(good, cfg.seed) if cfg.use_minhash else None
 
 
 def in_order(function, items, workers):
@@ -335,22 +327,22 @@ def in_order(function, items, workers):
 
     With too few items to keep them busy no process is started: that would take longer.
     """
-    items, ahead = iter(items), 4 * workers
-    waiting = deque(islice(items, ahead))
-    if workers == 1 or len(waiting) < ahead:
-        yield from ((item, function(item)) for item in chain(waiting, items))
+    items, ahead = iter(items), 16 * workers
+    first = list(islice(items, ahead))
+    if workers == 1 or len(first) < ahead:
+        yield from ((item, function(item)) for item in chain(first, items))
         return
     context = multiprocessing.get_context("spawn")  # a fork copies locks that threads may hold
     pool = ProcessPoolExecutor(workers, context, initializer=follow_parent)
     try:
-        waiting = deque((item, pool.submit(function, item)) for item in waiting)
+        waiting = deque((item, pool.submit(function, item)) for item in first)
         while waiting:
             item, future = waiting.popleft()
             yield item, future.result()
-            waiting.extend((i, pool.submit(function, i)) for i in islice(items, 1))
+            waiting.extend((item, pool.submit(function, item)) for item in islice(items, 1))
     except BrokenProcessPool:
-        remedy = "run the same command with fewer num_workers"
-        raise UserError(f"a worker process died, for want of memory perhaps: {remedy}") from None
+        remedy = "for want of memory perhaps: try fewer num_workers"
+        raise UserError(f"a worker process died, {remedy}") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -373,8 +365,8 @@ def check_usable(cfg, progress):
     if val and not train:
         raise UserError(f"{where}: all {val} usable documents fell to val; raise train_ratio")
     if not train:
-        rows = sorted(report.dropped_documents(progress.stats), key=lambda row: -row[2]["count"])
-        reasons = [f"{e['count']} {reason} ({e['examples'][0]})" for _, reason, e in rows[:3]]
+        rows = sorted(report.dropped_documents(progress.stats), key=lambda row: -row[2])[:3]
+        reasons = [f"{count} {reason} ({example})" for _, reason, count, example in rows]
         raise UserError(f"{where}: 0 usable documents{': ' if reasons else ''}{'; '.join(reasons)}")
 
 
@@ -387,8 +379,7 @@ def shared_tokenizer(cfg):
     if cfg.tokenizer_path and path.is_dir():
         path /= "tokenizer.model"
         if not path.is_file():  # no training here: among the files of a model it would be wrong
-            remedy = "name a folder that holds one, or a .model file to train"
-            raise UserError(f"{path}: not found; {remedy}")
+            raise UserError(f"{path}: not found; name a folder that holds one, or a .model file")
     return path if cfg.tokenizer_path else None
 
 
@@ -397,40 +388,36 @@ def make_tokenizer(cfg, progress, files):
     shared, path = shared_tokenizer(cfg), progress.work / "tokenizer.model"
     if not progress.tokenizer:
         if shared and shared.exists():
-            tokenizer = Tokenizer.load(shared)  # under its own name, for errors
-            write_whole(path, tokenizer.model)
+            write_whole(path, Tokenizer.load(shared).model)  # under its own name, for errors
             origin = f"Taken as it is from `{shared}`; this dataset had no part in its training"
         elif cfg.train_tokenizer:
-            tokenizer, origin = train_on_sample(cfg, path, files)
+            origin = train_on_sample(cfg, path, files)
         else:
             problem = "not found, and train_tokenizer is off; name a .model file that is there"
             raise UserError(f"tokenizer_path '{shared or ''}': {problem}")
-        if tokenizer.vocab_size != cfg.vocab_size:
-            sizes = f"its vocab_size is {tokenizer.vocab_size}, not {cfg.vocab_size}"
+        if (size := Tokenizer.load(path).vocab_size) != cfg.vocab_size:
+            sizes = f"its vocab_size is {size}, not {cfg.vocab_size}"
             raise UserError(f"{shared}: {sizes}; set that, or name another tokenizer_path")
         progress.tokenizer = origin
         progress.save()
     tokenizer = Tokenizer.load(path)
     if shared and not shared.exists():
-        try:
+        with write_errors(shared, "tokenizer_path"):
             write_whole(shared, tokenizer.model)
-        except OSError as error:
-            problem = f"cannot be written ({error.strerror}); name another tokenizer_path"
-            raise UserError(f"{shared}: {problem}") from None
     return tokenizer
 
 
 def train_on_sample(cfg, path, files):
-    """Returns a tokenizer trained on a random sample of the texts of FILES, and a line on that."""
+    """Trains a tokenizer on a random sample of the texts of FILES. Returns a line on that."""
     share = SAMPLE_BYTES / max(sum(file.stat().st_size for file in files), 1)
     texts = chain.from_iterable(map(shards.read_texts, files))
     sample = [text for text in texts if hash_fraction(text, cfg.seed) < share]
     size = sum(len(text.encode()) for text in sample)
     amount = f"{size / 1e6:.1f} MB of text"
     print(f"training a tokenizer of {cfg.vocab_size:,} pieces on {amount}", flush=True)
-    sampling = f"drawn at random (seed {cfg.seed}): {size:,} bytes"
-    origin = f"Trained on {len(sample):,} documents of train, {sampling}"
-    return train_tokenizer(sample, path, cfg.vocab_size), origin
+    train_tokenizer(sample, path, cfg.vocab_size)
+    origin = f"drawn at random (seed {cfg.seed}): {size:,} bytes"
+    return f"Trained on {len(sample):,} documents of train, {origin}"
 
 
 # ---- from parts to shards
@@ -440,8 +427,8 @@ def encode(cfg, progress, tokenizer, split, files):
     """Encodes [(.jsonl, its documents)] into shards, after those of the split that are whole."""
     entries, total = progress.splits[split], sum(count for _, count in files)
     done = totals(entries)["documents"]
-    texts = progress_bar(f"encode {split}", texts_after(files, done), initial=done, total=total)
-    documents = with_ids(iter(texts), tokenizer, cfg.num_workers)
+    texts = progress_bar(texts_after(files, done), f"encode {split}", total, done)
+    documents = with_ids(texts, tokenizer, cfg.num_workers)
     shape = (tokenizer.vocab_size, cfg.shard_tokens, len(entries))
     for entry in shards.write_shards(progress.work, split, documents, *shape):
         entries.append(entry)
@@ -511,8 +498,7 @@ def is_prepared(output, settings, tokenizer):
     folders.check_file(output, "tokenizer.model", sha256)
     shards.check_shards(output, manifest, ["bin", "text"])
     sums = totals(chain.from_iterable(manifest["splits"].values()))
-    counts = f"{sums['documents']:,} documents, {sums['tokens']:,} tokens"
-    print(f"{output} exists: {counts}, verified")
+    print(f"{output} exists: {sums['documents']:,} documents, {sums['tokens']:,} tokens, verified")
     return True
 
 
@@ -539,9 +525,10 @@ def finish_folder(cfg, progress, tokenizer, name):
     }
     for file, text in texts.items():
         write_whole(progress.work / file, text.encode())
-    entries = chain.from_iterable(progress.splits.values())
-    names = {entry[kind] for entry in entries for kind in ("bin", "text")}
+    names = {"lock", "tokenizer.model", *texts}
+    for entry in chain.from_iterable(progress.splits.values()):
+        names |= {entry["bin"], entry["text"]}
     for path in progress.work.iterdir():
-        if path.name not in names | texts.keys() | {"lock", "tokenizer.model"}:
+        if path.name not in names:
             path.unlink()
     return stats

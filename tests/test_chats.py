@@ -584,7 +584,6 @@ def test_inspect_shows_a_prepared_dataset_and_names_its_damage(tmp_path, tiny_do
 @pytest.mark.parametrize(
     ("path", "settings", "message"),
     [
-        ("", {}, r"inspect needs a path: python data.py inspect PATH"),
         ("none.jsonl", {}, "none.jsonl: not found"),
         ("data.py", {}, "0 usable rows of"),
         ("configs/tiny.json", {}, "0 usable rows of 1: 1 missing-field"),
