@@ -85,9 +85,8 @@ def about_files(call):
         yield f"{name}() takes rights on Windows"
     if base == "subprocess" and "text" in keywords and "encoding" not in keywords:
         yield "a process's text without encoding="
-    if "preexec_fn" in keywords or (
-        name in ("get_context", "set_start_method") and "fork" in texts
-    ):
+    forks = name in ("get_context", "set_start_method") and "fork" in texts
+    if "preexec_fn" in keywords or forks:
         yield "only spawn is everywhere"
 
 
@@ -123,24 +122,16 @@ def test_no_module_needs_what_a_platform_lacks(path):
         ("a.symlink_to(b)", "symlink_to"),
         ("subprocess.run(words, text=True)", "process's text"),
         ("multiprocessing.get_context('fork')", "only spawn"),
+        ("try:\n    import fcntl\nexcept ImportError:\n    fcntl = None", None),
+        ("n = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else 1", None),
+        ("with suppress(OSError), open('/proc/self/statm', 'rb') as f:\n    f.read()", None),
+        ("open(path, 'rb')\npath.read_text(encoding='utf-8')\nos.open(path, os.O_RDONLY)", None),
+        ("open(path, 'a', encoding='utf-8', newline='\\n')\nos.replace(a, b)", None),
     ],
 )
-def test_the_reader_finds_each_of_them(source, complaint):
-    assert any(complaint in text for text in complaints(source)), complaints(source)
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "try:\n    import fcntl\nexcept ImportError:\n    fcntl = None",
-        "n = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else 1",
-        "with suppress(OSError, ValueError), open('/proc/self/statm', 'rb') as f:\n    f.read()",
-        "open(path, 'rb')\npath.read_text(encoding='utf-8')\nos.open(path, os.O_RDONLY)",
-        "open(path, 'a', encoding='utf-8', newline='\\n')\nos.replace(a, b)",
-    ],
-)
-def test_the_reader_lets_fallbacks_pass(source):
-    assert complaints(source) == []
+def test_the_reader_finds_each_of_them_and_lets_fallbacks_pass(source, complaint):
+    problems = complaints(source)
+    assert any(complaint in text for text in problems) if complaint else problems == [], problems
 
 
 # ---- 64-bit floats, which Apple's MPS lacks
@@ -229,9 +220,7 @@ def bare(tmp_path_factory):
     """The environment of programs that see that platform, in an empty folder: (env, folder)."""
     folder = tmp_path_factory.mktemp("bare")
     (folder / "sitecustomize.py").write_text(PLATFORM, encoding="utf-8")
-    modules = [
-        path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in FILES
-    ]
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES]
     lacking = {module: sorted(names) for module, names in LACKING.items()}
     platform = [lacking, sorted(MODULES), [*map(str, FOLDERS)], ["__main__", *modules]]
     env = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
@@ -278,28 +267,21 @@ def test_from_raw_text_to_a_server_without_posix(bare, tiny_documents):
     words = "--model_path=base --dataset_path=chats.jsonl --output_dir=sft --lora_r=2".split()
     run(bare, ROOT / "sft.py", *words, *steps, "--num_train_epochs=none")
     assert (folder / "sft" / "final" / "model.safetensors").is_file()
-    words = ["--model_path=sft", "--device=cpu"]
-    run(bare, ROOT / "sample.py", *words, "--chat", "--prompt=What?", "--max_new_tokens=4")
+    model = ["--model_path=sft", "--device=cpu"]
+    run(bare, ROOT / "sample.py", *model, "--chat", "--prompt=What?", "--max_new_tokens=4")
     run(bare, "-m", "tools.workspace", "status")
-    serve(bare, *words)
-
-
-def serve(bare, *words):
-    """Starts a server, asks it for the models and for text, and ends it."""
-    words, log = [sys.executable, ROOT / "server.py", *words, "--port=0"], bare[1] / "server.log"
+    words, log = [sys.executable, ROOT / "server.py", *model, "--port=0"], folder / "server.log"
     with open(log, "wb") as file:
-        server = subprocess.Popen(words, cwd=bare[1], env=bare[0], stdout=file, stderr=file)
+        server = subprocess.Popen(words, cwd=folder, env=bare[0], stdout=file, stderr=file)
     try:
         while not (address := re.search(r"^http://\S+", log.read_text("utf-8"), re.M)):
             assert server.poll() is None, log.read_text(encoding="utf-8")
             time.sleep(0.1)
-        with urllib.request.urlopen(f"{address[0]}/v1/models", timeout=60) as answer:
-            assert json.load(answer)["object"] == "list"
         body = json.dumps({"prompt": "What is 7?", "max_new_tokens": 3}).encode()
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{address[0]}/generate", body, headers)
         with urllib.request.urlopen(request, timeout=60) as answer:
-            assert json.load(answer)
+            assert json.load(answer)["response"]
     finally:
         server.terminate()
         server.wait()

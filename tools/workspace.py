@@ -169,9 +169,9 @@ def next_command():
         words = ("--resume_from_checkpoint=auto", f"--output_dir={training.folder}")
         return command(f"{program}.py", preset, *words), f"{training.folder} is not complete"
     model = f"--model_path={training.folder}"
-    program = {"pretrain": "sft", "sft": "dpo"}.get(training.kind)
-    if program is None:
+    if training.kind == "dpo":
         return command("sample.py", "--chat", model), "every training is done"
+    program = "sft" if training.kind == "pretrain" else "dpo"
     rows = Path(f"data/samples/{program}_train.jsonl")
     if not rows.exists():
         return command("data.py", "create_sample_datasets"), f"{program}.py needs rows"
@@ -386,10 +386,10 @@ def describe_cuda():
     """Returns the names of the cards that torch can use, or the reason why there are none."""
     import torch
 
-    if torch.cuda.is_available():
-        return ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
-    version = torch.version.cuda
-    return f"no card found for CUDA {version}" if version else "no: this torch was built without it"
+    if torch.version.cuda is None:
+        return "no: this torch was built without it"
+    names = map(torch.cuda.get_device_name, range(torch.cuda.device_count()))
+    return ", ".join(names) or f"no card found for CUDA {torch.version.cuda}"
 
 
 def check_env(cfg=None):
@@ -413,18 +413,15 @@ def check_env(cfg=None):
     print("\nall that is required is there")
 
 
-NVIDIA_SMI = ["nvidia-smi", "--format=csv,noheader"]
-NVIDIA_SMI += ["--query-gpu=name,utilization.gpu,memory.used,memory.total,temperature.gpu"]
-
-
 def monitor(cfg):
     """Load, memory, GPU and the newest training, once a second until Ctrl-C."""
     while True:
         load = f"load {os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "load unknown"
         parts = [time.strftime("%H:%M:%S"), f"{load} on {cores()} cores", describe_memory()]
         if shutil.which("nvidia-smi"):
-            gpus = subprocess.run(NVIDIA_SMI, capture_output=True, encoding="utf-8").stdout
-            parts += gpus.splitlines()
+            fields = "--query-gpu=name,utilization.gpu,memory.used,memory.total,temperature.gpu"
+            query = ["nvidia-smi", fields, "--format=csv,noheader"]
+            parts += subprocess.check_output(query, encoding="utf-8").splitlines()
         parts += [f"{t.folder}: {t.metrics()}" for t in trainings()[:1]]
         print(" | ".join(parts), flush=True)
         time.sleep(1)
