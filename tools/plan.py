@@ -12,7 +12,6 @@ import time
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 from lib.config import UserError
 from lib.runtime import autocast, datasheets, memory_used, to_device
@@ -30,7 +29,7 @@ RESERVE = 1e9  # bytes of a card for CUDA itself and the allocator's fragments: 
 def memory(cfg, device="cuda", size=2, fused=True):
     """Returns the bytes of a training step's tensors by part, and "peak", about their sum.
 
-    size: bytes of a number in matmuls; fused: compiled, so that fewer activations are kept.
+    size: bytes of a number in matmuls; fused: compiled, with fewer activations kept.
     """
     cfg = with_vocab_size(cfg)
     N, counts = cfg.batch_size * cfg.sequence_length, count_parameters(cfg)
@@ -73,11 +72,10 @@ def tokens_per_step(cfg, ranks=1):
 def card_seconds(cfg, card):
     """Returns the predicted seconds of an optimizer step on `card`, compiled, in bf16.
 
-    Arithmetic at 61 % of the datasheet's peak, and memory traffic of 8.6 times the activations and
-    logits: with these two constants tiny and small come out as measured on an H100; base comes out
-    8 % too slow, larger micro-batches up to 20 % (benchmarks/RESULTS.md). Other cards are
-    extrapolations. Gradient checkpointing costs a third more, deterministic kernels 9 % (measured
-    with tiny).
+    Arithmetic at 61 % of the peak, and traffic of 8.6 times the activations and logits: fitted to
+    tiny and small on an H100; base comes out 8 % too slow, larger micro-batches up to 20 %
+    (benchmarks/RESULTS.md). Other cards are extrapolations. Gradient checkpointing costs a third
+    more, deterministic kernels 9 % (measured with tiny).
     """
     kept = cfg.n_layer * activation_bytes(cfg) + 2 * cfg.vocab_size
     seconds = 1.64 * flops_per_token(cfg) / card.flops + 8.6 * kept / card.bandwidth
@@ -221,15 +219,6 @@ def find_card(name, option):
     if name not in cards:
         raise UserError(f"{option}: {name!r} is not known; use one of {', '.join(cards)}")
     return cards[name]
-
-
-def card_memory(name):
-    """Returns the bytes of memory of a card by its name, or of this machine's for None."""
-    if name:
-        return find_card(name, "gpu").memory
-    if not torch.cuda.is_available():
-        raise UserError("this machine has no CUDA card; name one elsewhere: --gpu=rtx4090")
-    return torch.cuda.get_device_properties(0).total_memory
 
 
 def card_plan(cfg, name):

@@ -25,7 +25,6 @@ from tools.workspace import SESSIONS, Training, command, newest, next_command
 LOGS = 20  # logs that are kept
 RESERVED = 0.1  # share of the minutes that trainings leave to the commands after them
 START = 0.3  # minutes that trainings need to start, to validate and to save
-SHORTEST = 0.01  # minutes of the shortest training worth its start
 DOCUMENTATION = "configs/datasets/docstrings.json"
 
 
@@ -52,7 +51,7 @@ class PresetSessionConfig(SessionConfig):
 
 @dataclass(frozen=True)
 class TrainingSessionConfig(PresetSessionConfig):
-    """A session that trains; `config` is applied after the session's own preset."""
+    """A session that trains; `config` is applied after the session's own presets."""
 
     data: str = DOCUMENTATION  # the preset of a dataset
 
@@ -148,7 +147,7 @@ class Session:
         words = [*words, f"--output_dir={folder}", "--resume_from_checkpoint=auto"]
         if self.minutes < math.inf:
             minutes = (self.minutes * (1 - RESERVED) - self.spent - START) * share
-            if minutes < SHORTEST:
+            if minutes < 0.01:
                 return self.rows.append((stage, 0.0, "skipped: no time left"))
             minutes += training.last.get("seconds", 0) / 60 if training.checkpoint else 0
             words += [f"--max_minutes={minutes:.3f}", "--allow_config_change"]
@@ -204,27 +203,26 @@ def quick(cfg):
     text_to_chat(cfg, "quick", 30, "configs/demo.json", fast=True)
 
 
-def smaller_on_cpu():
-    """Returns the preset that makes tiny and small feasible where there is no CUDA."""
+def on_this_machine(preset):
+    """Returns a model's preset, and without CUDA the one that trains it on smaller batches."""
     import torch
 
-    return [] if torch.cuda.is_available() else ["configs/sessions/cpu.json"]
+    return [preset] if torch.cuda.is_available() else [preset, "configs/sessions/cpu.json"]
 
 
 def prototype(cfg):
     """2 hours: a tiny model, complete."""
-    text_to_chat(cfg, "prototype", 120, "configs/tiny.json", *smaller_on_cpu())
+    text_to_chat(cfg, "prototype", 120, *on_this_machine("configs/tiny.json"))
 
 
 def experiment(cfg):
     """4 hours: a small model and its fine-tuning with adapters; wants a GPU."""
-    presets = "configs/small.json", *smaller_on_cpu()
-    text_to_chat(cfg, "experiment", 240, *presets, adapters=True)
+    text_to_chat(cfg, "experiment", 240, *on_this_machine("configs/small.json"), adapters=True)
 
 
 def full(cfg):
     """The prototype without a clock: trainings see all their data; --minutes sets a limit."""
-    presets = "configs/tiny.json", *smaller_on_cpu(), "configs/sessions/full.json"
+    presets = *on_this_machine("configs/tiny.json"), "configs/sessions/full.json"
     text_to_chat(cfg, "full", math.inf, *presets)
 
 

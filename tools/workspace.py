@@ -438,13 +438,18 @@ class GpuConfig:
 
 def config_gpu(cfg):
     """Write a preset with the largest micro-batch that fits a card, at the same tokens per step."""
-    from tools.plan import card_memory, fitting_rows
+    import torch
+
+    from tools.plan import find_card, fitting_rows
     from train import PretrainConfig
 
     output, preset = Path(cfg.output), configure(PretrainConfig, [cfg.config])
     if output.exists():
         raise UserError(f"{output}: exists; name another --output, or delete it")
-    space = card_memory(cfg.gpu)
+    if not (cfg.gpu or torch.cuda.is_available()):
+        raise UserError("this machine has no CUDA card; name one elsewhere: --gpu=rtx4090")
+    here = not cfg.gpu and torch.cuda.get_device_properties(0)
+    space = here.total_memory if here else find_card(cfg.gpu, "gpu").memory
     rows = preset.batch_size * preset.gradient_accumulation_steps
     size = max((n for n in fitting_rows(preset, space) if rows % n == 0), default=None)
     if size is None:
