@@ -158,16 +158,13 @@ def test_an_adapter_may_stand_on_an_adapter(adapter, tmp_path):
     [
         ({"peft_type": "IA3"}, 'peft_type is "IA3"; only plain LoRA loads'),
         ({"r": 0}, "r must be int >= 1, got 0"),
-        ({"r": "4"}, 'r must be int >= 1, got "4"'),
         ({"lora_alpha": None}, "lora_alpha must be float > 0, got null"),
         ({"target_modules": "q.*"}, "target_modules must be a list of q_proj|k_proj"),
         ({"init_lora_weights": "pissa"}, 'init_lora_weights is "pissa"; only'),
-        ({"use_rslora": True}, "use_rslora is true; only"),
         ({"modules_to_save": ["lm_head"]}, 'modules_to_save is ["lm_head"]; only'),
         ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens is [5]; only"),
         ({"alpha_pattern": {"q_proj": 8}}, 'alpha_pattern is {"q_proj": 8}; only'),
         ({"target_modules": ["c_attn"]}, "target_modules[0] must be q_proj|k_proj"),
-        ({"target_modules": ["q_proj"]}, "Unexpected key(s) in state_dict"),
         ({"r": 2}, "the shape in current model is torch.Size([2, 32])"),
         ({"base_model_name_or_path": "gone"}, "its base model gone is not there; put it back, or"),
         ({"base_model_name_or_path": "."}, "its base model . is not there"),  # its own folder

@@ -184,12 +184,12 @@ def test_answers_are_keywords_in_any_form_where_there_is_no_check():
 
 def test_a_right_answer_may_be_short_and_has_to_come_early():
     check = {"kind": "regex", "answer": "\\bparis\\b"}
-    assert parts("Paris", check=check)["length"] == 1
-    assert parts("London", check=check)["length"] == 1 / 4
+    assert (parts("Paris", check=check)["length"], parts("Rome", check=check)["length"]) == (
+        1,
+        1 / 4,
+    )
     assert is_right(check, "word " * 29 + "Paris")
     assert not is_right(check, "word " * 30 + "Paris")
-    assert is_right({"kind": "number", "answer": "12"}, " 12.\n")
-    assert not is_right({"kind": "number", "answer": "12"}, "12 or 13")
 
 
 def test_distinct_n():
@@ -227,18 +227,13 @@ PROMPT = '[{"prompt": "a", %s}]'
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("p.json", "[]", ["0 usable rows"]),
         ("p.json", '[{"prompt": "a"}, 3]', ["element 2", "prompt"]),
-        ("p.json", '[{"text": "a"}]', ["prompt"]),
         ("p.json", '[{"prompt": "a\\ud800"}]', ["prompt", "surrogates"]),
         ("p.json", PROMPT % '"keywords": "b"', ["keywords must be a list of str", '"b"']),
         ("p.json", PROMPT % '"check": {"kind": "is", "answer": "b"}', ["no such check: is"]),
-        ("p.json", PROMPT % '"check": {"kind": "word", "answer": 5}', ["check", "word"]),
-        ("p.json", PROMPT % '"check": {"kind": "regex", "answer": "("}', ["check", "regex"]),
         ("p.json", PROMPT % '"check": {"kind": "overlap", "answer": "b"}', ["check", "share"]),
         ("p.json", PROMPT % '"min_words": 0', ["min_words must be int 1..1000, got 0"]),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', ["line 2"]),
-        ("p.txt", "\n \n", ["holds no text"]),
     ],
 )
 def test_a_file_that_is_no_good_is_one_line(tmp_path, name, content, words):
