@@ -12,9 +12,9 @@ first loss is ln 2 and the first margin 0, and both are asserted. Both answers o
 the model in one forward, and only their tokens through the head.
 """
 
-import contextlib
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -43,13 +43,10 @@ class DPOConfig(FineTuningConfig):
 
     loss: Literal["sigmoid", "ipo"] = "sigmoid"  # DPO's own, or IPO's (Azar et al. 2023)
     beta: PositiveFloat = 0.1  # how strongly the policy is held to the reference; IPO's tau
-    # share of pairs that may be labelled wrongly
-    label_smoothing: Annotated[float, Range(0, 0.5)] = 0.0
-    # compute the reference once, beforehand; none = where it pays
-    precompute_ref: bool | None = None
+    label_smoothing: Annotated[float, Range(0, 0.5)] = 0.0  # share of labels that may be wrong
+    precompute_ref: bool | None = None  # compute the reference once, beforehand; none = if it pays
     output_dir: str = "checkpoints/dpo"  # checkpoints, metrics.jsonl and final/ go here
-    # at the top; for LoRA on a small model, full fine-tuning wants 5e-7
-    learning_rate: PositiveFloat = 5e-4
+    learning_rate: PositiveFloat = 5e-4  # for LoRA on a small model; full fine-tuning wants 5e-7
     num_train_epochs: PositiveFloat | None = 1.0  # passes over the pairs
     batch_size: PositiveInt = 4  # pairs per micro-batch and rank
     eval_steps: PositiveInt = 50  # steps between validations
@@ -59,9 +56,7 @@ class DPOConfig(FineTuningConfig):
     def __post_init__(self):
         FineTuningConfig.__post_init__(self)
         if self.lora_dropout:
-            raise ValueError(
-                "lora_dropout must be 0: DPO compares two probabilities of the same answer"
-            )
+            raise ValueError("lora_dropout must be 0: two probabilities of an answer are compared")
         if self.loss == "ipo" and self.label_smoothing:
             raise ValueError("label_smoothing belongs to loss=sigmoid; IPO is robust without it")
         if not self.lora_r and self.precompute_ref is False:
@@ -146,37 +141,33 @@ def main(cfg):
         tokenizer = Tokenizer.load(model_folder(cfg.model_path))
         template = tokenizer.template
         if template is None:
-            raise UserError(
-                f"{cfg.model_path}: names no chat template of ours; train it with sft.py first"
-            )
+            none = "names no chat template of ours; train it with sft.py first"
+            raise UserError(f"{cfg.model_path}: {none}")
         check_unused(cfg)
         rows, held_out, sha256 = read_split(cfg, read_pairs, "prompt", world.say)
-        model, base, length = open_base(cfg, tokenizer, world.say)
+        model, base, length = open_base(cfg, tokenizer)
         turn_dropout_off(model)
+        collate = lambda pairs: pair_rows(pairs, length, tokenizer.pad_id)
 
         def stream(rows, purpose):
             pairs = make_pairs(rows, purpose, tokenizer, template, length, world.say)
             return ExampleStream(pairs, collate, cfg.batch_size, cfg.seed, world.size)
 
-        def collate(pairs):
-            return pair_rows(pairs, length, tokenizer.pad_id)
-
-        def watch(metrics):
-            watch_chosen(cfg, metrics, world.say)
-
         loader, val_stream = stream(rows, "to train on"), stream(held_out, "held out")
         if not loader.blocks:
-            raise UserError(
-                f"{cfg.dataset_path}: no two different answers within {length} positions"
-            )
-        loss_fn = preference_loss(cfg)
+            same = f"no two different answers within {length} positions"
+            raise UserError(f"{cfg.dataset_path}: {same}; use a longer --sequence_length")
+        loss_fn, context = preference_loss(cfg), model.cfg.sequence_length
         questions = [row["prompt"] for row in held_out or rows]
-        show = answer_to(cfg, tokenizer, template, questions, model.cfg.sequence_length)
+        show = answer_to(cfg, tokenizer, template, questions, context)
+        watch = partial(watch_chosen, cfg, world.say)
         validate = validation(cfg, world, val_stream, loss_fn, METRIC_NAMES, show, watch)
-        with as_in_training(cfg, world, model) as dtype:
+        dtype, _ = choose_dtype(cfg.dtype, world.device)  # here and below as in training
+        attention, _ = choose_attention(world.device, context, dtype, cfg.flash_attn)
+        model.to(world.device).use_attention(attention)
+        with torch.no_grad(), autocast(world.device, dtype):
             if precomputes(cfg, loader, world):
-                count = loader.blocks + val_stream.blocks
-                world.say(f"the reference: {count:,} pairs, computed once")
+                world.say("the reference's log-probabilities are computed once, beforehand")
                 for pairs in (loader, val_stream):
                     pairs.examples = with_reference(model, pairs, world)
             check_start(cfg, loss_fn, model, loader, world, dtype)
@@ -244,22 +235,10 @@ def pair_rows(pairs, length, pad_id):
 # The reference
 
 
-@contextlib.contextmanager
-def as_in_training(cfg, world, model):
-    """While entered, the model computes as in `fit`, without learning. Yields the dtype."""
-    dtype, _ = choose_dtype(cfg.dtype, world.device)
-    model.to(world.device)
-    length = model.cfg.sequence_length
-    model.use_attention(choose_attention(world.device, length, dtype, cfg.flash_attn)[0])
-    with torch.no_grad(), autocast(world.device, dtype):
-        yield dtype
-
-
 def precomputes(cfg, loader, world):
     """Returns whether the reference is computed beforehand: by default, if every pair will be used.
 
-    Not for a plan, which is to be quick: there each timed step computes the reference of its own
-    pairs.
+    Not for a plan, which is to be quick: each timed step computes that of its own pairs.
     """
     if cfg.plan:
         return False
@@ -291,15 +270,13 @@ def check_start(cfg, loss_fn, model, stream, world, dtype):
     loss, margin, pairs = world.sum(*sums)
     loss, margin = loss / pairs, margin / pairs
     expected = math.log(2) if cfg.loss == "sigmoid" else 1 / (2 * cfg.beta) ** 2
-    precise = dtype == torch.float32
-    assert abs(margin) < cfg.beta * (1e-2 if precise else 1.0), f"the first margin is {margin}"
-    assert math.isclose(loss, expected, rel_tol=1e-3 if precise else 0.1), (
-        f"the first loss is {loss}"
-    )
+    near = 0.001 if dtype == torch.float32 else 0.1
+    assert abs(margin) < 10 * near * cfg.beta, f"the first margin is {margin}"
+    assert math.isclose(loss, expected, rel_tol=near), f"the first loss is {loss}"
     world.say(f"policy and reference begin as one: loss {loss:.4f}, margin {margin:.4f}")
 
 
-def watch_chosen(cfg, metrics, say):
+def watch_chosen(cfg, say, metrics):
     """Warns when the chosen answers have lost a tenth of their log p under the reference.
 
     The loss only asks that they lose less than the rejected ones: it may fall while both become
@@ -308,9 +285,9 @@ def watch_chosen(cfg, metrics, say):
     now = metrics["val_logps/chosen"]
     before = now - metrics["val_rewards/chosen"] / cfg.beta
     if now < before - 0.1 * abs(before):
+        less = f"became less likely, logps/chosen {before:.1f} -> {now:.1f}"
         say(
-            "warning: the chosen answers became less likely, logps/chosen "
-            f"{before:.1f} -> {now:.1f}; a lower learning_rate or a higher beta holds them"
+            f"warning: the chosen answers {less}; a lower learning_rate or a higher beta holds them"
         )
 
 

@@ -9,8 +9,7 @@ parquet. Each is rendered in a chat template, whose name the resulting folder ke
 longer than the context is cut, and its end-of-turn token is not trained: nobody is to learn to
 break off there. A conversation of which no answer is left is dropped. Both are counted.
 
-The second half of this file is what dpo.py shares: rows and their split, the model to begin from,
-the files of a checkpoint, validation.
+The second half is shared with dpo.py: rows, their split, the model before, files, validation.
 """
 
 import hashlib
@@ -34,7 +33,6 @@ from lib.config import (
     PositiveFloat,
     PositiveInt,
     UserError,
-    read_object,
     run,
 )
 from lib.folders import hash_fraction
@@ -54,15 +52,14 @@ from model import (
     save_adapter,
     save_model,
 )
-from train import LoopConfig, check_data, check_same_tokenizer, fit, greedy
+from train import LoopConfig, check_origin, fit, greedy, write_origin
 
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuningConfig(LoopConfig):
     """What fine-tunings share: the model to begin from, the rows, and defaults made for LoRA."""
 
-    # what to begin from: a model's folder, an adapter's, or that of a whole training
-    model_path: str
+    model_path: str  # what to begin from: a model's folder, an adapter's, or a whole training's
     dataset_path: str  # rows to train on: a file, a folder or a glob
     val_path: str | None = None  # held-out rows; none = a share of dataset_path, see val_ratio
     val_ratio: Fraction = 0.05  # that share; a row falls into it by its hash
@@ -71,13 +68,11 @@ class FineTuningConfig(LoopConfig):
     warmup_steps: NonNegativeInt = 10  # linear rise to the top
     weight_decay: NonNegativeFloat = 0.0  # on matrices
     save_steps: PositiveInt = 100  # steps between checkpoints
-    # rank of the difference that is learned; 0 = train all weights instead
-    lora_r: NonNegativeInt = 16
+    lora_r: NonNegativeInt = 16  # rank of the difference that is learned; 0 = train all weights
     lora_alpha: PositiveFloat = 32.0  # the difference is scaled by lora_alpha / lora_r
     lora_dropout: Fraction = 0.0  # on the adapter's input
     lora_target_modules: tuple[Projection, ...] = PROJECTIONS  # the projections that get one
-    # final/ is a whole model, its adapter beside in final/adapter; else the adapter alone
-    merge: bool = True
+    merge: bool = True  # final/ is a whole model, its adapter in final/adapter; else that alone
 
     def __post_init__(self):
         super().__post_init__()
@@ -95,8 +90,7 @@ class SFTConfig(FineTuningConfig):
     prompt_template: Literal["chatml", "instruct", "chat"] | None = None
     packing: bool = True  # several conversations in a row, which do not see each other
     output_dir: str = "checkpoints/sft"  # checkpoints, metrics.jsonl and final/ go here
-    # at the top; for LoRA on a small model, full fine-tuning wants 5e-5
-    learning_rate: PositiveFloat = 1e-3
+    learning_rate: PositiveFloat = 1e-3  # for LoRA on a small model; full fine-tuning wants 5e-5
     num_train_epochs: PositiveFloat | None = 3.0  # passes over the data
     lora_dropout: Fraction = 0.1  # on what enters the adapter
     eval_steps: PositiveInt = 100  # steps between validations
@@ -109,29 +103,23 @@ def main(cfg):
         template = choose_template(cfg, tokenizer)
         check_unused(cfg)
         chats, held_out, sha256 = read_split(cfg, read_chats, "messages", world.say)
-        model, base, length = open_base(cfg, tokenizer, world.say)
-        context = model.cfg.sequence_length
+        model, base, length = open_base(cfg, tokenizer)
+        collate = lambda rows: supervised_rows(rows, length, tokenizer.pad_id, cfg.packing)
 
         def stream(chats, purpose):
             examples = make_examples(chats, purpose, tokenizer, template, length, world.say)
             rows = pack_examples(examples, length) if cfg.packing else [[e] for e in examples]
             return ExampleStream(rows, collate, cfg.batch_size, cfg.seed, world.size)
 
-        def collate(rows):
-            return supervised_rows(rows, length, tokenizer.pad_id, cfg.packing)
-
         loader, val_stream = stream(chats, "to train on"), stream(held_out, "held out")
         if not loader.blocks:
-            longer = f", or --sequence_length={context}" if length < context else ""
-            raise UserError(
-                f"{cfg.dataset_path}: no answer begins within {length} positions; "
-                f"shorten the questions{longer}"
-            )
-        world.say(
-            f"{loader.blocks:,} rows of up to {length} positions in a pass; template {template}"
-        )
-        questions = [question_of(chat["messages"]) for chat in held_out or chats]
-        show = answer_to(cfg, tokenizer, template, questions, context)
+            late = f"no answer begins within {length} positions"
+            remedy = "shorten the questions, or use a longer --sequence_length"
+            raise UserError(f"{cfg.dataset_path}: {late}; {remedy}")
+        world.say(f"{loader.blocks:,} rows of up to {length} positions; template {template}")
+        before_answers = partial(takewhile, lambda message: message["role"] != "assistant")
+        questions = [list(before_answers(chat["messages"])) for chat in held_out or chats]
+        show = answer_to(cfg, tokenizer, template, questions, model.cfg.sequence_length)
         validate = validation(cfg, world, val_stream, next_token_loss, (), show)
         files = model_files(cfg, base, tokenizer, template, sha256)
         fit(cfg, model, loader, next_token_loss, world, validate, *files)
@@ -171,11 +159,6 @@ def make_examples(chats, purpose, tokenizer, template, length, say):
     return examples
 
 
-def question_of(messages):
-    """Returns the messages that come before a conversation's first answer."""
-    return list(takewhile(lambda message: message["role"] != "assistant", messages))
-
-
 # ----------------------------------------------------------------------------------------------
 # What sft.py and dpo.py share
 
@@ -192,9 +175,7 @@ def read_split(cfg, read, key, say):
         return rows, read_reporting(read, cfg.val_path, say), sha256
     rows, held_out = split_rows(rows, cfg.val_ratio, key)
     if not rows:
-        raise UserError(
-            f"{cfg.dataset_path}: every row is held out at val_ratio {cfg.val_ratio}; lower it"
-        )
+        raise UserError(f"{cfg.dataset_path}: every row is held out; lower --val_ratio")
     return rows, held_out, sha256
 
 
@@ -203,8 +184,7 @@ def read_reporting(read, path, say):
     tally = Tally()
     rows = read(path, tally)
     for _, reason, count, example in tally.reasons():
-        number = "1 row" if count == 1 else f"{count:,} rows"
-        say(f"{number} of {path} passed over: {reason} ({example.removeprefix(f'{path} ')})")
+        say(f"{count:,} passed over: {reason} ({example})")
     return rows
 
 
@@ -216,15 +196,12 @@ def split_rows(rows, ratio, key):
     return sides
 
 
-def open_base(cfg, tokenizer, say):
+def open_base(cfg, tokenizer):
     """Returns (cfg.model_path with a new adapter to train, its Base, positions of a row)."""
     base, model = identify(cfg.model_path), load_model(cfg.model_path)
     context = model.cfg.sequence_length
     tokenizer.match(model.cfg.vocab_size, cfg.model_path)
     length = cfg.sequence_length or context
-    if cfg.sequence_length is None:
-        whole = f"sequence_length {context:,}, the model's whole context"
-        say(f"{whole}; a shorter one takes less memory")
     if length > context:
         raise UserError(f"sequence_length {length} is more than the model's {context}; lower it")
     torch.manual_seed(cfg.seed)
@@ -236,9 +213,8 @@ def open_base(cfg, tokenizer, say):
 def model_files(cfg, base, tokenizer, template, data_sha256):
     """Returns (write_model, read_model, write_final) for `fit`, of a training on top of `base`.
 
-    A folder holds the adapter or the model, the tokenizer with the template's name, and data.json,
-    the hashes of what it was trained from. read_model raises UserError for a checkpoint of
-    something else.
+    A folder holds the adapter or the model, the tokenizer with the template's name, and the hashes
+    of what it was trained from. read_model raises UserError for a checkpoint of something else.
     """
     data = {cfg.model_path: base.sha256, cfg.dataset_path: data_sha256}
     ends = stop_ids(tokenizer, template)
@@ -252,14 +228,10 @@ def model_files(cfg, base, tokenizer, template, data_sha256):
             save_adapter(model, folder, base)
         else:
             save_model(model, folder, ends)
-        tokenizer.save(folder, model.cfg.sequence_length, template)
-        (folder / "data.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        write_origin(folder, tokenizer, data, model.cfg.sequence_length, template)
 
     def read_model(model, folder):
-        check_same_tokenizer(tokenizer, folder)
-        check_data(cfg, data, folder)
-        if cfg.lora_r and read_object(folder / "base.json")["sha256"] != base.sha256:
-            raise UserError(f"{folder}: its adapter was trained on another base: {cfg.model_path}")
+        check_origin(cfg, folder, tokenizer, data)
         load_weights(model, folder)
 
     return write_model, read_model, partial(write_model, merge=cfg.merge)
@@ -273,11 +245,8 @@ def validation(cfg, world, stream, loss_fn, names, show, watch=lambda means: Non
     and a UserError if early stopping is to decide by them.
     """
     if cfg.early_stopping_patience and not stream.blocks:
-        raise UserError(
-            f"early_stopping_patience={cfg.early_stopping_patience}: "
-            f"{cfg.early_stopping_metric} is not validated, because no row is held out; give "
-            "--val_path, a higher --val_ratio, or --early_stopping_patience=none"
-        )
+        remedy = "give --val_path, a higher --val_ratio, or --early_stopping_patience=none"
+        raise UserError(f"early_stopping_patience: no row is held out to decide by; {remedy}")
 
     def validate(model):
         totals = np.zeros(2 + len(names))

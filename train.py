@@ -6,8 +6,6 @@
     python train.py configs/base.json --plan       needs and hours; --plan_gpu=rtx4090 for a card
     python train.py curves checkpoints/a checkpoints/b
 
-Read from the top: the configuration, the schedule, the optimizers, the state, `fit`, pretraining.
-
 Two rules keep the numbers right. A loss is a sum, divided by the count of supervised tokens of the
 whole step over all ranks: neither accumulation nor the number of ranks changes the result. A batch
 is a pure function of (seed, step, micro-step, rank): a resumed run sees what the straight one would
@@ -15,7 +13,6 @@ have seen, bit for bit.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import math
@@ -23,14 +20,14 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 
 from data import TokenStream, unigram_bits_per_byte
-from lib import checkpoint
+from lib import checkpoint, runtime
 from lib.config import (
     Fraction,
     NonNegativeFloat,
@@ -43,17 +40,7 @@ from lib.config import (
     run,
 )
 from lib.log import Log
-from lib.runtime import (
-    Stopped,
-    autocast,
-    choose_dtype,
-    open_world,
-    rng_state,
-    seed_everything,
-    set_rng_state,
-    stop_signals,
-    to_device,
-)
+from lib.runtime import autocast, choose_dtype, open_world, rng_state, set_rng_state, to_device
 from lib.tokenizer import Tokenizer
 from model import (
     KVCache,
@@ -78,8 +65,7 @@ class LoopConfig:
     allow_config_change: bool = False  # resume although the configuration differs
     allow_world_size_change: bool = False  # resume on other ranks, at the same global batch
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto = cuda, else mps, else cpu
-    # of matmuls; weights and optimizer stay fp32
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of matmuls; weights stay fp32
     compile: bool | None = None  # torch.compile; none = on CUDA only, where it pays soonest
     flash_attn: bool = True  # use the flash-attn package where it is installed and supported
     gradient_checkpointing: bool = False  # recompute blocks: less memory, a quarter slower
@@ -114,24 +100,21 @@ class LoopConfig:
     def __post_init__(self):
         if not self.output_dir.strip():
             raise ValueError("output_dir must name a folder, got an empty string")
-        if self.max_steps and self.warmup_steps > self.max_steps:
-            raise ValueError(
-                f"warmup_steps {self.warmup_steps} is more than max_steps {self.max_steps}; "
-                f"use a shorter warmup (--warmup_steps={self.max_steps // 10})"
-            )
-        if self.min_lr is not None and self.min_lr > self.learning_rate:
-            raise ValueError(
-                f"min_lr {self.min_lr} is more than learning_rate {self.learning_rate}; "
-                "leave it out for a tenth of that"
-            )
-
-    @property
-    def floor(self):
-        return self.learning_rate / 10 if self.min_lr is None else self.min_lr
+        steps, warmup, low, high = (
+            self.max_steps,
+            self.warmup_steps,
+            self.min_lr,
+            self.learning_rate,
+        )
+        if steps and warmup > steps:
+            shorter = f"use a shorter warmup (--warmup_steps={steps // 10})"
+            raise ValueError(f"warmup_steps {warmup} is more than max_steps {steps}; {shorter}")
+        if low is not None and low > high:
+            raise ValueError(f"min_lr {low} is more than learning_rate {high}; lower it")
 
 
 # Keys that may differ between a checkpoint and the run that resumes it: they do not change what is
-# learned. Data and models may move; `check_data` compares what they hold.
+# learned. Data and models may move; `check_origin` compares what they hold.
 FREE_ON_RESUME = {
     *("output_dir", "resume_from_checkpoint", "allow_config_change", "allow_world_size_change"),
     *("device", "compile", "flash_attn", "gradient_checkpointing", "deterministic", "keep_last"),
@@ -146,9 +129,9 @@ FREE_ON_RESUME = {
 def lr_at(cfg, step, progress, total):
     """Returns the learning rate of `step` (from 0) when `progress` (0..1) of the run is done.
 
-    A linear warmup, then a cosine down to the floor at progress 1. In a time box nobody knows how
-    many of `total` steps there will be: the warmup ends after a tenth of the time at the latest,
-    and the cosine begins there.
+    A linear warmup, then a cosine down to min_lr at progress 1. In a time box nobody knows how many
+    of `total` steps there will be: the warmup ends after a tenth of the time at the latest, and the
+    cosine begins there.
     """
     warm = (step + 1) / cfg.warmup_steps if cfg.warmup_steps else 1.0
     begin = cfg.warmup_steps / total if total else 0.0  # progress at which the cosine begins
@@ -158,7 +141,8 @@ def lr_at(cfg, step, progress, total):
         return cfg.learning_rate * warm
     share = (progress - begin) / (1 - begin) if begin < 1 else 0.0  # of the cosine, 0..1
     cosine = 0.5 * (1 + math.cos(math.pi * min(1, max(0, share))))  # 1 at its top, 0 at its end
-    return cfg.floor + (cfg.learning_rate - cfg.floor) * cosine
+    floor = cfg.learning_rate / 10 if cfg.min_lr is None else cfg.min_lr
+    return floor + (cfg.learning_rate - floor) * cosine
 
 
 def total_steps(cfg, rows, world_size):
@@ -235,40 +219,40 @@ class Muon(torch.optim.Optimizer):
     the root mean square of AdamW's, so one learning rate serves both (Liu et al. 2025).
     """
 
+    MOMENTUM = 0.95
     # Matrices of one shape are orthogonalized together, in a few kernels instead of hundreds; at
     # most so many numbers, of which memory holds several copies at once.
     TOGETHER = 1 << 24
 
-    def __init__(self, params, lr, weight_decay, dtype=torch.float32, momentum=0.95):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+    def __init__(self, params, lr, weight_decay, dtype=torch.float32):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.dtype = dtype  # of the iteration: float32 where bfloat16 would be emulated
 
     @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            shapes = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
-            for shape, params in shapes.items():
-                most = max(1, self.TOGETHER // shape.numel())
-                for start in range(0, len(params), most):
-                    self._update(params[start : start + most], group)
+    def step(self):
+        (group,), shapes = self.param_groups, {}
+        for p in group["params"]:
+            if p.grad is not None:
+                shapes.setdefault(p.shape, []).append(p)
+        for shape, params in shapes.items():
+            most = max(1, self.TOGETHER // shape.numel())
+            for start in range(0, len(params), most):
+                self._update(params[start : start + most], group["lr"], group["weight_decay"])
 
-    def _update(self, params, group):
+    def _update(self, params, lr, weight_decay):
         """Updates N parameters of one shape (rows, columns). Nothing in it waits for the device."""
-        grads, momentum = [p.grad for p in params], group["momentum"]
+        grads = [p.grad for p in params]
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
-        torch._foreach_lerp_(buffers, grads, 1 - momentum)  # buffer = 0.95 buffer + 0.05 gradient
+        torch._foreach_lerp_(buffers, grads, 1 - self.MOMENTUM)  # 0.95 buffer + 0.05 gradient
         # Nesterov: a step ahead along the momentum, (N, rows, columns)
-        ahead = torch.stack(torch._foreach_lerp(grads, buffers, momentum))
+        ahead = torch.stack(torch._foreach_lerp(grads, buffers, self.MOMENTUM))
         updates = orthogonalized(ahead.to(self.dtype)).to(ahead.dtype)
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
         scale = 0.2 * math.sqrt(max(params[0].shape))
-        torch._foreach_add_(params, list(updates), alpha=-group["lr"] * scale)
+        torch._foreach_add_(params, list(updates), alpha=-lr * scale)
 
 
 def orthogonalized(x, steps=5):
@@ -342,15 +326,13 @@ class State:
                 group["lr"] = lr
             if self.bad_steps == 0:
                 self.scaler.step(optimizer)
-        self.scaler.update()
-        for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=not self.fixed_gradients)
+        self.scaler.update()
 
     def judge(self, cfg, metrics):
         """Notes whether a validation is the best so far, or counts those since the best.
 
-        With early stopping every new best is saved; without it only steps that are saved anyway can
-        be best.
+        A new best is saved with early stopping; else only steps that are saved anyway can be best.
         """
         name = cfg.early_stopping_metric
         if not cfg.early_stopping_patience and (self.step % cfg.save_steps or name not in metrics):
@@ -370,24 +352,19 @@ class State:
 
     def check_space(self, output_dir):
         """Raises UserError if the disk has no room for a checkpoint and 10 % more."""
-        weights = sum(p.numel() for p in self.model.parameters())
-        moments = 2 * sum(p.numel() for p in self.parameters)
-        needed, free = 1.1 * 4 * (weights + moments), shutil.disk_usage(output_dir).free
+        tensors = *self.model.parameters(), *self.parameters, *self.parameters  # two moments each
+        needed, free = 4.4 * sum(t.numel() for t in tensors), shutil.disk_usage(output_dir).free
         if free < needed:
-            raise UserError(
-                f"{output_dir}: a checkpoint needs {needed / 1e6:,.1f} MB, "
-                f"free are {free / 1e6:,.1f} MB; make room, or choose another --output_dir"
-            )
+            sizes = f"a checkpoint needs {needed / 1e6:,.1f} MB, free are {free / 1e6:,.1f} MB"
+            raise UserError(f"{output_dir}: {sizes}; make room, or choose another --output_dir")
 
     def save(self, cfg, world, write_model):
         """Writes the checkpoint of this step, whole or not at all, and deletes old ones."""
         folder = Path(cfg.output_dir) / f"step_{self.step:06d}"
-        self.check_space(cfg.output_dir)
         with checkpoint.whole_folder(folder, cfg, world) as hidden:
             folder = hidden / "train_state"
             folder.mkdir(exist_ok=True)
-            numbers = rng_state(world.device)
-            checkpoint.write_tensors(numbers, folder / f"rng_{world.rank:05d}.pt")
+            checkpoint.write_tensors(rng_state(world.device), folder / f"rng_{world.rank:05d}.pt")
             if world.rank == 0:
                 write_model(self.model, hidden)
                 state = self.counters() | {"scaler": self.scaler.state_dict()}
@@ -404,7 +381,8 @@ class State:
         state = checkpoint.read_tensors(path)
         try:
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                load_optimizer(optimizer, saved)
+                today = optimizer.state_dict()["param_groups"]  # learning rate, decay, betas
+                optimizer.load_state_dict(saved | {"param_groups": today})
             self.scaler.load_state_dict(state["scaler"])
             for name in self.counters():
                 setattr(self, name, state[name])
@@ -412,18 +390,8 @@ class State:
             if numbers.is_file():  # a rank that is new keeps the numbers it was seeded with
                 set_rng_state(checkpoint.read_tensors(numbers), world.device)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as problem:
-            raise UserError(
-                f"{path}: does not fit this model and optimizer ({problem!r:.200})"
-            ) from None
-
-
-def load_optimizer(optimizer, saved):
-    """Restores the moments, whose shapes torch does not check, under the settings of today."""
-    optimizer.load_state_dict(saved | {"param_groups": optimizer.state_dict()["param_groups"]})
-    for p, moments in optimizer.state.items():
-        for name, tensor in moments.items():
-            if tensor.ndim and tensor.shape != p.shape:
-                raise ValueError(f"{name} is {tuple(tensor.shape)}, the parameter {tuple(p.shape)}")
+            why = f"does not fit this model and optimizer ({problem!r:.200})"
+            raise UserError(f"{path}: {why}") from None
 
 
 def resume(cfg, state, world, read_model):
@@ -436,8 +404,6 @@ def resume(cfg, state, world, read_model):
     check_same_run(cfg, world, folder)
     read_model(state.model, folder)
     state.load(folder, world)
-    if world.rank == 0:
-        checkpoint.prune(cfg.output_dir, cfg.keep_last, state)  # a kill may have come before it
     world.say(f"resumed from {folder} at step {state.step:,}")
 
 
@@ -447,28 +413,22 @@ def check_same_run(cfg, world, folder):
     A key that it did not know counts as today's default: a new knob refuses no older checkpoint.
     """
     plain = lambda values: json.loads(json.dumps(values))  # tuples become lists, as in the file
-    fields = [f for f in dataclasses.fields(cfg) if f.default is not dataclasses.MISSING]
-    before = plain({f.name: f.default for f in fields})
+    before = plain({f.name: f.default for f in fields(cfg) if f.default is not MISSING})
     before |= json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    now = plain(dataclasses.asdict(cfg)) | {"_world_size": world.size}
+    now = plain(asdict(cfg)) | {"_world_size": world.size}
     size, accumulation, ranks = "batch_size", "gradient_accumulation_steps", "_world_size"
     rows, rows_before = (run[size] * run[accumulation] * run[ranks] for run in (now, before))
-    if now[ranks] != before[ranks]:
-        made = f"{folder}: was made with {before[ranks]} ranks, now {now[ranks]}"
-        if not cfg.allow_world_size_change:
-            same = "use as many, or --allow_world_size_change at the same global batch"
-            raise UserError(f"{made}; {same}")
-        if rows != rows_before:
-            raise UserError(
-                f"{made}; global batch was {rows_before} rows, now {rows}; it must stay"
-            )
+    if now[ranks] != before[ranks] and not (cfg.allow_world_size_change and rows == rows_before):
+        made = f"{before[ranks]} ranks and {rows_before} rows a step, now {now[ranks]} and {rows}"
+        same = "use as many ranks, or --allow_world_size_change with as many rows"
+        raise UserError(f"{folder}: was made with {made}; {same}")
     # the same rows in smaller pieces, as after running out of memory, are the same steps
     free = FREE_ON_RESUME | {ranks} | ({size, accumulation} if rows == rows_before else set())
     changed = [k for k in now if k not in free and before.get(k) != now[k]]
     if changed and not cfg.allow_config_change:
         each = [f"{k} was {json.dumps(before.get(k))}, now {json.dumps(now[k])}" for k in changed]
-        made = f"{folder}: made with {', '.join(each[:5])}"
-        raise UserError(f"{made}; --allow_config_change accepts it")
+        made = f"made with {', '.join(each[:5])}"
+        raise UserError(f"{folder}: {made}; --allow_config_change accepts it")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -482,7 +442,7 @@ class Diverged(UserError):
 
 
 def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, write_final=None):
-    """Trains `model` in place and writes OUTPUT_DIR/final/. Returns the last validation's dict.
+    """Trains `model` in place and writes OUTPUT_DIR/final/.
 
     loader       .batch(step, micro, rank, accumulation) -> dict of numpy arrays; "count", the
                  supervised terms in them; and "tokens", if that is another number. A pure function
@@ -500,14 +460,14 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
         from tools import plan
 
         return plan.local(cfg, model, loader, loss_fn, world)
-    with checkpoint.locked(cfg.output_dir, world), stop_signals(world):
+    with checkpoint.locked(cfg.output_dir, world), runtime.stop_signals(world):
         state, dtype, clock = prepare(cfg, model, loader, world, read_model)
         final = Path(cfg.output_dir) / "final"
         ended = clock.progress(state.step, state.seconds) >= 1 or state.is_stale(cfg)
         if ended and checkpoint.problem_with(final, checkpoint.FINAL_FILES) is None:
             world.say(f"this run is complete: its model is in {final}; nothing to do")
-            return {}
-        device, accumulation, metrics = world.device, cfg.gradient_accumulation_steps, {}
+            return
+        device, accumulation = world.device, cfg.gradient_accumulation_steps
 
         def micro_batches(step):
             micros = range(accumulation)
@@ -517,7 +477,7 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
         with Log(cfg, flops_per_token(model.cfg), world, state) as log:
             while True:
                 if state.step % cfg.eval_steps == 0 and state.evaluated != state.step:
-                    metrics = evaluate(cfg, state, validate, dtype, world, log)
+                    evaluate(cfg, state, validate, dtype, world, log)
                 if state.should_save(cfg):
                     state.save(cfg, world, write_model)
                 # ranks decide alike: by the whole step's size, anybody's signal, rank 0's clock
@@ -556,16 +516,13 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
             if state.saved_at != state.step or (clock.limit and state.seconds >= clock.limit):
                 state.save(cfg, world, write_model)
             if not stopping and state.evaluated != state.step:
-                metrics = evaluate(cfg, state, validate, dtype, world, log)
-                if world.rank == 0:  # this one may be the best now
-                    checkpoint.prune(cfg.output_dir, cfg.keep_last, state)
+                evaluate(cfg, state, validate, dtype, world, log)
         if stopping or state.evaluated != state.step:
             resume_flag = "--resume_from_checkpoint=auto"
             world.say(f"stopped at step {state.step:,}, saved; continue with {resume_flag}")
             # a rank without a signal of its own exits as with torchrun's SIGTERM
             raise SystemExit(128 + (world.stop_signal or signal.SIGTERM))
         write_finished(cfg, state, world, read_model, write_final or write_model)
-        return metrics
 
 
 def prepare(cfg, model, loader, world, read_model):
@@ -573,7 +530,7 @@ def prepare(cfg, model, loader, world, read_model):
     model.to(world.device)
     dtype, _ = announce(cfg, model, world)
     state = State(cfg, model, world, dtype)
-    seed_everything(cfg.seed + world.rank)  # dropout differs between ranks
+    runtime.seed_everything(cfg.seed + world.rank)  # dropout differs between ranks
     total = total_steps(cfg, loader.blocks, world.size)
     state.check_space(cfg.output_dir)
     resume(cfg, state, world, read_model)
@@ -620,13 +577,13 @@ def compile_model(model):
 
 
 def evaluate(cfg, state, validate, dtype, world, log):
-    """Logs and returns validate(model), without dropout; random numbers stay the training's.
+    """Logs validate(model), without dropout; random numbers stay the training's.
 
     If a stop is asked for meanwhile, nothing is logged and state.evaluated stays: it comes again.
     """
     numbers, metrics = rng_state(world.device), None
     state.model.eval()
-    with contextlib.suppress(Stopped), torch.no_grad(), autocast(world.device, dtype):
+    with contextlib.suppress(runtime.Stopped), torch.no_grad(), autocast(world.device, dtype):
         metrics = validate(state.model)
     state.model.train()
     set_rng_state(numbers, world.device)
@@ -634,7 +591,6 @@ def evaluate(cfg, state, validate, dtype, world, log):
         state.evaluated, state.saved_at = state.step, None
         log.evaluation(state, metrics)
         state.judge(cfg, metrics)
-    return metrics
 
 
 def report_skipped(cfg, state, grad_norm, count, log):
@@ -643,11 +599,10 @@ def report_skipped(cfg, state, grad_norm, count, log):
     log.write({"step": state.step, "skipped": why, "grad_norm": grad_norm})
     log.world.say(f"warning: step {state.step:,} skipped: {why} ({state.bad_steps} in a row)")
     if state.bad_steps >= cfg.max_bad_steps:
-        last = next(iter(checkpoint.checkpoints(cfg.output_dir)), None)
+        last = next(iter(checkpoint.checkpoints(cfg.output_dir)), "none")
         raise Diverged(
-            f"{state.bad_steps} steps in a row were skipped, the last because {why}; "
-            f"the last good checkpoint is {last or 'none'}; "
-            "lower --learning_rate or use --dtype=fp32"
+            f"{state.bad_steps} steps in a row were skipped, the last because {why}; the last good "
+            f"checkpoint is {last}; lower --learning_rate or use --dtype=fp32"
         )
 
 
@@ -661,11 +616,12 @@ def write_finished(cfg, state, world, read_model, write_final):
         else:
             read_model(state.model, best)
             value = f"{cfg.early_stopping_metric} {abs(state.best):.4f}"
-            step = f"step {state.best_step:,}"
-            world.say(f"the best validation was that of {step} ({value}); going back")
+            world.say(f"back to the best validation, that of step {state.best_step:,} ({value})")
     with checkpoint.whole_folder(output / "final", cfg, world) as hidden:
         if world.rank == 0:
             write_final(state.model, hidden)
+    if world.rank == 0:  # the last validation may have been the best, or a kill come before it
+        checkpoint.prune(output, cfg.keep_last, state)
     world.say(f"model in {output / 'final'}")
 
 
@@ -678,32 +634,25 @@ class PretrainConfig(LoopConfig, ModelConfig):
     """Pretraining: the options of the loop, the model's shape, and the data."""
 
     output_dir: str = "checkpoints/pretrain/custom"  # checkpoints, metrics.jsonl and final/ go here
-    # none = that of the data's tokenizer; without data 32768
-    vocab_size: Annotated[int, Range(8, 1 << 20)] | None = None
-    # prepared datasets, comma separated
-    data_path: tuple[str, ...] = ("data/processed/docstrings",)
+    vocab_size: Annotated[int, Range(8, 1 << 20)] | None = None  # none = the data's, or 32768
+    data_path: tuple[str, ...] = ("data/processed/docstrings",)  # prepared, comma separated
     data_weights: tuple[float, ...] | None = None  # their shares of the tokens; none = by size
-    # tokens look at their own document only, positions restart with each
-    document_mask: bool = False
+    document_mask: bool = False  # tokens see their own document only, positions restart with each
     eval_rows: PositiveInt = 128  # rows of the validation set that are scored at each evaluation
     sample_prompt: str = "The"  # continued greedily at each evaluation
     sample_tokens: Annotated[int, Range(0, 1000)] = 48  # length of that continuation; 0 = none
     # decides which is best
     early_stopping_metric: Literal["val_loss", "val_bits_per_byte"] = "val_loss"
-    # say what the run would need on such a card, as h100; nothing is trained
-    plan_gpu: str | None = None
+    plan_gpu: str | None = None  # say what the run would need on such a card, as h100
 
     def __post_init__(self):
         LoopConfig.__post_init__(self)
-        if self.vocab_size is None:
-            with_vocab_size(self)  # for its checks
-        else:
-            ModelConfig.__post_init__(self)
+        ModelConfig.__post_init__(with_vocab_size(self) if self.vocab_size is None else self)
 
 
 def with_vocab_size(cfg, default=ModelConfig.vocab_size):
     """Returns the PretrainConfig with a vocabulary: its own, else of `default` ids."""
-    return dataclasses.replace(cfg, vocab_size=cfg.vocab_size or default)
+    return replace(cfg, vocab_size=cfg.vocab_size or default)
 
 
 def main(cfg):
@@ -730,11 +679,9 @@ def pretrain(cfg, world):
     )  # fmt: skip
     tokenizer = Tokenizer.load(stream.tokenizer)
     cfg = with_vocab_size(cfg, tokenizer.vocab_size)
-    if cfg.vocab_size != tokenizer.vocab_size:
-        raise UserError(
-            f"vocab_size is {cfg.vocab_size}, but {cfg.data_path[0]} was made with a tokenizer of "
-            f"{tokenizer.vocab_size}; use --vocab_size={tokenizer.vocab_size}"
-        )
+    if cfg.vocab_size != (size := tokenizer.vocab_size):
+        made = f"{cfg.data_path[0]} was made with a tokenizer of {size}"
+        raise UserError(f"vocab_size is {cfg.vocab_size}, but {made}; use --vocab_size={size}")
     torch.manual_seed(cfg.seed)
     model = Llama(narrow(cfg, ModelConfig))
     baseline = unigram_bits_per_byte(cfg.data_path)  # knowing only how often each token occurs
@@ -743,12 +690,10 @@ def pretrain(cfg, world):
 
     def write_model(model, folder):
         save_model(model, folder)
-        tokenizer.save(folder, cfg.sequence_length)
-        write_data_json(hashes, folder)
+        write_origin(folder, tokenizer, hashes, cfg.sequence_length)
 
     def read_model(model, folder):
-        check_same_tokenizer(tokenizer, folder)
-        check_data(cfg, hashes, folder)
+        check_origin(cfg, folder, tokenizer, hashes)
         load_weights(model, folder)
 
     validate = language_validation(cfg, world, tokenizer)
@@ -770,10 +715,8 @@ def language_validation(cfg, world, tokenizer):
             nats, count = nats + loss.item(), count + len(labels)
             size += int(token_bytes[labels].sum())
         nats, count, size = world.sum(nats, count, size)
-        metrics = {
-            "val_loss": nats / max(1, count),
-            "val_bits_per_byte": nats / math.log(2) / max(1, size),
-        }
+        metrics = {"val_loss": nats / max(1, count)}
+        metrics["val_bits_per_byte"] = nats / math.log(2) / max(1, size)
         if cfg.sample_tokens:  # a glimpse; sample.py does it properly
             ids = [tokenizer.bos_id, *tokenizer.encode(cfg.sample_prompt)]
             ids = greedy(model, ids, cfg.sample_tokens, [tokenizer.eos_id])
@@ -784,10 +727,7 @@ def language_validation(cfg, world, tokenizer):
 
 
 def greedy(model, ids, count, stop_ids):
-    """Returns up to `count` ids, each the likeliest after `ids` and those before it.
-
-    They end with a stop id, or where the context is full.
-    """
+    """Returns up to `count` ids, each the likeliest next; a stop id or a full context ends them."""
     device, fresh = model.lm_head.weight.device, []
     capacity = min(len(ids) + count, model.cfg.sequence_length)
     cache = KVCache(model.cfg, 1, capacity, device)
@@ -802,46 +742,38 @@ def greedy(model, ids, count, stop_ids):
     return fresh
 
 
-# ---- what a model was trained on: its tokenizer, and the hashes in data.json
+# ---- what a model was trained on
 
 
 def data_sha256(manifest):
     """Returns the sha256 of a dataset's tokens: the hash of the hashes of its shards."""
-    splits = [entries for _, entries in sorted(manifest["splits"].items())]
-    hashes = [entry["bin_sha256"] for entries in splits for entry in entries]
+    splits = sorted(manifest["splits"].items())
+    hashes = [shard["bin_sha256"] for _, shards in splits for shard in shards]
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def write_data_json(hashes, folder):
-    """Writes {path: sha256} of what a model was trained on into its folder."""
+def write_origin(folder, tokenizer, hashes, length, template=None):
+    """Writes a model's tokenizer, and data.json, {path: sha256} of the data it was trained on."""
+    tokenizer.save(folder, length, template)
     (folder / "data.json").write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
 
 
-def check_data(cfg, hashes, folder):
-    """Raises UserError if `folder` was trained on data of other contents, wherever it lay."""
-    path = folder / "data.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def check_origin(cfg, folder, tokenizer, hashes):
+    """Raises UserError if `folder` has another tokenizer, or data of other contents anywhere."""
+    ours, theirs = tokenizer.sha256[:12], Tokenizer.load(folder).sha256[:12]
+    if theirs != ours:
+        differ = f"its tokenizer is {theirs}.., the data's is {ours}.."
+        raise UserError(f"{folder}: {differ}; they do not belong together")
+    before = json.loads((folder / "data.json").read_text(encoding="utf-8"))
     if list(before.values()) != list(hashes.values()) and not cfg.allow_config_change:
         was, now = (", ".join(f"{k} ({v[:8]}..)" for k, v in d.items()) for d in (before, hashes))
         raise UserError(f"{folder}: its data is {was}, now {now}; --allow_config_change accepts it")
 
 
-def check_same_tokenizer(tokenizer, folder):
-    """Raises UserError if `folder` belongs to another tokenizer."""
-    ours, theirs = tokenizer.sha256[:12], Tokenizer.load(folder).sha256[:12]
-    if theirs != ours:
-        differ = f"its tokenizer is {theirs}.., the data's is {ours}.."
-        raise UserError(f"{folder}: {differ}; they do not belong together")
-
-
-def command_line():
-    """Runs the command line: `curves`, or a pretraining."""
+if __name__ == "__main__":
     if sys.argv[1:2] == ["curves"]:
         from lib.curves import curves_command
 
-        return curves_command(sys.argv[2:])
-    return run(main, PretrainConfig, __doc__)
-
-
-if __name__ == "__main__":
-    command_line()
+        curves_command(sys.argv[2:])
+    else:
+        run(main, PretrainConfig, __doc__)

@@ -8,18 +8,20 @@ import json
 import os
 import pickle
 import shutil
-import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
 
+import dpo
 import model
+import sft
 import train
-from lib import checkpoint
+from lib import curves
 from lib.config import run
 from tests import ROOT
 from tests.conftest import free_port
@@ -28,19 +30,44 @@ from tests.warm import Fork
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 PATIENCE = 240  # seconds after which a process counts as hung; nothing else here is timed
 
-SHAPE = {"n_layer": 2, "d_model": 32, "n_head": 4, "num_key_value_heads": 2, "d_ff": 64}
-SHAPE |= {"vocab_size": 384, "sequence_length": 16, "device": "cpu", "dtype": "fp32"}
-LENGTH = {"batch_size": 2, "learning_rate": 0.01, "max_steps": 8, "warmup_steps": 2}
+DRAW_CURVES = curves.draw_curves
+
+PROGRAMS = {
+    "train": (train, train.PretrainConfig),
+    "sft": (sft, sft.SFTConfig),
+    "dpo": (dpo, dpo.DPOConfig),
+}
+LENGTH = {"device": "cpu", "dtype": "fp32", "batch_size": 2, "max_steps": 8, "warmup_steps": 2}
 LENGTH |= {"save_steps": 4, "eval_steps": 4, "logging_steps": 1}
-DEFAULTS = SHAPE | LENGTH | {"eval_rows": 4, "sample_tokens": 2}
+SHAPE = {"n_layer": 2, "d_model": 32, "n_head": 4, "num_key_value_heads": 2, "d_ff": 64}
+SHAPE |= {"vocab_size": 384, "sequence_length": 16}
+DEFAULTS = SHAPE | LENGTH | {"learning_rate": 0.01, "eval_rows": 4, "sample_tokens": 2}
+TUNING = LENGTH | {"lora_r": 4, "learning_rate": 0.005}
+BASE = SHAPE | {"d_model": 64, "d_ff": 128, "sequence_length": 64, "initializer_range": 0.125}
 
 
-def words(**knobs):
-    """The command line of a small training; a value None leaves the knob to train.py."""
-    texts = {
-        k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in (DEFAULTS | knobs).items()
-    }
+def words(program="train", **knobs):
+    """The command line of a small training; a value None leaves the knob to the program."""
+    knobs = (DEFAULTS if program == "train" else TUNING) | knobs
+    texts = {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in knobs.items()}
     return [f"--{name}={text}" for name, text in texts.items() if text != "None"]
+
+
+def make_base(folder, tokenizer, template=None, seed=0, **shape):
+    """Writes a base of random weights that an adapter can teach something. Returns `folder`."""
+    torch.manual_seed(seed)
+    cfg = model.ModelConfig(**(BASE | shape))
+    Path(folder).mkdir(parents=True)
+    base = model.Llama(cfg)
+    with torch.no_grad():
+        base.model.embed_tokens.weight *= 2  # a head this small could not say anything for sure
+    model.save_model(base, folder)
+    tokenizer.save(folder, cfg.sequence_length, template)
+    return folder
+
+
+def as_tensors(batch):
+    return {k: torch.from_numpy(v) for k, v in batch.items() if isinstance(v, np.ndarray)}
 
 
 # ---- in the process of a training
@@ -48,29 +75,35 @@ def words(**knobs):
 
 def call():
     """What a Run has its process do: the function and the arguments pickled on its stdin."""
+    curves.draw_curves = lambda *args: None  # the picture takes four times as long as the training
     function, args = pickle.load(sys.stdin.buffer)
     function(*args)
 
 
-def training(argv, before=None):
-    """`python train.py ARGV`, after `before()`."""
-    sys.argv = ["train.py", *argv]
+def with_curves():
+    curves.draw_curves = DRAW_CURVES
+
+
+def training(argv, before=None, program="train"):
+    """`python PROGRAM.py ARGV`, after `before()`."""
+    module, config = PROGRAMS[program]
+    sys.argv = [f"{program}.py", *argv]
     if before:
         before()
-    run(train.main, train.PretrainConfig, train.__doc__)
+    run(module.main, config, module.__doc__)
 
 
 def fitting(out, loader, loss_fn, validate, knobs, before=None):
     """`fit` on a tiny model with a loader and a loss of the test's own: no text, no tokenizer."""
 
-    def read_model(model, folder):
-        train.load_weights(model, folder)
-
     def main(cfg):
         with train.open_world(cfg) as world:
             torch.manual_seed(cfg.seed)
-            model = train.Llama(train.narrow(cfg, train.ModelConfig))
-            train.fit(cfg, model, loader, loss_fn, world, validate, train.save_model, read_model)
+            llama, files = (
+                model.Llama(train.narrow(cfg, model.ModelConfig)),
+                (model.save_model, model.load_weights),
+            )
+            train.fit(cfg, llama, loader, loss_fn, world, validate, *files)
 
     sys.argv = ["train.py", *words(output_dir=out, **({"vocab_size": 32} | knobs))]
     if before:
@@ -113,32 +146,9 @@ def strike(phase, passage, at, act, rank=None):
     setattr(owner, name, patched)
 
 
-def count_events():
-    """Has every phase say, once, how many moments it has."""
-    for phase in PHASES:
-        strike(phase, 1, 0, None)
-
-
-def kill():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def die():
     """Ends the process as kill -9 would, but that it shows: with status 9."""
     os._exit(9)
-
-
-def terminate():
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def tell_torchrun():
-    """Signals torchrun, the parent, and stays in the middle of things until it has passed it on."""
-    os.kill(os.getppid(), signal.SIGTERM)
-    end = time.monotonic() + 60
-    while signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def fill(folder, spare):
@@ -157,17 +167,6 @@ def after_save(step, act):
             act()
 
     train.State.save = patched
-
-
-def filled_while_saving(folder):
-    """Fills the disk when a checkpoint was found to fit and its first file is about to come."""
-    write = checkpoint.write_tensors
-
-    def patched(value, path):
-        fill(folder, 0)
-        write(value, path)
-
-    checkpoint.write_tensors = patched
 
 
 # ---- in the test
@@ -192,7 +191,8 @@ class Run:
                 pickle.dump((function, args), stdin)
                 stdin.seek(0)
                 code = ["-c", "from tests.runs import call; call()"]
-                self.ranks.append(Fork(code, env | numbers, [stdin, file, file]))
+                files = [stdin.fileno(), file.fileno(), file.fileno()]
+                self.ranks.append(Fork(code, env | numbers, files))
 
     @property
     def text(self):
@@ -231,23 +231,23 @@ class Run:
         return self
 
 
-def begin(out, ranks=1, before=None, **knobs):
+def begin(out, ranks=1, before=None, program="train", **knobs):
     """Starts a training into `out`. Returns the Run; its log lies beside."""
-    argv = words(**({"output_dir": out} | knobs))
-    return Run(Path(out).with_suffix(".log"), training, (argv, before), ranks)
+    argv = words(program, **({"output_dir": out} | knobs))
+    return Run(Path(out).with_suffix(".log"), training, (argv, before, program), ranks)
 
 
 def train_to_end(out, ranks=1, before=None, **knobs):
     """Trains into `out`, which it returns; the test fails if the training does."""
-    one = begin(out, ranks, before, **knobs)
-    assert one.wait() == [0] * ranks, one.text
+    process = begin(out, ranks, before, **knobs)
+    assert process.wait() == [0] * ranks, process.text
     return Path(out)
 
 
 def refused(out, ranks=1, before=None, **knobs):
     """Trains, expecting exit status 2; returns the last line, which says why."""
-    one = begin(out, ranks, before, **knobs)
-    codes, text = one.wait(), one.text
+    process = begin(out, ranks, before, **knobs)
+    codes, text = process.wait(), process.text
     assert codes[0] == 2, (codes, text)
     assert "Traceback" not in text, text
     assert text.splitlines()[-1].startswith("error: "), text
@@ -293,6 +293,12 @@ def differences(one, other, but=()):
     assert a.keys() == b.keys()
     same = [torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a]
     return [name for name, equal in zip(a, same) if not equal]
+
+
+def same_weights(out, straight):
+    """Returns whether `out` has every file of weights that `straight` has, byte for byte."""
+    paths = [path.relative_to(straight) for path in straight.rglob("*.safetensors")]
+    return paths and all((out / p).read_bytes() == (straight / p).read_bytes() for p in paths)
 
 
 def records(out):

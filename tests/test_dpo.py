@@ -1,9 +1,9 @@
 """dpo.py: losses against tables and trl, pairs, the reference, whole runs."""
 
 import dataclasses
-import functools
 import json
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,12 +11,12 @@ import safetensors.torch
 import torch
 
 import dpo
-from lib.config import UserError, configure
+from lib.config import configure
 from lib.tokenizer import Tokenizer, render
 from model import adapters, add_lora, load_model, lora_off, next_token_loss
-from tests.align import begin, finished, make_base, refused, tensors
 from tests.conftest import write_rows
-from tests.runs import after_save, die, losses, records
+from tests.runs import as_tensors, make_base, records, refused
+from tests.runs import train_to_end as trained
 
 TEXTS = [
     ("why not?", "because 7", "no!"),
@@ -50,8 +50,10 @@ def base(tmp_path_factory, tiny_tokenizer):
 
 
 @pytest.fixture(scope="session")
-def pairs(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("dpo_rows") / "pairs.jsonl", ROWS)
+def knobs(tmp_path_factory, base):
+    """Those of all runs here; every row is trained on."""
+    rows = write_rows(tmp_path_factory.mktemp("dpo_rows") / "pairs.jsonl", ROWS)
+    return {"program": "dpo", "model_path": base, "dataset_path": rows, "val_path": rows}
 
 
 def config(**knobs):
@@ -64,7 +66,7 @@ def made(tokenizer, length=64, rows=MESSAGES, template="chatml", say=lambda line
 
 
 def batch_of(pairs):
-    return tensors(dpo.pair_rows(pairs, 64, 0))
+    return as_tensors(dpo.pair_rows(pairs, 64, 0))
 
 
 @torch.no_grad()
@@ -82,9 +84,8 @@ def with_reference(model, pairs):
 
 @pytest.mark.parametrize(
     ("smoothing", "expected"),
-    [
-        (0.0, [0.693147, 0.313262, 2.126928]),  # ln 2, ln(1 + 1/e), ln(1 + e^2)
-        # each further by smoothing * beta h, because ln(1 + e^x) = x + ln(1 + e^-x)
+    [  # ln 2, ln(1 + 1/e), ln(1 + e^2); then further by smoothing * beta h
+        (0.0, [0.693147, 0.313262, 2.126928]),
         (0.1, [0.693147, 0.413262, 1.926928]),
         (0.5, [0.693147, 0.813262, 1.126928]),
     ],
@@ -108,20 +109,6 @@ def test_the_gradient_is_equation_7s():
     h = torch.tensor([0.0, 3.0, -5.0], requires_grad=True)
     dpo.sigmoid_loss(h, 0.2).sum().backward()
     torch.testing.assert_close(h.grad, -0.2 * torch.sigmoid(-0.2 * h.detach()))
-
-
-def test_metrics_against_a_table():
-    policy = torch.tensor([-10.0, -20.0, -12.0, -18.0])  # chosen, chosen, rejected, rejected
-    rewards = 0.5 * torch.tensor([2.0, -1.0, -1.0, 1.0])
-    metrics = {name: value.item() for name, value in dpo.pair_metrics(policy, rewards).items()}
-    assert metrics == {
-        "rewards/chosen": 0.5,
-        "rewards/rejected": 0.0,
-        "rewards/accuracies": 1.0,
-        "rewards/margins": 0.5,
-        "logps/chosen": -30.0,
-        "logps/rejected": -30.0,
-    }
 
 
 # ---- pairs and their log-probabilities
@@ -249,59 +236,35 @@ def test_trl_computes_the_same_loss_and_metrics(tmp_path, base, tiny_tokenizer, 
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "more",
     [{}, {"loss": "ipo", "precompute_ref": False}, {"lora_r": 0, "learning_rate": 0.001}],
     ids=["sigmoid", "ipo", "full"],
 )
-def test_eight_preferences_are_learned(tmp_path, base, pairs, knobs):
+def test_eight_preferences_are_learned(tmp_path, base, knobs, more):
     before = (base / "model.safetensors").read_bytes()
-    settings = {"lora_r": 16, "max_steps": 24, "eval_steps": 24, "batch_size": 8, "val_path": pairs}
-    settings |= {"model_path": base, "dataset_path": pairs} | knobs
-    out = finished("dpo", tmp_path / "out", **settings)
+    length = {"max_steps": 24, "eval_steps": 24, "batch_size": 8}
+    out = trained(tmp_path / "out", **knobs | {"lora_r": 16} | length | more)
     log, lines = (tmp_path / "out.log").read_text(), records(out)
-    start = 25.0 if knobs.get("loss") == "ipo" else math.log(2)
+    start = 25.0 if more.get("loss") == "ipo" else math.log(2)
     assert f"policy and reference begin as one: loss {start:.4f}, margin" in log
     assert lines[0]["loss"] == pytest.approx(start, rel=1e-4)
-    assert set(lines[0]) >= NAMES
+    assert lines[0].keys() >= NAMES
     assert lines[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
     assert lines[-1]["val_rewards/accuracies"] == 1.0
     assert lines[-1]["val_loss"] < 0.8 * start
-    assert set(lines[-1]) >= {f"val_{name}" for name in NAMES}
+    assert lines[-1].keys() >= {f"val_{name}" for name in NAMES}
     assert (base / "model.safetensors").read_bytes() == before  # the reference is untouched
     assert Tokenizer.load(out / "final").template == "chatml"
     load_model(out)
 
 
-@pytest.mark.parametrize(
-    "knobs", [{}, {"precompute_ref": False}, {"lora_r": 0}], ids=["computed once", "off", "full"]
-)
-def test_a_run_in_two_parts_is_the_run(tmp_path, base, pairs, knobs):
-    knobs = {"model_path": base, "dataset_path": pairs, "val_path": pairs} | knobs
-    whole = finished("dpo", tmp_path / "whole", **knobs)
-    first = begin("dpo", tmp_path / "parts", before=functools.partial(after_save, 4, die), **knobs)
-    assert first.wait() == [9]
-    parts = finished("dpo", tmp_path / "parts", resume_from_checkpoint="auto", **knobs)
-    for path in whole.rglob("*.safetensors"):
-        assert path.read_bytes() == (parts / path.relative_to(whole)).read_bytes()
-    assert losses(parts) == losses(whole)
-
-
-def test_two_ranks_are_one(tmp_path, base, pairs):
-    knobs = {"model_path": base, "dataset_path": pairs, "val_path": pairs}
-    one = finished("dpo", tmp_path / "one", batch_size=4, **knobs)
-    two = finished("dpo", tmp_path / "two", ranks=2, **knobs)
-    for a, b in zip(records(one), records(two), strict=True):
-        for key in ("loss", "tokens", "logps/chosen", "val_loss", "val_rewards/margins"):
-            assert a.get(key, 0) == pytest.approx(b.get(key, 0), rel=1e-4, abs=1e-5)
-
-
-def test_the_reference_is_the_sft_policy_and_not_its_base(tmp_path, base, pairs):
+def test_the_reference_is_the_sft_policy_and_not_its_base(tmp_path, base, knobs):
     """On an SFT adapter folder the adapter is merged first; the new one names that folder."""
-    rows = [{"prompt": p, "response": c} for p, c, _ in TEXTS]
-    knobs = {"dataset_path": write_rows(tmp_path / "rows.jsonl", rows), "val_ratio": 0}
-    policy = finished("sft", tmp_path / "sft", model_path=base, max_steps=4, merge=False, **knobs)
-    knobs = {"dataset_path": pairs, "val_ratio": 0, "max_steps": 2, "batch_size": 8}
-    out = finished("dpo", tmp_path / "dpo", model_path=policy, merge=False, **knobs)
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": p, "response": c} for p, c, _ in TEXTS])
+    sft = {"program": "sft", "model_path": base, "dataset_path": rows, "val_ratio": 0}
+    policy = trained(tmp_path / "sft", **sft, max_steps=4, merge=False)
+    knobs = knobs | {"model_path": policy, "max_steps": 2, "batch_size": 8}
+    out = trained(tmp_path / "dpo", **knobs, merge=False)
     examples = made(Tokenizer.load(base))
     first = records(out)[0]["logps/chosen"]
     of_policy, of_base = (
@@ -315,31 +278,33 @@ def test_the_reference_is_the_sft_policy_and_not_its_base(tmp_path, base, pairs)
     load_model(out)
 
 
-def test_early_stopping_goes_back_to_the_best(tmp_path, base, pairs):
+def test_early_stopping_goes_back_to_the_best(tmp_path, knobs):
     """Accuracy cannot rise for long: after `patience` more validations the best is taken."""
-    knobs = {"model_path": base, "dataset_path": pairs, "val_path": pairs, "max_steps": 200}
-    knobs |= {"batch_size": 8, "eval_steps": 4, "save_steps": 100, "keep_last": 1, "lora_r": 16}
+    knobs = knobs | {"batch_size": 8, "eval_steps": 4, "save_steps": 100, "keep_last": 1}
     knobs |= {"early_stopping_patience": 3, "early_stopping_metric": "val_rewards/accuracies"}
-    out = finished("dpo", tmp_path / "out", **knobs)
+    knobs |= {"lora_r": 16, "max_steps": 200}
+    out = trained(tmp_path / "out", **knobs)
     scores = {r["step"]: r["val_rewards/accuracies"] for r in records(out) if "val_loss" in r}
     best, last = min(s for s in scores if scores[s] == max(scores.values())), max(scores)
     assert last == best + 3 * 4 < 200
-    assert f"the best validation was that of step {best}" in (tmp_path / "out.log").read_text()
+    log = tmp_path / "out.log"
+    assert f"back to the best validation, that of step {best} (val_rewards/acc" in log.read_text()
     assert {path.name for path in out.glob("step_*")} == {f"step_{n:06d}" for n in (best, last)}
     kept, final = (
         safetensors.torch.load_file(folder / "adapter_model.safetensors")
         for folder in (out / f"step_{best:06d}", out / "final" / "adapter")
     )
     assert all(torch.equal(kept[name], final[name]) for name in kept)
-    finished("dpo", tmp_path / "out", resume_from_checkpoint="auto", **knobs)
-    assert "nothing to do" in (tmp_path / "out.log").read_text()
+    trained(tmp_path / "out", resume_from_checkpoint="auto", **knobs)
+    assert "nothing to do" in log.read_text()
 
 
 def test_a_falling_chosen_log_probability_is_told():
     lines, cfg = [], config(beta=0.5)
-    dpo.watch_chosen(cfg, {"val_logps/chosen": -52.0, "val_rewards/chosen": -1.0}, lines.append)
+    watch = partial(dpo.watch_chosen, cfg, lines.append)
+    watch({"val_logps/chosen": -52.0, "val_rewards/chosen": -1.0})
     assert not lines  # 2 nats below -50
-    dpo.watch_chosen(cfg, {"val_logps/chosen": -56.0, "val_rewards/chosen": -3.0}, lines.append)
+    watch({"val_logps/chosen": -56.0, "val_rewards/chosen": -3.0})
     expected = "warning: the chosen answers became less likely, logps/chosen -50.0 -> -56.0"
     assert lines[0].startswith(expected)
 
@@ -353,32 +318,21 @@ def test_dropout_is_off_whatever_the_model_says(tmp_path, tiny_tokenizer):
     assert next_token_loss(model, batch)[0] == next_token_loss(model, batch)[0]
 
 
-def test_mistakes_are_told_on_one_line(tmp_path, base, pairs, tiny_tokenizer):
+def test_mistakes_are_told_on_one_line(tmp_path, knobs, tiny_tokenizer):
     plain = make_base(tmp_path / "plain", tiny_tokenizer)
     same = write_rows(tmp_path / "same.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "b"}])
-    for knobs, message in [
+    for more, message in [
         ({"model_path": plain}, "names no chat template of ours; train it with sft.py first"),
         ({"sequence_length": 4}, "no two different answers within 4 positions"),
-        ({"val_ratio": 1}, "every row is held out at val_ratio 1.0; lower it"),
+        ({"val_path": None, "val_ratio": 1}, "every row is held out; lower --val_ratio"),
         ({"dataset_path": same}, "0 usable rows"),
-        ({"val_ratio": 0, "early_stopping_patience": 1}, "is not validated"),
-    ]:
-        settings = {"model_path": base, "dataset_path": pairs} | knobs
-        assert message in refused("dpo", tmp_path / "out", **settings)
-    assert not (tmp_path / "out").exists()  # all of it is said before anything is trained
-
-
-@pytest.mark.parametrize(
-    ("knobs", "words"),
-    [
         ({"lora_dropout": 0.1}, "lora_dropout must be 0"),
-        ({"loss": "ipo", "label_smoothing": 0.1}, "belongs to"),
-        ({"lora_r": 0, "precompute_ref": False}, "needs an adapter"),
-    ],
-)
-def test_knobs_that_contradict_each_other(knobs, words):
-    with pytest.raises((ValueError, UserError), match=words):
-        config(**knobs)
+        ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing belongs to loss=sigmoid"),
+        ({"lora_r": 0, "precompute_ref": False}, "needs an adapter to turn off"),
+        ({"val_path": None, "val_ratio": 0, "early_stopping_patience": 1}, "no row is held out"),
+    ]:
+        assert message in refused(tmp_path / "out", **knobs | more)
+    assert not (tmp_path / "out").exists()  # all of it is said before anything is trained
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from lib.config import UserError, configure
 from model import ModelConfig, identify, load_model, save_model
 from sample import open_model
 from tests import ROOT, SHARED
-from tests.align import make_base
 from tests.conftest import write_rows
+from tests.runs import make_base
 from tests.warm import python
 
 WIKITEXT = SHARED / "wikitext2" / "wiki.valid.raw"

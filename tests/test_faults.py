@@ -18,28 +18,23 @@ import pytest
 import torch
 
 from lib import checkpoint, runtime
-from lib.checkpoint import checkpoints, find_checkpoint, problem_with, seal
-from tests import ROOT, align
-from tests.conftest import write_rows
+from lib.checkpoint import checkpoints, find_checkpoint, problem_with
+from tests import ROOT
 from tests.runs import (
     ONE_THREAD,
     PATIENCE,
     PHASES,
-    after_save,
     begin,
-    count_events,
     differences,
     fill,
-    filled_while_saving,
-    kill,
     losses,
     names,
     refused,
     strike,
-    terminate,
     words,
 )
 from tests.runs import train_to_end as trained
+from tests.test_resume import seal_again
 from tests.warm import python
 
 KILLS = int(os.environ.get("KILLS", 10))  # KILLS=50 SEED=... makes it long and repeatable
@@ -85,6 +80,16 @@ def assert_as_if_nothing_happened(out, straight):
 # ---- kill -9
 
 
+def send_self(number):
+    os.kill(os.getpid(), number)
+
+
+def count_events():
+    """Has every phase say, once, how many moments it has."""
+    for phase in PHASES:
+        strike(phase, 1, 0, None)
+
+
 def survive(start, folder, kills, check):
     """Kills runs of start(out, before=...) `kills` times in all, and checks each when it ends.
 
@@ -102,6 +107,7 @@ def survive(start, folder, kills, check):
             phase = min(PHASES, key=lambda name: (killed[name], chance.random()))
             passage = 1 if phase in ("evaluation", "checkpoint") else chance.randint(1, 2)
             moment = chance.randint(1, events[phase])
+            kill = functools.partial(send_self, signal.SIGKILL)
             blow = functools.partial(strike, phase, passage, moment, kill)
             blow = blow if sum(killed.values()) < kills else None
             one = start(out, resume_from_checkpoint="auto", before=blow)
@@ -116,26 +122,6 @@ def survive(start, folder, kills, check):
 def test_killed_at_any_call_of_any_phase_it_resumes_and_ends_the_same(tmp_path, knobs, straight):
     check = functools.partial(assert_as_if_nothing_happened, straight=straight)
     survive(functools.partial(begin, **knobs), tmp_path, KILLS, check)
-
-
-@pytest.mark.parametrize("program", ["sft", "dpo"])
-def test_so_do_fine_tunings(tmp_path, tiny_tokenizer, program):
-    template = "chatml" if program == "dpo" else None
-    base = align.make_base(tmp_path / "base", tiny_tokenizer, template=template)
-    rows = [{"prompt": f"What is {n} plus {n}?", "response": f"It is {2 * n}."} for n in range(40)]
-    if program == "dpo":
-        rows = [row | {"chosen": row.pop("response"), "rejected": "I won't say."} for row in rows]
-    data = write_rows(tmp_path / "rows.jsonl", rows)
-    knobs = {"model_path": base, "dataset_path": data, "val_ratio": 0.2, "save_steps": 2}
-    straight = align.finished(program, tmp_path / "straight", **knobs)
-
-    def check(out):
-        for path in straight.rglob("*.safetensors"):
-            assert path.read_bytes() == (out / path.relative_to(straight)).read_bytes(), path
-        assert losses(out) == losses(straight)
-
-    start = functools.partial(align.begin, program, **knobs)
-    survive(start, tmp_path, max(len(PHASES), KILLS // 5), check)
 
 
 def test_killed_at_random_moments_it_resumes_every_time_and_ends_the_same(
@@ -187,7 +173,7 @@ CUTTING = {
     "in the middle of cutting the log": ("write_bytes", "metrics", "amid"),
     "before the cut log is renamed": ("replace", "metrics", "before"),
 }
-POINTS = IN_A_CHECKPOINT | AFTERWARDS | CUTTING
+POINTS = IN_A_CHECKPOINT | AFTERWARDS | CUTTING  # (a call, of which path, when in it)
 
 
 def dying(point, passage, rank=None):
@@ -217,7 +203,7 @@ def dying(point, passage, rank=None):
 
 @pytest.mark.parametrize(
     ("point", "passage"),
-    [*((p, n) for p in IN_A_CHECKPOINT for n in (1, 3, 4))]  # 4 is the last save
+    [*((p, n) for p in IN_A_CHECKPOINT for n in (1, 4))]  # 4 is the last save
     + [(p, n) for p in AFTERWARDS for n in (1, 2) if n == 1 or "old one" in p],
     ids=str,
 )
@@ -236,8 +222,7 @@ def test_killed_at_this_point_it_resumes_and_ends_the_same(
 def test_killed_while_it_cuts_the_log_it_loses_no_line(damaged, knobs, straight, point):
     shutil.rmtree(damaged / "step_000008")
     before = functools.partial(dying, point, 1)
-    one = begin(damaged, before=before, resume_from_checkpoint="auto", **knobs)
-    assert one.wait() == [137], one.text
+    assert begin(damaged, before=before, resume_from_checkpoint="auto", **knobs).wait() == [137]
     resumed(damaged, **knobs)
     assert_as_if_nothing_happened(damaged, straight)
 
@@ -266,36 +251,23 @@ def test_one_of_two_ranks_killed_ends_the_other_and_both_resume(tmp_path, knobs,
 # ---- damaged checkpoints
 
 
-def cut(keep):
-    def do(folder):
-        path = folder / "train_state" / "state.pt"
-        os.truncate(path, keep(path.stat().st_size))
-
-    return do
-
-
-def flip(name):
-    def do(folder):
-        content = bytearray((folder / name).read_bytes())
-        content[len(content) // 2] ^= 1
-        (folder / name).write_bytes(content)
-
-    return do
+def changed(name, change):
+    """Damage to a file: change(bytes) instead of its bytes."""
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
 
 
 def manifest(change):
-    """Damage to manifest.json: its text, or a function that changes what it holds."""
+    """Damage to manifest.json: its text, or a function that changes its entries."""
 
-    def do(folder):
-        path = folder / "manifest.json"
-        content = json.loads(path.read_text())
-        path.write_text(change if isinstance(change, str) else json.dumps(change(content)))
+    def damaged(content):
+        values = json.loads(content)
+        return change if isinstance(change, bytes) else json.dumps(change(values)).encode()
 
-    return do
+    return changed("manifest.json", damaged)
 
 
-def entry(**values):
-    return manifest(lambda m: m | {"files": m["files"] | {"config.json": values}})
+def entries(change):
+    return manifest(lambda values: values | {"files": change(values["files"])})
 
 
 def swap(folder):
@@ -304,30 +276,27 @@ def swap(folder):
     path.mkdir()
 
 
+STATE, UNREADABLE = "train_state/state.pt", "manifest.json is not readable"
 DAMAGES = {
-    "cut to nothing": (cut(lambda size: 0), "train_state/state.pt has 0 bytes, expected"),
-    "cut in half": (cut(lambda size: size // 2), "train_state/state.pt has"),
-    "cut by a byte": (cut(lambda size: size - 1), "train_state/state.pt has"),
-    "a bit flipped in the weights": (flip("model.safetensors"), "model.safetensors: checksum"),
-    "a bit flipped in the state": (flip("train_state/state.pt"), "train_state/state.pt: checksum"),
-    "a bit flipped in run.json": (flip("run.json"), "run.json: checksum mismatch"),
+    "cut to nothing": (changed(STATE, lambda b: b""), f"{STATE} has 0 bytes, expected"),
+    "cut in half": (changed(STATE, lambda b: b[: len(b) // 2]), f"{STATE} has"),
+    "a bit flipped": (changed(STATE, lambda b: b[:-1] + bytes([b[-1] ^ 1])), f"{STATE}: checksum"),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "no manifest.json: it was never"),
-    "an empty manifest": (manifest(""), "manifest.json is not readable"),
-    "a garbled manifest": (manifest('{"format": 1, "files": ['), "manifest.json is not readable"),
-    "a manifest of lists": (
-        manifest('{"format": 1, "files": []}'),
-        "manifest.json is not readable",
+    "an empty manifest": (manifest(b""), UNREADABLE),
+    "a garbled manifest": (manifest(b'{"format": 1, "files": ['), UNREADABLE),
+    "a manifest of lists": (manifest(b'{"format": 1, "files": []}'), UNREADABLE),
+    "a deep manifest": (manifest(b"[" * 100_000), UNREADABLE),
+    "a wrong type": (
+        entries(lambda e: e | {"config.json": {"bytes": [], "sha256": 7}}),
+        "config.json has",
     ),
-    "a deep manifest": (manifest("[" * 100_000), "manifest.json is not readable"),
-    "a wrong size": (entry(bytes=7, sha256="0"), "config.json has"),
-    "a wrong type": (entry(bytes=[], sha256=7), "config.json has"),
     "a newer format": (manifest(lambda m: m | {"format": 2}), "format 2, this program reads 1"),
     "a name that leads out": (
-        manifest(lambda m: m | {"files": m["files"] | {"../run.lock": m["files"]["run.json"]}}),
+        entries(lambda e: e | {"../run.lock": e["run.json"]}),
         "illegal file name '../run.lock'",
     ),
     "half a manifest": (
-        manifest(lambda m: m | {"files": {"run.json": m["files"]["run.json"]}}),
+        entries(lambda e: {"run.json": e["run.json"]}),
         "does not list a whole checkpoint",
     ),
     "a file gone": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
@@ -380,7 +349,7 @@ def test_a_run_goes_on_from_before_the_damage_and_ends_the_same(damaged, knobs, 
 
 
 def test_with_no_sound_checkpoint_it_says_why_of_each_and_does_nothing(damaged, knobs):
-    DAMAGES["a bit flipped in the state"][0](damaged / "step_000008")
+    DAMAGES["a bit flipped"][0](damaged / "step_000008")
     DAMAGES["no manifest"][0](damaged / "step_000006")
     touched = lambda: {p: p.stat().st_mtime_ns for p in damaged.rglob("*") if p.suffix != ".lock"}
     before = touched()
@@ -393,8 +362,8 @@ def test_with_no_sound_checkpoint_it_says_why_of_each_and_does_nothing(damaged, 
 
 
 def test_a_damaged_checkpoint_that_was_asked_for_by_name_is_not_replaced_by_another(damaged, knobs):
-    DAMAGES["a bit flipped in the weights"][0](damaged / "step_000008")
-    for step, why in ((8, "model.safetensors: checksum mismatch"), (7, "no such folder")):
+    DAMAGES["a bit flipped"][0](damaged / "step_000008")
+    for step, why in ((8, f"{STATE}: checksum mismatch"), (7, "no such folder")):
         folder = damaged / f"step_00000{step}"
         line = refused(damaged, resume_from_checkpoint=folder, **knobs)
         assert f"step_00000{step}: not a sound checkpoint: {why}" in line
@@ -410,12 +379,6 @@ def test_a_broken_later_checkpoint_does_not_push_out_the_sound_ones(damaged, kno
     assert problem_with(damaged / "step_000008") is None
 
 
-def reseal(folder):
-    """Makes the manifest agree: whoever wrote a bad file may have written that, too."""
-    (folder / "manifest.json").unlink()
-    seal(folder)
-
-
 class Bomb:
     def __init__(self, canary):
         self.canary = canary
@@ -428,7 +391,7 @@ class Bomb:
 def test_code_in_a_checkpoint_is_refused_by_name_and_does_not_run(damaged, knobs, tmp_path, name):
     folder, canary = damaged / "step_000008", tmp_path / "canary"
     torch.save({"step": Bomb(canary)}, folder / "train_state" / name)
-    reseal(folder)
+    seal_again(folder)
     line = refused(damaged, resume_from_checkpoint="auto", **knobs)
     assert f"{name}: contains posix.system: refused, not a plain checkpoint file" in line
     assert not canary.exists()
@@ -443,7 +406,7 @@ def test_a_state_that_is_no_checkpoint_is_one_line(damaged, knobs, content):
         torch.save(content, path)
     else:
         path.write_bytes(content)
-    reseal(damaged / "step_000008")
+    seal_again(damaged / "step_000008")
     line = refused(damaged, resume_from_checkpoint="auto", **knobs)
     messages = ("refused, not a plain checkpoint file", "does not fit this model and optimizer")
     assert messages[isinstance(content, dict)] in line
@@ -458,42 +421,14 @@ def logged(out, step):
     return path.exists() and path.read_text().count('"grad_norm"') >= step
 
 
-LONG = {"max_steps": 300, "save_steps": 300, "eval_steps": 300}
 ENDLESS = {"max_steps": 100_000, "save_steps": 100_000, "eval_steps": 100_000}
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-
-
-def signalled(launcher, out, knobs, number):
-    """Signals a training in its fifth step. Returns its exit status and text."""
-    command = [*launcher, str(ROOT / "train.py"), *words(output_dir=out, **knobs)]
-    with open(out.with_suffix(".log"), "w") as log:
-        process = subprocess.Popen(command, env=os.environ | ONE_THREAD, stdout=log, stderr=log)
-    end = time.monotonic() + PATIENCE
-    while process.poll() is None and time.monotonic() < end and not logged(out, 5):
-        time.sleep(0.002)
-    process.send_signal(number)
-    return process.wait(PATIENCE), out.with_suffix(".log").read_text()
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_a_signal_saves_and_ends_and_the_rest_is_as_if_it_never_came(tmp_path, knobs, number):
-    knobs, out = knobs | LONG, tmp_path / "out"
-    long = trained(tmp_path / "long", **knobs)
-    code, text = signalled([sys.executable], out, knobs, number)
-    assert code == 128 + number, text
-    last = r"stopped at step \d+, saved; continue with --resume_from_checkpoint=auto"
-    assert re.fullmatch(last, text.splitlines()[-1])
-    assert len(checkpoints(out)) == 1
-    resumed(out, **knobs)
-    assert not differences(out / "final", long / "final")
-    assert losses(out) == losses(long)
 
 
 def signalled_early():
     broadcast = runtime.World.broadcast
 
     def patched(self, tensors):
-        terminate()
+        send_self(signal.SIGTERM)
         broadcast(self, tensors)
 
     runtime.World.broadcast = patched
@@ -510,17 +445,31 @@ def test_a_signal_before_the_first_step_saves_that_too(tmp_path, knobs, straight
     assert not differences(out / "final", straight / "final")
 
 
-@pytest.mark.parametrize(("phase", "step"), [("evaluation", 4), ("checkpoint", 2)])
+@pytest.mark.parametrize(
+    ("phase", "passage", "step", "number"),
+    [
+        ("backward", 5, 5, signal.SIGINT),
+        ("update", 3, 3, signal.SIGTERM),
+        ("evaluation", 1, 4, signal.SIGTERM),
+        ("checkpoint", 1, 2, signal.SIGTERM),
+    ],
+)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_sigterm_in_the_middle_of_it_saves_and_stops(request, tmp_path, knobs, phase, step, ranks):
-    out, knobs = tmp_path / "out", knobs | {"ranks": ranks}
-    one = begin(out, before=functools.partial(strike, phase, 1, 50, terminate, ranks - 1), **knobs)
-    assert one.wait() == [143] * ranks, one.text
+def test_a_signal_in_the_middle_of_it_saves_and_stops_and_the_rest_is_as_if_it_never_came(
+    request, tmp_path, knobs, phase, passage, step, number, ranks
+):
+    out, act = tmp_path / "out", functools.partial(send_self, number)
+    before = functools.partial(strike, phase, passage, 3, act, ranks - 1)
+    one = begin(out, ranks, before, **knobs)
+    last = [143, 128 + number]  # a rank without a signal of its own exits as with SIGTERM
+    assert one.wait() == last[-ranks:], one.text
     stopped = f"stopped at step {step}, saved; continue with --resume_from_checkpoint=auto"
     assert one.text.count(stopped) == 1
     assert "Traceback" not in one.text
-    resumed(out, **knobs)
-    assert_as_if_nothing_happened(out, request.getfixturevalue(["straight", "pair"][ranks - 1]))
+    resumed(out, ranks=ranks, **knobs)
+    straight = request.getfixturevalue(["straight", "pair"][ranks - 1])
+    assert losses(out) == losses(straight)
+    assert not differences(out / "final", straight / "final")
 
 
 def interrupted_while_saving():
@@ -543,32 +492,29 @@ def test_a_second_interrupt_ends_at_once(tmp_path, knobs):
     assert not checkpoints(out)
 
 
-def test_a_signal_to_one_rank_saves_and_stops_both(tmp_path, knobs):
-    knobs = knobs | {"max_steps": 120, "save_steps": 120, "eval_steps": 120}
-    straight, out = trained(tmp_path / "straight", ranks=2, **knobs), tmp_path / "out"
-    one = begin(out, ranks=2, **knobs).until(lambda: logged(out, 3))
-    one.signal(signal.SIGTERM, rank=1)
-    assert one.wait() == [143, 143], one.text
-    assert one.text.count("stopped at step ") == 1
-    resumed(out, ranks=2, **knobs)
-    assert not differences(out / "final", straight / "final")
-    assert losses(out) == losses(straight)
+def tell_torchrun():
+    """Signals torchrun, the parent, and stays in the middle of things until it has passed it on."""
+    os.kill(os.getppid(), signal.SIGTERM)
+    end = time.monotonic() + 60
+    while signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("phase", "step"), [("evaluation", 4), ("checkpoint", 2)])
-def test_sigterm_to_torchrun_in_the_middle_of_it_saves(tmp_path, knobs, phase, step):
+def test_sigterm_to_torchrun_in_the_middle_of_a_checkpoint_saves(tmp_path, knobs):
     out, script = tmp_path / "out", tmp_path / "script.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from tests.runs import strike, tell_torchrun, training\n"
-        f"training(sys.argv[1:], lambda: strike({phase!r}, 1, 50, tell_torchrun, rank=1))\n"
+        "from tests.runs import strike, training\n"
+        "from tests.test_faults import tell_torchrun\n"
+        "training(sys.argv[1:], lambda: strike('checkpoint', 1, 50, tell_torchrun, rank=1))\n"
     )
     env = os.environ | ONE_THREAD | {"PYTHON_EXEC": sys.executable}  # torchrun is the ranks' parent
-    call = [python(), *TORCHRUN, script, *words(output_dir=out, **knobs)]
+    call = [python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    call += words(output_dir=out, **knobs)
     done = subprocess.run(call, env=env, capture_output=True, text=True, timeout=PATIENCE)
-    assert f"stopped at step {step}, saved" in done.stdout, done.stdout + done.stderr
-    saved = checkpoints(out)[0]
-    assert saved.name == f"step_{step:06d}"
+    assert "stopped at step 2, saved" in done.stdout, done.stdout + done.stderr
+    (saved,) = checkpoints(out)
     assert problem_with(saved) is None
     assert (saved / "train_state" / "rng_00001.pt").is_file()
 
@@ -612,44 +558,20 @@ def test_a_full_disk_is_one_line_that_names_the_folder_and_leaves_the_rest(
     assert losses(damaged) == losses(straight)
 
 
-def test_a_log_that_cannot_grow_is_one_line_too(damaged, knobs):
-    shutil.rmtree(damaged / "step_000008")
-    limit = (damaged / "metrics.jsonl").stat().st_size - 300
-    before = functools.partial(limited, limit)
-    line = refused(damaged, before=before, resume_from_checkpoint="auto", **knobs)
-    assert f"{damaged / 'metrics.jsonl'}: could not be written (File too large)" in line
-
-
-FULL = {  # the newest checkpoint that is there afterwards, the message
-    "before": (4, r"a checkpoint needs 0\.4 MB, free are 0\.1 MB; make room, or choose another"),
-    "during": (4, r"step_000006: not written \(.*\); earlier checkpoints are untouched"),
-    "after": (6, r"metrics\.jsonl: could not be written|needs 0\.4 MB, free are 0\.0 MB"),
-}
-
-
-@pytest.mark.parametrize("moment", FULL)
+@pytest.mark.parametrize(("step", "spare"), [(5, 100_000), (7, 0)])
 def test_a_disk_that_is_full_at_a_checkpoint_costs_no_earlier_one(
-    small_disk, straight, knobs, moment
+    small_disk, straight, knobs, step, spare
 ):
-    disk, (newest, message) = small_disk("6m"), FULL[moment]
+    disk = small_disk("6m")
     out, log = disk / "out", disk.parent / "log"
-    knobs = knobs | {"output_dir": out}
-    one = begin(log, before=functools.partial(strike, "checkpoint", 3, 1, kill), **knobs)
-    assert one.wait() == [-signal.SIGKILL], one.text  # saved at 2 and 4, killed before 6
-    if moment == "before":
-        fill(disk, 100_000)
-    before = {
-        "before": None,
-        "during": functools.partial(filled_while_saving, disk),
-        "after": functools.partial(after_save, 6, functools.partial(fill, disk, 0)),
-    }[moment]
-    line = refused(log, before=before, resume_from_checkpoint="auto", **knobs)
-    assert re.search(message, line), line
-    assert checkpoints(out)[0].name == f"step_00000{newest}"
+    before = functools.partial(strike, "update", step, 1, functools.partial(fill, disk, spare))
+    line = refused(log, before=before, output_dir=out, **knobs)
+    assert re.search(r"step_00000[68]: not written \(|metrics.jsonl: could not be written", line)
+    assert checkpoints(out)[0].name == f"step_00000{step - 1}"
     assert problem_with(checkpoints(out)[0]) is None
     assert not list(out.glob(".tmp-step*"))
     (disk / "ballast").unlink()
-    resumed(log, **knobs)
+    resumed(log, output_dir=out, **knobs)
     assert_as_if_nothing_happened(out, straight)
 
 

@@ -15,7 +15,7 @@ import pytest
 from lib.config import UserError
 from lib.curves import draw_curves, figure_of, read_run, running_mean
 from tests import ROOT
-from tests.runs import names, records, refused
+from tests.runs import names, records, refused, with_curves
 from tests.runs import train_to_end as trained
 from tests.warm import python
 
@@ -150,14 +150,14 @@ def test_the_command_draws_and_says_how_far_each_run_came(tmp_path):
 
 
 def test_a_training_leaves_its_curves(tmp_path, tiny_dataset):
-    out = trained(tmp_path / "out", data_path=tiny_dataset)
+    out = trained(tmp_path / "out", before=with_curves, data_path=tiny_dataset)
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert not (out / "curves.svg").exists()
 
 
 def test_curves_that_cannot_be_written_are_a_warning(tmp_path, tiny_dataset):
     (tmp_path / "out" / "curves.png").mkdir(parents=True)
-    out = trained(tmp_path / "out", data_path=tiny_dataset)
+    out = trained(tmp_path / "out", before=with_curves, data_path=tiny_dataset)
     assert "warning: no curves drawn (" in out.with_suffix(".log").read_text()
     assert {"final", "step_000008"} <= set(names(out))
 

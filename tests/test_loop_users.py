@@ -1,4 +1,4 @@
-"""What `fit` promises holds for each of its users: at a stop, in a plan, in a time box."""
+"""What `fit` promises holds for each of its users: a kill, a stop, ranks, a plan, a time box."""
 
 import functools
 import os
@@ -10,55 +10,77 @@ import torch
 
 import model
 from lib.checkpoint import checkpoints
-from tests import align, runs
 from tests.conftest import write_rows
-from tests.runs import differences, losses, records
+from tests.runs import after_save, begin, die, losses, make_base, records, same_weights
+from tests.runs import train_to_end as trained
+from tests.test_faults import KILLS, PHASES, survive
 
 PAIRS = [
-    {"prompt": f"what is {n}?", "chosen": f"a {n}", "rejected": "I won't say"} for n in range(40)
+    {"prompt": f"what is {n}?", "chosen": f"a {n} and {7 * n}", "rejected": "I won't say"}
+    for n in range(40)
 ]
 CHATS = [{"prompt": row["prompt"], "response": row["chosen"]} for row in PAIRS]
-USERS = ("pretraining", "sft", "dpo")
+USERS = ("train", "sft", "dpo")
 
 
 @pytest.fixture(scope="module")
-def begin(tmp_path_factory, tiny_dataset, tiny_tokenizer):
-    """begin[user](out, ranks=1, before=None, **knobs) starts 8 steps of 4 rows."""
+def users(tmp_path_factory, tiny_dataset, tiny_tokenizer):
+    """{program: knobs} of 8 steps of 4 rows."""
     folder = tmp_path_factory.mktemp("users")
-    base = align.make_base(folder / "base", tiny_tokenizer, "chatml")
-    chats = write_rows(folder / "c.jsonl", CHATS)
-    pairs = write_rows(folder / "p.jsonl", PAIRS)
-    text = {"data_path": tiny_dataset, "batch_size": 4, "eval_rows": 24, "sample_tokens": 0}
-    tuning = {"model_path": base, "val_ratio": 0.4, "batch_size": 4, "max_steps": 8}
-    chats = {"dataset_path": chats, "packing": False, "sample_tokens": 0} | tuning
-    return {
-        "pretraining": functools.partial(runs.begin, dropout=0.1, **text),
-        "sft": functools.partial(align.begin, "sft", **chats),
-        "dpo": functools.partial(align.begin, "dpo", dataset_path=pairs, **tuning),
+    base = make_base(folder / "base", tiny_tokenizer, "chatml")
+    rows = {
+        "sft": write_rows(folder / "c.jsonl", CHATS),
+        "dpo": write_rows(folder / "p.jsonl", PAIRS),
     }
+    text = {"data_path": tiny_dataset, "dropout": 0.1, "eval_rows": 24}
+    shared = {"batch_size": 4, "sample_tokens": 0}
+    tuning = shared | {"model_path": base, "val_ratio": 0.4}
+    knobs = {"train": shared | text} | {
+        name: tuning | {"dataset_path": rows[name]} for name in rows
+    }
+    return {name: {"program": name} | knobs[name] for name in USERS}
 
 
-def finished(start, out, ranks=1, **knobs):
-    one = start(out, ranks=ranks, **knobs)
-    assert one.wait() == [0] * ranks, one.text
-    return out
+@pytest.mark.parametrize(
+    ("user", "knobs"),
+    [
+        ("sft", {}),
+        ("sft", {"lora_r": 0}),
+        ("dpo", {}),
+        ("dpo", {"precompute_ref": False}),
+        ("dpo", {"lora_r": 0}),
+    ],
+    ids=str,
+)
+def test_a_run_in_two_parts_is_the_run(tmp_path, users, user, knobs):
+    knobs = users[user] | knobs
+    whole, parts = trained(tmp_path / "whole", **knobs), tmp_path / "parts"
+    assert begin(parts, before=functools.partial(after_save, 4, die), **knobs).wait() == [9]
+    trained(parts, resume_from_checkpoint="auto", **knobs)
+    assert same_weights(parts, whole)
+    assert losses(parts) == losses(whole)
 
 
-def at_validation(act, rank):
-    """Has act(number) called in each forward pass that validates, from 1."""
-    seen = []
+@pytest.mark.parametrize("user", ["sft", "dpo"])
+def test_killed_at_any_call_of_any_phase_it_resumes_and_ends_the_same(tmp_path, users, user):
+    knobs = users[user] | {"save_steps": 2}
+    straight = trained(tmp_path / "straight", **knobs)
 
-    def hook(module, inputs, output):
-        if (
-            isinstance(module, model.Decoder)
-            and not torch.is_grad_enabled()
-            and not module.training
-        ):
-            seen.append(1)
-            act(len(seen))
+    def check(out):
+        assert same_weights(out, straight)
+        assert losses(out) == losses(straight)
 
-    if rank == int(os.environ.get("RANK", 0)):
-        torch.nn.modules.module.register_module_forward_hook(hook)
+    survive(functools.partial(begin, **knobs), tmp_path, max(len(PHASES), KILLS // 5), check)
+
+
+@pytest.mark.parametrize("user", ["sft", "dpo"])
+def test_two_ranks_and_accumulation_are_one_rank(tmp_path, users, user):
+    knobs = users[user] | ({"packing": False, "lora_dropout": 0} if user == "sft" else {})
+    one = trained(tmp_path / "one", **knobs | {"batch_size": 8})
+    parts = {"ranks": 2, "batch_size": 2, "gradient_accumulation_steps": 2}
+    two = trained(tmp_path / "two", **knobs | parts)
+    for a, b in zip(losses(one), losses(two), strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
 
 
 # ---- a stop
@@ -72,49 +94,69 @@ def stop_and_tell(number):
         os.write(1, b"the validation went on")
 
 
-@pytest.mark.parametrize(("user", "ranks"), [*((user, 1) for user in USERS), ("pretraining", 2)])
+def at_validation(act, rank):
+    """Has act(number) called in each forward pass that validates, from 1."""
+    seen = []
+
+    def hook(module, inputs, output):
+        learning = torch.is_grad_enabled() or module.training
+        if isinstance(module, model.Decoder) and not learning:
+            seen.append(1)
+            act(len(seen))
+
+    if rank == int(os.environ.get("RANK", 0)):
+        torch.nn.modules.module.register_module_forward_hook(hook)
+
+
+@pytest.mark.parametrize(("user", "ranks"), [*((user, 1) for user in USERS), ("train", 2)])
 @pytest.mark.parametrize("eval_steps", [4, 100], ids=["amid the run", "at its end"])
-def test_a_stop_ends_a_validation_which_then_comes_again(tmp_path, begin, user, ranks, eval_steps):
+def test_a_stop_ends_a_validation_which_then_comes_again(tmp_path, users, user, ranks, eval_steps):
     out, step = tmp_path / "out", 4 if eval_steps == 4 else 8
-    knobs = {"ranks": ranks, "eval_steps": eval_steps, "batch_size": 4 // ranks}
-    before = functools.partial(at_validation, stop_and_tell, ranks - 1)
-    one = begin[user](out, before=before, **knobs)
+    knobs = users[user] | {"ranks": ranks, "eval_steps": eval_steps, "batch_size": 4 // ranks}
+    knobs |= {"packing": False} if user == "sft" else {}
+    one = begin(out, before=functools.partial(at_validation, stop_and_tell, ranks - 1), **knobs)
     assert one.wait() == [143] * ranks, one.text
     last = one.text.splitlines()[-1]
     assert last == f"stopped at step {step}, saved; continue with --resume_from_checkpoint=auto"
     assert "went on" not in one.text
     assert checkpoints(out)[0].name == f"step_00000{step}"
     assert not any("val_loss" in r for r in records(out))
-    finished(begin[user], out, resume_from_checkpoint="auto", **knobs)
-    straight = finished(begin[user], tmp_path / "straight", **knobs)
+    trained(out, resume_from_checkpoint="auto", **knobs)
+    straight = trained(tmp_path / "straight", **knobs)
     assert losses(out) == losses(straight)
-    for folder in [straight / "final", *checkpoints(straight)]:
-        for path in folder.rglob("*.safetensors"):
-            assert path.read_bytes() == (out / path.relative_to(straight)).read_bytes(), path
-        if folder.name != "final" and user == "pretraining":
-            names = differences(out / folder.name, folder)
-            assert not [name for name in names if not name.endswith(".lr")]  # set before updates
+    assert same_weights(out, straight)
 
 
 # ---- a plan, a time box
 
 
-@pytest.mark.parametrize("user", ["sft", "dpo"])
-def test_a_plan_times_some_steps_and_writes_nothing(tmp_path, begin, user):
-    out = tmp_path / "out"
-    one = begin[user](out, plan=True)
+@pytest.mark.parametrize("user", USERS)
+def test_a_plan_times_some_steps_and_writes_nothing(tmp_path, users, user):
+    one = begin(tmp_path / "out", **users[user], plan=True)
     assert one.wait() == [0], one.text
-    assert re.search(r"of which [\d,]+ are trained", one.text)
     assert re.search(r"seconds a step +\d", one.text)
-    assert not out.exists()
+    assert ("are trained" in one.text) == (user != "train")
+    assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("user", ["sft", "dpo"])
-def test_a_time_box_ends_with_a_model_whose_learning_rate_came_down(tmp_path, begin, user):
-    knobs = {"max_minutes": 0.03, "max_steps": None, "num_train_epochs": None}
-    out = finished(begin[user], tmp_path / "out", **knobs, save_steps=1000, eval_steps=1000)
+@pytest.mark.parametrize("user", USERS)
+def test_a_time_box_ends_with_a_model_whose_learning_rate_came_down(tmp_path, users, user):
+    knobs = {"max_minutes": 0.02, "max_steps": None, "save_steps": 10_000, "eval_steps": 10_000}
+    knobs |= users[user] | {"num_train_epochs": None}
+    out = trained(tmp_path / "out", **knobs)
     rates = [r["lr"] for r in records(out) if "lr" in r]
     assert rates[-1] < 0.5 * max(rates)  # a busy machine takes few steps in so short a box
-    assert (out / "final" / "config.json").is_file()
-    finished(begin[user], out, resume_from_checkpoint="auto", **knobs)
+    before = (out / "final" / "manifest.json").stat().st_mtime_ns
+    trained(out, resume_from_checkpoint="auto", **knobs)
     assert "this run is complete" in out.with_suffix(".log").read_text()
+    assert (out / "final" / "manifest.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_a_used_folder_is_refused_before_any_work(tmp_path, users, user):
+    (tmp_path / "out" / "final").mkdir(parents=True)
+    run = begin(tmp_path / "out", **users[user])
+    assert run.wait() == [2], run.text
+    line = f"error: {tmp_path / 'out'} already holds a run; continue it with"
+    assert run.text.splitlines()[-1].startswith(line)
+    assert user == "train" or run.text.startswith(line)

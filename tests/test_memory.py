@@ -11,9 +11,8 @@ import torch
 
 import model
 from lib.checkpoint import checkpoints, problem_with
-from tests import align
 from tests.conftest import write_rows
-from tests.runs import begin, names, records, refused
+from tests.runs import begin, make_base, names, records, refused
 from tests.runs import train_to_end as trained
 
 EXACT = {"sample_tokens": 0, "logging_steps": 1}
@@ -120,13 +119,12 @@ def test_wherever_it_runs_out_nothing_of_the_last_checkpoint_is_lost(
     out, before = tmp_path / "out", functools.partial(*MOMENTS[moment])
     knobs = {"batch_size": 4, "eval_steps": 6, "before": before}
     if program == "train":
-        one = begin(out, data_path=tiny_dataset, **knobs)
+        knobs["data_path"] = tiny_dataset
     else:
-        base = align.make_base(tmp_path / "base", tiny_tokenizer, "chatml")
+        base = make_base(tmp_path / "base", tiny_tokenizer, "chatml")
         rows = write_rows(tmp_path / "rows.jsonl", ROWS)
-        one = align.begin(
-            program, out, model_path=base, dataset_path=rows, val_ratio=0.4, save_steps=4, **knobs
-        )
+        knobs |= {"model_path": base, "dataset_path": rows, "val_ratio": 0.4}
+    one = begin(out, program=program, **knobs)
     assert one.wait() == [2], one.text
     assert one.text.splitlines()[-1].startswith("error: out of memory; checkpoints are untouched; ")
     assert "Traceback" not in one.text

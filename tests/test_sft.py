@@ -1,6 +1,5 @@
 """sft.py: its examples and rows, whole runs, and what it shares with dpo.py."""
 
-import functools
 import json
 
 import numpy as np
@@ -21,9 +20,9 @@ from model import (
     next_token_loss,
 )
 from tests import ROOT
-from tests.align import begin, finished, make_base, refused, tensors
 from tests.conftest import write_rows
-from tests.runs import after_save, die, losses, records
+from tests.runs import as_tensors, make_base, records, refused
+from tests.runs import train_to_end as trained
 from train import greedy
 
 ROWS = [
@@ -45,13 +44,10 @@ def base(tmp_path_factory, tiny_tokenizer):
 
 
 @pytest.fixture(scope="session")
-def rows(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("sft_rows") / "rows.jsonl", ROWS)
-
-
-@pytest.fixture(scope="session")
-def many(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("sft_rows") / "many.jsonl", MANY)
+def knobs(tmp_path_factory, base):
+    """Those of most runs here: all of ROWS is trained on."""
+    rows = write_rows(tmp_path_factory.mktemp("sft_rows") / "rows.jsonl", ROWS)
+    return {"program": "sft", "model_path": base, "dataset_path": rows, "val_path": rows}
 
 
 def examples(tokenizer, template="chatml"):
@@ -106,7 +102,7 @@ def test_packing_changes_neither_loss_nor_gradients(tiny_tokenizer, backend):
     for packed, rows in ((True, packed_rows), (False, [[example] for example in made])):
         model = build()
         model.use_attention(backend)
-        batch = tensors(supervised_rows(rows, 96, 0, packed))
+        batch = as_tensors(supervised_rows(rows, 96, 0, packed))
         results.append(loss_and_gradients(model, batch))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=1e-5)
     for ours, expected in zip(*results, strict=True):
@@ -133,7 +129,7 @@ def test_packing_takes_everything_once_and_fits():
 
 
 def test_the_head_on_supervised_positions_is_the_head_on_all(tiny_tokenizer):
-    batch = tensors(supervised_rows([[e] for e in examples(tiny_tokenizer)], 96, 0))
+    batch = as_tensors(supervised_rows([[e] for e in examples(tiny_tokenizer)], 96, 0))
     full, supervised = torch.full(batch["ids"].shape, IGNORE), batch["labels"] != IGNORE
     full.view(-1)[batch["where"][supervised]] = batch["labels"][supervised]
     plain = {"ids": batch["ids"], "labels": full}
@@ -218,7 +214,7 @@ def answers(folder, template):
 
 
 @pytest.mark.parametrize(
-    ("template", "knobs"),
+    ("template", "more"),
     [
         ("chatml", {}),
         ("instruct", {"packing": False, "merge": False}),
@@ -226,10 +222,10 @@ def answers(folder, template):
     ],
     ids=["lora", "unmerged", "full"],
 )
-def test_four_rows_are_learned_by_heart(tmp_path, base, rows, template, knobs):
-    settings = {"max_steps": 60, "save_steps": 60, "eval_steps": 60, "batch_size": 4, "lora_r": 16}
-    settings |= {"model_path": base, "dataset_path": rows, "val_path": rows, "lora_dropout": 0}
-    out = finished("sft", tmp_path / "out", prompt_template=template, **(settings | knobs))
+def test_four_rows_are_learned_by_heart(tmp_path, knobs, template, more):
+    length = {"max_steps": 60, "save_steps": 60, "eval_steps": 60, "batch_size": 4}
+    knobs = knobs | length | {"lora_r": 16, "lora_dropout": 0, "prompt_template": template}
+    out = trained(tmp_path / "out", **knobs | more)
     assert records(out)[-1]["val_loss"] < 0.05
     folders = [out / "final", out / "step_000060"]
     if template == "chatml":
@@ -242,24 +238,9 @@ def test_four_rows_are_learned_by_heart(tmp_path, base, rows, template, knobs):
     assert is_adapter == (template == "instruct")
 
 
-@pytest.mark.parametrize("r", [4, 0], ids=["lora", "full"])
-def test_a_run_in_two_parts_is_the_run(tmp_path, base, many, r):
-    knobs = {"model_path": base, "dataset_path": many, "lora_r": r, "val_ratio": 0.2}
-    whole = finished("sft", tmp_path / "whole", **knobs)
-    first = begin("sft", tmp_path / "parts", before=functools.partial(after_save, 4, die), **knobs)
-    assert first.wait() == [9]
-    parts = finished("sft", tmp_path / "parts", resume_from_checkpoint="auto", **knobs)
-    assert "resumed from" in (tmp_path / "parts.log").read_text()
-    for name in ("step_000008", "final"):
-        for path in (whole / name).rglob("*.safetensors"):
-            assert path.read_bytes() == (parts / path.relative_to(whole)).read_bytes()
-    assert losses(parts) == losses(whole)
-
-
-def test_only_the_adapter_changes_and_the_base_stays(tmp_path, base, many):
+def test_only_the_adapter_changes_and_the_base_stays(tmp_path, base, knobs):
     before = (base / "model.safetensors").read_bytes()
-    knobs = {"model_path": base, "dataset_path": many, "lora_target_modules": "q_proj,up_proj"}
-    out = finished("sft", tmp_path / "out", **knobs)
+    out = trained(tmp_path / "out", **knobs, lora_target_modules="q_proj,up_proj")
     assert (base / "model.safetensors").read_bytes() == before
     old, new = (
         safetensors.torch.load_file(path / "model.safetensors") for path in (base, out / "final")
@@ -271,85 +252,56 @@ def test_only_the_adapter_changes_and_the_base_stays(tmp_path, base, many):
     assert all(tensor.any() for tensor in saved.values())
 
 
-def test_two_ranks_and_accumulation_are_one_rank(tmp_path, base, many):
-    knobs = {"model_path": base, "dataset_path": many, "val_ratio": 0.2, "packing": False}
-    knobs |= {"lora_dropout": 0}
-    one = finished("sft", tmp_path / "one", batch_size=8, **knobs)
-    two = finished("sft", tmp_path / "two", ranks=2, gradient_accumulation_steps=2, **knobs)
-    for a, b in zip(records(one), records(two), strict=True):
-        assert (a["step"], a.get("tokens")) == (b["step"], b.get("tokens"))
-        for key in ("loss", "val_loss"):
-            assert a.get(key, 0) == pytest.approx(b.get(key, 0), rel=1e-4)
-
-
-def test_it_goes_on_from_what_it_made(tmp_path, base, rows):
+def test_it_goes_on_from_what_it_made(tmp_path, knobs):
     """SFT on an SFT folder: the adapter below is merged, its template kept, another refused."""
-    knobs = {"dataset_path": rows, "val_ratio": 0, "max_steps": 2}
-    out = finished("sft", tmp_path / "one", model_path=base, prompt_template="chat", **knobs)
-    again = finished("sft", tmp_path / "two", model_path=out / "step_000002", merge=False, **knobs)
+    knobs = knobs | {"max_steps": 2}
+    out = trained(tmp_path / "one", prompt_template="chat", **knobs)
+    knobs["model_path"] = out / "step_000002"
+    again = trained(tmp_path / "two", merge=False, **knobs)
     assert Tokenizer.load(again / "final").template == "chat"
     first, second = (load_model(path).model.layers[0].mlp.up_proj for path in (out, again))
     assert not torch.equal(first.weight, second.weight)
-    line = refused("sft", tmp_path / "three", model_path=out, prompt_template="chatml", **knobs)
+    line = refused(tmp_path / "three", prompt_template="chatml", **knobs)
     assert line.startswith("error: prompt_template=chatml: ")
     assert "was trained in 'chat'" in line
 
 
-def test_mistakes_are_told_on_one_line(tmp_path, base, rows, tiny_tokenizer):
-    def line(**knobs):
-        settings = {"model_path": base, "dataset_path": rows} | knobs
-        return refused("sft", tmp_path / "out", **settings)
-
+def test_mistakes_are_told_on_one_line(tmp_path, base, knobs, tiny_tokenizer):
     wide = make_base(tmp_path / "wide", tiny_tokenizer, vocab_size=400)
+    rows, all_held_out = knobs["dataset_path"], {"val_path": None, "val_ratio": 1}
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n[]\n')
-    no_model = f"{base.parent}: not a model folder (no config.json); give a training"
-    no_answer = "within 3 positions; shorten the questions, or --sequence_length=64"
-    for knobs, message in [
+    for more, message in [
         ({"model_path": tmp_path / "none"}, f"{tmp_path / 'none'}: no such folder"),
-        ({"model_path": base.parent}, no_model),
+        ({"model_path": base.parent}, f"{base.parent}: not a model folder (no config.json); give"),
         ({"model_path": rows}, f"{rows}: not a model folder"),
         ({"model_path": wide}, "400 tokens, its tokenizer 384"),
         ({"dataset_path": tmp_path / "no.jsonl"}, f"{tmp_path / 'no.jsonl'}: not found"),
         ({"dataset_path": ""}, "required: --dataset_path=VALUE"),
         ({"dataset_path": tmp_path / "bad.jsonl"}, "0 usable rows"),
-        ({"sequence_length": 3}, no_answer),
+        ({"sequence_length": 3}, "no answer begins within 3 positions; shorten the questions, or"),
         ({"sequence_length": 65}, "sequence_length 65 is more than the model's 64"),
-        ({"val_ratio": 1}, "every row is held out"),
+        (all_held_out, "every row is held out"),
         ({"lora_target_modules": "q_prj"}, "must be q_proj|k_proj"),
         ({"lora_target_modules": ""}, "names no projection; lora_r=0 trains all weights"),
         ({"optimizer": "muon"}, "optimizer=muon is for whole matrices"),
     ]:
-        assert message in line(**knobs)
+        assert message in refused(tmp_path / "out", **knobs | more)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_of_other_data_or_another_base_is_refused(
-    tmp_path, base, rows, many, tiny_tokenizer
-):
-    knobs = {"model_path": base, "dataset_path": many, "max_steps": 4, "val_ratio": 0}
-    finished("sft", tmp_path / "out", **knobs)
-    knobs |= {"resume_from_checkpoint": "auto", "max_steps": 8, "allow_config_change": True}
+def test_a_checkpoint_of_other_data_or_another_base_is_refused(tmp_path, knobs, tiny_tokenizer):
+    trained(tmp_path / "out", **knobs)
     other = make_base(tmp_path / "other", tiny_tokenizer, seed=1)
-    line = refused("sft", tmp_path / "out", **(knobs | {"model_path": other}))
-    assert "its adapter was trained on another base" in line
-    knobs |= {"allow_config_change": False, "max_steps": 4}
-    assert "its data is" in refused("sft", tmp_path / "out", **(knobs | {"dataset_path": rows}))
+    for more in ({"dataset_path": write_rows(tmp_path / "m", MANY)}, {"model_path": other}):
+        line = refused(tmp_path / "out", resume_from_checkpoint="auto", **knobs | more)
+        assert "its data is" in line
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo"])
-def test_a_used_folder_is_refused_before_any_work(tmp_path, base, rows, name):
-    (tmp_path / "out" / "final").mkdir(parents=True)
-    model = make_base(tmp_path / name, Tokenizer.load(base), "chat")
-    run = begin(name, tmp_path / "out", model_path=model, dataset_path=rows)
-    assert run.wait() == [2], run.text
-    assert run.text.startswith(f"error: {tmp_path / 'out'} already holds a run"), run.text
-
-
-def test_bad_rows_are_passed_over_aloud(tmp_path, base):
+def test_bad_rows_are_passed_over_aloud(tmp_path, knobs):
     path = write_rows(tmp_path / "rows.jsonl", MANY + [{"prompt": "no answer"}])
-    run = begin("sft", tmp_path / "out", model_path=base, dataset_path=path, max_steps=2)
-    assert run.wait() == [0], run.text
-    assert f"1 row of {path} passed over: missing-field (line 41: missing " in run.text
+    out = trained(tmp_path / "out", **knobs | {"dataset_path": path, "max_steps": 2})
+    text = out.with_suffix(".log").read_text()
+    assert f"1 passed over: missing-field ({path} line 41: missing " in text
 
 
 @pytest.mark.parametrize(
@@ -396,22 +348,18 @@ def test_each_evaluation_shows_a_held_out_question_and_the_greedy_answer(
             for n in range(12)]  # fmt: skip
     if program == "sft":
         rows = [{"prompt": row["prompt"], "response": row["chosen"]} for row in rows]
-    data, held_out = (
-        write_rows(tmp_path / name, part) for name, part in (("d", rows[2:]), ("h", rows[:2]))
-    )
-    knobs = {"model_path": base, "dataset_path": data, "val_path": held_out, "sample_tokens": 12}
-    out = finished(program, tmp_path / "out", max_steps=12, save_steps=12, eval_steps=6, **knobs)
+    knobs = {"program": program, "model_path": base, "sample_tokens": 12}
+    knobs |= {"dataset_path": write_rows(tmp_path / "rows", rows[2:])}
+    knobs |= {"val_path": write_rows(tmp_path / "held_out", rows[:2])}
+    out = trained(tmp_path / "out", **knobs)
     shown = [(r["step"], r["question"]) for r in records(out) if "answer" in r]
-    assert shown == [(6, "what is 0?"), (12, "what is 0?")]
+    assert shown == [(4, "what is 0?"), (8, "what is 0?")]
     answer = records(out)[-1]["answer"]
     log = out.with_suffix(".log").read_text()
     assert f"    question: 'what is 0?'\n    answer: {answer!r}\n" in log
-    assert "sequence_length 64, the model's whole context; a shorter one takes less memory" in log
     assert answer == greedy_by_transformers(out / "final", "what is 0?", 12)
-    knobs |= {"sample_tokens": 0, "sequence_length": 60, "max_steps": 1, "warmup_steps": 0}
-    silent = finished(program, tmp_path / "silent", **knobs)
+    silent = trained(tmp_path / "silent", **knobs | {"sample_tokens": 0})
     assert not any("answer" in r for r in records(silent))
-    assert "whole context" not in silent.with_suffix(".log").read_text()
 
 
 @torch.no_grad()

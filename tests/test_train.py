@@ -7,8 +7,6 @@ import math
 import os
 import re
 import shutil
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,8 +58,8 @@ def test_the_learning_rate_rises_to_its_top_and_falls_as_a_cosine_to_its_floor(s
 
 
 def test_the_floor_is_a_tenth_unless_it_is_given_and_no_warmup_starts_at_the_top():
-    assert LoopConfig(learning_rate=0.5).floor == 0.05
-    assert LoopConfig(learning_rate=0.5, min_lr=0.0).floor == 0.0
+    for knobs, floor in (({}, 0.05), ({"min_lr": 0.0}, 0.0)):
+        assert lr_at(LoopConfig(learning_rate=0.5, **knobs), 200, 1.0, 200) == pytest.approx(floor)
     assert lr_at(schedule(warmup_steps=0, max_steps=10), 0, 0.0, 10) == 1.0
     assert lr_at(schedule(warmup_steps=10, max_steps=10), 9, 0.9, 10) == 1.0
 
@@ -113,29 +111,8 @@ def test_the_number_of_steps_comes_from_steps_epochs_or_the_clock(knobs, ranks, 
 def test_a_warmup_longer_than_the_run_is_refused_with_both_numbers():
     with pytest.raises(ValueError, match="warmup_steps 11 is more than max_steps 10"):
         LoopConfig(max_steps=10, warmup_steps=11)
-    with pytest.raises(
-        UserError, match=r"100 is more than the 13 steps of this run; .*--warmup_steps=1\)"
-    ):
+    with pytest.raises(UserError, match=r"100 is more than the 13 steps .*--warmup_steps=1\)"):
         total_steps(LoopConfig(batch_size=8), 100, 1)
-
-
-@pytest.mark.parametrize("save_steps", [1, 10_000], ids="saved every {} steps".format)
-def test_a_time_box_ends_with_a_model_and_is_then_complete(tmp_path, tiny_dataset, save_steps):
-    knobs = {"max_minutes": 0.005, "max_steps": None, "save_steps": save_steps}
-    out = trained(tmp_path / "box", data_path=tiny_dataset, **knobs)
-    rates = [r["lr"] for r in records(out) if "lr" in r]
-    assert all(0 < rate <= 0.01 * (1 + 1e-9) for rate in rates)
-    before = (out / "final" / "manifest.json").stat().st_mtime_ns
-    trained(out, data_path=tiny_dataset, resume_from_checkpoint="auto", **knobs)
-    assert "this run is complete" in out.with_suffix(".log").read_text()
-    assert (out / "final" / "manifest.json").stat().st_mtime_ns == before
-
-
-def test_a_run_of_part_of_an_epoch_has_so_many_steps(tmp_path, tiny_dataset):
-    blocks = TokenStream(tiny_dataset, "train", 16, 2).blocks
-    knobs = {"max_steps": None, "num_train_epochs": 0.01, "batch_size": 4}
-    out = trained(tmp_path / "out", data_path=tiny_dataset, **knobs)
-    assert records(out)[-1]["step"] == math.ceil(0.01 * blocks / 4)
 
 
 # ---- learning
@@ -353,17 +330,6 @@ def again(preset, out):
     training([str(preset), f"--output_dir={out}"])
 
 
-def test_the_run_json_of_a_resumed_run_starts_from_the_beginning_too(
-    finished, tmp_path, tiny_dataset
-):
-    out = tmp_path / "resumed"
-    trained(
-        out, data_path=tiny_dataset, resume_from_checkpoint=finished / "step_000006", eval_rows=100
-    )
-    cfg = configure(PretrainConfig, [str(out / "final" / "run.json")])
-    assert cfg.resume_from_checkpoint is None
-
-
 def test_a_finished_run_that_is_resumed_does_nothing_and_says_so(finished, tmp_path, tiny_dataset):
     out, kept = shutil.copytree(finished, tmp_path / "out"), ("run.lock", "metrics.jsonl")
     files = lambda: [p for p in sorted(out.rglob("*")) if p.is_file() and p.name not in kept]
@@ -462,29 +428,23 @@ def test_a_step_without_a_supervised_token_is_skipped_not_divided_by_zero(tmp_pa
 
 REFUSED = {
     "another vocabulary": ({"vocab_size": 512}, "is 512, but .* of 384; use --vocab_size=384"),
-    "no GPU": (
-        {"device": "cuda"},
-        "device=cuda: this machine has no CUDA device; use --device=cpu",
-    ),
+    "no GPU": ({"device": "cuda"}, "device=cuda: this machine has no CUDA device; use --device="),
     "fp16 on a CPU": ({"dtype": "fp16"}, "dtype=fp16 needs CUDA; use --dtype=bf16 or --dtype=fp32"),
     "a long warmup": ({"warmup_steps": 9}, "warmup_steps 9 is more than max_steps 8"),
     "NaN": ({"learning_rate": "nan"}, "learning_rate must be float > 0"),
     "no learning": ({"learning_rate": 0}, "learning_rate must be float > 0"),
-    "a high floor": ({"min_lr": 1}, "min_lr 1.0 is more than learning_rate 0.01"),
+    "a high floor": ({"min_lr": 1}, "min_lr 1.0 is more than learning_rate 0.01; lower it"),
     "no such metric": ({"early_stopping_metric": "val_los"}, "must be val_loss.val_bits_per_byte"),
     "no layers": ({"n_layer": 0}, r"n_layer must be int 1\.\.512"),
     "heads that do not divide": ({"d_model": 30}, "d_model 30 is not divisible by n_head 4"),
     "too little data": ({"sequence_length": 100000}, "only [0-9]+ tokens, need at least 100001"),
     "no data": ({"data_path": "/nowhere"}, "/nowhere"),
-    "a file as a folder": (
-        {"output_dir": "/dev/null/out"},
-        "output_dir /dev/null/out: Not a direct",
-    ),
+    "a file as a folder": ({"output_dir": "/dev/null/out"}, "output_dir /dev/null/out: Not a dir"),
     "no output": ({"output_dir": ""}, "output_dir must name a folder, got an empty string"),
     "a text file as data": ({"data_path": __file__}, "test_train.py: a file, not a prepared"),
     "a wrong checkpoint": (
         {"resume_from_checkpoint": "step_9"},
-        "step_9: .*; name a step_.* or auto",
+        "step_9: .*; name a step_.* or au",
     ),
     "no checkpoints": ({"keep_last": 0}, "keep_last must be"),
 }
@@ -497,30 +457,6 @@ def test_a_run_that_cannot_be_is_refused_in_one_line(tmp_path, tiny_dataset, kno
     line = refused(tmp_path / "out", **({"data_path": tiny_dataset} | knobs))
     assert re.search(message, line), line
     assert not (tmp_path / "out" / "step_000000").exists()
-
-
-def as_nobody():
-    """Root writes where it likes; give that up."""
-    "".encode("utf-8-sig")  # loads the codec, from where nobody may not read
-    if os.geteuid() == 0:
-        os.setegid(65534)
-        os.seteuid(65534)
-
-
-def test_an_output_folder_that_cannot_be_written_is_named_before_training(
-    tmp_path_factory, tiny_dataset
-):
-    with tempfile.TemporaryDirectory() as place:
-        Path(place).chmod(0o755)
-        shutil.copytree(tiny_dataset, Path(place) / "data")
-        closed = Path(place) / "closed"
-        closed.mkdir(mode=0o555)
-        out = tmp_path_factory.mktemp("log") / "out"
-        line = refused(
-            out, before=as_nobody, data_path=Path(place) / "data", output_dir=closed / "run"
-        )
-        assert line.startswith(f"error: output_dir {closed / 'run'}: Permission denied")
-        assert not list(closed.iterdir())
 
 
 def test_a_log_that_cannot_be_rewritten_is_one_line(tmp_path, tiny_dataset):
@@ -559,18 +495,6 @@ def test_the_cores_are_shared_out_unless_a_number_of_threads_is_asked_for(
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     tune_cpu(ranks)
     assert threads == expected
-
-
-def as_on_two_machines_of_eight_cores():
-    os.environ["LOCAL_WORLD_SIZE"] = "1"
-    os.environ.pop("OMP_NUM_THREADS")
-    os.sched_getaffinity = lambda process: range(8)
-
-
-def test_a_rank_alone_on_its_machine_has_all_its_cores(tmp_path, tiny_dataset):
-    before = as_on_two_machines_of_eight_cores
-    out = trained(tmp_path / "out", ranks=2, before=before, data_path=tiny_dataset, max_steps=2)
-    assert "device cpu, 8 threads, 2 ranks" in out.with_suffix(".log").read_text()
 
 
 def test_an_output_folder_that_holds_a_run_is_refused_and_left_alone(

@@ -98,7 +98,7 @@ def time_step(cfg, state, loader, loss_fn, world, dtype):
         loss = forward_backward(state, batches, loss_fn, count, world.device, dtype).item()
         middle = time.perf_counter()
         world.sum_gradients(state.parameters)
-        state.update(cfg.floor, state.clip(cfg.max_grad_norm), count)
+        state.update(cfg.learning_rate, state.clip(cfg.max_grad_norm), count)
         return middle - start, time.perf_counter() - middle, loss
 
     loader.batch_size = 1
