@@ -188,6 +188,7 @@ def prune(output_dir, keep, state):
 def locked(output_dir, world):
     """Holds `output_dir` for this run; UserError naming the process that already does."""
     if world.rank:
+        world.barrier()  # until rank 0 has made the folder
         yield
         return
     folder = Path(output_dir)
@@ -206,6 +207,7 @@ def locked(output_dir, world):
         lock.write(f"{os.getpid()}\n")
         lock.flush()
         recover(folder)
+        world.barrier()
         yield
 
 

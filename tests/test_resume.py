@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -355,7 +356,7 @@ def test_two_torchruns_train_what_one_trains_with_two_ranks(tmp_path, tiny_datas
     for host in (1, 0):  # of real machines torchrun finds out itself which is the endpoint
         with open(tmp_path / f"log{host}", "w") as log:
             words_of_host = [*call, f"--rdzv-conf=is_host={host}", *script]
-            env = os.environ | ONE_THREAD
+            env = os.environ | ONE_THREAD | {"PYTHON_EXEC": sys.executable}
             both.append(subprocess.Popen(words_of_host, env=env, stdout=log, stderr=log))
     codes = [process.wait(PATIENCE) for process in both]
     text = "".join((tmp_path / f"log{host}").read_text() for host in (0, 1))

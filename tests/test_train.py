@@ -441,7 +441,7 @@ REFUSED = {
     "no data": ({"data_path": "/nowhere"}, "/nowhere"),
     "a file as a folder": ({"output_dir": "/dev/null/out"}, "output_dir /dev/null/out: Not a dir"),
     "no output": ({"output_dir": ""}, "output_dir must name a folder, got an empty string"),
-    "a text file as data": ({"data_path": __file__}, "test_train.py: a file, not a prepared"),
+    "a text file as data": ({"data_path": __file__}, "test_train.py: no prepared dataset"),
     "a wrong checkpoint": (
         {"resume_from_checkpoint": "step_9"},
         "step_9: .*; name a step_.* or au",
