@@ -313,8 +313,10 @@ class Api:
         head = {"id": id, "object": kind, "created": int(time.time()), "model": self.name}
 
         def framed(*pieces):
-            ends = [{"index": piece.index, "finish_reason": piece.finish} for piece in pieces]
-            choices = [end | choice(p, call.rows[p.index]) for p, end in zip(pieces, ends)]
+            choices = []
+            for piece in pieces:
+                end = {"index": piece.index, "finish_reason": piece.finish}
+                choices.append(end | choice(piece, call.rows[piece.index]))
             return head | {"choices": choices}
 
         def chunks():
@@ -349,8 +351,8 @@ class Api:
         def answers():
             for piece in call.pieces():
                 answer = {"response": piece.text, "finish_reason": piece.finish}
-                last = {"generation_config": used, "usage": call.usage()} if piece.finish else {}
-                yield answer | last
+                ended = {"generation_config": used, "usage": call.usage()}
+                yield answer | ended if piece.finish else answer
 
         return answers() if fields.stream else next(answers()) | {"prompt": fields.prompt}
 
@@ -362,9 +364,10 @@ class Api:
             text = spelled.decode("utf-8", "replace")  # U+FFFD stands for a part of a character
             return {"token": text, "logprob": logprob, "bytes": list(spelled)}
 
-        tops = [[entry(*pair) for pair in token.top] for token in piece.tokens]
-        content = [entry(token.id, token.logprob) for token in piece.tokens]
-        content = [shown | {"top_logprobs": top} for shown, top in zip(content, tops)]
+        content = []
+        for token in piece.tokens:
+            top = [entry(*pair) for pair in token.top]
+            content.append(entry(token.id, token.logprob) | {"top_logprobs": top})
         return {"content": content, "refusal": None}
 
     def completion_logprobs(self, piece):
@@ -475,11 +478,12 @@ class Row(Request):
 
     def end(self, failure):
         """Sends the last Piece, or an error if the row failed, or was dropped without a token."""
-        errors = {"error": failure, "disconnected": ConnectionAbortedError()}
-        if not self.ids:
-            errors |= {reason: ApiError(*REFUSALS[reason]) for reason in REFUSALS}
-        if self.finish in errors:
-            self.call.inbox.put(errors[self.finish])
+        if self.finish == "error":
+            self.call.inbox.put(failure)
+        elif self.finish == "disconnected":
+            self.call.inbox.put(ConnectionAbortedError())
+        elif self.finish in REFUSALS and not self.ids:
+            self.call.inbox.put(ApiError(*REFUSALS[self.finish]))
         else:
             self.text += self.reply.push()
             self.send_piece()
@@ -531,7 +535,8 @@ class Scheduler:
                 for ids in self.engine.advance():
                     self.new_tokens += sum(id is not None for id in ids)
             except Exception as problem:  # it ends the rows it concerns, not the server
-                self.failure = problem
+                self.failure = RuntimeError("the engine failed")
+                self.failure.__cause__ = problem
                 named = [row for row in self.running if row.finish == "error"]  # by the engine
                 for row in named or self.running:
                     row.finish = "error"
@@ -747,7 +752,7 @@ class Handler(BaseHTTPRequestHandler):
         except Exception:  # the client is told a number, the server lives on
             number = secrets.token_hex(4)
             log_line(f"error {number}: {traceback.format_exc().rstrip()}")
-            error = ApiError(500, f"internal error {number}; the server's log tells more")
+            error = ApiError(500, f"internal error {number}: see the server's log", code="internal")
         kind = "server_error" if error.status >= 500 else "invalid_request_error"
         fields = {"message": str(error), "type": kind, "param": error.param, "code": error.code}
         if not self.streaming:

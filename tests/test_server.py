@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -23,7 +24,7 @@ import server
 from lib.config import UserError
 from lib.tokenizer import IM_END, render, stop_ids
 from sample import Reply, Request, Sampling, generate, open_model
-from server import Api, ApiError, Call, Row, Scheduler
+from server import Api, ApiError, Call, Handler, Row, Scheduler
 from tests import ROOT
 from tests.serving import Served, make_model, parse, read_all
 
@@ -490,9 +491,23 @@ def fragile(model, tiny_tokenizer):
 def test_a_failure_ends_its_own_calls_only(fragile):
     expected = finishes(fragile.call())
     for prompt in ((1, 99, 70), (1, 70, 99)):
-        with pytest.raises(RuntimeError, match="a broken kernel"):
+        with pytest.raises(RuntimeError, match="the engine failed"):
             finishes(fragile.call(prompts=[prompt]))
         assert finishes(fragile.call()) == expected  # the next call is served as ever
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_failure_is_a_number_to_its_client_and_a_traceback_in_the_log(capfd, streaming):
+    handler, sent = Handler.__new__(Handler), []
+    handler.answer, handler.streaming, handler.wfile = (lambda: 1 / 0), streaming, io.BytesIO()
+    handler.send = lambda status, answer, headers: sent.append((status, json.dumps(answer)))
+    handler.respond()
+    text = handler.wfile.getvalue().decode()
+    ((status, answer),) = sent or [(500, text.removeprefix("data: "))]
+    error = json.loads(answer)["error"]
+    assert (status, error["type"], error["code"]) == (500, "server_error", "internal")
+    number = re.match(r"internal error (\w+):", error["message"])[1]
+    assert f"error {number}: Traceback" in capfd.readouterr().err
 
 
 def test_a_failing_prompt_leaves_the_rows_under_way_alone(fragile):
