@@ -254,24 +254,18 @@ def test_export_import_and_markup_stays_text(opened, tmp_path):
     assert chat.page.evaluate("window.caught") is None
 
 
-def test_code_stands_apart(opened, tmp_path):
+def test_code_stands_apart_and_what_is_no_conversation_changes_nothing(opened, tmp_path):
     answer = "Here:\n\n```python\nx = '<b>'\n  y\n```\n\nSo.\n```\nhalf"
     messages = [{"role": "user", "content": "why"}, {"role": "assistant", "content": answer}]
     chat = opened().ready()
     chat.load(tmp_path / "code.json", messages)
     expect(chat.answers.locator("code")).to_have_text(["x = '<b>'\n  y", "half"])
     assert chat.texts()[1] == "Here:x = '<b>'\n  ySo.half"
-
-
-def test_a_file_that_is_no_conversation_changes_nothing(opened, tmp_path):
-    chat = opened().ready().set(Longest_answer=4)
-    chat.hear("Hello")
-    texts = chat.texts()
     tool = {"messages": [{"role": "tool", "content": ""}]}
     for number, content in enumerate(["{", "[1]", tool, "3"]):
         chat.load(tmp_path / f"{number}.json", content)
         expect(chat.notice).to_contain_text(f"{number}.json is not a conversation: ")
-    assert chat.texts() == texts
+    assert chat.texts() == ["why", "Here:x = '<b>'\n  ySo.half"]
 
 
 # ---- probabilities
@@ -299,16 +293,12 @@ def test_probabilities_by_pointer_and_by_keyboard(opened, server):
     chat.hear("Why?")
     chat.press("Probabilities")
     choice = reference(server, "Why?", **FIELDS)
-    tokens, peek, right = (
-        chat.page.locator(".token"),
-        chat.page.get_by_role("tooltip"),
-        spans(choice),
-    )
+    tokens, right = chat.page.locator(".token"), spans(choice)
+    peek = chat.page.get_by_role("tooltip")
     assert tokens.all_text_contents() == [text for text, _ in right]
     assert "".join(tokens.all_text_contents()).strip() == choice["message"]["content"]
-    levels = [
-        str(sum(exp(e["logprob"]) < bound for bound in (0.9, 0.5, 0.2, 0.05))) for _, e in right
-    ]
+    bounds = (0.9, 0.5, 0.2, 0.05)
+    levels = [str(sum(exp(entry["logprob"]) < bound for bound in bounds)) for _, entry in right]
     assert [token.get_attribute("data-level") for token in tokens.all()] == levels
     tokens.nth(1).hover()
     expect(peek).to_be_visible()
@@ -386,20 +376,18 @@ def test_on_a_phone_nothing_is_cut_off_or_too_small_to_touch(opened, tmp_path, s
     assert chat.page.evaluate(fits)
 
 
-def paper(chat):
-    return chat.page.evaluate("getComputedStyle(document.body).backgroundColor")
-
-
 def test_dark_by_the_system_or_by_hand(opened):
-    light, dark = (paper(opened(color_scheme=scheme).ready()) for scheme in ("light", "dark"))
-    assert light != dark
-    chat = opened(color_scheme="dark").ready()
-    chat.press("Light or dark")
-    assert paper(chat) == light
-    chat.page.reload()
-    assert paper(chat) == light
-    chat.press("Light or dark")
-    assert paper(chat) == dark
+    def paper(chat):
+        return chat.page.evaluate("getComputedStyle(document.body).backgroundColor")
+
+    light, dark = (opened(color_scheme=scheme).ready() for scheme in ("light", "dark"))
+    before = paper(dark)
+    dark.press("Light or dark")
+    assert paper(dark) == paper(light) != before
+    dark.page.reload()
+    assert paper(dark) == paper(light)
+    dark.press("Light or dark")
+    assert paper(dark) == before
 
 
 def test_everything_has_a_name_and_can_be_reached_by_keyboard(opened):
@@ -427,16 +415,12 @@ def test_everything_has_a_name_and_can_be_reached_by_keyboard(opened):
         keys.press("Tab")
     keys.press("Enter")
     expect(page.get_by_role("dialog", name="Settings")).to_be_visible()
-    nameless = [e for e in page.locator("button, input, textarea").all() if not accessible_name(e)]
-    assert nameless == []
+    named = "e.ariaLabel || e.labels?.length || e.textContent.trim() || e.hidden"
+    named += "|| document.getElementById(e.getAttribute('aria-labelledby'))"
+    fields = page.locator("button, input, textarea").all()
+    assert all(field.evaluate(f"e => {named}") for field in fields)
     keys.press("Escape")
     expect(page.get_by_role("button", name="Settings", exact=True)).to_be_focused()
-
-
-def accessible_name(element):
-    labelled = "document.getElementById(e.getAttribute('aria-labelledby'))"
-    own = "e.ariaLabel || e.labels?.length || e.textContent.trim() || e.hidden"
-    return element.evaluate(f"e => {own} || {labelled}")
 
 
 # ---- when something is in the way
