@@ -70,11 +70,6 @@ def rule_table(rows, vocab_size):
     return torch.tensor([[rule(row, vocab_size) for rule in RULES.values()] for row in rows])
 
 
-def rule_columns(table):
-    """Returns a table's columns by name, {rule: (B, 1)}."""
-    return dict(zip(RULES, table.split(1, dim=1)))
-
-
 class Branches(NamedTuple):
     """All choices that Python makes in `next_token`; so it is the key of a captured CUDA graph."""
 
@@ -497,7 +492,7 @@ class Engine:
         even = len(set(self.fed[:size])) == 1 and not any(slot < size for slot in self.joining)
         if self.part is None or size != len(self.part.lengths):
             self.part = rows_of(self.cache, slice(size))
-            self.columns = rule_columns(self.table[:size])
+            self.columns = dict(zip(RULES, self.table[:size].split(1, dim=1)))  # (B, 1) each
         self.part.start = self.fed[0] if even and not self.graphs else None
         self.part.window = window_for(longest) if self.graphs else longest
         new = torch.empty(count, size, dtype=torch.long, device=self.device)
@@ -806,14 +801,15 @@ class Chat:
     def fit(self, messages):
         """Returns (ids to answer, messages). A full context forgets old turns and says so."""
         if self.template is None:
-            text = messages[-1]["content"]
-            return [self.tokenizer.bos_id, *self.tokenizer.encode(text)], messages
+            return [
+                self.tokenizer.bos_id,
+                *self.tokenizer.encode(messages[-1]["content"]),
+            ], messages
         limit, forgotten = self.engine.limit, 0
-        room = min(self.cfg.longest, limit // 4)
         while True:
             ids, _ = render(self.tokenizer, messages, self.template, add_generation_prompt=True)
             turns = [at for at, message in enumerate(messages) if message["role"] == "user"]
-            if len(ids) + room <= limit or len(turns) == 1:
+            if len(ids) + min(self.cfg.longest, limit // 4) <= limit or len(turns) == 1:
                 break
             messages = messages[: turns[0]] + messages[turns[1] :]
             forgotten += 1

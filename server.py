@@ -62,9 +62,8 @@ def log_line(text):
             os.write(2, (text + "\n").encode("utf-8", "replace"))
 
 
-# --------------------------------------------------------------------------------------------------
-# The fields of a request: a dataclass for each route, whose annotations are the checks. Fields that
-# would change the answer and are not supported are refused, never ignored.
+# ---- The fields of a request: a dataclass for each route, whose annotations are the checks. Fields
+# that would change the answer and are not supported are refused, never ignored.
 
 IGNORED = {"user", "metadata", "store", "service_tier", "parallel_tool_calls"}  # of no effect here
 IGNORED |= {"safety_identifier", "prompt_cache_key"}
@@ -130,8 +129,7 @@ def text_message(message, number):
     return {"role": role, "content": "".join(texts)}
 
 
-# --------------------------------------------------------------------------------------------------
-# The answers: OpenAI's shapes and /generate, as JSON values; no HTTP here.
+# ---- The answers: OpenAI's shapes and /generate, as JSON values; no HTTP here.
 
 
 class Api:
@@ -397,11 +395,10 @@ class Api:
         return piece._replace(text=text + piece.text, tokens=tokens)
 
 
-# --------------------------------------------------------------------------------------------------
-# The scheduler: the one loop that owns the model, and the queue in front of it. A `Call` is one
-# client's request, its `Row`s what the engine decodes for it. Rows wait in order of arrival; before
-# every step free slots are filled, and whoever went away or ran out of time is dropped. The threads
-# that ask hand in a call and read its pieces; they touch neither model nor engine.
+# ---- The scheduler: the one loop that owns the model, and the queue in front of it. A `Call` is
+# one client's request, its `Row`s what the engine decodes for it. Rows wait in order of arrival;
+# before every step free slots are filled, and whoever went away or ran out of time is dropped. The
+# threads that ask hand in a call and read its pieces; they touch neither model nor engine.
 
 PIECE_SECONDS = 0.02  # between two pieces of a row, at least: each takes time from the model
 RETRY = {"Retry-After": "1"}
@@ -556,8 +553,7 @@ class Scheduler:
             self.rows = [row for row in self.rows if not row.finish]
 
 
-# --------------------------------------------------------------------------------------------------
-# HTTP: who may ask, and where. One request a connection, every byte of it under a deadline.
+# ---- HTTP: who may ask, and where. One request a connection, every byte of it under a deadline.
 
 MAX_CONNECTIONS = 256  # answered at the same time; 64 more are told 503, others wait in the system
 MAX_FIRST_LINE, MAX_HEAD, MAX_BODY = 8 << 10, 32 << 10, 1 << 20  # bytes: first line, headers, body
@@ -835,8 +831,7 @@ ROUTES = {  # path: methods, and the function that answers
 PUBLIC = {"/", "/health"}  # without a key: the page holds no secret, and asks for the key itself
 
 
-# --------------------------------------------------------------------------------------------------
-# The command
+# ---- The command
 
 GRACE_SECONDS = 4  # for answers under way when the server is told to stop
 PAGE = Path(__file__).with_name("web") / "chat.html"

@@ -81,10 +81,14 @@ def answer(model, prompt, sampling=GREEDY, count=10, engine=None, **kw):
     return request.ids
 
 
+def columns_of(table):
+    return dict(zip(sample.RULES, table.split(1, dim=1)))
+
+
 def next_id(logits, sampling, history, uniform):
     """`next_token` of one row without an engine."""
     kernels = Branches.of([sampling], len(logits))
-    table = sample.rule_columns(sample.rule_table([sampling], len(logits)))
+    table = columns_of(sample.rule_table([sampling], len(logits)))
     uniform = torch.as_tensor(uniform, dtype=torch.float32).view(1, 1)
     return sample.next_token(logits[None], kernels, table, torch.tensor([history]), uniform).item()
 
@@ -259,7 +263,7 @@ def distribution(logits, sampling, history=()):
     """The probabilities (V,) that the rules leave of one row of logits."""
     logits = torch.as_tensor(logits, dtype=torch.float32)[None]
     size = logits.shape[1]
-    columns = sample.rule_columns(sample.rule_table([sampling], size))
+    columns = columns_of(sample.rule_table([sampling], size))
     if len(history):
         logits = sample.penalize(logits, torch.tensor([history]), columns["repetition_penalty"])
     weights, ids = sample.keep(logits, Branches.of([sampling], size).width, columns)
@@ -368,7 +372,7 @@ def test_equal_keys_run_equal_kernels():
         rows = [replace(row, top_k=min(row.top_k, 1) * 40) for row in rows]
         kernels, table = (
             Branches.of(rows, 384, few=True),
-            sample.rule_columns(sample.rule_table(rows, 384)),
+            columns_of(sample.rule_table(rows, 384)),
         )
         torch.manual_seed(0)
         state = torch.randn(2, 384), torch.randint(384, (2, 9)), torch.rand(2, 1)
