@@ -9,7 +9,7 @@ import io
 import re
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Literal
@@ -306,12 +306,8 @@ def mask_line(line):
     """Returns a line with private data masked; longer shapes first, for they hold the shorter."""
     for mask, sign, pattern, is_private in MASKS:
         if sign in line:
-            line = pattern.sub(partial(masked, mask, is_private), line)
+            line = pattern.sub(lambda m, w=mask, ok=is_private: w if ok(m[0]) else m[0], line)
     return NAMED_PHONE.sub(r"\1[PHONE]", line)
-
-
-def masked(mask, is_private, match):
-    return mask if is_private(match[0]) else match[0]
 
 
 def is_ipv4(text):

@@ -308,8 +308,7 @@ class Index:
 def reopen(path, size):
     """Opens a file to append to it, cut to its first `size` bytes. UserError if it has fewer."""
     file = open(path, "ab")  # noqa: SIM115
-    if (length := file.tell()) < size:
-        lost = f"{length:,} bytes, {size:,} were there at the last checkpoint"
-        raise UserError(f"{path}: {lost}; delete {path.parent} to begin again")
+    if file.tell() < size:
+        raise UserError(f"{path}: shorter than at the last checkpoint; delete {path.parent}")
     file.truncate(size)
     return file

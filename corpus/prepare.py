@@ -133,10 +133,7 @@ def retokenize(cfg):
 
 
 def build(cfg, output, settings, text_files):
-    """Makes a dataset, if it is not there, of text_files(progress): {split: [(.jsonl, documents)]}.
-
-    The .jsonl files come with the number of their documents.
-    """
+    """Makes a dataset, if it is not there, of {split: [(.jsonl, number of documents)]}."""
     if is_prepared(output, settings, shared_tokenizer(cfg)):
         return
     with unfinished(output, settings) as progress:
@@ -214,9 +211,8 @@ def unfinished(output, settings):
         lock = (work / "lock").open("wb")
     with lock:
         if not folders.lock_file(lock):
-            raise UserError(
-                f"{output}: another run is preparing it now; wait, or name another output_dir"
-            )
+            problem = "another run is preparing it now; wait, or name another output_dir"
+            raise UserError(f"{output}: {problem}")
         progress = Progress(work, settings)
         progress.resume()
         try:
@@ -252,7 +248,14 @@ def collect(cfg, progress):
     tally = Tally()
     tally.dropped |= progress.dropped  # the same dicts: what is counted here is saved there
     documents = islice(read_documents(cfg, tally), cfg.max_docs)
-    skip(documents, progress)
+    checksum = 0
+    for _, raw in islice(documents, progress.documents):  # they are done
+        checksum = zlib.crc32(raw.encode(), checksum)
+    if checksum != progress.checksum:
+        problem = "the input is not what it was; delete this folder to start over"
+        raise UserError(f"{progress.work}: {problem}")
+    if progress.documents:
+        print(f"going on after {progress.documents:,} documents", flush=True)
     documents = progress_bar(documents, "read", cfg.max_docs, progress.documents)
     index = Index(progress.work, cfg.minhash_threshold if cfg.use_minhash else None, progress.index)
     rows, part_bytes = {split: [] for split in SPLITS}, 0
@@ -277,19 +280,6 @@ def collect(cfg, progress):
     progress.end_part(rows, index)
     progress.stats = report.document_stats(cfg, progress, tally)
     progress.save()
-
-
-def skip(documents, progress):
-    """Passes over the documents that are done. UserError if they are not what they were."""
-    if not progress.documents:
-        return
-    checksum = 0
-    for _, raw in islice(documents, progress.documents):
-        checksum = zlib.crc32(raw.encode(), checksum)
-    if checksum != progress.checksum:
-        problem = "the input is not what it was; delete this folder to start over"
-        raise UserError(f"{progress.work}: {problem}")
-    print(f"going on after {progress.documents:,} documents", flush=True)
 
 
 def progress_bar(documents, title, total, done):

@@ -453,14 +453,3 @@ def test_dirty_files_end_as_their_manifest_says(name, reasons):
         reject(text, CFG) for text in pieces(name) if text or name == "empty.txt"
     } <= reasons | {"too-short"}
     assert reasons == {None} or None not in {reject(text, CFG) for text in pieces(name)}
-
-
-@pytest.mark.parametrize(
-    "name", ["cr_only", "utf8_bom", "overstrike_man", "ansi_escapes", "zero_width_bidi"]
-)
-def test_damage_around_the_letters_leaves_the_same_text(name):
-    opening = "PRESIDENT HARRY S. TRUMAN'S ADDRESS BEFORE A JOINT SESSION OF THE CONGRESS\n\n"
-    text = "".join(pieces(f"{name}.txt", 10**6))
-    assert text.startswith(f"{opening}April 16, 1945\n\nMr. Speaker, Mr. President, Members of")
-    assert "\u200b" not in text
-    assert "[1;31m" not in text

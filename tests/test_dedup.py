@@ -230,8 +230,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, new_index):
     for name in ("digests.bin", "signatures.bin"):
         assert (folder / name).read_bytes() == (tmp_path / "0" / name).read_bytes()
     (folder / "digests.bin").write_bytes(b"12345678")
-    message = r"digests.bin: 8 bytes, [\d,]+ were there at the last checkpoint; delete"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=r"digests.bin: shorter than at the last checkpoint"):
         Index(folder, 0.8, state)
 
 
