@@ -44,15 +44,6 @@ def test_the_size_of_a_batch_changes_nothing(monkeypatch):
     torch.testing.assert_close(walked(lambda params: Muon(params, 0.02, 0.1))[0], whole)
 
 
-def test_its_state_is_one_tensor_a_matrix_and_a_matrix_without_gradient_stays():
-    still = torch.nn.Parameter(torch.ones(3, 4))
-    _, optimizer = walked(lambda params: Muon([*params, still], 0.02, 0.1))
-    assert torch.equal(still, torch.ones(3, 4))
-    state = optimizer.state_dict()["state"]
-    assert [tuple(state[n].pop("momentum_buffer").shape) for n in range(len(SHAPES))] == SHAPES
-    assert not any(state.values())
-
-
 @pytest.mark.parametrize("shape", [(12, 40), (40, 12), (24, 24)])
 def test_singular_values_go_through_the_polynomial_and_their_vectors_stay(shape):
     torch.manual_seed(1)

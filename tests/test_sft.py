@@ -85,15 +85,6 @@ def test_supervised_are_the_answers_and_their_ends_and_nothing_else(tiny_tokeniz
     assert batch["tokens"] == sum(len(ids) - 1 for ids, _ in made)
 
 
-def test_rows_are_as_long_as_the_longest_needs_in_powers_of_two(tiny_tokenizer):
-    made = examples(tiny_tokenizer)
-    for start in range(3):
-        used = max(len(ids) - 1 for ids, _ in made[start:])
-        T = supervised_rows([[e] for e in made[start:]], 96, 0)["ids"].shape[1]
-        assert used <= T <= 96
-        assert T in (32, 64, 96)
-
-
 @pytest.mark.parametrize("backend", ["math", "sdpa"])
 def test_packing_changes_neither_loss_nor_gradients(tiny_tokenizer, backend):
     made, results = examples(tiny_tokenizer), []
@@ -107,15 +98,6 @@ def test_packing_changes_neither_loss_nor_gradients(tiny_tokenizer, backend):
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=1e-5)
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_packed_positions_restart_and_padding_is_its_own(tiny_tokenizer):
-    (row,) = pack_examples(examples(tiny_tokenizer), 200)
-    batch = supervised_rows([row], 200, 0, packed=True)
-    sizes = [len(ids) - 1 for ids, _ in row]
-    documents = np.repeat([1, 2, 3, 0], [*sizes, 200 - sum(sizes)])
-    assert batch["documents"][0].tolist() == documents.tolist()
-    assert batch["positions"][0, : sum(sizes)].tolist() == [i for s in sizes for i in range(s)]
 
 
 def test_packing_takes_everything_once_and_fits():
