@@ -19,7 +19,7 @@ import sys
 import textwrap
 from collections import deque
 from contextlib import contextmanager, suppress
-from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -122,7 +122,7 @@ def option_of(annotation):
 def options_of(cls):
     """Returns {name: Option} of a dataclass's fields, defaults included."""
     hints, options = get_type_hints(cls, include_extras=True), {}
-    for field in filter(lambda field: field.init, fields(cls)):
+    for field in fields(cls):
         default = field.default if field.default_factory is MISSING else field.default_factory()
         default = NO_DEFAULT if default is MISSING else default
         options[field.name] = replace(option_of(hints[field.name]), default=default)
@@ -333,7 +333,7 @@ def configure(cls, argv=None, *, foreign_keys=False, positional=(), doc=None):
 
 def narrow(cfg, cls):
     """Returns a `cls` of the fields it shares with `cfg`: the ModelConfig in a PretrainConfig."""
-    names = {f.name for f in fields(cfg)} & {f.name for f in fields(cls) if f.init}
+    names = {f.name for f in fields(cfg)} & {f.name for f in fields(cls)}
     return cls(**{name: getattr(cfg, name) for name in names})
 
 
@@ -360,9 +360,8 @@ def write_whole(path, content):
 
 def save_config(cfg, path, **comments):
     """Writes `cfg` as a preset from which an equal one is made."""
-    values = {field.name: getattr(cfg, field.name) for field in fields(cfg) if field.init}
-    values |= comments
-    write_whole(path, (json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
+    text = json.dumps(asdict(cfg) | comments, indent=2, allow_nan=False) + "\n"
+    write_whole(path, text.encode())
 
 
 def run(main, cls, doc=None, **kw):

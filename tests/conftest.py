@@ -14,22 +14,17 @@ from corpus.prepare import DataConfig, main
 from corpus.tokenizer import train_tokenizer
 from tests import ROOT
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch is there: small models only wait for threads
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: small models only wait for threads
 
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tmp_path_factory):
     """A real tokenizer of 384 ids, trained in a moment."""
-    lines = [
-        "the quick brown fox jumps over a lazy dog?",
-        "once upon a time there was one who asked: why not!",
-    ]
+    lines = ["the quick brown fox jumps over a lazy dog?"]
+    lines += ["once upon a time there was one who asked: why not!"]
     texts = [f"{lines[n % 2]}\n{lines[1 - n % 2][n % 7 :]} {n}.\n\n" for n in range(200)]
-    return train_tokenizer(
-        texts, tmp_path_factory.mktemp("tiny_tokenizer") / "tokenizer.model", 384
-    )
+    folder = tmp_path_factory.mktemp("tiny_tokenizer")
+    return train_tokenizer(texts, folder / "tokenizer.model", 384)
 
 
 def free_port():
@@ -41,23 +36,9 @@ def free_port():
 
 def link_code(folder):
     """Puts what a clone holds into a folder, as links. Returns `folder`."""
-    for path in (
-        p
-        for kind in (
-            "*.py",
-            "*.md",
-            "*.txt",
-            "configs",
-            "corpus",
-            "docs",
-            "lib",
-            "tools",
-            "web",
-            "Makefile",
-        )
-        for p in ROOT.glob(kind)
-    ):
-        (folder / path.name).symlink_to(path)
+    for kind in "*.py *.md *.txt configs corpus docs lib tools web Makefile".split():
+        for path in ROOT.glob(kind):
+            (folder / path.name).symlink_to(path)
     return folder
 
 
@@ -68,15 +49,12 @@ def write_rows(path, rows):
 
 
 def prepare_dataset(folder, documents, tokenizer_path=""):
-    """Prepares `documents` as a dataset of 384 ids, a quarter of it for validation. Returns
-    `folder`.
-    """
+    """Prepares `documents` as a dataset of 384 ids, a quarter of it for validation."""
     folder = Path(folder)
     source = write_rows(folder.with_suffix(".jsonl"), ({"text": text} for text in documents))
     knobs = {"vocab_size": 384, "sequence_length": 16, "train_ratio": 0.75, "use_minhash": False}
-    main(
-        DataConfig(str(source), output_dir=str(folder), tokenizer_path=str(tokenizer_path), **knobs)
-    )
+    knobs |= {"output_dir": str(folder), "tokenizer_path": str(tokenizer_path)}
+    main(DataConfig(str(source), **knobs))
     return folder
 
 
@@ -99,15 +77,9 @@ def small_disk(tmp_path):
     folder.mkdir()
 
     def sized(size):
-        kind = (
-            ["-o", f"remount,size={size}"]
-            if folder.is_mount()
-            else ["-t", "tmpfs", "-o", f"size={size}", "x"]
-        )
-        if (
-            sys.platform != "linux"
-            or subprocess.run(["mount", *kind, folder], capture_output=True).returncode
-        ):
+        again, first = ["-o", f"remount,size={size}"], ["-t", "tmpfs", "-o", f"size={size}", "x"]
+        words = ["mount", *(again if folder.is_mount() else first), folder]
+        if sys.platform != "linux" or subprocess.run(words, capture_output=True).returncode:
             pytest.skip("mounting takes root on Linux")
         return folder
 

@@ -1,7 +1,6 @@
 """The architecture as a test: the folders say who may import whom; sizes are counted."""
 
 import ast
-import shutil
 import subprocess
 import sys
 from functools import cache
@@ -128,11 +127,3 @@ def test_no_name_is_defined_in_two_modules():
             for each in names - {"main"}:
                 owners.setdefault(each, set()).add(name)
     assert {name: found for name, found in owners.items() if len(found) > 1} == {}
-
-
-@pytest.mark.skipif(not (shutil.which("git") and (ROOT / ".git").exists()), reason="not in a clone")
-def test_tests_can_be_committed():
-    done = subprocess.run(
-        ["git", "check-ignore", "tests/test_model.py"], cwd=ROOT, capture_output=True
-    )
-    assert done.returncode == 1

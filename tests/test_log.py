@@ -7,13 +7,12 @@ import os
 import re
 import struct
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lib.config import UserError
-from lib.curves import draw_curves, figure_of, read_run, running_mean
+from lib.curves import draw_curves, figure_of, read_run
 from tests import ROOT
 from tests.runs import names, records, refused, with_curves
 from tests.runs import train_to_end as trained
@@ -126,13 +125,6 @@ def test_a_file_that_cannot_be_drawn_is_one_line(tmp_path, content, x, message):
     assert not (tmp_path / "out.png").exists()
 
 
-def test_a_running_mean_leaves_a_straight_line_alone_and_halves_nothing_at_the_ends():
-    line = np.linspace(3, 5, 401)
-    assert running_mean(line)[10:-10] == pytest.approx(line[10:-10], abs=0.01)
-    assert running_mean(np.full(200, 7.0)) == pytest.approx(np.full(200, 7.0))
-    assert running_mean(np.eye(200)[100]).max() == pytest.approx(1 / 5)
-
-
 def test_the_command_draws_and_says_how_far_each_run_came(tmp_path):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", dpo=True)
@@ -243,22 +235,3 @@ def test_wandb_offline_holds_what_metrics_jsonl_says(tmp_path, tiny_dataset):
         row = {k: json.loads(v) for k, v in row.items()}
         read |= {(row["step"], k): v for k, v in row.items() if (row["step"], k) in told(out)}
     assert read == pytest.approx(told(out))
-
-
-def unreachable(folder):
-    """An account whose server does not answer."""
-    os.environ |= {
-        "WANDB_BASE_URL": "http://127.0.0.1:9",
-        "WANDB_API_KEY": "0" * 40,
-        "WANDB_MODE": "online",
-    }
-    os.environ |= {"HOME": str(folder), "WANDB_INIT_TIMEOUT": "5"}
-
-
-def test_wandb_without_its_server_is_one_warning(tmp_path, tiny_dataset):
-    pytest.importorskip("wandb")
-    before = functools.partial(unreachable, tmp_path)
-    out = trained(tmp_path / "out", data_path=tiny_dataset, report_to="wandb", before=before)
-    text = Path(out).with_suffix(".log").read_text()
-    assert text.count("warning: wandb") == 1, text
-    assert "Traceback" not in text

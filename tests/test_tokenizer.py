@@ -9,7 +9,6 @@ import pickle
 import random
 import re
 import shutil
-import subprocess
 import sys
 from itertools import islice
 from pydoc_data.topics import topics
@@ -24,7 +23,7 @@ from corpus.tokenizer import train_tokenizer
 from lib.config import UserError
 from lib.tokenizer import IM_END, IM_START, TEMPLATES, Tokenizer, render, stop_ids, usual_template
 from lib.tokenizer_json import jinja
-from tests import ROOT, SHARED
+from tests import SHARED
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -96,10 +95,6 @@ def test_no_document_is_dropped(tok):
     assert set(RESERVED) <= {piece.strip("\u2581") for piece in tok.pieces}
 
 
-def test_whitespace_is_worth_a_piece(tok):
-    assert len(tok.encode("\n\n")) == len(tok.encode(" " * 4)) == len(tok.encode(" " * 8)) == 1
-
-
 def test_pieces_keep_to_the_places_where_texts_may_be_cut(tok):
     for piece in tok.pieces[262:]:
         assert not re.search(r"[\r\n][^\r\n]|[^\r\n][\r\n]", piece), piece
@@ -154,27 +149,6 @@ def test_a_failing_source_fails_as_itself(tmp_path):
         train_tokenizer(texts(), tmp_path / "x.model", 1_000)
 
 
-def test_a_failed_write_leaves_the_old_file(tok, tmp_path, monkeypatch):
-    path = tmp_path / "x.model"
-    path.write_bytes(b"old")
-
-    def crash(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", crash)
-    with pytest.raises(OSError, match="disk full"):
-        train_tokenizer(DOCUMENTS, path, 1_000)
-    assert [path.read_bytes()] == [b"old"]
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_training_is_silent(tmp_path):
-    path = str(tmp_path / "x.model")
-    code = f"from corpus.tokenizer import train_tokenizer as t; t(['a b c '] * 9, {path!r}, 268)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
 # ---- text and ids
 
 
@@ -186,12 +160,6 @@ def test_round_trip(tok, text):
     assert not set(ids) & set(range(6))
     assert tok.token_bytes()[ids].sum() == len(text.encode())
     assert tok.encode_batch([text, "x", text], num_threads=2) == [ids, tok.encode("x"), ids]
-
-
-@pytest.mark.parametrize("text", ["Hello WORLD?", "a\nb", " a ", "  a  b  ", "\0\t\r\n"])
-def test_case_white_space_and_digits_are_kept(tok, text):
-    assert tok.decode(tok.encode(text)) == text
-    assert [tok.decode([id]) for id in tok.encode("2048")] == ["2", "0", "4", "8"]
 
 
 def test_no_text_makes_a_control_id(tok):
@@ -239,13 +207,6 @@ def test_streaming_gives_whole_characters(tok, text):
 @given(ids=st.lists(st.integers(0, 1_999) | st.integers(0, 261), max_size=30))
 def test_streaming_is_decoding_for_any_ids(tok, ids):
     assert streamed(tok, ids) == tok.decode(ids)
-
-
-def test_an_emoji_arrives_in_one_piece(tok):
-    stream = tok.stream()
-    assert [stream.push(id) for id in tok.encode("\U0001f600")] == ["", "", "", "\U0001f600"]
-    stream.push(tok.encode("\U0001f600")[0])
-    assert stream.flush() == "\ufffd"
 
 
 def test_token_bytes(tok):
@@ -416,18 +377,6 @@ def test_the_prompt_for_an_answer_is_the_beginning_of_the_answered_conversation(
     assert stop_ids(tok, None) == [2]
     assert ids[-1] in stop_ids(tok, template)
     assert not set(ids[len(prompt) : -1]) & set(stop_ids(tok, template))
-
-
-def test_supervised_ids_exactly(tok):
-    turn = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
-    answers = {
-        "chatml": [*tok.encode("yes"), *tok.encode("\n"), tok.im_end_id],
-        "instruct": [*tok.encode("yes"), tok.eos_id],
-        "chat": [*tok.encode(" yes"), tok.eos_id],
-    }
-    for template, answer in answers.items():
-        ids, mask = render(tok, turn, template)
-        assert [id for id, on in zip(ids, mask) if on] == answer
 
 
 @settings(max_examples=200, deadline=None)
