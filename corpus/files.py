@@ -66,9 +66,6 @@ def count_example(entries, reason, example):
         entry["examples"].append(example.encode(errors="backslashreplace").decode())
 
 
-# --- Bytes ----------------------------------------------------------------------------------------
-
-
 class NoColumn(UserError):
     """Rows without a column that could be the text."""
 
@@ -126,8 +123,6 @@ def bounded(items, path, size_of=len):
         yield item
 
 
-# --- Text -----------------------------------------------------------------------------------------
-
 BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
 BYTE_ORDER_MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 # A byte that is not UTF-8 is read as \udc80 to \udcff; here is its character in cp1252, if any.
@@ -178,9 +173,8 @@ def text_of(path):
     """Returns the whole text of a file in UTF-8; UserError for other bytes or a damaged file."""
     parts = text_parts(path, block=BUFFER, newline="")
     text = "".join(until_damaged(parts, partial(refuse_damaged, path)))
-    if byte := surrogate(text):
-        offset = len(text[: byte.start()].encode())
-        raise UserError(f"{path}: byte {ord(byte[0]) & 255:#04x} at offset {offset}: not UTF-8")
+    if surrogate(text):
+        raise UserError(f"{path}: not UTF-8; convert it")
     return text
 
 
@@ -231,8 +225,6 @@ def is_western(path, first):
     return not no_text and accented <= 0.5 * plain and in_rows <= 0.1 * accented
 
 
-# --- Pages of HTML --------------------------------------------------------------------------------
-
 # Python 3.11's html.parser takes seconds for 20 kB of "<a ". These patterns never fail once they
 # have begun, so that every character is looked at once.
 HIDDEN = re.compile(
@@ -272,9 +264,6 @@ def page_text(page):
         parts[number] = part
     lines = (line.rstrip() for line in "".join(parts).split("\n"))
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
-
-
-# --- Rows -----------------------------------------------------------------------------------------
 
 
 def rows(path, tally):
@@ -389,8 +378,6 @@ def parquet_rows(path, tally):
 def characters(row):
     return sum(len(value) for value in row.values() if isinstance(value, str))
 
-
-# --- Names ----------------------------------------------------------------------------------------
 
 ROW_READERS = {"json": json_rows, "jsonl": json_rows, "csv": csv_rows, "parquet": parquet_rows}
 ROW_READERS["tsv"] = partial(csv_rows, delimiters="\t,;|")

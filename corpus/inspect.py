@@ -118,9 +118,6 @@ def show_reasons(tally):
         print(f"  {entry['count']:>10,}  {reason}, first: {entry['examples'][0]}")
 
 
-# ---- conversations and preference pairs
-
-
 class Characters:
     """Stands in for a tokenizer that is not given: each character is an id."""
 

@@ -3,11 +3,9 @@
     sft_train.jsonl  sft_val.jsonl   {"prompt", "response", "check", "kind"}
     dpo_train.jsonl  dpo_val.jsonl   {"prompt", "chosen", "rejected", "check", "kind", "about"}
 
-The tasks are short enough for a model of a few million parameters, and each row carries the
-`check` by which a program scores an answer to it: `passes(check, answer)`. No prompt stands in two
-of the files, but a task can be put in several ways, and its other ways may stand in training: the
-held-out files ask for what was taught, in words that were not. Everything is a function of the
-seed and, where a task is about Python, of this Python's own documentation.
+A program scores an answer to a row by `passes(check, answer)`. No prompt stands in two of the
+files, but a task can be put in several ways: the held-out files ask for what was taught, in words
+that were not. Everything is a function of the seed and of this Python's own documentation.
 """
 
 import ast
@@ -81,8 +79,7 @@ def number(value):
     return answer("number", str(value), *near)
 
 
-# ---- kinds of tasks: generators of (values, Answer); TABLES["forms"] has their questions
-
+# Kinds of tasks are generators of (values, Answer); TABLES["forms"] has their questions.
 TABLES = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 WORDS = TABLES["words"]
 
@@ -177,8 +174,6 @@ TASKS = {  # their order counts
     "python_functions": python_functions,
 }
 
-
-# ---- what Python's functions do, in the words of their own documentation
 
 BUILTINS = (str, list, dict, set, tuple, bytes, int, float)
 COMPILED = ("math", "itertools", "operator", "time")  # modules without source text

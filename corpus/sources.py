@@ -25,8 +25,6 @@ from lib.config import PositiveFloat, PositiveInt, UserError
 
 PLACES = "give a file, a folder, a glob, hf:owner/name or docstrings:"
 
-# --- Sources and their mixture --------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Source:
@@ -148,8 +146,6 @@ def source_rows(path, tally):
         yield from until_damaged(files.rows(p, tally), partial(files.refuse_damaged, p))
 
 
-# --- This Python's documentation ------------------------------------------------------------------
-
 # A Python installation documents itself: megabytes of English on any machine, offline.
 UNDOCUMENTED = {"test", "tests", "testing", "idle_test", "site-packages", "__pycache__", "_vendor"}
 
@@ -205,8 +201,6 @@ def passages(lines, max_length):
     """Joins lines into documents of at most max_length, cut between paragraphs if possible."""
     return files.grouped(files.grouped(lines, max_length, str.isspace), max_length)
 
-
-# --- Files ----------------------------------------------------------------------------------------
 
 UNREADABLE = (".zip", ".tar", ".tgz", ".7z", ".rar", ".pdf", ".docx", ".epub", ".arrow", ".parquet")
 
@@ -366,9 +360,6 @@ def articles(lines):
             size += len(line)
     if article:
         yield first, "".join(article)
-
-
-# --- The Hugging Face hub -------------------------------------------------------------------------
 
 
 class Unreachable(UserError):

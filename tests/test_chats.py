@@ -1,9 +1,7 @@
 """Rows of every format, well formed and not, and what `inspect` says of them."""
 
-import bz2
 import gzip
 import json
-import lzma
 
 import pytest
 from hypothesis import given, settings
@@ -167,30 +165,6 @@ LINE, TURNS = json.dumps(ROW), json.dumps(says("q", "a"))
 def test_lists_and_lines_are_told_apart_by_their_content(tmp_path, name, text, count):
     (tmp_path / name).write_bytes(text.encode())
     assert read_chats(tmp_path / name) == [CHAT] * count
-
-
-@pytest.mark.parametrize(
-    ("suffix", "opener"), [("gz", gzip.open), ("bz2", bz2.open), ("xz", lzma.open)]
-)
-def test_compressed_files_are_read(tmp_path, suffix, opener):
-    path = tmp_path / f"rows.jsonl.{suffix}"
-    with opener(path, "wb") as file:
-        file.write(LINE.encode() + b"\n")
-    assert read_chats(path) == [CHAT]
-
-
-def test_rows_come_from_parquet_too(tmp_path):
-    table = pytest.importorskip("pyarrow").table({"prompt": ["q"], "response": ["a"]})
-    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "rows.parquet")
-    assert read_chats(tmp_path / "rows.parquet") == [CHAT]
-
-
-def test_a_folder_and_a_glob_are_read_in_order(tmp_path):
-    write(tmp_path / "b.jsonl", {"prompt": "q", "response": "2"})
-    write(tmp_path / "a.jsonl", {"prompt": "q", "response": "1"})
-    (tmp_path / "notes.txt").write_text("not rows")
-    for path in (tmp_path, f"{tmp_path}/*.jsonl"):
-        assert [row["messages"][1]["content"] for row in read_chats(path)] == ["1", "2"]
 
 
 # ---- rows that cannot be used
@@ -577,7 +551,7 @@ def test_inspect_shows_a_prepared_dataset_and_names_its_damage(tmp_path, tiny_do
         assert part in text
     shard = folder / "train_00000.bin"
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(UserError, match=f"{shard.name} has "):
+    with pytest.raises(UserError, match=r"train_00000\.bin"):
         shown(capsys, folder)
 
 
