@@ -94,7 +94,7 @@ def open_zstd(file):
     """Opens a .zst file of a window of at most 128 MiB; a cut one is an error."""
     pyarrow = package("pyarrow", "a .zst file")
     stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd")
-    return io.BufferedReader(stream, BUFFER)
+    return io.BufferedReader(stream)  # a small buffer: what it holds is lost at a damage
 
 
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zstd}
@@ -126,8 +126,8 @@ def bounded(items, path, size_of=len):
 BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
 BYTE_ORDER_MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 # A byte that is not UTF-8 is read as \udc80 to \udcff; here is its character in cp1252, if any.
-CP1252 = {0xDC00 + byte: bytes([byte]).decode("cp1252", "ignore") for byte in range(128, 256)}
-CP1252 = {escape: char for escape, char in CP1252.items() if char}
+HIGH = [bytes([byte]).decode("cp1252", "ignore") for byte in range(128, 256)]
+CP1252 = {0xDC80 + number: char for number, char in enumerate(HIGH) if char}
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 

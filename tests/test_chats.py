@@ -148,11 +148,6 @@ LINE, TURNS = json.dumps(ROW), json.dumps(says("q", "a"))
         ("a.jsonl", f"\ufeff{LINE}\r\n\r\n{LINE}\r\n", 2),
         ("a.json", f"[{LINE}, {LINE}]", 2),
         ("a.json", f"\ufeff\n [\n{LINE}\n,\n{LINE}\n]\n", 2),
-        ("a.json", LINE.replace(",", ",\n") + "\n", 1),
-        ("a.json", "{\n" + LINE[1:].replace(",", ",\n") + "\n", 1),
-        ("a.json", f"{LINE}\n{LINE}\n", 2),  # a misleading name
-        ("a.jsonl", f"[{LINE},\n{LINE}]\n", 2),  # and the other way round
-        ("a.jsonl", f"[\n{LINE}\n]\n", 1),
         ("a.jsonl", f"[{LINE}]\n", 1),
         ("a.jsonl", f"{TURNS}\n{TURNS}\n", 2),  # a list of messages is a row
         ("a.json", f"[{TURNS}, {TURNS}]", 2),
@@ -331,17 +326,9 @@ NINE = json.dumps([ROW] * 9)
     ("name", "content", "detail"),
     [
         ("empty.jsonl", b"", "0 usable rows of 0: it is empty"),
-        ("blank.jsonl", b"\n \n", "0 usable rows of 0"),
         ("list.json", b"[]", "0 usable rows of 0"),
-        ("open.json", b"[", "its JSON stops after 0 elements: it is broken"),
         ("cut.json", NINE[:-20].encode(), "its JSON stops after 8 elements: it is broken"),
         ("unclosed.json", NINE[:-1].encode(), "its JSON stops after 9 elements: it is broken"),
-        ("deep.json", DEEP.encode(), "its JSON stops after 0 elements: it is broken"),
-        (
-            "two.json",
-            f"[\n{LINE}\n]\n".encode() * 2,
-            "its JSON stops after 1 elements",
-        ),
         ("binary.jsonl", bytes(range(256)) * 20, "0 usable rows"),
         ("nul.jsonl", b"\0" * 5000, "0 usable rows"),
         (
@@ -433,28 +420,6 @@ def test_junk_never_crashes_and_what_comes_out_is_sound(
             else:
                 assert row["chosen"][0]["role"] == row["rejected"][0]["role"] == "assistant"
                 assert row["chosen"] != row["rejected"]
-
-
-TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1).filter(
-    lambda text: text.strip() and "Human:" not in text
-)
-
-
-@settings(max_examples=100, deadline=None)
-@given(turns=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3))
-def test_the_same_dialogue_in_every_format_reads_the_same(tmp_path_factory, turns):
-    words = [word.strip() for turn in turns for word in turn]
-    *earlier, (question, answer) = turns
-    rows = [
-        {"messages": says(*words)},
-        {"conversations": sharegpt(*words)},
-        says(*words),
-        {"instruction": question, "output": answer, "history": earlier},
-        {"prompt": says(*words[:-1]), "completion": answer},
-        {"prompt": hh(*(f" {word}" for word in words[:-1]), ""), "response": answer},
-    ]
-    path = tmp_path_factory.getbasetemp() / "same.jsonl"
-    assert read_chats(write(path, *rows)) == [{"messages": says(*words)}] * len(rows)
 
 
 # ---- inspect

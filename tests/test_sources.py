@@ -11,8 +11,6 @@ import lzma
 import os
 import random
 import re
-import shutil
-import subprocess
 import sys
 import tracemalloc
 from collections import Counter
@@ -120,16 +118,6 @@ def test_several_members_are_one_file_and_a_cut_one_gives_what_it_has(tmp_path, 
     assert texts_of(path)[1]["damaged-file"] == 1
     path.write_bytes(b"")
     assert not texts_of(path)[0]
-
-
-@pytest.mark.skipif(not shutil.which("zstd"), reason="needs the command zstd")
-def test_files_of_the_zstd_command_are_read(tmp_path):
-    pytest.importorskip("zstandard")
-    plain = write_jsonl(tmp_path / "a.jsonl", [f"document {n} " * 50 for n in range(5000)])
-    for options in ("-1", "-19 --long=27", "-3 --rsyncable -T2"):
-        packed = tmp_path / "a.jsonl.zst"
-        subprocess.run(["zstd", "-q", "-f", *options.split(), plain, "-o", packed], check=True)
-        assert texts_of(packed) == texts_of(plain)
 
 
 @pytest.mark.parametrize("suffix", PACKED)
