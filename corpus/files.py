@@ -126,8 +126,8 @@ def bounded(items, path, size_of=len):
 BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
 BYTE_ORDER_MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 # A byte that is not UTF-8 is read as \udc80 to \udcff; here is its character in cp1252, if any.
-HIGH = [bytes([byte]).decode("cp1252", "ignore") for byte in range(128, 256)]
-CP1252 = {0xDC80 + number: char for number, char in enumerate(HIGH) if char}
+CP1252 = {0xDC00 + byte: bytes([byte]).decode("cp1252", "ignore") for byte in range(128, 256)}
+CP1252 = {escape: char for escape, char in CP1252.items() if char}
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 
