@@ -290,6 +290,11 @@ NAMED_PHONE = re.compile(  # a number called a telephone number, however it is w
     r"(?: (?:no\.?|number|us|me|at|is|on)){0,2}:? {0,2})"
     r"(?=[(0-9]{1,5}[ .()-]|[0-9]{9})\(?[0-9](?:[ .()-]{0,2}[0-9]){5,13}(?!\w|[.,-][0-9])"
 )
+VERSION = re.compile(  # the word or operator before a version number
+    r"(?i)(?:\b(?:v|vers?|versions?|release|rev|revision|build|section|sec|chapter|rfc|kernel)"
+    r"[.:-]? ?|[<>=~^!]= ?|[<>^~] ?)\Z"
+)
+TITLE = re.compile(r"\.[ \t]|\.?[ \t]{1,4}[A-Z]")
 
 
 def mask_private(text):
@@ -298,40 +303,50 @@ def mask_private(text):
         text = PEM.sub("[KEY]", text)
     if "@" not in text and not text.encode().translate(None, NO_DIGITS):
         return text
-    lines = text.split("\n")
-    return "\n".join(mask_line(line) if SUSPECT.search(line) else line for line in lines)
+    kept, at = [], 0
+    while match := SUSPECT.search(text, at):
+        start, end = text.rfind("\n", at, match.start()) + 1 or at, text.find("\n", match.end())
+        end = len(text) if end < 0 else end
+        kept += [text[at:start], mask_line(text[start:end])]
+        at = end
+    return "".join([*kept, text[at:]])
 
 
 def mask_line(line):
     """Returns a line with private data masked; longer shapes first, for they hold the shorter."""
     for mask, sign, pattern, is_private in MASKS:
         if sign in line:
-            line = pattern.sub(lambda m, w=mask, ok=is_private: w if ok(m[0]) else m[0], line)
+            line = pattern.sub(lambda m, w=mask, ok=is_private: w if ok(m) else m[0], line)
     return NAMED_PHONE.sub(r"\1[PHONE]", line)
 
 
-def is_ipv4(text):
-    """Returns whether four numbers are an address, not one of this host (127) or a mask (255).
+def is_ipv4(match):
+    """Returns whether four numbers are an address: below 256, not this host (127), no mask (255).
 
-    Where all are small they are a version or a section, unless they begin as private addresses do.
+    A version has a word for it in front; a section has small numbers, first in line, and a title.
     """
-    numbers = [int(number) for number in text.split(".")]
-    small = max(numbers) < 64 and numbers[0] != 10
-    return max(numbers) < 256 and numbers[0] not in (0, 127, 255) and not small
+    line, start, end = match.string, match.start(), match.end()
+    numbers = [int(number) for number in match[0].split(".")]
+    is_version = VERSION.search(line[max(0, start - 12) : start])
+    if max(numbers) > 255 or numbers[0] in (0, 127, 255) or is_version:
+        return False
+    first = start < 12 and not line[:start].strip(" \t#*>")
+    return not (first and max(numbers) < 64 and TITLE.match(line, end))
 
 
-def is_ipv6(text):
+def is_ipv6(match):
     """Returns whether Python reads an address, in groups that are no slice and no path of names."""
-    groups = [group for group in text.split(":") if group]
+    groups = [group for group in match[0].split(":") if group]
     if (len(groups) < 3 and "".join(groups).isdigit()) or max(map(len, groups), default=0) < 3:
         return False
     with suppress(ValueError):
-        return bool(IPv6Address(text))
+        return bool(IPv6Address(match[0]))
     return False
 
 
-def is_phone(text):
+def is_phone(match):
     """Returns whether a number is a telephone's: not +1.5, not a list of small numbers."""
+    text = match[0]
     first, *others = re.findall("[0-9]+", text)
     if text[0] != "+" or not others:
         return text[0] != "+" or len(first) >= 10
@@ -350,7 +365,7 @@ MASKS = [  # (word, sign of it in a line, pattern, check of a match)
     ("[EMAIL]", "@", EMAIL, bool),
     ("[IP]", ":", IPV6, is_ipv6),
     ("[IP]", ".", IPV4, is_ipv4),
-    ("[CARD]", "", CARD, luhn),
+    ("[CARD]", "", CARD, lambda match: luhn(match[0])),
     ("[PHONE]", "", PHONE, is_phone),
 ]
 

@@ -127,7 +127,7 @@ write to jane.doe+list@mail.example.co.uk.  ->  write to [EMAIL].
 <a_b@c-d.org>, x@y.io  ->  <[EMAIL]>, [EMAIL]
 mailto:me@example.com  ->  mailto:[EMAIL]
 JANE@EXAMPLE.COM  ->  [EMAIL]
-from 192.168.0.1 to 8.8.4.80.  ->  from [IP] to [IP].
+from 192.168.0.1 to 8.8.8.8.  ->  from [IP] to [IP].
 10.0.0.1:8080 and 10.0.0.0/8  ->  [IP]:8080 and [IP]/8
 10.0.0.1-10.0.0.9  ->  [IP]-[IP]
 host=172.16.254.1  ->  host=[IP]
@@ -178,9 +178,9 @@ MASKED += [
 # what only looks private, between bars
 STAYS = """
 @property and @dataclass | git@github.com:owner/name.git | C = A @ B.T | icon@2x.png
-me@localhost, a@b | in version 1.2.3.4 of it | v1.2.3.4, ver. 1.2.3.4, release 11.0.0.1
+me@localhost, a@b | in version 1.2.3.4 of it | v1.2.3.4, ver. 1.2.3.4, release 10.0.0.1
 numpy==1.2.3.4, >= 1.2.3.4, ~=1.2.3.4 | chrome/79.0.3945.88, 300.1.1.1, 1.2.3.4.5
-linux-5.10.0.1-amd64 | 5.14.2.4. Influence | section 4.1.2.4
+linux-5.10.0.1-amd64 | section 4.1.2.4
 kernel 2.6.18.6 | 127.0.0.1 and 0.0.0.0 and 255.255.255.0
 at 12:30:45, std::vector, a::b, ::1, :: | x[1000::2] and 00:1A:2B:3C:4D:5E | 4111 1111 1111 1112
 1234567890123456 | 0.4111111111111111 | 1690000000000 ms
@@ -211,6 +211,16 @@ def test_what_only_looks_private_stays(text):
 def test_every_line_is_looked_at():
     lines = [text for text, _ in MASKED] + STAYS
     assert clean("\n".join(lines), CFG) == "\n".join([masked for _, masked in MASKED] + STAYS)
+
+
+def test_a_section_number_is_no_address():
+    for heading in (
+        "5.14.2.4. Influence of it",
+        "  12.3.2.1 Using a File",
+        "## 4.1.2.5. constants",
+    ):
+        assert clean(heading, CFG) == heading
+    assert clean("10.0.0.1 - - GET\n200.46.20.71 Host", CFG) == "[IP] - - GET\n[IP] Host"
 
 
 def test_luhn_is_the_check_of_iso_7812():
