@@ -16,7 +16,6 @@ import bisect
 import math
 import sys
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 
@@ -69,28 +68,22 @@ class TokenStream(BatchStream):
     """The tokens of one split of prepared datasets, cut into blocks of T inputs and T labels.
 
     Block i of a dataset holds tokens [i T, i T + T) as "ids" and those one further as "labels".
-    The last block is padded (label IGNORE), so that a pass supervises every token but the first
-    exactly once.
+    The last block is padded (label IGNORE): a pass supervises every token but the first once.
 
     Several paths without `weights` count as one long dataset. With `weights` each row comes from
-    one of them, in exactly these proportions over any aligned MIXTURE_PERIOD rows, and each
-    dataset is passed over at its own pace.
+    one of them, in exactly these proportions over any aligned MIXTURE_PERIOD rows.
 
     document_mask=True adds "documents" (B, T) int32, a number that grows at each BOS, and
     "positions" (B, T) int64, which restart there. The label BOS is then unsupervised: the model
-    may not look back over the border, and could not know that the document ends. Without it the
-    stream is one text, and BOS is a target like any other.
-
-    Raises UserError for a training split of fewer than T + 1 tokens, or datasets of different
-    tokenizers.
+    may not look back over the border, and could not know that the document ends.
     """
 
     def __init__(
         self, paths, split, sequence_length, batch_size, seed=0, world_size=1,
-        weights=None, document_mask=False, verify=None,
+        weights=None, document_mask=False,
     ):  # fmt: skip
         super().__init__(batch_size, seed, world_size)
-        self.sources = open_all(paths, split, verify)
+        self.sources = open_all(paths, split)
         self.sequence_length, self.document_mask = sequence_length, document_mask
         for source in self.sources:
             if split == "train" and source.tokens <= sequence_length:
@@ -102,7 +95,6 @@ class TokenStream(BatchStream):
         self.pad_id, self.bos_id = first.manifest["pad_id"], first.manifest["bos_id"]
         self.tokenizer = first.folder / "tokenizer.model"
         self.tokens = sum(source.tokens for source in self.sources)
-        self.bytes = sum(source.bytes for source in self.sources)  # of the text, in UTF-8
         # N tokens have N - 1 targets: 8 tokens at T 4 are two blocks, the second with 3 labels
         sizes = [-(-(source.tokens - 1) // sequence_length) for source in self.sources]
         self.block_ends = np.cumsum(sizes)
@@ -163,26 +155,10 @@ def mixture_table(weights, names, seed):
     missing = MIXTURE_PERIOD - int(counts.sum())
     counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
     if not counts.all():
-        problem = (
-            f"its weight is below 1/{MIXTURE_PERIOD} of the mixture; raise it, or leave it out"
-        )
-        raise UserError(f"{names[int(counts.argmin())]}: {problem}")
+        small = f"its weight is below 1/{MIXTURE_PERIOD} of the mixture"
+        raise UserError(f"{names[int(counts.argmin())]}: {small}; raise it, or leave it out")
     table = np.repeat(np.arange(len(names)), counts)
     return np.random.RandomState(seed & 0xFFFFFFFF).permutation(table)
-
-
-def unigram_bits_per_byte(paths):
-    """Returns what a model that knows only token frequencies scores on the val split.
-
-    A real model must beat this baseline. Frequencies are add-one, over all train tokens. Every val
-    token but the first of each dataset is a target, BOS and EOS included, as in `TokenStream.rows`
-    without document_mask. The result is nats of all targets / (UTF-8 bytes of val * ln 2).
-    """
-    train, val = open_all(paths, "train"), open_all(paths, "val")
-    counts = 1 + sum(source.histogram() for source in train)
-    targets = sum(source.histogram(start=1) for source in val)
-    nats = -np.sum(targets * np.log(counts / counts.sum()))
-    return float(nats / (sum(source.bytes for source in val) * math.log(2)))
 
 
 class ExampleStream(BatchStream):
@@ -211,14 +187,12 @@ class ExampleStream(BatchStream):
 def supervised_rows(rows, length, pad_id, packed=False):
     """Returns examples as arrays of static shape: the batch that `model.next_token_loss` takes.
 
-    `rows` are lists of (ids, mask): the examples that share a row of `length` positions, one after
-    the other. With `packed` they must not see each other, so "documents" and "positions" (B, T)
-    tell them apart. Otherwise there is one example in each row, and rows are only as long as the
-    longest needs, in powers of two, so that there are few shapes.
+    `rows` are lists of (ids, mask): the examples that share a row of `length` positions. With
+    `packed` "documents" and "positions" (B, T) tell them apart. Otherwise there is one example in
+    each row, and T is only what the longest needs, in powers of two, so that there are few shapes.
 
     "ids" are (B, T); "where" (N,) are the places of the supervised positions in the flattened
-    rows, and "labels" (N,) the ids that follow them, padded with IGNORE. "count" labels, "tokens"
-    inputs.
+    rows, and "labels" (N,) the ids that follow them, padded with IGNORE. "tokens" counts inputs.
     """
     used = max(sum(len(ids) - 1 for ids, _ in row) for row in rows)
     T = length if packed else min(length, max(32, 1 << (used - 1).bit_length()))
@@ -274,10 +248,8 @@ def main(argv):
         "create_sample_datasets": (samples.create_sample_datasets, samples.SampleFilesConfig),
     }
     word = argv[0] if argv else ""
-    if word in ("", "-h", "--help") or word.startswith("--") or word.endswith(".json"):
+    if not word or word.startswith("-") or word.endswith(".json"):
         run(prepare.main, prepare.DataConfig, __doc__, argv=argv)
-    elif word not in commands and Path(word).exists():  # a likely first try
-        run(prepare.main, prepare.DataConfig, __doc__, argv=[f"--input_path={word}", *argv[1:]])
     else:
         dispatch(commands, argv, __doc__)
 

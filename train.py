@@ -26,7 +26,7 @@ from typing import Annotated, Literal
 
 import torch
 
-from data import TokenStream, unigram_bits_per_byte
+from data import TokenStream
 from lib import checkpoint, runtime
 from lib.config import (
     Fraction,
@@ -684,8 +684,7 @@ def pretrain(cfg, world):
         raise UserError(f"vocab_size is {cfg.vocab_size}, but {made}; use --vocab_size={size}")
     torch.manual_seed(cfg.seed)
     model = Llama(narrow(cfg, ModelConfig))
-    baseline = unigram_bits_per_byte(cfg.data_path)  # knowing only how often each token occurs
-    world.say(f"{stream.tokens:,} training tokens; unigram baseline {baseline:.4f} bits per byte")
+    world.say(f"{stream.tokens:,} training tokens")
     hashes = {str(source.folder): data_sha256(source.manifest) for source in stream.sources}
 
     def write_model(model, folder):

@@ -40,10 +40,8 @@ def seal(folder):
 
 def problem_with(folder, needed=CHECKPOINT_FILES):
     """Returns None if `folder` is sound and lists the files `needed`, else what is wrong."""
-    if not folder.is_dir():
-        return "no such folder"
     if not (folder / "manifest.json").is_file():
-        return "no manifest.json: it was never finished"
+        return "no manifest.json: it was never finished" if folder.is_dir() else "no such folder"
     try:
         manifest = read_object(folder / "manifest.json")
         if manifest["format"] != CHECKPOINT_FORMAT:
@@ -57,9 +55,7 @@ def problem_with(folder, needed=CHECKPOINT_FILES):
             if problem := file_problem(folder, name, entry["bytes"], str(entry["sha256"])):
                 return problem
         return None
-    except OSError as problem:
-        return f"not readable ({problem.strerror})"
-    except (UserError, KeyError, TypeError, AttributeError, ValueError):
+    except (OSError, UserError, KeyError, TypeError, AttributeError, ValueError):
         return "manifest.json is not readable"
 
 
@@ -93,18 +89,17 @@ def find_checkpoint(cfg, say):
         if problem := problem_with(folder):
             remedy = "name a step_* folder, or auto for the newest sound one"
             raise UserError(f"{wanted}: not a sound checkpoint: {problem}; {remedy}")
-        newest = steps[0] if steps else None  # a later auto would go on from it
-        if (finished or newest) and not (newest and newest.samefile(folder)):
+        if (finished or steps) and not any(map(folder.samefile, steps[:1])):  # auto's choice, later
             raise UserError(f"{cfg.output_dir} already holds a run; choose another --output_dir")
         return folder
     problems = []
     for folder in steps:
-        problem = problem_with(folder)
-        if problem is None:
-            for line in problems:
-                say(f"warning: {line}; going back to {folder.name}")
-            return folder
-        problems.append(f"{folder.name}: {problem}")
+        if problem := problem_with(folder):
+            problems.append(f"{folder.name}: {problem}")
+            continue
+        for line in problems:
+            say(f"warning: {line}; going back to {folder.name}")
+        return folder
     if problems or finished:
         why = "; ".join(problems) or "only final/ is there; choose another --output_dir"
         raise UserError(f"{cfg.output_dir}: no sound checkpoint to resume from: {why}")

@@ -34,17 +34,10 @@ class UserError(Exception):
         return " ".join(super().__str__().splitlines())  # a quoted path may hold line breaks
 
 
-def closest(word, choices, cutoff=0.6):
-    """Returns the choice spelled most like `word` (case aside, `-` as `_`), or None."""
-    plain = {choice.lower().replace("-", "_"): choice for choice in choices}
-    near = difflib.get_close_matches(word.lower().replace("-", "_"), plain, n=1, cutoff=cutoff)
-    return plain[near[0]] if near else None
-
-
-def did_you_mean(word, choices, form="'{}'"):
-    """Returns '; did you mean ...?' for an unknown word, or '' if no choice is near."""
-    near = closest(word, choices)
-    return f"; did you mean {form.format(near)}?" if near else ""
+def did_you_mean(word, choices, form="'{}'", cutoff=0.6):
+    """Returns '; did you mean ...?' for an unknown word, or '' if no choice is spelled like it."""
+    near = difflib.get_close_matches(word.lower().replace("-", "_"), choices, n=1, cutoff=cutoff)
+    return f"; did you mean {form.format(near[0])}?" if near else ""
 
 
 def shown(value):
@@ -94,6 +87,14 @@ class Option:
     choices: tuple = ()
     item: "Option | None" = None  # of a tuple
     default: Any = NO_DEFAULT
+
+    @property
+    def default_text(self):
+        """The default as a flag would give it."""
+        if self.default is None or self.default is NO_DEFAULT:
+            return "none" if self.default is None else "VALUE"
+        values = self.default if self.item else [self.default]
+        return ",".join(v if isinstance(v, str) else json.dumps(v) for v in values) or '""'
 
     def __str__(self):
         kind = "true|false" if self.base is bool else self.base.__name__
@@ -157,17 +158,10 @@ def accept(name, value, option, source):
 def parse_json(text, origin):
     """Returns parsed JSON; UserError names the place in `origin` (a file or flag) of a mistake.
 
-    text: str, or bytes with or without a byte order mark. No key may stand twice.
+    text: str, or bytes with or without a byte order mark.
     """
-
-    def unique(pairs):
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            raise UserError(f"{origin}: a key stands twice among {shown([k for k, _ in pairs])}")
-        return values
-
     try:
-        return json.loads(text, object_pairs_hook=unique)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or beyond Python's limits
         raise UserError(f"{origin}: {error}") from None
 
@@ -190,16 +184,14 @@ def read_preset(path, options, foreign_keys, program):
     are passed over; a key very near to an option is a misspelling all the same.
     """
     if not os.path.exists(path):
-        shipped = {p.stem: p for p in (Path(sys.argv[0]).parent / "configs").rglob("*.json")}
-        near = closest(Path(path).stem, shipped)
-        raise UserError(f"{path}: not found{f'; did you mean {shipped[near]}?' if near else ''}")
+        raise UserError(f"{path}: not found; configs/ has the presets, as configs/tiny.json")
     preset, values = read_object(path), {}
     if not foreign_keys and preset.get("_program", program) != program:
         raise UserError(f"{path} is a preset for {preset['_program']}, not for {program}")
     for key, value in preset.items():
         if key in options:
             values[key] = accept(key, value, options[key], path)
-        elif key[:1] != "_" and not (foreign_keys and not closest(key, options, cutoff=0.85)):
+        elif key[:1] != "_" and (not foreign_keys or did_you_mean(key, options, cutoff=0.85)):
             hint = did_you_mean(key, options) or "; --help lists them"
             raise UserError(f"{path}: unknown key {key!r}{hint}")
     return values
@@ -221,17 +213,6 @@ def from_text(text, option, flag):
     return text
 
 
-def to_text(value):
-    """Returns the text of a flag for this value."""
-    if value is NO_DEFAULT:
-        return "VALUE"
-    if value is None:
-        return "none"
-    if isinstance(value, tuple):
-        value = ",".join(map(to_text, value))
-    return (value if isinstance(value, str) else json.dumps(value)) or '""'
-
-
 def read_flag(word, rest, options):
     """Returns (field, value) of a flag; a value that stands apart leaves the deque `rest`."""
     flag, equals, text = word.partition("=")
@@ -246,7 +227,7 @@ def read_flag(word, rest, options):
         text = rest.popleft() if rest and rest[0].lower() in ("true", "false") else "true"
     elif not equals:
         if not rest or rest[0].startswith("--"):  # a single dash may begin a negative number
-            raise UserError(f"{flag} needs a value: {flag}={to_text(option.default)}")
+            raise UserError(f"{flag} needs a value: {flag}={option.default_text}")
         text = rest.popleft()
     value = accept(name, from_text(text, option, flag), option, flag)
     return name, value if name == written else not value
@@ -298,7 +279,7 @@ def usage(cls, options, argv, positional, doc):
     call = " ".join([*words, "[PRESET.json ...] [--key=value ...]"])
     helps, rows = comments_of(cls), [("option", "takes", "default", "")]
     for name, option in options.items():
-        rows.append((f"--{name}", str(option), to_text(option.default), helps.get(name, "")))
+        rows.append((f"--{name}", str(option), option.default_text, helps.get(name, "")))
     table = "\n".join("{:<31} {:<20} {:<14} {}".format(*row).rstrip() for row in rows)
     return "\n\n".join([call, *(doc or "").strip().split("\n\n")[:2], table])
 

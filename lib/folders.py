@@ -24,7 +24,7 @@ from lib.config import UserError, read_object
 AGAIN = "delete the folder and prepare it again"  # the remedy for a damaged dataset
 MANIFEST_FORMAT = 1  # a reader refuses any other
 ID_TYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-VERIFY_BYTES = 64 << 20  # datasets up to this size are hashed when opened (0.2 s), larger if asked
+VERIFY_BYTES = 64 << 20  # datasets up to this size are hashed when opened (0.2 s), larger not
 
 FILE_NAME = re.compile("[A-Za-z0-9_-][A-Za-z0-9_.-]*")  # no way out of the folder
 HASH = re.compile("[0-9a-f]{64}")
@@ -105,9 +105,6 @@ def read_manifest(folder):
         remedy = "make one: python data.py --input_path=TEXTS"
         raise UserError(f"{folder}: no prepared dataset (no manifest.json); {remedy}")
     manifest = read_object(path)
-    if "files" in manifest:  # not a damaged dataset: nobody must be told to delete it
-        remedy = "name a folder of data.py"
-        raise UserError(f"{folder}: a model or checkpoint, not a prepared dataset; {remedy}")
     if manifest.get("format") != MANIFEST_FORMAT:
         formats = f"format {manifest.get('format')!r:.80}, this program reads {MANIFEST_FORMAT}"
         remedy = "prepare the text again, or use the version that wrote it"
@@ -117,7 +114,8 @@ def read_manifest(folder):
     except (KeyError, TypeError, AttributeError):
         legal = False
     if not legal:
-        raise UserError(f"{path}: not as data.py writes it; {AGAIN}")
+        remedy = "name a prepared dataset, or prepare this one again"  # it may be a model's folder
+        raise UserError(f"{path}: not as data.py writes it; {remedy}")
     return manifest
 
 
@@ -141,11 +139,11 @@ class Shards:
     """The shards of one split of a dataset, memory-mapped and read as one array of `tokens` ids.
 
     Opening checks the manifest, the tokenizer's hash and the size of every shard; their hashes too
-    when they are small, or always with verify=True. An id outside the vocabulary is found at the
-    latest when it is read. Each failure is a UserError.
+    when they are small. An id outside the vocabulary is found at the latest when it is read. Each
+    failure is a UserError.
     """
 
-    def __init__(self, folder, split, verify=None):
+    def __init__(self, folder, split):
         self.folder, self.manifest = Path(folder), read_manifest(folder)
         entries = self.manifest["splits"].get(split)
         if not entries:
@@ -158,8 +156,7 @@ class Shards:
         sums = totals(entries)
         self.tokens, self.documents = sums["tokens"], sums["documents"]
         self.bytes = sums["bytes"]  # of the text, as UTF-8
-        if verify is None:
-            verify = self.tokens * self.dtype.itemsize <= VERIFY_BYTES
+        verify = self.tokens * self.dtype.itemsize <= VERIFY_BYTES
         self.arrays = []
         for entry in entries:
             name, size = entry["bin"], entry["tokens"] * self.dtype.itemsize
@@ -185,24 +182,16 @@ class Shards:
             start += len(pieces[-1])
         return self._checked(np.concatenate(pieces))
 
-    def histogram(self, start=0):
-        """Returns how often each id occurs from token `start` on: (vocab_size,) int64."""
-        counts = np.zeros(self.vocab_size, np.int64)
-        for begin in range(start, self.tokens, 1 << 22):  # 4 M tokens at a time
-            chunk = self.read(begin, min(begin + (1 << 22), self.tokens))
-            counts += np.bincount(chunk, minlength=self.vocab_size)
-        return counts
 
-
-def open_all(paths, split, verify=None):
+def open_all(paths, split):
     """Returns the Shards of one dataset folder or of a list, which must share one tokenizer."""
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
     if not paths:
         raise UserError("data_path: no dataset folder given; name one: --data_path=FOLDER")
-    first, *others = sources = [Shards(path, split, verify) for path in paths]
-    for other in others:
-        if other.tokenizer_sha256 != first.tokenizer_sha256:
-            hashes = [f"{s.folder} has sha256 {s.tokenizer_sha256}" for s in (first, other)]
-            problem = f"datasets of different tokenizers cannot be mixed: {', '.join(hashes)}"
-            raise UserError(f"{problem}; prepare them with one --tokenizer_path")
+    sources = [Shards(path, split) for path in paths]
+    hashes = {source.tokenizer_sha256: source.folder for source in sources}
+    if len(hashes) > 1:
+        apart = ", ".join(f"{folder} has {sha256:.12}.." for sha256, folder in hashes.items())
+        problem = f"datasets of different tokenizers cannot be mixed: {apart}"
+        raise UserError(f"{problem}; prepare them with one --tokenizer_path")
     return sources

@@ -25,10 +25,15 @@ class Log:
         self.peak = peak_flops(world.device)
         self.path = Path(cfg.output_dir) / "metrics.jsonl"
         self.mark = (time.monotonic(), state.tokens)  # where tokens per second are counted from
-        self.trackers = []
+        self.trackers = {}  # {name: (function that takes a record, function that closes)}
         if world.rank == 0:
             self._drop_after(state)
-            self.trackers = open_trackers(cfg, state, world.say)
+        for name in cfg.report_to if world.rank == 0 else ():
+            if importlib.util.find_spec(name) is None:
+                missing = "needs a package that is not installed"
+                raise UserError(f"report_to={name}: {missing}: pip install {name}")
+            with self._warning(name):
+                self.trackers[name] = TRACKERS[name](cfg, state)
 
     def __enter__(self):
         return self
@@ -36,15 +41,24 @@ class Log:
     def __exit__(self, kind, *_):
         if self.world.rank or kind is KeyboardInterrupt:  # a second Ctrl-C means: at once
             return
-        for tracker in self.trackers:
-            tracker.attempt("close")
-        try:
+        for name, (_, close) in list(self.trackers.items()):
+            with self._warning(name):
+                close()
+        with self._warning("curves.png"):
             if self.path.is_file():
                 from lib.curves import draw_curves  # which imports matplotlib
 
                 draw_curves([self.path.parent], "tokens", self.path.with_name("curves.png"))
-        except Exception as problem:  # matplotlib's and the disk's troubles are not the training's
-            self.world.say(f"warning: no curves drawn ({problem!s:.120})")
+
+    @contextlib.contextmanager
+    def _warning(self, name):
+        """Turns a failure of foreign code into one warning, and the end of that tracker."""
+        try:
+            yield
+        except Exception as problem:  # matplotlib's and the network's troubles must end no run
+            self.trackers.pop(name, None)
+            line = (str(problem).splitlines() or [type(problem).__name__])[0]
+            self.world.say(f"warning: {name} failed ({line:.120}); training goes on without it")
 
     def _drop_after(self, state):
         """Removes what a run that died logged after its checkpoint: those steps come again."""
@@ -67,8 +81,9 @@ class Log:
         if self.world.rank == 0:
             with writing(self.path), open(self.path, "a", encoding="utf-8", newline="\n") as f:
                 f.write(json.dumps(record) + "\n")
-        for tracker in self.trackers:
-            tracker.attempt("send", record)
+        for name, (send, _) in list(self.trackers.items()):
+            with self._warning(name):
+                send(record)
 
     def step(self, state, clock, stats, lr, grad_norm):
         """Logs every step that is a multiple of logging_steps; stats: {"loss": mean, ...}."""
@@ -117,33 +132,6 @@ def writing(path):
 # ---- wandb and tensorboard
 
 
-def open_trackers(cfg, state, say):
-    """Returns the Trackers of cfg.report_to; UserError if the package of one is not installed."""
-    for name in cfg.report_to:
-        if importlib.util.find_spec(name) is None:
-            missing = "needs a package that is not installed"
-            raise UserError(f"report_to={name}: {missing}: pip install {name}")
-    return [Tracker(name, cfg, state, say) for name in cfg.report_to]
-
-
-class Tracker:
-    """wandb or tensorboard, given every record; its first failure is one warning and its end."""
-
-    def __init__(self, name, cfg, state, say):
-        self.name, self.say = name, say
-        self.calls = {"open": {"wandb": open_wandb, "tensorboard": open_tensorboard}[name]}
-        self.calls = self.attempt("open", cfg, state) or {}
-
-    def attempt(self, call, *args):
-        """Calls "send" with a record, or "close"; nothing after a failure."""
-        try:
-            return self.calls[call](*args) if self.calls else None
-        except Exception as problem:  # foreign code, over a network: nothing in it may end a run
-            self.calls = {}
-            line = (str(problem).splitlines() or [type(problem).__name__])[0]
-            self.say(f"warning: {self.name} failed ({line:.120}); training goes on without it")
-
-
 def open_tensorboard(cfg, state):
     """Events go to OUTPUT_DIR/tensorboard; a resume purges those of the steps to come."""
     from torch.utils.tensorboard import SummaryWriter
@@ -158,7 +146,7 @@ def open_tensorboard(cfg, state):
             elif value is not None and name != "step":
                 writer.add_scalar(name, value, record["step"])
 
-    return {"send": send, "close": writer.close}
+    return send, writer.close
 
 
 def open_wandb(cfg, state):
@@ -169,4 +157,7 @@ def open_wandb(cfg, state):
     quiet, config = wandb.Settings(silent=True, console="off"), dataclasses.asdict(cfg)
     session = wandb.init(name=cfg.output_dir, dir=cfg.output_dir, config=config, settings=quiet)
     session.define_metric("*", step_metric="step")  # wandb's own step refuses to go back
-    return {"send": session.log, "close": session.finish}
+    return session.log, session.finish
+
+
+TRACKERS = {"wandb": open_wandb, "tensorboard": open_tensorboard}

@@ -40,14 +40,12 @@ class Tokenizer:
 
     model         the .model file as bytes; `sha256` is their hash
     pieces        the vocabulary as SentencePiece spells it; V = `vocab_size` of them
-    controls      {symbol: id} of the control symbols
+    controls      {symbol: id}; a foreign folder's tokenizer_config.json, `config`, may add some
     template      the chat template named by the folder it came from, or None
     dummy_prefix  whether it puts a space before every text
     exact         whether `save` wrote the folder, so that there are no other ids
 
-    The `config` of a foreign folder, its tokenizer_config.json, may add control symbols and name
-    those that open and end a text. Chat markers (`im_start_id`, `im_end_id` are then None) and
-    padding (`pad_id` is then the eos id) may be lacking.
+    Without chat markers `im_start_id` and `im_end_id` are None, without padding `pad_id` is EOS.
     """
 
     file = "tokenizer.model"  # the name of `model` in a folder
@@ -65,8 +63,7 @@ class Tokenizer:
             ids = self._open(model)
             self.dummy_prefix = self._bytes[self.encode("a")[0]].startswith(b" ")
             self.model_size = len(self.pieces)  # ids of `model` alone
-            symbols = self._symbols(config.get("added_tokens_decoder", {}))
-            self._add_controls(max(symbols, default=-1) + 1, symbols)
+            self._add_symbols(config.get("added_tokens_decoder", {}))
         except UserError:
             raise
         except Exception as error:  # a damaged file fails in many ways
@@ -86,20 +83,18 @@ class Tokenizer:
         self._bytes = [b"" if c else spell(piece) for c, piece in zip(control, self.pieces)]
         return {role: getattr(sp, f"{role}_id")() for role in SPECIALS}
 
-    def _symbols(self, added):
-        """Returns the {id: symbol} that a folder adds. A word that may occur in a text is refused:
-        SentencePiece would not find it.
-        """
-        for id, token in added.items():
-            symbol = token["content"]
-            special = token.get("special", True) or re.fullmatch(r"<.+>|\[.+\]", symbol)
-            if not 0 <= int(id) < 1 << 20 or not isinstance(symbol, str):
+    def _add_symbols(self, added):
+        """Adds the control symbols of a folder, {id: {"content": symbol, ...}}."""
+        symbols = {int(id): token["content"] for id, token in added.items()}
+        for id, symbol in symbols.items():
+            special = added[str(id)].get("special", True) or re.fullmatch(r"<.+>|\[.+\]", symbol)
+            if not 0 <= id < 1 << 20 or not isinstance(symbol, str):
                 raise ValueError(id)
-            if int(id) >= self.model_size and not special:
+            if id >= self.model_size and not special:
                 word = f"the folder adds the word {symbol!r}, which SentencePiece would not find"
                 remedy = "move this file away, so that its tokenizer.json is read"
                 raise UserError(f"{self.source}: {word}; {remedy}")
-        return {int(id): token["content"] for id, token in added.items()}
+        self._add_controls(max(symbols, default=-1) + 1, symbols)
 
     def _add_controls(self, size, symbols):
         """Adds control symbols up to `size` ids in all; those without a name are unused."""
@@ -148,9 +143,7 @@ class Tokenizer:
         sha256 = config.get("tokenizer_model_sha256")
         tokenizer.exact = kind is cls and sha256 is not None
         if tokenizer.exact and tokenizer.sha256 != sha256:
-            hashes = f"expected {sha256!s:.12}, got {tokenizer.sha256:.12}"
-            why = "the file is damaged, or from another model"
-            raise UserError(f"{path}: checksum mismatch ({hashes}): {why}")
+            raise UserError(f"{path}: checksum mismatch: it is damaged, or from another model")
         return tokenizer
 
     def without_template(self, folder):

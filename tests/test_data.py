@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import TokenStream, unigram_bits_per_byte
+from data import TokenStream
 from lib.config import UserError
 from lib.folders import read_manifest
 
@@ -176,13 +176,6 @@ def test_several_datasets_without_weights_are_one_long_one(tmp_path):
     assert seen == [*range(100, 124, 4), *range(200, 304, 4)]
 
 
-def test_unigram_baseline_is_what_a_hand_count_gives(tmp_path):
-    folder = write_dataset(tmp_path / "d", {"train": [[1, 3, 3, 2]], "val": [[1, 3, 2]]}, 4)
-    # add-one: p(0)=1/8 p(1)=2/8 p(2)=2/8 p(3)=3/8; the targets are 3 and 2; 30 bytes of text
-    expected = -(np.log2(3 / 8) + np.log2(2 / 8)) / 30
-    assert abs(unigram_bits_per_byte(folder) - expected) < 1e-12
-
-
 # ---- Damaged folders (one line each, naming the thing)
 
 
@@ -232,7 +225,6 @@ def test_damaged_shards_are_refused_by_name(tmp_path):
         (folder / "train_00000.bin").write_bytes(bad)
         with pytest.raises(UserError, match=f"train_00000.bin.*{message}"):
             TokenStream(folder, "train", 4, 1)
-    TokenStream(folder, "train", 4, 1, verify=False)  # a large dataset is hashed only when asked
 
 
 @pytest.mark.parametrize(
@@ -277,7 +269,7 @@ def test_missing_short_and_mismatched_datasets(tmp_path):
     with pytest.raises(UserError, match="holds no val documents"):
         TokenStream(short, "val", 4, 1)
     other = write_dataset(tmp_path / "other", {"train": [range(3, 9)]}, tokenizer=b"another")
-    with pytest.raises(UserError, match=sha256(b"tokenizer") + ".*" + sha256(b"another")):
+    with pytest.raises(UserError, match=sha256(b"tokenizer")[:12] + ".*" + sha256(b"another")[:12]):
         TokenStream([short, other], "train", 4, 1)
     for weights in ([1], [1, -1], [1, float("nan")], [1, 1e-9]):
         with pytest.raises(UserError, match="weight"):

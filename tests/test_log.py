@@ -43,15 +43,13 @@ def write_run(folder, steps=200, dpo=False, seed=0):
 def drawn(*folders, x="tokens"):
     """{title: [(x, y) of every line]} of the figure of some runs."""
     figure = figure_of({str(folder): read_run(folder, x) for folder in folders}, x)
-    figure.draw_without_rendering()
-    lines = lambda axes: [line.get_data() for line in axes.lines if len(line.get_xdata())]
-    return {axes.get_title("left"): lines(axes) for axes in figure.axes}
+    return {axes.get_title(): [line.get_data() for line in axes.lines] for axes in figure.axes}
 
 
 @pytest.mark.parametrize(("x", "scale"), [("tokens", 512), ("steps", 1), ("minutes", 1.5 / 60)])
 def test_the_curves_pass_through_what_was_logged(tmp_path, x, scale):
     folder = write_run(tmp_path / "run")
-    (raw, mean, dots), steps = drawn(folder, x=x)["Loss"], np.arange(1, 201)
+    (raw, mean, dots), steps = drawn(folder, x=x)["loss"], np.arange(1, 201)
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert raw[0] == pytest.approx(steps * scale)
     assert raw[1] == pytest.approx([r["loss"] for r in logged if "loss" in r])
@@ -60,31 +58,14 @@ def test_the_curves_pass_through_what_was_logged(tmp_path, x, scale):
     assert dots[1] == pytest.approx([r["val_loss"] for r in logged if "val_loss" in r])
 
 
-def test_every_kind_of_training_has_its_panels(tmp_path):
-    plain, dpo = write_run(tmp_path / "plain"), write_run(tmp_path / "dpo", dpo=True)
-    common = {"Loss", "Bits per byte", "Learning rate", "Gradient norm", "Tokens per second"}
+def test_every_kind_of_training_has_its_panels_and_every_run_its_name(tmp_path):
+    plain, dpo = write_run(tmp_path / "plain"), write_run(tmp_path / "<&>", dpo=True, seed=1)
+    common = {"loss", "bits_per_byte", "lr", "grad_norm", "tokens_per_second", "memory"}
     assert drawn(plain).keys() == common
-    assert drawn(dpo).keys() == common | {"Accuracy", "Margin"}
-    assert [len(lines) for lines in drawn(plain, dpo).values()] == [6, 2, 3, 2, 4, 4, 4]
-
-
-def test_one_peak_among_many_steps_is_drawn_and_does_not_hide_the_others(tmp_path):
-    folder = write_run(tmp_path / "long", 5000)
-    text = (folder / "metrics.jsonl").read_text().splitlines()
-    at = next(n for n, line in enumerate(text) if '"step": 3001,' in line)
-    text[at] = json.dumps(json.loads(text[at]) | {"loss": 500.0})
-    (folder / "metrics.jsonl").write_text("\n".join(text) + "\n")
-    figure = figure_of({"long": read_run(folder, "steps")}, "steps")
-    assert figure.axes[0].lines[0].get_ydata().max() == 500
-    assert figure.axes[0].get_ylim()[1] < 50
-
-
-def test_several_runs_have_their_names_and_their_colours(tmp_path):
-    folders = [write_run(tmp_path / "one"), write_run(tmp_path / "<&>", seed=1)]
-    runs = {str(folder): read_run(folder / "metrics.jsonl", "steps") for folder in folders}
-    figure = figure_of(runs, "steps")
-    labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert [label.partition(":")[0] for label in labels] == list(map(str, folders))
+    assert drawn(dpo).keys() == common | {"rewards/accuracies", "rewards/margins"}
+    assert [len(lines) for lines in drawn(plain, dpo).values()] == [6, 4, 4, 4, 4, 2, 3, 2]
+    figure = figure_of({f.name: read_run(f, "steps") for f in (plain, dpo)}, "steps")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["plain", "<&>"]
     assert len({line.get_color() for line in figure.axes[0].lines}) == 2
 
 
@@ -103,16 +84,11 @@ def test_nulls_and_a_line_that_is_being_written_are_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("content", "x", "message"),
     [
-        (None, "tokens", "metrics.jsonl: No such file or directory; name a training's output"),
+        (None, "tokens", "No such file or directory"),
         (b"", "tokens", "holds no step with a loss and tokens yet"),
         (b'{"step": 4, "val_loss": 3}\n', "tokens", "holds no step with a loss and tokens yet"),
-        (
-            b'{"step": 1, "loss": 3, "tokens": 9}\nnonsense\n{"step": 2}\n',
-            "tokens",
-            "not what a training logs",
-        ),
+        (b'{"step": 1, "loss": 3, "tokens": 9}\nnonsense\n', "tokens", "not what a training logs"),
         (b"[1]\n", "tokens", "not what a training logs"),
-        (b'{"loss": 1}\n', "tokens", "not what a training logs"),
         (b"\xff\xfe\n", "tokens", "not what a training logs"),
         (b'{"step": 1, "loss": 3, "tokens": 9}\n', "minutes", "and seconds yet; try --x=steps"),
     ],
@@ -125,32 +101,25 @@ def test_a_file_that_cannot_be_drawn_is_one_line(tmp_path, content, x, message):
     assert not (tmp_path / "out.png").exists()
 
 
-def test_the_command_draws_and_says_how_far_each_run_came(tmp_path):
+def test_the_command_draws(tmp_path):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", dpo=True)
     call = functools.partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True)
     for output, magic in (("ab.png", b"\x89PNG"), ("ab.svg", b"<?xml")):
         words = ["curves", "a", "b", "--x", "minutes", f"--output={output}"]
         done = call([python(), ROOT / "train.py", *words])
-        assert done.returncode == 0, done.stderr
-        line = r"a: 200 steps, 102,400 tokens, 5\.0 minutes, last loss \d\.\d{4}, best val_loss \d"
-        assert re.match(line, done.stdout)
+        assert (done.returncode, done.stdout) == (0, f"wrote {output}\n"), done.stderr
         assert (tmp_path / output).read_bytes().startswith(magic)
-        assert (tmp_path / output).stat().st_size > 20_000
     done = call([python(), ROOT / "train.py", "curves", "a", "--output=a.pdf"])
     assert (done.returncode, done.stderr) == (2, "error: output a.pdf: must end in .png or .svg\n")
 
 
-def test_a_training_leaves_its_curves(tmp_path, tiny_dataset):
+def test_a_training_leaves_its_curves_or_a_warning(tmp_path, tiny_dataset):
     out = trained(tmp_path / "out", before=with_curves, data_path=tiny_dataset)
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert not (out / "curves.svg").exists()
-
-
-def test_curves_that_cannot_be_written_are_a_warning(tmp_path, tiny_dataset):
-    (tmp_path / "out" / "curves.png").mkdir(parents=True)
-    out = trained(tmp_path / "out", before=with_curves, data_path=tiny_dataset)
-    assert "warning: no curves drawn (" in out.with_suffix(".log").read_text()
+    (tmp_path / "two" / "curves.png").mkdir(parents=True)
+    out = trained(tmp_path / "two", before=with_curves, data_path=tiny_dataset)
+    assert "warning: curves.png failed (" in out.with_suffix(".log").read_text()
     assert {"final", "step_000008"} <= set(names(out))
 
 
