@@ -211,8 +211,8 @@ def unfinished(output, settings):
         lock = (work / "lock").open("wb")
     with lock:
         if not folders.lock_file(lock):
-            problem = "another run is preparing it now; wait, or name another output_dir"
-            raise UserError(f"{output}: {problem}")
+            remedy = "wait, or name another output_dir"
+            raise UserError(f"{output}: another run is preparing it now; {remedy}")
         progress = Progress(work, settings)
         progress.resume()
         try:
