@@ -93,6 +93,8 @@ def to_chat(row):
         raise missing(row, "prompt")
     if name in QUESTIONS:
         answer = first(row, ANSWERS)
+        if answer is None and row.keys() >= set(PAIR):
+            raise BadRow("preference-pair", "holds chosen and rejected answers, for dpo.py")
         if answer is None:
             raise missing(row, "response")
         messages += messages_of(row[answer], answer, "assistant")

@@ -125,7 +125,8 @@ def supervise(conn):
 
     def kill_with_client():
         conn.recv(1)  # returns when the client is gone
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
     for file in files:
         os.close(file)
