@@ -203,7 +203,7 @@ BAD_CHATS = [
      "content must be text"),
     ({"messages": [{"role": "user", "content": " "}, *replies("a")]}, "empty",
      '"messages message 1" is empty'),
-    ({"prompt": "q"} | AB, "missing-field", "prompt, chosen and rejected for dpo.py"),
+    ({"prompt": "q"} | AB, "preference-pair", "for dpo.py"),
 ]  # fmt: skip
 
 
