@@ -659,7 +659,7 @@ def main(cfg):
     if cfg.plan_gpu:
         from tools.plan import card_plan
 
-        print("\n".join(card_plan(cfg, cfg.plan_gpu)))
+        print(card_plan(cfg, cfg.plan_gpu))
         return
     with open_world(cfg) as world:
         if cfg.plan and not all((Path(p) / "manifest.json").is_file() for p in cfg.data_path):

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import re
 import subprocess
 
 import numpy as np
@@ -191,15 +190,6 @@ def test_what_half_precision_or_q8_cannot_hold_is_named(tiny_tokenizer, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["odd", "own"]
 
 
-def test_what_a_killed_export_left_is_no_hindrance(tiny_tokenizer, tmp_path):
-    own = make(tmp_path / "own", tiny_tokenizer)
-    for path in (tmp_path / ".hf.partial", tmp_path / ".own.gguf.partial"):
-        path.mkdir()
-    (tmp_path / ".hf.partial" / "config.json").write_text("{")
-    export(own, tmp_path / "hf", "hf")
-    export(own, tmp_path / "own.gguf", "gguf")
-
-
 @pytest.mark.parametrize("format", ["hf", "gguf"])
 def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_tokenizer, tmp_path, small_disk, format):
     own, disk = make(tmp_path / "own", tiny_tokenizer), small_disk("100k")
@@ -349,28 +339,24 @@ def sentencepiece_model(texts, **recipe):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "text", "warning"),
+    ("recipe", "text", "same"),
     [
-        ({}, "  a  \ufb01ne b<sep>", ""),
-        ({"normalization_rule_name": "nmt_nfkc"}, "a \ufb01ne b", "normalize characters"),
-        ({"remove_extra_whitespaces": True}, "a  b ", "drop superfluous spaces"),
-        ({"user_defined_symbols": ["<sep>"]}, "a<sep>b", "keep user-defined symbols whole"),
+        ({}, "  a  \ufb01ne b<sep>", True),
+        ({"normalization_rule_name": "nmt_nfkc"}, "a \ufb01ne b", False),
+        ({"remove_extra_whitespaces": True}, "a  b ", False),
+        ({"user_defined_symbols": ["<sep>"]}, "a<sep>b", False),
     ],
 )
-def test_a_warning_says_how_other_programs_will_tokenize_otherwise(
-    recipe, text, warning, tiny_documents, tmp_path, capsys
+def test_a_warning_says_where_other_programs_will_tokenize_otherwise(
+    recipe, text, same, tiny_documents, tmp_path, capsys
 ):
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = Tokenizer(sentencepiece_model(tiny_documents, **recipe))
     own = make(tmp_path / "own", tokenizer, template=None)
     path = export(own, tmp_path / "hf", "hf") / "tokenizer.json"
     ids = tokenizers.Tokenizer.from_file(str(path)).encode(text, add_special_tokens=False).ids
-    assert (ids == tokenizer.encode(text)) == (not warning)
-    export(own, tmp_path / "own.gguf", "gguf")
-    lines = re.findall("^warning: .*$", capsys.readouterr().out, flags=re.M)
-    files = ("tokenizer.json", "the tokenizer in the file") if warning else ()
-    form = "warning: {} does not {}, as tokenizer.model does"
-    assert lines == [form.format(file, warning) for file in files]
+    assert (ids == tokenizer.encode(text)) == same
+    assert ("some texts get other ids" in capsys.readouterr().out) == (not same)
 
 
 @pytest.mark.parametrize("kind", ["unigram", "char"])

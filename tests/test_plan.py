@@ -1,5 +1,6 @@
 """The plan against tensors that torch holds, an H100's measurements, and a run of the command."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -82,10 +83,9 @@ def test_what_an_h100_measured_is_predicted(name, rows, speed, peak):
 def test_a_plan_for_a_card_says_whether_it_fits_and_which_cards_are_known():
     base = configure(PretrainConfig, [str(ROOT / "configs/base.json"), "--max_steps=5000"])
     plans = {card: card_plan(base, card) for card in datasheets()}
-    fits = {card: next(line for line in lines if "fits" in line) for card, lines in plans.items()}
-    assert "NO" in fits["rtx3070"]  # 8 GB, and base needs 11
-    assert "yes" in fits["h100"]
-    assert any(line.endswith(" 655,360,000") for line in card_plan(base, "h100"))
+    assert re.search(r"fits +NO", plans["rtx3070"])  # 8 GB, and base needs 11
+    assert re.search(r"fits +yes", plans["h100"])
+    assert " 655,360,000\n" in plans["h100"]
     with pytest.raises(UserError, match=r"plan_gpu: 'h101' is not known; use one of .*rtx4090"):
         card_plan(base, "h101")
 
@@ -96,6 +96,6 @@ def test_a_plan_without_data_times_this_machine_and_writes_nothing(tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), *words.split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    expected = ["25,600", "unknown: there is no data yet", "4 of 4 rows", "measured", "hours"]
+    expected = ["25,600", "4 of 4 rows", "measured", "hours"]
     assert [text for text in expected if text not in done.stdout] == []
     assert list(tmp_path.iterdir()) == []

@@ -25,8 +25,7 @@ from train import PretrainConfig
 
 fcntl = pytest.importorskip("fcntl")  # signals, links and locks as POSIX has them
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-STAGES = ["data", "pretrain", "samples", "sft", "dpo"]
-STAGES += ["evaluate", "evaluate base", "compare", "assess", "ask"]
+STAGES = {"data", "pretrain", "samples", "sft", "dpo", "evaluate", "assess", "ask"}
 TOY = {"n_layer": 1, "d_model": 32, "n_head": 2, "d_ff": 64, "sequence_length": 128}
 TOY |= {"batch_size": 2, "eval_rows": 4, "sample_tokens": 2, "dtype": "fp32"}
 TOY |= {"logging_steps": 1, "save_steps": 100000}
@@ -77,22 +76,15 @@ def test_a_session_is_stopped_by_ctrl_c_and_goes_on_where_it_was(folder):
     assert "stopped at step" in text
     assert "Traceback" not in text
     assert outcomes(text) == {"data": "done", "pretrain": "stopped"}
-    log = next(folder.glob("sessions/*.log"))
-    assert re.fullmatch(r"\d{8}_\d{6}\.log", log.name)
-    assert log.read_text() == text
-    assert re.search(
-        r"^  \S+ train\.py .*run\.json --resume_from_checkpoint=auto", text, flags=re.M
-    )
+    assert next(folder.glob("sessions/*.log")).read_text() == text
+    assert re.search(r"\n  python train\.py .*run\.json --resume_from_checkpoint=auto", text)
 
     again = run(*quick, "--minutes=0.6")
     assert again.returncode == 0, again.stdout[-3000:]
     table = outcomes(again.stdout)
-    assert set(table) <= set(STAGES)
-    assert table["data"] == "done before"
     assert "resumed from checkpoints/pretrain/quick/step_" in again.stdout
-    assert table["pretrain"] == "done"
-    assert {table[name] for name in ("samples", "evaluate", "assess", "ask")} == {"done"}
-    assert table["sft"] in ("done", "skipped: no time left")
+    assert {table.pop(name) for name in STAGES - {"sft", "dpo"}} == {"done"}
+    assert set(table.values()) <= {"done", "skipped: no time left"}
     assert Path("evaluation_results/quick/report.md").is_file()
 
 
@@ -101,7 +93,6 @@ def test_a_failed_stage_ends_the_session_and_the_exit_status_says_so(folder):
     done = run("tools.session", "quick", "--data=data.json", "--config=toy.json")
     assert done.returncode == 1
     assert outcomes(done.stdout) == {"data": "done", "pretrain": "failed: status 2"}
-    assert "error: d_model 32 is not divisible by n_head 3" in done.stdout
     assert "\nerror: pretrain failed: status 2; its last lines above say why\n" in done.stdout
 
 
@@ -134,20 +125,10 @@ def test_the_newest_twenty_logs_stay(tmp_path, monkeypatch):
     assert "20200101_000010.log" not in names
 
 
-@pytest.mark.parametrize(
-    ("name", "flag"),
-    [("debug", "--model_path=x"), ("debug", "--config=x"), ("evaluation", "--config=x")],
-)
-def test_a_flag_of_another_session_is_refused(name, flag):
-    with pytest.raises(UserError, match="unknown option"):
-        configure(session.SESSION_COMMANDS[name][1], [flag])
-
-
 @pytest.mark.parametrize("name", ["cpu", "full"])
-def test_the_presets_of_sessions_lie_between_the_models_and_the_users(name):
-    presets = [ROOT / "configs" / path for path in ("tiny.json", f"sessions/{name}.json")]
-    cfg = configure(PretrainConfig, [*map(str, presets), "--warmup_steps=7"])
-    values = json.loads(presets[1].read_text()) | {"warmup_steps": 7}
+def test_a_preset_of_sessions_goes_on_top_of_a_models(name):
+    presets = [str(ROOT / f"configs/{path}.json") for path in ("tiny", f"sessions/{name}")]
+    cfg, values = configure(PretrainConfig, presets), json.loads(Path(presets[1]).read_text())
     assert all(getattr(cfg, key) == value for key, value in values.items() if key[0] != "_")
 
 
@@ -174,10 +155,7 @@ def test_status_tells_what_is_whole_and_what_is_not(trained, capsys):
     documents, tokens = (sum(entry[key] for entry in entries) for key in ("documents", "tokens"))
     text, home = status(capsys), Path("checkpoints/pretrain/toy")
     assert f"tiny: {documents:,} documents, {tokens:,} tokens, vocabulary 384" in text
-    metrics = [json.loads(line) for line in (home / "metrics.jsonl").read_text().splitlines()]
-    bits = [record["val_bits_per_byte"] for record in metrics if "val_bits_per_byte" in record][-1]
-    assert f"(pretrain): complete | step {DEFAULTS['max_steps']}, loss" in text
-    assert f"val_bits_per_byte {bits:.6g}, lr" in text
+    assert f"(pretrain): complete | step {DEFAULTS['max_steps']}, loss " in text
     assert "create_sample_datasets" in text
 
     weights = home / "final" / "model.safetensors"
@@ -189,7 +167,7 @@ def test_status_tells_what_is_whole_and_what_is_not(trained, capsys):
         workspace.newest("pretrain")
     shutil.rmtree(home / "final")
     text = status(capsys)
-    assert "not complete, step_000008 | step 8" in text
+    assert "not complete, step_000008 | step 8, loss " in text
     assert f"train.py {home}/step_000008/run.json --resume_from_checkpoint=auto" in text
     shard = Path("data/processed/tiny") / entries[0]["bin"]
     shard.write_bytes(shard.read_bytes()[:-2])
@@ -219,13 +197,7 @@ def test_status_after_kills(folder, capsys):
     text = status(capsys)
     assert f"{renamed} (pretrain): not complete, no whole checkpoint | step 1" in text
     assert "checkpoints/empty (pretrain): final/ is BROKEN: no manifest.json" in text
-    assert "next (there is no dataset yet):\n  python data.py configs/datasets/docs" in text
-
-
-def test_status_of_nothing(folder, capsys):
-    text = status(capsys)
-    assert text.count("  none") == 3
-    assert "data.py configs/datasets/docstrings.json" in text
+    assert "next:\n  python data.py configs/datasets/docstrings.json" in text
 
 
 # ---- backup
@@ -234,7 +206,7 @@ def test_status_of_nothing(folder, capsys):
 def test_a_backup_holds_what_cannot_be_made_again_and_follows_no_link(trained, capsys):
     Path("secret").write_text("not of this project")
     Path("checkpoints/pretrain/toy/final/link").symlink_to("../../../../secret")
-    workspace.backup(workspace.BackupConfig("b/one.tar.gz"))
+    workspace.backup(workspace.WorkspaceConfig(output="b/one.tar.gz"))
     with tarfile.open("b/one.tar.gz") as tar:
         names = tar.getnames()
     toy = "checkpoints/pretrain/toy"
@@ -246,27 +218,24 @@ def test_a_backup_holds_what_cannot_be_made_again_and_follows_no_link(trained, c
     assert "left out: configs, a link" in out
 
 
-def test_a_backup_keeps_the_newest_whole_checkpoint_and_tells_what_is_broken(folder, capsys):
+def test_a_backup_keeps_the_newest_whole_checkpoint(folder):
     toy = Path("checkpoints/pretrain/toy")
-    for name in ("step_000004", "step_000008", "final"):
+    for name in ("step_000004", "step_000008"):
         sealed(toy / name)
     (toy / "metrics.jsonl").touch()
     (toy / "step_000008" / "run.json").unlink()
-    (toy / "final" / "train_state" / "state.pt").unlink()
     os.link(toy / "metrics.jsonl", toy / "metrics.again")
-    workspace.backup(workspace.BackupConfig("one.tar.gz"))
-    assert f"{toy}/final is BROKEN (train_state/state.pt is missing)" in capsys.readouterr().out
+    workspace.backup(workspace.WorkspaceConfig(output="one.tar.gz"))
     with tarfile.open("one.tar.gz") as tar:
         names = set(tar.getnames())
-    kept = {"step_000004/run.json", "final/model.safetensors", "metrics.again"}
-    assert {f"{toy}/{name}" for name in kept} <= names
+    assert {f"{toy}/{name}" for name in ("step_000004/run.json", "metrics.again")} <= names
     assert not [name for name in names if "step_000008" in name]
 
 
 @pytest.mark.parametrize(
     ("output", "secret", "message"),
     [
-        ("file/b.tar.gz", "x", r"^file.*: .+; no backup was kept; name another --output"),
+        ("file/b.tar.gz", "x", "no backup was kept; name another --output"),
         ("file", "x", "file: exists; name another --output"),
         ("", "", "BACKUP_PASSPHRASE is empty"),
     ],
@@ -275,7 +244,7 @@ def test_a_backup_that_cannot_be_written_is_one_line(output, secret, message, fo
     Path("file").touch()
     monkeypatch.setenv("BACKUP_PASSPHRASE", secret)
     with pytest.raises(UserError, match=message):
-        workspace.backup(workspace.BackupConfig(output))
+        workspace.backup(workspace.WorkspaceConfig(output=output))
     assert not Path("backups").exists()
 
 
@@ -283,15 +252,8 @@ def test_what_a_killed_backup_left_is_cleaned_away(folder):
     Path("backups/.tmp-x").mkdir(parents=True)
     for name in (".tmp-x/backup.tar.gz", "20260102_030405.tar.gz"):
         Path("backups", name).write_text("half")
-    workspace.clean_caches(workspace.DeleteConfig("1"))
+    workspace.clean_caches(workspace.WorkspaceConfig(yes="1"))
     assert os.listdir("backups") == ["20260102_030405.tar.gz"]
-
-
-@pytest.mark.parametrize(("suffix", "secret"), [("", False), (".enc", True)])
-def test_the_page_says_how_a_backup_is_unpacked(suffix, secret):
-    page = (ROOT / "docs" / "SESSIONS.md").read_text(encoding="utf-8")
-    name = f"backups/20260102_030405.tar.gz{suffix}"
-    assert f"    {workspace.unpack_command(name, secret)}\n" in page
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
@@ -299,9 +261,11 @@ def test_an_encrypted_backup_opens_with_its_passphrase_alone(folder, monkeypatch
     Path("evaluation_results").mkdir()
     Path("evaluation_results/results.json").write_text("{}")
     monkeypatch.setenv("BACKUP_PASSPHRASE", "a b\"c' $d")
-    workspace.backup(workspace.BackupConfig("kept.enc"))
-    command = capsys.readouterr().out.split("to unpack: ")[1].replace("kept.enc", "../kept.enc")
-    assert "a b" not in command
+    workspace.backup(workspace.WorkspaceConfig(output="kept.enc"))
+    command = capsys.readouterr().out.split("to unpack: ")[1]
+    page = (ROOT / "docs" / "SESSIONS.md").read_text(encoding="utf-8")
+    assert command.replace("kept.enc", "backups/20260102_030405.tar.gz.enc") in page
+    command = command.replace("kept.enc", "../kept.enc")
     assert not tarfile.is_tarfile("kept.enc")
     Path("there").mkdir()
     subprocess.run(command, shell=True, check=True, cwd="there")
@@ -311,24 +275,15 @@ def test_an_encrypted_backup_opens_with_its_passphrase_alone(folder, monkeypatch
     assert failed.returncode != 0
 
 
-@pytest.mark.parametrize(
-    ("script", "message"),
-    [
-        ("exit 3", "openssl failed with status 3; nothing was kept"),
-        ('case "$*" in *" -d "*) exit 4;; *) touch "${12}";; esac', "openssl failed with status 4"),
-        ('for last; do :; done; echo other > "$last"', "does not decrypt it; nothing was kept"),
-    ],
-)
-def test_a_backup_that_openssl_spoils_leaves_nothing(script, message, folder):
-    Path("evaluation_results").mkdir()
-    Path("evaluation_results/results.json").write_bytes(os.urandom(200_000))
+@pytest.mark.parametrize("script", ["exit 3", 'for last; do :; done; echo other > "$last"'])
+def test_a_backup_that_openssl_spoils_leaves_nothing(script, folder):
     Path("bin").mkdir()
     Path("bin/openssl").write_text(f"#!/bin/sh\n{script}\n")
     Path("bin/openssl").chmod(0o755)
     env = {"PATH": f"{Path('bin').resolve()}:{os.environ['PATH']}", "BACKUP_PASSPHRASE": "x"}
     done = run("tools.workspace", "backup", "--output=b/one", **env)
     assert (done.returncode, [*Path("b").iterdir()]) == (2, [])
-    assert message in done.stderr
+    assert "no backup was kept" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
@@ -346,8 +301,6 @@ def test_nothing_is_deleted_without_a_yes(folder):
     assert run("tools.workspace", "clean-checkpoints", "--yes=1").returncode == 0
     assert not Path("checkpoints/sft").exists()
     assert run("tools.workspace", "clean-sessions").stdout == "nothing to delete\n"
-    with pytest.raises(UserError, match=r"yes must be 1, got \"yes\""):
-        configure(workspace.DeleteConfig, ["--yes=yes"])
 
 
 @pytest.mark.parametrize("path", ["checkpoints", "checkpoints/pretrain"])
@@ -355,7 +308,7 @@ def test_of_a_link_only_the_link_is_deleted(path, folder, capsys):
     Path("elsewhere/a").mkdir(parents=True)
     Path(path).parent.mkdir(exist_ok=True)
     Path(path).symlink_to(folder / "elsewhere")
-    workspace.clean_checkpoints(workspace.DeleteConfig("1"))
+    workspace.clean_checkpoints(workspace.WorkspaceConfig(yes="1"))
     assert not Path(path).is_symlink()
     assert Path("elsewhere/a").is_dir()
 
@@ -365,7 +318,7 @@ def test_a_training_that_runs_is_not_deleted(folder):
     with open("checkpoints/pretrain/a/run.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="in use"):
-            workspace.clean_checkpoints(workspace.DeleteConfig("1"))
+            workspace.clean_checkpoints(workspace.WorkspaceConfig(yes="1"))
     assert Path("checkpoints/pretrain/a").is_dir()
 
 
@@ -375,7 +328,9 @@ def test_a_training_that_runs_is_not_deleted(folder):
 def test_check_env_names_what_is_missing_and_fails_then(folder):
     whole = run("tools.workspace", "check-env")
     assert whole.returncode == 0, whole.stdout
-    assert re.search(rf"^cores +{workspace.cores()}, memory", whole.stdout, flags=re.M)
+    assert re.search(
+        r"^machine +\d+ cores, load [\d.]+, memory [\d.]+ GB", whole.stdout, flags=re.M
+    )
     packages = [line.split()[0] for line in whole.stdout.splitlines() if "(optional)" in line]
     assert {"flash-attn", "gguf", "datasets"} <= set(packages)
     (folder / ".venv/bin").mkdir(parents=True)
@@ -393,20 +348,21 @@ def test_monitor_shows_the_newest_training_and_ends_without_a_trace(trained):
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
     assert process.stdout.read().count("Traceback") == 0
-    assert "checkpoints/pretrain/toy: step 8, loss" in line
-    assert re.search(r"load [\d.]+ on \d+ cores \| memory [\d.]+ GB, ", line)
+    assert "checkpoints/pretrain/toy: step 8, loss " in line
+    assert re.search(r"load [\d.]+, memory [\d.]+ GB, ", line)
 
 
 @pytest.mark.parametrize("card", ["rtx4090", "rtx3080"])
 def test_a_preset_fits_its_card_at_the_same_tokens_per_step(card, folder):
     output = f"new/{card}.json"
-    workspace.config_gpu(workspace.GpuConfig("configs/base.json", card, output))
+    options = {"config": "configs/base.json", "gpu": card, "output": output}
+    workspace.config_gpu(workspace.WorkspaceConfig(**options))
     preset = json.loads(Path(output).read_text())
     assert preset["batch_size"] * preset["gradient_accumulation_steps"] == 64
     assert preset["n_layer"] == 24
     for rows, fits in ((preset["batch_size"], "yes"), (2 * preset["batch_size"], "NO")):
         cfg = configure(PretrainConfig, [output, f"--batch_size={rows}"])
-        assert re.search(rf"fits +{fits}", "\n".join(card_plan(cfg, card)))
+        assert re.search(rf"fits +{fits}", card_plan(cfg, card))
 
 
 @pytest.mark.parametrize(

@@ -84,35 +84,31 @@ def card_seconds(cfg, card):
 
 
 def time_step(cfg, state, loader, loss_fn, world, dtype):
-    """Returns (seconds of an optimizer step, rows of a micro-batch that was timed, their loss).
+    """Returns (seconds of an optimizer step, rows of a micro-batch that was timed).
 
-    A first step with a single row warms up. Where all rows would take longer than PATIENCE, single
+    A first step with single rows warms up. Where all rows would take longer than PATIENCE, single
     rows are timed and multiplied.
     """
-    all_rows, micros = loader.batch_size, min(2, cfg.gradient_accumulation_steps)
+    rows, micros = loader.batch_size, min(2, cfg.gradient_accumulation_steps)
 
-    def run(micros):
+    def run():
         batches = [loader.batch(0, micro, world.rank, micros) for micro in range(micros)]
         count = sum(batch["count"] for batch in batches)
         start = time.perf_counter()
-        loss = forward_backward(state, batches, loss_fn, count, world.device, dtype).item()
+        forward_backward(state, batches, loss_fn, count, world.device, dtype).item()
         middle = time.perf_counter()
         world.sum_gradients(state.parameters)
         state.update(cfg.learning_rate, state.clip(cfg.max_grad_norm), count)
-        return middle - start, time.perf_counter() - middle, loss
+        return middle - start, time.perf_counter() - middle
 
     loader.batch_size = 1
-    run(1)
-    computing, *_ = run(1)
-    if computing * all_rows * micros * (STEPS + 1) < PATIENCE:
-        loader.batch_size = all_rows
-        run(micros)  # the first of its shape
-    else:
-        micros = 1
-    columns = zip(*(run(micros) for _ in range(STEPS)), strict=True)
-    computing, updating, loss = (float(np.median(column)) for column in columns)
-    times = cfg.gradient_accumulation_steps / micros * all_rows / loader.batch_size
-    return computing * times + updating, loader.batch_size, loss
+    run()
+    if run()[0] * rows * (STEPS + 1) < PATIENCE:
+        loader.batch_size = rows
+        run()  # the first of its shape
+    computing, updating = np.median([run() for _ in range(STEPS)], axis=0)
+    times = cfg.gradient_accumulation_steps / micros * rows / loader.batch_size
+    return computing * times + updating, loader.batch_size
 
 
 def forward_backward(state, batches, loss_fn, count, device, dtype):
@@ -145,48 +141,45 @@ class RandomTokens:
 # ---- the tables
 
 
-def row(name, value):
-    return f"  {name:<34} {value}"
+def table(title, rows):
+    """Returns a title and a line for each {name: value}."""
+    return "\n".join([title, *(f"  {name:<34} {value}" for name, value in rows.items()), ""])
 
 
-def size_lines(cfg, shape, trained, total, ranks=1, blocks=None):
-    """Returns the size of a run of `total` steps (None: unknown). blocks: rows in a pass."""
-    rows = cfg.batch_size * cfg.gradient_accumulation_steps * ranks
-    product = f"{cfg.batch_size} x {cfg.gradient_accumulation_steps} x {ranks} ranks"
-    count = count_parameters(shape)["total"]
-    lines = [
-        f"plan: {shape.model_name}",
-        row("parameters", f"{count:,}, of which {trained:,} are trained"),
-        row("FLOPs per token", f"{flops_per_token(shape) / 1e6:,.1f} million"),
-        row("rows per step", f"{rows:,} = {product}"),
-        row("steps", f"{total:,}" if total else "as many as the data or the clock allow"),
-    ]
-    if total:
-        passes = f"{total * rows / blocks:.2f}" if blocks else "unknown: there is no data yet"
-        lines.append(row("passes over the data", passes))
+def size_table(cfg, shape, trained, total, ranks=1):
+    """Returns the size of a run of `total` steps (None: unknown)."""
+    counts = cfg.batch_size, cfg.gradient_accumulation_steps, ranks
+    parameters = f"{count_parameters(shape)['total']:,}, of which {trained:,} are trained"
+    rows = {
+        "parameters": parameters,
+        "FLOPs per token": f"{flops_per_token(shape) / 1e6:,.1f} million",
+        "rows per step": f"{math.prod(counts):,} = {counts[0]} x {counts[1]} x {ranks} ranks",
+        "steps": f"{total:,}" if total else "as many as the data or the clock allow",
+    }
     if total and isinstance(cfg, ModelConfig):
-        lines.append(row("tokens in all", f"{total * tokens_per_step(cfg, ranks):,}"))
-    return lines
+        rows["tokens in all"] = f"{total * tokens_per_step(cfg, ranks):,}"
+    return table(f"plan: {shape.model_name}", rows)
 
 
-def memory_lines(cfg, *kernels):
+def memory_table(cfg, *kernels):
     """Returns the predicted memory by part, and the peak with checkpointing turned round."""
     parts, other = memory(cfg, *kernels), not cfg.gradient_checkpointing
     peak = memory(replace(cfg, gradient_checkpointing=other), *kernels)["peak"]
     parts |= {f"peak with gradient_checkpointing={str(other).lower()}": peak}
-    rows = [row(name, f"{value / 1e6:>10,.0f}") for name, value in parts.items()]
-    return ["", "memory of tensors, predicted, in MB", *rows]
+    rows = {name: f"{value / 1e6:>10,.0f}" for name, value in parts.items()}
+    return table("memory of tensors, predicted, in MB", rows)
 
 
-def hour_lines(cfg, seconds, total):
-    """Returns the time of a step and of the run."""
-    clock = cfg.max_minutes / 60 if cfg.max_minutes else math.inf
-    hours = min(clock, total * seconds / 3600 if total else math.inf)
-    lines = [row("seconds a step", f"{seconds:,.2f}")]
-    if hours < math.inf:
-        steps = f"{3600 * hours / seconds:,.0f} steps"
-        lines.append(row("hours", f"{hours:,.2f} for {steps}, without validations"))
-    return lines
+def time_rows(cfg, seconds, total, ranks=1):
+    """Returns {name: value} of the time of a step and of the run, without validations."""
+    rows = {"seconds a step": f"{seconds:,.2f}"}
+    if isinstance(cfg, ModelConfig):
+        rows["tokens a second"] = f"{tokens_per_step(cfg, ranks) / seconds:,.0f}"
+    hours = [total * seconds / 3600] if total else []
+    hours += [cfg.max_minutes / 60] if cfg.max_minutes else []
+    if hours:
+        rows["hours"] = f"{min(hours):,.2f} for {3600 * min(hours) / seconds:,.0f} steps"
+    return rows
 
 
 def local(cfg, model, loader, loss_fn, world):
@@ -196,21 +189,16 @@ def local(cfg, model, loader, loss_fn, world):
     state = State(cfg, model, world, dtype)
     total = total_steps(cfg, loader.blocks, world.size) if loader.blocks else cfg.max_steps
     trained = sum(p.numel() for p in state.parameters)
-    lines = size_lines(cfg, model.cfg, trained, total, world.size, loader.blocks)
+    world.say(size_table(cfg, model.cfg, trained, total, world.size))
     if isinstance(cfg, ModelConfig):
         kernels = world.device.type, dtype.itemsize, compiles(cfg, world.device)
-        lines += memory_lines(cfg, *kernels)
-    world.say("\n".join(lines))
-    seconds, rows, loss = time_step(cfg, state, loader, loss_fn, world, dtype)
-    lines = ["", f"timed on this machine, {rows} of {cfg.batch_size} rows at a time, {STEPS} steps"]
-    lines.append(row("loss", f"{loss:.4f}"))
-    if isinstance(cfg, ModelConfig):
-        speed = tokens_per_step(cfg, world.size) / seconds
-        lines.append(row("tokens a second", f"{speed:,.0f}"))
-    if rows == cfg.batch_size:
-        peak = f"{memory_used(world.device) / 1e6:,.0f}"
-        lines.append(row("peak memory, measured, in MB", peak))
-    world.say("\n".join([*lines, *hour_lines(cfg, seconds, total)]))
+        world.say(memory_table(cfg, *kernels))
+    seconds, timed = time_step(cfg, state, loader, loss_fn, world, dtype)
+    rows = time_rows(cfg, seconds, total, world.size)
+    if timed == cfg.batch_size:
+        rows["peak memory, measured, in MB"] = f"{memory_used(world.device) / 1e6:,.0f}"
+    title = f"timed on this machine, {timed} of {cfg.batch_size} rows at a time, {STEPS} steps"
+    world.say(table(title, rows))
 
 
 def find_card(name, option):
@@ -222,20 +210,16 @@ def find_card(name, option):
 
 
 def card_plan(cfg, name):
-    """Returns the lines of a plan for a card that is elsewhere; UserError for an unknown card."""
+    """Returns the plan for a card that is elsewhere; UserError for an unknown card."""
     cfg, card = with_vocab_size(cfg), find_card(name, "plan_gpu")
-    seconds, tokens = card_seconds(cfg, card), tokens_per_step(cfg)
+    seconds, trained = card_seconds(cfg, card), count_parameters(cfg)["total"]
     fits = "yes" if memory(cfg)["peak"] <= card.memory - RESERVE else "NO"
     largest = max(fitting_rows(cfg, card.memory), default=0)
-    mfu = flops_per_token(cfg) * tokens / seconds / card.flops
-    datasheet = f"{card.flops / 1e12:.0f} TFLOP/s dense bf16, {card.memory / 1e9:.0f} GB"
-    return [
-        *size_lines(cfg, cfg, count_parameters(cfg)["total"], cfg.max_steps),
-        *memory_lines(cfg),
-        "",
-        f"on {name}, predicted from its datasheet: {datasheet}, {card.bandwidth / 1e9:,.0f} GB/s",
-        row("fits", f"{fits}, with 1 GB left to CUDA; at most {largest} rows (a power of two)"),
-        row("MFU", f"{mfu:.0%}, extrapolated from an H100 (benchmarks/RESULTS.md); compiled"),
-        row("tokens a second", f"{tokens / seconds:,.0f}"),
-        *hour_lines(cfg, seconds, cfg.max_steps),
-    ]
+    rows = {
+        "datasheet": f"{card.flops / 1e12:.0f} TFLOP/s dense bf16, {card.memory / 1e9:.0f} GB",
+        "fits": f"{fits}, with 1 GB left to CUDA; at most {largest} rows (a power of two)",
+        **time_rows(cfg, seconds, cfg.max_steps),
+    }
+    tables = [size_table(cfg, cfg, trained, cfg.max_steps), memory_table(cfg)]
+    title = f"on {name}, compiled: extrapolated from an H100 (benchmarks/RESULTS.md)"
+    return "\n".join([*tables, table(title, rows)])

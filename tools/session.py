@@ -4,7 +4,7 @@
     python -m tools.session evaluation --model_path=checkpoints/dpo
 
 A session is a function below that runs commands; each is printed before it runs and can be typed
-as it stands. The same session started again skips complete stages and resumes a training.
+as it stands. The same session started again skips complete trainings and resumes the next.
 """
 
 import filecmp
@@ -26,34 +26,17 @@ LOGS = 20  # logs that are kept
 RESERVED = 0.1  # share of the minutes that trainings leave to the commands after them
 START = 0.3  # minutes that trainings need to start, to validate and to save
 DOCUMENTATION = "configs/datasets/docstrings.json"
+CPU = "configs/sessions/cpu.json"  # smaller batches and shorter rows, where there is no CUDA
 
 
 @dataclass(frozen=True)
 class SessionConfig:
-    """How long."""
+    """The options of all sessions; each uses those that concern it."""
 
     minutes: PositiveFloat | None = None  # the time box; none = as documented
-
-
-@dataclass(frozen=True)
-class ModelSessionConfig(SessionConfig):
-    """A session that looks at a model."""
-
-    model_path: str = ""  # the model; empty = the newest
-
-
-@dataclass(frozen=True)
-class PresetSessionConfig(SessionConfig):
-    """A session that looks at presets."""
-
-    config: str = ""  # a preset of yours
-
-
-@dataclass(frozen=True)
-class TrainingSessionConfig(PresetSessionConfig):
-    """A session that trains; `config` is applied after the session's own presets."""
-
-    data: str = DOCUMENTATION  # the preset of a dataset
+    config: str = ""  # trainings: a preset applied after the session's own; architecture: one more
+    data: str = DOCUMENTATION  # trainings: the preset of a dataset
+    model_path: str = ""  # evaluation: the model; empty = the newest
 
 
 # ---- commands against a clock
@@ -66,7 +49,7 @@ class Session:
     number of a signal.
     """
 
-    def __init__(self, name, minutes, *notes):
+    def __init__(self, name, minutes):
         self.name, self.minutes, self.start = name, minutes, time.monotonic()
         self.rows = []  # (stage, minutes, outcome)
         self.stopped, self.process = 0, None  # the number of the signal; the running command
@@ -77,7 +60,6 @@ class Session:
         for number in ("SIGINT", "SIGTERM", "SIGHUP"):
             if hasattr(signal, number):  # no SIGHUP on Windows
                 signal.signal(getattr(signal, number), self.stop)
-        self.print(*notes)
 
     def __enter__(self):
         return self
@@ -85,14 +67,13 @@ class Session:
     def __exit__(self, kind, error, _):
         if kind not in (None, UserError):
             return
-        self.print(f"\n{self.name}: {self.spent:.1f} minutes")
-        self.print(*(f"  {name:<16}{m:6.1f} min  {outcome}" for name, m, outcome in self.rows))
+        rows = (f"  {name:<16}{m:6.1f} min  {outcome}" for name, m, outcome in self.rows)
+        self.print(f"\n{self.name}: {self.spent:.1f} minutes", *rows)
         if self.stopped:
             self.print("stopped; the same session again goes on where it was")
         elif error:
             self.print(f"error: {error}")
-        todo, reason = next_command()
-        self.print(f"log: {self.log.name}", f"next ({reason}):", f"  {todo}")
+        self.print(f"log: {self.log.name}", "next:", f"  {next_command()}")
         raise SystemExit(128 + self.stopped if self.stopped else int(error is not None))
 
     @property
@@ -149,7 +130,8 @@ class Session:
             minutes = (self.minutes * (1 - RESERVED) - self.spent - START) * share
             if minutes < 0.01:
                 return self.rows.append((stage, 0.0, "skipped: no time left"))
-            minutes += training.last.get("seconds", 0) / 60 if training.checkpoint else 0
+            if training.checkpoint and training.columns:  # what it took before counts, too
+                minutes += training.columns["seconds"][1][-1] / 60
             words += [f"--max_minutes={minutes:.3f}", "--allow_config_change"]
         return self.run(stage, *words)
 
@@ -157,42 +139,36 @@ class Session:
 # ---- sessions that train
 
 
-def text_to_chat(cfg, name, minutes, *presets, adapters=False, fast=False):
+def text_to_chat(cfg, name, minutes, *presets, tune="configs/demo_{}.json", fast=False):
     """Runs every stage from text to an answer. presets: of train.py; minutes inf: without a clock.
 
-    adapters: SFT and DPO train LoRA adapters, else all weights. fast: evaluation is quick, too.
+    tune: the presets of sft and dpo, by default all weights; fast: a part of the evaluation.
     """
+    import torch
+
     from corpus.prepare import DataConfig, output_folder
 
     folder = output_folder(configure(DataConfig, [cfg.data]))
-    presets = [*presets, *filter(None, [cfg.config])]
+    presets = [*presets, cfg.config] if cfg.config else [*presets]
+    if CPU in presets and torch.cuda.is_available():
+        presets.remove(CPU)
     base, sft, dpo = (Path(f"checkpoints/{kind}/{name}") for kind in ("pretrain", "sft", "dpo"))
     results = f"evaluation_results/{name}"
-    pretrain = ["train.py", *presets, f"--data_path={folder}", "--vocab_size=none"]  # the data's
-    with Session(name, cfg.minutes or minutes, f"data: {cfg.data}") as session:
-        if (folder / "manifest.json").is_file():
-            session.rows.append(("data", 0.0, "done before"))
-        else:
-            session.run("data", "data.py", cfg.data)
-        if not fast and not (base / "final").is_dir():
-            session.run("plan", *pretrain, f"--output_dir={base}", "--plan")
-        session.train("pretrain", 0.7, base, *pretrain)
+    with Session(name, cfg.minutes or minutes) as session:
+        session.run("data", "data.py", cfg.data)
+        words = [*presets, f"--data_path={folder}", "--vocab_size=none"]  # the data's vocabulary
+        session.train("pretrain", 0.7, base, "train.py", *words)
         session.run("samples", "data.py", "create_sample_datasets")
         for kind, share, start, output in (("sft", 2 / 3, base, sft), ("dpo", 1, sft, dpo)):
             if (start / "final").is_dir():
-                preset = f"configs/{'' if adapters else 'demo_'}{kind}.json"
                 rows = f"data/samples/{kind}"
-                paths = [f"--dataset_path={rows}_train.jsonl", f"--val_path={rows}_val.jsonl"]
-                words = [f"{kind}.py", preset, f"--model_path={start}", *paths]
+                words = [f"--dataset_path={rows}_train.jsonl", f"--val_path={rows}_val.jsonl"]
+                words = [f"{kind}.py", tune.format(kind), f"--model_path={start}", *words]
                 session.train(kind, share, output, *words)
         model = next((path for path in (dpo, sft, base) if (path / "final").is_dir()), base)
         evaluate = ["eval.py", "--detailed_output", f"--perplexity_path={folder}/val_00000.jsonl"]
         evaluate += ["--fast_mode", "--skip_boolq"] if fast else []
         session.run("evaluate", *evaluate, f"--model_path={model}", f"--output_dir={results}")
-        if model != base:
-            paths = [f"--model_path={base}", f"--output_dir={results}_base"]
-            session.run("evaluate base", *evaluate, *paths)
-            session.run("compare", "eval.py", "compare", f"{results}_base", results)
         session.run("assess", "eval.py", "assess", results)
         question = ["--chat", "--prompt=What is the plural of tree?", "--temperature=0"]
         session.run("ask", "sample.py", f"--model_path={model}", *question, "--max_new_tokens=24")
@@ -203,27 +179,19 @@ def quick(cfg):
     text_to_chat(cfg, "quick", 30, "configs/demo.json", fast=True)
 
 
-def on_this_machine(preset):
-    """Returns a model's preset, and without CUDA the one that trains it on smaller batches."""
-    import torch
-
-    return [preset] if torch.cuda.is_available() else [preset, "configs/sessions/cpu.json"]
-
-
 def prototype(cfg):
     """2 hours: a tiny model, complete."""
-    text_to_chat(cfg, "prototype", 120, *on_this_machine("configs/tiny.json"))
+    text_to_chat(cfg, "prototype", 120, "configs/tiny.json", CPU)
 
 
 def experiment(cfg):
     """4 hours: a small model and its fine-tuning with adapters; wants a GPU."""
-    text_to_chat(cfg, "experiment", 240, *on_this_machine("configs/small.json"), adapters=True)
+    text_to_chat(cfg, "experiment", 240, "configs/small.json", CPU, tune="configs/{}.json")
 
 
 def full(cfg):
     """The prototype without a clock: trainings see all their data; --minutes sets a limit."""
-    presets = *on_this_machine("configs/tiny.json"), "configs/sessions/full.json"
-    text_to_chat(cfg, "full", math.inf, *presets)
+    text_to_chat(cfg, "full", math.inf, "configs/tiny.json", CPU, "configs/sessions/full.json")
 
 
 # ---- sessions that look
@@ -233,12 +201,11 @@ def evaluation(cfg):
     """1 hour: the newest model, or --model_path: measured in full, assessed, sampled."""
     model = Path(cfg.model_path) if cfg.model_path else newest()
     results = f"evaluation_results/{model.parent.name if model.name == 'final' else model.name}"
-    with Session("evaluation", cfg.minutes or 60, f"model: {model}") as session:
-        paths = (f"--model_path={model}", f"--output_dir={results}")
+    paths = (f"--model_path={model}", f"--output_dir={results}")
+    with Session("evaluation", cfg.minutes or 60) as session:
         session.look("evaluate", "eval.py", *paths, "--detailed_output")
         session.look("assess", "eval.py", "assess", results)
-        samples = ("--prompt=The", "--num_samples=3", "--seed=1")
-        session.look("samples", "sample.py", f"--model_path={model}", *samples)
+        session.look("samples", "sample.py", paths[0], "--prompt=The", "--num_samples=3")
 
 
 TOY = "--n_layer=2 --d_model=32 --n_head=2 --d_ff=64 --sequence_length=32 --eval_rows=8"
@@ -252,13 +219,13 @@ def debug(cfg):
     data, whole, half = toys / "data", toys / "whole", toys / "half"
     train = ["train.py", f"--data_path={data}", *TOY.split()]
     with Session("debug", cfg.minutes or 30) as session:
-        session.look("environment", "-m", "tools.workspace", "check-env")
+        session.run("environment", "-m", "tools.workspace", "check-env")
         paths = (f"--output_dir={data}", f"--tokenizer_path={toys / 'tokenizer.model'}")
-        session.look("data", "data.py", DOCUMENTATION, *TOY_DATA.split(), *paths)
-        session.look("20 steps", *train, f"--output_dir={whole}")
+        session.run("data", "data.py", DOCUMENTATION, *TOY_DATA.split(), *paths)
+        session.run("20 steps", *train, f"--output_dir={whole}")
         resume = f"--resume_from_checkpoint={whole / 'step_000010'}"
-        session.look("10 + resume + 10", *train, f"--output_dir={half}", resume)
-        session.look("sample", "sample.py", f"--model_path={whole}", "--max_new_tokens=8")
+        session.run("10 + resume + 10", *train, f"--output_dir={half}", resume)
+        session.run("sample", "sample.py", f"--model_path={whole}", "--max_new_tokens=8")
         files = [folder / "final" / "model.safetensors" for folder in (whole, half)]
         if not filecmp.cmp(*files, shallow=False):
             raise UserError(f"{files[1]}: a resume changed the weights; report it")
@@ -277,15 +244,8 @@ def architecture(cfg):
             session.look(f"{preset.stem} steps", "train.py", preset, *steps)
 
 
-SESSION_COMMANDS = {
-    "quick": (quick, TrainingSessionConfig),
-    "prototype": (prototype, TrainingSessionConfig),
-    "experiment": (experiment, TrainingSessionConfig),
-    "full": (full, TrainingSessionConfig),
-    "evaluation": (evaluation, ModelSessionConfig),
-    "debug": (debug, SessionConfig),
-    "architecture": (architecture, PresetSessionConfig),
-}
+SESSION_COMMANDS = (quick, prototype, experiment, full, evaluation, debug, architecture)
 
 if __name__ == "__main__":
-    dispatch(SESSION_COMMANDS, sys.argv[1:], __doc__)
+    commands = {function.__name__: (function, SessionConfig) for function in SESSION_COMMANDS}
+    dispatch(commands, sys.argv[1:], __doc__)
