@@ -7,7 +7,6 @@ message have to be in the code.
 """
 
 import ast
-import importlib
 import json
 import os
 import re
@@ -22,7 +21,6 @@ from contextlib import suppress
 
 import pytest
 
-from corpus.prepare import DataConfig
 from lib.config import configure
 from tests import ROOT
 from tests.commands import TARGETS, VARIABLES, flags_of, with_file
@@ -141,30 +139,6 @@ def test_every_message_that_is_not_provoked_here_is_in_the_code():
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_has_its_script_flags_target_and_variables(page):
     assert {c: problem for c in sound_commands(page) if (problem := problem_with(c))} == {}
-
-
-def config_of(script):
-    """The configuration of a script's main command, by the last line that runs it."""
-    if script == "data.py":  # which loads corpus/ only for the command that it runs
-        return DataConfig
-    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    source = (ROOT / script).read_text(encoding="utf-8")
-    return getattr(module, re.findall(r"\brun\(main, (\w+)", source)[-1])
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_every_command_is_a_sound_configuration_as_it_stands(page, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    for command in sound_commands(page):
-        words = with_file(shlex.split(command, comments=True))
-        scripts = {*SHRUNK, "tools/export.py", "model.py"}
-        script = next((w for w in words if w in scripts), None)
-        rest = words[words.index(script) + 1 :] if script else []
-        presets = [w for w in rest if w.endswith(".json") and "=" not in w]
-        if {"...", "--help"} & {*words} or not script or not all(map(os.path.isfile, presets)):
-            continue
-        if not rest or rest[0].startswith("--") or presets:  # no subcommand
-            configure(config_of(script), rest, foreign_keys=script == "model.py")
 
 
 # ---- running them
@@ -324,10 +298,3 @@ def test_the_counts_in_the_table_are_true():
         counts = count_parameters(cfg)
         assert (cfg.n_layer, cfg.d_model) == (int(layers), int(width))
         assert [f"{counts[key]:,}" for key in ("non_embedding", "total")] == [bare, total]
-
-
-def test_the_python_on_the_pages_is_python():
-    texts = [text for page in WALKED for _, text in blocks(page, "python")]
-    assert texts
-    for text in texts:
-        compile(text, "page", "exec")
