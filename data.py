@@ -108,10 +108,8 @@ class TokenStream(BatchStream):
         # per period: the rows of each lane, and before row i those of the same lane
         self.shares = np.bincount(self.table, minlength=len(self.lanes))
         self.earlier = [int(np.sum(self.table[:i] == lane)) for i, lane in enumerate(self.table)]
-        self.order = lru_cache(maxsize=2 * len(self.lanes))(self.lane_order)  # this pass, the next
-
-    def lane_order(self, lane, epoch):
-        return permutation(self.lanes[lane][1], self.seed, lane, epoch)
+        lane_order = lambda lane, epoch: permutation(self.lanes[lane][1], seed, lane, epoch)
+        self.order = lru_cache(maxsize=2 * len(self.lanes))(lane_order)  # this pass, the next
 
     def block_at(self, row):
         period, slot = divmod(row, len(self.table))
@@ -147,9 +145,8 @@ def mixture_table(weights, names, seed):
     """
     if len(weights) != len(names):
         raise UserError(f"{len(weights)} weights for {len(names)} datasets; give each its weight")
-    for weight, name in zip(weights, names):
-        if not (math.isfinite(weight) and weight > 0):
-            raise UserError(f"{name}: weight {weight} must be a finite number > 0")
+    if not all(math.isfinite(weight) and weight > 0 for weight in weights):
+        raise UserError(f"data_weights {weights}: each must be a finite number > 0")
     exact = np.asarray(weights, float) / np.sum(weights) * MIXTURE_PERIOD
     counts = exact.astype(np.int64)
     missing = MIXTURE_PERIOD - int(counts.sum())
@@ -167,10 +164,8 @@ class ExampleStream(BatchStream):
     def __init__(self, examples, collate, batch_size, seed=0, world_size=1):
         super().__init__(batch_size, seed, world_size)
         self.examples, self.collate, self.blocks = examples, collate, len(examples)
-        self.order = lru_cache(maxsize=2)(self.epoch_order)  # this pass and the next
-
-    def epoch_order(self, epoch):
-        return permutation(self.blocks, self.seed, epoch)
+        epoch_order = lambda epoch: permutation(self.blocks, seed, epoch)
+        self.order = lru_cache(maxsize=2)(epoch_order)  # this pass and the next
 
     def block_at(self, row):
         epoch, at = divmod(row, self.blocks)

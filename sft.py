@@ -231,6 +231,9 @@ def model_files(cfg, base, tokenizer, template, data_sha256):
         write_origin(folder, tokenizer, data, model.cfg.sequence_length, template)
 
     def read_model(model, folder):
+        if base.sha256 not in (folder / "data.json").read_text(encoding="utf-8"):
+            other = f"was trained on another model than {cfg.model_path}; name that one"
+            raise UserError(f"{folder}: {other}")
         check_origin(cfg, folder, tokenizer, data)
         load_weights(model, folder)
 

@@ -156,10 +156,7 @@ def accept(name, value, option, source):
 
 
 def parse_json(text, origin):
-    """Returns parsed JSON; UserError names the place in `origin` (a file or flag) of a mistake.
-
-    text: str, or bytes with or without a byte order mark.
-    """
+    """Returns parsed JSON, of a str or bytes; UserError names a mistake's place in `origin`."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or beyond Python's limits
@@ -180,8 +177,7 @@ def read_object(path):
 def read_preset(path, options, foreign_keys, program):
     """Returns a preset's checked values, without its comments: keys that begin with `_`.
 
-    A preset may name its program in the key `_program`. With foreign_keys, keys of other programs
-    are passed over; a key very near to an option is a misspelling all the same.
+    With foreign_keys, keys of other programs are passed over, unless one is a likely misspelling.
     """
     if not os.path.exists(path):
         raise UserError(f"{path}: not found; configs/ has the presets, as configs/tiny.json")
@@ -234,10 +230,7 @@ def read_flag(word, rest, options):
 
 
 def read_words(argv, options, positional):
-    """Returns (paths of the presets in order, {name: value} of the flags) of a command line.
-
-    The first words that are no flags are the values of the fields `positional`; presets follow.
-    """
+    """Returns (paths of the presets in order, {name: value} of flags and of words without one)."""
     presets, flags, rest, positional = [], {}, deque(argv), deque(positional)
     while rest:
         word = rest.popleft()
@@ -254,11 +247,7 @@ def read_words(argv, options, positional):
 
 
 def comments_of(cls):
-    """Returns {field: comment} from the source of `cls` and its bases, spaced as ruff spaces it.
-
-    A comment stands beside its field, else above it. A field declared again without a comment keeps
-    that of its base.
-    """
+    """Returns {field: comment} of `cls`, else of its bases: the comment beside a field or above."""
     helps = {}
     for owner in filter(is_dataclass, reversed(cls.__mro__)):
         above = []
@@ -291,8 +280,7 @@ def configure(cls, argv=None, *, foreign_keys=False, positional=(), doc=None):
     """Returns the dataclass `cls` made of presets in order, then flags (by default sys.argv's).
 
     foreign_keys: presets may hold keys of other programs. positional: fields that may be given as
-    words without a flag, in order. Raises UserError for any mistake, __post_init__'s ValueError
-    included, and SystemExit after --help, which opens with `doc`.
+    words without a flag, in order. A mistake is a UserError; --help, which opens with `doc`, exits.
     """
     argv = sys.argv[1:] if argv is None else argv
     options, values = options_of(cls), {}
@@ -352,10 +340,7 @@ def run(main, cls, doc=None, **kw):
 
 
 def dispatch(commands, argv, doc):
-    """Runs the command that the first word names, of {word: (function, configuration class)}.
-
-    Fields without a default may be given as words without a flag, in their order.
-    """
+    """Runs the command that the first word names, of {word: (function, configuration class)}."""
     word, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     if word in commands:
         function, config = commands[word]
@@ -376,11 +361,10 @@ def exit_statuses():
     """Ends a program without a traceback for what its user can mend.
 
     UserError prints `error: ...` and exits 2, or with its exit_code; Ctrl-C exits 130; a reader
-    that closed our pipe (`| head`) 141; a full disk 2. Characters that the terminal lacks become
-    question marks.
+    that closed our pipe (`| head`) 141; a full disk 2.
     """
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")
+        sys.stdout.reconfigure(errors="replace")  # a `?` for what the terminal cannot show
     try:
         yield
         sys.stdout.flush()  # a closed pipe shows here, not while the interpreter shuts down

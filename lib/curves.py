@@ -7,13 +7,12 @@ import dataclasses
 import itertools
 import json
 import math
-from inspect import cleandoc
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from lib.config import UserError, run
+from lib.config import UserError, configure, exit_statuses
 from lib.log import writing
 
 
@@ -90,13 +89,11 @@ def draw_curves(folders, x, output):
 def curves_command(argv):
     """Draw the curves of runs, by their output folders: python train.py curves RUN [RUN ...]"""
     folders = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-
-    def main(cfg):
+    with exit_statuses():
+        cfg = configure(CurvesConfig, argv[len(folders) :], doc=curves_command.__doc__)
         if not folders:
             raise UserError("curves needs a run: python train.py curves checkpoints/pretrain/demo")
         if not cfg.output.endswith((".png", ".svg")):
             raise UserError(f"output {cfg.output}: must end in .png or .svg")
         draw_curves(folders, cfg.x, cfg.output)
         print(f"wrote {cfg.output}")
-
-    run(main, CurvesConfig, cleandoc(curves_command.__doc__), argv=argv[len(folders) :])

@@ -6,8 +6,7 @@
     manifest.json      sizes and sha256 of the shards; written last: the folder is complete
     stats.json, DATA_CARD.md, TOKENIZER_CARD.md
 
-corpus/shards.py writes it. Nothing in it is trusted: a manifest may come from anywhere, a shard may
-be cut or changed.
+corpus/shards.py writes it. Nothing in it is trusted: it may come from anywhere, or be damaged.
 """
 
 import contextlib
@@ -139,8 +138,7 @@ class Shards:
     """The shards of one split of a dataset, memory-mapped and read as one array of `tokens` ids.
 
     Opening checks the manifest, the tokenizer's hash and the size of every shard; their hashes too
-    when they are small. An id outside the vocabulary is found at the latest when it is read. Each
-    failure is a UserError.
+    when they are small. Reading checks that ids are in the vocabulary. A failure is a UserError.
     """
 
     def __init__(self, folder, split):
@@ -161,15 +159,8 @@ class Shards:
         for entry in entries:
             name, size = entry["bin"], entry["tokens"] * self.dtype.itemsize
             check_file(self.folder, name, entry["bin_sha256"] if verify else None, size)
-            array = np.memmap(self.folder / name, dtype=self.dtype, mode="r")
-            self.arrays.append(self._checked(array) if verify else array)
+            self.arrays.append(np.memmap(self.folder / name, dtype=self.dtype, mode="r"))
         self.ends = np.cumsum([entry["tokens"] for entry in entries])
-
-    def _checked(self, ids):
-        if (largest := int(ids.max())) >= self.vocab_size:
-            outside = f"token id {largest} is outside the vocabulary of {self.vocab_size}"
-            raise UserError(f"{self.folder}: {outside}; {AGAIN}")
-        return ids
 
     def read(self, start, stop):
         """Returns token ids start..stop of the whole split as one array, across shard borders."""
@@ -180,7 +171,11 @@ class Shards:
             offset = start - (int(self.ends[shard]) - len(array))
             pieces.append(array[offset : offset + stop - start])
             start += len(pieces[-1])
-        return self._checked(np.concatenate(pieces))
+        ids = np.concatenate(pieces)
+        if (largest := int(ids.max())) >= self.vocab_size:
+            outside = f"token id {largest} is outside the vocabulary of {self.vocab_size}"
+            raise UserError(f"{self.folder}: {outside}; {AGAIN}")
+        return ids
 
 
 def open_all(paths, split):

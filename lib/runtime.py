@@ -105,7 +105,13 @@ def open_world(cfg):
 
     What can end every training becomes a UserError: memory that runs out, a rank that is gone.
     """
-    number = lambda name, default: int(os.environ.get(name, default))
+
+    def number(name, default):
+        text = os.environ.get(name, str(default))
+        if not text.isdecimal():
+            raise UserError(f"{name} is {text!r}, not a number; start with torchrun, or unset it")
+        return int(text)
+
     rank, size = number("RANK", 0), number("WORLD_SIZE", 1)
     if size > 1 and "MASTER_ADDR" not in os.environ:  # set by a cluster's shell, or left over
         missing = "but MASTER_ADDR is not set; start with torchrun, or unset it"
@@ -155,9 +161,8 @@ def choose_device(wanted):
 def tune_cpu(ranks=1):
     """Applies settings that measurably help on a CPU, which `ranks` ranks share.
 
-    They divide the cores of the affinity mask, unless OMP_NUM_THREADS says how many threads to
-    use. (A 1 under torchrun does not count: torchrun sets it by itself.) glibc keeps large blocks
-    and does not return them to the kernel: page faults cost as much as the matmuls.
+    They divide the cores, unless OMP_NUM_THREADS says how many threads to use (under torchrun a 1
+    is torchrun's own). glibc keeps large blocks: page faults cost as much as the matmuls.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = os.environ.get("OMP_NUM_THREADS")

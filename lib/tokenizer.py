@@ -123,9 +123,8 @@ class Tokenizer:
     def load(cls, path):
         """Returns the Tokenizer of a .model file or a folder; UserError if missing or broken.
 
-        A folder that `save` wrote names its chat template and the hash of its model, which is
-        verified. A folder of transformers may hold more symbols than tokenizer.model. A
-        tokenizer.json alone is read by the package `tokenizers`.
+        A folder that `save` wrote names the hash of its model, which is verified. A tokenizer.json
+        without a tokenizer.model is read by the package `tokenizers`.
         """
         path, kind, config = Path(path), cls, {}
         if path.is_dir():
@@ -151,10 +150,7 @@ class Tokenizer:
         return f"{folder} names no chat template of ours: each text is continued as it stands"
 
     def match(self, size, folder):
-        """Adapts to the model in `folder`, which has `size` ids; UserError if they do not fit.
-
-        Other programs round a vocabulary up: the ids beyond are never read or written.
-        """
+        """Adapts to the model in `folder`, whose vocabulary another program may have rounded up."""
         if size < self.vocab_size or (self.exact and size > self.vocab_size):
             sizes = f"the model has {size} tokens, its tokenizer {self.vocab_size}"
             raise UserError(f"{folder}: {sizes}; they do not belong together")
@@ -163,8 +159,8 @@ class Tokenizer:
     def encode(self, text, after=None):
         """Returns the ids of a text, never a control id; UserError for a lone surrogate.
 
-        after: the id it follows; text that follows text gets no dummy prefix. SentencePiece takes
-        a literal U+2581 for a space; here its three bytes are encoded, and decode to it.
+        after: the id it follows; text that follows text gets no dummy prefix. A literal U+2581,
+        which SentencePiece takes for a space, is encoded as its three bytes.
         """
         check_unicode(text)
         sp = self._inner if after is not None and self._bytes[after] else self._spm
@@ -182,10 +178,7 @@ class Tokenizer:
         return [self.encode(text) if SPACE in text else row for text, row in zip(texts, rows)]
 
     def decode(self, ids, controls=False):
-        """Returns the text of ids; control ids vanish, or are written by name with `controls`.
-
-        Bytes that are not UTF-8 become U+FFFD. Raises UserError for an id outside the vocabulary.
-        """
+        """Returns the text of ids; control ids vanish, or are written by name with `controls`."""
         text = b"".join(self.spelled(id, controls) for id in ids).decode("utf-8", "replace")
         return text.removeprefix(" ") if self.dummy_prefix else text
 
@@ -210,10 +203,9 @@ class Tokenizer:
         return scores + [0.0] * (self.vocab_size - self.model_size)
 
     def save(self, folder, max_length, template=None):
-        """Writes the tokenizer into a model folder: tokenizer.model and the files of AutoTokenizer.
+        """Writes tokenizer.model and the files of AutoTokenizer into a model folder.
 
-        max_length: the model's context in tokens. template: the chat template that the model is
-        trained in, by default this tokenizer's.
+        max_length: the model's context in tokens. template: what the model is trained in.
         """
         from lib.tokenizer_json import files_of
 
@@ -265,8 +257,7 @@ def check_unicode(text):
 class Template(NamedTuple):
     """A message is heads[role] + content + ends[role]; `between` joins two messages.
 
-    The markers `<|im_start|>`, `<|im_end|>` and `</s>` in it become control ids, unlike those in a
-    content. A space at the end of a head belongs to the first token of the content.
+    A space at the end of a head belongs to the first token of the content.
     """
 
     heads: dict[str, str]
@@ -289,14 +280,12 @@ TEMPLATES = {
 def render(tokenizer, messages, template, add_generation_prompt=False):
     """Returns a conversation as (ids, mask), the mask 1 on the assistant's answers and their ends.
 
-    messages: [{"role": system | user | assistant, "content": text}, ...]. White space around a
-    content is trimmed, so that it meets the template at a line break. The ids begin with BOS and
-    are those of `apply_chat_template` on the saved folder, except that a marker in a content stays
-    text, and that a foreign vocabulary may join line breaks to other characters.
+    messages: [{"role": system | user | assistant, "content": text}, ...], trimmed. The ids begin
+    with BOS and are those of `apply_chat_template` on the saved folder, except that a marker in a
+    content stays text, and that a foreign vocabulary may join line breaks to other characters.
 
     add_generation_prompt opens the next answer. The line break before `<|im_end|>` in chatml and
-    the space after "Assistant:" in chat are the model's to write: strip its answers. Raises
-    UserError with the number of a message that is not well formed.
+    the space after "Assistant:" in chat are the model's to write: strip its answers.
     """
     shape = find_template(tokenizer, template)
     check_messages(messages)

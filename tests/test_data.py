@@ -213,7 +213,7 @@ def test_a_damaged_manifest_is_refused_by_name(tmp_path, change, message):
     folder = write_dataset(tmp_path / "d", {"train": [range(3, 53)]})
     edit_manifest(folder, change)
     with pytest.raises(UserError, match=message.replace("..", r"\.\.")) as caught:
-        TokenStream(folder, "train", 4, 1).batch(0)
+        TokenStream(folder, "train", 4, 1).rows(0, 99)
     assert "\n" not in str(caught.value)
 
 

@@ -274,9 +274,12 @@ def test_mistakes_are_told_on_one_line(tmp_path, base, knobs, tiny_tokenizer):
 def test_a_checkpoint_of_other_data_or_another_base_is_refused(tmp_path, knobs, tiny_tokenizer):
     trained(tmp_path / "out", **knobs)
     other = make_base(tmp_path / "other", tiny_tokenizer, seed=1)
-    for more in ({"dataset_path": write_rows(tmp_path / "m", MANY)}, {"model_path": other}):
+    for more, message in (
+        ({"dataset_path": write_rows(tmp_path / "m", MANY)}, "its data is"),
+        ({"model_path": other, "allow_config_change": True}, "was trained on another model than"),
+    ):
         line = refused(tmp_path / "out", resume_from_checkpoint="auto", **knobs | more)
-        assert "its data is" in line
+        assert message in line
 
 
 def test_bad_rows_are_passed_over_aloud(tmp_path, knobs):

@@ -85,7 +85,8 @@ def check_tokenizer(cfg, tokenizer):
         problem = f"its tokenizer is a {tokenizer.file}, and GGUF is written from tokenizer.model"
         raise UserError(f"{cfg.model_path}: {problem}; use --format=hf and llama.cpp's converter")
     # BPE numbers its merges 0, -1, -2 ...; the other kinds score by logarithms
-    scores = [tokenizer.scores[id] for id in range(tokenizer.model_size) if is_text(tokenizer, id)]
+    scores = tokenizer.scores[: tokenizer.model_size]
+    scores = [score for id, score in enumerate(scores) if is_text(tokenizer, id)]
     if not all(score.is_integer() for score in scores):
         problem = "its tokenizer.model is not BPE, and an export as BPE gives other ids"
         raise UserError(f"{cfg.model_path}: {problem}; use its base model's tokenizer files")
