@@ -7,7 +7,6 @@ something - by a function that runs in it first: `before`.
 import json
 import os
 import pickle
-import shutil
 import sys
 import tempfile
 import time
@@ -149,12 +148,6 @@ def strike(phase, passage, at, act, rank=None):
 def die():
     """Ends the process as kill -9 would, but that it shows: with status 9."""
     os._exit(9)
-
-
-def fill(folder, spare):
-    """Fills the disk of `folder` but for `spare` bytes."""
-    free = shutil.disk_usage(folder).free
-    (folder / "ballast").write_bytes(bytes(max(0, free - spare)))
 
 
 def after_save(step, act):

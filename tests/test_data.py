@@ -1,6 +1,5 @@
 """data.py and lib/folders.py: the stream is exact and pure, damaged folders are named."""
 
-import contextlib
 import hashlib
 import json
 
@@ -235,29 +234,6 @@ def test_a_manifest_that_is_no_manifest(tmp_path, text):
     (folder / "manifest.json").write_text(text)
     with pytest.raises(UserError):
         read_manifest(folder)
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
-    ),
-    max_leaves=5,
-)
-
-
-@given(
-    field=st.sampled_from(
-        ["format", "vocab_size", "dtype", "splits", "config", "tokenizer_sha256"]
-    ),
-    value=JSON,
-)
-@settings(max_examples=100, deadline=None)
-def test_the_manifest_reader_raises_nothing_but_user_errors(tmp_path_factory, field, value):  # Z1
-    folder = write_dataset(tmp_path_factory.mktemp("d") / "d", {"train": [range(3, 53)]})
-    edit_manifest(folder, top(field, value))
-    with contextlib.suppress(UserError):
-        TokenStream(folder, "train", 4, 1)
 
 
 def test_missing_short_and_mismatched_datasets(tmp_path):

@@ -8,9 +8,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,23 +16,9 @@ import torch
 
 from lib import checkpoint, runtime
 from lib.checkpoint import checkpoints, find_checkpoint, problem_with
-from tests import ROOT
-from tests.runs import (
-    ONE_THREAD,
-    PATIENCE,
-    PHASES,
-    begin,
-    differences,
-    fill,
-    losses,
-    names,
-    refused,
-    strike,
-    words,
-)
+from tests.runs import PHASES, begin, differences, losses, names, refused, strike
 from tests.runs import train_to_end as trained
 from tests.test_resume import seal_again
-from tests.warm import python
 
 KILLS = int(os.environ.get("KILLS", 10))  # KILLS=50 SEED=... makes it long and repeatable
 SEED = int(os.environ.get("SEED", 0)) or random.SystemRandom().randrange(1, 1 << 32)
@@ -122,25 +105,6 @@ def survive(start, folder, kills, check):
 def test_killed_at_any_call_of_any_phase_it_resumes_and_ends_the_same(tmp_path, knobs, straight):
     check = functools.partial(assert_as_if_nothing_happened, straight=straight)
     survive(functools.partial(begin, **knobs), tmp_path, KILLS, check)
-
-
-def test_killed_at_random_moments_it_resumes_every_time_and_ends_the_same(
-    tmp_path, knobs, straight
-):
-    began = time.monotonic()
-    trained(tmp_path / "again", **knobs)
-    length, chance, kills, rounds = time.monotonic() - began, random.Random(SEED), 0, 0
-    print(f"SEED={SEED}, in an undisturbed run of {length:.2f} s")
-    while kills < KILLS:
-        out, code, rounds = tmp_path / f"run{rounds}", None, rounds + 1
-        while code != 0:
-            one = begin(out, resume_from_checkpoint="auto", **knobs)
-            one.ranks[0].join(chance.uniform(0, length) if kills < KILLS else PATIENCE)
-            one.kill()
-            code = one.ranks[0].exitcode
-            assert code in (0, -signal.SIGKILL), one.text
-            kills += code != 0
-        assert_as_if_nothing_happened(out, straight)
 
 
 CALLS = {
@@ -492,33 +456,6 @@ def test_a_second_interrupt_ends_at_once(tmp_path, knobs):
     assert not checkpoints(out)
 
 
-def tell_torchrun():
-    """Signals torchrun, the parent, and stays in the middle of things until it has passed it on."""
-    os.kill(os.getppid(), signal.SIGTERM)
-    end = time.monotonic() + 60
-    while signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def test_sigterm_to_torchrun_in_the_middle_of_a_checkpoint_saves(tmp_path, knobs):
-    out, script = tmp_path / "out", tmp_path / "script.py"
-    script.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from tests.runs import strike, training\n"
-        "from tests.test_faults import tell_torchrun\n"
-        "training(sys.argv[1:], lambda: strike('checkpoint', 1, 50, tell_torchrun, rank=1))\n"
-    )
-    env = os.environ | ONE_THREAD | {"PYTHON_EXEC": sys.executable}  # torchrun is the ranks' parent
-    call = [python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
-    call += words(output_dir=out, **knobs)
-    done = subprocess.run(call, env=env, capture_output=True, text=True, timeout=PATIENCE)
-    assert "stopped at step 2, saved" in done.stdout, done.stdout + done.stderr
-    (saved,) = checkpoints(out)
-    assert problem_with(saved) is None
-    assert (saved / "train_state" / "rng_00001.pt").is_file()
-
-
 # ---- one folder, one run; no space
 
 
@@ -556,23 +493,6 @@ def test_a_full_disk_is_one_line_that_names_the_folder_and_leaves_the_rest(
     assert problem_with(damaged / "step_000006") is None
     resumed(damaged, **knobs)
     assert losses(damaged) == losses(straight)
-
-
-@pytest.mark.parametrize(("step", "spare"), [(5, 100_000), (7, 0)])
-def test_a_disk_that_is_full_at_a_checkpoint_costs_no_earlier_one(
-    small_disk, straight, knobs, step, spare
-):
-    disk = small_disk("6m")
-    out, log = disk / "out", disk.parent / "log"
-    before = functools.partial(strike, "update", step, 1, functools.partial(fill, disk, spare))
-    line = refused(log, before=before, output_dir=out, **knobs)
-    assert re.search(r"step_00000[68]: not written \(|metrics.jsonl: could not be written", line)
-    assert checkpoints(out)[0].name == f"step_00000{step - 1}"
-    assert problem_with(checkpoints(out)[0]) is None
-    assert not list(out.glob(".tmp-step*"))
-    (disk / "ballast").unlink()
-    resumed(log, output_dir=out, **knobs)
-    assert_as_if_nothing_happened(out, straight)
 
 
 def nearly_full():

@@ -101,6 +101,12 @@ def test_a_training_and_a_sample_load_no_file_of_corpus_nor_tools():
         assert not {name for name in behind(program) if name.startswith(("corpus.", "tools."))}
 
 
+def test_what_stands_behind_train_is_read_in_an_afternoon():
+    lines = [len(MODULES[n].read_text(encoding="utf-8").splitlines()) for n in behind("train")]
+    assert len(lines) <= 10
+    assert sum(lines) <= 3_600
+
+
 def test_nothing_but_the_programs_and_their_folders_lies_at_the_top():
     programs = {"model", "data", "train", "sft", "dpo", "eval", "sample", "server"}
     assert {name for name in MODULES if not folder_of(name)} == programs

@@ -5,7 +5,6 @@ transformers agrees.
 import gzip
 import json
 import os
-import pickle
 import random
 import re
 import shutil
@@ -13,7 +12,6 @@ import sys
 from itertools import islice
 from pydoc_data.topics import topics
 
-import numpy as np
 import pytest
 import sentencepiece
 from hypothesis import given, settings
@@ -83,13 +81,6 @@ def streamed(tokenizer, ids):
 # ---- training
 
 
-def test_ids_of_the_specials(tok):
-    ids = [tok.pad_id, tok.bos_id, tok.eos_id, tok.unk_id, tok.im_start_id, tok.im_end_id]
-    assert ids == list(range(6))
-    assert tok.pieces[:6] == ["<pad>", "<s>", "</s>", "<unk>", IM_START, IM_END]
-    assert tok.vocab_size == len(tok.pieces) == 2_000
-
-
 def test_no_document_is_dropped(tok):
     assert f"\u2581{RARE}" in tok.pieces  # from a line longer than SentencePiece's default limit
     assert set(RESERVED) <= {piece.strip("\u2581") for piece in tok.pieces}
@@ -134,21 +125,6 @@ def test_a_vocabulary_that_does_not_fit_the_texts_names_the_size_that_does(
     assert train_tokenizer(texts, path, size).vocab_size == size
 
 
-@pytest.mark.parametrize("texts", [[], [""], ["", ""]])
-def test_no_text_at_all(texts, tmp_path):
-    with pytest.raises(UserError, match="no text"):
-        train_tokenizer(texts, tmp_path / "x.model", 1_000)
-
-
-def test_a_failing_source_fails_as_itself(tmp_path):
-    def texts():
-        yield from DOCUMENTS
-        raise UserError("corpus.jsonl line 3: missing text")
-
-    with pytest.raises(UserError, match=r"^corpus\.jsonl line 3"):
-        train_tokenizer(texts(), tmp_path / "x.model", 1_000)
-
-
 # ---- text and ids
 
 
@@ -170,13 +146,6 @@ def test_no_text_makes_a_control_id(tok):
         assert tok.decode(ids) == text
 
 
-def test_control_ids_vanish_or_are_named(tok):
-    ids = [1, 4, *tok.encode("hi"), 5, 0, 3, 2]
-    assert tok.decode(ids) == "hi"
-    assert named(tok, ids) == "<s><|im_start|>hi<|im_end|><pad><unk></s>"
-    assert tok.decode([]) == ""
-
-
 @pytest.mark.parametrize("id", [-1, 2_000, 2**40])
 def test_an_id_outside_the_vocabulary_is_named(tok, id):
     with pytest.raises(UserError, match=rf"token id {id} is outside 0\.\.1999"):
@@ -194,32 +163,9 @@ def test_lone_surrogates_are_refused(tok):
 
 
 @settings(max_examples=300, deadline=None)
-@given(text=TEXT)
-def test_streaming_gives_whole_characters(tok, text):
-    stream = tok.stream()
-    parts = [stream.push(id) for id in tok.encode(text)]
-    assert not any("\ufffd" in part for part in parts) or "\ufffd" in text
-    assert "".join(parts) == text
-    assert stream.flush() == ""
-
-
-@settings(max_examples=300, deadline=None)
 @given(ids=st.lists(st.integers(0, 1_999) | st.integers(0, 261), max_size=30))
 def test_streaming_is_decoding_for_any_ids(tok, ids):
     assert streamed(tok, ids) == tok.decode(ids)
-
-
-def test_token_bytes(tok):
-    lengths = tok.token_bytes()
-    assert (lengths.dtype, lengths.shape) == (np.int64, (tok.vocab_size,))
-    assert list(lengths[:6]) == [0] * 6
-    assert set(lengths[6:262]) == {1}
-    assert min(lengths[262:]) >= 1
-    assert lengths[tok.pieces.index(f"\u2581{RARE}")] == len(RARE) + 1
-
-
-def test_it_travels_to_other_processes(tok):
-    assert pickle.loads(pickle.dumps(tok)).encode("over there") == tok.encode("over there")
 
 
 @pytest.mark.parametrize("text", ["a" * 10**6, "<" * 10**6, " " * 10**6, "\u2581" * 10**5])
@@ -508,13 +454,6 @@ def test_apply_chat_template_is_render(tok, tmp_path, template):
             assert other.apply_chat_template(messages, tokenize=True, **options) == ids
 
 
-@templates
-def test_the_jinja_is_plain(template):
-    text = jinja(TEMPLATES[template])
-    assert set(re.findall(r"{%-?\s*(\w+)", text)) == {"for", "endfor", "if", "endif"}
-    assert set(re.findall(r"\|\s*(\w+)\s*}}", text)) == {"trim"}
-
-
 # ---- foreign models and folders
 
 
@@ -605,20 +544,11 @@ def test_a_foreign_model_with_markers_and_padding_is_saved_for_transformers(
     ("added", "message"),
     [
         ({"1000": {"content": "lamp", "special": False}}, "adds the word 'lamp'.*move this file"),
-        ([1], "not a SentencePiece model, or a damaged one, or tokenizer_config.json"),
-        ({"1000": "<a>"}, "not a SentencePiece model, or a damaged one, or tokenizer_config.json"),
-        (
-            {"x": {"content": "<a>"}},
-            "not a SentencePiece model, or a damaged one, or tokenizer_config.json",
-        ),
-        (
-            {str(10**9): {"content": "<a>"}},
-            "not a SentencePiece model, or a damaged one, or tokenizer_config.json",
-        ),
-        (
-            {"1000": {"content": 5}},
-            "not a SentencePiece model, or a damaged one, or tokenizer_config.json",
-        ),
+        ([1], "damaged"),
+        ({"1000": "<a>"}, "damaged"),
+        ({"x": {"content": "<a>"}}, "damaged"),
+        ({str(10**9): {"content": "<a>"}}, "damaged"),
+        ({"1000": {"content": 5}}, "damaged"),
     ],
 )
 def test_a_word_that_a_folder_adds_and_nonsense_are_refused(foreign, tmp_path, added, message):

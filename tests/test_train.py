@@ -252,12 +252,6 @@ def test_the_best_checkpoint_outlives_the_last_ones(tmp_path):
     assert not torch.equal(weights[0], weights[3])
 
 
-def test_without_a_validation_there_is_no_best(tmp_path):
-    knobs = {"max_steps": 8, "save_steps": 2, "eval_steps": 2, "keep_last": 1}
-    fit(tmp_path / "out", Counting(), **knobs)
-    assert names(tmp_path / "out") == ["final", "metrics.jsonl", "run.lock", "step_000008"]
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_dataset):
     out = tmp_path_factory.mktemp("train") / "finished"
@@ -351,12 +345,6 @@ def test_the_vocabulary_is_that_of_the_data_unless_one_is_named(tmp_path, tiny_d
     assert json.loads((out / "final" / "run.json").read_text())["vocab_size"] == 384
     assert with_vocab_size(configure(PretrainConfig, [])).vocab_size == 32768  # without data
     assert with_vocab_size(PretrainConfig(vocab_size=99), 384).vocab_size == 99
-
-
-def test_a_document_mask_and_two_weighted_datasets_train(tmp_path, tiny_dataset):
-    knobs = {"data_path": f"{tiny_dataset},{tiny_dataset}", "data_weights": "3,1"}
-    out = trained(tmp_path / "mixed", document_mask=True, batch_size=4, **knobs)
-    assert all(math.isfinite(r["loss"]) for r in records(out) if "loss" in r)
 
 
 # ---- steps that must not be applied
@@ -498,12 +486,3 @@ def test_the_cores_are_shared_out_unless_a_number_of_threads_is_asked_for(
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     tune_cpu(ranks)
     assert threads == expected
-
-
-def test_an_output_folder_that_holds_a_run_is_refused_and_left_alone(
-    finished, tmp_path, tiny_dataset
-):
-    before = names(finished)
-    line = refused(tmp_path / "second", output_dir=finished, data_path=tiny_dataset)
-    assert "already holds a run; continue it with --resume_from_checkpoint=auto" in line
-    assert names(finished) == before
