@@ -57,8 +57,7 @@ class Tokenizer:
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.template = config.get("chat_template_name")
         if self.template not in (None, *TEMPLATES):
-            problem = f"chat_template_name {self.template!r} is not one of {', '.join(TEMPLATES)}"
-            raise UserError(f"{source}: tokenizer_config.json: {problem}")
+            raise UserError(f"{source}: no template {self.template!r} (tokenizer_config.json)")
         try:
             ids = self._open(model)
             self.dummy_prefix = self._bytes[self.encode("a")[0]].startswith(b" ")
@@ -114,9 +113,8 @@ class Tokenizer:
                 ids[role] = self.controls.get(str(symbol), -1)
         self.bos_id, self.eos_id, self.unk_id = ids["bos"], ids["eos"], ids["unk"]
         if min(self.bos_id, self.eos_id) < 0:
-            problem = "no control symbol opens a text, or none ends it"
-            remedy = "name them in tokenizer_config.json as bos_token and eos_token"
-            raise UserError(f"{self.source}: {problem}; {remedy}")
+            remedy = "name bos_token and eos_token in tokenizer_config.json"
+            raise UserError(f"{self.source}: no control symbol opens or ends a text; {remedy}")
         self.pad_id = ids["pad"] if ids["pad"] >= 0 else self.eos_id
 
     @classmethod
