@@ -7,9 +7,8 @@
 
 Each command has its own --help.
 
-A batch is a pure function of (seed, step, micro-step, rank): there is no position to save, and
-nothing to lose when a run is killed. Arrays are numpy, without torch: B rows of T positions. Only
-the commands at the end use corpus/, so that a training does not load it.
+A batch is a pure function of (seed, step, micro-step, rank): a killed run has no position to lose.
+Arrays are numpy: B rows of T positions. A training does not load corpus/, only the commands do.
 """
 
 import bisect

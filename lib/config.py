@@ -4,8 +4,7 @@
 
 An option is declared once, as a field of a dataclass: its name is the flag, its annotation the
 check, the comment beside or above it the line in --help. Presets (JSON) apply in the order given,
-then flags. A mistake in either is reported in the same words, on one line. Nothing here knows the
-options of a program.
+then flags.
 """
 
 import difflib

@@ -78,20 +78,17 @@ def file_problem(folder, name, size=None, sha256=None):
 
 def is_legal(manifest):
     """Returns whether a manifest is as data.py writes it; a KeyError or the like means no, too."""
-    counts = [manifest[f"{role}_id"] for role in ("pad", "bos", "eos")]
-    positive = [manifest["vocab_size"]]
-    names, hashes = [], [manifest["tokenizer_sha256"]]
-    for entry in itertools.chain.from_iterable(manifest["splits"].values()):
-        counts += [entry["documents"], entry["bytes"]]
-        positive += [entry["tokens"]]
-        names += [entry["bin"], entry["text"]]
-        hashes += [entry["bin_sha256"], entry["text_sha256"]]
+    entries = [*itertools.chain.from_iterable(manifest["splits"].values())]
+    counts = [entry[key] for entry in entries for key in ("documents", "bytes", "tokens")]
+    counts += [manifest[key] for key in ("pad_id", "bos_id", "eos_id", "vocab_size")]
+    names = [entry[key] for entry in entries for key in ("bin", "text")]
+    hashes = [entry[key] for entry in entries for key in ("bin_sha256", "text_sha256")]
     return (
-        all(type(count) is int and 0 <= count < 2**63 for count in counts + positive)
-        and 0 not in positive
+        all(type(count) is int and 0 <= count < 2**63 for count in counts)
+        and all(entry["tokens"] for entry in entries)
         and all(FILE_NAME.fullmatch(name) for name in names)
-        and all(HASH.fullmatch(sha256) for sha256 in hashes)
-        and manifest["vocab_size"] <= 2**32
+        and all(HASH.fullmatch(sha256) for sha256 in [manifest["tokenizer_sha256"], *hashes])
+        and 0 < manifest["vocab_size"] <= 2**32
         and manifest["dtype"] in ID_TYPES
         and isinstance(manifest["config"], dict)
     )
@@ -108,14 +105,11 @@ def read_manifest(folder):
         formats = f"format {manifest.get('format')!r:.80}, this program reads {MANIFEST_FORMAT}"
         remedy = "prepare the text again, or use the version that wrote it"
         raise UserError(f"{path}: {formats}; {remedy}")
-    try:
-        legal = is_legal(manifest)
-    except (KeyError, TypeError, AttributeError):
-        legal = False
-    if not legal:
-        remedy = "name a prepared dataset, or prepare this one again"  # it may be a model's folder
-        raise UserError(f"{path}: not as data.py writes it; {remedy}")
-    return manifest
+    with contextlib.suppress(KeyError, TypeError, AttributeError):
+        if is_legal(manifest):
+            return manifest
+    remedy = "name a prepared dataset, or prepare this one again"  # it may be a model's folder
+    raise UserError(f"{path}: not as data.py writes it; {remedy}")
 
 
 def totals(entries):

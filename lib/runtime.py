@@ -23,7 +23,7 @@ from lib.config import UserError, read_object
 
 
 class Stopped(Exception):
-    """A rank was asked to stop between two batches of `World.batches`. Every rank raises it."""
+    """Raised by `World.batches` on every rank when one was asked to stop."""
 
 
 @dataclass
@@ -68,8 +68,7 @@ class World:
     def batches(self, stream, rows, batch_size):
         """Yields (first row, batch): this rank's share of the first `rows` rows of `stream`.
 
-        Every rank takes equally many turns, some of its last without a batch. Raises Stopped on all
-        ranks if one was asked to stop: torchrun waits for half a minute only.
+        Raises Stopped on all ranks if one was asked to stop: torchrun waits only half a minute.
         """
         for start in range(0, rows, self.size * batch_size):
             first = start + self.rank * batch_size

@@ -6,10 +6,9 @@ unk, 4 and 5 the chat markers; then come the 256 bytes, the merged pieces, and l
 characters. The six specials are control symbols: they have an id and no spelling. "<|im_end|>" in
 a text is ten harmless characters; only `render` puts the id of a marker into a conversation.
 
-A text may be cut at line breaks: the trainer never lets a piece join a line break to anything else.
-It may also be cut before a space, because a space stands only at the front of a piece. Texts that
-meet at such a place encode apart exactly as they encode together. `render` cuts only there, so its
-ids are those of the conversation written as one text, and the supervised ids begin with the answer.
+No piece joins a line break to anything else, and a space stands only at the front of a piece: texts
+that meet at a line break or before a space encode apart exactly as together. `render` cuts only
+there, so its ids are those of the conversation as one text, and an answer begins with its own ids.
 """
 
 import codecs

@@ -446,12 +446,6 @@ def test_a_run_that_cannot_be_is_refused_in_one_line(tmp_path, tiny_dataset, kno
     assert not (tmp_path / "out" / "step_000000").exists()
 
 
-def test_a_log_that_cannot_be_rewritten_is_one_line(tmp_path, tiny_dataset):
-    (tmp_path / "out" / "metrics.jsonl").mkdir(parents=True)
-    line = refused(tmp_path / "out", data_path=tiny_dataset)
-    assert "metrics.jsonl: could not be written (Is a directory); make room, or choose" in line
-
-
 def test_a_leftover_of_a_cluster_in_the_environment_is_named(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
