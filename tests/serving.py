@@ -14,16 +14,9 @@ from lib.config import run
 from model import Llama, ModelConfig, save_model
 from tests.runs import Run
 
-SHAPE = ModelConfig(
-    n_layer=2,
-    d_model=32,
-    n_head=4,
-    num_key_value_heads=2,
-    d_ff=64,
-    vocab_size=384,
-    sequence_length=128,
-    initializer_range=0.3,  # lively: near-ties between tokens would test rounding, not us
-)
+# initializer_range: lively, for near-ties between tokens would test rounding, not us
+SIZES = {"n_layer": 2, "d_model": 32, "n_head": 4, "num_key_value_heads": 2, "d_ff": 64}
+SHAPE = ModelConfig(**SIZES, vocab_size=384, sequence_length=128, initializer_range=0.3)
 
 
 def make_model(folder, tokenizer, template=None, **shape):
