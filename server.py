@@ -206,10 +206,7 @@ class Api:
         return render(self.tokenizer, messages, self.template, add_generation_prompt=True)[0]
 
     def ask(self, fields, disconnected, prompts, wanted, param="max_tokens", n=1, trim=False, **kw):
-        """Submits a Call of each prompt n times. `wanted`: the longest answer, named `param`.
-
-        Seeds count up from the one asked for, or from a fresh one. `kw`: arguments of Row.
-        """
+        """Submits a Call of each prompt n times, seeds counting up. `param` names `wanted`."""
         fair = len(fields.stop) <= 8 and all(1 <= len(text) <= 256 for text in fields.stop)
         require(fair, "stop: up to 8 texts, each of 1 to 256 characters", "stop")
         count, most = len(prompts) * n, self.scheduler.room
@@ -366,10 +363,7 @@ Token = namedtuple("Token", "start id logprob top")
 
 
 class Call:
-    """One client's rows. With `stream` their pieces come as they are made, else each row as one.
-
-    `disconnected()`: whether the client has hung up; `deadline` is of time.monotonic().
-    """
+    """One client's rows. With `stream` their pieces come as they are made, else each row as one."""
 
     def __init__(self, disconnected, deadline, stream=False):
         self.disconnected, self.deadline, self.stream = disconnected, deadline, stream
@@ -612,7 +606,8 @@ class Handler(BaseHTTPRequestHandler):
         require(expect in ("", "100-continue"), "only 100-continue can be expected", status=417)
         if expect:
             self.handle_expect_100()
-        fields = config.parse_json(self.rfile.read(int(length)).decode("utf-8"), "body")
+        body = self.rfile.read(int(length)).decode("utf-8")
+        fields = config.parse_json(body, "body", unique)
         require(isinstance(fields, dict), 'the body must be a JSON object, {"field": value}')
         return fields
 
@@ -702,6 +697,12 @@ class Handler(BaseHTTPRequestHandler):
         return status
 
 
+def unique(pairs):
+    """Returns a JSON object; no key may stand twice, for two readers may heed different ones."""
+    require(len(dict(pairs)) == len(pairs), "a key stands twice in the body")
+    return dict(pairs)
+
+
 def event(fields):
     """Returns a server-sent event, in ASCII: to some clients U+2028 is a line break."""
     return f"data: {json.dumps(fields, separators=(',', ':'))}\n\n".encode()
@@ -779,8 +780,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.outside = not re.fullmatch(r"localhost|127\.[0-9.]+", cfg.host)
         if self.outside and not key:
             remedy = "set MINI_LLM_API_KEY or --api_key_file, or listen on --host=127.0.0.1"
-            problem = f"host={cfg.host} is open to others, and there is no API key"
-            raise UserError(f"{problem}: {remedy}")
+            raise UserError(f"host={cfg.host} is open to others, and there is no API key: {remedy}")
         try:
             super().__init__((cfg.host, cfg.port), Handler)
         except (OSError, UnicodeError) as problem:
