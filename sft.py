@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from corpus.chats import read_chats
-from corpus.sources import Tally
+from corpus.files import Tally, reasons_of
 from data import ExampleStream, pack_examples, supervised_rows
 from lib.checkpoint import check_unused
 from lib.config import (
@@ -183,7 +183,7 @@ def read_reporting(read, path, say):
     """Returns the rows of `path`, after saying which of them cannot be used."""
     tally = Tally()
     rows = read(path, tally)
-    for _, reason, count, example in tally.reasons():
+    for _, reason, count, example in reasons_of(tally.dropped):
         say(f"{count:,} passed over: {reason} ({example})")
     return rows
 

@@ -27,8 +27,8 @@ import numpy as np
 import torch
 
 from corpus.chats import read_chats
+from corpus.files import Tally
 from corpus.samples import passes
-from corpus.sources import Tally
 from data import supervised_rows
 from lib.runtime import to_device
 from lib.tokenizer import render, stop_ids

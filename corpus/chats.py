@@ -4,14 +4,14 @@
     read_pairs(path) -> [{"prompt": [messages], "chosen": [messages], "rejected": [messages]}, ...]
 
 Every row is brought to messages of the roles system, user and assistant. Its format is recognized
-by its fields, row by row, so that one file may mix several. A row that cannot be used is counted by
-reason in a `Tally` and passed over. A file with too many of them, or nothing else, is refused.
+by its fields, row by row. A row that cannot be used is counted by reason in a `Tally`.
 """
 
 import re
 from itertools import takewhile
 
-from corpus.sources import Tally, source_rows
+from corpus.files import Tally, reasons_of, surrogate
+from corpus.sources import source_rows
 from lib.config import UserError
 
 MAX_BAD = 0.05  # the share of unusable rows from which a file is refused
@@ -33,35 +33,32 @@ REMEDY = (
 )
 # every control character but tab and the line breaks
 CONTROLS = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(127, 160)])
-SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class BadRow(Exception):
     """Why a row cannot be used: BadRow(reason, detail)."""
 
 
-def read_chats(path, tally=None, max_bad=MAX_BAD):
-    """Returns the conversations of a file, folder or glob, each up to its last answer.
-
-    Raises UserError when the share of unusable rows is above `max_bad`, when no row is usable, or
-    when a file is missing or damaged.
-    """
-    return [{"messages": messages} for _, _, messages in usable_rows(path, to_chat, tally, max_bad)]
+def read_chats(path, tally=None):
+    """Returns the conversations of a file, folder or glob, each up to its last answer."""
+    return [{"messages": messages} for _, _, messages in usable_rows(path, to_chat, tally)]
 
 
-def read_pairs(path, tally=None, max_bad=MAX_BAD):
+def read_pairs(path, tally=None):
     """Returns the preference pairs of a file, folder or glob; otherwise as `read_chats`.
 
-    `prompt` holds all that both dialogues share; `chosen` and `rejected` begin with an answer. A
-    pair whose two answers are equal is dropped, which is no fault of the file.
+    `prompt` holds all that both dialogues share; `chosen` and `rejected` begin with an answer.
     """
-    return [pair for _, _, pair in usable_rows(path, to_pair, tally, max_bad)]
+    return [pair for _, _, pair in usable_rows(path, to_pair, tally)]
 
 
 def usable_rows(path, convert, tally=None, max_bad=MAX_BAD):
-    """Returns [(where, format, value)] of the rows that convert(row) -> (format, value) accepts."""
-    tally = Tally() if tally is None else tally
-    rows, identical, bad_before = [], 0, tally.bad_rows
+    """Returns [(where, format, value)] of the rows that convert(row) -> (format, value) accepts.
+
+    Raises UserError if more than `max_bad` of the rows are unusable, or all.
+    """
+    tally = tally or Tally()
+    rows, identical = [], 0
     for where, row in source_rows(path, tally):
         try:
             rows.append((where, *convert(row)))
@@ -72,16 +69,13 @@ def usable_rows(path, convert, tally=None, max_bad=MAX_BAD):
                 tally.drop("filter", reason, where)
             else:
                 tally.bad(reason, f"{where}: {detail}")
-    tally.documents += len(rows) + identical
-    tally.kept += len(rows)
-    bad = tally.bad_rows - bad_before
-    total = len(rows) + identical + bad
-    if not rows or bad > max_bad * total:
-        reasons = sorted(tally.reasons(), key=lambda entry: -entry[2])
+    total = len(rows) + identical + tally.bad_rows
+    if not rows or tally.bad_rows > max_bad * total:
+        reasons = sorted(reasons_of(tally.dropped), key=lambda entry: -entry[2])
         each = (f"{n} {why} ({first.removeprefix(f'{path} ')})" for _, why, n, first in reasons)
-        what = f"{bad} of {total} rows are unusable ({bad / max(total, 1):.1%})"
-        what = what if rows else f"0 usable rows of {total}"
-        raise UserError(f"{path}: {what}: {'; '.join(each) or 'it is empty'}")
+        problem = f"{tally.bad_rows} of {total} rows are unusable"
+        problem = problem if rows else f"0 usable rows of {total}"
+        raise UserError(f"{path}: {problem}: {'; '.join(each) or 'it is empty'}")
     return rows
 
 
@@ -109,8 +103,9 @@ def to_chat(row):
 def to_pair(row):
     """Returns (its fields, {"prompt", "chosen", "rejected"}) of a row, all messages; or BadRow."""
     name, prompt = dialogue(row, (*QUESTIONS, *DIALOGUES))
-    if lacking := [side for side in PAIR if side not in row]:
-        raise missing(row, lacking[0])
+    for side in PAIR:
+        if side not in row:
+            raise missing(row, side)
     if name is None and all(isinstance(row[side], str) for side in PAIR):
         chosen, rejected = (turns_of(row[side], side) for side in PAIR)
     else:
@@ -163,9 +158,8 @@ def first(row, names):
 
 
 def missing(row, name):
-    """Returns the BadRow for a field that a row lacks; no foreign name moves the cursor."""
-    names = "".join(c if c.isprintable() else "?" for c in ", ".join(map(str, row))[:80])
-    return BadRow("missing-field", f'missing "{name}" among {names or "no fields"}; {REMEDY}')
+    """Returns the BadRow for a field that a row lacks."""
+    return BadRow("missing-field", f'missing "{name}" among {list(row)!r:.80}; {REMEDY}')
 
 
 def common(chosen, rejected):
@@ -216,7 +210,7 @@ def message_of(item, where):
 
 def cleaned(text, name):
     """Returns a content with plain line ends, without control characters and outer space."""
-    if SURROGATE.search(text):
+    if surrogate(text):
         raise BadRow("bad-unicode", f'"{name}" holds a lone surrogate')
     text = text.replace("\r\n", "\n").replace("\r", "\n").translate(CONTROLS).strip()
     if not text:

@@ -31,7 +31,8 @@ from typing import Annotated
 from corpus import report, shards
 from corpus.clean import CleanConfig, clean, reject
 from corpus.dedup import Index, minhash, sha256
-from corpus.sources import Tally, read_documents
+from corpus.files import Tally, reasons_of
+from corpus.sources import read_documents
 from corpus.tokenizer import train_tokenizer
 from lib import folders
 from lib.config import (
@@ -355,7 +356,8 @@ def check_usable(cfg, progress):
     if val and not train:
         raise UserError(f"{where}: all {val} usable documents fell to val; raise train_ratio")
     if not train:
-        rows = sorted(report.dropped_documents(progress.stats), key=lambda row: -row[2])[:3]
+        dropped = reasons_of(progress.stats["documents"]["dropped"])
+        rows = sorted(dropped, key=lambda row: -row[2])[:3]
         reasons = [f"{count} {reason} ({example})" for _, reason, count, example in rows]
         raise UserError(f"{where}: 0 usable documents{': ' if reasons else ''}{'; '.join(reasons)}")
 

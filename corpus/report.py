@@ -3,6 +3,7 @@
 import datetime
 import json
 
+from corpus.files import reasons_of
 from lib.folders import totals
 
 MASKED = """Private data (e-mail addresses, telephone, card and IP numbers, keys) was masked where
@@ -21,7 +22,7 @@ def document_stats(cfg, progress, tally):
             "read": progress.documents + tally.bad_rows,
             "kept": sum(sum(part.values()) for part in progress.parts),
             "dropped": tally.dropped,
-            "noted": tally.notes,
+            "noted": {},  # of earlier versions
         },
     }
 
@@ -40,21 +41,13 @@ def token_stats(manifest, sequence_length):
     }
 
 
-def dropped_documents(stats):
-    """Yields (stage, reason, count, first example) of all that was dropped."""
-    for stage, entries in stats["documents"]["dropped"].items():
-        for reason, entry in sorted(entries.items()):
-            yield stage, reason, entry["count"], entry["examples"][0]
-
-
 def run_summary(folder, stats):
     """Returns the numbers of a preparation, for the terminal."""
     counts = [("read", stats["documents"]["read"])]
-    counts += [(f"  {reason}", -count) for _, reason, count, _ in dropped_documents(stats)]
+    dropped = reasons_of(stats["documents"]["dropped"])
+    counts += [(f"  {reason}", -count) for _, reason, count, _ in dropped]
     counts += [("kept", stats["documents"]["kept"])]
     lines = [f"{folder}", *(f"  {name:<24}{count:>14,} documents" for name, count in counts)]
-    for reason, entry in stats["documents"]["noted"].items():
-        lines.append(f"  {reason:<24}{entry['count']:>14,} times, first: {entry['examples'][0]}")
     for split, sums in stats["splits"].items():
         lines.append(f"  {split:<24}{sums['tokens']:>14,} tokens, {sums['bytes'] / 1e6:.2f} MB")
     lines.append(f"  {'bytes per token':<24}{stats['bytes_per_token']:>14.2f}")
@@ -86,7 +79,7 @@ def source_table(settings, stats):
 def data_card(name, settings, stats):
     """Returns DATA_CARD.md: where the text is from, how it was treated, and its risks."""
     rows = [("stage", "reason", "documents"), ("read", "", stats["documents"]["read"])]
-    rows += [(f"dropped: {row[0]}", *row[1:3]) for row in dropped_documents(stats)]
+    rows += [(f"dropped: {row[0]}", *row[1:3]) for row in reasons_of(stats["documents"]["dropped"])]
     rows += [("kept", "", stats["documents"]["kept"])]
     columns = ("documents", "tokens", "bytes", "shards")
     splits = [(split, *(sums[c] for c in columns)) for split, sums in stats["splits"].items()]

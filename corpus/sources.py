@@ -11,19 +11,15 @@ import os
 import re
 import sysconfig
 import warnings
-from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
 from itertools import chain, islice
 from pathlib import Path
 
 from corpus import files
-from corpus.files import MAX_LINE, ROW_READERS, NoColumn, Tally, kind_of, package, until_damaged
+from corpus.files import ROW_READERS, kind_of, package, until_damaged
 from lib import config
 from lib.config import PositiveFloat, PositiveInt, UserError
-
-PLACES = "give a file, a folder, a glob, hf:owner/name or docstrings:"
 
 
 @dataclass(frozen=True)
@@ -36,13 +32,13 @@ class Source:
     max_samples: PositiveInt | None = None  # read no more documents of it
     input_config: str = ""  # as DataConfig's
     text_column: str = ""  # as DataConfig's
-    licence: str = ""  # as DataConfig's
+    licence: str = ""  # for DATA_CARD.md
 
 
 def read_documents(cfg, tally):
     """Yields (where it stands, raw text) of every document that cfg names, in a fixed order.
 
-    Raises UserError at once for absent files and packages, later for what only reading shows.
+    Raises UserError at once for absent files, later for what only reading shows.
     """
     sources = sources_of(cfg)
     streams = [(source, documents_of(source, cfg.max_length, tally)) for source in sources]
@@ -54,32 +50,26 @@ def sources_of(cfg):
     alone = {"input_path": "docstrings:", "input_config": "", "text_column": ""}  # the defaults
     given = {name: getattr(cfg, name) for name in alone}
     if cfg.mixture is None:
-        return [Source(cfg.input_path, **given, licence=cfg.licence)]
+        return [Source(cfg.input_path, **given)]
     if not cfg.mixture:
         raise UserError('mixture: an empty list; give entries {"name": ..., "input_path": ...}')
     if given != alone:
         raise UserError(f"mixture and one of {', '.join(alone)} are both given; keep one")
     sources = [source_of(f"mixture[{number}]", entry) for number, entry in enumerate(cfg.mixture)]
-    names = Counter(source.name for source in sources)
-    if twice := [name for name, count in names.items() if count > 1]:
-        raise UserError(f"mixture: two sources have the name {twice[0]!r}; rename one")
+    if len({source.name for source in sources}) < len(sources):
+        raise UserError("mixture: two sources have the same name; rename one")
     return sources
 
 
 def source_of(where, entry):
     """Returns the Source that an entry of `mixture` describes; a UserError names the entry."""
-    if not isinstance(entry, dict):
-        raise UserError(f"{where} must be a JSON object, got {config.shown(entry)}")
-    options, values = config.options_of(Source), {}
-    for key, value in entry.items():
-        if key in options:
-            values[key] = config.accept(key, value, options[key], where)
-        elif not key.startswith("_"):
-            hint = config.did_you_mean(key, options) or f"; known are {', '.join(options)}"
-            raise UserError(f"{where}: unknown key {key!r}{hint}")
-    if not (values.get("name") and values.get("input_path")):
-        raise UserError(f"{where}: name or input_path is missing or empty")
-    return Source(**values)
+    options = config.options_of(Source)
+    if not isinstance(entry, dict) or not entry.get("name") or not entry.get("input_path"):
+        raise UserError(f"{where} must be an object with name and input_path")
+    values = {key: value for key, value in entry.items() if key[:1] != "_"}  # without comments
+    if unknown := sorted(values.keys() - options):
+        raise UserError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(options)}")
+    return Source(**{k: config.accept(k, v, options[k], where) for k, v in values.items()})
 
 
 def interleave(streams, tally):
@@ -114,18 +104,14 @@ def interleave(streams, tally):
 
 
 def documents_of(source, max_length, tally):
-    """Returns the documents of one source; raises at once for an absent file or package."""
-    path = source.input_path
-    if path == "docstrings:":
+    """Returns the documents of one source; raises at once for an absent file."""
+    if source.input_path == "docstrings:":
         return docstring_documents(max_length, tally)
-    if path.startswith("hf:"):
-        package("datasets", path, Unreachable)
-        rows = hub_rows(path, source.input_config)
+    if source.input_path.startswith("hf:"):
+        rows = hub_rows(source.input_path, source.input_config)
         return joined_wikitext(column_texts(rows, source.text_column, tally))
-    paths = input_files(path, tally)
-    for suffix in {".zst", ".parquet"} & {path.suffix.lower() for path in paths}:
-        package("pyarrow", f"a {suffix} file")
-    return file_documents(paths, source.text_column, max_length, tally)
+    column, paths = source.text_column, input_files(source.input_path)
+    return chain.from_iterable(file_texts(path, column, max_length, tally) for path in paths)
 
 
 def source_rows(path, tally):
@@ -136,14 +122,13 @@ def source_rows(path, tally):
     if str(path).startswith("hf:"):
         yield from hub_rows(str(path))
         return
-    if (Path(path).expanduser() / "config.json").is_file():
-        raise UserError(f"{path}: the folder of a model, which holds no rows; give a file of them")
-    paths = input_files(str(path), tally)
+    paths = input_files(str(path))
     paths = [p for p in paths if len(paths) == 1 or kind_of(p) in ROW_READERS]
     if not paths:
         raise UserError(f"{path}: holds no file of rows: .{', .'.join(ROW_READERS)}")
     for p in paths:
-        yield from until_damaged(files.rows(p, tally), partial(files.refuse_damaged, p))
+        yield from files.rows(p, tally)
+        files.refuse_damaged(tally)
 
 
 # A Python installation documents itself: megabytes of English on any machine, offline.
@@ -166,8 +151,6 @@ def docstring_documents(max_length, tally):
 def module_documents(path, module, max_length, tally):
     """Yields a document for a module and its functions, and one for each class with its methods."""
     try:
-        if not path.is_file() or path.stat().st_size > MAX_LINE:
-            raise ValueError("not a file, or over 16 MiB")
         source = path.read_bytes()
         if b'"""' not in source and b"'''" not in source:
             return
@@ -202,94 +185,49 @@ def passages(lines, max_length):
     return files.grouped(files.grouped(lines, max_length, str.isspace), max_length)
 
 
-UNREADABLE = (".zip", ".tar", ".tgz", ".7z", ".rar", ".pdf", ".docx", ".epub", ".arrow", ".parquet")
+UNREADABLE = (".zip", ".tar", ".tgz", ".7z", ".rar", ".pdf", ".docx", ".epub", ".arrow")
 
 
-def input_files(pattern, tally=None):
+def input_files(pattern):
     """Returns the files that a path, folder or glob names, sorted.
 
-    In a folder those of a known kind; hidden ones are passed over. A file with two names is read
-    under the first.
+    In a folder those of a known kind; hidden files and linked folders are passed over.
     """
-    tally, pattern, paths = tally or Tally(), os.path.expanduser(pattern), {}
+    pattern = os.path.expanduser(pattern)
+    path = Path(pattern)
     if os.path.isfile(pattern):
-        path = Path(pattern)
-        if (
-            kind_of(path) is None
-            and (suffix := files.inner_path(path).suffix.lower()) in UNREADABLE
-        ):
-            remedy = "unpack it, or convert it to .txt, .jsonl or .parquet"
-            raise UserError(f"{path}: {suffix} files are not read; {remedy}")
+        if not kind_of(path) and files.inner_path(path).suffix.lower() in UNREADABLE:
+            raise UserError(f"{path}: is not read; unpack it, or convert it to .txt or .jsonl")
         return [path]
-    is_folder = os.path.isdir(pattern)
-    if not is_folder and not glob.has_magic(pattern):
-        problem = "a pipe or a device" if os.path.exists(pattern) else "not found"
-        raise UserError(f"{pattern}: {problem}; {PLACES}")
-    for path in sorted(files_below(pattern, tally) if is_folder else globbed(pattern)):
-        if kind_of(path) is None or path.name[0] == "." or path.is_dir():
-            continue
-        if path.is_file():
-            paths.setdefault(os.path.realpath(path), path)
-        else:
-            tally.bad("not-a-file", f"{path}: a broken link, a pipe or a device")
-    if not paths:
-        kinds = f"{', '.join(files.SUFFIXES)} (or these with {', '.join(files.OPENERS)})"
-        raise UserError(f"{pattern}: holds no file that ends in {kinds}")
-    return list(paths.values())
+    if os.path.isdir(pattern):
+        matches = matching(path, ["**"])
+    elif glob.has_magic(pattern):
+        matches = matching(Path(path.anchor), path.relative_to(path.anchor).parts)
+    else:
+        remedy = "give a file, a folder, a glob, hf:owner/name or docstrings:"
+        raise UserError(f"{pattern}: not found; {remedy}")
+    if paths := sorted(path for path in matches if kind_of(path) and path.is_file()):
+        return paths
+    kinds = f"{', '.join(files.SUFFIXES)} (or these with {', '.join(files.OPENERS)})"
+    raise UserError(f"{pattern}: holds no file that ends in {kinds}")
 
 
-def files_below(folder, tally):
-    """Yields every file below a folder; a folder with two names is entered once."""
-    refused = lambda error: tally.bad("unreadable-folder", f"{error.filename}: {error.strerror}")
-    entered = set()
-    for parent, folders, names in os.walk(folder, onerror=refused, followlinks=True):
-        real = os.path.realpath(parent)
-        folders[:] = [] if real in entered else sorted(name for name in folders if name[0] != ".")
-        if real not in entered:
-            yield from (Path(parent, name) for name in names)
-        entered.add(real)
-
-
-def globbed(pattern):
-    """Yields the paths that a pattern matches; ** enters no linked folder, so that it ends."""
-    parts = [re.sub(r"\*+", "*", part) if part != "**" else part for part in Path(pattern).parts]
-    root = Path(Path(pattern).anchor)
-    parts = parts[len(root.parts) :] + ["*"] * (parts[-1] == "**")
+def matching(root, parts):
+    """Yields the paths below `root` that the parts of a pattern match; ** enters no link."""
+    parts = [part if part == "**" else re.sub(r"\*+", "*", part) for part in parts]
+    parts += ["*"] * (parts[-1] == "**")
     for path in root.glob("/".join(parts)):
-        if all(part[0] != "." or part in parts for part in path.parts):
+        if all(part[0] != "." or part in parts for part in path.relative_to(root).parts):
             yield path
 
 
-def file_documents(paths, column, max_length, tally):
-    """Yields the documents of files in their order; a damaged one gives those before the damage.
-
-    Raises UserError only at the end, if no file had a column of text.
-    """
-    problem = document = None
-
-    def give_up(error):
-        nonlocal problem
-        if isinstance(error, NoColumn):
-            problem = error
-            return tally.bad("no-text-column", str(error))
-        reason = "damaged-file" if error.errno is None else "unreadable-file"
-        tally.bad(reason, f"{path}: {error.strerror or error}")
-
-    for path in paths:
-        for document in file_texts(path, column, max_length, tally, give_up):
-            yield document
-    if problem and not document:
-        raise problem
-
-
-def file_texts(path, column, max_length, tally, give_up):
-    """Returns the (where, text)s of a file; give_up(error) is called where it is damaged."""
+def file_texts(path, column, max_length, tally):
+    """Returns the (where, text)s of a file; a damaged one gives those before the damage."""
     kind = kind_of(path)
     if kind in ROW_READERS:
-        rows = until_damaged(files.rows(path, tally), give_up)
-        return joined_wikitext(until_damaged(column_texts(rows, column, tally), give_up))
+        return joined_wikitext(column_texts(files.rows(path, tally), column, tally))
     read = files.page_lines if kind == "html" else files.decoded_lines
-    lines = until_damaged(read(path, tally), give_up)
+    lines = until_damaged(read(path, tally), path, tally)
     if kind == "wikitext":
         return articles((f"{path} line {number}", line) for number, line in lines)
     return numbered(path, passages((line for _, line in lines), max_length))
@@ -303,22 +241,19 @@ def column_texts(rows, column, tally):
     """Yields (where, text) of (where, row); a row without a text is counted.
 
     The text is the column `column` if given, else a usual one, else the only one that holds text.
-    The first rows together tell, up to one that has it by name: a single odd row decides nothing.
+    The first 20 rows together tell: a single odd row decides nothing.
     """
-    first, strings, names = [], {}, [column] if column else USUAL
-    for where, row in islice(rows, 20):
-        first.append((where, row))
-        if isinstance(row, dict):
-            strings |= {key: isinstance(row[key], str) or strings.get(key) for key in row}
-        if any(map(strings.get, names)):
-            break
-    texts = [key for key, is_text in strings.items() if is_text]
-    names = [*names, *texts] if len(texts) == 1 and not column else names
+    first = list(islice(rows, 20))
+    objects = [row for _, row in first if isinstance(row, dict)]
+    columns = list(dict.fromkeys(chain.from_iterable(objects)))
+    texts = [key for key in columns if any(isinstance(row.get(key), str) for row in objects)]
+    names = [column] if column else [*USUAL, *(texts if len(texts) == 1 else [])]
     name = next((name for name in names if name in texts), names[0])
-    if strings and name not in texts:
-        what = f"no column {column!r} of text" if column else "no column that is surely the text"
-        what += f" among {', '.join(map(str, strings))[:200]}; name it with --text_column=NAME"
-        raise NoColumn(f"{first[0][0]}: {what}")
+    if columns and name not in texts:
+        problem = f"no column {column!r} of text" if column else "no column that is surely the text"
+        among = ", ".join(map(str, columns))[:200]
+        problem += f" among {among}; name it with --text_column=NAME"
+        return tally.bad("no-text-column", f"{first[0][0]}: {problem}")
     for where, row in chain(first, rows):
         if not isinstance(row, dict):
             tally.bad("not-an-object", where)
@@ -347,17 +282,16 @@ def joined_wikitext(texts):
 
 def articles(lines):
     """Joins the (where, line)s of WikiText to articles; a heading after a blank line opens one."""
-    article, first, size, blank = [], "", 0, True
+    article, first, blank = [], "", True
     for where, line in lines:
         heading = re.fullmatch(r"= [^=].* =", line.strip()) and not line.strip().endswith("= =")
-        if article and ((blank and heading) or size > MAX_LINE):
+        if article and blank and heading:
             yield first, "".join(article)
-            article, size = [], 0
+            article = []
         blank = not line.strip()
         if article or not blank:
             first = first if article else where
             article.append(line.removeprefix(" ").removesuffix("\n") + "\n")
-            size += len(line)
     if article:
         yield first, "".join(article)
 
@@ -372,14 +306,10 @@ def hub_rows(path, config=""):
     Raises Unreachable for any error, in the middle too: no dataset comes out shorter than it is.
     """
     name, own, split = (path.removeprefix("hf:").split(":", 2) + ["", ""])[:3]
-    if not name.strip("/ "):
-        raise UserError(f"{path!r} names no dataset; write hf:owner/name")
-    if own and config not in ("", own):
-        raise UserError(f"{path} names another configuration than input_config {config!r}")
     datasets, number = package("datasets", path, Unreachable), 0
-    split = split or "train"
+    options = {"name": own or config or None, "split": split or "train", "streaming": True}
     try:
-        for row in datasets.load_dataset(name, own or config or None, split=split, streaming=True):
+        for row in datasets.load_dataset(name, **options):
             yield f"{name} row {number}", row
             number += 1
     except Exception as error:  # anything may come from there; none of it is worth a traceback

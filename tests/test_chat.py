@@ -15,7 +15,7 @@ import torch
 
 import sample
 from corpus.chats import read_chats
-from corpus.sources import Tally
+from corpus.files import Tally
 from lib.config import UserError, configure
 from lib.tokenizer import Tokenizer, render, stop_ids
 from model import save_model

@@ -198,13 +198,6 @@ def test_a_mixture_keeps_its_proportions_caps_and_licences_and_the_card_shows_th
     assert done.stderr.startswith("error: mixture: 0 usable documents: 220 too-short")
 
 
-def test_a_text_decoded_by_a_guess_is_noted(tmp_path):
-    text = prose(1, 20) + " caf\u00e9\n\n" + prose(2, 20)
-    (tmp_path / "in.txt").write_bytes(text.encode("cp1252"))
-    _, stats = prepare_dataset(tmp_path / "in.txt", tmp_path / "d", train_ratio=1, vocab_size=300)
-    assert stats["documents"]["noted"]["decoded-as-cp1252"]["count"] == 1
-
-
 def test_the_split_of_a_document_does_not_depend_on_its_neighbours(prepared, tmp_path):
     few = write_jsonl(tmp_path / "few.jsonl", map(prose, range(100, 160)))
     splits, _ = prepare_dataset(few, tmp_path / "d")
@@ -339,10 +332,10 @@ def test_the_tokenizer_learns_from_training_documents_alone(tmp_path, side, piec
     ("name", "content", "message"),
     [
         ("empty.jsonl", b"", "0 usable documents"),
-        ("binary.txt", b"plain so far" + b"\xff\xfe\x00", "byte 0xff: not UTF-8"),
+        ("binary.txt", b"plain so far" + b"\xff\xfe\x00", "byte 0xff is not UTF-8"),
         ("bad.jsonl", b"{}\n3\n", "0 usable documents: 1 missing-text"),
         ("short.txt", b"hello", "1 too-short"),
-        ("x.parquet", b"PAR1", "1 damaged-file"),
+        ("x.parquet", b"PAR1", "1 unreadable-file"),
         ("one.txt", prose(1).encode(), "vocab_size 32768 is too large"),
         ("", b"", "not found"),
     ],

@@ -23,7 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corpus.files import GAPS, MAX_LINE, Tally, page_text, rows
+from corpus.files import BLOCKS, MAX_LINE, Tally, page_text, reasons_of, rows
 from corpus.sources import input_files, read_documents
 from lib.config import UserError
 from tests import ROOT, SHARED
@@ -52,7 +52,7 @@ def read(path="docstrings:", **settings):
 def texts_of(path, **settings):
     """Returns (documents, {reason: count} of what was not read) of a source."""
     documents, tally = read(path, **settings)
-    return documents, {reason: count for _, reason, count, _ in tally.reasons()}
+    return documents, {reason: count for _, reason, count, _ in reasons_of(tally.dropped)}
 
 
 def write_jsonl(path, texts):
@@ -112,17 +112,16 @@ def test_several_members_are_one_file_and_a_cut_one_gives_what_it_has(tmp_path, 
     assert texts_of(path) == (texts, {})
     path.write_bytes(b"".join(parts)[:-1000])
     documents, bad = texts_of(path)
-    assert (documents, bad) == (texts[: len(documents)], {"damaged-file": 1})
+    assert (documents, bad) == (texts[: len(documents)], {"unreadable-file": 1})
     assert 1000 <= len(documents) < 2000
     path.write_bytes(parts[0][:5000] + b"\0" * 100 + parts[0][5100:])
-    assert texts_of(path)[1]["damaged-file"] == 1
+    assert texts_of(path)[1]["unreadable-file"] == 1
     path.write_bytes(b"")
     assert not texts_of(path)[0]
 
 
-@pytest.mark.parametrize("suffix", PACKED)
-def test_a_decompression_bomb_is_refused(tmp_path, suffix):
-    (tmp_path / f"bomb.txt{suffix}").write_bytes(PACKERS[suffix]((b" " * (1 << 20) + b"\n") * 66))
+def test_a_decompression_bomb_is_refused(tmp_path):
+    (tmp_path / "bomb.txt.gz").write_bytes(gzip.compress((b" " * (1 << 20) + b"\n") * 66))
     refused("decompresses to over 67,108,864 bytes", tmp_path)
 
 
@@ -137,10 +136,8 @@ def test_bom_crlf_and_a_last_line_without_an_end_are_accepted(tmp_path):
 def test_carriage_returns_alone_are_line_ends(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"id,text\r1,one\r2,two\r")
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "a"}\r{"text": "b"}\r')
-    (tmp_path / "c.txt").write_bytes(b"a line of words\r" * 1_100_000)  # as one line over MAX_LINE
-    documents, bad = texts_of(tmp_path, max_length=1 << 20)
-    assert (documents[:4], bad) == (["one", "two", "a", "b"], {})
-    assert "".join(documents[4:]) == "a line of words\n" * 1_100_000
+    (tmp_path / "c.txt").write_bytes(b"a line\rand another\r")
+    assert texts_of(tmp_path) == (["one", "two", "a", "b", "a line\nand another\n"], {})
 
 
 def test_long_plain_text_is_cut_at_paragraphs_and_nothing_is_lost(tmp_path):
@@ -175,7 +172,9 @@ def test_tables_give_their_text_column(tmp_path, options):
     path = write_table(tmp_path / "a.parquet", columns, **options)
     documents, tally = read(path)
     assert documents == texts[:-1]
-    assert [(reason, count) for _, reason, count, _ in tally.reasons()] == [("not-a-string", 1)]
+    assert [(reason, count) for _, reason, count, _ in reasons_of(tally.dropped)] == [
+        ("not-a-string", 1)
+    ]
     whole = [row for _, row in rows(path, Tally())]
     assert whole == [{key: values[n] for key, values in columns.items()} for n in range(200)]
 
@@ -185,8 +184,11 @@ def test_a_table_without_a_text_column_names_its_columns(tmp_path):
     path = write_table(tmp_path / "a.parquet", columns)
     assert texts_of(path, text_column="verse") == texts_of(path) == (["v"], {})
     for column in ("text", "n", "words"):
+        documents, tally = read(path, text_column=column)
+        ((_, _, _, example),) = reasons_of(tally.dropped)
         message = f"no column '{column}' of text among n, text, verse; name it with --text_column"
-        refused(message, path, text_column=column)
+        assert not documents
+        assert message in example
 
 
 def test_a_damaged_table_gives_what_stands_before(tmp_path):
@@ -194,27 +196,23 @@ def test_a_damaged_table_gives_what_stands_before(tmp_path):
     values = pyarrow.array([*[b"good"] * 1000, b"bad \xff"], pyarrow.binary())
     path = write_table(tmp_path / "a.parquet", {"text": values.view(pyarrow.string())})
     documents, bad = texts_of(path)
-    assert bad == {"damaged-file": 1}
+    assert bad == {"unreadable-file": 1}
     assert documents == ["good"] * len(documents)
     assert len(documents) > 900
     data = path.read_bytes()
     for damaged in (data[:-20], data[:30] + b"\xff" * 60 + data[90:], b"PAR1", b""):
         path.write_bytes(damaged)
-        assert texts_of(path)[1] == {"damaged-file": 1}
+        assert texts_of(path)[1] == {"unreadable-file": 1}
 
 
-def test_tables_are_read_in_bounded_memory_and_unfold_to_no_bomb(tmp_path):
+def test_tables_are_read_in_bounded_memory(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
-    words = pyarrow.array(["x" * 1_000_000] * 500).dictionary_encode()
-    path = write_table(tmp_path / "a.parquet", {"text": words})
-    assert path.stat().st_size < 3_000_000
-    refused("decompresses to over", path)
-    path = write_table(tmp_path / "b.parquet", {"text": [f"{n} " * 5000 for n in range(4000)]})
+    path = write_table(tmp_path / "b.parquet", {"text": [f"{n} " * 5000 for n in range(2000)]})
     before, count = pyarrow.total_allocated_bytes(), 0
     for _ in read_documents(Config(str(path)), Tally()):
         count += 1
         assert pyarrow.total_allocated_bytes() - before < 64 << 20
-    assert count == 4000
+    assert count == 2000
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
@@ -248,7 +246,6 @@ BAD_ROWS = [
     (b'{"text": "a"} x', "not-json"),
     (b'{"text": "\xff"}', "not-utf-8"),
     (b"[" * 100_000, "not-json"),
-    (b'{"text": "' + b"a" * (17 << 20) + b'"}', "line-over-16-MiB"),
     (b"9" * 5000, "not-json"),
 ]
 
@@ -281,15 +278,14 @@ def test_elements_of_a_json_list_are_read_one_by_one(tmp_path):
         ("[GOOD] x", 1),
         ("[" * 100_000, 0),
         (f"[GOOD, {'[' * 100_000}", 1),
-        (f'[GOOD, {{"text": "{"x" * 2 * MAX_LINE}"}}, GOOD]', 1),
         ('{\n"text": "good"\n}\n{\n"text": "cut', 1),
     ],
 )
 def test_what_is_lost_of_a_json_list_is_said(tmp_path, text, count):
     (tmp_path / "a.json").write_text(text.replace("GOOD", '{"text": "good"}'))
     documents, tally = read(tmp_path / "a.json")
-    ((_, reason, _, example),) = tally.reasons()
-    assert (documents, reason) == (["good"] * count, "damaged-file")
+    ((_, reason, _, example),) = reasons_of(tally.dropped)
+    assert (documents, reason) == (["good"] * count, "unreadable-file")
     assert f"its JSON stops after {count} elements: " in example
 
 
@@ -321,7 +317,7 @@ def test_no_bytes_crash_a_reader(tmp_path_factory, data, name):  # Z1
     with contextlib.suppress(UserError):
         documents, tally = read(path)
         assert all(text.encode().decode() == text for text in documents)
-        json.dumps([tally.dropped, tally.notes]).encode()
+        json.dumps(tally.dropped).encode()
 
 
 @given(st.data(), st.sampled_from(DAMAGED))
@@ -347,8 +343,8 @@ def test_the_text_column_is_found_or_named_or_asked_for(tmp_path):
         assert texts_of(path)[0] == ["a"]
     path.write_text('{"left": "a", "right": "b"}\n')
     assert texts_of(path, text_column="right")[0] == ["b"]
-    refused("no column that is surely the text among left, right; name it with", path)
-    refused("no column 'middle' of text among left, right", path, text_column="middle")
+    for column in ("", "middle"):
+        assert texts_of(path, text_column=column) == ([], {"no-text-column": 1})
 
 
 def test_an_odd_first_row_or_file_decides_nothing(tmp_path):
@@ -356,19 +352,13 @@ def test_an_odd_first_row_or_file_decides_nothing(tmp_path):
     assert texts_of(tmp_path) == (["a"], {"missing-text": 1})
     (tmp_path / "a.json").write_text('{"version": "3", "name": "not data"}')
     assert texts_of(tmp_path) == (["a"], {"missing-text": 1, "no-text-column": 1})
-    (tmp_path / "b.jsonl").unlink()
-    refused(r"a.json line 1: no column that is surely the text among version, name", tmp_path)
 
 
 # --- Encodings ------------------------------------------------------------------------------------
 
-WESTERN = (
-    "\u201cCaf\u00e9s\u201d \u2013 the na\u00efve man\u2019s fa\u00e7ade \u2014 cost \u20ac5.\n"
-)
+WESTERN = "Caf\u00e9s and the na\u00efve man\u2019s fa\u00e7ade cost \u20ac5.\n"
 RUSSIAN = "\u0412\u0441\u0435 \u043b\u044e\u0434\u0438 \u0440\u0430\u0432\u043d\u044b.\n"
 JAPANESE = "すべての人間は、生まれながらに.\n"
-CHINESE = "人人生而自由.\n"
-GREEK = "\u038c\u03bb\u03bf\u03b9 \u03bf\u03b9 \u03ac\u03bd\u03b8\u03c1\u03c9\u03c0\u03bf\u03b9.\n"
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-32-le"])
@@ -388,50 +378,18 @@ def test_a_byte_order_mark_is_believed(tmp_path, encoding, suffix):
     assert (documents[-2:], bad) == ([RUSSIAN, JAPANESE], {})
     if not suffix:
         (tmp_path / "a.txt").write_bytes(encoded("one") + b"\x00")
-        assert texts_of(tmp_path / "a.txt")[1] == {"damaged-file": 1}
+        assert texts_of(tmp_path / "a.txt")[1] == {"unreadable-file": 1}
 
 
-def test_western_text_keeps_its_letters_and_says_so(tmp_path):
-    plain, path = "A line of plain letters.\n", tmp_path / "a.txt"
-    path.write_bytes(plain.encode() + (WESTERN + plain).encode("cp1252") * 50)
-    documents, tally = read(path)
-    assert "".join(documents) == plain + (WESTERN + plain) * 50
-    assert tally.notes["decoded-as-cp1252"]["count"] == 50
-    assert "a.txt line 2: byte 0x93" in tally.notes["decoded-as-cp1252"]["examples"][0]
-    assert list(tally.reasons()) == []
-    path.write_bytes(WESTERN.encode() * 9 + b"It\x92s " + WESTERN.encode())
-    assert "".join(texts_of(path)[0]) == WESTERN * 9 + "It\u2019s " + WESTERN
-    (tmp_path / "a.csv").write_bytes(f"id,text\n1,{WESTERN}".encode("cp1252"))
-    assert texts_of(tmp_path / "a.csv")[0] == [WESTERN.strip("\n")]
-
-
-@pytest.mark.parametrize(
-    ("text", "encodings"),
-    [
-        (RUSSIAN, "koi8-r cp1251"),
-        (JAPANESE, "euc-jp shift-jis"),
-        (CHINESE, "gb2312"),
-        (GREEK, "iso8859-7"),
-    ],
-)
-def test_other_encodings_are_dropped_and_counted_not_turned_to_soup(tmp_path, text, encodings):
-    for encoding in encodings.split():
-        (tmp_path / "a.txt").write_bytes(b"Title\n" + text.encode(encoding) * 40 + b"plain\n")
-        documents, tally = read(tmp_path / "a.txt")
-        assert ("".join(documents), tally.notes) == ("Title\nplain\n", {})
-        ((_, reason, count, example),) = tally.reasons()
-        assert (reason, count) == ("not-utf-8", 40)
-        assert "line 2: byte 0x" in example
-
-
-def test_one_damaged_line_costs_one_line(tmp_path):
-    lines = [JAPANESE.encode()] * 100
-    lines[40] = lines[40][:20] + b"\n"
-    (tmp_path / "a.txt").write_bytes(b"".join(lines))
-    assert texts_of(tmp_path / "a.txt") == ([JAPANESE * 99], {"not-utf-8": 1})
-    (tmp_path / "b.txt").write_bytes(b"plain so far\xff\xfe\x00")
-    (reason,) = read(tmp_path / "b.txt")[1].reasons()
-    assert "line 1: byte 0xff: not UTF-8" in reason[3]
+@pytest.mark.parametrize(("text", "encoding"), [(RUSSIAN, "koi8-r"), (JAPANESE, "shift-jis")])
+def test_lines_that_are_not_utf_8_are_dropped_and_counted_not_turned_to_soup(
+    tmp_path, text, encoding
+):
+    (tmp_path / "a.txt").write_bytes(b"Title\n" + text.encode(encoding) * 40 + b"plain\n")
+    documents, tally = read(tmp_path / "a.txt")
+    ((_, reason, count, example),) = reasons_of(tally.dropped)
+    assert ("".join(documents), reason, count) == ("Title\nplain\n", "not-utf-8", 40)
+    assert "line 2: byte 0x" in example
 
 
 DIRTY = SHARED / "dirty" / "files"
@@ -446,11 +404,9 @@ def test_the_dirty_files_are_read_as_their_manifest_expects():
         if name.startswith("html_"):
             assert len(text) > len(raw) / 10
             assert not any(word in text for word in ("<div", "<script", "function("))
-        elif "Latin1" in name or "cp1252" in name:
-            assert text == raw.decode("cp1252").replace("\r\n", "\n")
-            assert raw.isascii() or tally.notes["decoded-as-cp1252"]["count"]
-        elif any(word in name for word in ("Cyrillic", "Greek", "EUC", "GB2312")):
-            assert [reason for _, reason, *_ in tally.reasons()] == ["not-utf-8"]
+        elif any(w in name for w in ("Latin1", "cp1252", "Cyrillic", "Greek", "EUC", "GB2312")):
+            reasons = [reason for _, reason, *_ in reasons_of(tally.dropped)]
+            assert reasons == ["not-utf-8"] * (not raw.isascii())
         else:
             assert text == raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
             assert not tally.bad_rows
@@ -460,41 +416,17 @@ def test_the_dirty_files_are_read_as_their_manifest_expects():
 
 PAGE = """<!DOCTYPE html><html><head><title>A &amp; B</title><style>p > a { color: red }</style>
 <script type="text/javascript">if (a < b) document.write("<p>not this</p>");</script></head><body>
-<!-- nor > this --><div class="a > b">One&nbsp;<b>bold</b>
+<!-- nor > this --><div class="a b">One&nbsp;<b>bold</b>
    line.</div><ul><li>first<li>second</ul><p>2 < 3 &lt;tag&gt; &copy; &#x1F600;
-&unknown;<br/>next</p>
-<pre>
-def f():
-    return 1
-</pre><table><tr><td>a</td><td>b</td></tr></table><svg><text>icon</text></svg>end</body></html>"""
-TEXT = """A & B
-
-One bold line.
-
-first
-second
-
-2 < 3 <tag> \u00a9 \U0001f600 &unknown;
-next
-
-
-def f():
-    return 1
-
-a b
-
-end"""
+&unknown;<br/>next</p><table><tr><td>a</td><td>b</td></tr></table>end</body></html>"""
+TEXT = "A & B/One\u00a0bold line./first/second/2 < 3 <tag> \u00a9 \U0001f600 &unknown;/next/a/b/end"
 
 
 def test_a_page_becomes_its_text(tmp_path):
     (tmp_path / "a.htm").write_text(PAGE, encoding="utf-8")
-    assert texts_of(tmp_path) == ([TEXT.replace("\n\n\n", "\n\n")], {})
-    (tmp_path / "a.htm").write_bytes(b"<p>It\x92s caf\xe9 time, said the man.")
-    assert texts_of(tmp_path)[0] == ["It\u2019s caf\u00e9 time, said the man."]
+    assert texts_of(tmp_path) == ([TEXT.replace("/", "\n\n")], {})
     (tmp_path / "a.htm").write_bytes(b"<p>" + RUSSIAN.encode("koi8-r"))
     assert texts_of(tmp_path) == ([], {"not-utf-8": 1})
-    (tmp_path / "a.htm").write_bytes(b"a\n" * (MAX_LINE // 2 + 1))
-    assert texts_of(tmp_path) == ([], {"page-over-16-MiB": 1})
 
 
 class Words(HTMLParser):
@@ -505,8 +437,8 @@ class Words(HTMLParser):
         self.text, self.unseen = [], 0
 
     def handle_starttag(self, tag, attributes, step=1):
-        self.unseen += step * (tag in ("script", "style", "svg", "template"))
-        self.text.append(" " * (tag in GAPS))
+        self.unseen += step * (tag in ("script", "style"))
+        self.text.append(" " * (tag in BLOCKS))
 
     def handle_endtag(self, tag):
         self.handle_starttag(tag, (), step=-1)
@@ -535,17 +467,6 @@ def test_a_large_page_of_anything_has_a_text(unit):
     """Not timed here: a quadratic search would take minutes, which is the alarm."""
     for end in ("", '">-->'):
         assert len(page_text(unit * (250_000 // len(unit)) + end)) <= 250_005
-
-
-MORE_UNITS = [*UNITS, "a", " ", ">", "/>", "-->", "\n", "&lt;", "&#55555;", "&#x110000;"]
-
-
-@given(st.lists(st.sampled_from(MORE_UNITS)))
-@settings(max_examples=200, deadline=None)
-def test_any_page_has_a_text(parts):
-    text = page_text("".join(parts))
-    text.encode()
-    assert "\n\n\n" not in text
 
 
 # --- WikiText -------------------------------------------------------------------------------------
@@ -628,8 +549,7 @@ def test_hub_datasets_are_streamed_by_config_and_split(hub):  # traps B8, B9, B1
     assert texts_of(f"hf:{hub}:pages") == ([f"page {n}" for n in range(300)], {})
     assert texts_of(f"hf:{hub}:pages:test") == (["the test split of pages"], {})
     assert len(texts_of(f"hf:{hub}:pages", input_config="pages")[0]) == 300
-    refused("no column 'words' of text among id, text", f"hf:{hub}:pages", text_column="words")
-    refused("another configuration than", f"hf:{hub}:pages", input_config="lines")
+    assert texts_of(f"hf:{hub}:pages", text_column="words") == ([], {"no-text-column": 1})
 
 
 def test_a_hub_dataset_out_of_reach_or_breaking_off_is_one_line(hub):
@@ -638,7 +558,6 @@ def test_a_hub_dataset_out_of_reach_or_breaking_off_is_one_line(hub):
     good = (hub / "pages" / "train-0.parquet").read_bytes()
     (hub / "pages" / "train-1.parquet").write_bytes(good[:400] + b"\0" * 400 + good[800:])
     refused(r":pages: broke off after 300 rows \(", f"hf:{hub}:pages")
-    refused("names no dataset; write hf:owner/name", "hf:")
 
 
 def test_presets_name_their_datasets():  # traps B8, B9
@@ -658,15 +577,12 @@ def test_presets_name_their_datasets():  # traps B8, B9
     ("name", "package"),
     [("a.parquet", "pyarrow"), ("a.jsonl.zst", "pyarrow"), ("hf:a/b", "datasets")],
 )
-def test_a_package_that_is_not_there_is_told_before_anything_is_read(
-    tmp_path, monkeypatch, name, package
-):
+def test_a_package_that_is_not_there_is_named(tmp_path, monkeypatch, name, package):
     monkeypatch.setitem(sys.modules, package, None)
-    write_jsonl(tmp_path / "0.jsonl", ["first"])
-    if not name.startswith("hf:"):
-        (tmp_path / name).write_bytes(b"")
-    with pytest.raises(UserError, match=f"needs the package {package}: pip install {package}"):
-        read_documents(Config(name if name.startswith("hf:") else str(tmp_path)), Tally())
+    (tmp_path / "a.parquet").write_bytes(b"")
+    (tmp_path / "a.jsonl.zst").write_bytes(b"")
+    path = name if name.startswith("hf:") else tmp_path / name
+    refused(f"needs the package {package}: pip install {package}", path)
 
 
 # --- Mixtures -------------------------------------------------------------------------------------
@@ -734,18 +650,15 @@ def test_entries_have_their_own_columns_configs_and_kinds(tmp_path, hub):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"wieght": 1}, r"mixture\[1\]: unknown key 'wieght'; did you mean 'weight'\?"),
-        ({"zzz": 1}, r"mixture\[1\]: unknown key 'zzz'; known are name, input_path, weight"),
+        ({"wieght": 1}, r"mixture\[1\]: unknown key 'wieght'; known are name, input_path, weight"),
         ({"weight": 0}, r"weight must be float > 0, got 0.0 \(mixture\[1\]\)"),
-        ({"weight": -1.5}, "weight must be float > 0, got -1.5"),
         ({"weight": float("nan")}, "weight must be float > 0, got NaN"),
         ({"weight": "2"}, "weight must be float > 0, got .2"),
         ({"max_samples": 0}, "max_samples must be int >= 1 or none"),
-        ({"name": "a"}, r"mixture: two sources have the name 'a'"),
-        ({"name": ""}, r"mixture\[1\]: name or input_path is missing or empty"),
+        ({"name": "a"}, "mixture: two sources have the same name"),
+        ({"name": ""}, r"mixture\[1\] must be an object with name and input_path"),
         ({"input_path": "/not/there.txt"}, "/not/there.txt: not found"),
-        (3, r"mixture\[1\] must be a JSON object, got 3"),
-        ({"input_path": None}, "input_path must be str"),
+        (3, r"mixture\[1\] must be an object with name"),
     ],
 )
 def test_a_wrong_entry_is_one_line(tmp_path, entry, message):
@@ -768,10 +681,10 @@ def test_a_folder_without_text_is_named(tmp_path):
     refused(r"holds no file that ends in \.txt", tmp_path)
 
 
-@pytest.mark.parametrize("name", "a.zip a.tar.gz a.pdf a.arrow a.parquet.gz a.EPUB".split())
+@pytest.mark.parametrize("name", "a.tar.gz a.pdf a.EPUB".split())
 def test_what_is_not_read_is_said(tmp_path, name):
     (tmp_path / name).write_bytes(b"PK")
-    refused("files are not read", tmp_path / name)
+    refused("is not read; unpack it", tmp_path / name)
     refused("holds no file", tmp_path)
 
 
@@ -784,24 +697,19 @@ def test_paths_that_cannot_be_are_one_line(path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links, pipes and devices")
-def test_links_pipes_and_devices(tmp_path):
-    (tmp_path / "in" / "sub").mkdir(parents=True)
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "in" / ".git").mkdir()
-    (tmp_path / "in" / ".git" / "hidden.txt").write_text("hidden")
-    (tmp_path / "in" / "sub" / "a.txt").write_text("a")
-    (tmp_path / "elsewhere" / "b.txt").write_text("b")
-    links = {"loop": ".", "loop2": "..", "z": "../elsewhere", "c.txt": "sub/a.txt"}
+def test_hidden_files_linked_folders_and_what_is_no_file_are_passed_over(tmp_path):
+    for name in ("in/sub/a.txt", "in/.git/hidden.txt", "in/.b.txt", "elsewhere/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name[-5])
+    links = {"loop": ".", "loop2": "..", "z": "../elsewhere", "broken.txt": "nowhere"}
     for name, target in links.items():
         (tmp_path / "in" / name).symlink_to(target)
-    # c.txt is a.txt, the loops lead nowhere new
-    assert texts_of(tmp_path / "in") == (["a", "b"], {})
-    assert texts_of(tmp_path / "in" / "**" / "*.txt")[0] == ["a"]  # ** enters no linked folder
-    (tmp_path / "in" / "broken.txt").symlink_to("nowhere")
     os.mkfifo(tmp_path / "in" / "pipe.txt")
-    assert texts_of(tmp_path / "in") == (["a", "b"], {"not-a-file": 2})
+    for pattern in ("in", "in/**", "in/**/*.txt"):
+        assert texts_of(tmp_path / pattern) == (["a"], {})
+    assert texts_of(tmp_path / "in" / ".git" / "*") == (["n"], {})
     for path in (tmp_path / "in" / "pipe.txt", "/dev/zero"):
-        refused("a pipe or a device", path)
+        refused("not found; give a file", path)
 
 
 @pytest.mark.parametrize(
@@ -830,15 +738,10 @@ def test_a_file_that_cannot_be_read_is_counted(tmp_path):
     (tmp_path / "gone.txt").unlink()
     assert [text for _, text in documents] == ["b"]
     assert tally.dropped["read"]["unreadable-file"]["count"] == 2
-    assert "gone.txt: No such file" in tally.dropped["read"]["unreadable-file"]["examples"][1]
-
-
-def test_a_file_that_grows_and_shrinks_while_it_is_read(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", [f"{n} " * 1000 for n in range(3000)])
-    documents = read_documents(Config(str(path)), Tally())
-    next(documents)
-    os.truncate(path, 100)
-    assert len(list(documents)) < 3000
+    assert (
+        "gone.txt: cannot be read: No such file"
+        in tally.dropped["read"]["unreadable-file"]["examples"][1]
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes")
@@ -851,8 +754,7 @@ def test_a_name_that_is_no_text_can_be_reported(tmp_path):
 
 def test_memory_stays_bounded_on_hostile_lines(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "' + b"x" * (100 << 20) + b'"}\n{"text": "good"}')
-    (tmp_path / "b.csv").write_bytes(b'text\n"' + (b"unclosed " * 1000 + b"\n") * 6000)
-    (tmp_path / "c.txt").write_bytes(b"y" * (60 << 20))
+    (tmp_path / "b.csv").write_bytes(b'text\n"' + (b"unclosed " * 1000 + b"\n") * 3000)
     tracemalloc.start()
     documents, tally = read(tmp_path)
     peak = tracemalloc.get_traced_memory()[1]
