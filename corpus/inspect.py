@@ -1,8 +1,4 @@
-"""Shows, for people, what a path holds: `python data.py inspect PATH`.
-
-A prepared dataset, a source of text, or a file of conversations or preference pairs; the first
-rows tell.
-"""
+"""Shows, for people, what a path holds: `python data.py inspect PATH`."""
 
 import sys
 from collections import Counter
@@ -67,10 +63,7 @@ def show_dataset(folder):
 
 
 def content_of(path):
-    """Returns whether a path holds "text", "conversations" or "preference pairs".
-
-    Of rows the fields of the first ones tell.
-    """
+    """Returns "text", "conversations" or "preference pairs", by the fields of the first rows."""
     kinds = {None}  # of the hub
     if not path.startswith("hf:"):
         kinds = {"text"} if path == "docstrings:" else set(map(kind_of, input_files(path)))

@@ -270,14 +270,10 @@ def joined_wikitext(texts):
 
     The first row of WikiText that is not blank is a heading, ` = Title = `.
     """
-    first = []
-    for document in islice(texts, 100):
-        first.append(document)
-        if document[1].strip():
-            break
-    is_wikitext = first and re.fullmatch(r" = .* = ?\n?", first[-1][1])
+    first = list(islice(texts, 20))
+    title = next((text for _, text in first if text.strip()), "")
     texts = chain(first, texts)
-    yield from articles(texts) if is_wikitext else texts
+    yield from articles(texts) if re.fullmatch(r" = .* = ?\n?", title) else texts
 
 
 def articles(lines):
