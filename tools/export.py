@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from lib.config import UserError, run
 from lib.tokenizer import BYTE_PIECE, TEMPLATES, Tokenizer, stop_ids
 from lib.tokenizer_json import jinja
-from model import Llama, load_model, model_folder, rope_frequencies, save_model
+from model import load_model, model_folder, rope_frequencies, save_model
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -43,7 +43,7 @@ class ExportConfig:
 
 
 def main(cfg):
-    """Writes the model, proves that the export is the model, and reports it."""
+    """Writes the model and reports it; what is written is read back before it gets its name."""
     output = Path(cfg.output)
     if output.exists():
         raise UserError(f"{output}: exists; name another --output, or delete it")
@@ -51,20 +51,12 @@ def main(cfg):
     tokenizer = Tokenizer.load(model_folder(cfg.model_path))
     tokenizer.match(model.cfg.vocab_size, cfg.model_path)
     warning = check_tokenizer(cfg, tokenizer)
-    weights = model.state_dict()
-    stored = {name: rounded(name, weight, cfg.dtype) for name, weight in weights.items()}
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=output.parent) as folder:
             path = Path(folder) / "export"
-            if cfg.format == "hf":
-                write_folder(path, model, tokenizer, cfg.dtype)
-            else:
-                write_gguf(path, model, tokenizer, cfg.dtype)
-            export = load_model(path) if cfg.format == "hf" else read_gguf(path, model.cfg)
-            for name, weight in export.state_dict().items():  # norms may be in float32
-                same = torch.equal(weight, stored[name]) or torch.equal(weight, weights[name])
-                assert same, f"{name}: the export holds other numbers"
+            write = write_folder if cfg.format == "hf" else write_gguf
+            write(path, model, tokenizer, cfg.dtype)
             os.replace(path, output)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{output}: not written ({error}); is there no space left?") from None
@@ -104,29 +96,24 @@ def is_text(tokenizer, id):
     return bool(text) and not BYTE_PIECE.fullmatch(tokenizer.pieces[id])
 
 
-def rounded(name, weight, dtype):
-    """Returns a weight as `dtype` holds it, in float32; UserError if it cannot."""
-    if dtype != "q8_0" or weight.ndim == 1:
-        result = weight.to(DTYPES.get(dtype, torch.float32)).float()
-    elif weight.shape[1] % 32:
-        width = f"{name}: rows of {weight.shape[1]} numbers"
-        raise UserError(f"{width}; q8_0 takes multiples of 32; use --dtype=f16")
-    else:
-        gguf = gguf_package()
-        kind = gguf.GGMLQuantizationType.Q8_0
-        result = torch.from_numpy(gguf.dequantize(gguf.quantize(weight.numpy(), kind), kind))
-    if not result.isfinite().all():
+def check_range(name, weight, stored, dtype):
+    """Raises UserError if a weight is too large for the dtype in which it is stored."""
+    if not np.isfinite(stored).all():
         size = f"{weight.abs().max():.3g}"
         raise UserError(f"{name} holds {size}, too large for {dtype}; use --dtype=bf16")
-    return result
 
 
 def write_folder(folder, model, tokenizer, dtype):
-    """Writes a folder for AutoModelForCausalLM and AutoTokenizer."""
+    """Writes a folder for AutoModelForCausalLM and AutoTokenizer, and reads it back."""
     folder.mkdir()
-    model = copy.deepcopy(model).to(DTYPES[dtype])
-    save_model(model, folder, stop_ids(tokenizer, tokenizer.template))
+    rounded = copy.deepcopy(model).to(DTYPES[dtype])
+    weights = {name: weight.float() for name, weight in rounded.state_dict().items()}
+    for name, weight in model.state_dict().items():
+        check_range(name, weight, weights[name].numpy(), dtype)
+    save_model(rounded, folder, stop_ids(tokenizer, tokenizer.template))
     tokenizer.save(folder, model.cfg.sequence_length)
+    for name, weight in load_model(folder).state_dict().items():
+        assert torch.equal(weight, weights[name]), f"{name}: the export holds other numbers"
 
 
 # ---- GGUF
@@ -141,41 +128,39 @@ def gguf_package():
     return gguf
 
 
-def gguf_tensors(model):
-    """Yields (weight, llama.cpp's name of it, heads if it is rotated else 0)."""
-    gguf, cfg = gguf_package(), model.cfg
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, cfg.n_layer)
-    for name, weight in model.state_dict().items():
-        if name == "lm_head.weight" and cfg.tie_word_embeddings:
-            continue
-        heads = cfg.n_head if "q_proj" in name else cfg.kv_heads if "k_proj" in name else 0
-        yield weight, names.get_name(name, try_suffixes=(".weight",)), heads
-
-
-def reorder_rows(array, heads, pairs):
+def llama_cpp_order(array, heads):
     """Returns a query or key matrix (heads D, C) with the rows of each head reordered.
 
     Rotary positions turn the pair of rows (i, i + D/2) in our order, which is Hugging Face's, and
-    neighbours (2i, 2i + 1) in llama.cpp's. pairs: (2, -1) to llama.cpp's order, (-1, 2) back.
+    neighbours (2i, 2i + 1) in llama.cpp's.
     """
-    if not heads:
-        return array
-    rows = array.reshape(heads, *pairs, array.shape[1])
+    rows = array.reshape(heads, 2, -1, array.shape[1])
     return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(array.shape)
 
 
 def write_gguf(path, model, tokenizer, dtype):
-    """Writes a GGUF file; norms stay float32."""
-    gguf, cfg = gguf_package(), model.cfg
+    """Writes a GGUF file, and reads it back; norms stay float32."""
+    gguf, cfg, written = gguf_package(), model.cfg, {}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, cfg.n_layer)
     writer = gguf.GGUFWriter(path, "llama")
     all_f32 = dtype == "f32"
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if all_f32 else f"MOSTLY_{dtype.upper()}"])
     add_model(writer, cfg)
     add_tokenizer(writer, tokenizer)
-    for weight, name, heads in gguf_tensors(model):
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight" and cfg.tie_word_embeddings:
+            continue
+        if dtype == "q8_0" and weight.ndim > 1 and weight.shape[1] % 32:
+            width = f"{name}: rows of {weight.shape[1]} numbers"
+            raise UserError(f"{width}; q8_0 takes multiples of 32; use --dtype=f16")
         kind = gguf.GGMLQuantizationType[dtype.upper() if weight.ndim > 1 else "F32"]
-        array = reorder_rows(weight.numpy(), heads, (2, -1))
-        writer.add_tensor(name, gguf.quantize(array, kind), raw_dtype=kind)
+        heads = cfg.n_head if "q_proj" in name else cfg.kv_heads if "k_proj" in name else 0
+        array = llama_cpp_order(weight.numpy(), heads) if heads else weight.numpy()
+        data = gguf.quantize(array, kind)
+        check_range(name, weight, gguf.dequantize(data, kind), dtype)
+        name = names.get_name(name, try_suffixes=(".weight",))
+        writer.add_tensor(name, data, raw_dtype=kind)
+        written[name] = data.tobytes()
     if (cfg.rope_scaling or {}).get("rope_type") == "llama3":
         divisors = rope_frequencies(replace(cfg, rope_scaling=None)) / rope_frequencies(cfg)
         writer.add_tensor("rope_freqs.weight", divisors.float().numpy())
@@ -183,6 +168,9 @@ def write_gguf(path, model, tokenizer, dtype):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
+    for name, data in written.items():
+        assert stored[name].tobytes() == data, f"{name}: the export holds other numbers"
 
 
 def add_model(writer, cfg):
@@ -231,16 +219,6 @@ def token_type(tokenizer, id):
     if tokenizer.spelled(id, controls=False):
         return types.BYTE
     return types.UNKNOWN if id == tokenizer.unk_id else types.CONTROL
-
-
-def read_gguf(path, cfg):
-    """Returns the Llama of shape `cfg` with the weights of a GGUF file."""
-    gguf, model = gguf_package(), Llama(cfg).eval()
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    for weight, name, heads in gguf_tensors(model):
-        array = gguf.dequantize(tensors[name].data, tensors[name].tensor_type)
-        weight.copy_(torch.from_numpy(reorder_rows(array.astype(np.float32), heads, (-1, 2))))
-    return model
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def forward_backward(state, batches, loss_fn, count, device, dtype):
 
 
 class RandomTokens:
-    """A loader of random ids for a plan without data; .blocks None: passes are unknown."""
+    """A loader of random ids for a plan without data; .blocks None: its size is unknown."""
 
     blocks = None
 

@@ -11,6 +11,7 @@ import filecmp
 import io
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.config import PositiveFloat, UserError, configure, dispatch, read_object
-from tools.workspace import SESSIONS, Training, command, newest, next_command
+from tools.workspace import SESSIONS, Training, newest, next_command
 
 LOGS = 20  # logs that are kept
 RESERVED = 0.1  # share of the minutes that trainings leave to the commands after them
@@ -98,11 +99,13 @@ class Session:
 
     def run(self, stage, *words):
         """Runs `python WORDS`, its output to terminal and log. Raises UserError if it fails."""
-        self.print(f"\n=== {stage} | {self.spent:.1f} of {self.minutes:g} min | {command(*words)}")
+        words = [*map(str, words)]
+        line = f"{self.spent:.1f} of {self.minutes:g} min | python {shlex.join(words)}"
+        self.print(f"\n=== {stage} | {line}")
         start, env = self.spent, os.environ | {"PYTHONUNBUFFERED": "1"}
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
         streams |= {"stderr": subprocess.STDOUT, "start_new_session": True}
-        self.process = subprocess.Popen([sys.executable, *map(str, words)], env=env, **streams)
+        self.process = subprocess.Popen([sys.executable, *words], env=env, **streams)
         if self.stopped:  # between two commands
             self.stop(self.stopped)
         with self.process.stdout as pipe:

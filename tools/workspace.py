@@ -45,11 +45,6 @@ class WorkspaceConfig:
     gpu: str = ""  # config-gpu: a card elsewhere, as rtx4090; empty = the card in this machine
 
 
-def command(*words):
-    """Returns a command line to type."""
-    return " ".join(["python", *map(str, words)])
-
-
 def read_values(path):
     """Returns the JSON object in a file, {} where there is none that can be read."""
     with suppress(UserError):
@@ -147,25 +142,27 @@ def evaluation_state(path):
     return f"{model.get('path', '?')}, bits per byte {text.get('bits_per_byte', 'not measured')}"
 
 
+NEXT = {  # after a complete training of this kind
+    "pretrain": "sft.py configs/sft.json --dataset_path=data/samples/sft_train.jsonl",
+    "sft": "dpo.py configs/dpo.json --dataset_path=data/samples/dpo_train.jsonl",
+    "dpo": "sample.py --chat",
+}
+
+
 def next_command():
     """Returns the next command, by the newest training that is of use."""
     training = next((t for t in trainings() if not t.problem or t.checkpoint), None)
     if training is None and not datasets():
-        return command("data.py", "configs/datasets/docstrings.json")
+        return "python data.py configs/datasets/docstrings.json"
     if training is None:
-        return command("train.py", "configs/demo.json", f"--data_path={datasets()[0]}")
+        return f"python train.py configs/demo.json --data_path={datasets()[0]}"
     if training.problem:  # resumed also where its folder was renamed since
         program = training.kind.replace("pretrain", "train")
-        words = ("--resume_from_checkpoint=auto", f"--output_dir={training.folder}")
-        return command(f"{program}.py", training.checkpoint / "run.json", *words)
-    model = f"--model_path={training.folder}"
-    if training.kind == "dpo":
-        return command("sample.py", "--chat", model)
-    program = "sft" if training.kind == "pretrain" else "dpo"
-    rows = Path(f"data/samples/{program}_train.jsonl")
-    if not rows.exists():
-        return command("data.py", "create_sample_datasets")
-    return command(f"{program}.py", f"configs/{program}.json", model, f"--dataset_path={rows}")
+        flags = f"--resume_from_checkpoint=auto --output_dir={training.folder}"
+        return f"python {program}.py {training.checkpoint / 'run.json'} {flags}"
+    if training.kind != "dpo" and not Path("data/samples").exists():
+        return "python data.py create_sample_datasets"
+    return f"python {NEXT[training.kind]} --model_path={training.folder}"
 
 
 def status(cfg=None):
@@ -195,9 +192,7 @@ def newest(kind="any"):
 
 def print_newest(cfg):
     """The folder of the newest whole model, or dataset."""
-    folder = newest(cfg.kind)
-    print(f"using the newest: {folder}", file=sys.stderr)
-    print(folder)
+    print(newest(cfg.kind))
 
 
 # ---- backup
@@ -284,9 +279,9 @@ def delete(cfg, *patterns):
 
 
 def clean_caches(cfg):
-    """Delete caches of Python and of the tools, and the halves of killed backups."""
+    """Delete caches of Python and of the tools, and the halves of killed backups and exports."""
     caches = ("__pycache__", "[!.]*/__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis")
-    delete(cfg, *caches, "backups/.tmp-*")
+    delete(cfg, *caches, "backups/.tmp-*", "exported/.tmp-*")
 
 
 def clean_checkpoints(cfg):
