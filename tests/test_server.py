@@ -1,6 +1,8 @@
 """The server as its clients see it: the answers are the engine's alone, in their shapes."""
 
+import base64
 import contextlib
+import hashlib
 import io
 import itertools
 import json
@@ -561,7 +563,12 @@ def test_streams_end_properly_when_the_server_stops(tmp_path, tiny_tokenizer):
 def test_the_page_uses_nothing_of_others_and_makes_no_markup(chatty):
     page = chatty.get("/")
     text, policy = page.body.decode(), page.headers["content-security-policy"]
-    assert "default-src 'self' 'unsafe-inline'" in policy  # nothing from, and nothing to, elsewhere
+    assert policy.startswith("default-src 'none'; ")  # nothing from, and nothing to, elsewhere
+    assert "unsafe" not in policy
+    for tag in ("script", "style"):
+        block = re.search(f"(?s)<{tag}>(.*?)</{tag}>", text)[1]
+        digest = base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}';" in policy
     loose = r"innerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function"
     assert not re.search(loose + r"|https?://(?!www\.w3)", text)
     markup = re.sub(r"(?s)<(script|style)>.*?</\1>", "", text)
