@@ -571,6 +571,14 @@ class Handler(BaseHTTPRequestHandler):
             request = self.command, self.path[:80], status, time.monotonic() - start
             self.log_message("%s %s %d %.3f s", *request)
 
+    def log_message(self, *line):
+        """Writes a line to stderr, or drops it where nobody reads a full pipe."""
+        ready = [2]
+        with suppress(OSError, ValueError):  # on Windows select knows only sockets
+            _, ready, _ = select.select([], [2], [], 0)
+        if ready:
+            super().log_message(*line)
+
     def finish(self):
         """Closes so that the answer arrives: with bytes unread the connection would be reset."""
         with suppress(OSError, ApiError):

@@ -560,6 +560,14 @@ def test_streams_end_properly_when_the_server_stops(tmp_path, tiny_tokenizer):
 # ---- what it tells of itself
 
 
+def test_a_log_that_nobody_reads_holds_nobody_up():
+    code = "import server; h = server.Handler.__new__(server.Handler); h.client_address = 'me', 1"
+    code += "\nfor _ in range(9000): h.log_message('%s', 'x' * 99)"
+    words = [sys.executable, "-c", code]
+    with subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE) as process:
+        assert process.wait(60) == 0
+
+
 def test_the_page_uses_nothing_of_others_and_makes_no_markup(chatty):
     page = chatty.get("/")
     text, policy = page.body.decode(), page.headers["content-security-policy"]
