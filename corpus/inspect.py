@@ -15,8 +15,6 @@ from lib.config import UserError
 from lib.folders import AGAIN, Shards, read_manifest
 from lib.tokenizer import IM_END, IM_START, SPECIALS, Tokenizer, render, usual_template
 
-EXAMINED = 1000  # documents of a source of text
-
 
 @dataclass(frozen=True)
 class InspectConfig:
@@ -78,9 +76,9 @@ def content_of(path):
 
 
 def show_documents(path, column):
-    """Prints the first documents of a source of text, before anything is cleaned."""
+    """Prints how many of the first 1000 documents can be read, and the first, not yet cleaned."""
     cfg, tally = DataConfig(input_path=path, text_column=column), Tally()
-    documents = list(islice(read_documents(cfg, tally), EXAMINED))
+    documents = list(islice(read_documents(cfg, tally), 1000))
     print(f"{path}: text", f"  {len(documents):>10,}  documents read", sep="\n")
     show_reasons(tally)
     if not documents:

@@ -645,8 +645,7 @@ def test_a_wrong_entry_is_one_line(tmp_path, entry, message):
 def test_a_mixture_stands_alone(tmp_path):
     mixture = mixture_of(tmp_path, [1, 1], [2, 1])
     refused("mixture: an empty list", mixture=())
-    for other in ({"path": "x.txt"}, {"text_column": "x"}, {"input_config": "x"}):
-        refused(r"mixture and one of .* are both given; keep one", mixture=mixture, **other)
+    refused(r"mixture and one of .* are both given; keep one", "x.txt", mixture=mixture)
 
 
 # --- Hostile folders ------------------------------------------------------------------------------
@@ -758,10 +757,3 @@ def test_docstrings_come_by_module_and_class_in_a_fixed_order(tmp_path, monkeypa
         "pkg.m.A\n\nAn A.\n\ng\n\nDoes g.\n\nWell.\n\n",
     ]
     assert bad == {"unreadable-module": 1, "bad-unicode": 1}
-
-
-def test_this_python_documents_itself():
-    documents = read_documents(Config(), Tally())
-    long = [text for _, (_, text) in zip(range(40), documents, strict=False) if len(text) > 500]
-    assert len(long) > 10
-    assert all(" the " in text for text in long)
