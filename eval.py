@@ -122,23 +122,21 @@ def text_nats(model, ids, bos_id, context, stride, rows):
     return sum(tqdm(sums, "perplexity", len(groups), unit=" batches", disable=None))
 
 
-def answer_scores(model, questions, budget):
+def answer_scores(model, questions, rows):
     """Returns for each question [(log p of the answer in nats, is it the greedy one), ...].
 
     questions: [(context ids, [answer ids, ...])], no list empty; a context and its longest answer
-    may have one id more than the model's positions. `budget`: how many positions run at once.
+    may have one id more than the model's positions. `rows` contexts run together.
     """
-    size = lambda number: (max(map(len, questions[number][1])), len(questions[number][0]))
-    groups = []  # of indices: longest answers equally long, contexts of like length
-    for number in sorted(range(len(questions)), key=size, reverse=True):
-        longest, width = size(groups[-1][0]) if groups else (0, 0)
-        copies = 1 + (longest > 1) * len(questions[number][1])  # of the context's keys and values
-        if size(number)[0] != longest or (len(groups[-1]) + 1) * width * copies > budget:
-            groups.append([])
-        groups[-1].append(number)
+    longest = lambda number: max(map(len, questions[number][1]))
+    size = lambda number: (longest(number), len(questions[number][0]))
+    order = sorted(range(len(questions)), key=size, reverse=True)  # like lengths run together
+    if order and longest(order[0]) > 1:  # each answer gets a copy of its context's keys and values
+        rows = max(1, rows // (1 + max(len(answers) for _, answers in questions)))
+    groups = [order[at : at + rows] for at in range(0, len(order), rows)]
     work = lambda group: group_scores(model, [questions[number] for number in group])
-    rows = side_by_side(work, groups, model.lm_head.weight.device)
-    scores = dict(zip(chain.from_iterable(groups), chain.from_iterable(rows)))
+    results = side_by_side(work, groups, model.lm_head.weight.device)
+    scores = dict(zip(order, chain.from_iterable(results)))
     return [scores[number] for number in range(len(questions))]
 
 
@@ -414,16 +412,15 @@ def ask_prompts(model, tokenizer, prompts, max_new_tokens=64, seed=0, together=6
     for prompt, request, row in zip(prompts, requests, rows):
         text = tokenizer.decode(request.ids)
         text = text.strip() if template else text  # a template may leave a space to it
-        scores = score_response(prompt, text, request.finish)
-        row |= {"response": text, **scores, "finish": request.finish}
-    average = lambda key, rows=rows: mean([row[key] for row in rows])
-    groups = {
-        row["category"]: [r for r in rows if r["category"] == row["category"]] for row in rows
-    }
+        row |= {"response": text, **score_response(prompt, text, request.finish)}
+        row["finish"] = request.finish
+    scores = {}
+    for row in rows:
+        scores.setdefault(row["category"], []).append(row["score"])
     return {
-        "score": average("score"),
+        "score": mean([row["score"] for row in rows]),
         "parts": {key: mean([row["parts"][key] for row in rows]) for key in rows[0]["parts"]},
-        "by_category": {name: average("score", group) for name, group in groups.items()},
+        "by_category": {name: mean(values) for name, values in scores.items()},
         "eos_rate": mean([row["finish"] == "stop" for row in rows]),
         "distinct_n": {str(n): distinct([row["response"] for row in rows], n) for n in (1, 2)},
         "tokens_per_second": sum(len(request.ids) for request in requests) / seconds,
@@ -540,11 +537,11 @@ def text_result(nats, text, ids, tokenizer):
     raw, tokens, words = text.encode(), len(ids), len(re.findall(r"\s+", text)) + 1
 
     def rates(nats):
-        rates = {"bits_per_byte": nats / math.log(2) / len(raw)}
-        rates["word_perplexity"] = perplexity(nats, words)
-        return rates | {"token_perplexity": perplexity(nats, tokens)}
+        bits = {"bits_per_byte": nats / math.log(2) / len(raw)}
+        counts = {"word_perplexity": words, "token_perplexity": tokens}
+        return bits | {name: perplexity(nats, count) for name, count in counts.items()}
 
-    result, byte, key = rates(nats), 8 * math.log(2), "bits_per_byte"
+    byte, lossless = 8 * math.log(2), tokenizer.decode(ids) == text
     baselines = {
         "uniform": rates(tokens * math.log(tokenizer.vocab_size)),
         # the ids under their own frequencies: the best a model without context can do
@@ -552,8 +549,8 @@ def text_result(nats, text, ids, tokenizer):
         "gzip": rates(byte * len(gzip.compress(raw, 9, mtime=0))),
         "xz": rates(byte * len(lzma.compress(raw))),
     }
+    result, key = rates(nats), "bits_per_byte"
     beaten = ", ".join(name for name in baselines if result[key] < baselines[name][key])
-    lossless = tokenizer.decode(ids) == text
     loss = "" if lossless else "; too low: the tokenizer loses parts of this text"
     result |= {"verdict": f"better than {beaten or 'no baseline'}{loss}", "lossless": lossless}
     result |= {"nats": nats, "tokens": tokens, "words": words, "lines": text.count("\n")}
@@ -573,12 +570,11 @@ def prepare_task(cfg, model, tokenizer, path):
     rows = [rows[at] for at in sorted(random.Random(cfg.seed).sample(range(total), limit))]
     context = model.cfg.sequence_length
     encoded, cut = encode_questions(tokenizer, rows, context)
-    questions, budget = [row[2] for row in rows], context * rows_at_once(cfg, model, context)
 
     def measure():
         print(f"{len(rows):,} questions of {path}", file=sys.stderr, flush=True)
-        scores = answer_scores(model, encoded, budget)
-        result = task_result(rows[0][1], questions, scores)
+        scores = answer_scores(model, encoded, rows_at_once(cfg, model, context))
+        result = task_result(rows[0][1], [row[2] for row in rows], scores)
         return result | {"path": path, "rows": total, "cut": cut}
 
     return measure
@@ -601,9 +597,9 @@ def task_result(kind, questions, scores):
 
 # ---- The report
 
-MAIN = dict.fromkeys(("bits_per_byte", "word_perplexity", "token_perplexity", "perplexity"), min)
-MAIN |= dict.fromkeys(("accuracy", "accuracy_norm", "calibrated_accuracy"), max)
-MAIN |= {"score": max, "eos_rate": max}  # the main numbers of a part, and which are better
+# the main numbers of a part
+MAIN = ("bits_per_byte", "word_perplexity", "token_perplexity", "perplexity")
+MAIN += ("accuracy", "accuracy_norm", "calibrated_accuracy", "score", "eos_rate")
 
 
 def parts_of(results):
@@ -634,26 +630,14 @@ def aligned(rows):
 
 
 def headline(results):
-    """Returns the main numbers, each with what to hold it against, and a verdict on each part."""
-    parts, rows, verdicts = parts_of(results), [], []
-    for place, number in main_numbers(results).items():
-        name, _, key = place.rpartition(".")
-        part, beside = parts[name], ""
-        if "baselines" in part:
-            unigram, xz = (
-                shown_number(place, part["baselines"][b][key]) for b in ("unigram", "xz")
-            )
-            beside = f"unigram {unigram}, xz {xz}"
-        elif key in ("accuracy", "calibrated_accuracy"):
-            low, high = part[key.replace("accuracy", "ci95")]
-            beside = f"95% {low:.1%} to {high:.1%}, n {part['n']:,}"
-        rows.append([place, shown_number(place, number), beside])
-    for name, part in [*parts.items()][:-1]:
+    """Returns the main numbers, and a verdict on each part that was asked for."""
+    numbers = main_numbers(results).items()
+    lines = [aligned([[place, shown_number(place, number)] for place, number in numbers]), ""]
+    for name, part in [*parts_of(results).items()][:-1]:  # the smoke prompts have no verdict
         reason = f": {part['reason']}" if "reason" in part else ""
-        verdicts.append(f"{name}: {part['verdict']}{reason}")
-        if "calibrated_verdict" in part:
-            verdicts.append(f"{name}, calibrated: {part['calibrated_verdict']}")
-    return "\n".join([aligned(rows), "", *verdicts])
+        interval = "; 95% {:.1%} to {:.1%}".format(*part["ci95"]) if "ci95" in part else ""
+        lines.append(f"{name}: {part['verdict']}{reason}{interval}")
+    return "\n".join(lines)
 
 
 def report_text(results, detailed=False):
@@ -691,34 +675,29 @@ def read_results(path, exit_code=2):
     return results
 
 
+# places in results.json: numbers compare where these are equal
+BASIS = [("model", "tokenizer_sha256"), ("perplexity", "bytes"), ("perplexity", "context")]
+BASIS += [("perplexity", "stride"), ("boolq", "n")]
+
+
 def compare(cfg):
     """Several models side by side: python eval.py compare A.json B.json ... (or their folders)
 
-    The best of each line is marked where its numbers were measured on the same data.
+    Numbers compare where the last lines are the same, those per token only with one tokenizer.
     """
     models = [read_results(file) for file in cfg.files]
-    rows = [["", *cfg.files]]
-    for part, keys in (("model", ("name", "non_embedding")), ("perplexity", ("context", "stride"))):
-        rows += [[key, *(str(results[part].get(key, "")) for results in models)] for key in keys]
-    numbers = [main_numbers(results) for results in models]
+    rows, numbers = [["", *cfg.files]], [main_numbers(results) for results in models]
     for place in dict.fromkeys(chain.from_iterable(numbers)):
-        values = [values.get(place) for values in numbers]
-        measured = [at for at, value in enumerate(values) if value is not None]
-        alike = len({basis_of(place, models[at]) for at in measured}) == 1
-        best = MAIN[place.split(".")[-1]](values[at] for at in measured)
-        star = " *" if alike and len(measured) > 1 else ""
-        cells = [shown_number(place, value) + star * (value == best) for value in values]
-        rows.append([place, *cells, "" if alike else "not to be compared: other data or tokenizer"])
-    print(f"{aligned(rows)}\n\n* the best")
+        rows.append([place, *(shown_number(place, values.get(place)) for values in numbers)])
+    for part, key in BASIS:
+        values = [str(results[part].get(key))[:12] for results in models]
+        rows.append([f"{part}.{key}", *values, *["DIFFERENT"] * (len(set(values)) > 1)])
+    print(aligned(rows))
 
 
-def basis_of(place, results):
-    """Returns what a number was measured on, as a text: numbers compare where it is equal."""
-    part = parts_of(results)[place.rpartition(".")[0]]
-    text, length = part.get("text", {}), part.get("settings", {}).get("max_new_tokens")
-    prompts = [(row["prompt"], *row["parts"]) for row in part.get("responses", ())]
-    tokenizer = place.endswith("token_perplexity") and results["model"]["tokenizer_sha256"]
-    return str([text.get("sha256"), text.get("part"), tokenizer, part.get("n"), prompts, length])
+ADVICE = """
+A perplexity above its range: train longer while the validation loss falls, then on more text.
+Low smoke scores: fine-tune (sft.py) on varied answers that end; read the responses in report.md."""
 
 
 def assess(cfg):
@@ -729,7 +708,8 @@ def assess(cfg):
     """
     if len(cfg.files) != 1:
         raise UserError("assess needs one file of results: python eval.py assess results.json")
-    results, rows = read_results(*cfg.files, exit_code=1), []
+    results = read_results(*cfg.files, exit_code=1)
+    rows = [["metric", "value", "expected", "verdict", "source"]]
     expected, count = config.read_object(cfg.expected), results["model"]["non_embedding"]
     form = '{size: {"non_embedding": count, "ranges": [{place: [low, high], ...}]}}'
     with refusing(Exception, f"{cfg.expected}: must hold sizes, {form}"):
@@ -738,10 +718,8 @@ def assess(cfg):
         for entry in expected["sizes"][size]["ranges"]:
             places = [place for place in entry if place not in ("source", "text")]
             rows += [judged(place, results, entry, *entry[place]) for place in places]
-    title = f"size class {size}: {count:,} parameters, {len(rows)} ranges are known"
-    table = aligned([["metric", "value", "expected", "verdict", "source"], *rows])
-    todo = [f"- {sentence}" for sentence in advice(results, rows)]
-    print(title, "", table, "", headline(results), "", "what to do", *todo, sep="\n")
+    title = f"size class {size}: {count:,} parameters, {len(rows) - 1} ranges are known"
+    print(title, "", aligned(rows), "", headline(results), ADVICE, sep="\n")
 
 
 def judged(place, results, entry, low, high):
@@ -753,24 +731,9 @@ def judged(place, results, entry, low, high):
     elif place.startswith("perplexity") and not text.startswith(entry.get("text", "")):
         verdict = f"not comparable: measured on {text}"
     elif not low <= number <= high:
-        better = MAIN[place.split(".")[-1]](number, low, high) == number
-        verdict = "better" if better else "worse"
+        verdict = "below" if number < low else "above"
     expected = f"{shown_number(place, low)} to {shown_number(place, high)}"
     return [place, shown_number(place, number), expected, verdict, entry.get("source", "")]
-
-
-def advice(results, rows):
-    """Yields what to do about what is low; `rows` are `judged`'s."""
-    text, boolq, parts = results["perplexity"], results["boolq"], results["smoke"]["parts"]
-    if "baselines" in text and "unigram" not in text["verdict"]:
-        yield "perplexity: token frequencies do as well: another tokenizer, or fine-tuned too much"
-    elif any(row[3] == "worse" and row[0].startswith("perplexity") for row in rows):
-        yield "perplexity: train longer while the validation loss falls, then on more text"
-    if "n" in boolq and not boolq["verdict"].startswith("better"):
-        yield "BoolQ: no sign that it reads the passage; do not report the accuracy as a skill"
-    if low := ", ".join(name for name, value in parts.items() if value is not None and value < 0.5):
-        yield f"smoke prompts: {low} low: fine-tune (sft.py) on varied answers that end"
-    yield "read the responses: --detailed_output puts them into report.md"
 
 
 # ---- The command line

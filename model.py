@@ -714,7 +714,8 @@ def save_adapter(model, folder, base):
     values = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none"}
     values["base_model_name_or_path"] = str(base.path.resolve())  # PEFT looks from where it runs
     values["target_modules"] = [name for name in PROJECTIONS if name in names]
-    values |= {"r": layer.r, "lora_alpha": layer.alpha, "lora_dropout": layer.dropout.p}
+    alpha = int(layer.alpha) if layer.alpha == int(layer.alpha) else layer.alpha  # as PEFT has it
+    values |= {"r": layer.r, "lora_alpha": alpha, "lora_dropout": layer.dropout.p}
     home = Path(os.path.relpath(base.path.resolve(), folder.resolve())).as_posix()
     write_json(folder / ADAPTER_CONFIG, values)
     write_json(folder / "base.json", {"sha256": base.sha256, "relative_path": home})

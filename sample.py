@@ -17,6 +17,7 @@ import copy
 import functools
 import json
 import math
+import re
 import secrets
 import sys
 import time
@@ -79,12 +80,12 @@ class Branches(NamedTuple):
     width: int  # how many of the largest logits are put in order, for top-k and top-p
 
     @classmethod
-    def of(cls, rows, vocab_size, few=False):
-        """Returns the Branches for `rows`, a list of Sampling; `few`: with few different widths."""
+    def of(cls, rows, vocab_size):
+        """Returns the Branches for `rows`, a list of Sampling."""
         drawn, width = [row for row in rows if row.temperature > 0], 0
         if drawn and all(row.top_k for row in drawn):
-            width = max(row.top_k for row in drawn)
-            width = 1 << (width - 1).bit_length() if few else width
+            largest = max(row.top_k for row in drawn)
+            width = 1 << (largest - 1).bit_length()  # a power of two: few widths, few graphs
         elif any(row.top_k or row.top_p < 1 for row in drawn):
             width = vocab_size
         penalty = any(row.repetition_penalty != 1 for row in rows)
@@ -349,18 +350,6 @@ def compiled_decode():
     return torch.compile(decode, dynamic=False)
 
 
-@contextlib.contextmanager
-def ending(requests):
-    """An exception inside ends these requests, so that no slot is lost."""
-    try:
-        yield
-    except BaseException as problem:
-        for request in requests:
-            stopped = isinstance(problem, KeyboardInterrupt)
-            request.finish = request.finish or ("stopped" if stopped else "error")
-        raise
-
-
 class Engine:
     """Decodes `slots` rows in step; requests join free slots between two calls of `advance`.
 
@@ -388,8 +377,9 @@ class Engine:
         self.fed = [0] * slots  # positions in the cache, as the host knows them
         self.joining = []  # slots whose prompts wait to be prefilled, oldest first
         self.burst = 1 if self.device.type == "cpu" else 8  # steps per wait for the device
-        self.step = self._replay if graphs and self.device.type == "cuda" else self._step
-        self.captured, self.pool = {}, None
+        self.step, self.captured = self._step, {}
+        if graphs and self.device.type == "cuda":
+            self.step, self.pool = self._replay, torch.cuda.graph_pool_handle()
 
     @property
     def free(self):
@@ -416,17 +406,20 @@ class Engine:
     def advance(self):
         """Takes a turn: up to `chunk` positions of waiting prompts, then a step or a few for rows.
 
-        Yields ids (or None) by slot, step by step, nothing if no row is ready to decode. What goes
-        wrong first ends the rows it concerns, with finish "error".
+        Yields ids (or None) by slot, step by step, nothing if no row is ready to decode. An
+        exception ends all requests, so that no slot is lost.
         """
         self.joining = [slot for slot in self.joining if not self.requests[slot].finish]
-        self._prefill()
-        waiting = {*self.free, *self.joining}
-        rows = {slot: row for slot, row in enumerate(self.requests) if slot not in waiting}
-        if not rows:
-            return
-        with ending(rows.values()):
-            steps = self._decode(rows)
+        try:
+            self._prefill()
+            waiting = {*self.free, *self.joining}
+            rows = {slot: row for slot, row in enumerate(self.requests) if slot not in waiting}
+            steps = self._decode(rows) if rows else []
+        except BaseException as problem:
+            stopped = isinstance(problem, KeyboardInterrupt)
+            for request in self.requests:
+                request.finish = request.finish or ("stopped" if stopped else "error")
+            raise
         for ids, reports in steps:  # a row that its reader ends in between takes no more
             taken = [None] * len(self.requests)
             for slot, request in rows.items():
@@ -445,19 +438,18 @@ class Engine:
             piece = request.prompt[begin:-1][: self.chunk]
             if spent and spent + len(piece) > self.chunk:
                 return
-            with ending([request]):
-                if piece:
-                    self.cache.lengths[slot] = begin
-                    row = rows_of(self.cache, slice(slot, slot + 1))
-                    row.start = begin
-                    x = self.model.model(torch.tensor([piece], device=self.device), cache=row)
-                    if request.echo:  # each position predicts the next id
-                        logits, ids = self.model.lm_head(x[0]), request.prompt[begin + 1 :]
-                        ids = torch.tensor(ids[: len(piece)], device=self.device)[:, None]
-                        request.logprobs += listed(*log_probs(logits, ids, request.top_logprobs))
-                spent, self.fed[slot] = spent + len(piece), begin + len(piece)
-                if self.fed[slot] == len(request.prompt) - 1:
-                    self._seat(slot)
+            if piece:
+                self.cache.lengths[slot] = begin
+                row = rows_of(self.cache, slice(slot, slot + 1))
+                row.start = begin
+                x = self.model.model(torch.tensor([piece], device=self.device), cache=row)
+                if request.echo:  # each position predicts the next id
+                    logits, ids = self.model.lm_head(x[0]), request.prompt[begin + 1 :]
+                    ids = torch.tensor(ids[: len(piece)], device=self.device)[:, None]
+                    request.logprobs += listed(*log_probs(logits, ids, request.top_logprobs))
+            spent, self.fed[slot] = spent + len(piece), begin + len(piece)
+            if self.fed[slot] == len(request.prompt) - 1:
+                self._seat(slot)
 
     def _seat(self, slot):
         """The prompt in `slot` is in the cache: its row, and all with an equal one, may decode."""
@@ -485,7 +477,7 @@ class Engine:
         tops = [row.top_logprobs for row in requests if row.top_logprobs is not None]
         top = max(*tops, 20 * self.graphs) if tops else None  # few values, few graphs
         settings = [row.sampling for row in requests]
-        branches = Branches.of(settings, self.model.cfg.vocab_size, few=self.graphs)
+        branches = Branches.of(settings, self.model.cfg.vocab_size)
         # in a burst a row that is ending may seem longer than there is room for
         longest = min(max(fed) + count, self.limit)
         # equally long rows are appended to, and read, as slices: no mask, no index
@@ -525,31 +517,27 @@ class Engine:
             list(generate(self.model, [Request([0], self.limit, sampling)], self))
 
     def _replay(self, *step):
-        """Takes a step as a CUDA graph, which is captured the first time."""
+        """Takes a step as a CUDA graph. The first time it is compiled and captured, after three
+        trial runs, which leave nothing but keys and values to be overwritten.
+        """
         key = self.part.window, *step
         if key not in self.captured:
-            self.captured[key] = self._capture(step)
+            state = self.tokens, self.history, self.cache.lengths
+            before = [tensor.clone() for tensor in state]
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # the first runs allocate, tune and load kernels
+                for _ in range(3):
+                    self._step(*step, compiled_decode())
+            torch.cuda.current_stream().wait_stream(side)
+            for tensor, value in zip(state, before):
+                tensor.copy_(value)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):  # one pool: one graph runs at a time
+                self.captured[key] = graph, self._step(*step, compiled_decode())
         graph, report = self.captured[key]
         graph.replay()
         return report
-
-    def _capture(self, step):
-        """Compiles and records a step. Trial runs leave only keys and values to be overwritten."""
-        state = self.tokens, self.history, self.cache.lengths
-        before = [tensor.clone() for tensor in state]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # the first runs allocate, tune and load kernels
-            for _ in range(3):
-                self._step(*step, compiled_decode())
-        torch.cuda.current_stream().wait_stream(side)
-        for tensor, value in zip(state, before):
-            tensor.copy_(value)
-        self.pool = self.pool or torch.cuda.graph_pool_handle()  # shared: one graph runs at a time
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            report = self._step(*step, compiled_decode())
-        return graph, report
 
 
 def generate(model, requests, engine=None):
@@ -646,14 +634,12 @@ class Reply:
 
 # ---- In the terminal: answers on stdout, all else on stderr
 
-# a model may write any byte, and some would move the cursor, rename the window or worse
-PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
-PICTURES |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-
 
 def show(text):
-    """Prints a piece of a model's text; on a terminal control characters appear as pictures."""
-    print(text.translate(PICTURES) if sys.stdout.isatty() else text, end="", flush=True)
+    """Prints a piece of a model's text; on a terminal without control characters."""
+    if sys.stdout.isatty():  # some would move the cursor, rename the window or worse
+        text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+    print(text, end="", flush=True)
 
 
 def note(text):
@@ -680,142 +666,106 @@ def print_replies(engine, requests, replies):
         for request in requests:
             request.finish = request.finish or "stopped"
     show("\n" + "".join(f"{header.format(i)}{text}\n" for i, text in enumerate(texts[1:], 2)))
-    note(outcome(requests, time.perf_counter() - start, engine))
-    return texts
-
-
-def outcome(requests, seconds, engine):
-    """Returns how each answer ended (see Request.finish), its seed, and the speed."""
-    context, weight = engine.model.cfg.sequence_length, engine.model.lm_head.weight
-    lines = []
-    for number, request in enumerate(requests, start=1):
-        which, used = f"sample {number}: " * (len(requests) > 1), len(request.prompt + request.ids)
+    seconds, count = time.perf_counter() - start, sum(len(request.ids) for request in requests)
+    for request in requests:
         ended = f"{len(request.ids)} tokens, ended by {request.finish}"
-        lines.append(f"{which}{ended}, seed {request.sampling.seed}, context {used} of {context}")
-    count = sum(len(request.ids) for request in requests)
-    speed = f"{count} tokens in {seconds:.2f} s: {count / max(seconds, 1e-9):,.0f} tokens/s"
-    lines.append(f"{speed}; {weight.dtype} on {weight.device}")
-    return ("\n" if len(requests) > 1 else "; ").join(lines)
+        note(f"{ended}, seed {request.sampling.seed}, prompt {len(request.prompt)} tokens")
+    note(f"{count} tokens in {seconds:.2f} s: {count / max(seconds, 1e-9):,.0f} tokens/s")
+    return texts
 
 
 HELP = """\
 /help           this list
 /clear          forget the conversation, keep the system message
-/system TEXT    tell the model what to be; without TEXT show what it was told
+/system TEXT    tell the model what to be
 /retry          answer the last question again
 /save FILE      append the conversation to FILE, a row as sft.py reads it
 /quit           leave; so do Ctrl-C and Ctrl-D. While an answer is written, Ctrl-C ends the answer
-//TEXT          a question that begins with a single /"""
+Any other line is a question."""
 
 
 class Chat:
-    """A conversation: `messages` as {"role", "content"}, the system message first if there is one.
+    """A conversation: `system`, a list of one message or none, and `turns`, of two for each answer.
 
-    A question without an answer is the last of them, until it or another one is asked. Text enters
-    the model's template as text: nothing typed becomes a control token. A model without a template
-    continues each text and remembers none.
+    Text enters the model's template as text: nothing typed becomes a control token. A model without
+    a template continues each text and remembers none.
     """
 
     def __init__(self, cfg, model, tokenizer):
         self.cfg, self.tokenizer, self.template = cfg, tokenizer, tokenizer.template
-        self.engine, self.messages = Engine(model, 1, graphs=cfg.compile), []
+        self.engine, self.system, self.turns = Engine(model, 1, graphs=cfg.compile), [], []
         self.person = sys.stdin.isatty() and not cfg.prompt  # else a pipe, or a single question
         (self.sampling,) = cfg.samplings()
         if self.template is None:
             note(tokenizer.without_template(cfg.model_path))
         if cfg.system:
-            self.system(cfg.system)
+            self.obey(f"/system {cfg.system}")
 
     def obey(self, line):
         """Does what a line says; returns False for /quit. UserError if it can't be done."""
-        word, _, rest = line.strip().partition(" ")
-        commands = {"/clear": self.clear, "/retry": self.retry, "/help": lambda _: note(HELP)}
-        commands |= {"/system": self.system, "/save": self.save, "/quit": lambda _: None}
-        if word in commands:
-            commands[word](rest.strip())
-        elif word.startswith("/") and not word.startswith("//"):
-            raise UserError(f"{word}: no such command; /help lists them, // begins a text with a /")
-        elif word:
-            self.ask(line.replace("//", "/", 1) if word.startswith("//") else line)
+        word, _, text = line.strip().partition(" ")
+        if word == "/help":
+            note(HELP)
+        elif word == "/clear":
+            self.turns = []
+        elif word == "/system":
+            if self.template is None:
+                raise UserError(
+                    "system: the model has no chat template, so no such message; drop it"
+                )
+            self.tokenizer.encode(text)  # UserError if it is not Unicode
+            self.system = [{"role": "system", "content": text.strip()}]
+        elif word in ("/retry", "/save") and not self.turns:
+            raise UserError(f"{word}: there is no answer yet; ask a question")
+        elif word == "/retry":
+            self.ask(self.turns[-2]["content"], self.turns[:-2])
+        elif word == "/save":
+            self.save(text.strip())
+        elif word and word != "/quit":
+            self.ask(line, self.turns)
         return word != "/quit"
-
-    def clear(self, _):
-        self.messages = [message for message in self.messages if message["role"] == "system"]
-
-    def system(self, text):
-        """Sets the system message, or shows it."""
-        systems = [message["content"] for message in self.messages if message["role"] == "system"]
-        if not text:
-            return note("".join(systems) or "no system message")
-        if self.template is None:
-            raise UserError("system: the model has no chat template, so no system message; drop it")
-        self.tokenizer.encode(text)  # UserError if it is not Unicode
-        self.messages = [{"role": "system", "content": text}, *self.messages[len(systems) :]]
 
     def save(self, path):
         """Appends the conversation to the JSON Lines file `path`."""
-        if not path:
-            raise UserError("/save: name a file, as /save chat.jsonl")
-        if self.messages == self.before("assistant"):
-            raise UserError("/save: no answer to save (without a chat template none is kept); ask")
         try:
             with open(path, "a", encoding="utf-8", newline="\n") as file:
-                file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+                row = {"messages": self.system + self.turns}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
         except OSError as problem:
-            raise UserError(f"/save: {path}: {problem.strerror}; name another file") from None
-        note(f"{len(self.messages)} messages appended to {path}")
+            raise UserError(f"/save: {path!r}: {problem.strerror}; name a file") from None
 
-    def before(self, role):
-        """Returns the messages, but for the last one if it is `role`'s."""
-        last = bool(self.messages) and self.messages[-1]["role"] == role
-        return self.messages[: len(self.messages) - last]
-
-    def ask(self, text):
-        """Answers a question; it takes the place of a last one that got no answer."""
-        self.answer([*self.before("user"), {"role": "user", "content": text}])
-
-    def retry(self, _):
-        messages = self.before("assistant")
-        if not messages or messages[-1]["role"] != "user":
-            raise UserError("/retry: no question has been asked yet; ask one")
-        self.answer(messages)
-
-    def answer(self, messages):
-        """Prints the answer to `messages` as it is written, and remembers both.
+    def ask(self, text, turns):
+        """Prints the answer to `text` after `turns`, and remembers both unless it is empty.
 
         Each answer's seed is one more than the last one's. Ctrl-C ends the answer, which is
         remembered as far as it got. UserError if there is no room for one, and nothing changes.
         """
-        ids, messages = self.fit(messages)
+        turns = [*turns, {"role": "user", "content": text}]
+        ids = [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
+        if self.template is not None:
+            ids, turns = self.fit(turns)
         ends = stop_ids(self.tokenizer, self.template)
         request = Request(ids, self.cfg.longest, self.sampling, ends)
         reply = Reply(self.tokenizer, self.cfg.stop, trim=self.template is not None)
-        (text,) = print_replies(self.engine, [request], [reply])
+        (answer,) = print_replies(self.engine, [request], [reply])
         self.sampling = replace(self.sampling, seed=(self.sampling.seed + 1) % 2**64)
-        if text and self.template is not None:
-            messages = [*messages, {"role": "assistant", "content": text}]
-        self.messages = messages
+        if answer and self.template is not None:
+            self.turns = [*turns, {"role": "assistant", "content": answer}]
         if request.finish == "stopped" and not self.person:
             raise KeyboardInterrupt
 
-    def fit(self, messages):
-        """Returns (ids to answer, messages). A full context forgets old turns and says so."""
-        if self.template is None:
-            return [
-                self.tokenizer.bos_id,
-                *self.tokenizer.encode(messages[-1]["content"]),
-            ], messages
-        limit, forgotten = self.engine.limit, 0
+    def fit(self, turns):
+        """Returns (ids to answer, turns). A full context forgets old turns and says so."""
+        limit, count = self.engine.limit, len(turns)
         while True:
+            messages = self.system + turns
             ids, _ = render(self.tokenizer, messages, self.template, add_generation_prompt=True)
-            turns = [at for at, message in enumerate(messages) if message["role"] == "user"]
             if len(ids) + min(self.cfg.longest, limit // 4) <= limit or len(turns) == 1:
                 break
-            messages = messages[: turns[0]] + messages[turns[1] :]
-            forgotten += 1
-        if forgotten and len(ids) < limit:  # else the engine refuses the question
-            note(f"(the context of {limit} tokens is full: oldest turns forgotten: {forgotten})")
-        return ids, messages
+            turns = turns[2:]
+        if len(turns) < count and len(ids) < limit:  # else the engine refuses the question
+            note(f"(the context of {limit} tokens is full: the oldest turns are forgotten)")
+        return ids, turns
 
 
 def converse(chat):
@@ -879,13 +829,11 @@ def main(cfg):
     model, tokenizer = open_model(cfg.model_path, cfg.device, cfg.dtype, cfg.compile)
     if cfg.chat:
         chat = Chat(cfg, model, tokenizer)
-        return chat.ask(cfg.prompt) if cfg.prompt else converse(chat)
+        return chat.ask(cfg.prompt, []) if cfg.prompt else converse(chat)
     prompt = [tokenizer.bos_id, *tokenizer.encode(cfg.prompt)]
     ends = stop_ids(tokenizer, tokenizer.template)
     requests = [Request(prompt, cfg.longest, rules, ends) for rules in cfg.samplings()]
     engine = Engine(model, len(requests), len(prompt) + cfg.longest, graphs=cfg.compile)
-    if cfg.compile:
-        engine.rehearse(cfg)
     print_replies(engine, requests, [Reply(tokenizer, cfg.stop) for _ in requests])
     if any(request.finish == "stopped" for request in requests):
         raise KeyboardInterrupt

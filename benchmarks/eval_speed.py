@@ -47,7 +47,7 @@ class Ours:
 
     def questions(self, rows):
         encoded, _ = encode_questions(self.tokenizer, rows, self.context)
-        scores = answer_scores(self.model, encoded, self.rows * self.context)
+        scores = answer_scores(self.model, encoded, self.rows)
         return [value for row in scores for value, _ in row]
 
 

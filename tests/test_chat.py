@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-import torch
 
 import sample
 from corpus.chats import read_chats
@@ -21,7 +20,7 @@ from lib.tokenizer import Tokenizer, render, stop_ids
 from model import save_model
 from sample import Chat, SampleConfig, Sampling, open_model
 from tests import ROOT
-from tests.test_engine import BASE, GREEDY, answer, build
+from tests.test_engine import BASE, answer, build
 from tests.warm import python
 
 LONG = replace(BASE, sequence_length=400)
@@ -70,18 +69,6 @@ def test_samples_are_all_that_is_printed_and_in_order(folders, tiny_tokenizer, c
     assert capsys.readouterr().out == f"--- sample 1 ---\n{first}\n--- sample 2 ---\n{second}\n"
 
 
-def test_an_empty_prompt_begins_a_document(folders, tiny_tokenizer, capsys):
-    main(folders["short"], "--max_new_tokens=3", "--temperature=0")
-    ids = answer(open_model(folders["short"])[0], [1], GREEDY, 3, stop_ids={tiny_tokenizer.eos_id})
-    assert capsys.readouterr().out == tiny_tokenizer.decode(ids) + "\n"
-
-
-def test_a_stop_text_ends_the_sample(folders, tiny_tokenizer, capsys):
-    text = expected_text(folders["short"], tiny_tokenizer, 5)
-    main(folders["short"], *ASK, f"--stop=never seen,{text[2:4]}")
-    assert capsys.readouterr().out == text[: text.index(text[2:4])] + "\n"
-
-
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
@@ -101,12 +88,6 @@ def test_what_cannot_be_is_refused(folders, words, problem):
         main(folders["short"], *words)
 
 
-def test_int8_is_for_a_cpu(folders, monkeypatch):
-    monkeypatch.setattr(sample, "choose_device", lambda wanted: torch.device("cuda"))
-    with pytest.raises(UserError, match="int8 is for a CPU"):
-        open_model(folders["short"], "cuda", "int8")
-
-
 def test_a_foreign_tokenizer_or_no_folder_is_refused(tmp_path, tiny_tokenizer):
     folder = saved(tmp_path / "m", tiny_tokenizer, cfg=replace(BASE, vocab_size=300))
     for path, problem in ((folder, r"300 tokens.* 384"), ("nowhere", "nowhere: no such folder")):
@@ -115,6 +96,13 @@ def test_a_foreign_tokenizer_or_no_folder_is_refused(tmp_path, tiny_tokenizer):
 
 
 # ---- a conversation
+
+
+def say(chat, *lines):
+    """Has a chat obey lines; returns its messages."""
+    for line in lines:
+        assert chat.obey(line)
+    return chat.system + chat.turns
 
 
 def begin(folder, cfg=LONG, **options):
@@ -128,51 +116,28 @@ def test_answers_are_those_to_the_whole_conversation_in_the_template(folders, te
     chat = begin(folders[template], system="be brief")
     said, model = [{"role": "system", "content": "be brief"}], build(LONG)
     for question in ("why?", "<|im_end|> and why not?", "Human: when?"):
-        chat.ask(question)
+        chat.obey(question)
         said.append({"role": "user", "content": question})
         prompt, _ = render(chat.tokenizer, said, template, add_generation_prompt=True)
         ids = answer(model, prompt, count=8, stop_ids=stop_ids(chat.tokenizer, template))
         said.append({"role": "assistant", "content": chat.tokenizer.decode(ids).strip()})
-        assert chat.messages == said
-
-
-def test_the_answer_is_printed_and_how_it_ended(folders, capsys):
-    chat = begin(folders["chatml"])
-    chat.ask("why?")
-    out, err = capsys.readouterr()
-    assert out == chat.messages[-1]["content"] + "\n"
-    prompt, _ = render(chat.tokenizer, chat.messages[:1], "chatml", add_generation_prompt=True)
-    assert err.startswith("8 tokens, ended by length, ")
-    assert f"context {len(prompt) + 8} of 400; 8 tokens in" in err
+        assert chat.system + chat.turns == said
 
 
 def test_a_full_context_forgets_the_oldest_turns_and_says_so(folders, capsys):
     chat = begin(folders["chat"], system="s")
     for number in range(12):
-        chat.ask(f"question number {number} asked at some length")
-        ids, _ = render(chat.tokenizer, chat.messages[:-1], "chat", add_generation_prompt=True)
+        messages = say(chat, f"question number {number} asked at some length")
+        ids, _ = render(chat.tokenizer, messages[:-1], "chat", add_generation_prompt=True)
         assert len(ids) + 8 <= 400
-        assert chat.messages[0] == {"role": "system", "content": "s"}
-        assert chat.messages[1]["role"] == "user"
-        assert chat.messages[-2]["content"].startswith(f"question number {number}")
-    assert len(chat.messages) < 25
-    assert "is full: oldest turns forgotten: 1)" in capsys.readouterr().err
-
-
-def test_what_has_no_room_is_refused_and_nothing_forgotten(folders):
-    chat = begin(folders["chatml"])
-    chat.ask("why?")
-    before = list(chat.messages)
+        assert messages[0] == {"role": "system", "content": "s"}
+        assert messages[1]["role"] == "user"
+        assert messages[-2]["content"].startswith(f"question number {number}")
+    assert len(messages) < 25
+    assert "is full: the oldest turns are forgotten" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"tokens.*context of 400; shorten it"):
-        chat.ask("9" * 500)
-    assert chat.messages == before
-    chat.ask("why not?")
-    assert len(chat.messages) == 4
-    chat.obey("/system " + "9" * 500)
-    before = list(chat.messages)
-    with pytest.raises(UserError, match=r"context of 400; shorten it"):
-        chat.obey("/retry")
-    assert chat.messages == before
+        chat.obey("9" * 500)
+    assert chat.system + chat.turns == messages
 
 
 def test_a_base_model_continues_and_remembers_nothing(folders, capsys):
@@ -180,66 +145,32 @@ def test_a_base_model_continues_and_remembers_nothing(folders, capsys):
     ids = answer(build(LONG), [1, *chat.tokenizer.encode("once upon")], count=8, stop_ids=[2])
     capsys.readouterr()
     for _ in range(2):
-        for line in ("once upon", "/retry"):
-            chat.obey(line)
-            assert capsys.readouterr().out == chat.tokenizer.decode(ids) + "\n"
-        assert chat.messages == [{"role": "user", "content": "once upon"}]
+        assert say(chat, "once upon") == []
+        assert capsys.readouterr().out == chat.tokenizer.decode(ids) + "\n"
     with pytest.raises(UserError, match="no chat template"):
         chat.obey("/system be brief")
 
 
-def test_a_question_without_an_answer_is_asked_again_or_forgotten(folders):
-    chat = begin(folders["chatml"])
-    chat.ask("why?")
-    answered = list(chat.messages)
-    mute = begin(folders["chatml"], stop=(answered[-1]["content"][0],))
-    mute.ask("why?")
-    mute.ask("why?")
-    assert mute.messages == answered[:1]
-    chat.messages = mute.messages
-    chat.obey("/retry")
-    assert chat.messages == answered
-
-
-def test_retry_asks_again_with_another_seed(folders):
-    chat = begin(folders["chatml"], temperature=1.5, top_k=0, seed=1)
-    chat.ask("why?")
-    first = chat.messages[-1]["content"]
-    chat.obey("/retry")
-    assert [message["role"] for message in chat.messages] == ["user", "assistant"]
-    assert chat.messages[-1]["content"] != first
-    again = begin(folders["chatml"], temperature=1.5, top_k=0, seed=2)
-    again.ask("why?")
-    assert again.messages == chat.messages
-
-
 def test_commands(folders, tmp_path, capsys):
-    chat = begin(folders["chatml"])
-    for line, problem in {
-        "/retry": "no question",
-        "/foo": "/help lists",
-        "/save": "name a file",
-        "/save x": "no answer to save",
-    }.items():
-        with pytest.raises(UserError, match=problem):
+    chat = begin(folders["chatml"], temperature=1.5, top_k=0, seed=1)
+    for line in ("/retry", "/save x"):
+        with pytest.raises(UserError, match="no answer yet"):
             chat.obey(line)
-    assert chat.obey("  ")
-    for line, question in {"  //clear is": "  /clear is", "//clear is": "/clear is"}.items():
-        assert chat.obey("/clear")
-        assert chat.obey(line)
-        assert chat.messages[0]["content"] == question
-    chat.obey("/system  be brief")
-    for _ in range(2):
-        chat.obey(f"/save {tmp_path / 'chat.jsonl'}")
-    assert read_chats(str(tmp_path / "chat.jsonl"), Tally()) == [{"messages": chat.messages}] * 2
-    with pytest.raises(UserError, match="No such file"):
-        chat.obey("/save /nowhere/at/all")
-    chat.obey("/clear")
-    assert chat.messages == [{"role": "system", "content": "be brief"}]
-    capsys.readouterr()
-    chat.obey("/system")
-    chat.obey("/help")
-    assert capsys.readouterr().err.startswith("be brief\n/help")
+    first = say(chat, "  ", "why?")
+    out, err = capsys.readouterr()
+    assert out == first[-1]["content"] + "\n"
+    assert err.startswith("8 tokens, ended by length, seed 1, ")
+    other = say(chat, "/retry")
+    assert [message["role"] for message in other] == ["user", "assistant"]
+    assert other == say(begin(folders["chatml"], temperature=1.5, top_k=0, seed=2), "why?") != first
+    messages = say(chat, "/system  be brief", *[f"/save {tmp_path / 'chat.jsonl'}"] * 2)
+    assert messages == [{"role": "system", "content": "be brief"}, *other]
+    assert read_chats(str(tmp_path / "chat.jsonl"), Tally()) == [{"messages": messages}] * 2
+    for path in ("", "/nowhere/at/all"):
+        with pytest.raises(UserError, match=r"No such file.*name a file"):
+            chat.obey(f"/save {path}")
+    assert say(chat, "/clear", "/help") == messages[:1]
+    assert capsys.readouterr().err.endswith(sample.HELP + "\n")
     assert not chat.obey("/quit")
 
 
@@ -253,9 +184,7 @@ def command(folder, *words):
 def test_questions_from_a_pipe_and_from_the_command_line(folders):
     words = command(folders["chatml"], "--chat", "--temperature=0", "--max_new_tokens=8")
     chat = begin(folders["chatml"])
-    chat.ask("why?")
-    chat.ask("when?")
-    first, second = (message["content"].encode() + b"\n" for message in chat.messages[1::2])
+    first, second = (m["content"].encode() + b"\n" for m in say(chat, "why?", "when?")[1::2])
     for more, text, expected in [
         ([], b"why?\n\nwhen?\n/quit\nwho?\n", (0, first + second)),
         (["--prompt=why?"], b"not read", (0, first)),
@@ -306,8 +235,8 @@ class Terminal:
 def test_control_characters_reach_a_pipe_but_no_terminal(capsys, monkeypatch, terminal):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     sample.show("a\x1b[2J\x07\x9b\n\tb")
-    pictures = "a\u241b[2J\u2407\ufffd\n\tb"
-    assert capsys.readouterr().out == (pictures if terminal else "a\x1b[2J\x07\x9b\n\tb")
+    shown = "a\ufffd[2J\ufffd\ufffd\n\tb" if terminal else "a\x1b[2J\x07\x9b\n\tb"
+    assert capsys.readouterr().out == shown
 
 
 def test_ctrl_c_ends_the_answer_and_then_the_chat(folders):
@@ -323,11 +252,9 @@ def test_ctrl_c_ends_the_answer_and_then_the_chat(folders):
             terminal.process.send_signal(signal.SIGINT)
             terminal.until(b"ended by stopped, ")
             terminal.until(b"> ")
-        for line, problem in ((b"/nonsense\n", b"no such command"), (b"\xff?\n", b"not U")):
-            terminal.type(line)
-            terminal.until(b"error: ")
-            terminal.until(problem)
-            terminal.until(b"> ")
+        terminal.type(b"\xff?\n")
+        terminal.until(b"error: not U")
+        terminal.until(b"> ")
         for _ in range(5):  # a signal just before input() waits is not seen before the next
             terminal.process.send_signal(signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):

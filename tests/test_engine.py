@@ -4,6 +4,7 @@ transformers'; the text is whole."""
 import random
 import re
 from dataclasses import fields, replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample
 from lib.config import UserError
-from model import KVCache, Llama, ModelConfig, count_parameters, save_model
+from model import KVCache, Llama, ModelConfig, save_model
 from sample import (
     Branches,
     Engine,
@@ -107,18 +108,6 @@ def finish_all(engine, rows):
         list(engine.advance())
 
 
-def test_ctrl_c_in_a_step_ends_its_rows_as_stopped(model):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    row, engine = Request(PROMPTS[1], 9, GREEDY), Engine(model, 1)
-    engine.step = interrupted
-    engine.join([row])
-    with pytest.raises(KeyboardInterrupt):
-        list(engine.advance())
-    assert (row.finish, engine.free) == ("stopped", [0])
-
-
 # ---- the cache
 
 
@@ -203,18 +192,19 @@ def test_rows_that_wait_or_write_are_cancelled(model):
         assert row.ids == answer(model, row.prompt, GREEDY, 9)
 
 
-@pytest.mark.parametrize("prompt", [[999, 1, 1], [1, 1, 999]], ids=["prefilling", "decoding"])
-def test_a_failure_leaves_no_slot_behind(model, prompt):
-    engine = Engine(model, 2)
+@pytest.mark.parametrize(("problem", "word"), [(KeyboardInterrupt, "stopped"), (OSError, "error")])
+def test_a_failure_leaves_no_slot_behind(model, problem, word, monkeypatch):
+    engine, bad = Engine(model, 2), Request([1], 5)
     for length, count in ((48, 5), (49, 0)):
         with pytest.raises(UserError, match=rf"{length} tokens.*leave no room.* 48"):
             engine.join([Request([1], 5), Request([1] * length, count)])
     assert engine.free == [0, 1]
-    bad = Request(prompt, 5)
-    engine.join([bad])
-    with pytest.raises(IndexError):
-        list(engine.advance())
-    assert (bad.finish, engine.free) == ("error", [0, 1])
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "step", Mock(side_effect=problem))
+        engine.join([bad])
+        with pytest.raises(problem):
+            list(engine.advance())
+    assert (bad.finish, engine.free) == (word, [0, 1])
     good = [Request(PROMPTS[1], 9, GREEDY), Request(PROMPTS[3], 9, EVERY_RULE)]
     list(generate(model, good, engine))
     for row in good:
@@ -239,9 +229,7 @@ def test_fixed_shapes_cross_a_window(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("arranged", [lambda model: model, fuse])
 def test_cuda_graphs_change_nothing(arranged):
-    model = arranged(
-        build(replace(BASE, n_layer=2, d_model=128, d_ff=256, sequence_length=600)).cuda()
-    )
+    model = arranged(build(replace(BASE, d_model=128, d_ff=256, sequence_length=600)).cuda())
     # the window of 256 is left on the way
     prompts = [(PROMPTS[6] * 13)[: 230 + 3 * row] for row in range(8)]
     for sampling in (GREEDY, EVERY_RULE, PLAIN):
@@ -370,10 +358,7 @@ def test_equal_keys_run_equal_kernels():
     for rows in [[row] for row in CROWD] + [[a, b] for a in CROWD for b in CROWD]:
         rows = (rows * 2)[:2]
         rows = [replace(row, top_k=min(row.top_k, 1) * 40) for row in rows]
-        kernels, table = (
-            Branches.of(rows, 384, few=True),
-            columns_of(sample.rule_table(rows, 384)),
-        )
+        kernels, table = Branches.of(rows, 384), columns_of(sample.rule_table(rows, 384))
         torch.manual_seed(0)
         state = torch.randn(2, 384), torch.randint(384, (2, 9)), torch.rand(2, 1)
         with Calls() as mode:
@@ -387,16 +372,6 @@ def test_a_draw_is_never_of_weight_0():
     logits = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0]).log()
     uniform = [2.0**-24, 0.5, 0.5000001, 1.0]
     assert [next_id(logits, PLAIN, [0], u) for u in uniform] == [1, 1, 3, 3]
-
-
-def test_draws_follow_the_distribution():
-    count = 20_000
-    chance = sample.uniforms(5, count)
-    expected = torch.searchsorted(FOUR.exp().cumsum(0), chance)
-    tokens = [next_id(FOUR, PLAIN, [0], u) for u in chance[:2000]]
-    assert tokens == expected[:2000].tolist()
-    share = expected.bincount(minlength=4) / count
-    torch.testing.assert_close(share, FOUR.exp(), atol=0.015, rtol=0)  # 4 standard deviations
 
 
 # ---- fused weights: the same function by other kernels
@@ -426,17 +401,6 @@ def test_fused_weights_in_16_bit_are_no_rougher(cfg):
     assert 0 < (torch.cat(parts, dim=1).float() - exact).norm() < 1.2 * plain < 0.05 * exact.norm()
 
 
-@pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("cfg", SHAPES)
-def test_no_parameter_is_lost_or_doubled(cfg, int8):
-    model = fuse(build(cfg), int8=int8)
-    assert sum(p.numel() for p in model.parameters()) == count_parameters(cfg)["total"]
-    if int8:
-        norms = (2 * cfg.n_layer + 1) * cfg.d_model
-        size = sum(p.numel() * p.element_size() for p in model.parameters())
-        assert size == count_parameters(cfg)["total"] + 3 * norms
-
-
 def by_the_formula(weight, x):
     """Int8Matrix's product in float64: both sides rounded to 127 steps of their largest value."""
     weight, x = weight.double(), x.double()
@@ -458,22 +422,6 @@ def test_int8_by_the_formula():
     layers[0].weight[2], x[3] = 0, 0  # of nothing comes nothing
     expected = by_the_formula(torch.cat([layer.weight for layer in layers]), x).nan_to_num()
     torch.testing.assert_close(Int8Matrix(*layers)(x).double(), expected, atol=1e-6, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_int8_rows_do_not_see_each_other():
-    torch.manual_seed(0)
-    layer, x = Int8Matrix(nn.Linear(256, 1000, bias=False)), spread(16, 256)
-    together = layer(x)
-    for row in range(16):
-        assert torch.equal(layer(x[row : row + 1])[0], together[row])
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("cfg", SHAPES)
-def test_an_int8_model_is_near(cfg):
-    expected, logits = build(cfg)(IDS), fuse(build(cfg), int8=True)(IDS)
-    assert (logits - expected).norm() < 0.06 * expected.norm()
 
 
 # ---- what is never written
@@ -545,18 +493,10 @@ def test_recorded_log_probabilities_are_the_models_own(model, burst):
 
 @pytest.mark.parametrize("chunk", [1, 5, 512])
 def test_log_probabilities_of_prompts_are_those_of_one_pass(model, chunk):
-    prompts = [
-        PROMPTS[6],
-        [1],
-        PROMPTS[3],
-        PROMPTS[3],
-        [*PROMPTS[3][:-1], 9],
-        PROMPTS[6] * 2 + [1] * 6,
-    ]
-    rows = [
-        Request(prompt, count, GREEDY, (), 2, echo=True)
-        for prompt, count in zip(prompts, [0, 3] * 3)
-    ]
+    prompts = [PROMPTS[6], [1], PROMPTS[3], PROMPTS[3], [*PROMPTS[3][:-1], 9]]
+    prompts.append(PROMPTS[6] * 2 + [1] * 6)
+    counts = [0, 3] * 3
+    rows = [Request(p, n, GREEDY, (), 2, echo=True) for p, n in zip(prompts, counts)]
     rows[5].max_new_tokens = 0  # fills the context
     plain = Request(PROMPTS[3], 4, GREEDY)  # shares a prompt's keys and values
     list(generate(model, [*rows, plain], Engine(model, 7, chunk=chunk)))
@@ -580,32 +520,14 @@ def test_a_seed_gives_its_answer_again_and_none_another(model):
     assert torch.equal(torch.get_rng_state(), torch_state)  # the global generator is left alone
 
 
-def test_a_longer_answer_begins_like_a_shorter_one(model):
-    assert answer(model, PROMPTS[2], PLAIN, 20)[:5] == answer(model, PROMPTS[2], PLAIN, 5)
-    assert torch.equal(sample.uniforms(1, 500)[:3], sample.uniforms(1, 3))
-
-
 # ---- where it ends
-
-
-def test_ends_at_a_stop_id(model):
-    full = answer(model, PROMPTS[1], PLAIN)
-    request = Request(PROMPTS[1], 10, PLAIN, stop_ids={full[4]})
-    list(generate(model, [request]))
-    assert (request.ids, request.finish) == (full[: full.index(full[4])], "stop")
 
 
 @graphs
 @pytest.mark.parametrize("burst", [1, 8], ids=["step-by-step", "in-bursts-as-on-a-GPU"])
 def test_rows_end_each_at_its_own_place(model, burst, graphs):
     """At its length, or where the context of 48 is full."""
-    asked = [
-        (PROMPTS[6], 99),
-        (PROMPTS[0], 99),
-        (PROMPTS[1], 3),
-        (PROMPTS[1], 41),
-        (PROMPTS[1], 42),
-    ]
+    asked = [(PROMPTS[6], 99), (PROMPTS[0], 99), *((PROMPTS[1], count) for count in (3, 41, 42))]
     rows, engine = [Request(*row, PLAIN) for row in asked], Engine(model, 5, graphs=graphs)
     engine.burst = burst
     list(generate(model, rows, engine))
@@ -613,14 +535,6 @@ def test_rows_end_each_at_its_own_place(model, burst, graphs):
     assert [row.finish for row in rows] == ["context", "context", "length", "length", "context"]
     for row in rows:
         assert row.ids == answer(model, row.prompt, PLAIN, row.max_new_tokens)
-
-
-def test_a_reader_ends_a_row(model):
-    rows = [Request(PROMPTS[1], 10, PLAIN), Request(PROMPTS[1], 10, GREEDY)]
-    for step, _ in enumerate(generate(model, rows)):
-        if step == 3:
-            rows[0].finish = "stop"
-    assert [len(row.ids) for row in rows] == [4, 10]
 
 
 # ---- text
