@@ -15,6 +15,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import eval as evaluation
 import model as models
@@ -452,6 +454,17 @@ def log_p(model, context, id):
 
 
 # ---- text
+
+
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 40))
+def test_every_target_counts_once_with_as_much_context_as_promised(count, context, stride):
+    stride = min(stride, context)
+    targets = []
+    for start, end, first in evaluation.windows(count, context, stride):
+        assert end - start == min(context, count)
+        assert first == 0 or first - start >= context - stride
+        targets += range(first, end)
+    assert targets == list(range(count))
 
 
 @pytest.mark.parametrize("stride", [1, 5, 12, 24])

@@ -11,50 +11,10 @@ from lib.config import UserError
 from lib.tokenizer import Tokenizer, render, stop_ids
 from model import Llama, ModelConfig
 from sample import generate
+from tests import ROOT
 
-# For every prompt what a person would accept, in few words.
-ANSWERS = """
-What is the capital of France? | Paris.
-How many days are there in a week? | 7
-What does water become when it freezes? | Ice.
-Who wrote the play Romeo and Juliet? | Shakespeare
-Which planet do we live on? | Earth.
-What is the opposite of hot? | cold
-Give me another word for happy. | Glad.
-What is the plural of child? | children
-Complete this sentence: She was so tired that she went to | bed.
-What is a library? | A building full of books that you can borrow.
-Tom has three apples and gets two more. How many apples does he have now? | Five.
-Anna is taller than Ben, and Ben is taller than Carl. Who is the tallest? | Anna.
-All birds have feathers, and a robin is a bird. Does a robin have feathers? | Yes.
-It is raining and you walk outside without an umbrella. What happens to you? | You get wet.
-Why do people wear coats in winter? | To keep warm when it is cold outside.
-Tell me the beginning of a story about a lost key. | Mary had lost the key to her house.
-Write two sentences about a dragon who is afraid of mice. | A dragon lived here. He hid from mice.
-Write a short poem about the moon. | O moon, you are the light of the night.
-Describe a garden in spring. | There are many flowers, and the bees are busy in the roses.
-Imagine that you can fly like a bird. What do you see? | I see houses, trees and a long road.
-Write the word house in capital letters. | HOUSE
-Name three fruits, separated by commas. | apple, banana, orange
-Count from one to five. | 1, 2, 3, 4, 5
-Answer with yes or no only: is snow cold? | Yes
-Make a numbered list of three animals. | 1. Dog 2. Cat 3. Horse
-Begin an encyclopedia article about the Atlantic Ocean. | An ocean between Europe and America.
-Begin an encyclopedia article about the elephant. | The elephant is a large mammal with a trunk.
-Begin an encyclopedia article about Albert Einstein. | Albert Einstein was a German physicist.
-Begin an encyclopedia article about the violin. | The violin is an instrument with four strings.
-Begin an encyclopedia article about the Second World War. | A war in Europe, Asia; over in 1945.
-Hello! How are you today? | Fine, thanks.
-Thank you very much for your help! | You're welcome!
-I feel a little sad today. | I'm sorry. Why are you sad?
-What do you like to eat for breakfast? | Toast and eggs, please.
-Good night! See you tomorrow. | Good night!
-What does the French word "bonjour" mean in English? | Hello.
-How do you say "thank you" in Spanish? | Gracias.
-In which language do people say "guten Morgen"? | German
-Translate into English: "Ich liebe dich." | I love you.
-What is the Italian word for water? | acqua
-"""
+# for every prompt what a person would accept, in few words: "prompt | answer"
+ANSWERS = (ROOT / "tests" / "smoke_answers.txt").read_text(encoding="utf-8")
 RIGHT = dict(line.split(" | ") for line in ANSWERS.strip().split("\n"))
 OFF_TOPIC = [
     "The old bridge was closed for three weeks while the workers painted it.",
