@@ -710,11 +710,9 @@ class Chat:
             self.turns = []
         elif word == "/system":
             if self.template is None:
-                raise UserError(
-                    "system: the model has no chat template, so no such message; drop it"
-                )
+                raise UserError("system: the model has no chat template; drop the system message")
             self.tokenizer.encode(text)  # UserError if it is not Unicode
-            self.system = [{"role": "system", "content": text.strip()}]
+            self.system = [{"role": "system", "content": text.strip()}] if text else []
         elif word in ("/retry", "/save") and not self.turns:
             raise UserError(f"{word}: there is no answer yet; ask a question")
         elif word == "/retry":
