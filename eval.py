@@ -24,7 +24,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain, islice, zip_longest
+from itertools import chain, groupby, islice, zip_longest
 from pathlib import Path
 from textwrap import indent
 from typing import Annotated, Literal
@@ -133,7 +133,10 @@ def answer_scores(model, questions, rows):
     order = sorted(range(len(questions)), key=size, reverse=True)  # like lengths run together
     if order and longest(order[0]) > 1:  # each answer gets a copy of its context's keys and values
         rows = max(1, rows // (1 + max(len(answers) for _, answers in questions)))
-    groups = [order[at : at + rows] for at in range(0, len(order), rows)]
+    groups = []
+    for _, same in groupby(order, longest):  # padded to a longer answer, a context would not fit
+        same = list(same)
+        groups += [same[at : at + rows] for at in range(0, len(same), rows)]
     work = lambda group: group_scores(model, [questions[number] for number in group])
     results = side_by_side(work, groups, model.lm_head.weight.device)
     scores = dict(zip(order, chain.from_iterable(results)))
