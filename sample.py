@@ -406,10 +406,11 @@ class Engine:
     def advance(self):
         """Takes a turn: up to `chunk` positions of waiting prompts, then a step or a few for rows.
 
-        Yields ids (or None) by slot, step by step, nothing if no row is ready to decode. An
-        exception ends all requests, so that no slot is lost.
+        Yields ids (or None) by slot, step by step, nothing if no row is ready to decode. What goes
+        wrong ends the prompt that is fed, or all rows that are decoded, so that no slot is lost.
         """
         self.joining = [slot for slot in self.joining if not self.requests[slot].finish]
+        rows = {}
         try:
             self._prefill()
             waiting = {*self.free, *self.joining}
@@ -417,7 +418,7 @@ class Engine:
             steps = self._decode(rows) if rows else []
         except BaseException as problem:
             stopped = isinstance(problem, KeyboardInterrupt)
-            for request in self.requests:
+            for request in rows.values() or [self.requests[slot] for slot in self.joining[:1]]:
                 request.finish = request.finish or ("stopped" if stopped else "error")
             raise
         for ids, reports in steps:  # a row that its reader ends in between takes no more
