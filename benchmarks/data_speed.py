@@ -264,7 +264,7 @@ def index_growth(folder, documents):
     index, spent, peak, judged = Index(folder, 0.8), 0, 0, 0
     before = pss(os.getpid())
     while judged < documents:
-        digests = random.integers(0, 256, (batch, 16), np.uint8)
+        digests = random.integers(0, 2**64, batch, np.uint64)
         signatures = random.integers(0, 2**32, (batch, PERMUTATIONS), np.uint32)
         began = time.process_time()
         index.judge(digests, signatures)

@@ -103,7 +103,7 @@ def plain_lines(text):
 REFERENCE = re.compile(r"&#?[0-9A-Za-z]{1,24};")
 NO_CONTROL = bytes({*range(256)} - {*range(9), *range(11, 32), 127})
 NO_DIGITS = bytes({*range(256)} - {*b"0123456789"})
-BEYOND_ASCII = re.compile("[^\0-\x7f]+")
+BLANK_ASCII = bytes(32 if byte < 128 else byte for byte in range(256))
 QUIET = re.compile(
     "[\u00a1-\u00c1\u00c4-\u0131\u0134-\u0148\u014a-\u0151\u0154-\u017e\u2022\u20ac\u2122]"
     "|[\u00a0\u200b\u2010-\u2014\u2026\u2018\u2019\u201c\u201d]+"
@@ -134,10 +134,18 @@ def fix_encoding(text):
 
 def needs_ftfy(text):
     """Returns whether ftfy may change more of a text than its quotation marks."""
-    if not text.isascii() and not all(map(QUIET.fullmatch, set(BEYOND_ASCII.findall(text)))):
+    if not all(map(QUIET.fullmatch, beyond_ascii(text))):
         return True
     control = text.encode().translate(None, NO_CONTROL)
     return bool(control or ("&" in text and REFERENCE.search(text)))
+
+
+def beyond_ascii(text):
+    """Returns the different runs of characters beyond ASCII."""
+    if text.isascii():
+        return []
+    runs = set(text.encode("utf-8", "surrogatepass").translate(BLANK_ASCII).split())
+    return [run.decode("utf-8", "surrogatepass") for run in runs]
 
 
 # Every kind of blank becomes a space. Zero-width and bidirectional marks, the soft hyphen, tags
@@ -154,7 +162,7 @@ JOINER = re.compile(rf"(?<![{SPELLED_JOINED}])[\u200c\u200d]+")
 def without_invisible(text):
     """Returns a text with spaces for all blanks and without the characters that show nothing."""
     text = text.replace("\f", "\n")
-    characters = set() if text.isascii() else set(text)
+    characters = set().union(*beyond_ascii(text))
     for character in INVISIBLE.keys() & characters:
         text = text.replace(character, INVISIBLE[character])
     return JOINER.sub("", text) if characters & {"\u200c", "\u200d"} else text
@@ -221,7 +229,9 @@ def close_holes(text):
     for line in text.split("\n"):
         if HOLE in line:
             for _ in range(2):  # a link may hold a picture, and brackets may hold brackets
-                line = HOLES.sub(HOLE, WRAPPED.sub(HOLE, LINK.sub(r"\1", line)))
+                before, line = line, HOLES.sub(HOLE, WRAPPED.sub(HOLE, LINK.sub(r"\1", line)))
+                if line == before:
+                    break
             if BARE.fullmatch(line):
                 continue
             first, *rest = line.split(HOLE)

@@ -22,7 +22,6 @@ from lib.config import UserError
 
 PERMUTATIONS = 128  # the estimate of a Jaccard similarity of 0.8 is off by 0.035 (one sigma)
 NGRAM = 5  # words of a shingle
-CHUNK = 256  # documents compared with the index together
 EMPTY = 0xFFFFFFFF  # in every place of the signature of a document without words
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 BASE = 0xD1342543DE82EF95  # odd: it has an inverse modulo 2**64
@@ -33,9 +32,9 @@ HIGH, LOW = np.uint64(0xFFFFFFFF << 32), np.uint64(0xFFFFFFFF)
 
 
 def sha256(texts):
-    """Returns the first 16 bytes of each text's SHA-256: (N, 16) uint8."""
-    hashes = (hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16] for text in texts)
-    return np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 16)
+    """Returns the first 8 bytes of each text's SHA-256: (N,) uint64."""
+    hashes = (hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8] for text in texts)
+    return np.frombuffer(b"".join(hashes), np.uint64)
 
 
 def minhash(texts, seed):
@@ -178,8 +177,7 @@ class SortedRuns:
     """
 
     def __init__(self, numbers=()):
-        self.runs = []
-        self.add(np.asarray(numbers, np.uint64))
+        self.runs = [np.sort(numbers)] if len(numbers) else []
 
     def add(self, numbers):
         self.runs += [np.sort(numbers)] if len(numbers) else []
@@ -208,8 +206,8 @@ class Index:
     """Judges documents in their order, in bounded memory and two files of a folder.
 
     In memory: 8 bytes for each distinct document, and 8 for each band of each document kept (half
-    of them hash, half its number). A digest counts with 64 bits: among n documents one is lost by
-    chance with a probability of n**2 / 2**65, 2e-6 for 8 million. On the disk: the digests, and the
+    of them hash, half its number). A digest has 64 bits: among n documents one is lost by chance
+    with a probability of n**2 / 2**65, 2e-6 for 8 million. On the disk: the digests, and the
     signatures of the documents kept, of which only candidates are read. These have 16 bits a place
     (b-bit minwise hashing, Li and Konig 2010): a place then agrees by chance once in 65,536.
 
@@ -220,85 +218,77 @@ class Index:
         state = state or {"digests": 0, "signatures": 0}
         self.threshold, self.shape = threshold, band_shape(threshold or 1)
         self.digest_file = reopen(Path(folder) / "digests.bin", 8 * state["digests"])
-        self.signatures = state["signatures"]  # their number in the file
-        size = 2 * PERMUTATIONS * self.signatures
+        self.count = state["signatures"]
+        size = 2 * PERMUTATIONS * self.count
         self.signature_file = reopen(Path(folder) / "signatures.bin", size)
         self.distinct = SortedRuns(np.fromfile(self.digest_file.name, np.uint64))
-        entries = np.empty((self.shape[0], self.signatures), np.uint64)  # rebuilt from the disk
-        numbers = np.arange(self.signatures, dtype=np.uint64)
-        for start in range(0, self.signatures, 1 << 16):
-            block = slice(start, start + (1 << 16))
-            keys = band_keys(self._stored(block), self.shape)
-            entries[:, block] = (keys | numbers[block, None]).T
-        self.bands = [SortedRuns(band) for band in entries]
+        self.bands = [SortedRuns() for _ in range(self.shape[0])]
+        for start in range(0, self.count, 1 << 16):
+            numbers = np.arange(start, min(start + (1 << 16), self.count), dtype=np.uint64)
+            self._add_bands(band_keys(self._stored(numbers), self.shape), numbers)
 
     def _stored(self, numbers):
         """Returns signatures from the file."""
-        shape = (self.signatures, PERMUTATIONS)
+        shape = (self.count, PERMUTATIONS)
         return np.array(np.memmap(self.signature_file.name, np.uint16, "r", shape=shape)[numbers])
+
+    def _add_bands(self, keys, numbers):
+        for column, runs in zip(keys.T, self.bands, strict=True):
+            runs.add(column | numbers)
 
     def judge(self, digests, signatures=None):
         """Returns for each document "exact-duplicate", "near-duplicate", or None if it is kept.
 
-        Takes what `sha256` and `minhash` return, in input order. How the input is cut into calls
-        makes no difference.
+        Takes what `sha256` and `minhash` return for a batch of some hundred documents, in input
+        order. How the input is cut into batches makes no difference.
         """
-        if not self.threshold:
-            signatures = np.full((len(digests), PERMUTATIONS), EMPTY, np.uint32)
-        reasons = []
-        for start in range(0, len(digests), CHUNK):
-            chunk = slice(start, start + CHUNK)
-            reasons += self._judge(digests[chunk], signatures[chunk].astype(np.uint16))
-        return reasons
+        exact = np.ones(len(digests), bool)
+        exact[np.unique(digests, return_index=True)[1]] = False  # the first of the batch
+        exact[[i for i, _ in self.distinct.between(digests, digests)]] = True
+        near = np.zeros(len(digests), bool)
+        if self.threshold:
+            near = self._near(signatures.astype(np.uint16), ~exact)
+        self.distinct.add(digests[~exact])
+        self.digest_file.write(digests[~exact].tobytes())
+        reasons = np.where(exact, "exact-duplicate", np.where(near, "near-duplicate", None))
+        return reasons.tolist()
 
-    def _judge(self, digests, signatures):
-        names = np.ascontiguousarray(digests[:, :8]).view(np.uint64)[:, 0]
-        exact = np.ones(len(names), bool)
-        exact[np.unique(names, return_index=True)[1]] = False  # the first of its name in the chunk
-        exact[[i for i, _ in self.distinct.between(names, names)]] = True
+    def _near(self, signatures, kept):
+        """Returns which documents of those to keep are near duplicates; adds the others."""
+        kept &= (signatures != EMPTY & 0xFFFF).any(axis=1)  # a text without words is unique
         keys, candidates = band_keys(signatures, self.shape), defaultdict(list)
-        share_band = np.zeros((len(names), len(names)), bool)  # within the chunk
+        share_band = np.zeros((len(kept), len(kept)), bool)  # within the batch
         for column, runs in zip(keys.T, self.bands, strict=True):
             share_band |= column[:, None] == column
             for i, entries in runs.between(column, column | LOW):
                 candidates[i].append(entries & LOW)
         share_band = np.tril(share_band, -1)  # with earlier documents
-        near = np.zeros(len(names), bool)
-        kept = ~exact & (signatures != EMPTY & 0xFFFF).any(axis=1)  # a text without words is unique
+        near = np.zeros(len(kept), bool)
         for i in sorted(candidates.keys() | np.flatnonzero(share_band.any(axis=1)).tolist()):
-            near[i] = kept[i] and self._is_near(
-                signatures[i], signatures[share_band[i] & kept], candidates[i]
-            )
+            others = signatures[share_band[i] & kept]
+            near[i] = kept[i] and self._is_near(signatures[i], others, candidates[i])
             kept[i] &= ~near[i]
-        self._insert(names[~exact], signatures[kept], keys[kept])
-        reasons = np.where(exact, "exact-duplicate", np.where(near, "near-duplicate", None))
-        return reasons.tolist()
+        numbers = np.arange(self.count, self.count + kept.sum(), dtype=np.uint64)
+        self._add_bands(keys[kept], numbers)
+        self.signature_file.write(signatures[kept].tobytes())
+        self.signature_file.flush()  # _stored reads it
+        self.count += len(numbers)
+        return near
 
     def _is_near(self, signature, others, candidates):
-        """Returns whether an earlier document of the chunk or of the index is near enough."""
+        """Returns whether an earlier document of the batch or of the index is near enough."""
         numbers = np.unique(np.concatenate([*candidates, np.zeros(0, np.uint64)]))
         blocks = range(0, len(numbers), 4096)  # boilerplate can propose a large part of the index
         rows = chain([others], (self._stored(numbers[start : start + 4096]) for start in blocks))
         needed = self.threshold * PERMUTATIONS
         return any((np.count_nonzero(r == signature, axis=1) >= needed).any() for r in rows)
 
-    def _insert(self, names, signatures, keys):
-        """Adds the digests of distinct documents, and what later ones are compared with."""
-        self.distinct.add(names)
-        self.digest_file.write(names.tobytes())
-        numbers = np.arange(self.signatures, self.signatures + len(signatures), dtype=np.uint64)
-        for column, runs in zip(keys.T, self.bands, strict=True):
-            runs.add(column | numbers)
-        self.signature_file.write(signatures.tobytes())
-        self.signature_file.flush()  # _stored reads it
-        self.signatures += len(signatures)
-
     def checkpoint(self):
         """Brings both files to the disk. Returns the state from which a later Index resumes."""
         for file in (self.digest_file, self.signature_file):
             file.flush()
             os.fsync(file.fileno())
-        return {"digests": self.distinct.nbytes // 8, "signatures": self.signatures}
+        return {"digests": self.distinct.nbytes // 8, "signatures": self.count}
 
     @property
     def nbytes(self):

@@ -18,7 +18,7 @@ import shutil
 import signal
 import threading
 import zlib
-from collections import deque
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -28,8 +28,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated
 
-from corpus import report, shards
-from corpus.clean import CleanConfig, clean, reject
+import numpy as np
+
+from corpus import report
+from corpus.clean import CleanConfig, clean, language_score, reject
 from corpus.dedup import Index, minhash, sha256
 from corpus.files import Tally, reasons_of
 from corpus.sources import read_documents
@@ -41,10 +43,11 @@ from lib.config import (
     PositiveInt,
     Range,
     UserError,
+    fsync,
     read_object,
     write_whole,
 )
-from lib.folders import hash_fraction, totals
+from lib.folders import ID_TYPES, check_file, file_sha256, hash_fraction, totals
 from lib.tokenizer import Tokenizer
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 18  # handled together: so many, fewer when long
@@ -107,8 +110,8 @@ def main(cfg):
         if not progress.stats:
             collect(cfg, progress)
         check_usable(cfg, progress)
-        parts = list(enumerate(progress.parts))
-        return {s: [(progress.part(n, s), part[s]) for n, part in parts] for s in SPLITS}
+        parts = range(len(progress.parts))
+        return {split: [progress.part(number, split) for number in parts] for split in SPLITS}
 
     build(cfg, output_folder(cfg), kept_settings(cfg), text_files)
 
@@ -126,20 +129,21 @@ def retokenize(cfg):
     settings["retokenized"] = [entry["text_sha256"] for split in SPLITS for entry in splits[split]]
 
     def text_files(progress):
-        shards.check_shards(folder, manifest, ["text"])
+        check_shards(folder, manifest, ["text"])
         progress.stats = read_object(folder / "stats.json")
-        return {s: [(folder / e["text"], e["documents"]) for e in splits[s]] for s in SPLITS}
+        return {split: [folder / entry["text"] for entry in splits[split]] for split in SPLITS}
 
     build(cfg, Path(cfg.output_dir), settings, text_files)
 
 
 def build(cfg, output, settings, text_files):
-    """Makes a dataset, if it is not there, of {split: [(.jsonl, number of documents)]}."""
-    if is_prepared(output, settings, shared_tokenizer(cfg)):
+    """Makes a dataset, if it is not there, of text_files(progress): {split: .jsonl files}."""
+    if is_prepared(output, settings):
         return
+    shared = shared_tokenizer(cfg)
     with unfinished(output, settings) as progress:
         files = text_files(progress)
-        tokenizer = make_tokenizer(cfg, progress, [path for path, _ in files["train"]])
+        tokenizer = make_tokenizer(cfg, progress, shared, files["train"])
         for split in SPLITS:
             encode(cfg, progress, tokenizer, split, files[split])
         stats = finish_folder(cfg, progress, tokenizer, output.name)
@@ -164,6 +168,8 @@ class Progress:
     checksum: int = 0  # CRC-32 of their raw text
     parts: list = field(default_factory=list)  # {split: documents} of each
     dropped: dict = field(default_factory=lambda: {"filter": {}, "dedup": {}})
+    lengths: dict = field(default_factory=dict)  # of texts kept; "256" is 256..511 characters
+    scores: dict = field(default_factory=dict)  # of language, of the texts read; 0.9 is 0.9 to 1
     index: dict = field(default_factory=dict)  # sizes of its files
     stats: dict = field(default_factory=dict)  # stats.json on documents, once all are read
     tokenizer: str = ""  # where it is from, once it is there
@@ -176,10 +182,10 @@ class Progress:
             saved = json.loads((self.work / "progress.json").read_text(encoding="utf-8"))
         if not isinstance(saved, dict) or saved.keys() != vars(self).keys() - {"work"}:
             return
-        for key, (old, new) in changed_settings(saved["settings"], self.settings).items():
-            print(f"starting over: {key} was {old!r:.80}, now {new!r:.80}", flush=True)
-            return
-        vars(self).update(saved)
+        if changes := changed_settings(saved["settings"], self.settings):
+            print(f"starting over: {changes[0]}", flush=True)
+        else:
+            vars(self).update(saved)
 
     def part(self, number, split):
         return self.work / f"part_{number:05d}.{split}.jsonl"
@@ -212,8 +218,7 @@ def unfinished(output, settings):
         lock = (work / "lock").open("wb")
     with lock:
         if not folders.lock_file(lock):
-            remedy = "wait, or name another output_dir"
-            raise UserError(f"{output}: another run is preparing it now; {remedy}")
+            raise UserError(f"{output}: another run is preparing it; wait, or change output_dir")
         progress = Progress(work, settings)
         progress.resume()
         try:
@@ -260,8 +265,9 @@ def collect(cfg, progress):
     documents = progress_bar(documents, "read", cfg.max_docs, progress.documents)
     index = Index(progress.work, cfg.minhash_threshold if cfg.use_minhash else None, progress.index)
     rows, part_bytes = {split: [] for split in SPLITS}, 0
+    progress.lengths, progress.scores = Counter(progress.lengths), Counter(progress.scores)
     work = in_order(partial(refine, cfg=cfg), batches_of(documents), cfg.num_workers)
-    for batch, (texts, reasons, digests, signatures) in work:
+    for batch, (texts, scores, reasons, digests, signatures) in work:
         verdicts = iter(index.judge(digests, signatures))
         for (where, raw), text, reason in zip(batch, texts, reasons, strict=True):
             data = raw.encode()
@@ -273,8 +279,10 @@ def collect(cfg, progress):
                 continue
             # the hash of a text decides its split: it stays there, whatever else is read
             split = "train" if hash_fraction(text) < cfg.train_ratio else "val"
-            rows[split].append(shards.text_row(text))
+            rows[split].append(text_row(text))
+            progress.lengths[str(1 << len(text).bit_length() - 1)] += 1
         progress.documents += len(batch)
+        progress.scores += scores
         if part_bytes >= PART_BYTES:
             progress.end_part(rows, index)
             part_bytes = 0
@@ -305,37 +313,36 @@ def batches_of(documents):
 
 def refine(batch, cfg):
     """Returns what can be said of each document without the others: its text, a reason to drop it;
-    and of those without a reason: digests and signatures (None without use_minhash).
+    of all how many have which language score, and of those without a reason: digests, signatures.
     """
     texts = [clean(raw, cfg) for _, raw in batch]
+    long = [text for text in texts if cfg.language != "off" and len(text) >= cfg.min_length]
+    scores = Counter(f"{int(10 * language_score(text, cfg)) / 10}" for text in long)
     reasons = [reject(text, cfg) for text in texts]
     good = [text for text, reason in zip(texts, reasons, strict=True) if not reason]
-    return texts, reasons, sha256(good), minhash(good, cfg.seed) if cfg.use_minhash else None
+    signatures = minhash(good, cfg.seed) if cfg.use_minhash else None
+    return texts, scores, reasons, sha256(good), signatures
 
 
 def in_order(function, items, workers):
-    """Yields (item, function(item)) in order, computed by processes, a few items ahead.
+    """Yields (item, function(item)) in order, computed by processes, some items at a time.
 
     With too few items to keep them busy no process is started: that would take longer.
     """
-    items, ahead = iter(items), 16 * workers
-    first = list(islice(items, ahead))
-    if workers == 1 or len(first) < ahead:
-        yield from ((item, function(item)) for item in chain(first, items))
+    items, size = iter(items), 32 * workers
+    batch = list(islice(items, size))
+    if workers == 1 or len(batch) < size:
+        yield from ((item, function(item)) for item in chain(batch, items))
         return
     context = multiprocessing.get_context("spawn")  # a fork copies locks that threads may hold
-    pool = ProcessPoolExecutor(workers, context, initializer=follow_parent)
     try:
-        waiting = deque((item, pool.submit(function, item)) for item in first)
-        while waiting:
-            item, future = waiting.popleft()
-            yield item, future.result()
-            waiting.extend((item, pool.submit(function, item)) for item in islice(items, 1))
+        with ProcessPoolExecutor(workers, context, initializer=follow_parent) as pool:
+            while batch:
+                yield from zip(batch, pool.map(function, batch), strict=True)
+                batch = list(islice(items, size))
     except BrokenProcessPool:
         remedy = "for want of memory perhaps: try fewer num_workers"
         raise UserError(f"a worker process died, {remedy}") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def follow_parent():
@@ -358,8 +365,8 @@ def check_usable(cfg, progress):
     if not train:
         dropped = reasons_of(progress.stats["documents"]["dropped"])
         rows = sorted(dropped, key=lambda row: -row[2])[:3]
-        reasons = [f"{count} {reason} ({example})" for _, reason, count, example in rows]
-        raise UserError(f"{where}: 0 usable documents{': ' if reasons else ''}{'; '.join(reasons)}")
+        reasons = "; ".join(f"{count} {reason} ({example})" for _, reason, count, example in rows)
+        raise UserError(f"{where}: 0 usable documents: {reasons or 'the input holds none'}")
 
 
 # ---- the tokenizer
@@ -375,9 +382,9 @@ def shared_tokenizer(cfg):
     return path if cfg.tokenizer_path else None
 
 
-def make_tokenizer(cfg, progress, files):
-    """Returns the tokenizer at tokenizer_path, or one trained on FILES, as WORK/tokenizer.model."""
-    shared, path = shared_tokenizer(cfg), progress.work / "tokenizer.model"
+def make_tokenizer(cfg, progress, shared, files):
+    """Returns the tokenizer in `shared`, or one trained on FILES, as WORK/tokenizer.model."""
+    path = progress.work / "tokenizer.model"
     if not progress.tokenizer:
         if shared and shared.exists():
             write_whole(path, Tokenizer.load(shared).model)  # under its own name, for errors
@@ -402,7 +409,7 @@ def make_tokenizer(cfg, progress, files):
 def train_on_sample(cfg, path, files):
     """Trains a tokenizer on a random sample of the texts of FILES. Returns a line on that."""
     share = SAMPLE_BYTES / max(sum(file.stat().st_size for file in files), 1)
-    texts = chain.from_iterable(map(shards.read_texts, files))
+    texts = chain.from_iterable(map(read_texts, files))
     sample = [text for text in texts if hash_fraction(text, cfg.seed) < share]
     size = sum(len(text.encode()) for text in sample)
     amount = f"{size / 1e6:.1f} MB of text"
@@ -415,30 +422,47 @@ def train_on_sample(cfg, path, files):
 # ---- from parts to shards
 
 
+def text_row(text):
+    """Returns a document as a line of a .jsonl file."""
+    return json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
+
+
+def read_texts(path):
+    """Yields the documents of a .jsonl file."""
+    with open(path, "rb") as file:
+        for line in file:
+            yield json.loads(line)["text"]
+
+
 def encode(cfg, progress, tokenizer, split, files):
-    """Encodes [(.jsonl, its documents)] into shards, after those of the split that are whole."""
-    entries, total = progress.splits[split], sum(count for _, count in files)
+    """Encodes .jsonl files into shards, after those of the split that are whole.
+
+    A shard ends with the document that reaches shard_tokens.
+    """
+    entries, work = progress.splits[split], progress.work
     done = totals(entries)["documents"]
-    texts = progress_bar(texts_after(files, done), f"encode {split}", total, done)
+    texts = islice(chain.from_iterable(map(read_texts, files)), done, None)
+    texts = progress_bar(texts, f"encode {split}", None, done)
     documents = with_ids(texts, tokenizer, cfg.num_workers)
-    shape = (tokenizer.vocab_size, cfg.shard_tokens, len(entries))
-    for entry in shards.write_shards(progress.work, split, documents, *shape):
+    dtype = ID_TYPES[dtype_name(tokenizer.vocab_size)]
+    for document in documents:
+        name = f"{split}_{len(entries):05d}"
+        entry = {"bin": f"{name}.bin", "text": f"{name}.jsonl"}
+        entry |= {"tokens": 0, "documents": 0, "bytes": 0}
+        with open(work / entry["bin"], "wb") as bins, open(work / entry["text"], "wb") as rows:
+            for text, ids in chain([document], documents):
+                bins.write(np.asarray(ids, dtype).tobytes())
+                rows.write(text_row(text))
+                entry["tokens"] += len(ids)
+                entry["documents"] += 1
+                entry["bytes"] += len(text.encode())
+                if entry["tokens"] >= cfg.shard_tokens:
+                    break
+        for kind in ("bin", "text"):
+            fsync(work / entry[kind])
+            entry[f"{kind}_sha256"] = file_sha256(work / entry[kind])
         entries.append(entry)
         progress.save()
-        done = counted = totals(entries)["documents"]
-        for path, count in files:  # delete the parts whose text is all in whole shards
-            counted -= count
-            if counted >= 0 and path.parent == progress.work:
-                path.unlink(missing_ok=True)
-    assert done == total
-
-
-def texts_after(files, done):
-    """Yields the texts of [(.jsonl, its documents)], without the first `done` of them."""
-    for path, count in files:
-        if done < count:
-            yield from islice(shards.read_texts(path), done, None)
-        done = max(0, done - count)
 
 
 def with_ids(texts, tokenizer, workers):
@@ -467,31 +491,39 @@ def kept_settings(cfg):
 
 
 def changed_settings(then, now):
-    """Returns {name: (then, now)} of settings that differ. An absent one has its default."""
+    """Returns lines on the settings that differ. An absent one has its default."""
     defaults = kept_settings(DataConfig()) | {"dedup_storage": ""}  # of earlier versions
-    pairs = {key: [s.get(key, defaults.get(key)) for s in (then, now)] for key in now | then}
-    return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
+    pairs = [(key, *(s.get(key, defaults.get(key)) for s in (then, now))) for key in now | then]
+    return [f"{key} was {a!r:.80}, now it is {b!r:.80}" for key, a, b in pairs if a != b]
 
 
-def is_prepared(output, settings, tokenizer):
+def is_prepared(output, settings):
     """Returns whether this dataset is there. UserError if it is damaged, or another is there."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     if not (output / "manifest.json").is_file():
         raise UserError(f"{output}: exists and is no prepared dataset; name another output_dir")
     manifest = folders.read_manifest(output)
-    for key, (old, new) in changed_settings(manifest["config"], settings).items():
-        values = f"was prepared with {key} {old!r:.80}, now it is {new!r:.80}"
-        raise UserError(f"{output}: {values}; name another output_dir, or delete this one")
-    sha256 = manifest["tokenizer_sha256"]
-    if tokenizer and tokenizer.is_file() and (other := folders.file_sha256(tokenizer)) != sha256:
-        hashes = f"the tokenizer of sha256 {sha256}, {tokenizer} has {other}"
-        raise UserError(f"{output}: was encoded by {hashes}; name another, or delete the folder")
-    folders.check_file(output, "tokenizer.model", sha256)
-    shards.check_shards(output, manifest, ["bin", "text"])
+    if changes := changed_settings(manifest["config"], settings):
+        remedy = "name another output_dir, or delete this one"
+        raise UserError(f"{output}: exists already, but {changes[0]}; {remedy}")
+    check_file(output, "tokenizer.model", manifest["tokenizer_sha256"])
+    check_shards(output, manifest, ["bin", "text"])
     sums = totals(chain.from_iterable(manifest["splits"].values()))
     print(f"{output} exists: {sums['documents']:,} documents, {sums['tokens']:,} tokens, verified")
     return True
+
+
+def check_shards(folder, manifest, kinds):
+    """Raises UserError unless the shards' files of these kinds, bin or text, are unchanged."""
+    for entry in chain.from_iterable(manifest["splits"].values()):
+        for kind in kinds:
+            check_file(folder, entry[kind], entry[f"{kind}_sha256"])
+
+
+def dtype_name(vocab_size):
+    """Returns the manifest's name for the type that holds ids below `vocab_size`."""
+    return "uint16" if vocab_size <= 65_535 else "uint32"
 
 
 def finish_folder(cfg, progress, tokenizer, name):
@@ -500,7 +532,7 @@ def finish_folder(cfg, progress, tokenizer, name):
         "format": folders.MANIFEST_FORMAT,
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_sha256": tokenizer.sha256,
-        "dtype": shards.dtype_name(tokenizer.vocab_size),
+        "dtype": dtype_name(tokenizer.vocab_size),
         "pad_id": tokenizer.pad_id,
         "bos_id": tokenizer.bos_id,
         "eos_id": tokenizer.eos_id,
@@ -511,8 +543,7 @@ def finish_folder(cfg, progress, tokenizer, name):
     stats = progress.stats | report.token_stats(manifest, cfg.sequence_length)
     texts = {
         "stats.json": json.dumps(stats, indent=1) + "\n",
-        "DATA_CARD.md": report.data_card(name, progress.settings, stats),
-        "TOKENIZER_CARD.md": report.tokenizer_card(tokenizer, progress.tokenizer, stats),
+        "DATA_CARD.md": report.data_card(name, progress.settings, stats, progress.tokenizer),
         "manifest.json": json.dumps(manifest, indent=1) + "\n",  # last: it says "complete"
     }
     for file, text in texts.items():

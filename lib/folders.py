@@ -4,9 +4,9 @@
     train_00000.jsonl  the same documents, {"text": ...} one a line; val_00000.bin, .jsonl alike
     tokenizer.model    of these ids: the folder is all that training needs
     manifest.json      sizes and sha256 of the shards; written last: the folder is complete
-    stats.json, DATA_CARD.md, TOKENIZER_CARD.md
+    stats.json, DATA_CARD.md
 
-corpus/shards.py writes it. Nothing in it is trusted: it may come from anywhere, or be damaged.
+corpus/prepare.py writes it. Nothing in it is trusted: it may come from anywhere, or be damaged.
 """
 
 import contextlib

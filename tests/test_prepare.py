@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sentencepiece import SentencePieceTrainer
 
 from corpus.prepare import DataConfig, RetokenizeConfig, in_order, main, retokenize, unfinished
 from data import TokenStream
@@ -144,7 +143,7 @@ def test_a_second_run_gives_the_same_bytes_and_a_third_finds_it_there(
     prepare_dataset(stories, prepared, shard_tokens=4000)
     assert "exists: 300 documents" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in prepared.iterdir()} == before
-    with pytest.raises(UserError, match="was prepared with min_length 50, now it is 60"):
+    with pytest.raises(UserError, match="exists already, but min_length was 50, now it is 60"):
         prepare_dataset(stories, prepared, shard_tokens=4000, min_length=60)
 
 
@@ -154,14 +153,10 @@ def test_a_dataset_of_an_earlier_version_is_found_though_settings_came_and_went(
     folder = shutil.copytree(prepared, tmp_path / "d")
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["config"]["mask_private"]
-    for storage in ("", "redis://host"):
-        manifest["config"]["dedup_storage"] = storage
-        (folder / "manifest.json").write_text(json.dumps(manifest))
-        if not storage:
-            prepare_dataset(stories, folder, shard_tokens=4000)
+    manifest["config"]["dedup_storage"] = ""
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    prepare_dataset(stories, folder, shard_tokens=4000)
     assert "exists: 300 documents" in capsys.readouterr().out
-    with pytest.raises(UserError, match="was prepared with dedup_storage 'redis://host'"):
-        prepare_dataset(stories, folder, shard_tokens=4000)
     (tmp_path / "old.json").write_text('{"dedup_storage": ""}')
     with pytest.raises(UserError, match="unknown key 'dedup_storage'"):
         configure(DataConfig, [str(tmp_path / "old.json")])
@@ -171,6 +166,11 @@ def test_the_card_names_the_source_and_bears_a_date(prepared, stories):  # traps
     card = (prepared / "DATA_CARD.md").read_text()
     assert f"| {stories} | `{stories}` | not noted | 1.0 | 300 |" in card
     date.fromisoformat(card.split("Prepared ")[1].split(".")[0])
+    assert Tokenizer.load(prepared).sha256 in card
+    stats = json.loads((prepared / "stats.json").read_text())
+    assert sum(stats["characters_of_kept"].values()) == 300
+    assert stats["language_scores_of_read"].keys() <= {f"{n / 10}" for n in range(11)}
+    assert sum(stats["language_scores_of_read"].values()) == 300
 
 
 def test_a_mixture_keeps_its_proportions_caps_and_licences_and_the_card_shows_them(tmp_path):
@@ -191,9 +191,6 @@ def test_a_mixture_keeps_its_proportions_caps_and_licences_and_the_card_shows_th
     assert "capped at max_docs 80" in card
     assert "| many | `many.jsonl` | CC0 | 3.0 | 60 |" in card
     assert "| few | `few.jsonl` | CC BY | 1.0 | 20 (capped) |" in card
-    shown = data_py("inspect", "data/processed/mixture", cwd=tmp_path).stdout
-    assert all(f"{name}.jsonl" in shown for name in ("many", "few"))
-    assert "docstrings" not in shown
     done = data_py("mix.json", "--min_length=9999", "--output_dir=e", cwd=tmp_path)
     assert done.stderr.startswith("error: mixture: 0 usable documents: 220 too-short")
 
@@ -246,16 +243,12 @@ def test_a_damaged_dataset_is_not_called_verified(
         (folder / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         prepare_dataset(stories, folder, shard_tokens=4000)
-    if name != "train_00001.jsonl":  # training reads no text
-        done = data_py("inspect", folder)
-        assert f"{name} " in done.stderr
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
 def test_a_model_or_a_raw_file_given_as_a_dataset_is_never_to_be_deleted(tmp_path):
     file = tmp_path / "manifest.json"
     file.write_text('{"format": 1, "files": {"model.safetensors": {}}}')
-    for path, words in [(tmp_path, "a model or checkpoint"), (file, "data.py --input_path=")]:
+    for path, words in [(tmp_path, "name a prepared dataset"), (file, "data.py --input_path=")]:
         with pytest.raises(UserError, match=words) as caught:
             read_manifest(path)
         assert "delete" not in str(caught.value)
@@ -285,9 +278,6 @@ def test_a_tokenizer_is_trained_once_and_then_reused(stories, tmp_path):  # trap
     TokenStream([tmp_path / "a", tmp_path / "b"], "train", 32, 1)
     with pytest.raises(UserError, match="its vocab_size is 400, not 500"):
         prepare_dataset(stories, tmp_path / "c", tokenizer_path=str(model), vocab_size=500)
-    model.write_bytes(first + b"\n")
-    with pytest.raises(UserError, match="was encoded by the tokenizer of sha256"):
-        prepare_dataset(stories, tmp_path / "a", tokenizer_path=str(model))
 
 
 def test_a_folder_without_tokenizer_model_is_refused_and_left_as_it_is(stories, tmp_path):
@@ -296,19 +286,6 @@ def test_a_folder_without_tokenizer_model_is_refused_and_left_as_it_is(stories, 
     with pytest.raises(UserError, match=r"llama/tokenizer.model: not found; name a folder that"):
         prepare_dataset(stories, tmp_path / "d", tokenizer_path=str(tmp_path / "llama"))
     assert [path.name for path in (tmp_path / "llama").iterdir()] == ["tokenizer.json"]
-
-
-def test_the_card_of_a_foreign_tokenizer_says_no_more_than_is_known(stories, prepared, tmp_path):
-    options = {"model_prefix": str(tmp_path / "other"), "vocab_size": 400, "byte_fallback": True}
-    texts = [prose(number) for number in range(100)]
-    SentencePieceTrainer.train(sentence_iterator=iter(texts), minloglevel=2, **options)
-    prepare_dataset(stories, tmp_path / "d", tokenizer_path=str(tmp_path / "other.model"))
-    card = (tmp_path / "d" / "TOKENIZER_CARD.md").read_text()
-    assert "of these 3 control tokens" in card  # <unk>, <s>, </s>
-    assert "a SentencePiece model of another program" in card
-    card = (prepared / "TOKENIZER_CARD.md").read_text()
-    assert "of these 6 control tokens" in card
-    assert "any text survives" in card
 
 
 @pytest.mark.parametrize(("side", "pieces"), [("train", 1), ("val", None)])
@@ -331,10 +308,8 @@ def test_the_tokenizer_learns_from_training_documents_alone(tmp_path, side, piec
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.jsonl", b"", "0 usable documents"),
         ("binary.txt", b"plain so far" + b"\xff\xfe\x00", "byte 0xff is not UTF-8"),
         ("bad.jsonl", b"{}\n3\n", "0 usable documents: 1 missing-text"),
-        ("short.txt", b"hello", "1 too-short"),
         ("x.parquet", b"PAR1", "1 unreadable-file"),
         ("one.txt", prose(1).encode(), "vocab_size 32768 is too large"),
         ("", b"", "not found"),
@@ -352,8 +327,10 @@ def test_unusable_input_is_one_line_and_exit_2(tmp_path, name, content, message)
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_a_path_is_prepared_and_a_likely_mistake_is_answered_by_name(stories, tmp_path):
-    done = data_py(stories, "--vocab_size=400", cwd=tmp_path)
+def test_the_folder_is_named_after_the_input_and_a_likely_mistake_is_answered_by_name(
+    stories, tmp_path
+):
+    done = data_py(f"--input_path={stories}", "--vocab_size=400", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "data" / "processed" / "stories").is_dir()
     (tmp_path / "file").write_text("")
@@ -468,10 +445,10 @@ def test_kill_9_loses_no_more_than_a_part_and_the_same_command_gives_the_same_by
 
 
 @posix
-@pytest.mark.parametrize("step", [1, STEPS, 132, 137, 190, 257, 263, 265])
+@pytest.mark.parametrize("step", [STEPS, 137, 190, 257, 263])
 def test_one_kill_anywhere(options, straight, tmp_path, step):
     words = (*options, f"--output_dir={tmp_path / 'd'}")
-    kill_at(step, *words)  # parts end at 130, shards at 256, and 265 renames the folder
+    kill_at(step, *words)  # parts end at 130, shards at 256, and 263 renames the folder
     prepare_in_parts(*words)
     assert contents(tmp_path / "d") == contents(straight)
 
@@ -480,7 +457,7 @@ def test_one_kill_anywhere(options, straight, tmp_path, step):
 def test_other_settings_start_over_and_another_input_is_refused(options, messy, tmp_path):
     words = (*options, f"--output_dir={tmp_path / 'd'}")
     kill_at(3 * STEPS, *words)
-    assert "min_length was 50, now 60" in prepare_in_parts(*words, "--min_length=60")
+    assert "min_length was 50, now it is 60" in prepare_in_parts(*words, "--min_length=60")
     source = shutil.copy(messy, tmp_path / "in.jsonl")
     words = (f"--input_path={source}", *SETTINGS, f"--output_dir={tmp_path / 'e'}")
     kill_at(3 * STEPS, *words)
@@ -489,13 +466,10 @@ def test_other_settings_start_over_and_another_input_is_refused(options, messy, 
     assert "delete this folder to start over" in prepare_in_parts(*words, status=2)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"settings": 3}', "\0"])
-def test_unusable_leftovers_of_an_unfinished_run_are_no_hindrance(
-    stories, prepared, tmp_path, content
-):
+def test_unusable_leftovers_of_an_unfinished_run_are_no_hindrance(stories, prepared, tmp_path):
     work = tmp_path / ".d.partial"
     work.mkdir()
-    (work / "progress.json").write_text(content)
+    (work / "progress.json").write_text('{"settings": 3}')
     (work / "part_00000.train.jsonl").write_text("{")
     (work / "digests.bin").write_bytes(b"xyz")
     prepare_dataset(stories, tmp_path / "d", shard_tokens=4000)
@@ -526,19 +500,8 @@ def test_processes_keep_the_order_and_a_dead_one_is_named():
 
 
 def is_worker(pid):
-    with suppress(OSError):
+    with suppress(OSError):  # it has ended meanwhile
         return "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()
-
-
-def workers_of(pid):
-    """Returns the process ids of its workers, once they run."""
-    workers = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it has ended meanwhile
-            parent = path.read_text().rpartition(")")[2].split()[1]
-            if parent == str(pid) and is_worker(path.parent.name):
-                workers.append(path.parent.name)
-    return workers
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
@@ -546,7 +509,8 @@ def test_workers_end_with_their_parent(options, tmp_path):
     words, workers = [*options, f"--output_dir={tmp_path / 'd'}", "--num_workers=2"], []
     process = start(*words, executable=sys.executable)
     while len(workers) < 2 and process.poll() is None:
-        workers = workers_of(process.pid)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+        workers = list(filter(is_worker, children.split()))
     process.kill()
     process.communicate()
     assert workers
@@ -571,45 +535,16 @@ def test_retokenize_gives_what_preparing_with_that_tokenizer_gives(stories, prep
     assert TokenStream(tmp_path / "again", "train", 32, 1).vocab_size == 500
 
 
-@pytest.mark.parametrize("content", [None, "", "[]"])
-def test_retokenize_needs_the_statistics(prepared, tmp_path, content):
-    path = shutil.copytree(prepared, tmp_path / "d") / "stats.json"
-    path.unlink() if content is None else path.write_text(content)
-    with pytest.raises(UserError, match=r"stats.json"):
-        retokenize_dataset(path.parent, tmp_path / "again", vocab_size=300)
-    assert not list(tmp_path.glob("*again*"))
-
-
-@pytest.fixture
-def killed(prepared, tmp_path):
-    """Begins to retokenize, and ends by a signal after the second shard."""
-
-    def killed(name, status, *options):
-        words = ["retokenize", prepared, f"--output_dir={tmp_path / 'again'}", *options]
-        kill_at(18, *words, "--shard_tokens=4000", name=name, status=status)
-        assert (tmp_path / ".again.partial" / "train_00001.bin").exists()
-
-    return killed
-
-
 @posix
-def test_an_interrupted_retokenize_goes_on_where_it_was(prepared, killed, tmp_path):
-    killed("SIGINT", 130, "--vocab_size=350")
+def test_an_interrupted_retokenize_goes_on_where_it_was(prepared, tmp_path):
+    options = [f"--output_dir={tmp_path / 'again'}", "--vocab_size=350", "--shard_tokens=4000"]
+    kill_at(18, "retokenize", prepared, *options, name="SIGINT", status=130)
+    assert (tmp_path / ".again.partial" / "train_00001.bin").exists()
     first = (tmp_path / ".again.partial" / "train_00000.bin").stat()
     for name in ("again", "straight"):
         retokenize_dataset(prepared, tmp_path / name, vocab_size=350, shard_tokens=4000)
     assert (tmp_path / "again" / "train_00000.bin").stat().st_mtime_ns == first.st_mtime_ns
     assert contents(tmp_path / "again") == contents(tmp_path / "straight")
-
-
-@posix
-def test_a_killed_retokenize_is_not_taken_for_a_preparation(
-    stories, prepared, killed, tmp_path, capsys
-):
-    killed("SIGKILL", -9, "--vocab_size=400", "--sequence_length=32")
-    prepare_dataset(stories, tmp_path / "again", shard_tokens=4000)
-    assert "starting over" in capsys.readouterr().out
-    assert contents(tmp_path / "again") == contents(prepared)
 
 
 def test_retokenize_refuses_changed_text(prepared, tmp_path):
