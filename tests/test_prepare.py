@@ -336,7 +336,6 @@ def test_the_folder_is_named_after_the_input_and_a_likely_mistake_is_answered_by
     (tmp_path / "file").write_text("")
     below = tmp_path / "file" / "t.model"
     for message, source, output, tokenizer in [
-        ("names no dataset; write hf:owner/name", "hf:", "d", ""),
         (f"{stories.name}: not a SentencePiece model", stories, "d", stories),
         (f"^{tmp_path / 'file' / 'd'}: cannot be written", stories, "file/d", ""),
         (f"{below}: cannot be written .*; name another tokenizer_path", stories, "d", below),
