@@ -501,7 +501,7 @@ MAX_FIRST_LINE, MAX_HEAD, MAX_BODY = 8 << 10, 32 << 10, 1 << 20  # bytes: first 
 PAGE = Path(__file__).with_name("web").joinpath("chat.html").read_text(encoding="utf-8")
 
 
-def source_of(tag):
+def allowed(tag):
     """Returns what a Content-Security-Policy allows of a tag: the page's own block, by its hash."""
     (block,) = re.findall(f"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()
@@ -509,7 +509,7 @@ def source_of(tag):
 
 
 # The page loads nothing from elsewhere, sends nothing elsewhere, and stands in nobody's frame.
-POLICY = f"default-src 'none'; {source_of('script')}; {source_of('style')}; connect-src 'self'; "
+POLICY = f"default-src 'none'; {allowed('script')}; {allowed('style')}; connect-src 'self'; "
 POLICY += "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 HEADERS = {"Content-Security-Policy": POLICY}
 HEADERS |= {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Connection": "close"}
