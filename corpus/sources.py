@@ -55,13 +55,13 @@ def sources_of(cfg):
         raise UserError('mixture: an empty list; give entries {"name": ..., "input_path": ...}')
     if given != alone:
         raise UserError(f"mixture and one of {', '.join(alone)} are both given; keep one")
-    sources = [source_of(f"mixture[{number}]", entry) for number, entry in enumerate(cfg.mixture)]
+    sources = [mixture_source(f"mixture[{n}]", entry) for n, entry in enumerate(cfg.mixture)]
     if len({source.name for source in sources}) < len(sources):
         raise UserError("mixture: two sources have the same name; rename one")
     return sources
 
 
-def source_of(where, entry):
+def mixture_source(where, entry):
     """Returns the Source that an entry of `mixture` describes; a UserError names the entry."""
     options = config.options_of(Source)
     if not isinstance(entry, dict) or not entry.get("name") or not entry.get("input_path"):
