@@ -100,17 +100,13 @@ class LoopConfig:
     def __post_init__(self):
         if not self.output_dir.strip():
             raise ValueError("output_dir must name a folder, got an empty string")
-        steps, warmup, low, high = (
-            self.max_steps,
-            self.warmup_steps,
-            self.min_lr,
-            self.learning_rate,
-        )
+        steps, warmup = self.max_steps, self.warmup_steps
         if steps and warmup > steps:
             shorter = f"use a shorter warmup (--warmup_steps={steps // 10})"
             raise ValueError(f"warmup_steps {warmup} is more than max_steps {steps}; {shorter}")
-        if low is not None and low > high:
-            raise ValueError(f"min_lr {low} is more than learning_rate {high}; lower it")
+        if self.min_lr is not None and self.min_lr > self.learning_rate:
+            limit = f"learning_rate {self.learning_rate}"
+            raise ValueError(f"min_lr {self.min_lr} is more than {limit}; lower it")
 
 
 # Keys that may differ between a checkpoint and the run that resumes it: they do not change what is
@@ -154,11 +150,9 @@ def total_steps(cfg, rows, world_size):
     rows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * world_size
     total = max(1, math.ceil((cfg.num_train_epochs or 1) * rows / rows_per_step))
     if cfg.warmup_steps > total and not cfg.max_minutes:
-        raise UserError(
-            f"warmup_steps {cfg.warmup_steps} is more than the {total} steps of this run; use a "
-            f"time box (--max_minutes=30), a shorter warmup (--warmup_steps={total // 10}) "
-            "or more data"
-        )
+        problem = f"warmup_steps {cfg.warmup_steps} is more than the {total} steps of this run"
+        shorter = f"a shorter warmup (--warmup_steps={total // 10})"
+        raise UserError(f"{problem}; use a time box (--max_minutes=30), {shorter} or more data")
     return total
 
 
