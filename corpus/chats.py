@@ -14,8 +14,6 @@ from corpus.files import Tally, reasons_of, surrogate
 from corpus.sources import source_rows
 from lib.config import UserError
 
-MAX_BAD = 0.05  # the share of unusable rows from which a file is refused
-
 # ---- the formats: which field means what. A new name of a field or a role is added here alone.
 
 DIALOGUES = ("messages", "conversations", "conversation", "dialogue", "dialog")  # lists of messages
@@ -52,26 +50,25 @@ def read_pairs(path, tally=None):
     return [pair for _, _, pair in usable_rows(path, to_pair, tally)]
 
 
-def usable_rows(path, convert, tally=None, max_bad=MAX_BAD):
+def usable_rows(path, convert, tally=None, max_bad=0.05):
     """Returns [(where, format, value)] of the rows that convert(row) -> (format, value) accepts.
 
     Raises UserError if more than `max_bad` of the rows are unusable, or all.
     """
     tally = tally or Tally()
-    rows, identical = [], 0
+    rows = []
     for where, row in source_rows(path, tally):
         try:
             rows.append((where, *convert(row)))
         except BadRow as error:
             reason, detail = error.args
             if reason == "identical-pair":
-                identical += 1
                 tally.drop("filter", reason, where)
             else:
                 tally.bad(reason, f"{where}: {detail}")
-    total = len(rows) + identical + tally.bad_rows
+    reasons = sorted(reasons_of(tally.dropped), key=lambda entry: -entry[2])
+    total = len(rows) + sum(count for _, _, count, _ in reasons)
     if not rows or tally.bad_rows > max_bad * total:
-        reasons = sorted(reasons_of(tally.dropped), key=lambda entry: -entry[2])
         each = (f"{n} {why} ({first.removeprefix(f'{path} ')})" for _, why, n, first in reasons)
         problem = f"{tally.bad_rows} of {total} rows are unusable"
         problem = problem if rows else f"0 usable rows of {total}"
@@ -225,6 +222,4 @@ def turns_of(text, name):
         reason = f'missing "prompt", and "{name}" is no Human/Assistant transcript'
         raise BadRow("missing-field", reason)
     turns = zip(pieces[::2], pieces[1::2], strict=True)
-    return [
-        {"role": SPEAKERS[who.lower()], "content": cleaned(words, name)} for who, words in turns
-    ]
+    return [{"role": SPEAKERS[who.lower()], "content": cleaned(said, name)} for who, said in turns]

@@ -10,7 +10,7 @@ import codecs
 import csv
 import gzip
 import html
-import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -18,14 +18,12 @@ import lzma
 import os
 import re
 from contextlib import contextmanager
-from importlib.util import find_spec
 
 from lib.config import UserError
 
 MAX_LINE = 16 << 20  # characters; a longer line comes in parts of that
 BOMB_RATIO, BOMB_FLOOR = 200, 64 << 20  # a file may unfold to 200 times its size, or to 64 MiB
 BUFFER = 1 << 20  # bytes or characters read at once
-BATCH_ROWS = 64  # of a table, held at once
 
 
 class Tally:
@@ -76,7 +74,7 @@ def refuse_damaged(tally):
 def package(name, user, error=UserError):
     """Returns an optional package's module; raises `error` with the pip command if it is absent."""
     top = name.partition(".")[0]
-    if find_spec(top) is None:
+    if importlib.util.find_spec(top) is None:
         raise error(f"{user} needs the package {top}: pip install {top}")
     return importlib.import_module(name)
 
@@ -106,14 +104,13 @@ def open_bytes(path):
 
 BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
 BYTE_ORDER_MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
-SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def surrogate(text):
     """Returns the match of the first lone surrogate or byte that was not UTF-8, if any."""
     if text.isascii() or b"\xed" not in text.encode("utf-8", "surrogatepass"):
         return None  # in UTF-8 they begin with this byte: ten times as fast as the pattern
-    return SURROGATES.search(text)
+    return re.search("[\ud800-\udfff]", text)
 
 
 def text_parts(path, block=None, newline=None):
@@ -176,12 +173,6 @@ TAG = re.compile(r"<[/!?]?(\w*)[^<>]*>")
 BLOCKS = "p div br h1 h2 h3 h4 h5 h6 li dt dd tr td th pre blockquote section article main title hr"
 BLOCKS = {*BLOCKS.split(), *"header footer nav aside form figure caption table ul ol dl".split()}
 LONG_ENTITY = re.compile("&#(?:[0-9]{8,}|[xX][0-9a-fA-F]{7,});?")  # html.unescape may raise
-
-
-def page_lines(path, tally):
-    """Yields (number, line) of the text of a HTML page."""
-    page = "".join(line for _, line in decoded_lines(path, tally))
-    yield from enumerate(io.StringIO(page_text(page)))
 
 
 def page_text(page):
@@ -282,7 +273,7 @@ def parquet_rows(path, tally):
     parquet = package("pyarrow.parquet", "a .parquet file")
     with open_bytes(path) as file:
         table = parquet.ParquetFile(file, buffer_size=BUFFER, pre_buffer=False)
-        batches = table.iter_batches(BATCH_ROWS, use_threads=False)
+        batches = table.iter_batches(64, use_threads=False)  # rows held at once
         rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
         for number, row in enumerate(rows, start=1):
             yield f"{path} row {number}", row

@@ -137,8 +137,7 @@ def rendered(value, tokenizer, template):
     dialogues = []
     for name in PAIR:
         ids, mask = render(tokenizer, value["prompt"] + value[name], template)
-        mask[: len(opening)] = [0] * len(opening)
-        dialogues.append((name, ids, mask))
+        dialogues.append((name, ids, [0] * len(opening) + mask[len(opening) :]))
     return dialogues
 
 

@@ -7,6 +7,7 @@ source of no use at all (nothing there, no column of text, no network) is a User
 
 import ast
 import glob
+import io
 import os
 import re
 import sysconfig
@@ -40,8 +41,7 @@ def read_documents(cfg, tally):
 
     Raises UserError at once for absent files, later for what only reading shows.
     """
-    sources = sources_of(cfg)
-    streams = [(source, documents_of(source, cfg.max_length, tally)) for source in sources]
+    streams = [(source, documents_of(source, cfg.max_length, tally)) for source in sources_of(cfg)]
     return interleave(streams, tally)
 
 
@@ -200,25 +200,20 @@ def input_files(pattern):
             raise UserError(f"{path}: is not read; unpack it, or convert it to .txt or .jsonl")
         return [path]
     if os.path.isdir(pattern):
-        matches = matching(path, ["**"])
+        root, parts = path, ["**", "*"]
     elif glob.has_magic(pattern):
-        matches = matching(Path(path.anchor), path.relative_to(path.anchor).parts)
+        root, parts = Path(path.anchor), path.relative_to(path.anchor).parts
+        parts = [part if part == "**" else re.sub(r"\*+", "*", part) for part in parts]
+        parts += ["*"] * (parts[-1] == "**")
     else:
         remedy = "give a file, a folder, a glob, hf:owner/name or docstrings:"
         raise UserError(f"{pattern}: not found; {remedy}")
-    if paths := sorted(path for path in matches if kind_of(path) and path.is_file()):
+    hidden = lambda p: any(n[0] == "." and n not in parts for n in p.relative_to(root).parts)
+    paths = root.glob("/".join(parts))
+    if paths := sorted(p for p in paths if not hidden(p) and kind_of(p) and p.is_file()):
         return paths
     kinds = f"{', '.join(files.SUFFIXES)} (or these with {', '.join(files.OPENERS)})"
     raise UserError(f"{pattern}: holds no file that ends in {kinds}")
-
-
-def matching(root, parts):
-    """Yields the paths below `root` that the parts of a pattern match; ** enters no link."""
-    parts = [part if part == "**" else re.sub(r"\*+", "*", part) for part in parts]
-    parts += ["*"] * (parts[-1] == "**")
-    for path in root.glob("/".join(parts)):
-        if all(part[0] != "." or part in parts for part in path.relative_to(root).parts):
-            yield path
 
 
 def file_texts(path, column, max_length, tally):
@@ -226,11 +221,13 @@ def file_texts(path, column, max_length, tally):
     kind = kind_of(path)
     if kind in ROW_READERS:
         return joined_wikitext(column_texts(files.rows(path, tally), column, tally))
-    read = files.page_lines if kind == "html" else files.decoded_lines
-    lines = until_damaged(read(path, tally), path, tally)
+    lines = until_damaged(files.decoded_lines(path, tally), path, tally)
     if kind == "wikitext":
         return articles((f"{path} line {number}", line) for number, line in lines)
-    return numbered(path, passages((line for _, line in lines), max_length))
+    texts = (line for _, line in lines)
+    if kind == "html":
+        texts = io.StringIO(files.page_text("".join(texts)))
+    return numbered(path, passages(texts, max_length))
 
 
 # The columns that are taken for the text, the likeliest first

@@ -19,6 +19,7 @@ import sentencepiece
 import torch
 from safetensors import SafetensorError
 
+from corpus.files import package
 from lib.config import UserError, run
 from lib.tokenizer import BYTE_PIECE, TEMPLATES, Tokenizer, stop_ids
 from lib.tokenizer_json import jinja
@@ -50,7 +51,7 @@ def main(cfg):
     model = load_model(cfg.model_path)
     tokenizer = Tokenizer.load(model_folder(cfg.model_path))
     tokenizer.match(model.cfg.vocab_size, cfg.model_path)
-    warning = check_tokenizer(cfg, tokenizer)
+    check_tokenizer(cfg, tokenizer)
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=output.parent) as folder:
@@ -62,18 +63,13 @@ def main(cfg):
         raise UserError(f"{output}: not written ({error}); is there no space left?") from None
     count = sum(p.numel() for p in model.parameters())
     print(f"{output}: {count / 1e6:.1f}M parameters in {cfg.dtype}; read back: the same weights")
-    if warning:
-        print(f"warning: {warning}")
 
 
 def check_tokenizer(cfg, tokenizer):
-    """Returns a warning where other programs will tokenize otherwise, or None.
-
-    Raises UserError for a tokenizer that cannot be written in cfg.format.
-    """
+    """Warns where other programs will tokenize otherwise; UserError for what cannot be written."""
     if tokenizer.file != "tokenizer.model":
         if cfg.format == "hf":
-            return None  # the file is copied
+            return  # the file is copied
         problem = f"its tokenizer is a {tokenizer.file}, and GGUF is written from tokenizer.model"
         raise UserError(f"{cfg.model_path}: {problem}; use --format=hf and llama.cpp's converter")
     # BPE numbers its merges 0, -1, -2 ...; the other kinds score by logarithms
@@ -84,10 +80,9 @@ def check_tokenizer(cfg, tokenizer):
         raise UserError(f"{cfg.model_path}: {problem}; use its base model's tokenizer files")
     normalize = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model).normalize
     kept = normalize("\ufb01  a").endswith("\ufb01\u2581\u2581a")  # the ligature fi, two spaces
-    if kept and scores.count(0) == 1:  # else user-defined symbols have that score, too
-        return None
-    habits = "normalizes texts or keeps user-defined symbols whole"
-    return f"tokenizer.model {habits}, its export does not: some texts get other ids"
+    if not kept or scores.count(0) != 1:  # user-defined symbols have that score, too
+        habits = "normalizes texts or keeps user-defined symbols whole"
+        print(f"warning: tokenizer.model {habits}, its export does not: some texts get other ids")
 
 
 def is_text(tokenizer, id):
@@ -119,34 +114,15 @@ def write_folder(folder, model, tokenizer, dtype):
 # ---- GGUF
 
 
-def gguf_package():
-    """Returns the module gguf; UserError with the pip command where it is missing."""
-    try:
-        import gguf
-    except ImportError:
-        raise UserError("--format=gguf needs the package gguf: pip install gguf") from None
-    return gguf
-
-
-def llama_cpp_order(array, heads):
-    """Returns a query or key matrix (heads D, C) with the rows of each head reordered.
-
-    Rotary positions turn the pair of rows (i, i + D/2) in our order, which is Hugging Face's, and
-    neighbours (2i, 2i + 1) in llama.cpp's.
-    """
-    rows = array.reshape(heads, 2, -1, array.shape[1])
-    return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(array.shape)
-
-
 def write_gguf(path, model, tokenizer, dtype):
     """Writes a GGUF file, and reads it back; norms stay float32."""
-    gguf, cfg, written = gguf_package(), model.cfg, {}
+    gguf, cfg, written = package("gguf", "--format=gguf"), model.cfg, {}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, cfg.n_layer)
     writer = gguf.GGUFWriter(path, "llama")
     all_f32 = dtype == "f32"
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if all_f32 else f"MOSTLY_{dtype.upper()}"])
-    add_model(writer, cfg)
-    add_tokenizer(writer, tokenizer)
+    add_model(writer, cfg, gguf)
+    add_tokenizer(writer, tokenizer, gguf.TokenType)
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight" and cfg.tie_word_embeddings:
             continue
@@ -154,8 +130,10 @@ def write_gguf(path, model, tokenizer, dtype):
             width = f"{name}: rows of {weight.shape[1]} numbers"
             raise UserError(f"{width}; q8_0 takes multiples of 32; use --dtype=f16")
         kind = gguf.GGMLQuantizationType[dtype.upper() if weight.ndim > 1 else "F32"]
-        heads = cfg.n_head if "q_proj" in name else cfg.kv_heads if "k_proj" in name else 0
-        array = llama_cpp_order(weight.numpy(), heads) if heads else weight.numpy()
+        array = weight.numpy()
+        if heads := cfg.n_head if "q_proj" in name else cfg.kv_heads if "k_proj" in name else 0:
+            # rotary positions turn rows (i, i + D/2) of a head here, (2i, 2i + 1) in llama.cpp
+            array = array.reshape(heads, 2, -1, cfg.d_model).swapaxes(1, 2).reshape(array.shape)
         data = gguf.quantize(array, kind)
         check_range(name, weight, gguf.dequantize(data, kind), dtype)
         name = names.get_name(name, try_suffixes=(".weight",))
@@ -173,7 +151,7 @@ def write_gguf(path, model, tokenizer, dtype):
         assert stored[name].tobytes() == data, f"{name}: the export holds other numbers"
 
 
-def add_model(writer, cfg):
+def add_model(writer, cfg, gguf):
     """Adds the values from which llama.cpp builds the model."""
     writer.add_name(cfg.model_name)
     writer.add_context_length(cfg.sequence_length)
@@ -187,17 +165,17 @@ def add_model(writer, cfg):
     writer.add_rope_freq_base(cfg.rope_theta)
     writer.add_vocab_size(cfg.vocab_size)
     if (cfg.rope_scaling or {}).get("rope_type") == "linear":
-        writer.add_rope_scaling_type(gguf_package().RopeScalingType.LINEAR)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(cfg.rope_scaling["factor"])
 
 
-def add_tokenizer(writer, tokenizer):
+def add_tokenizer(writer, tokenizer, types):
     """Adds the vocabulary, its special tokens and the chat template."""
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokenizer.pieces)
     writer.add_token_scores(tokenizer.scores)
-    writer.add_token_types([token_type(tokenizer, id) for id in range(tokenizer.vocab_size)])
+    writer.add_token_types([token_type(tokenizer, i, types) for i in range(tokenizer.vocab_size)])
     writer.add_bos_token_id(tokenizer.bos_id)
     writer.add_eos_token_id(tokenizer.eos_id)
     writer.add_unk_token_id(tokenizer.unk_id)
@@ -211,9 +189,8 @@ def add_tokenizer(writer, tokenizer):
         writer.add_eot_token_id(ends[0] if ends else tokenizer.eos_id)
 
 
-def token_type(tokenizer, id):
+def token_type(tokenizer, id, types):
     """Returns llama.cpp's type of a token."""
-    types = gguf_package().TokenType
     if is_text(tokenizer, id):
         return types.NORMAL
     if tokenizer.spelled(id, controls=False):
