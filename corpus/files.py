@@ -60,7 +60,7 @@ def until_damaged(items, path, tally):
     """Yields `items` of a file to their end, or to a damage, which is counted."""
     try:
         yield from items
-    except (OSError, csv.Error) as error:
+    except OSError as error:
         problem = getattr(error, "strerror", None) or error
         tally.bad("unreadable-file", f"{path}: cannot be read: {problem}")
 
@@ -259,8 +259,15 @@ def csv_rows(path, tally):
     lines = (line for _, line in decoded_lines(path, tally))
     header = next(lines, "")
     delimiter = max(",;\t|", key=header.count)
-    reader = csv.DictReader(itertools.chain([header], lines), delimiter=delimiter)
-    for row in reader:
+    reader = csv.DictReader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
+    while True:
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            tally.bad("not-csv", f"{path} line {reader.line_num}: {error}")
+            continue
+        if row is None:
+            return
         where = f"{path} line {reader.line_num}"
         if None in row:
             tally.bad("not-csv", f"{where}: more cells than the header; put text in quotes")
