@@ -58,30 +58,22 @@ def clean(text, cfg):
     Nothing is kept of a text that never stops changing.
     """
     for _ in range(ROUNDS):
-        before, text = text, repaired(text)
-        if text == before:
-            text = without_unwanted(text, cfg)
+        before, text = text, tidy(without_invisible(fix_encoding(plain_lines(text))))
+        if text != before:
+            continue  # only a repaired text is searched for what the settings name
+        if cfg.code != "keep" and ("```" in text or "~~~" in text):
+            text = without_fenced(text)
+        if cfg.code == "remove" and "`" in text:
+            text = INLINE.sub(HOLE, text)
+        if cfg.remove_urls and ("://" in text or "www." in text):
+            text = URL.sub(url_hole, text)
+        if HOLE in text:
+            text = close_holes(text)
+        if cfg.mask_private:
+            text = mask_private(text)
         if text == before:
             return text
     return ""
-
-
-def repaired(text):
-    """Returns a text with its characters and lines in order, whatever else is in it."""
-    return tidy(without_invisible(fix_encoding(plain_lines(text))))
-
-
-def without_unwanted(text, cfg):
-    """Returns a repaired text without what the settings name."""
-    if cfg.code != "keep" and ("```" in text or "~~~" in text):
-        text = without_fenced(text)
-    if cfg.code == "remove" and "`" in text:
-        text = INLINE.sub(HOLE, text)
-    if cfg.remove_urls and ("://" in text or "www." in text):
-        text = URL.sub(url_hole, text)
-    if HOLE in text:
-        text = close_holes(text)
-    return mask_private(text) if cfg.mask_private else text
 
 
 # Terminal sequences (ECMA-48 5.4): CSI with parameters, OSC up to its end, two-character escapes.
@@ -112,7 +104,6 @@ QUIET = re.compile(
     "\u3041-\u3096\u30a1-\u30fa\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\u3001\u3002]+"
 )
 NESTED = re.compile(r"&(?:(?:amp|#38);){9,}")  # ftfy would take one layer at a time
-STRAIGHT = {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"'}
 
 
 def fix_encoding(text):
@@ -127,7 +118,7 @@ def fix_encoding(text):
             needy = needs_ftfy(line)
             lines.append(ftfy.fix_text(NESTED.sub("&amp;", line), config) if needy else line)
         text = "".join(lines)
-    for curly, straight in STRAIGHT.items():
+    for curly, straight in zip("\u2018\u2019\u201c\u201d", "''\"\"", strict=True):
         text = text.replace(curly, straight)
     return text
 
@@ -317,17 +308,13 @@ def mask_private(text):
     while match := SUSPECT.search(text, at):
         start, end = text.rfind("\n", at, match.start()) + 1 or at, text.find("\n", match.end())
         end = len(text) if end < 0 else end
-        kept += [text[at:start], mask_line(text[start:end])]
+        line = text[start:end]
+        for mask, sign, pattern, is_private in MASKS:
+            if sign in line:
+                line = pattern.sub(lambda m, w=mask, ok=is_private: w if ok(m) else m[0], line)
+        kept += [text[at:start], NAMED_PHONE.sub(r"\1[PHONE]", line)]
         at = end
     return "".join([*kept, text[at:]])
-
-
-def mask_line(line):
-    """Returns a line with private data masked; longer shapes first, for they hold the shorter."""
-    for mask, sign, pattern, is_private in MASKS:
-        if sign in line:
-            line = pattern.sub(lambda m, w=mask, ok=is_private: w if ok(m) else m[0], line)
-    return NAMED_PHONE.sub(r"\1[PHONE]", line)
 
 
 def is_ipv4(match):
@@ -370,7 +357,7 @@ def luhn(number):
     return sum(digits[::2] + doubled) % 10 == 0
 
 
-MASKS = [  # (word, sign of it in a line, pattern, check of a match)
+MASKS = [  # (word, sign of it in a line, pattern, check of a match); long shapes hold short ones
     ("[KEY]", "", KEY, bool),
     ("[EMAIL]", "@", EMAIL, bool),
     ("[IP]", ":", IPV6, is_ipv6),
@@ -386,8 +373,7 @@ LISTS = Path(__file__).with_name("english.txt").read_text(encoding="utf-8").spli
 ENGLISH, FOREIGN, MARKS_OF_ENGLISH = (frozenset(words.split()) for words in LISTS[1:])
 TRIGRAMS = frozenset(mark.replace("_", " ") for mark in MARKS_OF_ENGLISH)
 WORD = re.compile(r"[^\W\d_]{2,}")
-LETTERS = frozenset(byte for byte in range(256) if byte > 127 or chr(byte).isalpha())
-BLANK_OTHERS = bytes(byte if byte in LETTERS else 32 for byte in range(256))
+BLANK_OTHERS = bytes(b if b > 127 or chr(b).isalpha() else 32 for b in range(256))
 EXCERPT = 500  # characters from each of the beginning, the middle and the end
 
 

@@ -43,13 +43,23 @@ def minhash(texts, seed):
     The values are those of datasketch (2.0, scheme affine32), bit for bit, vectorised over texts. A
     text without words has EMPTY in every place, as an empty datasketch.MinHash has.
     """
-    signatures = np.full((len(texts), PERMUTATIONS), EMPTY, np.uint32)
+    signatures = np.full((PERMUTATIONS, len(texts)), EMPTY, np.uint32)
     grams, counts = shingles([text.lower() for text in texts])
     worded = np.flatnonzero(counts)
-    if len(worded):
-        starts = (np.cumsum(counts) - counts)[worded]
-        signatures[worded] = minima(grams, starts, permutations(seed))
-    return signatures
+    if not len(worded):
+        return signatures.T
+    starts = (np.cumsum(counts) - counts)[worded]
+    grams ^= grams >> np.uint32(16)  # the finalizer of MurmurHash3, as datasketch has it
+    grams *= np.uint32(0x85EBCA6B)
+    grams ^= grams >> np.uint32(13)
+    grams *= np.uint32(0xC2B2AE35)
+    grams ^= grams >> np.uint32(16)
+    permuted = np.empty_like(grams)
+    for a, b, row in zip(*permutations(seed), signatures, strict=True):
+        np.multiply(grams, a, out=permuted)
+        permuted += b
+        row[worded] = np.minimum.reduceat(permuted, starts)
+    return np.ascontiguousarray(signatures.T)
 
 
 @functools.cache
@@ -58,25 +68,6 @@ def permutations(seed):
     from datasketch import MinHash
 
     return MinHash(num_perm=PERMUTATIONS, seed=seed % 2**32, scheme="affine32").permutations
-
-
-def minima(grams, starts, permutations):
-    """Returns, per text and (a, b), the least a * fmix(gram) + b modulo 2**32: (N, PERMUTATIONS).
-
-    The grams of a text begin at its start. Every step is one pass over whole vectors.
-    """
-    mixed = grams ^ (grams >> np.uint32(16))  # the finalizer of MurmurHash3, as datasketch has it
-    mixed *= np.uint32(0x85EBCA6B)
-    mixed ^= mixed >> np.uint32(13)
-    mixed *= np.uint32(0xC2B2AE35)
-    mixed ^= mixed >> np.uint32(16)
-    permuted = np.empty_like(mixed)
-    result = np.empty((len(permutations[0]), len(starts)), np.uint32)
-    for a, b, row in zip(*permutations, result, strict=True):
-        np.multiply(mixed, a, out=permuted)
-        permuted += b
-        np.minimum.reduceat(permuted, starts, out=row)
-    return result.T
 
 
 def shingles(texts):
@@ -150,9 +141,8 @@ def band_shape(threshold):
     """
     costs = {}
     for rows in range(1, PERMUTATIONS // 2 + 1):
-        chance = max(threshold**rows, 1e-9)  # that a band of such a pair is equal
-        needed = math.log(0.02) / math.log1p(-chance) if chance < 1 else 0
-        bands = max(2, math.ceil(needed))
+        chance = min(max(threshold**rows, 1e-9), 1 - 1e-9)  # that a band of such a pair is equal
+        bands = max(2, math.ceil(math.log(0.02) / math.log1p(-chance)))
         if bands * rows <= PERMUTATIONS:
             costs[bands, rows] = bands + 2_000 * (1 - (1 - 0.1**rows) ** bands)
     return min(costs, key=costs.get, default=(PERMUTATIONS, 1))
@@ -196,10 +186,6 @@ class SortedRuns:
             right = run.searchsorted(highs[hits], "right")
             for i, begin, end in zip(hits.tolist(), left[hits], right, strict=True):
                 yield i, run[begin:end]
-
-    @property
-    def nbytes(self):
-        return sum(run.nbytes for run in self.runs)
 
 
 class Index:
@@ -245,9 +231,7 @@ class Index:
         exact = np.ones(len(digests), bool)
         exact[np.unique(digests, return_index=True)[1]] = False  # the first of the batch
         exact[[i for i, _ in self.distinct.between(digests, digests)]] = True
-        near = np.zeros(len(digests), bool)
-        if self.threshold:
-            near = self._near(signatures.astype(np.uint16), ~exact)
+        near = self._near(signatures.astype(np.uint16), ~exact) if self.threshold else False
         self.distinct.add(digests[~exact])
         self.digest_file.write(digests[~exact].tobytes())
         reasons = np.where(exact, "exact-duplicate", np.where(near, "near-duplicate", None))
@@ -265,9 +249,14 @@ class Index:
         share_band = np.tril(share_band, -1)  # with earlier documents
         near = np.zeros(len(kept), bool)
         for i in sorted(candidates.keys() | np.flatnonzero(share_band.any(axis=1)).tolist()):
-            others = signatures[share_band[i] & kept]
-            near[i] = kept[i] and self._is_near(signatures[i], others, candidates[i])
-            kept[i] &= ~near[i]
+            if not kept[i]:
+                continue
+            places = np.unique(np.concatenate([*candidates[i], np.zeros(0, np.uint64)]))
+            blocks = (places[at : at + 4096] for at in range(0, len(places), 4096))  # may be many
+            rows = chain([signatures[share_band[i] & kept]], map(self._stored, blocks))
+            agree = (np.count_nonzero(row == signatures[i], axis=1) for row in rows)
+            near[i] = any((counts >= self.threshold * PERMUTATIONS).any() for counts in agree)
+            kept[i] = not near[i]
         numbers = np.arange(self.count, self.count + kept.sum(), dtype=np.uint64)
         self._add_bands(keys[kept], numbers)
         self.signature_file.write(signatures[kept].tobytes())
@@ -275,24 +264,17 @@ class Index:
         self.count += len(numbers)
         return near
 
-    def _is_near(self, signature, others, candidates):
-        """Returns whether an earlier document of the batch or of the index is near enough."""
-        numbers = np.unique(np.concatenate([*candidates, np.zeros(0, np.uint64)]))
-        blocks = range(0, len(numbers), 4096)  # boilerplate can propose a large part of the index
-        rows = chain([others], (self._stored(numbers[start : start + 4096]) for start in blocks))
-        needed = self.threshold * PERMUTATIONS
-        return any((np.count_nonzero(r == signature, axis=1) >= needed).any() for r in rows)
-
     def checkpoint(self):
         """Brings both files to the disk. Returns the state from which a later Index resumes."""
         for file in (self.digest_file, self.signature_file):
             file.flush()
             os.fsync(file.fileno())
-        return {"digests": self.distinct.nbytes // 8, "signatures": self.count}
+        digests = sum(map(len, self.distinct.runs))
+        return {"digests": digests, "signatures": self.count}
 
     @property
     def nbytes(self):
-        return sum(runs.nbytes for runs in (self.distinct, *self.bands))
+        return sum(run.nbytes for runs in (self.distinct, *self.bands) for run in runs.runs)
 
 
 def reopen(path, size):

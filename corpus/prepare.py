@@ -36,17 +36,8 @@ from corpus.dedup import Index, minhash, sha256
 from corpus.files import Tally, reasons_of
 from corpus.sources import read_documents
 from corpus.tokenizer import train_tokenizer
-from lib import folders
-from lib.config import (
-    Fraction,
-    NonNegativeInt,
-    PositiveInt,
-    Range,
-    UserError,
-    fsync,
-    read_object,
-    write_whole,
-)
+from lib import config, folders
+from lib.config import Fraction, NonNegativeInt, PositiveInt, Range, UserError, write_whole
 from lib.folders import ID_TYPES, check_file, file_sha256, hash_fraction, totals
 from lib.tokenizer import Tokenizer
 
@@ -130,7 +121,7 @@ def retokenize(cfg):
 
     def text_files(progress):
         check_shards(folder, manifest, ["text"])
-        progress.stats = read_object(folder / "stats.json")
+        progress.stats = config.read_object(folder / "stats.json")
         return {split: [folder / entry["text"] for entry in splits[split]] for split in SPLITS}
 
     build(cfg, Path(cfg.output_dir), settings, text_files)
@@ -140,7 +131,11 @@ def build(cfg, output, settings, text_files):
     """Makes a dataset, if it is not there, of text_files(progress): {split: .jsonl files}."""
     if is_prepared(output, settings):
         return
-    shared = shared_tokenizer(cfg)
+    shared = Path(cfg.tokenizer_path) if cfg.tokenizer_path else None
+    if shared and shared.is_dir():
+        shared /= "tokenizer.model"
+        if not shared.is_file():  # no training here: among the files of a model it would be wrong
+            raise UserError(f"{shared}: not found; name a folder that holds one, or a .model file")
     with unfinished(output, settings) as progress:
         files = text_files(progress)
         tokenizer = make_tokenizer(cfg, progress, shared, files["train"])
@@ -372,16 +367,6 @@ def check_usable(cfg, progress):
 # ---- the tokenizer
 
 
-def shared_tokenizer(cfg):
-    """Returns the .model file that tokenizer_path names, itself or by its folder, or None."""
-    path = Path(cfg.tokenizer_path)
-    if cfg.tokenizer_path and path.is_dir():
-        path /= "tokenizer.model"
-        if not path.is_file():  # no training here: among the files of a model it would be wrong
-            raise UserError(f"{path}: not found; name a folder that holds one, or a .model file")
-    return path if cfg.tokenizer_path else None
-
-
 def make_tokenizer(cfg, progress, shared, files):
     """Returns the tokenizer in `shared`, or one trained on FILES, as WORK/tokenizer.model."""
     path = progress.work / "tokenizer.model"
@@ -459,7 +444,7 @@ def encode(cfg, progress, tokenizer, split, files):
                 if entry["tokens"] >= cfg.shard_tokens:
                     break
         for kind in ("bin", "text"):
-            fsync(work / entry[kind])
+            config.fsync(work / entry[kind])
             entry[f"{kind}_sha256"] = file_sha256(work / entry[kind])
         entries.append(entry)
         progress.save()

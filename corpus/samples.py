@@ -21,7 +21,7 @@ from pathlib import Path
 from lib.config import NonNegativeInt, UserError, write_whole
 
 FILES = ("sft_train", "sft_val", "dpo_train", "dpo_val")
-SHARES = (0.68, 0.08, 0.21, 0.03)  # of each kind of task, over FILES
+BORDERS = (0, 0.68, 0.76, 0.97, 1)  # between FILES, as shares of each kind of task
 MOST = 440  # tasks of one kind
 TABLES = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 WORDS = TABLES["words"]
@@ -123,22 +123,20 @@ def python_functions(rng):
 
 
 ONE_WORD = [(w,) for w in WORDS]
-CAPITALS = [(w.upper(),) for w in WORDS]
 NUMBERS = [
     (question.format(value), value + step)
     for value, (question, step) in product(range(1, 80), TABLES["neighbours"].items())
 ]
-DIFFERENCES = [(a, b) for a, b in pairs(range(19)) if a >= b]
 COMPARED = [(a + b % 3, b + a % 2) for a, b in pairs(range(0, 31, 2))]
 TASKS = {  # their order counts
     "addition": each(pairs(range(13)), lambda a, b: number(a + b)),
-    "subtraction": each(DIFFERENCES, lambda a, b: number(a - b)),
+    "subtraction": each([p for p in pairs(range(19)) if p[0] >= p[1]], lambda a, b: number(a - b)),
     "multiplication": each(pairs(range(11)), lambda a, b: number(a * b)),
     "neighbours": each(NUMBERS, lambda question, value: number(value)),
     "comparison": each(COMPARED, lambda a, b: yes_or_no(a > b)),
     "length": each(ONE_WORD, lambda w: number(len(w))),
     "capitals": each(ONE_WORD, lambda w: exact(w.upper(), w, w.title())),
-    "small_letters": each(CAPITALS, lambda w: exact(w.lower(), w, w.title())),
+    "small_letters": each([(w.upper(),) for w in WORDS], lambda w: exact(w.lower(), w, w.title())),
     "backwards": each(ONE_WORD, lambda w: exact(w[::-1], w, w[-1] + w[:-1])),
     "spelling": each(ONE_WORD, lambda w: exact(" ".join(w), w, " ".join(w[:-1]))),
     "first_letter": each(ONE_WORD, lambda w: word(w[0], w[-1], w[1])),
@@ -196,11 +194,10 @@ def make_rows(seed):
         used |= {prompt for prompt, _ in tasks}
         rng.shuffle(tasks)
         tasks = tasks[:MOST]
-        others, start = [text for _, (text, _, _) in tasks], 0
-        for number, name in enumerate(FILES, start=1):
-            end = round(len(tasks) * sum(SHARES[:number]))
+        others = [text for _, (text, _, _) in tasks]
+        borders = [round(len(tasks) * share) for share in BORDERS]
+        for name, start, end in zip(FILES, borders, borders[1:], strict=False):
             files[name] += [make_row(name, kind, *task, others, rng) for task in tasks[start:end]]
-            start = end
     for name, rows in files.items():
         random.Random(f"{seed} {name}").shuffle(rows)
     return files
