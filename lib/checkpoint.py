@@ -6,7 +6,6 @@ a model or an optimizer is, train.State knows: it fills the folders.
 """
 
 import contextlib
-import dataclasses
 import errno
 import json
 import os
@@ -54,7 +53,6 @@ def problem_with(folder, needed=CHECKPOINT_FILES):
                 return f"illegal file name {name!r} in manifest.json"
             if problem := file_problem(folder, name, entry["bytes"], str(entry["sha256"])):
                 return problem
-        return None
     except (OSError, UserError, KeyError, TypeError, AttributeError, ValueError):
         return "manifest.json is not readable"
 
@@ -148,8 +146,7 @@ def whole_folder(folder, cfg, world):
         yield hidden
         world.barrier()
         if world.rank == 0:
-            run = dataclasses.replace(cfg, **fresh)
-            save_config(run, hidden / "run.json", _world_size=world.size)
+            save_config(cfg, hidden / "run.json", _world_size=world.size, **fresh)
             seal(hidden)
             remove_folder(folder)
             os.replace(hidden, folder)
@@ -194,24 +191,18 @@ def locked(output_dir, world):
         why = f"{problem.strerror}; choose another --output_dir"
         raise UserError(f"output_dir {output_dir}: {why}") from None
     with lock:
-        held = not lock_file(lock)
-        lock.seek(0)
-        if held:
+        if not lock_file(lock):
+            lock.seek(0)
             raise UserError(f"{output_dir} is in use by process {lock.read().strip()}")
-        lock.truncate()
+        lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()
-        recover(folder)
+        # what was killed just before its rename is renamed, other hidden leftovers are deleted
+        for hidden in (*folder.glob(".tmp-step_*"), folder / ".tmp-final"):
+            target = folder / hidden.name.removeprefix(".tmp-")
+            if problem_with(hidden) is None and problem_with(target):
+                remove_folder(target)
+                os.replace(hidden, target)
+            shutil.rmtree(hidden, ignore_errors=True)
         world.barrier()
         yield
-
-
-def recover(folder):
-    """Renames a checkpoint that was killed just before its rename; deletes hidden leftovers."""
-    for hidden in folder.glob(".tmp-step_*"):
-        target = folder / hidden.name.removeprefix(".tmp-")
-        if problem_with(hidden) is None and problem_with(target):
-            remove_folder(target)
-            os.replace(hidden, target)
-    for hidden in (*folder.glob(".tmp-step_*"), folder / ".tmp-final"):
-        shutil.rmtree(hidden, ignore_errors=True)

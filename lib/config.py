@@ -73,7 +73,7 @@ PositiveFloat = Annotated[float, Range(0, open_low=True)]
 NonNegativeFloat = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
 
-NO_DEFAULT = object()
+NO_DEFAULT = MISSING
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Option:
     optional: bool = False
     choices: tuple = ()
     item: "Option | None" = None  # of a tuple
-    default: Any = NO_DEFAULT
+    default: Any = None  # or NO_DEFAULT; see options_of
 
     @property
     def default_text(self):
@@ -124,7 +124,6 @@ def options_of(cls):
     hints, options = get_type_hints(cls, include_extras=True), {}
     for field in fields(cls):
         default = field.default if field.default_factory is MISSING else field.default_factory()
-        default = NO_DEFAULT if default is MISSING else default
         options[field.name] = replace(option_of(hints[field.name]), default=default)
     return options
 
@@ -140,12 +139,8 @@ def accept(name, value, option, source):
         value = int(value)  # 1e4 is a count; past 2**53 a float no longer says which
     if type(value) is int and option.base is float:
         value = float(str(value))  # as text: too large an int is then inf instead of an error
-    fits = type(value) is option.base  # not isinstance: to Python True is an int
-    if option.choices:
-        fits = fits and value in option.choices
-    elif option.base in (int, float):
-        fits = fits and value in option.limits
-    if not fits:
+    allowed = option.choices or (option.limits if option.base in (int, float) else [value])
+    if type(value) is not option.base or value not in allowed:  # to Python True is an int
         expected = f"a list of {option.item}" if option.item else option
         raise UserError(f"{name} must be {expected}, got {shown(value)} ({source})")
     return value
@@ -344,15 +339,14 @@ def dispatch(commands, argv, doc):
     if word in commands:
         function, config = commands[word]
         required = [n for n, option in options_of(config).items() if option.default is NO_DEFAULT]
-        doc = inspect.cleandoc(function.__doc__)
-        return run(function, config, doc, argv=rest, positional=required)
+        return run(function, config, inspect.getdoc(function), argv=rest, positional=required)
     with exit_statuses():
         if word not in ("--help", "-h"):
             hint = did_you_mean(word, commands, "{}") or f"; expected {'|'.join(commands)}"
             raise UserError(f"unknown command {word!r}{hint}")
         print(inspect.cleandoc(doc), "", sep="\n")
         for name, (function, _) in commands.items():
-            print(f"  {name:<18}{inspect.cleandoc(function.__doc__).splitlines()[0]}")
+            print(f"  {name:<18}{inspect.getdoc(function).splitlines()[0]}")
 
 
 @contextmanager

@@ -26,14 +26,15 @@ class Log:
         self.path = Path(cfg.output_dir) / "metrics.jsonl"
         self.mark = (time.monotonic(), state.tokens)  # where tokens per second are counted from
         self.trackers = {}  # {name: (function that takes a record, function that closes)}
-        if world.rank == 0:
+        if world.rank == 0 and self.path.exists():
             self._drop_after(state)
         for name in cfg.report_to if world.rank == 0 else ():
             if importlib.util.find_spec(name) is None:
                 missing = "needs a package that is not installed"
                 raise UserError(f"report_to={name}: {missing}: pip install {name}")
             with self._warning(name):
-                self.trackers[name] = TRACKERS[name](cfg, state)
+                opened = open_wandb if name == "wandb" else open_tensorboard
+                self.trackers[name] = opened(cfg, state)
 
     def __enter__(self):
         return self
@@ -62,8 +63,6 @@ class Log:
 
     def _drop_after(self, state):
         """Removes what a run that died logged after its checkpoint: those steps come again."""
-        if not self.path.exists():
-            return
         lines = []
         with writing(self.path):
             for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
@@ -136,7 +135,7 @@ def open_tensorboard(cfg, state):
     """Events go to OUTPUT_DIR/tensorboard; a resume purges those of the steps to come."""
     from torch.utils.tensorboard import SummaryWriter
 
-    folder = str(Path(cfg.output_dir) / "tensorboard")
+    folder = f"{cfg.output_dir}/tensorboard"
     writer = SummaryWriter(folder, purge_step=state.step + 1 if state.step else None)
 
     def send(record):
@@ -158,6 +157,3 @@ def open_wandb(cfg, state):
     session = wandb.init(name=cfg.output_dir, dir=cfg.output_dir, config=config, settings=quiet)
     session.define_metric("*", step_metric="step")  # wandb's own step refuses to go back
     return session.log, session.finish
-
-
-TRACKERS = {"wandb": open_wandb, "tensorboard": open_tensorboard}

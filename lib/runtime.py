@@ -131,7 +131,9 @@ def open_world(cfg):
     try:
         yield World(rank, size, device)
     except (RuntimeError, MemoryError) as problem:
-        if is_out_of_memory(problem):
+        # torch has a type for it on CUDA only
+        words = "(?i)out of memory|can't allocate memory|not enough memory|bad_alloc|ALLOC_FAILED"
+        if isinstance(problem, MemoryError) or re.search(words, str(problem)):
             less = less_memory(cfg)
             raise UserError(f"out of memory; checkpoints are untouched; {less}") from None
         if size > 1 and re.search("(?i)gloo|nccl|connection", str(problem)):
@@ -242,12 +244,6 @@ def memory_used(device):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
     return 0
-
-
-def is_out_of_memory(problem):
-    """Returns whether an exception means so; torch has a type for it on CUDA only."""
-    words = "(?i)out of memory|can't allocate memory|not enough memory|bad_alloc|ALLOC_FAILED"
-    return isinstance(problem, MemoryError) or bool(re.search(words, str(problem)))
 
 
 def less_memory(cfg):

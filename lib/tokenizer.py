@@ -58,7 +58,7 @@ class Tokenizer:
         if self.template not in (None, *TEMPLATES):
             raise UserError(f"{source}: no template {self.template!r} (tokenizer_config.json)")
         try:
-            ids = self._open(model)
+            ids = dict.fromkeys(SPECIALS, -1) | self._open(model)
             self.dummy_prefix = self._bytes[self.encode("a")[0]].startswith(b" ")
             self.model_size = len(self.pieces)  # ids of `model` alone
             self._add_symbols(config.get("added_tokens_decoder", {}))
@@ -67,14 +67,22 @@ class Tokenizer:
         except Exception as error:  # a damaged file fails in many ways
             beside = ", or tokenizer_config.json beside it is" if config else ""
             raise UserError(f"{source}: {self.unreadable}{beside}") from error
-        self._set_roles(ids, {role: config.get(f"{role}_token") for role in SPECIALS})
+        for role in SPECIALS:  # bos_id, eos_id, ...: what `config` names, else the model's own
+            symbol = config.get(f"{role}_token")
+            symbol = symbol.get("content") if isinstance(symbol, dict) else symbol
+            if symbol is not None and (str(symbol) in self.controls or role in ("bos", "eos")):
+                ids[role] = self.controls.get(str(symbol), -1)
+        self.bos_id, self.eos_id, self.unk_id = ids["bos"], ids["eos"], ids["unk"]
+        if min(self.bos_id, self.eos_id) < 0:
+            remedy = "name bos_token and eos_token in tokenizer_config.json"
+            raise UserError(f"{source}: no control symbol opens or ends a text; {remedy}")
+        self.pad_id = ids["pad"] if ids["pad"] >= 0 else self.eos_id
 
     def _open(self, model):
         """Sets `pieces` and the text of each, `_bytes`; returns {role: id}, -1 for none."""
         self._spm = sp = spm.SentencePieceProcessor()
         sp.load_from_serialized_proto(model)
-        self._inner = spm.SentencePieceProcessor()
-        self._inner.load_from_serialized_proto(model + NO_DUMMY_PREFIX)
+        self._inner = spm.SentencePieceProcessor(model_proto=model + NO_DUMMY_PREFIX)
         self._space_ids = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         self.pieces = [sp.id_to_piece(id) for id in range(sp.get_piece_size())]
         control = [sp.is_control(id) or sp.is_unknown(id) for id in range(len(self.pieces))]
@@ -102,19 +110,6 @@ class Tokenizer:
         self.vocab_size = len(self.pieces)
         self.controls = {piece: id for id, piece in enumerate(self.pieces) if not self._bytes[id]}
         self.im_start_id, self.im_end_id = map(self.controls.get, (IM_START, IM_END))
-
-    def _set_roles(self, ids, roles):
-        """Sets bos_id, eos_id, ...: the symbols of a tokenizer_config.json, else the `ids`."""
-        ids = dict.fromkeys(SPECIALS, -1) | ids
-        for role, symbol in roles.items():
-            symbol = symbol.get("content") if isinstance(symbol, dict) else symbol
-            if symbol is not None and (str(symbol) in self.controls or role in ("bos", "eos")):
-                ids[role] = self.controls.get(str(symbol), -1)
-        self.bos_id, self.eos_id, self.unk_id = ids["bos"], ids["eos"], ids["unk"]
-        if min(self.bos_id, self.eos_id) < 0:
-            remedy = "name bos_token and eos_token in tokenizer_config.json"
-            raise UserError(f"{self.source}: no control symbol opens or ends a text; {remedy}")
-        self.pad_id = ids["pad"] if ids["pad"] >= 0 else self.eos_id
 
     @classmethod
     def load(cls, path):

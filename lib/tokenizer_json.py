@@ -48,7 +48,11 @@ class JSONTokenizer(Tokenizer):
             return tokenizer
 
         spec = json.loads(model)
-        inner = {name: without_prefix(spec.get(name)) for name in ("normalizer", "pre_tokenizer")}
+        # the same without a space before texts
+        off = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}
+        switch_off = lambda part: {key: off.get(key, value) for key, value in part.items()}
+        inner = {name: spec.get(name) for name in ("normalizer", "pre_tokenizer")}
+        inner = json.loads(json.dumps(inner), object_hook=switch_off)
         self._json, self._inner = reader(spec), reader(spec | inner)
         self._prefix_after_symbols = "Prepend" in json.dumps(spec.get("normalizer"))
         added = {token["content"]: token["special"] for token in spec["added_tokens"]}
@@ -70,13 +74,6 @@ class JSONTokenizer(Tokenizer):
         return [self.encode(text) for text in texts]
 
 
-def without_prefix(section):
-    """Returns a normalizer or pre-tokenizer of tokenizer.json without a space before texts."""
-    off = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}
-    switch_off = lambda part: {key: off.get(key, value) for key, value in part.items()}
-    return json.loads(json.dumps(section), object_hook=switch_off)
-
-
 def speller(spec):
     """Returns the function from a piece of a tokenizer.json to its bytes; KeyError if unknown."""
     decoder = spec["decoder"]
@@ -87,9 +84,8 @@ def speller(spec):
         return spell
     # GPT-2's alphabet (Radford et al. 2019): printable Latin-1 is its own byte, the others are
     # U+0100, U+0101, ...
-    plain = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
-    others = sorted(set(range(256)) - set(plain))
-    letters = {chr(byte): byte for byte in plain}
+    others = [byte for byte in range(256) if byte == ord(" ") or not chr(byte).isprintable()]
+    letters = {chr(byte): byte for byte in set(range(256)).difference(others)}
     letters |= {chr(256 + n): byte for n, byte in enumerate(others)}
     return lambda piece: bytes(letters[letter] for letter in piece)
 
@@ -134,42 +130,35 @@ def files_of(tokenizer, max_length, template):
 
 def hugging_face_json(tokenizer):
     """Returns tokenizer.json for the package `tokenizers`: the same ids, and no BOS unasked."""
-    pieces = tokenizer.pieces
+    vocab, controls = {p: id for id, p in enumerate(tokenizer.pieces)}, tokenizer.controls
+    ids = {p: id for p, id in vocab.items() if p not in controls and not BYTE_PIECE.fullmatch(p)}
+    merges = []  # all pairs that join to a piece, in the order of SentencePiece's merges
+    for piece in ids:
+        halves = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
+        pairs = [(left, right) for left, right in halves if left in ids and right in ids]
+        merges += sorted(pairs, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
     to_space = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     from_space = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     encoding, decoding = [from_space], [to_space, {"type": "ByteFallback"}, {"type": "Fuse"}]
     if tokenizer.dummy_prefix:
         encoding.insert(0, {"type": "Prepend", "prepend": SPACE})
         decoding.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    controls = tokenizer.controls.items()
     return {
         "version": "1.0",
-        "added_tokens": [{"id": id, "content": name, **CONTROL_TOKEN} for name, id in controls],
+        "added_tokens": [{"id": id, "content": p, **CONTROL_TOKEN} for p, id in controls.items()],
         "normalizer": {"type": "Sequence", "normalizers": encoding},
         "pre_tokenizer": None,
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": decoding},
         "model": {
             "type": "BPE",
-            "unk_token": pieces[tokenizer.unk_id],
+            "unk_token": tokenizer.pieces[tokenizer.unk_id],
             "fuse_unk": True,
             "byte_fallback": True,
-            "vocab": {piece: id for id, piece in enumerate(pieces)},
-            "merges": merges_of(tokenizer),
+            "vocab": vocab,
+            "merges": merges,
         },
     }
-
-
-def merges_of(tokenizer):
-    """Returns all pairs of pieces that join to a piece, in the order of SentencePiece's merges."""
-    sizes, pieces = tokenizer.token_bytes(), tokenizer.pieces
-    ids = {p: id for id, p in enumerate(pieces) if sizes[id] and not BYTE_PIECE.fullmatch(p)}
-    merges = []
-    for piece in ids:
-        halves = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
-        pairs = [(left, right) for left, right in halves if left in ids and right in ids]
-        merges += sorted(pairs, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
-    return merges
 
 
 def jinja(template):
