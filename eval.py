@@ -9,7 +9,6 @@ are answered by generation and scored by plain counts: these scores tell broken 
 good from better, so read the responses. A part out of reach is "not measured", never 0.
 """
 
-import copy
 import gzip
 import hashlib
 import json
@@ -44,7 +43,7 @@ from lib.config import PositiveInt, Range, UserError
 from lib.runtime import tune_cpu
 from lib.tokenizer import render, stop_ids
 from model import KVCache, count_parameters, identify, next_token_loss, row_groups
-from sample import Request, Sampling, generate, open_model
+from sample import Request, Sampling, generate, open_model, rows_of
 
 
 @dataclass(frozen=True)
@@ -89,21 +88,18 @@ def side_by_side(work, items, device):
 
 
 def windows(count, context, stride):
-    """Yields (start, end, first): inputs start..end of `count` targets, of which first..end count.
+    """Returns [(start, end, first)]: inputs start..end, of whose targets first..end count.
 
     Every target counts once; all but the first see at least context - stride + 1 tokens.
     """
-    end = min(context, count)
-    yield 0, end, 0
-    while end < count:
-        first, end = end, min(end + stride, count)
-        yield end - context, end, first
+    ends = [*range(context, count, stride), count]
+    return [(max(0, end - context), end, first) for first, end in zip([0, *ends], ends)]
 
 
 def text_nats(model, ids, bos_id, context, stride, rows):
     """Returns the sum of -log p over `ids`, the first after bos_id; `rows` windows run together."""
     stream, device = torch.tensor([bos_id, *ids]), model.lm_head.weight.device
-    cuts = list(windows(len(ids), context, stride))
+    cuts = windows(len(ids), context, stride)
 
     def work(group):
         width = group[0][1] - group[0][0]
@@ -157,8 +153,7 @@ def group_scores(model, questions):
     cache = KVCache(model.cfg, len(questions), capacity, weight.device, weight.dtype)
     x = model.model(contexts, cache=cache)[owner, lengths[owner] - 1][:, None]  # (N, 1, C)
     if longest > 1:
-        copies = copy.copy(cache)
-        copies.k, copies.v = ([kept[owner] for kept in layers] for layers in (cache.k, cache.v))
+        copies = rows_of(cache, owner)
         copies.lengths, copies.start = lengths[owner], None  # ragged: a length for each row
         x = torch.cat([x, model.model(labels[:, :-1], cache=copies)], dim=1)  # (N, longest, C)
     real = torch.arange(longest, device=weight.device) < sizes[:, None]  # the rest is padding
@@ -409,8 +404,7 @@ def ask_prompts(model, tokenizer, prompts, max_new_tokens=64, seed=0, together=6
         requests.append(Request(ids, max_new_tokens, sampling, stop_ids(tokenizer, template)))
     start = time.perf_counter()
     for at in range(0, len(requests), together):
-        for _ in generate(model, requests[at : at + together]):
-            pass
+        list(generate(model, requests[at : at + together]))
     seconds = time.perf_counter() - start
     for prompt, request, row in zip(prompts, requests, rows):
         text = tokenizer.decode(request.ids)
@@ -577,25 +571,19 @@ def prepare_task(cfg, model, tokenizer, path):
     def measure():
         print(f"{len(rows):,} questions of {path}", file=sys.stderr, flush=True)
         scores = answer_scores(model, encoded, rows_at_once(cfg, model, context))
-        result = task_result(rows[0][1], [row[2] for row in rows], scores)
-        return result | {"path": path, "rows": total, "cut": cut}
+        values = [[value for value, _ in row] for row in scores]
+        about = {"nats": -sum(map(sum, values)), "path": path, "rows": total, "cut": cut}
+        if "last-word" in kinds:
+            right = [int(greedy) for ((_, greedy),) in scores]
+            about["verdict"] = "right where every token of the last word is the likeliest"
+            about["perplexity"] = perplexity(about["nats"], len(rows))
+            return accuracy(right, [1] * len(right), 0, "") | about
+        _, choices, gold = zip(*(question for _, _, question in rows))
+        names = [name.strip() for name in choices[0]] if len(set(choices)) == 1 else None
+        sizes = [[len(choice.strip()) for choice in row] for row in choices]
+        return multiple_choice(values, sizes, gold, names) | about
 
     return measure
-
-
-def task_result(kind, questions, scores):
-    """Returns accuracies of questions of one kind from their `answer_scores`."""
-    rows = [[value for value, _ in row] for row in scores]
-    nats = -sum(map(sum, rows))
-    if kind == "last-word":
-        right = [int(greedy) for ((_, greedy),) in scores]
-        words = "right where every token of the last word is the likeliest"
-        result = accuracy(right, [1] * len(right), 0, "") | {"verdict": words, "nats": nats}
-        return result | {"perplexity": perplexity(nats, len(rows))}
-    _, choices, gold = zip(*questions)
-    names = [name.strip() for name in choices[0]] if len(set(choices)) == 1 else None
-    sizes = [[len(choice.strip()) for choice in row] for row in choices]
-    return multiple_choice(rows, sizes, gold, names) | {"nats": nats}
 
 
 # ---- The report

@@ -44,15 +44,12 @@ from model import KVCache, attend, load_model, model_folder
 class Sampling:
     """How a row chooses its tokens. The rules apply in this order, that of transformers."""
 
-    # > 1 makes used tokens rarer
-    repetition_penalty: Annotated[float, Range(0, 100, open_low=True)] = 1.0
+    repetition_penalty: Annotated[float, Range(0, 100, open_low=True)] = 1.0  # > 1: fewer repeats
     temperature: Annotated[float, Range(0, 100)] = 0.8  # 0 = always the likeliest token
     top_k: Annotated[int, Range(0, 1 << 20)] = 50  # only the k likeliest tokens; 0 = off
-    # only the likeliest that sum to p; 1 = off
-    top_p: Annotated[float, Range(0, 1, open_low=True)] = 0.95
+    top_p: Annotated[float, Range(0, 1, open_low=True)] = 0.95  # the likeliest up to p; 1 = off
     min_p: Fraction = 0.0  # only tokens at least min_p times as likely as the likeliest
-    # of the row's own generator; none = a fresh one
-    seed: Annotated[int, Range(0, 2**64 - 1)] | None = None
+    seed: Annotated[int, Range(0, 2**64 - 1)] | None = None  # none = a fresh one
 
 
 # A rule is a field above, its number here and its line in `keep`. The number, a function of a row's
@@ -278,8 +275,7 @@ def fuse(model, int8=False):
     assert not int8 or model.lm_head.weight.dtype == torch.float32
     decoder, matrix = model.model, Int8Matrix if int8 else Matrix
     model.lm_head = matrix(model.lm_head)
-    tied = model.cfg.tie_word_embeddings
-    decoder.table = model.lm_head if tied else matrix(decoder.embed_tokens)
+    decoder.table = model.lm_head if model.cfg.tie_word_embeddings else matrix(decoder.embed_tokens)
     del decoder.embed_tokens
     decoder.embed_tokens = decoder.table.rows
     decoder.cos = torch.cat((decoder.cos, decoder.cos), dim=-1)  # (positions, D)
@@ -367,10 +363,9 @@ class Engine:
         capacity = window_for(self.limit) if graphs else self.limit
         self.cache = KVCache(model.cfg, slots, capacity, self.device, weight.dtype)
         # what a step reads and writes never moves, as CUDA graphs need it; a row for each slot:
-        on = {"device": self.device}
-        self.tokens = torch.zeros(slots, 1, dtype=torch.long, **on)  # the newest, not yet fed
-        self.history = torch.zeros(slots, self.limit, dtype=torch.long, **on)
-        self.uniforms = torch.ones(slots, self.limit, **on)  # by position of the token to draw
+        self.history = torch.zeros(slots, self.limit, dtype=torch.long, device=self.device)
+        self.tokens = self.history.new_zeros(slots, 1)  # the newest, not yet fed
+        self.uniforms = torch.ones(slots, self.limit, device=self.device)  # by the token's position
         self.table = rule_table([Sampling()] * slots, model.cfg.vocab_size).to(self.device)
         self.requests = [Request([], 0, finish="stop")] * slots
         self.part = None  # the cache and the rules of the rows that are computed
@@ -464,8 +459,7 @@ class Engine:
             prompt = torch.tensor(request.prompt, device=self.device)
             self.fed[i] = self.cache.lengths[i] = size - 1
             self.tokens[i], self.history[i], self.history[i, :size] = prompt[-1], prompt[0], prompt
-            numbers = uniforms(request.sampling.seed, self.limit - size)
-            self.uniforms[i, size:] = numbers.to(self.device)
+            self.uniforms[i, size:] = uniforms(request.sampling.seed, self.limit - size)
             request.finish = request.finish or (None if request.max_new_tokens else "length")
         self.joining = [i for i in self.joining if i not in seated]
 
@@ -477,8 +471,7 @@ class Engine:
         count = min(self.burst, room, self.limit - 1 - min(fed))
         tops = [row.top_logprobs for row in requests if row.top_logprobs is not None]
         top = max(*tops, 20 * self.graphs) if tops else None  # few values, few graphs
-        settings = [row.sampling for row in requests]
-        branches = Branches.of(settings, self.model.cfg.vocab_size)
+        branches = Branches.of([row.sampling for row in requests], self.model.cfg.vocab_size)
         # in a burst a row that is ending may seem longer than there is room for
         longest = min(max(fed) + count, self.limit)
         # equally long rows are appended to, and read, as slices: no mask, no index
@@ -489,12 +482,11 @@ class Engine:
         self.part.start = self.fed[0] if even and not self.graphs else None
         self.part.window = window_for(longest) if self.graphs else longest
         new = torch.empty(count, size, dtype=torch.long, device=self.device)
-        reports = [[None] * size] * count
+        reports = []
         for step in range(count):
             report = self.step(branches, top)
             new[step] = self.tokens[:size, 0]
-            if report:
-                reports[step] = listed(*report)
+            reports.append(listed(*report) if report else [None] * size)
         self.fed = [fed + count * (slot not in self.joining) for slot, fed in enumerate(self.fed)]
         return list(zip(new.tolist(), reports))  # here the host waits for the device
 
@@ -613,11 +605,10 @@ class Reply:
 
         A stop text sets `stopped`.
         """
-        last = id is None
-        text = self.characters.flush() if last else self.characters.push(id)
         if self.stopped:
             return ""
-        text = self.held + text
+        last = id is None
+        text = self.held + (self.characters.flush() if last else self.characters.push(id))
         stops = [at for at in map(text.find, self.stop) if at >= 0]
         if stops:
             self.stopped, last, text = True, True, text[: min(stops)]
@@ -695,6 +686,7 @@ class Chat:
     def __init__(self, cfg, model, tokenizer):
         self.cfg, self.tokenizer, self.template = cfg, tokenizer, tokenizer.template
         self.engine, self.system, self.turns = Engine(model, 1, graphs=cfg.compile), [], []
+        self.longest = cfg.max_new_tokens or 512
         self.person = sys.stdin.isatty() and not cfg.prompt  # else a pipe, or a single question
         (self.sampling,) = cfg.samplings()
         if self.template is None:
@@ -719,19 +711,15 @@ class Chat:
         elif word == "/retry":
             self.ask(self.turns[-2]["content"], self.turns[:-2])
         elif word == "/save":
-            self.save(text.strip())
+            row, path = {"messages": self.system + self.turns}, text.strip()
+            try:
+                with open(path, "a", encoding="utf-8", newline="\n") as file:
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            except OSError as problem:
+                raise UserError(f"/save: {path!r}: {problem.strerror}; name a file") from None
         elif word and word != "/quit":
             self.ask(line, self.turns)
         return word != "/quit"
-
-    def save(self, path):
-        """Appends the conversation to the JSON Lines file `path`."""
-        try:
-            with open(path, "a", encoding="utf-8", newline="\n") as file:
-                row = {"messages": self.system + self.turns}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        except OSError as problem:
-            raise UserError(f"/save: {path!r}: {problem.strerror}; name a file") from None
 
     def ask(self, text, turns):
         """Prints the answer to `text` after `turns`, and remembers both unless it is empty.
@@ -740,11 +728,18 @@ class Chat:
         remembered as far as it got. UserError if there is no room for one, and nothing changes.
         """
         turns = [*turns, {"role": "user", "content": text}]
-        ids = [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
+        ids, limit = [self.tokenizer.bos_id, *self.tokenizer.encode(text)], self.engine.limit
         if self.template is not None:
-            ids, turns = self.fit(turns)
+            for first in range(0, len(turns), 2):  # a full context forgets old turns
+                messages = self.system + turns[first:]
+                ids, _ = render(self.tokenizer, messages, self.template, add_generation_prompt=True)
+                if len(ids) + min(self.longest, limit // 4) <= limit:
+                    break
+            if first and len(ids) < limit:  # else the engine refuses the question
+                note(f"(the context of {limit} tokens is full: the oldest turns are forgotten)")
+            turns = turns[first:]
         ends = stop_ids(self.tokenizer, self.template)
-        request = Request(ids, self.cfg.longest, self.sampling, ends)
+        request = Request(ids, self.longest, self.sampling, ends)
         reply = Reply(self.tokenizer, self.cfg.stop, trim=self.template is not None)
         (answer,) = print_replies(self.engine, [request], [reply])
         self.sampling = replace(self.sampling, seed=(self.sampling.seed + 1) % 2**64)
@@ -752,19 +747,6 @@ class Chat:
             self.turns = [*turns, {"role": "assistant", "content": answer}]
         if request.finish == "stopped" and not self.person:
             raise KeyboardInterrupt
-
-    def fit(self, turns):
-        """Returns (ids to answer, turns). A full context forgets old turns and says so."""
-        limit, count = self.engine.limit, len(turns)
-        while True:
-            messages = self.system + turns
-            ids, _ = render(self.tokenizer, messages, self.template, add_generation_prompt=True)
-            if len(ids) + min(self.cfg.longest, limit // 4) <= limit or len(turns) == 1:
-                break
-            turns = turns[2:]
-        if len(turns) < count and len(ids) < limit:  # else the engine refuses the question
-            note(f"(the context of {limit} tokens is full: the oldest turns are forgotten)")
-        return ids, turns
 
 
 def converse(chat):
@@ -802,8 +784,7 @@ class SampleConfig(Sampling):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     # fp32 on a CPU, bf16 on a GPU that has it; int8 (CPU): a fourth the memory, faster, a bit off
     dtype: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto"
-    # CUDA only: fuse the decode step and replay it as a graph; takes a while to start
-    compile: bool = False
+    compile: bool = False  # CUDA only: replay the decode step as a graph; the start takes minutes
 
     def __post_init__(self):
         if not all(self.stop):
@@ -812,10 +793,6 @@ class SampleConfig(Sampling):
             raise ValueError("num_samples, chat: a chat gives one answer at a time; leave one out")
         if self.system and not self.chat:
             raise ValueError("system is for --chat: a prompt alone is continued as it stands")
-
-    @property
-    def longest(self):
-        return self.max_new_tokens or (512 if self.chat else 64)
 
     def samplings(self):
         """Returns a Sampling for each sample; their seeds count up from ours, or a fresh one."""
@@ -829,10 +806,10 @@ def main(cfg):
     if cfg.chat:
         chat = Chat(cfg, model, tokenizer)
         return chat.ask(cfg.prompt, []) if cfg.prompt else converse(chat)
-    prompt = [tokenizer.bos_id, *tokenizer.encode(cfg.prompt)]
+    prompt, longest = [tokenizer.bos_id, *tokenizer.encode(cfg.prompt)], cfg.max_new_tokens or 64
     ends = stop_ids(tokenizer, tokenizer.template)
-    requests = [Request(prompt, cfg.longest, rules, ends) for rules in cfg.samplings()]
-    engine = Engine(model, len(requests), len(prompt) + cfg.longest, graphs=cfg.compile)
+    requests = [Request(prompt, longest, rules, ends) for rules in cfg.samplings()]
+    engine = Engine(model, len(requests), len(prompt) + longest, graphs=cfg.compile)
     print_replies(engine, requests, [Reply(tokenizer, cfg.stop) for _ in requests])
     if any(request.finish == "stopped" for request in requests):
         raise KeyboardInterrupt

@@ -110,15 +110,6 @@ class TokenFields:
     tokens: list | None = None
 
 
-def joined(content):
-    """Returns a list of texts, as some clients send it, as one text."""
-    if not isinstance(content, list):
-        return content
-    right = all(isinstance(part, dict) and type(part.get("text")) is str for part in content)
-    require(right, "content must be a text, or a list of texts", "messages")
-    return "".join(part["text"] for part in content)
-
-
 # ---- The answers: OpenAI's shapes and /generate, as JSON values; no HTTP here.
 
 
@@ -197,8 +188,14 @@ class Api:
     def conversation(self, messages):
         """Returns the ids up to the answer; without a template those of all contents in one."""
         require(all(isinstance(m, dict) for m in messages), "a message is an object", "messages")
-        messages = [m | {"content": joined(m.get("content"))} for m in messages]
-        text = "".join(str(m["content"]) for m in messages)
+        contents = [m.get("content") for m in messages]
+        for at, parts in enumerate(contents):
+            if isinstance(parts, list):  # of texts, as some clients send it
+                right = all(isinstance(p, dict) and type(p.get("text")) is str for p in parts)
+                require(right, "content must be a text, or a list of texts", "messages")
+                contents[at] = "".join(part["text"] for part in parts)
+        messages = [m | {"content": content} for m, content in zip(messages, contents)]
+        text = "".join(map(str, contents))
         # an empty system prompt is none, and an empty answer no reason to end the conversation
         messages = [m for m in messages if str(m["content"]).strip() or m.get("role") == "user"]
         check_messages(messages)
@@ -265,7 +262,8 @@ class Api:
         head |= {"created": int(time.time()), "model": self.name}
 
         def choice(piece):
-            piece = self.echoed(piece, call.rows[piece.index])
+            row = call.rows[piece.index]
+            piece = self.echoed(piece, row) if row.echo else piece
             logprobs = self.chat_logprobs if chat else self.completion_logprobs
             shared = {"index": piece.index, "finish_reason": piece.finish}
             shared |= {"logprobs": None if top is None else logprobs(piece)}
@@ -323,21 +321,17 @@ class Api:
             text = spelled.decode("utf-8", "replace")
             return "bytes:" + "".join(f"\\x{b:02x}" for b in spelled) if "\ufffd" in text else text
 
-        def alternatives(token):
-            return {name(id): logprob for id, logprob in (*token.top, (token.id, token.logprob))}
-
         tokens = piece.tokens
+        tops = [{name(id): value for id, value in (*t.top, (t.id, t.logprob))} for t in tokens]
         return {
             "tokens": [name(token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [None if t.logprob is None else alternatives(t) for t in tokens],
+            "top_logprobs": [None if None in top.values() else top for top in tops],
             "text_offset": [token.start for token in tokens],
         }
 
     def echoed(self, piece, row):
-        """Returns a piece, with `echo` after the prompt and its log-probabilities."""
-        if not row.echo:
-            return piece
+        """Returns a piece after the prompt of its row and that one's log-probabilities."""
         stream, text, tokens = self.tokenizer.stream(), "", []
         for id, logprob in zip(row.prompt, row.logprobs):
             tokens.append(Token(len(text), id, *logprob))
@@ -442,15 +436,13 @@ class Scheduler:
         if graphs:  # no request waits for a compiler
             self.engine.rehearse(Sampling(), Sampling(temperature=0))
         self.rows, self.changed = [], threading.Condition()  # which guards them
-        self.closing = False
-        self.prompt_tokens = self.new_tokens = 0
+        self.closing, self.prompt_tokens, self.new_tokens = False, 0, 0
 
     def submit(self, call):
         """Puts a call's rows into the queue, all or none; ApiError 429 or 503 if it takes none."""
         with self.changed:
             require(not self.closing, *REFUSALS["shutdown"])
-            fits = len(self.rows) + len(call.rows) <= self.slots + self.room
-            require(fits, *REFUSALS["time"])
+            require(len(self.rows) + len(call.rows) <= self.slots + self.room, *REFUSALS["time"])
             self.rows.extend(call.rows)
             self.changed.notify()
 
@@ -482,8 +474,7 @@ class Scheduler:
 
     def drop(self, failure):
         """Lets go of rows that have ended; ends those whose client is gone or whose time is up."""
-        with self.changed:
-            rows, closing, now = list(self.rows), self.closing, time.monotonic()
+        rows, closing, now = list(self.rows), self.closing, time.monotonic()
         gone = {call for call in {row.call for row in rows} if call.disconnected()}
         for row in rows:
             reason = "shutdown" if closing else "time" if now > row.call.deadline else None
@@ -500,17 +491,15 @@ MAX_CONNECTIONS = 256  # answered at the same time; others are told 503
 MAX_FIRST_LINE, MAX_HEAD, MAX_BODY = 8 << 10, 32 << 10, 1 << 20  # bytes: first line, headers, body
 PAGE = Path(__file__).with_name("web").joinpath("chat.html").read_text(encoding="utf-8")
 
-
-def allowed(tag):
-    """Returns what a Content-Security-Policy allows of a tag: the page's own block, by its hash."""
+# The page loads nothing from elsewhere, sends nothing elsewhere, and stands in nobody's frame. Of
+# scripts and styles only its own are allowed, by their hashes.
+POLICY = "default-src 'none'; "
+for tag in ("script", "style"):
     (block,) = re.findall(f"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()
-    return f"{tag}-src 'sha256-{digest}'"
-
-
-# The page loads nothing from elsewhere, sends nothing elsewhere, and stands in nobody's frame.
-POLICY = f"default-src 'none'; {allowed('script')}; {allowed('style')}; connect-src 'self'; "
-POLICY += "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    POLICY += f"{tag}-src 'sha256-{digest}'; "
+POLICY += "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+POLICY += "frame-ancestors 'none'"
 HEADERS = {"Content-Security-Policy": POLICY}
 HEADERS |= {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Connection": "close"}
 DONE = b"data: [DONE]\n\n"  # ends a stream
