@@ -169,7 +169,7 @@ def decoded_lines(path, tally):
 # Python 3.11's html.parser takes seconds for 20 kB of "<a ". These patterns never fail once they
 # have begun, so that every character is looked at once.
 HIDDEN = re.compile(r"(?is)<!--.*?(?:-->|\Z)|<(script|style)\b.*?(?:</\1|\Z)[^>]*>?")
-TAG = re.compile(r"<[/!?]?(\w*)[^<>]*>")
+TAG = re.compile(r'<(?:/?([A-Za-z]\w*)|[!?])(?:[^<>"]++|"[^"<]{0,1000}")*+>')
 BLOCKS = "p div br h1 h2 h3 h4 h5 h6 li dt dd tr td th pre blockquote section article main title hr"
 BLOCKS = {*BLOCKS.split(), *"header footer nav aside form figure caption table ul ol dl".split()}
 LONG_ENTITY = re.compile("&#(?:[0-9]{8,}|[xX][0-9a-fA-F]{7,});?")  # html.unescape may raise
@@ -178,7 +178,7 @@ LONG_ENTITY = re.compile("&#(?:[0-9]{8,}|[xX][0-9a-fA-F]{7,});?")  # html.unesca
 def page_text(page):
     """Returns the visible text of a HTML page; each block becomes a paragraph."""
     page = re.sub(r"\s+", " ", HIDDEN.sub("", page))
-    page = TAG.sub(lambda tag: "\n" if tag[1].lower() in BLOCKS else "", page)
+    page = TAG.sub(lambda tag: "\n" if (tag[1] or "").lower() in BLOCKS else "", page)
     page = html.unescape(LONG_ENTITY.sub("", page))
     return "\n\n".join(filter(None, map(str.strip, page.split("\n"))))
 

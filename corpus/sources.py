@@ -91,6 +91,9 @@ def interleave(streams, tally):
         counts["ended"] = where is None
         if where is None:
             streams.remove(turn)
+            if not counts["documents"] and len(owed) > 1:  # alone, the run says why at its end
+                why = f"0 usable documents ({', '.join(tally.dropped['read']) or 'it is empty'})"
+                raise UserError(f"mixture: {source.name}: {why}; mend it or leave it out")
         elif files.surrogate(text):
             tally.bad("bad-unicode", f"{where}: lone surrogate")
         else:

@@ -413,6 +413,8 @@ def test_a_page_becomes_its_text(tmp_path):
     assert texts_of(tmp_path) == ([TEXT.replace("/", "\n\n")], {})
     (tmp_path / "a.htm").write_bytes(b"<p>" + RUSSIAN.encode("koi8-r"))
     assert texts_of(tmp_path) == ([], {"not-utf-8": 1})
+    page = '<!doctype html><p title="a > b">x < 5 and y > 3</p><b>b</b>old'
+    assert page_text(page) == "x < 5 and y > 3\n\nbold"
 
 
 class Words(HTMLParser):
@@ -640,6 +642,13 @@ def test_a_wrong_entry_is_one_line(tmp_path, entry, message):
     first, second = mixture_of(tmp_path, [1, 1], [1, 1])
     mixture = (first, {**second, **entry} if isinstance(entry, dict) else entry)
     refused(message, mixture=mixture)
+
+
+def test_a_source_of_a_mixture_without_a_document_is_named(tmp_path):
+    (tmp_path / "odd.jsonl").write_text('{"a": 1, "b": 2}\n')
+    mixture = mixture_of(tmp_path, [1], [1])
+    refused("mixture: odd: 0 usable documents .no-text-column.", mixture=(
+        *mixture, {"name": "odd", "input_path": str(tmp_path / "odd.jsonl")}))  # fmt: skip
 
 
 def test_a_mixture_stands_alone(tmp_path):
