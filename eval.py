@@ -667,8 +667,14 @@ def read_results(path, exit_code=2):
 
 
 # places in results.json: numbers compare where these are equal
-BASIS = [("model", "tokenizer_sha256"), ("perplexity", "bytes"), ("perplexity", "context")]
+BASIS = [("model", "tokenizer_sha256"), ("perplexity", "text"), ("perplexity", "context")]
 BASIS += [("perplexity", "stride"), ("boolq", "n")]
+
+
+def shown_basis(value):
+    if isinstance(value, dict):  # a text, or the part of it that fast_mode takes
+        return f"{value['sha256'][:12]}, {value['part']}"
+    return str(value)[:12]
 
 
 def compare(cfg):
@@ -681,7 +687,7 @@ def compare(cfg):
     for place in dict.fromkeys(chain.from_iterable(numbers)):
         rows.append([place, *(shown_number(place, values.get(place)) for values in numbers)])
     for part, key in BASIS:
-        values = [str(results[part].get(key))[:12] for results in models]
+        values = [shown_basis(results[part].get(key)) for results in models]
         rows.append([f"{part}.{key}", *values, *["DIFFERENT"] * (len(set(values)) > 1)])
     print(aligned(rows))
 

@@ -305,6 +305,7 @@ def assessed(compared):
 def test_compare_says_what_was_measured_on_different_things(results, place, tmp_path, compared):
     def change(r):
         r["model"].update(tokenizer_sha256="x")
+        r["perplexity"]["text"].update(sha256="another text of as many bytes")
         r["boolq"] = {"verdict": "not measured", "reason": "r"}
 
     same = compared(place / "out", variant(results, tmp_path / "same"))
@@ -313,7 +314,8 @@ def test_compare_says_what_was_measured_on_different_things(results, place, tmp_
     assert "DIFFERENT" not in same
     text = compared(place / "out", variant(results, tmp_path / "other", change))
     assert re.search(r"boolq.accuracy .*% +not measured$", text, re.M)
-    assert re.findall(r"^(\S+) .*DIFFERENT$", text, re.M) == ["model.tokenizer_sha256", "boolq.n"]
+    different = re.findall(r"^(\S+) .*DIFFERENT$", text, re.M)
+    assert different == ["model.tokenizer_sha256", "perplexity.text", "boolq.n"]
 
 
 @pytest.mark.parametrize("entry", [0, {"non_embedding": 9}, {"non_embedding": 0, "ranges": []}])
