@@ -35,7 +35,7 @@ from urllib.parse import unquote
 
 from lib import config
 from lib.config import PositiveFloat, PositiveInt, Range, UserError
-from lib.tokenizer import TEMPLATES, check_messages, render, stop_ids
+from lib.tokenizer import TEMPLATES, check_messages, render, stop_ids, template_of
 from lib.tokenizer_json import jinja
 from model import model_folder
 from sample import Engine, Reply, Request, Sampling, open_model
@@ -142,7 +142,8 @@ class Api:
         """Returns what lm-eval asks about a tokenizer that it can't load itself."""
         ids = {role: getattr(self.tokenizer, f"{role}_id") for role in ("bos", "eos", "pad")}
         info = {f"{role}_token": self.tokenizer.pieces[id] for role, id in ids.items()}
-        return info | {"chat_template": self.template and jinja(TEMPLATES[self.template])}
+        template = self.template and jinja(TEMPLATES[self.template], generation=False)
+        return info | {"chat_template": template}
 
     def tokenize(self, body, disconnected):
         fields = self.read(TokenFields, body)
@@ -287,7 +288,9 @@ class Api:
         """One prompt, by default in the model's own template."""
         fields = self.read(GenerateFields, body)
         message = f"this model has {self.template or 'none'!r}; leave the field out, or say 'none'"
-        require(fields.template in (None, "none", self.template), message, "template")
+        asked = fields.template not in (None, "none")
+        known = not asked or template_of(self.tokenizer, fields.template) == self.template
+        require(known, message, "template")
         template = None if fields.template == "none" else self.template
         messages = [{"role": "user", "content": fields.prompt}]
         prompt = self.conversation(messages) if template else self.ids_of(fields.prompt)

@@ -25,7 +25,7 @@ import torch
 from corpus.chats import read_chats
 from corpus.files import Tally, reasons_of
 from data import ExampleStream, pack_examples, supervised_rows
-from lib.checkpoint import check_unused
+from lib.checkpoint import check_unused, find_checkpoint
 from lib.config import (
     Fraction,
     NonNegativeFloat,
@@ -37,7 +37,7 @@ from lib.config import (
 )
 from lib.folders import hash_fraction
 from lib.runtime import open_world, to_device
-from lib.tokenizer import Tokenizer, render, stop_ids, usual_template
+from lib.tokenizer import Tokenizer, render, stop_ids, template_of
 from model import (
     PROJECTIONS,
     Projection,
@@ -126,17 +126,19 @@ def main(cfg):
 
 
 def choose_template(cfg, tokenizer):
-    """Returns the name of the template to train in.
+    """Returns the name of the template to train in; a training that resumes keeps its own.
 
     UserError if the model was trained in another one already, or the tokenizer lacks its markers.
     """
+    if cfg.resume_from_checkpoint and (folder := find_checkpoint(cfg, lambda line: None)):
+        tokenizer = Tokenizer.load(folder)
     asked, trained = cfg.prompt_template, tokenizer.template
-    if asked and trained and asked != trained:
+    template = template_of(tokenizer, asked)
+    if trained not in (None, template):
         raise UserError(
             f"prompt_template={asked}: {cfg.model_path} was trained in {trained!r} and knows no "
-            f"other template; use --prompt_template={trained}, or begin from a model without one"
+            "other template; leave --prompt_template out, or begin from a model without one"
         )
-    template = asked or usual_template(tokenizer)
     stop_ids(tokenizer, template)  # raises for a template that the tokenizer cannot write
     return template
 

@@ -13,7 +13,7 @@ from corpus.prepare import DataConfig
 from corpus.sources import USUAL, input_files, read_documents, source_rows
 from lib.config import UserError
 from lib.folders import AGAIN, Shards, read_manifest
-from lib.tokenizer import IM_END, IM_START, SPECIALS, Tokenizer, render, usual_template
+from lib.tokenizer import IM_END, IM_START, SPECIALS, Tokenizer, render, template_of
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class InspectConfig:
     text_column: str = ""
     # how to write the example out; none = what sft.py would take with that tokenizer
     template: Literal["chatml", "instruct", "chat"] | None = None
-    # a .model file or a folder with one: lengths are then counted in tokens
+    # a model's folder or a training's, or a .model file: lengths are then counted in tokens
     tokenizer_path: str = ""
 
 
@@ -107,7 +107,7 @@ class Characters:
 def show_rows(cfg, content):
     """Prints what a file of rows holds: formats, skipped rows, lengths, and an example."""
     tokenizer = Tokenizer.load(cfg.tokenizer_path) if cfg.tokenizer_path else Characters()
-    template = cfg.template or usual_template(tokenizer)
+    template = template_of(tokenizer, cfg.template)
     convert, tally = to_pair if content == "preference pairs" else to_chat, Tally()
     rows = usable_rows(cfg.path, convert, tally)
     print(f"{cfg.path}: {content}")

@@ -54,7 +54,7 @@ class Tokenizer:
         config = config or {}
         self.model, self.source, self.exact = model, source, False
         self.sha256 = hashlib.sha256(model).hexdigest()
-        self.template = config.get("chat_template_name")
+        self.template = folder_template(config)
         if self.template not in (None, *TEMPLATES):
             raise UserError(f"{source}: no template {self.template!r} (tokenizer_config.json)")
         try:
@@ -115,11 +115,15 @@ class Tokenizer:
     def load(cls, path):
         """Returns the Tokenizer of a .model file or a folder; UserError if missing or broken.
 
-        A folder that `save` wrote names the hash of its model, which is verified. A tokenizer.json
-        without a tokenizer.model is read by the package `tokenizers`.
+        A training's folder stands for its final/. A folder that `save` wrote names the hash of its
+        model, which is verified. A tokenizer.json without a tokenizer.model is read by the package
+        `tokenizers`.
         """
         path, kind, config = Path(path), cls, {}
         if path.is_dir():
+            holds_one = any((path / name).exists() for name in (cls.file, "tokenizer.json"))
+            if not holds_one and (path / "final").is_dir():
+                path /= "final"
             if not (path / cls.file).exists() and (path / "tokenizer.json").exists():
                 from lib.tokenizer_json import JSONTokenizer as kind
             if (path / "tokenizer_config.json").exists():
@@ -128,7 +132,7 @@ class Tokenizer:
         try:
             model = path.read_bytes()
         except OSError as error:
-            expected = "a SentencePiece .model file, or a folder that holds tokenizer.model"
+            expected = "a SentencePiece .model file, or a model's or a training's folder"
             raise UserError(f"{path}: {error.strerror}; a tokenizer is {expected}") from error
         tokenizer = kind(model, str(path), config)
         sha256 = config.get("tokenizer_model_sha256")
@@ -263,10 +267,12 @@ INSTRUCT = {"system": "", "user": "### Instruction:\n", "assistant": "### Respon
 CHAT = {"system": "", "user": "Human: ", "assistant": "Assistant: "}
 CHATML = {role: f"{IM_START}{role}\n" for role in ROLES}
 TEMPLATES = {
-    "chatml": Template(CHATML, ends=dict.fromkeys(ROLES, f"\n{IM_END}"), between="\n"),
+    "chatml": Template(CHATML, ends=dict.fromkeys(ROLES, IM_END), between="\n"),
     "instruct": Template(INSTRUCT, ends=EOS_AFTER_ANSWER, between="\n\n"),
     "chat": Template(CHAT, ends=EOS_AFTER_ANSWER, between="\n\n"),
+    "chatml_newline": Template(CHATML, ends=dict.fromkeys(ROLES, f"\n{IM_END}"), between="\n"),
 }
+OLD_CHATML = "chatml_newline"  # our chatml until December 2026; no new model gets it
 
 
 def render(tokenizer, messages, template, add_generation_prompt=False):
@@ -276,8 +282,8 @@ def render(tokenizer, messages, template, add_generation_prompt=False):
     with BOS and are those of `apply_chat_template` on the saved folder, except that a marker in a
     content stays text, and that a foreign vocabulary may join line breaks to other characters.
 
-    add_generation_prompt opens the next answer. The line break before `<|im_end|>` in chatml and
-    the space after "Assistant:" in chat are the model's to write: strip its answers.
+    add_generation_prompt opens the next answer. The space after "Assistant:" in chat and the line
+    break before `<|im_end|>` in chatml_newline are the model's to write: strip its answers.
     """
     shape = find_template(tokenizer, template)
     check_messages(messages)
@@ -301,10 +307,23 @@ def render(tokenizer, messages, template, add_generation_prompt=False):
     return ids, mask
 
 
-def usual_template(tokenizer):
-    """Returns the folder's own template, else chatml where its markers exist, else instruct."""
+def folder_template(config):
+    """Returns the template named by a tokenizer_config.json, or None; it may be none of ours."""
+    name = config.get("chat_template_name")  # the key until December 2026
+    return config.get("prompt_template", OLD_CHATML if name == "chatml" else name)
+
+
+def template_of(tokenizer, asked=None):
+    """Returns the template that a user asks for, by default the folder's own.
+
+    A folder of the old chatml is asked for it as chatml, too. Where neither names one it is chatml,
+    or instruct if the tokenizer lacks its markers.
+    """
+    own = tokenizer.template
+    if (asked, own) == ("chatml", OLD_CHATML):
+        return own
     markers = None not in (tokenizer.im_start_id, tokenizer.im_end_id)
-    return tokenizer.template or ("chatml" if markers else "instruct")
+    return asked or own or ("chatml" if markers else "instruct")
 
 
 def stop_ids(tokenizer, template):
@@ -318,10 +337,11 @@ def stop_ids(tokenizer, template):
 def find_template(tokenizer, name):
     if name not in TEMPLATES:
         raise UserError(f"unknown template {name!r}: choose one of {', '.join(TEMPLATES)}")
-    if name == "chatml" and None in (tokenizer.im_start_id, tokenizer.im_end_id):
+    template = TEMPLATES[name]
+    if template.heads == CHATML and None in (tokenizer.im_start_id, tokenizer.im_end_id):
         missing = f"needs {IM_START}, and this tokenizer has none"
-        raise UserError(f"the template chatml {missing}: choose instruct or chat")
-    return TEMPLATES[name]
+        raise UserError(f"the template {name} {missing}: choose instruct or chat")
+    return template
 
 
 def template_ids(tokenizer, text, after):

@@ -120,7 +120,7 @@ def files_of(tokenizer, max_length, template):
     if offered:
         config["chat_template"] = jinja(find_template(tokenizer, offered))
     if template:
-        config["chat_template_name"] = template
+        config["prompt_template"] = template
     files = {"special_tokens_map.json": specials, "tokenizer_config.json": config}
     if tokenizer.file != JSONTokenizer.file:
         files[JSONTokenizer.file] = hugging_face_json(tokenizer)
@@ -161,22 +161,40 @@ def hugging_face_json(tokenizer):
     }
 
 
-def jinja(template):
-    """Returns a Template for `apply_chat_template`, in what all Jinja dialects know."""
+def jinja(template, generation=True):
+    """Returns a Template for `apply_chat_template`, which raises for what `render` refuses.
+
+    Contents may also be lists of text parts, which are joined. `generation` marks the answers and
+    their ends for assistant masks: a tag of transformers, an error in plain Jinja.
+    """
 
     def put(text):
         if text == SPECIALS["eos"]:
             return "{{ eos_token }}"
         return f"{{{{ {json.dumps(text)} }}}}" if text else ""
 
+    def refuse(problem):
+        return f"{{{{ raise_exception({json.dumps(problem)}) }}}}"
+
+    def message(role):
+        head = template.heads[role].rstrip(" ")
+        space = template.heads[role].removeprefix(head)  # the model's to write
+        body = put(space) + "{{ content | trim }}" + put(template.ends[role])
+        if generation and role == "assistant":
+            body = f"{{% generation %}}{body}{{% endgeneration %}}"
+        return f"{{% elif message['role'] == '{role}' %}}{put(head)}{body}"
+
     opening = template.heads["assistant"].rstrip(" ")
-    messages = "".join(
-        f"{{% if message['role'] == '{role}' %}}{put(template.heads[role])}"
-        f"{{{{ message['content'] | trim }}}}{put(template.ends[role])}{{% endif %}}"
-        for role in ROLES
-    )
+    unknown = refuse(f"role must be one of {', '.join(ROLES)}")
     return (
         "{{ bos_token }}{% for message in messages %}"
-        f"{{% if not loop.first %}}{put(template.between)}{{% endif %}}{messages}{{% endfor %}}"
+        f"{{% if not loop.first %}}{put(template.between)}{{% endif %}}"
+        "{% set content %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+        "{% for part in message['content'] %}"
+        "{% if part['type'] == 'text' and part['text'] is string %}{{ part['text'] }}"
+        f"{{% else %}}{refuse('a part of a content must be text')}{{% endif %}}{{% endfor %}}"
+        "{% endif %}{% endset %}"
+        f"{{% if not content | trim %}}{refuse('content must be text that is not empty')}"
+        f"{''.join(map(message, ROLES))}{{% else %}}{unknown}{{% endif %}}{{% endfor %}}"
         f"{{% if add_generation_prompt %}}{put(template.between + opening)}{{% endif %}}"
     )

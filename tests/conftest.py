@@ -34,6 +34,15 @@ def free_port():
         return s.getsockname()[1]
 
 
+def llama_cpp(file, use_jinja):
+    """Returns llama.cpp's server on a GGUF file, with the template inside or its own chatml."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    params = xllamacpp.CommonParams()
+    params.model.path, params.use_jinja = str(file), use_jinja
+    params.n_ctx, params.n_parallel, params.warmup = 128, 1, False
+    return xllamacpp.Server(params)
+
+
 def link_code(folder):
     """Puts what a clone holds into a folder, as links. Returns `folder`."""
     for kind in "*.py *.md *.txt configs corpus docs lib tools web Makefile".split():

@@ -417,7 +417,7 @@ def test_inspect_shows_conversations_as_the_model_sees_them(tmp_path, tiny_token
         "102  usable rows",
         "as chatml; in [ ]:",
         f'-1  not-a-string, first: {path} line 3: "prompt" must be',
-        "[<|im_start|>user\nHi \u6f22\n<|im_end|>\n<|im_start|>assistant\n]Hello\n<|im_end|>",
+        "[<|im_start|>user\nHi \u6f22<|im_end|>\n<|im_start|>assistant\n]Hello<|im_end|>",
         " characters, ",
     ):
         assert part in text
@@ -438,8 +438,24 @@ def test_inspect_shows_pairs_without_learning_earlier_answers(tmp_path, capsys):
     for part in ("preference pairs", "1  chosen, rejected\n", "-1  identical-pair"):
         assert part in text
     for answer in "ab":
-        assert f"<|im_start|>assistant\n]{answer}\n<|im_end|>" in text
-    assert "[<|im_start|>user\nq\n<|im_end|>\n<|im_start|>assistant\n]" not in text
+        assert f"<|im_start|>assistant\n]{answer}<|im_end|>" in text
+    assert "[<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n]" not in text
+
+
+@pytest.mark.parametrize("place", ["", "final", "final/adapter", "plain", "plain/tokenizer.model"])
+def test_inspect_takes_the_tokenizer_of_whatever_is_a_model(
+    tmp_path, tiny_tokenizer, capsys, place
+):
+    """A training's folder, its final/, an adapter, a folder of a tokenizer alone, its file."""
+    for folder in map(tmp_path.joinpath, ("final", "final/adapter", "plain")):
+        folder.mkdir()
+        tiny_tokenizer.save(folder, 64, "chatml_newline")
+    (tmp_path / "step_000004").mkdir()
+    path = write(tmp_path / "rows.jsonl", {"prompt": "q", "response": "a"})
+    text = shown(capsys, path, tokenizer_path=str(tmp_path / place), template="chatml")
+    named = "chatml" if place.endswith(".model") else "chatml_newline"  # a file names none
+    assert f"as {named}; " in text
+    assert " tokens, " in text
 
 
 @pytest.mark.parametrize("template", ["chatml", "instruct", "chat"])

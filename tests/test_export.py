@@ -4,6 +4,8 @@ import io
 import json
 import os
 import subprocess
+import urllib.error
+import urllib.request
 
 import numpy as np
 import pytest
@@ -12,10 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib.config import UserError
-from lib.tokenizer import Tokenizer
+from lib.tokenizer import TEMPLATES, Tokenizer, render
+from lib.tokenizer_json import jinja
 from model import Llama, ModelConfig, add_lora, identify, load_model, save_adapter, save_model
 from sample import open_model
 from tests import ROOT
+from tests.conftest import llama_cpp
 from tests.warm import python
 from tools.export import ExportConfig, main
 
@@ -114,8 +118,8 @@ def test_gguf_says_what_llama_cpp_must_know(tiny_tokenizer, tmp_path):
     types = said[keys.Tokenizer.TOKEN_TYPE]
     assert [types[id] for id in range(6)] == [3, 3, 3, 2, 3, 3]
     assert types.count(gguf.TokenType.BYTE) == 256
-    template = json.loads((own / "tokenizer_config.json").read_text())["chat_template"]
-    assert said[keys.Tokenizer.CHAT_TEMPLATE] == template
+    # without the tag that only transformers is sure to know
+    assert said[keys.Tokenizer.CHAT_TEMPLATE] == jinja(TEMPLATES["chatml"], generation=False)
     factors = {tensor.name: tensor.data for tensor in reader.tensors}["rope_freqs.weight"]
     # Llama 3's rule as llama.cpp's converter has it, wavelength by wavelength
     waves = 2 * np.pi * 10000 ** (np.arange(0, 16, 2) / 16)
@@ -123,6 +127,45 @@ def test_gguf_says_what_llama_cpp_must_know(tiny_tokenizer, tmp_path):
     between = 1 / ((1 - smooth) / 4 + smooth)
     rule = np.where(waves < 32 / 4, 1, np.where(waves > 32 / 1, 4, between))
     assert factors == pytest.approx(rule, rel=1e-6)
+
+
+def says(*contents):
+    """Messages of the user and the assistant by turns."""
+    return [{"role": ("user", "assistant")[n % 2], "content": c} for n, c in enumerate(contents)]
+
+
+BE_KIND = [{"role": "system", "content": "be kind"}]
+TALKS = [says("why not?"), says("who?", "the fox\n\nand 7", "- over what?")]
+TALKS += [BE_KIND + says("when?"), BE_KIND + says("a", "b", "c", "d", "Human: \U0001f600")]
+
+
+@pytest.mark.parametrize("use_jinja", [True, False])
+@pytest.mark.parametrize("template", ["chatml", "chatml_newline", "instruct", "chat"])
+def test_llama_cpp_renders_a_conversation_to_the_same_ids(
+    tiny_tokenizer, tmp_path, template, use_jinja
+):
+    """Without Jinja it knows chatml by the markers, and none of the others."""
+    own = make(tmp_path / "own", tiny_tokenizer, template)
+    server = llama_cpp(export(own, tmp_path / "own.gguf", "gguf"), use_jinja)
+
+    def ask(route, **body):
+        body, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
+        request = urllib.request.Request(server.listening_address + route, body, kind)
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)
+
+    if not use_jinja and template in ("instruct", "chat"):
+        with pytest.raises(urllib.error.HTTPError):
+            ask("/apply-template", messages=TALKS[0])
+        return
+    form = template if use_jinja else "chatml"
+    for talk in TALKS:
+        text = ask("/apply-template", messages=talk)["prompt"]
+        ids = ask("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
+        assert ids == render(tiny_tokenizer, talk, form, add_generation_prompt=True)[0]
+    if use_jinja:
+        with pytest.raises(urllib.error.HTTPError):
+            ask("/apply-template", messages=[{"role": "tool", "content": "4"}, *TALKS[0]])
 
 
 def test_an_adapter_is_merged(tiny_tokenizer, tmp_path):

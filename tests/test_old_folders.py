@@ -9,6 +9,7 @@ import torch
 
 from data import TokenStream
 from lib.folders import Shards, read_manifest
+from lib.tokenizer import Tokenizer, render
 from model import load_model
 from sample import Request, Sampling, generate, open_model
 from tests import ROOT
@@ -38,6 +39,18 @@ def test_a_model_and_an_adapter_answer_as_before(folder):
     for _ in generate(model, [request]):
         pass
     assert request.ids == expected["answer"]
+
+
+def test_a_chat_is_rendered_as_the_folder_says():
+    """Its chatml has a line break before <|im_end|>; the oracle is the Jinja in the folder."""
+    folder = OLD / "sft" / "final"
+    auto = pytest.importorskip("transformers").AutoTokenizer
+    tokenizer, other = Tokenizer.load(folder), auto.from_pretrained(folder)
+    assert tokenizer.template == "chatml_newline"
+    talk = [{"role": role, "content": f"{role}\n1."} for role in ("system", "user", "assistant")]
+    theirs = other.apply_chat_template(talk, return_dict=False)
+    assert render(tokenizer, talk, tokenizer.template)[0] == theirs
+    assert Tokenizer.load(OLD / "run").template is None
 
 
 def test_a_checkpoint_is_resumed_to_the_same_weights_and_losses(tmp_path):

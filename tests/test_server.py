@@ -184,7 +184,10 @@ def test_tokenize_and_back(chatty, tiny_tokenizer, chat_ids):
     assert got == chat_ids(*HELLO, *HELLO)
     info = chatty.get("/tokenizer_info").json
     assert (info["bos_token"], info["eos_token"], info["pad_token"]) == ("<s>", "</s>", "<pad>")
-    assert info["chat_template"].startswith("{{ bos_token }}{% for message in messages %}")
+    env = pytest.importorskip("jinja2").Environment()  # plain: a client's own
+    chat = {"messages": HELLO, "add_generation_prompt": True, "bos_token": "<s>"}
+    text = env.from_string(info["chat_template"]).render(chat)
+    assert text == "<s><|im_start|>user\nwhy not<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_a_base_model_continues_what_the_chat_says(servers, plain_folder, tiny_tokenizer, alone):
@@ -204,6 +207,18 @@ def test_a_base_model_continues_what_the_chat_says(servers, plain_folder, tiny_t
     assert (status, answer["error"]["param"]) == (400, "template")
     assert "this model has 'none'" in answer["error"]["message"]
     assert f"{plain_folder} names no chat template of ours: each text is continued" in plain.text
+
+
+def test_the_chatml_of_an_old_folder_answers_to_both_its_names(tmp_path, tiny_tokenizer):
+    folder = make_model(tmp_path / "old", tiny_tokenizer, "chatml_newline")
+    server = Served(tmp_path / "log", folder).ready()
+    assert "old, template chatml_newline; " in server.text
+    for name in ("chatml", "chatml_newline"):
+        status, answer = server.ask("/generate", {"prompt": "Why?", "template": name})
+        assert (status, answer["generation_config"]["template"]) == (200, "chatml_newline")
+    status, answer = server.ask("/generate", {"prompt": "Why?", "template": "chat"})
+    assert (status, "'chatml_newline'" in answer["error"]["message"]) == (400, True)
+    server.kill()
 
 
 def test_another_template_than_the_models_own_is_refused(chatty, alone):

@@ -1,6 +1,8 @@
 """sft.py: its examples and rows, whole runs, and what it shares with dpo.py."""
 
 import json
+import shutil
+from functools import cache
 
 import numpy as np
 import pytest
@@ -14,9 +16,11 @@ from lib.config import UserError, configure
 from lib.tokenizer import IGNORE, TEMPLATES, Tokenizer, render, stop_ids
 from model import Llama, ModelConfig, load_model, next_token_loss
 from tests import ROOT
-from tests.conftest import write_rows
+from tests.conftest import llama_cpp, write_rows
 from tests.runs import as_tensors, make_base, records, refused
 from tests.runs import train_to_end as trained
+from tools.export import ExportConfig
+from tools.export import main as export
 from train import greedy
 
 ROWS = [
@@ -29,6 +33,15 @@ ROWS = [
 ANSWERS = ["because 7", "the fox", "a lazy dog", "once upon a time"]
 MANY = [{"prompt": f"what is {n}?", "response": f"a {n} and {n * 7}"} for n in range(40)]
 TURNS = [("why?", "because"), ("who jumps over it?", "the quick brown fox"), ("no?", "7")]
+TALKS = [
+    [
+        {"role": "system", "content": "be kind \U0001f600"},
+        {"role": "user", "content": "who?"},
+        {"role": "assistant", "content": "\U0001f600 the fox\n\nand 7"},
+        {"role": "user", "content": "- over what?"},
+        {"role": "assistant", "content": "a dog"},
+    ]
+]
 CHATS = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in TURNS]
 
 
@@ -157,6 +170,19 @@ def test_the_split_is_by_content():
 # ---- whole runs
 
 
+@pytest.fixture(scope="module")
+def by_heart(tmp_path_factory, knobs):
+    """knobs -> the output folder of a training in which a few rows are learned by heart."""
+
+    @cache
+    def learned(**more):
+        length = {"max_steps": 60, "save_steps": 60, "eval_steps": 60, "batch_size": 4}
+        more = length | {"lora_r": 16, "lora_dropout": 0} | more
+        return trained(tmp_path_factory.mktemp("heart") / "out", **knobs | more)
+
+    return learned
+
+
 def answers(folder, template):
     """The greedy answers of a model folder to the questions of ROWS, and whether each stopped."""
     model, tokenizer = load_model(folder), Tokenizer.load(folder)
@@ -181,10 +207,8 @@ def answers(folder, template):
     ],
     ids=["lora", "unmerged", "full"],
 )
-def test_four_rows_are_learned_by_heart(tmp_path, knobs, template, more):
-    length = {"max_steps": 60, "save_steps": 60, "eval_steps": 60, "batch_size": 4}
-    knobs = knobs | length | {"lora_r": 16, "lora_dropout": 0, "prompt_template": template}
-    out = trained(tmp_path / "out", **knobs | more)
+def test_four_rows_are_learned_by_heart(by_heart, template, more):
+    out = by_heart(prompt_template=template, **more)
     assert records(out)[-1]["val_loss"] < 0.05
     folders = [out / "final", out / "step_000060"]
     if template == "chatml":
@@ -195,6 +219,60 @@ def test_four_rows_are_learned_by_heart(tmp_path, knobs, template, more):
         assert answers(folder, template) == [(answer, True) for answer in ANSWERS]
     is_adapter = (out / "final" / "adapter_config.json").exists()
     assert is_adapter == (template == "instruct")
+
+
+def test_other_programs_answer_as_we_do_with_nothing_around_the_answer(by_heart, tmp_path):
+    """Alone, with a system prompt, after other turns; in llama.cpp with its own chatml, too."""
+    pytest.importorskip("gguf")
+    folder, file = by_heart(prompt_template="chatml") / "final", tmp_path / "model.gguf"
+    export(ExportConfig(str(folder), str(file), "gguf"))
+    kind, earlier = [{"role": "system", "content": "be kind"}], [*user("no?"), CHATS[2][1]]
+    alone = [user("why not?"), user("who jumps?"), user("over what?"), kind + user("when?")]
+    talks = [*alone, earlier + alone[0], earlier + alone[2], kind + alone[1]]
+    model, tokenizer = load_model(folder), Tokenizer.load(folder)
+    ids = [render(tokenizer, talk, "chatml", add_generation_prompt=True)[0] for talk in talks]
+    ours = [tokenizer.decode(greedy(model, prompt, 12, [2, 5])) for prompt in ids]
+    assert ours[:4] == ANSWERS
+    assert max(map(len, ids)) + 12 <= 64
+    assert [greedy_by_transformers(folder, talk, 12) for talk in talks] == ours
+    for use_jinja in (True, False):
+        ask = llama_cpp(file, use_jinja).handle_chat_completions
+        bodies = [{"messages": talk, "temperature": 0, "max_tokens": 12} for talk in talks]
+        theirs = [ask(body)["choices"][0]["message"]["content"] for body in bodies]
+        assert theirs == ours
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("template", ["chatml", "instruct", "chat"])
+def test_trl_trains_on_the_tokens_that_we_train_on(tmp_path, tiny_tokenizer, template):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    folder = make_base(tmp_path / "base", tiny_tokenizer, template)
+    settings = {"report_to": "none", "use_cpu": True, "bf16": False, "assistant_only_loss": True}
+    trainer = trl.SFTTrainer(
+        str(folder),
+        args=trl.SFTConfig(output_dir=str(tmp_path / "trl"), **settings),
+        train_dataset=datasets.Dataset.from_list([{"messages": chat} for chat in TALKS]),
+    )
+    rows = [render(tiny_tokenizer, chat, template) for chat in TALKS]
+    assert [row["input_ids"] for row in trainer.train_dataset] == [ids for ids, _ in rows]
+    assert [row["labels"] for row in trainer.train_dataset] == [
+        [id if on else IGNORE for id, on in zip(*row)] for row in rows
+    ]
+
+
+def test_a_training_that_resumes_keeps_its_template(tmp_path, tiny_tokenizer, knobs):
+    """As one must that began when chatml was another."""
+    base, out = make_base(tmp_path / "base", tiny_tokenizer, "chatml_newline"), tmp_path / "out"
+    knobs = knobs | {"model_path": base}
+    trained(out, **knobs | {"prompt_template": "chatml"})
+    shutil.rmtree(out / "final")
+    tiny_tokenizer = Tokenizer(tiny_tokenizer.model)
+    tiny_tokenizer.save(base, 64)
+    assert Tokenizer.load(base).template is None
+    again = {"resume_from_checkpoint": "auto", "max_steps": 12, "allow_config_change": True}
+    trained(out, **knobs | again)
+    assert "template chatml_newline" in out.with_suffix(".log").read_text()
+    assert Tokenizer.load(out / "final").template == "chatml_newline"
 
 
 def test_only_the_adapter_changes_and_the_base_stays(tmp_path, base, knobs):
@@ -284,14 +362,14 @@ def user(text):
     return [{"role": "user", "content": text}]
 
 
-def greedy_by_transformers(folder, question, count):
+def greedy_by_transformers(folder, messages, count):
     transformers = pytest.importorskip("transformers")
     model = transformers.LlamaForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     settings = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
-    prompt = tokenizer.apply_chat_template(user(question), **settings)
+    prompt = tokenizer.apply_chat_template(messages, **settings)
     ids = model.generate(**prompt, do_sample=False, max_new_tokens=count)[0]
-    return tokenizer.decode(ids[prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    return tokenizer.decode(ids[prompt["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("program", ["sft", "dpo"])
@@ -312,7 +390,7 @@ def test_each_evaluation_shows_a_held_out_question_and_the_greedy_answer(
     answer = records(out)[-1]["answer"]
     log = out.with_suffix(".log").read_text()
     assert f"    question: 'what is 0?'\n    answer: {answer!r}\n" in log
-    assert answer == greedy_by_transformers(out / "final", "what is 0?", 12)
+    assert answer == greedy_by_transformers(out / "final", user("what is 0?"), 12).strip()
     silent = trained(tmp_path / "silent", **knobs | {"sample_tokens": 0})
     assert not any("answer" in r for r in records(silent))
 

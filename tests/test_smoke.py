@@ -209,7 +209,7 @@ def test_a_model_is_asked_in_its_own_template_or_continues_plain_text(
     model, tiny_tokenizer, template, monkeypatch
 ):
     prompt, seen = read_prompts()[0], []
-    tokenizer = Tokenizer(tiny_tokenizer.model, config={"chat_template_name": template})
+    tokenizer = Tokenizer(tiny_tokenizer.model, config={"prompt_template": template})
 
     def spy(model, requests):
         seen.extend(requests)

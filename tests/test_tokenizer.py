@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from corpus.tokenizer import train_tokenizer
 from lib.config import UserError
-from lib.tokenizer import IM_END, IM_START, TEMPLATES, Tokenizer, render, stop_ids, usual_template
+from lib.tokenizer import IM_END, IM_START, TEMPLATES, Tokenizer, render, stop_ids, template_of
 from lib.tokenizer_json import jinja
 from tests import SHARED
 
@@ -197,6 +197,29 @@ def test_a_base_model_names_no_template_and_offers_chatml(tok, tmp_path):
     assert config["model_max_length"] == 512
 
 
+@pytest.mark.parametrize(
+    ("names", "template", "chatml"),
+    [
+        ({"chat_template_name": "chatml"}, "chatml_newline", "chatml_newline"),
+        ({"chat_template_name": "instruct"}, "instruct", "chatml"),
+        ({"chat_template_name": "chatml", "prompt_template": "chatml"}, "chatml", "chatml"),
+        ({}, None, "chatml"),
+    ],
+)
+def test_the_chatml_of_old_folders_is_kept(tok, tmp_path, names, template, chatml):
+    """`names` are of a tokenizer_config.json; `chatml` is what a user gets who asks for that."""
+    tok.save(tmp_path, 512)
+    path = tmp_path / "tokenizer_config.json"
+    write_json(path, json.loads(path.read_text("utf-8")) | names)
+    old = Tokenizer.load(tmp_path)
+    assert (old.template, template_of(old, "chatml"), template_of(old, "chat")) == (
+        template, chatml, "chat"
+    )  # fmt: skip
+    assert template_of(old) == (template or "chatml")
+    old.save(tmp_path / "again", 512)
+    assert Tokenizer.load(tmp_path / "again").template == template
+
+
 def test_an_unknown_template_is_named(tok, tmp_path):
     for call, words in ((tok.save, (tmp_path, 512)), (render, (tok, CONVERSATION))):
         with pytest.raises(UserError, match="'llama': choose one of chatml, instruct, chat"):
@@ -215,7 +238,8 @@ def test_an_unknown_template_is_named(tok, tmp_path):
         ("tokenizer_config.json", b"[1]"),
         ("tokenizer_config.json", b'{"chat_template_name": "zephyr"}'),
         ("tokenizer_config.json", b'{"chat_template_name": []}'),
-        ("tokenizer_config.json", b'{"tokenizer_model_sha256": 3, "chat_template_name": 7}'),
+        ("tokenizer_config.json", b'{"prompt_template": "zephyr"}'),
+        ("tokenizer_config.json", b'{"tokenizer_model_sha256": 3, "prompt_template": 7}'),
     ],
 )
 def test_a_broken_folder_is_one_line(tok, tmp_path, name, content):
@@ -261,11 +285,11 @@ def test_a_flipped_bit_in_a_saved_folder_is_always_refused(tok, tmp_path):
 
 WRITTEN = {
     "chatml": (
-        "<s><|im_start|>system\nBe brief.\n<|im_end|>\n"
-        "<|im_start|>user\nWhy?\nTell me.\n<|im_end|>\n"
-        "<|im_start|>assistant\n(Because) it is so.\n<|im_end|>\n"
-        "<|im_start|>user\n- And then\n<|im_end|>\n"
-        "<|im_start|>assistant\nNothing more 1 \U0001f600\n<|im_end|>"
+        "<s><|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\nWhy?\nTell me.<|im_end|>\n"
+        "<|im_start|>assistant\n(Because) it is so.<|im_end|>\n"
+        "<|im_start|>user\n- And then<|im_end|>\n"
+        "<|im_start|>assistant\nNothing more 1 \U0001f600<|im_end|>"
     ),
     "instruct": (
         "<s>Be brief.\n\n### Instruction:\nWhy?\nTell me.\n\n"
@@ -277,23 +301,29 @@ WRITTEN = {
         "Human: - And then\n\nAssistant: Nothing more 1 \U0001f600</s>"
     ),
 }
+WRITTEN["chatml_newline"] = WRITTEN["chatml"].replace(IM_END, f"\n{IM_END}")
 SUPERVISED = {
-    "chatml": "(Because) it is so.\n<|im_end|>Nothing more 1 \U0001f600\n<|im_end|>",
+    "chatml": "(Because) it is so.<|im_end|>Nothing more 1 \U0001f600<|im_end|>",
+    "chatml_newline": "(Because) it is so.\n<|im_end|>Nothing more 1 \U0001f600\n<|im_end|>",
     "instruct": "(Because) it is so.</s>Nothing more 1 \U0001f600</s>",
     "chat": " (Because) it is so.</s> Nothing more 1 \U0001f600</s>",
 }
 OPENING = {
     "chatml": "\n<|im_start|>assistant\n",
+    "chatml_newline": "\n<|im_start|>assistant\n",
     "instruct": "\n\n### Response:\n",
     "chat": "\n\nAssistant:",
 }
 
 
-def test_the_original_templates_verbatim(tok):
+def test_the_templates_verbatim(tok):
     turn = [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]
     shown = {name: named(tok, render(tok, turn, name)[0]) for name in TEMPLATES}
     assert shown == {
-        "chatml": "<s><|im_start|>user\n...\n<|im_end|>\n<|im_start|>assistant\n...\n<|im_end|>",
+        "chatml": "<s><|im_start|>user\n...<|im_end|>\n<|im_start|>assistant\n...<|im_end|>",
+        "chatml_newline": (
+            "<s><|im_start|>user\n...\n<|im_end|>\n<|im_start|>assistant\n...\n<|im_end|>"
+        ),
         "instruct": "<s>### Instruction:\n...\n\n### Response:\n...</s>",
         "chat": "<s>Human: ...\n\nAssistant: ...</s>",
     }
@@ -319,7 +349,7 @@ def test_the_prompt_for_an_answer_is_the_beginning_of_the_answered_conversation(
     ids, mask = render(tok, CONVERSATION[:3], template)
     assert ids[: len(prompt)] == prompt
     assert mask == [0] * len(prompt) + [1] * (len(ids) - len(prompt))
-    assert stop_ids(tok, template) == {"chatml": [2, 5]}.get(template, [2])
+    assert stop_ids(tok, template) == ([2, 5] if template.startswith("chatml") else [2])
     assert stop_ids(tok, None) == [2]
     assert ids[-1] in stop_ids(tok, template)
     assert not set(ids[len(prompt) : -1]) & set(stop_ids(tok, template))
@@ -332,7 +362,7 @@ def test_contents_bring_no_control_ids_and_no_supervision(tok, template, content
     user, assistant = contents
     turn = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
     ids, mask = render(tok, turn, template)
-    frame = {"chatml": [1, 4, 5, 4, 5], "instruct": [1, 2], "chat": [1, 2]}[template]
+    frame = [1, 4, 5, 4, 5] if template.startswith("chatml") else [1, 2]
     assert [id for id in ids if id < 6] == frame
     answer = [id for id, on in zip(ids, mask) if on]
     assert tok.decode(answer).strip() == assistant.strip()
@@ -348,7 +378,8 @@ def says(role, content):
     return {"role": role, "content": content}
 
 
-@pytest.mark.parametrize(
+TEXT_PART = {"type": "text", "text": "a "}
+REFUSED = pytest.mark.parametrize(
     ("messages", "complaint"),
     [
         ([], "at least one message"),
@@ -360,13 +391,27 @@ def says(role, content):
         ([says(["user"], "a")], "message 1: role"),
         ([{"content": "a"}], "message 1: role .* got None"),
         ([says("user", " \n")], r"message 1 \(user\): content must be text that is not empty"),
+        ([says("user", [TEXT_PART, {"type": "image", "url": "a"}])], "content must be text"),
+        ([says("user", [TEXT_PART | {"text": " "}])], "content must be text"),
+        ([says("user", [TEXT_PART | {"text": None}])], "content must be text"),
         ([says("user", "a\ud800")], "surrogate"),
     ],
 )
+
+
+@REFUSED
 @templates
 def test_what_is_no_conversation_is_named(tok, template, messages, complaint):
     with pytest.raises(UserError, match=complaint):
         render(tok, messages, template)
+
+
+@REFUSED
+@templates
+def test_the_exported_template_refuses_what_render_refuses(chats, template, messages, complaint):
+    errors = (TypeError, ValueError, pytest.importorskip("jinja2").TemplateError)
+    with pytest.raises(errors):
+        chats[template].apply_chat_template(messages)
 
 
 # ---- transformers reads the folder as we do
@@ -438,10 +483,18 @@ def test_runs_of_the_same_piece_merge_in_the_same_order(tmp_path):
         assert other(fuzz)["input_ids"] == tokenizer.encode_batch(fuzz)
 
 
+@pytest.fixture(scope="module")
+def chats(tok, tmp_path_factory):
+    """{template: the tokenizer of its folder, as transformers reads it}"""
+    folders = {name: tmp_path_factory.mktemp(name) for name in TEMPLATES}
+    for name, folder in folders.items():
+        tok.save(folder, 512, name)
+    return {name: hugging_face(folder) for name, folder in folders.items()}
+
+
 @templates
-def test_apply_chat_template_is_render(tok, tmp_path, template):
-    tok.save(tmp_path, 512, template)
-    other = hugging_face(tmp_path)
+def test_apply_chat_template_is_render(tok, chats, template):
+    other = chats[template]
     awkward = ["(", "\n\n x \n", "- a\n\n- b", "  def f():\n    return 1", "\u4e2d\t.", "'"]
     awkward.append('"quoted" {{ x }} {% if %}')
     talk = [says(("user", "assistant")[n % 2], content) for n, content in enumerate(awkward)]
@@ -452,6 +505,29 @@ def test_apply_chat_template_is_render(tok, tmp_path, template):
             options = {"add_generation_prompt": prompt, "return_dict": False}
             assert other.apply_chat_template(messages, tokenize=False, **options) == named(tok, ids)
             assert other.apply_chat_template(messages, tokenize=True, **options) == ids
+    parts = [TEXT_PART, TEXT_PART | {"text": "b"}]
+    joined = other.apply_chat_template([says("user", "a b")], tokenize=False)
+    assert other.apply_chat_template([says("user", parts)], tokenize=False) == joined
+
+
+TURNS = st.lists(
+    st.tuples(st.sampled_from(["system", "user", "assistant"]), TEXT.filter(str.strip)),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(turns=TURNS)
+@templates
+def test_transformers_renders_and_masks_any_conversation_as_we_do(tok, chats, template, turns):
+    messages = [says(role, text.replace("\u2581", "x")) for role, text in turns]
+    other = chats[template]
+    ids, mask = render(tok, messages, template)
+    assert other.apply_chat_template(messages, tokenize=False) == named(tok, ids)
+    if not any(SPECIAL.search(message["content"]) for message in messages):  # text to us alone
+        theirs = other.apply_chat_template(messages, return_assistant_tokens_mask=True)
+        assert (theirs["input_ids"], theirs["assistant_masks"]) == (ids, mask)
 
 
 # ---- foreign models and folders
@@ -503,7 +579,7 @@ def test_a_foreign_model_loads(foreign):
     with pytest.raises(UserError, match="chatml needs"):
         render(tokenizer, CONVERSATION, "chatml")
     assert stop_ids(tokenizer, "instruct") == [2]
-    assert usual_template(tokenizer) == "instruct"  # which needs no markers
+    assert template_of(tokenizer) == "instruct"  # which needs no markers
 
 
 def test_symbols_that_a_folder_adds_are_control_symbols_with_their_roles(foreign, marked):

@@ -184,7 +184,7 @@ def add_tokenizer(writer, tokenizer, types):
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(tokenizer.dummy_prefix)
     if tokenizer.template:
-        writer.add_chat_template(jinja(TEMPLATES[tokenizer.template]))
+        writer.add_chat_template(jinja(TEMPLATES[tokenizer.template], generation=False))
         ends = [id for id in stop_ids(tokenizer, tokenizer.template) if id != tokenizer.eos_id]
         writer.add_eot_token_id(ends[0] if ends else tokenizer.eos_id)
 
