@@ -493,6 +493,7 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
                     state.scaler.scale(loss).backward()  # adds to every p.grad
                     for name, value in ({"loss": loss_sum} | sums).items():
                         stats[name] = stats.get(name, 0.0) + value.detach() / max(1, count)
+                del loss, loss_sum, sums, value  # and with them what their graph holds
                 batches = micro_batches(state.step + 1)  # read while a GPU still computes
 
                 world.sum_gradients(state.parameters)  # data parallelism, by hand
