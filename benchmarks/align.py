@@ -147,11 +147,15 @@ def tasks(base, work, flags):
     )
     pairs = f"--val_path={SAMPLES}/dpo_val.jsonl"
     train("dpo", sft / "final", f"{SAMPLES}/dpo_train.jsonl", dpo, pairs, *flags["dpo"])
-    rows = [
-        json.loads(line)
-        for line in (SAMPLES / "sft_val.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (SAMPLES / "sft_val.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if "prompt" in row]  # no conversations
+    chats = [
+        [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["response"]},
+        ]
+        for row in rows
     ]
-    chats = [chat["messages"] for chat in read_chats(f"{SAMPLES}/sft_val.jsonl", Tally())]
     for name, folder in (("base", base), ("sft", sft / "final"), ("dpo", dpo / "final")):
         report("tasks", name, folder, chats, rows)
 

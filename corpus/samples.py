@@ -3,6 +3,9 @@
     sft_train.jsonl  sft_val.jsonl   {"prompt", "response", "check", "kind"}
     dpo_train.jsonl  dpo_val.jsonl   {"prompt", "chosen", "rejected", "check", "kind", "about"}
 
+and conversations made of these rows, with messages in the place of texts: {"messages", ...}, or a
+"prompt" of several.
+
 A program scores an answer to a row by `passes(check, answer)`. No prompt stands in two of the
 files, but a task can be put in several ways: the held-out files ask for what was taught, in words
 that were not. Everything is a function of the seed and of samples.json, whose "functions" are first
@@ -23,6 +26,8 @@ from lib.config import NonNegativeInt, UserError, write_whole
 FILES = ("sft_train", "sft_val", "dpo_train", "dpo_val")
 BORDERS = (0, 0.68, 0.76, 0.97, 1)  # between FILES, as shares of each kind of task
 MOST = 440  # tasks of one kind
+TALK = 150  # messages of one kind of small talk, from each of its tables
+IN_CONVERSATIONS = {"sft_train": 2, "sft_val": 1, "dpo_train": 1, "dpo_val": 1}  # times of a row
 TABLES = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 WORDS = TABLES["words"]
 
@@ -43,11 +48,11 @@ def passes(check, answer):
     check's `share` of the words of "answer", not twice as long.
     """
     kind, right = check["kind"], check["answer"]
-    given = answer.strip().removesuffix(".").strip("\"'` ")
+    given, bare = (text.strip().removesuffix(".").strip("\"'` ") for text in (answer, right))
     if kind == "exact":
-        return given == right
+        return given == bare
     if kind == "word":
-        return given.lower() == right.lower()
+        return given.lower() == bare.lower()
     if kind == "number":
         return re.findall(r"\d+", given) == [right] and not re.search(r"[-.,]\d", given)
     assert kind == "overlap", f"no such check: {kind}"
@@ -122,6 +127,30 @@ def python_functions(rng):
         yield (name,), answer("overlap", summary, *wrong, share=0.6)
 
 
+def define(thing, text):
+    others = [other for name, other in TABLES["definitions"].items() if name != thing]
+    return answer("overlap", text, *others, share=0.6)
+
+
+def small_talk(kind):
+    """Returns a generator of the tasks (message, answer) of a kind of TABLES["talk"].
+
+    Every message of a kind has the same answer. A message is one text of each of several columns,
+    joined; two in three begin with a capital letter.
+    """
+    right = TABLES["talk"][kind]["answer"]
+    wrong = [talk["answer"] for other, talk in TABLES["talk"].items() if other != kind]
+
+    def generate(rng):
+        for columns in TABLES["talk"][kind]["prompts"]:
+            messages = ["".join(texts) for texts in product(*columns)]
+            for text in rng.sample(messages, min(len(messages), TALK)):
+                text = text[0].upper() + text[1:] if rng.random() < 2 / 3 else text
+                yield (text,), word(right, *wrong)
+
+    return generate
+
+
 ONE_WORD = [(w,) for w in WORDS]
 NUMBERS = [
     (question.format(value), value + step)
@@ -150,6 +179,8 @@ TASKS = {  # their order counts
     "categories": categories,
     "one_word": each(TABLES["facts"], lambda question, fact: word(fact)),
     "python_functions": python_functions,
+    "definitions": each(TABLES["definitions"].items(), define),
+    **{kind: small_talk(kind) for kind in TABLES["talk"]},
 }
 
 
@@ -189,7 +220,7 @@ def make_rows(seed):
         rng = random.Random(f"{seed} {kind}")  # one for each, so that no kind depends on another
         tasks = {}
         for values, answer in generate(rng):
-            tasks |= {form.format(*values): answer for form in TABLES["forms"][kind]}
+            tasks |= {form.format(*values): answer for form in TABLES["forms"].get(kind, ["{}"])}
         tasks = [(prompt, answer) for prompt, answer in tasks.items() if prompt not in used]
         used |= {prompt for prompt, _ in tasks}
         rng.shuffle(tasks)
@@ -199,8 +230,41 @@ def make_rows(seed):
         for name, start, end in zip(FILES, borders, borders[1:], strict=False):
             files[name] += [make_row(name, kind, *task, others, rng) for task in tasks[start:end]]
     for name, rows in files.items():
-        random.Random(f"{seed} {name}").shuffle(rows)
+        rng = random.Random(f"{seed} {name}")
+        rows += conversations(rows * IN_CONVERSATIONS[name], rng)
+        rng.shuffle(rows)
     return files
+
+
+def message(role, content):
+    return {"role": role, "content": content}
+
+
+def conversations(rows, rng):
+    """Returns `rows` in a random order as conversations of one to six questions.
+
+    Four in ten begin with a system message, as do all of one question. The answer that a row is
+    about, and is checked, is its last.
+    """
+    rows, made = rng.sample(rows, len(rows)), []
+    while rows:
+        size, has_system = rng.randint(1, 6), rng.random() < 0.4
+        (*earlier, last), rows = rows[:size], rows[size:]
+        messages = []
+        if has_system or not earlier:
+            columns = rng.choice(TABLES["systems"])
+            messages.append(message("system", "".join(map(rng.choice, columns)).strip()))
+        for row in earlier:
+            answer = row.get("response") or row["chosen"]
+            messages += [message("user", row["prompt"]), message("assistant", answer)]
+        messages.append(message("user", last["prompt"]))
+        if "response" in last:
+            row = {"messages": [*messages, message("assistant", last["response"])]}
+        else:
+            row = {side: [message("assistant", last[side])] for side in ("chosen", "rejected")}
+            row = {"prompt": messages} | row
+        made.append(row | {key: last[key] for key in ("check", "kind", "about") if key in last})
+    return made
 
 
 def create_sample_datasets(cfg):

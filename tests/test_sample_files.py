@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 
@@ -20,7 +21,12 @@ from corpus.samples import (
 from lib.config import UserError
 from tests import ROOT
 
-GOLDEN = "773febeb82edb3180beb41d2b4d37b7e30f22a85c6c9bae3360eed9d8e4b17a2"
+GOLDEN = "d3fa758fcae04f0ec875b065008aaed0bfe2c6ce30a00135224d8c8f6e808d95"
+
+
+def single(rows):
+    """Returns the rows that are no conversations."""
+    return [row for row in rows if isinstance(row.get("prompt"), str)]
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +58,44 @@ def test_every_file_has_every_kind_and_no_prompt_stands_twice(rows):
     for name in FILES:
         assert {row["kind"] for row in rows[name]} == TASKS.keys()
         assert {row.get("about") for row in rows[name]} <= {None, *FLAWS}
-    prompts = [row["prompt"] for name in FILES for row in rows[name]]
+    prompts = [row["prompt"] for name in FILES for row in single(rows[name])]
     assert len(set(prompts)) == len(prompts)
 
 
+def test_conversations_are_made_of_the_single_rows_of_their_file_alone(rows):
+    for name in FILES:
+        answers = {
+            row["prompt"]: row.get("response") or row["chosen"] for row in single(rows[name])
+        }
+        shapes = set()
+        for row in rows[name]:
+            if row in single([row]):
+                continue
+            messages = row.get("messages") or row["prompt"] + row["chosen"]
+            system = messages[0]["role"] == "system"
+            questions, replies = messages[system::2], messages[system + 1 :: 2]
+            assert {message["role"] for message in questions} == {"user"}
+            assert {message["role"] for message in replies} == {"assistant"}
+            assert [answers[q["content"]] for q in questions] == [a["content"] for a in replies]
+            assert passes(row["check"], replies[-1]["content"])
+            assert not row.get("rejected") or row["rejected"] != row["chosen"]
+            shapes.add((system, len(questions)))
+        assert shapes == {(True, 1), *product((True, False), range(2, 7))}
+
+
+def test_an_everyday_message_has_its_kind_of_answer(rows):
+    answers = {row["prompt"].lower(): row for row in single(rows["sft_train"])}
+    assert answers["what is machine learning?"]["kind"] == "definitions"
+    for name, part in (("greeting", "Hello"), ("thanks", "welcome"), ("not_known", "don't know")):
+        texts = {row["response"] for row in answers.values() if row["kind"] == name}
+        assert [part in text for text in texts] == [True]
+
+
 def test_every_check_tells_right_from_wrong(rows):
-    for row in rows["sft_train"] + rows["sft_val"]:
+    for row in single(rows["sft_train"] + rows["sft_val"]):
         assert passes(row["check"], row["response"]), row
         assert not passes(row["check"], ""), row
-    for row in rows["dpo_train"] + rows["dpo_val"]:
+    for row in single(rows["dpo_train"] + rows["dpo_val"]):
         assert passes(row["check"], row["chosen"]), row
         assert row["chosen"] != row["rejected"], row
         if row["about"] in ("correctness", "evasion"):
