@@ -320,10 +320,10 @@ def template_of(tokenizer, asked=None):
     or instruct if the tokenizer lacks its markers.
     """
     own = tokenizer.template
-    if (asked, own) == ("chatml", OLD_CHATML):
-        return own
+    if asked is not None:
+        return own if (asked, own) == ("chatml", OLD_CHATML) else asked
     markers = None not in (tokenizer.im_start_id, tokenizer.im_end_id)
-    return asked or own or ("chatml" if markers else "instruct")
+    return own or ("chatml" if markers else "instruct")
 
 
 def stop_ids(tokenizer, template):
