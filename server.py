@@ -268,6 +268,8 @@ class Api:
             logprobs = self.chat_logprobs if chat else self.completion_logprobs
             shared = {"index": piece.index, "finish_reason": piece.finish}
             shared |= {"logprobs": None if top is None else logprobs(piece)}
+            if chat and piece.finish and row.stopped_by:  # our page shows it; OpenAI leaves it out
+                shared["logprobs"]["end"] = self.chat_entry(row.stopped_by)
             if not chat:
                 return shared | {"text": piece.text}
             message = ({"role": "assistant"} if piece.first else {}) | {"content": piece.text}
@@ -309,14 +311,16 @@ class Api:
         return answers() if fields.stream else next(answers()) | {"prompt": fields.prompt}
 
     def chat_logprobs(self, piece):
+        return {"content": list(map(self.chat_entry, piece.tokens)), "refusal": None}
+
+    def chat_entry(self, token):
         def entry(id, logprob):
             spelled = self.tokenizer.spelled(id)
             text = spelled.decode("utf-8", "replace")  # U+FFFD stands for a part of a character
             return {"token": text, "logprob": logprob, "bytes": list(spelled)}
 
-        tops = [{"top_logprobs": [entry(*pair) for pair in token.top]} for token in piece.tokens]
-        content = [entry(token.id, token.logprob) | top for token, top in zip(piece.tokens, tops)]
-        return {"content": content, "refusal": None}
+        tops = [entry(*pair) for pair in token.top]
+        return entry(token.id, token.logprob) | {"top_logprobs": tops}
 
     def completion_logprobs(self, piece):
         def name(id):
@@ -387,16 +391,20 @@ class Call:
 class Row(Request):
     """One row of a call: the engine's Request, and the certain part of its answer, not yet sent.
 
-    `ends`: ids that end the answer and are among its tokens (the engine's `stop_ids` are not).
+    `ends`: ids that end the answer and are among its tokens (the engine's `stop_ids` are not; such
+    a one is `stopped_by`, a Token, if log-probabilities are recorded).
     """
 
     def __init__(self, call, reply, *request, ends=(), **more):
         super().__init__(*request, **more)
         self.call, self.index, self.reply, self.ends = call, len(call.rows), reply, ends
         self.tokens, self.text, self.sent_at = [], "", 0.0  # not yet sent
+        self.stopped_by = None
 
     def take(self, id, limit, logprob):
         """As Request's; also sends the text that is now certain, but not too often."""
+        if self.finish is None and id in self.stop_ids and self.top_logprobs is not None:
+            self.stopped_by = Token(None, id, logprob[0], logprob[1][: self.top_logprobs])
         id = super().take(id, limit, logprob)
         if id is not None:
             if self.logprobs:

@@ -50,10 +50,11 @@ def read_pairs(path, tally=None):
     return [pair for _, _, pair in usable_rows(path, to_pair, tally)]
 
 
-def usable_rows(path, convert, tally=None, max_bad=0.05):
+def usable_rows(path, convert, tally=None, max_bad=0.05, least=1):
     """Returns [(where, format, value)] of the rows that convert(row) -> (format, value) accepts.
 
-    Raises UserError if more than `max_bad` of the rows are unusable, or all.
+    Raises UserError if more than `max_bad` of the rows are unusable, or fewer than `least` are
+    left. Rows that are right and teach nothing are passed over: counted, and not among the bad.
     """
     tally = tally or Tally()
     rows = []
@@ -62,13 +63,13 @@ def usable_rows(path, convert, tally=None, max_bad=0.05):
             rows.append((where, *convert(row)))
         except BadRow as error:
             reason, detail = error.args
-            if reason == "identical-pair":
+            if reason in ("identical-pair", "empty-answer"):
                 tally.drop("filter", reason, where)
             else:
                 tally.bad(reason, f"{where}: {detail}")
     reasons = sorted(reasons_of(tally.dropped), key=lambda entry: -entry[2])
     total = len(rows) + sum(count for _, _, count, _ in reasons)
-    if not rows or tally.bad_rows > max_bad * total:
+    if len(rows) < least or not total or tally.bad_rows > max_bad * total:
         each = (f"{n} {why} ({first.removeprefix(f'{path} ')})" for _, why, n, first in reasons)
         problem = f"{tally.bad_rows} of {total} rows are unusable"
         problem = problem if rows else f"0 usable rows of {total}"
@@ -202,6 +203,8 @@ def message_of(item, where):
         raise BadRow("not-a-string", f"{where}: content must be text")
     if role == "system" and not content.strip():
         return None
+    if role == "assistant" and not content.strip():  # which models give, and chats keep
+        raise BadRow("empty-answer", f"{where} is empty")
     return {"role": role, "content": cleaned(content, where.replace('"', ""))}
 
 

@@ -109,12 +109,14 @@ def show_rows(cfg, content):
     tokenizer = Tokenizer.load(cfg.tokenizer_path) if cfg.tokenizer_path else Characters()
     template = template_of(tokenizer, cfg.template)
     convert, tally = to_pair if content == "preference pairs" else to_chat, Tally()
-    rows = usable_rows(cfg.path, convert, tally)
+    rows = usable_rows(cfg.path, convert, tally, least=0)
     print(f"{cfg.path}: {content}")
     for fields, count in Counter(fields for _, fields, _ in rows).most_common():
         print(f"  {count:>10,}  {fields}")
     show_reasons(tally)
     print(f"  {len(rows):>10,}  usable rows")
+    if not rows:
+        return
     unit, lengths = "tokens" if cfg.tokenizer_path else "characters", []
     for _, _, value in rows:
         lengths += [(len(ids), sum(mask)) for _, ids, mask in rendered(value, tokenizer, template)]

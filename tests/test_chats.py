@@ -259,6 +259,15 @@ def test_equal_answers_are_dropped_and_counted_however_many(tmp_path):
         read_pairs(write(tmp_path / "rows.jsonl", equal))
 
 
+def test_conversations_with_an_empty_answer_are_passed_over_and_counted(tmp_path):
+    silent = {"messages": [*says("q"), *replies(" "), *says("r"), *replies("a")]}
+    path, tally = write(tmp_path / "rows.jsonl", silent, *GOOD[:2], silent), Tally()
+    assert len(read_chats(path, tally)) == 2
+    assert (reasons(tally), tally.bad_rows) == ({"empty-answer": 2}, 0)
+    with pytest.raises(UserError, match="0 usable rows of 1: 1 empty-answer"):
+        read_chats(write(tmp_path / "rows.jsonl", silent))
+
+
 def test_too_many_unusable_rows_are_an_error_that_lists_them(tmp_path):
     bad = [{"prompt": "q"}] * 5 + ["nothing"]
     path = write(tmp_path / "rows.jsonl", *bad, *GOOD[:94])

@@ -302,6 +302,25 @@ def test_chat_logprobs(chatty, model, tiny_tokenizer, alone, chat_ids):
     assert list(itertools.chain(*streamed)) == content
 
 
+def test_the_end_of_a_chats_turn_stands_beside_its_tokens(chatty, model, alone, chat_ids):
+    prompt = chat_ids(*HELLO)
+    for seed in range(500):
+        settings = {"temperature": 3.0, "top_k": 0, "top_p": 1.0, "seed": seed}
+        _, ids, finish = alone(prompt, 5, **settings)
+        if finish == "stop":
+            break
+    fields = {"messages": HELLO, "max_tokens": 5, "logprobs": True, "top_logprobs": 2} | settings
+    *_, last = chatty.stream(CHAT, fields)
+    end = last["choices"][0]["logprobs"]["end"]
+    assert end["token"] in ("</s>", IM_END)
+    row = one_pass(model, prompt + ids)[-1]
+    tops = [top["logprob"] for top in end["top_logprobs"]]
+    assert tops == pytest.approx(row.topk(2).values.tolist(), abs=1e-4)
+    assert any(end["logprob"] == pytest.approx(value, abs=1e-4) for value in row.tolist())
+    (cut,) = chatty.ask(CHAT, fields | {"max_tokens": max(1, len(ids))})[1]["choices"]
+    assert "end" not in cut["logprobs"] or cut["finish_reason"] == "stop"
+
+
 # ---- many at once
 
 

@@ -10,6 +10,7 @@ from math import exp
 import pytest
 from safetensors.torch import load_file, save_file
 
+from corpus.inspect import InspectConfig, inspect
 from tests.serving import Served, make_model
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -105,11 +106,37 @@ class Chat:
         self.settle()
 
     def settle(self):
-        expect(self.page.locator(".live")).to_have_count(0, timeout=30_000)
+        expect(self.go).not_to_have_accessible_name("Stop", timeout=30_000)
         return self
 
     def texts(self):
-        return self.said.all_text_contents()
+        """The messages, as they are kept; Markdown shows answers otherwise."""
+        if self.page.locator(".page").count():
+            return self.said.all_text_contents()
+        return self.page.evaluate("state.chat.messages.map(({ content }) => content)")
+
+    def answer_with(self, *texts, status=200, **fields):
+        """Lets the page hear these answers, one by one, in the place of the server's."""
+        bodies = [events(text, **fields) if status == 200 else "{}" for text in texts]
+
+        def fulfil(route):
+            route.fulfill(status=status, body=bodies.pop(0), content_type="text/event-stream")
+
+        self.page.route(ANSWERS, fulfil, times=len(texts))
+
+    def export(self, name="Export"):
+        """Returns the path of the file that a button of the settings gives."""
+        self.press("Settings")
+        with self.page.expect_download() as download:
+            self.press(name)
+        self.page.keyboard.press("Escape")
+        return download.value.path()
+
+    def listed(self):
+        """The names in the list of conversations, which is left open."""
+        if not self.page.locator("#chats").is_visible():
+            self.press("Conversations")
+        return self.page.locator("#entries .pick span:first-child").all_text_contents()
 
     def load(self, path, content):
         """Imports a file."""
@@ -140,6 +167,18 @@ def opened(browser, server):
     assert complaints == []
 
 
+ANSWERS = "**/v1/chat/completions"
+
+
+def events(text, finish="stop", **logprobs):
+    """An answer in one piece, as the server streams it."""
+    choice = {"delta": {"content": text}, "finish_reason": finish, "logprobs": None}
+    choice |= {"logprobs": {"content": []} | logprobs} if logprobs else {}
+    usage = {"total_tokens": 9}
+    chunks = {"choices": [choice], "usage": None}, {"choices": [], "usage": usage}
+    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+
+
 def reference(server, text, **fields):
     """What a client gets for the same question."""
     fields |= {"messages": [{"role": "user", "content": text}], "logprobs": True}
@@ -158,6 +197,8 @@ def test_the_page_shows_what_the_server_answers(opened, server):
     chat.hear("What is the sun?")
     right = reference(server, "What is the sun?", **FIELDS)
     assert chat.texts() == ["What is the sun?", right["message"]["content"]]
+    chat.press("Probabilities")
+    assert "".join(chat.answers.all_text_contents()).strip() == chat.texts()[1]
     remark = r"^24 tokens(, \d+ per second)? · reached the length limit$"  # all may come at once
     expect(chat.page.locator(".remark").last).to_have_text(re.compile(remark))
     assert right["finish_reason"] == "length"
@@ -188,25 +229,39 @@ def test_an_answer_is_written_as_it_comes_and_stops_when_told(opened, server):
     assert len(chat.texts()) == 4
 
 
-def test_regenerate_and_edit_replace_what_follows(opened):
+def test_regenerate_and_edit_keep_what_was_there_with_all_that_followed(opened):
     chat = opened().ready().set(Longest_answer=8)
     for text in ("One", "Two", "Three"):
         chat.hear(text)
     first = chat.texts()
     chat.press("Answer again")
     chat.settle()
-    assert chat.texts()[:5] == first[:5]
-    assert len(chat.texts()) == 6
-    assert chat.texts()[5] != first[5]
+    again = chat.texts()
+    assert again[:5] == first[:5]
+    assert len(again) == 6
+    assert again[5] != first[5]
+    versions = chat.page.get_by_role("group", name="Versions")
+    expect(versions).to_have_text("2/2")
+    chat.press("Version before")
+    assert chat.texts() == first
+    expect(versions).to_have_text("1/2")
+    expect(chat.page.get_by_role("button", name="Version before")).to_be_disabled()
+    chat.press("Version after")
+    assert chat.texts() == again
     chat.edit(1, "Changed")
     assert chat.texts()[:3] == [*first[:2], "Changed"]
     assert len(chat.texts()) == 4
+    chat.page.reload()
+    chat.ready().press("Version before")
+    assert chat.texts() == again
+    expect(chat.page.get_by_role("button", name="Version before").first).to_be_focused()
+    expect(versions).to_have_text(["1/2", "2/2"])
     chat.page.get_by_role("button", name="Edit").first.click()
     chat.page.keyboard.press("Escape")
-    assert len(chat.texts()) == 4
+    assert chat.texts() == again
 
 
-def test_a_reload_keeps_everything_and_a_new_conversation_can_be_undone(opened):
+def test_a_reload_keeps_everything_and_so_does_a_new_conversation(opened):
     chat = opened().ready().set(Longest_answer=8, Temperature=0.5)
     chat.page.evaluate("document.getElementById('settings').showModal()")
     chat.page.get_by_label("System prompt").fill("Be brief.")
@@ -225,7 +280,9 @@ def test_a_reload_keeps_everything_and_a_new_conversation_can_be_undone(opened):
     chat.press("New conversation")
     assert chat.texts() == []
     expect(chat.page.get_by_role("heading", name="Ask something small.")).to_be_visible()
-    chat.press("Undo")
+    assert chat.draft.input_value() == "half a thought"
+    assert chat.listed() == ["Keep this. and this"]
+    chat.page.locator(".pick").click()
     assert chat.texts() == texts
 
 
@@ -237,35 +294,139 @@ def test_export_import_and_markup_stays_text(opened, tmp_path):
     chat.hear(XSS)
     texts = [(role, f"{XSS}\n  {role}") for role in ("user", "assistant") * 2]
     messages = [{"role": role, "content": text} for role, text in [("system", XSS), *texts]]
-    chat.press("Settings")
     chat.load(tmp_path / "hostile.json", {"messages": messages})
     expect(chat.notice).to_contain_text("Imported")
     assert chat.texts() == [message["content"] for message in messages[1:]]
+    assert all(XSS in text for text in chat.said.all_text_contents())
     assert chat.page.locator("#conversation :is(img, script, b)").count() == 0
     assert chat.page.get_by_label("System prompt").input_value() == XSS
-    chat.press("Settings")
-    with chat.page.expect_download() as download:
-        chat.press("Export")
-    assert json.loads(download.value.path().read_text()) == {"messages": messages}
-    chat.page.keyboard.press("Escape")
-    chat.press("Undo")
-    assert chat.texts()[0] == XSS
-    assert len(chat.texts()) == 2
+    assert json.loads(chat.export().read_text()) == {"messages": messages}
+    rows = [json.loads(line) for line in chat.export("Export all").read_text().splitlines()]
+    assert rows[0] == {"messages": messages}
+    assert [len(row["messages"]) for row in rows] == [5, 2]
+    chat.load(tmp_path / "all.jsonl", "\n".join(map(json.dumps, rows)))
+    assert sorted(chat.listed()) == sorted([XSS, f"{XSS} user"] * 2)
     assert chat.page.evaluate("window.caught") is None
 
 
-def test_code_stands_apart_and_what_is_no_conversation_changes_nothing(opened, tmp_path):
-    answer = "Here:\n\n```python\nx = '<b>'\n  y\n```\n\nSo.\n```\nhalf"
-    messages = [{"role": "user", "content": "why"}, {"role": "assistant", "content": answer}]
+def test_an_empty_answer_is_kept_and_not_shown_to_the_model(opened, tmp_path, capsys):
     chat = opened().ready()
-    chat.load(tmp_path / "code.json", messages)
-    expect(chat.answers.locator("code")).to_have_text(["x = '<b>'\n  y", "half"])
-    assert chat.texts()[1] == "Here:x = '<b>'\n  ySo.half"
+    chat.answer_with("", "Fine.", "")
+    for text in ("Hello", "How are you?", "And now?"):
+        with chat.page.expect_request(ANSWERS) as asked:
+            chat.hear(text)
+    sent = [message["content"] for message in asked.value.post_data_json["messages"]]
+    assert sent == ["How are you?", "Fine.", "And now?"]
+    expect(chat.page.locator(".remark").first).to_have_text("")
+    expect(chat.page.locator(".remark").nth(1)).to_have_text("an empty answer")
+    texts = ["Hello", "", "How are you?", "Fine.", "And now?", ""]
+    chat.page.reload()
+    assert chat.ready().texts() == texts
+    for name in ("Export", "Export all"):
+        content = chat.export(name).read_text()
+        chat.load(tmp_path / f"{name}.json", content)
+        expect(chat.notice).to_contain_text("Imported")
+        assert chat.texts() == texts
+        inspect(InspectConfig(str(tmp_path / f"{name}.json")))
+        assert re.search(r" -\d  empty-answer, first: ", capsys.readouterr().out)
+    chat.load(tmp_path / "asked.json", [{"role": "user", "content": "why"}])
+    assert chat.texts() == []
+    assert chat.draft.input_value() == "why", "an unanswered question is yet to be sent"
+
+
+def test_what_is_no_conversation_changes_nothing(opened, tmp_path):
+    chat = opened().ready()
+    messages = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}]
+    chat.load(tmp_path / "right.json", messages)
     tool = {"messages": [{"role": "tool", "content": ""}]}
     for number, content in enumerate(["{", "[1]", tool, "3"]):
         chat.load(tmp_path / f"{number}.json", content)
         expect(chat.notice).to_contain_text(f"{number}.json is not a conversation: ")
-    assert chat.texts() == ["why", "Here:x = '<b>'\n  ySo.half"]
+    assert chat.texts() == ["why", "so"]
+
+
+# ---- Markdown
+
+BLANK = 'target="_blank" rel="noopener noreferrer"'
+MARKDOWN = [  # text, and the elements it becomes; an element's attributes come in the page's order
+    ("**a** *b* `c` ~~d~~ ***e*** __f__ _g_",
+     "<p><strong>a</strong> <em>b</em> <code>c</code> <del>d</del> <strong><em>e</em></strong> "
+     "<strong>f</strong> <em>g</em></p>"),
+    ("**a *b* c**", "<p><strong>a <em>b</em> c</strong></p>"),
+    ("a_b_c 2*3*4 * x * \\*y\\* **z", "<p>a_b_c 2*3*4 * x * *y* **z</p>"),
+    ("*a **b* c `d", "<p><em>a **b</em> c `d</p>"),
+    ("``a`b`` `**c**`", "<p><code>a`b</code> <code>**c**</code></p>"),
+    ("[a *b*](https://x.org/) [c](mailto:d@e.org)",
+     '<p><a href="https://x.org/">a <em>b</em></a> <a href="mailto:d@e.org">c</a></p>'),
+    ("see http://x.org/a?b=1. [1] [", '<p>see <a href="http://x.org/a?b=1">http://x.org/a?b=1</a>. '
+     "[1] [</p>"),
+    ("[a](javascript:b) [c](data:d) [e](//f.org) [g](h)",
+     "<p>[a](javascript:b) [c](data:d) [e](//f.org) [g](h)</p>"),
+    ("# a #\n\n### b\nc\nd", '<h3 class="major">a</h3><h3>b</h3><p>c\nd</p>'),
+    ("#a\n####### b", "<p>#a\n####### b</p>"),
+    ("a\n- b\n- c\n  d\n\n  e\n- f\n\ng",
+     "<p>a</p><ul><li><p>b</p></li><li><p>c\nd</p><p>e</p></li><li><p>f</p></li></ul><p>g</p>"),
+    ("3. a\n   * b\n     1. c\n4) d",
+     '<ol start="3"><li><p>a</p><ul><li><p>b</p><ol start="1"><li><p>c</p></li></ol></li></ul>'
+     "</li><li><p>d</p></li></ol>"),
+    ("> a\n> - b\n\nc", "<blockquote><p>a</p><ul><li><p>b</p></li></ul></blockquote><p>c</p>"),
+    ("***\na\n- - -", "<hr><p>a</p><hr>"),
+    ("|a|b|\n|:-:|--:|\n|*c*|d\\|e|f|\n|g|",
+     '<table><thead><tr><th class="centre">a</th><th class="right">b</th></tr></thead><tbody><tr>'
+     '<td class="centre"><em>c</em></td><td class="right">d|e</td></tr><tr>'
+     '<td class="centre">g</td></tr></tbody></table>'),
+    ("a | b\n- | -\n- | - | -", "<table><thead><tr><th>a</th><th>b</th></tr></thead><tbody><tr>"
+     "<td>-</td><td>-</td></tr></tbody></table>"),
+    ("a | b\n---", "<p>a | b</p><hr>"),
+    ("~~~\n**a**\n\n<b>\n~~~~\nb", "<pre>**a**\n\n&lt;b&gt;</pre><p>b</p>"),
+    ("<b>a</b> &lt;", "<p>&lt;b&gt;a&lt;/b&gt; &amp;lt;</p>"),
+    ("> " * 99 + "a", "<blockquote>" * 6 + f"<p>{'&gt; ' * 93}a</p>" + "</blockquote>" * 6),
+]  # fmt: skip
+
+
+def test_markdown_becomes_elements(opened):
+    page = opened().ready().page
+    shown = """text => {
+        const holder = make("div", {}, ...markdown(text));
+        for (const pre of holder.querySelectorAll("pre")) {
+            pre.parentElement.replaceWith(make("pre", {}, pre.textContent));
+        }
+        for (const wide of holder.querySelectorAll(".wide")) wide.replaceWith(wide.firstChild);
+        for (const a of holder.querySelectorAll("a")) {
+            if (a.rel !== "noopener noreferrer" || a.target !== "_blank") throw a.outerHTML;
+            for (const name of ["title", "target", "rel"]) a.removeAttribute(name);
+        }
+        return holder.innerHTML.replaceAll(' class=""', "");
+    }"""
+    for text, html in MARKDOWN:
+        assert page.evaluate(shown, text) == html, text
+
+
+def test_code_has_its_language_and_can_be_copied(opened, tmp_path):
+    chat = opened(permissions=["clipboard-read", "clipboard-write"]).ready()
+    answer = "Here:\n\n```python\nx = '<b>'\n  y\n```\n\nSo.\n```\nhalf"
+    messages = [{"role": "user", "content": "why"}, {"role": "assistant", "content": answer}]
+    chat.load(tmp_path / "code.json", messages)
+    expect(chat.answers.locator("pre")).to_have_text(["x = '<b>'\n  y", "half"])
+    expect(chat.answers.locator("figcaption")).to_have_text(["python", "code"])
+    chat.page.get_by_role("button", name="Copy code").first.click()
+    expect(chat.page.locator("#announce")).to_have_text("Copied.")
+    assert chat.page.evaluate("navigator.clipboard.readText()") == "x = '<b>'\n  y"
+
+
+def test_an_answer_under_way_is_drawn_like_the_whole_and_keeps_its_beginning(opened):
+    page = opened().ready().page
+    text = "\n\n".join(text for text, _ in MARKDOWN)
+    kept = """text => {
+        const element = make("div", {}), first = [];
+        for (let end = 1; end <= text.length; end++) {
+            renew(element, markdown(text.slice(0, end)));
+            if (end > 99) first.push(element.firstChild);
+        }
+        const whole = make("div", {}, ...markdown(text));
+        return [element.isEqualNode(whole), new Set(first).size];
+    }"""
+    assert page.evaluate(kept, text) == [True, 1]
 
 
 # ---- probabilities
@@ -324,6 +485,25 @@ def test_probabilities_by_pointer_and_by_keyboard(opened, server):
     expect(peek).to_be_hidden()
 
 
+def test_the_end_of_a_turn_is_a_token_with_its_probability(opened):
+    chat = opened().ready()
+    entries = [
+        {"token": token, "bytes": list(token.encode()), "logprob": value}
+        for token, value in [("<|im_end|>", -1.0), ("fox", -0.5)]
+    ]
+    end = entries[0] | {"top_logprobs": entries[::-1]}
+    chat.answer_with("", end=end)
+    chat.hear("Well?")
+    chat.press("Probabilities")
+    token = chat.page.locator(".token")
+    expect(token).to_have_text("end of turn")
+    assert token.get_attribute("data-level") == "2"
+    token.hover()
+    rows = chat.page.get_by_role("tooltip").locator("b")
+    assert rows.all_text_contents() == ["fox", "<|im_end|>"]
+    expect(chat.page.locator("#legend")).to_contain_text("How likely the model found each token")
+
+
 # ---- settings
 
 
@@ -357,7 +537,7 @@ def too_wide(chat):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_on_a_phone_nothing_is_cut_off_or_too_small_to_touch(opened, tmp_path, scheme):
-    chat = opened(width=360, has_touch=True, is_mobile=True, color_scheme=scheme).ready()
+    chat = opened(width=390, has_touch=True, is_mobile=True, color_scheme=scheme).ready()
     assert too_wide(chat) == 0
     chat.set(Longest_answer=24)
     chat.draft.fill("unbroken" * 60)
@@ -368,12 +548,54 @@ def test_on_a_phone_nothing_is_cut_off_or_too_small_to_touch(opened, tmp_path, s
     for button in chat.page.get_by_role("button").all():
         box = button.bounding_box()
         assert box["x"] >= 0
-        assert box["x"] + box["width"] <= 360
-        assert box["height"] >= 36, "room for a finger"
+        assert box["x"] + box["width"] <= 390
+        assert min(box["height"], box["width"]) >= 44, "room for a finger"
     chat.press("Settings")
     assert too_wide(chat) == 0
-    fits = "document.getElementById('settings').scrollWidth <= 360"
+    fits = "document.getElementById('settings').scrollWidth <= 390"
     assert chat.page.evaluate(fits)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(opened, tmp_path, scheme):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    other = {"light": "dark", "dark": "light"}[scheme]
+    chat = opened(width=390, color_scheme=other).ready().set(Longest_answer=12)
+    chat.press("Light or dark")
+    found = [axe.run(chat.page)]
+    text = "\n\n".join(text for text, _ in MARKDOWN)
+    messages = [{"role": "user", "content": "why"}, {"role": "assistant", "content": text}]
+    chat.load(tmp_path / "all.json", messages)
+    found.append(axe.run(chat.page))
+    chat.hear("And?")
+    chat.press("Answer again")
+    chat.settle()
+    chat.press("Probabilities")
+    chat.page.locator(".token").first.focus()
+    found.append(axe.run(chat.page))
+    for name in ("Conversations", "Settings"):
+        chat.press(name)
+        found.append(axe.run(chat.page))
+        chat.page.keyboard.press("Escape")
+    wrong = [(entry["id"], [node["html"] for node in entry["nodes"]])
+             for result in found for entry in result.response["violations"]]  # fmt: skip
+    assert wrong == []
+
+
+def test_light_or_dark_is_the_systems_until_told_otherwise(opened):
+    chat = opened(color_scheme="dark").ready()
+    paper = lambda: chat.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    dark = paper()
+    chat.press("Light or dark")
+    light = paper()
+    assert light != dark
+    chat.page.reload()
+    assert chat.ready()
+    assert paper() == light
+    chat.press("Light or dark")
+    assert paper() == dark
+    chat.page.emulate_media(color_scheme="light")
+    assert paper() == light, "as the system, so it follows that"
 
 
 def test_everything_has_a_name_and_can_be_reached_by_keyboard(opened):
@@ -388,10 +610,10 @@ def test_everything_has_a_name_and_can_be_reached_by_keyboard(opened):
     chat.settle()
     assert chat.texts()[0] == "Hello\nthere"
     reached = []
-    for _ in range(12):
+    for _ in range(13):
         keys.press("Tab")
         reached.append(page.evaluate("document.activeElement.ariaLabel"))
-    names = {"Probabilities", "New conversation", "Light or dark", "Settings"}
+    names = {"Conversations", "Probabilities", "New conversation", "Light or dark", "Settings"}
     assert names | {"Edit", "Copy", "Answer again"} <= set(reached)
     chat.press("Settings")
     named = "e.ariaLabel || e.labels?.length || e.textContent.trim() || e.hidden"
@@ -418,7 +640,9 @@ def test_the_server_goes_and_comes_back(opened, start, folder):
     expect(chat.notice).to_contain_text("The server does not answer")
     start(folder, port=one.port)
     expect(chat.notice).to_contain_text("Connected.", timeout=30_000)
-    chat.press("Answer it")
+    assert len(chat.texts()) == 2
+    assert chat.draft.input_value() == "Are you there?"
+    chat.press("Send")
     chat.settle()
     assert len(chat.texts()) == 4
     assert chat.texts()[2] == "Are you there?"
@@ -445,24 +669,201 @@ def test_a_server_that_wants_a_key(opened, start, folder, tmp_path):
     assert "sesame" in chat.page.evaluate("JSON.stringify(sessionStorage)")
 
 
-def test_a_full_context_is_told_with_ways_out(opened, start, tiny_tokenizer, tmp_path):
-    folder = talkative(tmp_path / "short", tiny_tokenizer, "chatml", sequence_length=64)
-    chat = opened(start(folder)).ready().set(Longest_answer=4)
-    chat.hear("the quick brown fox")
-    chat.ask("jumps over a lazy dog " * 4)
-    expect(chat.notice).to_contain_text("This model's context is 64 tokens; the prompt has")
-    expect(chat.page.locator("#context")).to_have_class("full")
-    chat.press("As long as fits")
-    expect(chat.notice).to_contain_text("which leaves 0 for an answer")
-    chat.press("Leave out the oldest turn")
+@pytest.mark.parametrize(
+    ("status", "news"),
+    [(400, "The server answered 400."), (429, "too many wait for an answer already"),
+     (500, "The server answered 500."), (503, "connects by itself")],
+)  # fmt: skip
+def test_after_an_error_the_question_is_in_the_box_again(opened, status, news):
+    chat = opened().ready().set(Longest_answer=4)
+    chat.hear("One")
+    before = chat.texts()
+    chat.answer_with("", "", status=status)
+    chat.ask("Two")
+    expect(chat.notice).to_contain_text(news)
+    assert chat.texts() == before
+    chat.draft.fill(chat.draft.input_value() + "!")
+    chat.draft.press("Enter")
+    expect(chat.draft).to_have_value("Two!")
+    with chat.page.expect_request(ANSWERS) as asked:
+        chat.press("Try again") if status in (429, 500) else chat.press("Send")
+    roles = [message["role"] for message in asked.value.post_data_json["messages"]]
+    assert roles == ["user", "assistant", "user"]
     chat.settle()
-    assert chat.texts()[0] == ("jumps over a lazy dog " * 4).strip()
-    assert len(chat.texts()) == 2
-    long = [{"role": "user", "content": "fox " * 9999}]
-    chat.load(tmp_path / "long.json", long)
-    count = chat.server.ask("/tokenize", {"messages": long})[1]["count"]
-    expect(chat.page.locator("#used")).to_have_text(f"{count:,} / 64 tokens")
+    whole = chat.texts()
+    assert len(whole) == 4
+    chat.answer_with("", "", status=status)
+    chat.press("Answer again")
+    expect(chat.notice).to_contain_text(news)
+    assert chat.texts() == whole, "the answer that was there stays"
+    chat.edit(0, "Zero")
+    expect(chat.page.get_by_label("New text")).to_have_value("Zero")
+    assert chat.texts() == whole
+
+
+@pytest.fixture(scope="module")
+def short(start, tiny_tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("short") / "short"
+    return start(talkative(folder, tiny_tokenizer, "chatml", sequence_length=128))
+
+
+def test_a_draft_that_is_too_long_stays_in_the_box(opened, short):
+    chat = opened(short).ready()
+    long = "jumps over a lazy dog " * 60
+    chat.draft.fill(long)
+    expect(chat.notice).to_contain_text("Too long to send: the model reads 128 tokens at most")
+    expect(chat.go).to_be_disabled()
+    expect(chat.go).to_have_accessible_description(re.compile("Too long to send"))
     expect(chat.page.locator("#context")).to_have_class("full")
+    count = short.ask("/tokenize", {"messages": [{"role": "user", "content": long}]})[1]["count"]
+    expect(chat.page.locator("#used")).to_have_text(f"{count} / 128 tokens")
+    chat.draft.press("Enter")
+    assert chat.draft.input_value() == long
+    chat.ask("fox " * 300)  # before it is measured
+    expect(chat.notice).to_contain_text("Too long to send")
+    assert chat.texts() == []
+    assert chat.draft.input_value() == "fox " * 300
+    chat.draft.fill("x" * (1 << 20))
+    expect(chat.page.locator("#used")).to_have_text("Far more / 128 tokens")
+    chat.draft.fill("fox")
+    expect(chat.notice).to_be_hidden()
+    expect(chat.go).to_be_enabled()
+
+
+def test_a_full_context_forgets_the_oldest_turns_and_says_so(opened, short):
+    chat = opened(short).ready().set(Longest_answer=12, System_prompt="Be a fox.")
+    line, system = chat.page.locator(".horizon"), {"role": "system", "content": "Be a fox."}
+    seen = []
+    for number in range(6):
+        with chat.page.expect_request(ANSWERS) as asked:
+            chat.hear(f"the quick fox {number}")
+        turns = [{"role": role, "content": text}
+                 for role, text in zip(["user", "assistant"] * 6, chat.texts()[:-1])]  # fmt: skip
+        fits = []
+        for first in range(0, len(turns), 2):  # as sample.py --chat decides
+            window = [system, *turns[first:]]
+            if short.ask("/tokenize", {"messages": window})[1]["count"] + 12 <= 128:
+                fits.append((first, window))
+        first, window = fits[0]
+        assert asked.value.post_data_json["messages"] == window
+        assert line.count() == bool(first)
+        seen.append(first)
+    assert seen[0] == 0 < seen[-1]
+    expect(line).to_have_text("No longer seen by the model: its context of 128 tokens is full")
+    above = "element => [...element.parentElement.children].indexOf(element)"
+    assert line.evaluate(above) == seen[-1]
+    assert len(chat.texts()) == 12
+    chat.page.reload()
+    chat.ready()
+    assert line.evaluate(above) == seen[-1]
+    chat.set(Longest_answer=127)  # more than there is room for: the context ends the answer
+    chat.hear("on")
+    expect(chat.page.locator(".remark").last).to_contain_text("the context is full")
+
+
+# ---- several conversations
+
+
+def test_conversations_are_listed_renamed_searched_and_deleted(opened):
+    chat = opened().ready().set(Longest_answer=4)
+    for text in ("apples", "pears", "plums"):
+        chat.press("New conversation")
+        chat.hear(text)
+    assert chat.listed() == ["plums", "pears", "apples"]
+    chat.press("Rename pears")
+    chat.page.get_by_label("New name").fill("A fruit")
+    chat.page.keyboard.press("Escape")
+    chat.press("Rename pears")
+    chat.page.get_by_label("New name").fill("A fruit")
+    chat.page.keyboard.press("Enter")
+    assert chat.listed() == ["plums", "A fruit", "apples"]
+    search = chat.page.get_by_label("Search conversations")
+    for wanted, names in {"PEAR": ["A fruit"], "fruit": ["A fruit"], "nuts": []}.items():
+        search.fill(wanted)
+        assert chat.listed() == names
+        expect(chat.page.locator("#found")).to_have_text(f"{len(names)} of 3 conversations")
+    search.fill("")
+    chat.press("Delete plums")
+    assert chat.texts() == []
+    assert chat.listed() == ["A fruit", "apples"]
+    chat.press("Undo")
+    assert chat.listed() == ["plums", "A fruit", "apples"]
+    chat.press("Delete apples")
+    chat.page.keyboard.press("Escape")
+    assert chat.listed() == ["plums", "A fruit"]
+    chat.page.get_by_role("button", name="A fruit", exact=False).first.click()
+    assert chat.texts()[0] == "pears"
+    chat.hear("more")
+    chat.page.reload()
+    assert chat.ready().texts()[::2] == ["pears", "more"]
+    assert chat.listed() == ["A fruit", "plums"]
+
+
+class SecondTab(Chat):
+    def __init__(self, first):
+        class Same:
+            new_context = staticmethod(lambda **_: first.page.context)
+
+        super().__init__(Same, first.server)
+
+
+def test_two_tabs_lose_nothing(opened):
+    one = opened().ready().set(Longest_answer=4)
+    one.hear("shared")
+    two = SecondTab(one).ready()
+    assert two.texts() == one.texts(), "a new tab shows the latest conversation"
+    two.press("New conversation")
+    two.hear("other")
+    one.hear("more")
+    assert one.listed() == two.listed() == ["shared", "other"]
+    two.page.locator(".pick").first.click()
+    assert two.texts() == one.texts()
+    one.page.keyboard.press("Escape")
+    one.hear("third")
+    expect(two.notice).to_contain_text("Another tab went on with this conversation")
+    assert two.texts() == one.texts()
+    one.set(Longest_answer=400)
+    two.draft.fill("kept")
+    one.ask("long")
+    expect(one.answers.last).to_have_text(re.compile(".{20}", re.S))
+    two.ask("at the same time")  # in both at once: two conversations
+    expect(one.notice).to_contain_text("it goes on as a copy")
+    one.settle()
+    two.settle()
+    assert one.texts()[:-2] == two.texts()[:-4]
+    assert (one.texts()[-2], two.texts()[-2]) == ("long", "at the same time")
+    assert two.listed() == ["shared", "shared", "other"]
+    two.press("Delete other")
+    one.press("Conversations")
+    assert one.listed() == ["shared", "shared"]
+    two.page.locator("#entries [aria-current]").locator("..").get_by_label("Delete").click()
+    assert one.listed() == ["shared"]
+    two.press("Undo")
+    assert len(one.listed()) == 2
+
+
+def test_what_an_earlier_page_kept_is_still_there(opened):
+    old = {"messages": [{"role": "user", "content": "old"}], "system": "Be old.", "draft": ""}
+    old["messages"].append({"role": "assistant", "content": "so"})
+    old |= {"settings": {"temperature": 0.5}, "odds": True}
+    code = f"localStorage.length || localStorage.setItem('mini-llm-chat', {json.dumps(old)!r})"
+    chat = opened(before=code).ready()
+    assert chat.texts() == ["old", "so"]
+    assert chat.page.get_by_label("Temperature", exact=True).input_value() == "0.5"
+    assert chat.page.get_by_label("System prompt").input_value() == "Be old."
+    chat.page.reload()
+    assert chat.ready().listed() == ["old"]
+
+
+def test_a_browser_that_keeps_nothing_says_so(opened):
+    full = "Storage.prototype.setItem = () => { throw new Error('full') }"
+    chat = opened(before=full).ready()
+    chat.hear("lost?")
+    expect(chat.page.locator("#unsaved")).to_be_visible()
+    texts = chat.texts()
+    chat.press("New conversation")
+    chat.press("Go back")
+    assert chat.texts() == texts
 
 
 # ---- a base model
