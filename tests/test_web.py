@@ -749,7 +749,9 @@ def test_a_full_context_forgets_the_oldest_turns_and_says_so(opened, short):
         assert line.count() == bool(first)
         seen.append(first)
     assert seen[0] == 0 < seen[-1]
-    expect(line).to_have_text("No longer seen by the model: its context of 128 tokens is full")
+    expect(line).to_have_text(
+        "Above this line no longer seen: the model's context of 128 tokens is full"
+    )
     above = "element => [...element.parentElement.children].indexOf(element)"
     assert line.evaluate(above) == seen[-1]
     assert len(chat.texts()) == 12
