@@ -28,7 +28,15 @@ from lib.config import PositiveFloat, PositiveInt, Range, UserError, run
 from lib.runtime import autocast, choose_dtype, open_world, to_device
 from lib.tokenizer import IGNORE, Tokenizer, render
 from model import choose_attention, linear_cross_entropy, lora_off, model_folder, supervised_hidden
-from sft import FineTuningConfig, answer_to, model_files, open_base, read_split, validation
+from sft import (
+    FineTuningConfig,
+    answer_to,
+    for_rows,
+    model_files,
+    open_base,
+    read_split,
+    validation,
+)
 from train import fit
 
 METRIC_NAMES = (  # TRL's names; of validations they begin with val_
@@ -47,11 +55,12 @@ class DPOConfig(FineTuningConfig):
     precompute_ref: bool | None = None  # compute the reference once, beforehand; none = if it pays
     output_dir: str = "checkpoints/dpo"  # checkpoints, metrics.jsonl and final/ go here
     learning_rate: PositiveFloat = 5e-4  # for LoRA on a small model; full fine-tuning wants 5e-7
-    num_train_epochs: PositiveFloat | None = 1.0  # passes over the pairs
     batch_size: PositiveInt = 4  # pairs per micro-batch and rank
     eval_steps: PositiveInt = 50  # steps between validations
     # decides which is best
     early_stopping_metric: Literal["val_loss", "val_rewards/accuracies"] = "val_loss"
+
+    PASSES, STEPS = 1, 50
 
     def __post_init__(self):
         FineTuningConfig.__post_init__(self)
@@ -157,6 +166,7 @@ def main(cfg):
         if not loader.blocks:
             same = f"no two different answers within {length} positions"
             raise UserError(f"{cfg.dataset_path}: {same}; use a longer --sequence_length")
+        cfg = for_rows(cfg, loader, val_stream, world)
         loss_fn, context = preference_loss(cfg), model.cfg.sequence_length
         questions = [row["prompt"] for row in held_out or rows]
         show = answer_to(cfg, tokenizer, template, questions, context)

@@ -14,7 +14,8 @@ The second half is shared with dpo.py: rows, their split, the model before, file
 
 import hashlib
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
 from typing import Literal
@@ -43,6 +44,7 @@ from model import (
     Projection,
     adapters,
     add_lora,
+    count_parameters,
     identify,
     load_model,
     load_weights,
@@ -52,7 +54,9 @@ from model import (
     save_adapter,
     save_model,
 )
-from train import LoopConfig, check_origin, fit, greedy, write_origin
+from train import LoopConfig, check_origin, fit, greedy, total_steps, write_origin
+
+SMALL = 10_000_000  # parameters below which an adapter learns less than all the weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +69,8 @@ class FineTuningConfig(LoopConfig):
     val_ratio: Fraction = 0.05  # that share; a row falls into it by its hash
     sequence_length: PositiveInt | None = None  # positions of a row; none = the model's context
     sample_tokens: NonNegativeInt = 48  # length of the answer shown at each evaluation; 0 = none
-    warmup_steps: NonNegativeInt = 10  # linear rise to the top
+    # passes over the rows; none = 3 (DPO: 1), or as many more as make 200 steps (DPO: 50)
+    num_train_epochs: PositiveFloat | None = None
     weight_decay: NonNegativeFloat = 0.0  # on matrices
     save_steps: PositiveInt = 100  # steps between checkpoints
     lora_r: NonNegativeInt = 16  # rank of the difference that is learned; 0 = train all weights
@@ -73,6 +78,9 @@ class FineTuningConfig(LoopConfig):
     lora_dropout: Fraction = 0.0  # on the adapter's input
     lora_target_modules: tuple[Projection, ...] = PROJECTIONS  # the projections that get one
     merge: bool = True  # final/ is a whole model, its adapter in final/adapter; else that alone
+
+    WARMUP = 10  # steps, where warmup_steps is none and the run is long enough
+    PASSES, STEPS = 3, 200  # where num_train_epochs is none: so many passes, so many steps at least
 
     def __post_init__(self):
         super().__post_init__()
@@ -88,10 +96,11 @@ class SFTConfig(FineTuningConfig):
 
     # none = the model's own; without one chatml, or instruct where the tokenizer lacks its markers
     prompt_template: Literal["chatml", "instruct", "chat"] | None = None
-    packing: bool = True  # several conversations in a row, which do not see each other
+    # several conversations in a row, which do not see each other; none = unless that would leave
+    # fewer steps than a tenth of the conversations
+    packing: bool | None = None
     output_dir: str = "checkpoints/sft"  # checkpoints, metrics.jsonl and final/ go here
     learning_rate: PositiveFloat = 1e-3  # for LoRA on a small model; full fine-tuning wants 5e-5
-    num_train_epochs: PositiveFloat | None = 3.0  # passes over the data
     lora_dropout: Fraction = 0.1  # on what enters the adapter
     eval_steps: PositiveInt = 100  # steps between validations
     early_stopping_metric: Literal["val_loss"] = "val_loss"  # decides which is best
@@ -104,19 +113,26 @@ def main(cfg):
         check_unused(cfg)
         chats, held_out, sha256 = read_split(cfg, read_chats, "messages", world.say)
         model, base, length = open_base(cfg, tokenizer)
+        if cfg.lora_r and (size := count_parameters(model.cfg)["total"]) < SMALL:
+            learn = "a model this small learns more with all its weights than through an adapter"
+            world.say(f"{size:,} parameters: {learn}: --lora_r=0")
+        settings = tokenizer, template, length, world.say
+        examples = make_examples(chats, "to train on", *settings)
+        cfg = with_packing(cfg, examples, length, world)
         collate = lambda rows: supervised_rows(rows, length, tokenizer.pad_id, cfg.packing)
 
-        def stream(chats, purpose):
-            examples = make_examples(chats, purpose, tokenizer, template, length, world.say)
+        def stream(examples):
             rows = pack_examples(examples, length) if cfg.packing else [[e] for e in examples]
             return ExampleStream(rows, collate, cfg.batch_size, cfg.seed, world.size)
 
-        loader, val_stream = stream(chats, "to train on"), stream(held_out, "held out")
+        loader = stream(examples)
+        val_stream = stream(make_examples(held_out, "held out", *settings))
         if not loader.blocks:
             late = f"no answer begins within {length} positions"
             remedy = "shorten the questions, or use a longer --sequence_length"
             raise UserError(f"{cfg.dataset_path}: {late}; {remedy}")
         world.say(f"{loader.blocks:,} rows of up to {length} positions; template {template}")
+        cfg = for_rows(cfg, loader, val_stream, world)
         before_answers = partial(takewhile, lambda message: message["role"] != "assistant")
         questions = [list(before_answers(chat["messages"])) for chat in held_out or chats]
         show = answer_to(cfg, tokenizer, template, questions, model.cfg.sequence_length)
@@ -161,15 +177,50 @@ def make_examples(chats, purpose, tokenizer, template, length, say):
     return examples
 
 
+def with_packing(cfg, examples, length, world):
+    """Returns cfg with packing on or off: by default off where it leaves too few steps."""
+    if cfg.packing is not None:
+        return cfg
+    passes = replace(cfg, num_train_epochs=cfg.num_train_epochs or cfg.PASSES)
+    steps = total_steps(passes, len(pack_examples(examples, length)), world.size)
+    packing = bool(cfg.max_steps) or 10 * steps >= len(examples)
+    if not packing:
+        full = f"full rows would make {steps:,} steps of {len(examples):,} conversations"
+        world.say(f"packing is off: {full}, fewer than a tenth")
+    return replace(cfg, packing=packing)
+
+
 # ----------------------------------------------------------------------------------------------
 # What sft.py and dpo.py share
+
+
+def for_rows(cfg, loader, held_out, world):
+    """Returns cfg with its number of passes, and early stopping off where no row is held out.
+
+    Few rows are seen more often: a few steps would teach nothing.
+    """
+    if cfg.early_stopping_patience and not held_out.blocks:
+        remedy = "--val_path or more rows turn it on"
+        world.say(f"early stopping is off, because no row is held out to decide by: {remedy}")
+        cfg = replace(cfg, early_stopping_patience=None)
+    if cfg.num_train_epochs is None:
+        cfg = replace(cfg, num_train_epochs=cfg.PASSES)
+        steps = total_steps(cfg, loader.blocks, world.size)
+        if steps < cfg.STEPS and not cfg.max_steps:
+            rows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * world.size
+            passes = math.ceil(cfg.STEPS * rows_per_step / loader.blocks)
+            why = f"--num_train_epochs={cfg.PASSES} would make {steps} steps"
+            world.say(f"{passes:,} passes over {loader.blocks:,} rows: {why}, too few for few rows")
+            cfg = replace(cfg, num_train_epochs=passes)
+    return cfg
 
 
 def read_split(cfg, read, key, say):
     """Returns (rows to train on, rows held out, the sha256 of everything in dataset_path).
 
     `read` is chats.read_chats or read_pairs. Without val_path a row is held out by the hash of its
-    `key`: equal ones stay together, and a higher val_ratio only adds rows.
+    `key`: equal ones stay together, and a higher val_ratio only adds rows. Of two different rows
+    or more at least one is held out, unless val_ratio is 0.
     """
     rows = read_reporting(read, cfg.dataset_path, say)
     sha256 = hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
@@ -178,6 +229,8 @@ def read_split(cfg, read, key, say):
     rows, held_out = split_rows(rows, cfg.val_ratio, key)
     if not rows:
         raise UserError(f"{cfg.dataset_path}: every row is held out; lower --val_ratio")
+    if cfg.val_ratio and not held_out:
+        say(f"nothing is held out to validate on: no two of {len(rows):,} rows differ in {key}")
     return rows, held_out, sha256
 
 
@@ -191,10 +244,19 @@ def read_reporting(read, path, say):
 
 
 def split_rows(rows, ratio, key):
-    """Returns (the other rows, about `ratio` of them), split by the hash of row[key]."""
+    """Returns (the other rows, about `ratio` of them), split by the hash of row[key].
+
+    Where that left a side empty, the row with the lowest hash is held out and that with the highest
+    is not, unless ratio is 0 or 1.
+    """
+    hashes = [hash_fraction(json.dumps(row[key], ensure_ascii=False)) for row in rows]
+    lowest, highest = min(hashes), max(hashes)
     sides = [], []
-    for row in rows:
-        sides[hash_fraction(json.dumps(row[key], ensure_ascii=False)) < ratio].append(row)
+    for row, value in zip(rows, hashes, strict=True):
+        held_out = value < ratio
+        if 0 < ratio < 1:
+            held_out = (held_out or value == lowest) and value < highest
+        sides[held_out].append(row)
     return sides
 
 
@@ -246,12 +308,8 @@ def validation(cfg, world, stream, loss_fn, names, show, watch=lambda means: Non
     """Returns validate(model): means over the held-out rows, and an answer to look at.
 
     The means are val_loss, per supervised term, and val_NAME for each of `names`, which loss_fn
-    sums up too; watch(means) may comment on them. Without held-out rows there is only the answer,
-    and a UserError if early stopping is to decide by them.
+    sums up too; watch(means) may comment on them. Without held-out rows there is only the answer.
     """
-    if cfg.early_stopping_patience and not stream.blocks:
-        remedy = "give --val_path, a higher --val_ratio, or --early_stopping_patience=none"
-        raise UserError(f"early_stopping_patience: no row is held out to decide by; {remedy}")
 
     def validate(model):
         totals = np.zeros(2 + len(names))

@@ -82,7 +82,9 @@ class LoopConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on the blocks' matrices, AdamW elsewhere
     learning_rate: PositiveFloat = 3e-4  # at the top of the schedule
     min_lr: NonNegativeFloat | None = None  # at its end; none = a tenth of learning_rate
-    warmup_steps: NonNegativeInt = 100  # linear rise to the top (a tenth of a time box at most)
+    # linear rise to the top; none = 100 (fine-tuning: 10), but at most a tenth of the run, which
+    # also replaces a number that is more than the whole run
+    warmup_steps: NonNegativeInt | None = None
     weight_decay: NonNegativeFloat = 0.1  # on matrices only, not on embeddings and norms
     beta1: Fraction = 0.9  # AdamW's memory of the gradient
     beta2: Fraction = 0.95  # AdamW's memory of its square
@@ -97,13 +99,11 @@ class LoopConfig:
     early_stopping_metric: str = "val_loss"  # lower is better, of accuracies higher
     report_to: tuple[Literal["wandb", "tensorboard"], ...] = ()  # these get metrics.jsonl, too
 
+    WARMUP = 100  # steps, where warmup_steps is none and the run is long enough
+
     def __post_init__(self):
         if not self.output_dir.strip():
             raise ValueError("output_dir must name a folder, got an empty string")
-        steps, warmup = self.max_steps, self.warmup_steps
-        if steps and warmup > steps:
-            shorter = f"use a shorter warmup (--warmup_steps={steps // 10})"
-            raise ValueError(f"warmup_steps {warmup} is more than max_steps {steps}; {shorter}")
         if self.min_lr is not None and self.min_lr > self.learning_rate:
             limit = f"learning_rate {self.learning_rate}"
             raise ValueError(f"min_lr {self.min_lr} is more than {limit}; lower it")
@@ -118,6 +118,8 @@ FREE_ON_RESUME = {
     *("sample_tokens", "report_to", "plan", "plan_gpu", "data_path", "dataset_path", "model_path"),
 }
 
+FEW_STEPS = 30  # a run of fewer is told so
+
 # ----------------------------------------------------------------------------------------------
 # The schedule: how many steps, and the learning rate at each of them
 
@@ -127,7 +129,7 @@ def lr_at(cfg, step, progress, total):
 
     A linear warmup, then a cosine down to min_lr at progress 1. In a time box nobody knows how many
     of `total` steps there will be: the warmup ends after a tenth of the time at the latest, and the
-    cosine begins there.
+    cosine begins there. `cfg` is what `with_warmup` returns.
     """
     warm = (step + 1) / cfg.warmup_steps if cfg.warmup_steps else 1.0
     begin = cfg.warmup_steps / total if total else 0.0  # progress at which the cosine begins
@@ -148,12 +150,25 @@ def total_steps(cfg, rows, world_size):
     if cfg.max_minutes and not cfg.num_train_epochs:
         return None
     rows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * world_size
-    total = max(1, math.ceil((cfg.num_train_epochs or 1) * rows / rows_per_step))
-    if cfg.warmup_steps > total and not cfg.max_minutes:
-        problem = f"warmup_steps {cfg.warmup_steps} is more than the {total} steps of this run"
-        shorter = f"a shorter warmup (--warmup_steps={total // 10})"
-        raise UserError(f"{problem}; use a time box (--max_minutes=30), {shorter} or more data")
-    return total
+    return max(1, math.ceil((cfg.num_train_epochs or 1) * rows / rows_per_step))
+
+
+def with_warmup(cfg, total, say):
+    """Returns cfg with the number of its warmup steps, once the `total` of the run is known.
+
+    It is a tenth of the run at most, unless another number is asked for and the run is longer than
+    that: so the checkpoints of earlier versions resume as they began. In a time box `lr_at` sees to
+    it. Says what is shortened, and that a run is too short to teach anything.
+    """
+    warmup = cfg.WARMUP if cfg.warmup_steps is None else cfg.warmup_steps
+    if total and not cfg.max_minutes:
+        if warmup > (total // 10 if cfg.warmup_steps is None else total):
+            say(f"warmup_steps: {total // 10}, a tenth of this run, instead of {warmup}")
+            warmup = total // 10
+        if total < FEW_STEPS and not cfg.max_steps:
+            more = "a higher --num_train_epochs or a lower --batch_size makes more of them"
+            say(f"warning: only {total} steps, which teach little; {more}")
+    return replace(cfg, warmup_steps=warmup)
 
 
 class Clock:
@@ -455,7 +470,7 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
 
         return plan.local(cfg, model, loader, loss_fn, world)
     with checkpoint.locked(cfg.output_dir, world), runtime.stop_signals(world):
-        state, dtype, clock = prepare(cfg, model, loader, world, read_model)
+        cfg, state, dtype, clock = prepare(cfg, model, loader, world, read_model)
         final = Path(cfg.output_dir) / "final"
         ended = clock.progress(state.step, state.seconds) >= 1 or state.is_stale(cfg)
         if ended and checkpoint.problem_with(final, checkpoint.FINAL_FILES) is None:
@@ -507,6 +522,8 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
                     report_skipped(cfg, state, grad_norm, count, log)
                 log.step(state, clock, stats, lr, grad_norm)
 
+            if not stopping:
+                log.last_step(state)
             # saved again when time is up: resumed from the state of before, the run would go on
             if state.saved_at != state.step or (clock.limit and state.seconds >= clock.limit):
                 state.save(cfg, world, write_model)
@@ -521,16 +538,17 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
 
 
 def prepare(cfg, model, loader, world, read_model):
-    """Returns (state, dtype of matmuls, clock), fresh or resumed from the checkpoint cfg names."""
+    """Returns (cfg with its warmup, state, dtype of matmuls, clock), fresh or resumed."""
     model.to(world.device)
     dtype, _ = announce(cfg, model, world)
     state = State(cfg, model, world, dtype)
     runtime.seed_everything(cfg.seed + world.rank)  # dropout differs between ranks
     total = total_steps(cfg, loader.blocks, world.size)
+    cfg = with_warmup(cfg, total, world.say)
     state.check_space(cfg.output_dir)
     resume(cfg, state, world, read_model)
     world.broadcast(model.parameters())
-    return state, dtype, Clock(cfg, total, state.seconds)
+    return cfg, state, dtype, Clock(cfg, total, state.seconds)
 
 
 def announce(cfg, model, world):

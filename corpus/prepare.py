@@ -1,8 +1,9 @@
 """Raw text to a prepared dataset: the run.
 
 Documents are read in a fixed order, cleaned and filtered (clean.py), compared with those kept
-before (dedup.py), and assigned to train or val by their own hash. Then a tokenizer is trained on a
-sample of the training text, or an existing one is opened, and the text is encoded into shards.
+before (dedup.py), and assigned to train or val by their own hash; an only document is cut. Then a
+tokenizer is trained on a sample of the training text, or an existing one is opened, and the text is
+encoded into shards.
 
 The result is a pure function of (input, config): no clock, no random state, no number of workers
 and no order of a file system enters it (except the date on DATA_CARD.md). Memory does not grow with
@@ -100,9 +101,12 @@ def main(cfg):
     def text_files(progress):
         if not progress.stats:
             collect(cfg, progress)
-        check_usable(cfg, progress)
         parts = range(len(progress.parts))
-        return {split: [progress.part(number, split) for number in parts] for split in SPLITS}
+        files = {split: [progress.part(number, split) for number in parts] for split in SPLITS}
+        if progress.stats["documents"]["kept"] == 1 and 0 < cfg.train_ratio < 1:
+            return cut_document(cfg, progress, files)
+        check_usable(cfg, progress)
+        return files
 
     build(cfg, output_folder(cfg), kept_settings(cfg), text_files)
 
@@ -349,6 +353,32 @@ def follow_parent():
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=follow, daemon=True).start()
+
+
+def cut_document(cfg, progress, files):
+    """Cuts the only document there is, because its hash would leave train or val empty.
+
+    Returns {split: .jsonl files} of its head and its tail, and counts it in `stats`.
+    """
+    (text,) = chain.from_iterable(map(read_texts, chain(*files.values())))
+    at = cut_at(text, cfg.train_ratio)
+    for split, part in zip(SPLITS, (text[:at].rstrip(), text[at:].lstrip()), strict=True):
+        files[split] = [progress.work / f"cut.{split}.jsonl"]
+        write_whole(files[split][0], text_row(part))
+    progress.stats["documents"]["cut"] = {"train": at, "val": len(text) - at}
+    return files
+
+
+def cut_at(text, share):
+    """Returns where to cut a text: near `share` of it, behind a paragraph, else line, sentence,
+    word. What is cut off is at most twice the share that is held out.
+    """
+    at = min(max(1, round(share * len(text))), len(text) - 1)
+    for border in ("\n\n", "\n", ". ", " "):
+        found = text.rfind(border, max(1, 2 * at - len(text)), at)
+        if found > 0:
+            return found + len(border)
+    return at
 
 
 def check_usable(cfg, progress):

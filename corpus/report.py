@@ -48,6 +48,9 @@ def run_summary(folder, stats):
     for split, sums in stats["splits"].items():
         lines.append(f"  {split:<24}{sums['tokens']:>14,} tokens, {sums['bytes'] / 1e6:.2f} MB")
     lines.append(f"  {'bytes per token':<24}{stats['bytes_per_token']:>14.2f}")
+    if cut := stats["documents"].get("cut"):
+        tail = f"its last {cut['val']:,} of {sum(cut.values()):,} characters are val"
+        lines.append(f"  one document, which was cut: {tail}")
     if not stats["splits"]["val"]["documents"]:
         lines.append("  no document fell to val: lower train_ratio, or training cannot validate")
     return "\n".join(lines)

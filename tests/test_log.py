@@ -204,3 +204,13 @@ def test_wandb_offline_holds_what_metrics_jsonl_says(tmp_path, tiny_dataset):
         row = {k: json.loads(v) for k, v in row.items()}
         read |= {(row["step"], k): v for k, v in row.items() if (row["step"], k) in told(out)}
     assert read == pytest.approx(told(out))
+
+
+@pytest.mark.parametrize(("every", "steps"), [(1, [*range(1, 9)]), (3, [1, 3, 6, 8]), (99, [1, 8])])
+def test_the_first_and_the_last_step_are_logged_and_those_between_as_asked(
+    tmp_path, tiny_dataset, every, steps
+):
+    out = trained(tmp_path / "out", data_path=tiny_dataset, logging_steps=every)
+    assert [r["step"] for r in records(out) if "loss" in r] == steps
+    trained(out, data_path=tiny_dataset, logging_steps=every, resume_from_checkpoint="auto")
+    assert [r["step"] for r in records(out) if "loss" in r] == steps

@@ -13,7 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from corpus.prepare import DataConfig, RetokenizeConfig, in_order, main, retokenize, unfinished
+from corpus.prepare import (
+    DataConfig,
+    RetokenizeConfig,
+    cut_at,
+    in_order,
+    main,
+    retokenize,
+    unfinished,
+)
 from data import TokenStream
 from lib.config import UserError, configure
 from lib.folders import Shards, hash_fraction, read_manifest
@@ -200,6 +208,41 @@ def test_the_split_of_a_document_does_not_depend_on_its_neighbours(prepared, tmp
     splits, _ = prepare_dataset(few, tmp_path / "d")
     for split, texts in read_splits(prepared).items():
         assert set(splits[split]) <= set(texts)
+
+
+@pytest.mark.parametrize(
+    ("text", "ratio", "tail"),
+    [
+        ("a" * 50 + "\n\n" + "b" * 40, 0.6, "b" * 40),  # behind a paragraph
+        ("a" * 50 + "\n\n" + "b" * 30 + "\n" + "c" * 10, 0.9, "c" * 10),  # which is too far here
+        ("a" * 50 + "\n" + "b. " * 10 + "c", 0.9, "b. b. b. c"),
+        ("one two three four", 0.6, "three four"),
+        ("a" * 100, 0.98, "aa"),
+        ("ab", 0.001, "b"),
+        ("ab", 0.999, "b"),
+    ],
+)
+def test_a_text_is_cut_near_its_share_where_something_ends(text, ratio, tail):
+    at = cut_at(text, ratio)
+    assert text[at:] == tail
+    assert len(tail) <= max(1, 2 * round(len(text) * (1 - ratio)))
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.98])
+def test_of_a_single_document_the_tail_is_held_out(tmp_path, ratio, capsys):
+    text = "\n\n".join(prose(number, 3) for number in range(200))
+    (tmp_path / "book.txt").write_text(text)
+    folders = [tmp_path / f"out{workers}" for workers in (1, 2)]
+    for workers, folder in enumerate(folders, start=1):
+        settings = {"train_ratio": ratio, "num_workers": workers, "max_length": 10**7}
+        splits, stats = prepare_dataset(tmp_path / "book.txt", folder, **settings)
+        (head,), (tail,) = splits["train"], splits["val"]
+        assert f"{head}\n\n{tail}" == text
+        assert len(tail) == pytest.approx((1 - ratio) * len(text), rel=0.5)
+        assert sum(stats["documents"]["cut"].values()) == len(text)
+        assert "one document, which was cut: its last " in capsys.readouterr().out
+    assert len({(f / "manifest.json").read_bytes() for f in folders}) == 1
+    TokenStream([folders[0]], "val", 32, 2)
 
 
 def test_near_duplicates_go_by_default_and_stay_when_switched_off(tmp_path):  # trap B1

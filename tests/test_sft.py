@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from tests.runs import as_tensors, make_base, records, refused
 from tests.runs import train_to_end as trained
 from tools.export import ExportConfig
 from tools.export import main as export
-from train import greedy
+from train import greedy, total_steps
 
 ROWS = [
     {"prompt": "why not?", "response": "because 7"},
@@ -167,6 +169,86 @@ def test_the_split_is_by_content():
     assert all(row in more for row in val)
 
 
+@pytest.mark.parametrize("ratio", [0.01, 0.99])
+@pytest.mark.parametrize("count", [1, 2, 3, 20])
+def test_of_two_rows_or_more_one_is_held_out_and_one_is_not(ratio, count):
+    for first in range(30):
+        rows = [
+            {"prompt": str(n // 2)} for n in range(2 * first, 2 * (first + count))
+        ]  # each twice
+        train, val = sft.split_rows(rows, ratio, "prompt")
+        assert not {row["prompt"] for row in train} & {row["prompt"] for row in val}
+        assert sft.split_rows(rows[::-1], ratio, "prompt") == (train[::-1], val[::-1])
+        assert (len(train) > 0, len(val) > 0) == (True, count > 1)
+        hashes = [
+            [sft.hash_fraction(f'"{row["prompt"]}"') for row in side] for side in (train, val)
+        ]
+        assert count == 1 or max(hashes[1]) < min(hashes[0])
+
+
+def test_rows_that_are_all_alike_are_trained_on_and_that_is_said(tmp_path):
+    path, lines = write_rows(tmp_path / "rows", ROWS[:1] * 3), []
+    cfg = sft.SFTConfig(model_path="", dataset_path=str(path))
+    rows, held_out, _ = sft.read_split(cfg, sft.read_chats, "messages", lines.append)
+    assert (len(rows), held_out) == (3, [])
+    assert lines == ["nothing is held out to validate on: no two of 3 rows differ in messages"]
+
+
+def for_count(cls, count, held_out=1, **knobs):
+    """Returns (the configuration for `count` rows, the lines said), rows / batch steps a pass."""
+    lines, cfg = [], cls(model_path="", dataset_path="", **knobs)
+    world = SimpleNamespace(size=1, say=lines.append)
+    loader, stream = (SimpleNamespace(blocks=blocks) for blocks in (count, held_out))
+    return sft.for_rows(cfg, loader, stream, world), lines
+
+
+@pytest.mark.parametrize(
+    ("cls", "count", "knobs", "passes", "said"),
+    [
+        (sft.SFTConfig, 2000, {}, 3, 0),
+        (sft.SFTConfig, 20, {}, 80, 1),  # of 2.5 steps
+        (sft.SFTConfig, 1, {}, 1600, 1),
+        (sft.SFTConfig, 20, {"num_train_epochs": 2.0}, 2, 0),
+        (sft.SFTConfig, 20, {"max_steps": 7}, 3, 0),
+        (sft.SFTConfig, 20, {"batch_size": 2, "gradient_accumulation_steps": 2}, 40, 1),
+        (dpo.DPOConfig, 2000, {}, 1, 0),
+        (dpo.DPOConfig, 20, {}, 10, 1),
+    ],
+)
+def test_few_rows_are_passed_over_more_often(cls, count, knobs, passes, said):
+    cfg, lines = for_count(cls, count, **knobs)
+    assert (cfg.num_train_epochs, len(lines)) == (passes, said)
+    if said:
+        assert total_steps(cfg, count, 1) >= cls.STEPS
+        assert lines[0].startswith(f"{passes:,} passes over {count} rows: --num_train_epochs=")
+
+
+def test_early_stopping_turns_itself_off_where_no_row_is_held_out():
+    knobs = {"early_stopping_patience": 3, "num_train_epochs": 1.0}
+    assert for_count(dpo.DPOConfig, 9, **knobs)[0].early_stopping_patience == 3
+    cfg, lines = for_count(dpo.DPOConfig, 9, held_out=0, **knobs)
+    assert cfg.early_stopping_patience is None
+    assert lines[0].startswith("early stopping is off, because no row is held out to decide by")
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "packing"),
+    [(40, 8, False), (400, 8, False), (400, 16, False), (400, 17, True), (4, 8, True)],
+)
+def test_packing_leaves_a_tenth_as_many_steps_as_conversations(count, size, packing):
+    """Rows of 64 in batches of 8, thrice: 30 conversations a step are 3.75 a row."""
+    made, lines = [(np.arange(size + 1), np.ones(size + 1))] * count, []
+    world = SimpleNamespace(size=1, say=lines.append)
+    cfg = sft.with_packing(sft.SFTConfig(model_path="", dataset_path=""), made, 64, world)
+    assert (cfg.packing, len(lines)) == (packing, not packing)
+    rows = pack_examples(made, 64) if cfg.packing else made
+    steps = total_steps(replace(cfg, num_train_epochs=cfg.PASSES), len(rows), 1)
+    assert steps >= count / 10
+    for knobs in ({"max_steps": 5}, {"packing": True}):  # then it changes no steps, or is asked for
+        cfg = sft.SFTConfig(model_path="", dataset_path="", **knobs)
+        assert sft.with_packing(cfg, made, 64, world).packing
+
+
 # ---- whole runs
 
 
@@ -181,6 +263,30 @@ def by_heart(tmp_path_factory, knobs):
         return trained(tmp_path_factory.mktemp("heart") / "out", **knobs | more)
 
     return learned
+
+
+@pytest.mark.parametrize("program", ["sft", "dpo"])
+@pytest.mark.parametrize("count", [1, 2, 5, 10, 20])
+def test_any_number_of_rows_trains(tmp_path, tiny_tokenizer, program, count):
+    base = make_base(tmp_path / "base", tiny_tokenizer, "chatml")
+    rows = [{"prompt": f"what is {n}?", "chosen": f"a {n}", "rejected": "I won't"}
+            for n in range(count)]  # fmt: skip
+    if program == "sft":
+        rows = [{"prompt": row["prompt"], "response": row["chosen"]} for row in rows]
+    path = write_rows(tmp_path / "rows", rows)
+    unset = dict.fromkeys(("max_steps", "warmup_steps", "batch_size", "save_steps", "eval_steps"))
+    words = {"program": program, "dataset_path": path, "model_path": base, "logging_steps": 7}
+    words |= {"early_stopping_patience": 90}
+    out = trained(tmp_path / "out", **unset | words)
+    steps = {"sft": sft.SFTConfig, "dpo": dpo.DPOConfig}[program].STEPS
+    losses = {r["step"]: r["loss"] for r in records(out) if "loss" in r}
+    assert max(losses) >= steps
+    assert losses[max(losses)] < 0.5 * losses[1]
+    held_out = [r for r in records(out) if "val_loss" in r]
+    log = out.with_suffix(".log").read_text()
+    assert bool(held_out) == (count > 1) == ("early stopping is off" not in log)
+    assert ("a model this small learns more" in log) == (program == "sft")
+    load_model(out / "final")
 
 
 def answers(folder, template):

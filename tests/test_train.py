@@ -29,7 +29,15 @@ from tests.runs import (
     training,
 )
 from tests.runs import train_to_end as trained
-from train import Clock, LoopConfig, PretrainConfig, lr_at, total_steps, with_vocab_size
+from train import (
+    Clock,
+    LoopConfig,
+    PretrainConfig,
+    lr_at,
+    total_steps,
+    with_vocab_size,
+    with_warmup,
+)
 
 
 def schedule(**knobs):
@@ -59,7 +67,8 @@ def test_the_learning_rate_rises_to_its_top_and_falls_as_a_cosine_to_its_floor(s
 
 def test_the_floor_is_a_tenth_unless_it_is_given_and_no_warmup_starts_at_the_top():
     for knobs, floor in (({}, 0.05), ({"min_lr": 0.0}, 0.0)):
-        assert lr_at(LoopConfig(learning_rate=0.5, **knobs), 200, 1.0, 200) == pytest.approx(floor)
+        cfg = LoopConfig(learning_rate=0.5, warmup_steps=20, **knobs)
+        assert lr_at(cfg, 200, 1.0, 200) == pytest.approx(floor)
     assert lr_at(schedule(warmup_steps=0, max_steps=10), 0, 0.0, 10) == 1.0
     assert lr_at(schedule(warmup_steps=10, max_steps=10), 9, 0.9, 10) == 1.0
 
@@ -108,11 +117,36 @@ def test_the_number_of_steps_comes_from_steps_epochs_or_the_clock(knobs, ranks, 
     assert total_steps(LoopConfig(**batch, **knobs), 1000, ranks) == steps
 
 
-def test_a_warmup_longer_than_the_run_is_refused_with_both_numbers():
-    with pytest.raises(ValueError, match="warmup_steps 11 is more than max_steps 10"):
-        LoopConfig(max_steps=10, warmup_steps=11)
-    with pytest.raises(UserError, match=r"100 is more than the 13 steps .*--warmup_steps=1\)"):
-        total_steps(LoopConfig(batch_size=8), 100, 1)
+@pytest.mark.parametrize(
+    ("knobs", "total", "warmup", "line"),
+    [
+        ({}, 1000, 100, None),
+        ({}, 999, 99, "warmup_steps: 99, a tenth of this run, instead of 100"),
+        ({}, 9, 0, "warmup_steps: 0, a tenth of this run, instead of 100"),
+        ({"warmup_steps": 60}, 60, 60, None),  # a number holds: so older checkpoints resume
+        ({"warmup_steps": 61}, 60, 6, "warmup_steps: 6, a tenth of this run, instead of 61"),
+        ({"warmup_steps": 0}, 60, 0, None),
+        ({"max_minutes": 1}, None, 100, None),  # lr_at ends it after a tenth of the time
+        ({"max_minutes": 1, "warmup_steps": 61}, 60, 61, None),
+    ],
+)
+def test_a_warmup_is_a_tenth_of_the_run_at_most_or_as_long_as_asked_for(knobs, total, warmup, line):
+    lines = []
+    cfg = with_warmup(LoopConfig(max_steps=total, **knobs), total, lines.append)
+    assert (cfg.warmup_steps, lines) == (warmup, [line] if line else [])
+    assert with_warmup(cfg, total, lines.append) == cfg  # a run.json as a preset
+    if not cfg.max_minutes:
+        rates = [lr_at(cfg, step, step / total, total) for step in range(total)]
+        assert rates.index(max(rates)) == max(0, warmup - 1)
+
+
+@pytest.mark.parametrize(("total", "said"), [(29, True), (30, False)])
+def test_a_run_of_few_steps_is_told_so_unless_they_were_asked_for(total, said):
+    lines = []
+    with_warmup(LoopConfig(warmup_steps=0), total, lines.append)
+    assert ["--num_train_epochs or a lower --batch_size" in line for line in lines] == [True] * said
+    with_warmup(LoopConfig(warmup_steps=0, max_steps=total), total, lines.append)
+    assert len(lines) == said
 
 
 # ---- learning
@@ -417,7 +451,6 @@ REFUSED = {
     "another vocabulary": ({"vocab_size": 512}, "is 512, but .* of 384; use --vocab_size=384"),
     "no GPU": ({"device": "cuda"}, "device=cuda: this machine has no CUDA device; use --device="),
     "fp16 on a CPU": ({"dtype": "fp16"}, "dtype=fp16 needs CUDA; use --dtype=bf16 or --dtype=fp32"),
-    "a long warmup": ({"warmup_steps": 9}, "warmup_steps 9 is more than max_steps 8"),
     "NaN": ({"learning_rate": "nan"}, "learning_rate must be float > 0"),
     "no learning": ({"learning_rate": 0}, "learning_rate must be float > 0"),
     "a high floor": ({"min_lr": 1}, "min_lr 1.0 is more than learning_rate 0.01; lower it"),
