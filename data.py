@@ -182,14 +182,14 @@ def supervised_rows(rows, length, pad_id, packed=False):
     """Returns examples as arrays of static shape: the batch that `model.next_token_loss` takes.
 
     `rows` are lists of (ids, mask): the examples that share a row of `length` positions. With
-    `packed` "documents" and "positions" (B, T) tell them apart. Otherwise there is one example in
-    each row, and T is only what the longest needs, in powers of two, so that there are few shapes.
+    `packed` "documents" and "positions" (B, T) tell them apart; else there is one example in each
+    row. T is only what the longest row needs, in powers of two, so that there are few shapes.
 
     "ids" are (B, T); "where" (N,) are the places of the supervised positions in the flattened
     rows, and "labels" (N,) the ids that follow them, padded with IGNORE. "tokens" counts inputs.
     """
     used = max(sum(len(ids) - 1 for ids, _ in row) for row in rows)
-    T = length if packed else min(length, max(32, 1 << (used - 1).bit_length()))
+    T = min(length, max(32, 1 << (used - 1).bit_length()))
     ids, labels = (np.full((len(rows), T), fill, np.int64) for fill in (pad_id, IGNORE))
     documents, positions = (np.zeros((len(rows), T), kind) for kind in (np.int32, np.int64))
     for row, examples in enumerate(rows):

@@ -69,7 +69,7 @@ class FineTuningConfig(LoopConfig):
     val_ratio: Fraction = 0.05  # that share; a row falls into it by its hash
     sequence_length: PositiveInt | None = None  # positions of a row; none = the model's context
     sample_tokens: NonNegativeInt = 48  # length of the answer shown at each evaluation; 0 = none
-    # passes over the rows; none = 3 (DPO: 1), or as many more as make 200 steps (DPO: 50)
+    # passes over the rows; none = 8 (DPO: 1), or as many more as make 200 steps (DPO: 50)
     num_train_epochs: PositiveFloat | None = None
     weight_decay: NonNegativeFloat = 0.0  # on matrices
     save_steps: PositiveInt = 100  # steps between checkpoints
@@ -80,7 +80,7 @@ class FineTuningConfig(LoopConfig):
     merge: bool = True  # final/ is a whole model, its adapter in final/adapter; else that alone
 
     WARMUP = 10  # steps, where warmup_steps is none and the run is long enough
-    PASSES, STEPS = 3, 200  # where num_train_epochs is none: so many passes, so many steps at least
+    PASSES, STEPS = 8, 200  # where num_train_epochs is none: so many passes, so many steps at least
 
     def __post_init__(self):
         super().__post_init__()
@@ -96,8 +96,8 @@ class SFTConfig(FineTuningConfig):
 
     # none = the model's own; without one chatml, or instruct where the tokenizer lacks its markers
     prompt_template: Literal["chatml", "instruct", "chat"] | None = None
-    # several conversations in a row, which do not see each other; none = unless that would leave
-    # fewer steps than a tenth of the conversations
+    # several conversations in a row, which do not see each other; none = unless a step
+    # would take more than 10 of them
     packing: bool | None = None
     output_dir: str = "checkpoints/sft"  # checkpoints, metrics.jsonl and final/ go here
     learning_rate: PositiveFloat = 1e-3  # for LoRA on a small model; full fine-tuning wants 5e-5
@@ -178,15 +178,18 @@ def make_examples(chats, purpose, tokenizer, template, length, say):
 
 
 def with_packing(cfg, examples, length, world):
-    """Returns cfg with packing on or off: by default off where it leaves too few steps."""
+    """Returns cfg with packing on or off: by default off where a step took more than 10 examples.
+
+    A pass then has a tenth as many steps as conversations at least, if batch_size is no larger.
+    """
     if cfg.packing is not None:
         return cfg
-    passes = replace(cfg, num_train_epochs=cfg.num_train_epochs or cfg.PASSES)
-    steps = total_steps(passes, len(pack_examples(examples, length)), world.size)
-    packing = bool(cfg.max_steps) or 10 * steps >= len(examples)
+    rows = len(pack_examples(examples, length))
+    rows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * world.size
+    packing = bool(cfg.max_steps) or len(examples) * rows_per_step <= 10 * rows
     if not packing:
-        full = f"full rows would make {steps:,} steps of {len(examples):,} conversations"
-        world.say(f"packing is off: {full}, fewer than a tenth")
+        full = f"{len(examples):,} conversations would fill {rows:,} rows, {rows_per_step} a step"
+        world.say(f"packing is off: {full}, which leaves too few steps")
     return replace(cfg, packing=packing)
 
 

@@ -205,11 +205,11 @@ def for_count(cls, count, held_out=1, **knobs):
 @pytest.mark.parametrize(
     ("cls", "count", "knobs", "passes", "said"),
     [
-        (sft.SFTConfig, 2000, {}, 3, 0),
+        (sft.SFTConfig, 2000, {}, 8, 0),
         (sft.SFTConfig, 20, {}, 80, 1),  # of 2.5 steps
         (sft.SFTConfig, 1, {}, 1600, 1),
         (sft.SFTConfig, 20, {"num_train_epochs": 2.0}, 2, 0),
-        (sft.SFTConfig, 20, {"max_steps": 7}, 3, 0),
+        (sft.SFTConfig, 20, {"max_steps": 7}, 8, 0),
         (sft.SFTConfig, 20, {"batch_size": 2, "gradient_accumulation_steps": 2}, 40, 1),
         (dpo.DPOConfig, 2000, {}, 1, 0),
         (dpo.DPOConfig, 20, {}, 10, 1),
@@ -233,17 +233,15 @@ def test_early_stopping_turns_itself_off_where_no_row_is_held_out():
 
 @pytest.mark.parametrize(
     ("count", "size", "packing"),
-    [(40, 8, False), (400, 8, False), (400, 16, False), (400, 17, True), (4, 8, True)],
+    [(400, 8, False), (400, 32, False), (400, 33, True), (4, 8, False)],
 )
 def test_packing_leaves_a_tenth_as_many_steps_as_conversations(count, size, packing):
-    """Rows of 64 in batches of 8, thrice: 30 conversations a step are 3.75 a row."""
     made, lines = [(np.arange(size + 1), np.ones(size + 1))] * count, []
     world = SimpleNamespace(size=1, say=lines.append)
     cfg = sft.with_packing(sft.SFTConfig(model_path="", dataset_path=""), made, 64, world)
     assert (cfg.packing, len(lines)) == (packing, not packing)
     rows = pack_examples(made, 64) if cfg.packing else made
-    steps = total_steps(replace(cfg, num_train_epochs=cfg.PASSES), len(rows), 1)
-    assert steps >= count / 10
+    assert total_steps(replace(cfg, num_train_epochs=1), len(rows), 1) >= count / 10
     for knobs in ({"max_steps": 5}, {"packing": True}):  # then it changes no steps, or is asked for
         cfg = sft.SFTConfig(model_path="", dataset_path="", **knobs)
         assert sft.with_packing(cfg, made, 64, world).packing
