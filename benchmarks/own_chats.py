@@ -8,8 +8,8 @@ phrasings. Two are rows to train on; the third is held out, and which one it is 
 product to product. `sft.py configs/sft.json` trains on the rows, then `dpo.py configs/dpo.json` on
 pairs of the same questions, in which a rude sentence is the rejected answer. Every model is asked
 greedily; an answer is right if it is the sentence, letter by letter. Further flags go to the
-trainings as --sft.KEY=VALUE and --dpo.KEY=VALUE. Prints what each model said to the first question
-of every fifty, then a Markdown table.
+trainings as --sft.KEY=VALUE and --dpo.KEY=VALUE. Prints a Markdown table; what the trainings say,
+and each model's answer to the first question of every fifty, goes to stderr.
 """
 
 import argparse
@@ -128,7 +128,7 @@ def share_right(folder, questions):
         answers = [tokenizer.decode(request.ids).strip() for request in requests]
         expected = [answer for _, answer in questions[start : start + 50]]
         right += sum(map(str.__eq__, answers, expected))
-        print(f"    {questions[start][0]} -> {answers[0]}", flush=True)
+        print(f"    {questions[start][0]} -> {answers[0]}", file=sys.stderr)
     return right / len(questions)
 
 
@@ -161,11 +161,11 @@ def main():
              for script in ("sft", "dpo")}  # fmt: skip
     if len(rest) != sum(map(len, flags.values())):
         parser.error(f"not understood: {rest}; flags of trainings are --sft.KEY=VALUE, --dpo....")
-    lines = ["| rows | model | steps | time | held-out loss | training questions | paraphrases |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    print("| rows | model | steps | time | held-out loss | training questions | paraphrases |")
+    print("|---|---|---|---|---|---|---|", flush=True)
     for count in map(int, args.rows.split(",")):
-        lines += measure(args.model.resolve(), count, args.work.resolve(), flags)
-    print("\n".join(lines))
+        for line in measure(args.model.resolve(), count, args.work.resolve(), flags):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":
