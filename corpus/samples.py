@@ -26,8 +26,9 @@ from lib.config import NonNegativeInt, UserError, write_whole
 FILES = ("sft_train", "sft_val", "dpo_train", "dpo_val")
 BORDERS = (0, 0.68, 0.76, 0.97, 1)  # between FILES, as shares of each kind of task
 MOST = 440  # tasks of one kind
-TALK = 150  # messages of one kind of small talk, from each of its tables
-IN_CONVERSATIONS = {"sft_train": 2, "sft_val": 1, "dpo_train": 1, "dpo_val": 1}  # times of a row
+TALK = 120  # messages of one kind of small talk, from each of its tables
+# how often a row also stands in a conversation, on average
+IN_CONVERSATIONS = {"sft_train": 2, "sft_val": 1, "dpo_train": 0.5, "dpo_val": 1}
 TABLES = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 WORDS = TABLES["words"]
 
@@ -136,15 +137,17 @@ def small_talk(kind):
     """Returns a generator of the tasks (message, answer) of a kind of TABLES["talk"].
 
     Every message of a kind has the same answer. A message is one text of each of several columns,
-    joined; two in three begin with a capital letter.
+    joined; two in three begin with a capital letter. Half of them are the shortest that there are:
+    these are what people type first.
     """
     right = TABLES["talk"][kind]["answer"]
     wrong = [talk["answer"] for other, talk in TABLES["talk"].items() if other != kind]
 
     def generate(rng):
         for columns in TABLES["talk"][kind]["prompts"]:
-            messages = ["".join(texts) for texts in product(*columns)]
-            for text in rng.sample(messages, min(len(messages), TALK)):
+            messages = sorted(("".join(texts) for texts in product(*columns)), key=len)
+            longer = messages[TALK // 2 :]
+            for text in messages[: TALK // 2] + rng.sample(longer, min(len(longer), TALK // 2)):
                 text = text[0].upper() + text[1:] if rng.random() < 2 / 3 else text
                 yield (text,), word(right, *wrong)
 
@@ -231,7 +234,8 @@ def make_rows(seed):
             files[name] += [make_row(name, kind, *task, others, rng) for task in tasks[start:end]]
     for name, rows in files.items():
         rng = random.Random(f"{seed} {name}")
-        rows += conversations(rows * IN_CONVERSATIONS[name], rng)
+        count = round(len(rows) * IN_CONVERSATIONS[name])
+        rows += conversations(rng.sample(rows * 2, count), rng)
         rng.shuffle(rows)
     return files
 
@@ -241,12 +245,12 @@ def message(role, content):
 
 
 def conversations(rows, rng):
-    """Returns `rows` in a random order as conversations of one to six questions.
+    """Returns `rows`, in their order, as conversations of one to six questions.
 
     Four in ten begin with a system message, as do all of one question. The answer that a row is
     about, and is checked, is its last.
     """
-    rows, made = rng.sample(rows, len(rows)), []
+    made = []
     while rows:
         size, has_system = rng.randint(1, 6), rng.random() < 0.4
         (*earlier, last), rows = rows[:size], rows[size:]
