@@ -3,7 +3,7 @@ message; and fifty everyday first messages.
 
     python benchmarks/conversations.py checkpoints/sft/demo checkpoints/dpo/demo
 
-The tasks are 150 of the single rows of data/samples/sft_val.jsonl, none of which was trained on.
+The tasks are the single rows of data/samples/sft_val.jsonl, none of which was trained on.
 Each is asked alone, after one, two and three other held-out tasks with their right answers, and
 under the system messages below; a program checks the greedy answer. No answer to an everyday
 message may be empty. One JSON line is printed for each model.
@@ -45,8 +45,7 @@ OURS = {  # the questions that README, page and `make demo` ask, with a part of 
     "What is machine learning?": "learn",
     "What can you do?": "tasks",
     "What is the opposite of hot?": "cold",
-    "What is 3 plus 4?": "7",
-    "Spell the word river.": "r i v e r",
+    "Write lamp in capital letters.": "LAMP",
 }
 
 
@@ -85,7 +84,7 @@ def contexts(rows):
 def report(folder, rows):
     model, tokenizer = open_model(folder, "cpu")
     is_talk = lambda row: row["kind"] in TABLES["talk"]
-    tasks = random.Random(0).sample([row for row in rows if not is_talk(row)], 150)
+    tasks = [row for row in rows if not is_talk(row)]
 
     def right(rows, before):
         chats = [chat + [user(row["prompt"])] for chat, row in zip(before, rows)]

@@ -26,9 +26,9 @@ from lib.config import NonNegativeInt, UserError, write_whole
 FILES = ("sft_train", "sft_val", "dpo_train", "dpo_val")
 BORDERS = (0, 0.68, 0.76, 0.97, 1)  # between FILES, as shares of each kind of task
 MOST = 440  # tasks of one kind
-TALK = 120  # messages of one kind of small talk, from each of its tables
+TALK = 80  # messages of one kind of small talk, from each of its tables
 # how often a row also stands in a conversation, on average
-IN_CONVERSATIONS = {"sft_train": 2, "sft_val": 1, "dpo_train": 0.5, "dpo_val": 1}
+IN_CONVERSATIONS = {"sft_train": 2, "sft_val": 1, "dpo_train": 0.5, "dpo_val": 0.5}
 TABLES = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 WORDS = TABLES["words"]
 

@@ -21,7 +21,7 @@ from corpus.samples import (
 from lib.config import UserError
 from tests import ROOT
 
-GOLDEN = "d3fa758fcae04f0ec875b065008aaed0bfe2c6ce30a00135224d8c8f6e808d95"
+GOLDEN = "0ccf5170a666c0d9f11a8f67ed7c8162a5f38cf233c377e97840f1448966484d"
 
 
 def single(rows):
