@@ -69,7 +69,7 @@ class FineTuningConfig(LoopConfig):
     val_ratio: Fraction = 0.05  # that share; a row falls into it by its hash
     sequence_length: PositiveInt | None = None  # positions of a row; none = the model's context
     sample_tokens: NonNegativeInt = 48  # length of the answer shown at each evaluation; 0 = none
-    # passes over the rows; none = 8 (DPO: 1), or as many more as make 200 steps (DPO: 50)
+    # passes over the rows; none = 8 (DPO: 1), or as many more as make 400 steps (DPO: 50)
     num_train_epochs: PositiveFloat | None = None
     weight_decay: NonNegativeFloat = 0.0  # on matrices
     save_steps: PositiveInt = 100  # steps between checkpoints
@@ -80,7 +80,7 @@ class FineTuningConfig(LoopConfig):
     merge: bool = True  # final/ is a whole model, its adapter in final/adapter; else that alone
 
     WARMUP = 10  # steps, where warmup_steps is none and the run is long enough
-    PASSES, STEPS = 8, 200  # where num_train_epochs is none: so many passes, so many steps at least
+    PASSES, STEPS = 8, 400  # where num_train_epochs is none: so many passes, so many steps at least
 
     def __post_init__(self):
         super().__post_init__()

@@ -206,11 +206,11 @@ def for_count(cls, count, held_out=1, **knobs):
     ("cls", "count", "knobs", "passes", "said"),
     [
         (sft.SFTConfig, 2000, {}, 8, 0),
-        (sft.SFTConfig, 20, {}, 80, 1),  # of 2.5 steps
-        (sft.SFTConfig, 1, {}, 1600, 1),
+        (sft.SFTConfig, 20, {}, 160, 1),  # of 2.5 steps
+        (sft.SFTConfig, 1, {}, 3200, 1),
         (sft.SFTConfig, 20, {"num_train_epochs": 2.0}, 2, 0),
         (sft.SFTConfig, 20, {"max_steps": 7}, 8, 0),
-        (sft.SFTConfig, 20, {"batch_size": 2, "gradient_accumulation_steps": 2}, 40, 1),
+        (sft.SFTConfig, 20, {"batch_size": 2, "gradient_accumulation_steps": 2}, 80, 1),
         (dpo.DPOConfig, 2000, {}, 1, 0),
         (dpo.DPOConfig, 20, {}, 10, 1),
     ],
