@@ -189,6 +189,11 @@ class Walk:
         folder.mkdir()
         link_code(folder)
         (folder / "prompts.txt").write_text("a\n")
+        chat = {"prompt": "What is it?", "response": "A"}  # what a reader of the pages brings
+        pair = {"prompt": "What is it?", "chosen": "A", "rejected": "B"}
+        for name, row in (("my_chats", chat), ("my_pairs", pair)):
+            rows = [row | {"prompt": f"What is {n}?"} for n in range(4)]
+            (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
     def begin(self, words):
         """Starts `[NAME=VALUE ...] python SCRIPT ...`; returns the Run."""
