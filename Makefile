@@ -60,7 +60,7 @@ check-env: .venv/installed ## Python, torch, CUDA, memory, disk, optional packag
 
 ASK = $(RUN) sample.py --chat --prompt="What is the plural of tree?" --temperature=0 --max_new_tokens=24
 
-demo: .venv/installed ## raw text -> a small LLaMA -> SFT -> DPO, and the three asked one question, in about ten minutes
+demo: .venv/installed ## raw text -> a small LLaMA -> SFT -> DPO, and the three asked one question, in about a quarter of an hour
 	$(RUN) data.py configs/datasets/docstrings.json
 	$(RUN) train.py configs/demo.json --resume_from_checkpoint=auto
 	$(RUN) sample.py --model_path=checkpoints/pretrain/demo --prompt="Return the" --num_samples=3 --seed=1
