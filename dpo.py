@@ -37,7 +37,7 @@ from sft import (
     read_split,
     validation,
 )
-from train import fit
+from train import fit, rows_per_step
 
 METRIC_NAMES = (  # TRL's names; of validations they begin with val_
     "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
@@ -255,8 +255,7 @@ def precomputes(cfg, loader, world):
     if cfg.precompute_ref is not None or not cfg.lora_r:
         return cfg.precompute_ref is not False
     if cfg.max_steps:
-        rows = cfg.batch_size * cfg.gradient_accumulation_steps * world.size
-        return cfg.max_steps * rows >= loader.blocks
+        return cfg.max_steps * rows_per_step(cfg, world.size) >= loader.blocks
     return not cfg.max_minutes and (cfg.num_train_epochs or 1) >= 1
 
 

@@ -54,7 +54,15 @@ from model import (
     save_adapter,
     save_model,
 )
-from train import LoopConfig, check_origin, fit, greedy, total_steps, write_origin
+from train import (
+    LoopConfig,
+    check_origin,
+    fit,
+    greedy,
+    rows_per_step,
+    total_steps,
+    write_origin,
+)
 
 SMALL = 10_000_000  # parameters below which an adapter learns less than all the weights
 
@@ -115,7 +123,7 @@ def main(cfg):
         model, base, length = open_base(cfg, tokenizer)
         if cfg.lora_r and (size := count_parameters(model.cfg)["total"]) < SMALL:
             learn = "a model this small learns more with all its weights than through an adapter"
-            world.say(f"{size:,} parameters: {learn}: --lora_r=0")
+            world.say(f"{size:,} parameters: {learn}: --lora_r=0 --learning_rate=1e-3")
         settings = tokenizer, template, length, world.say
         examples = make_examples(chats, "to train on", *settings)
         cfg = with_packing(cfg, examples, length, world)
@@ -180,16 +188,17 @@ def make_examples(chats, purpose, tokenizer, template, length, say):
 def with_packing(cfg, examples, length, world):
     """Returns cfg with packing on or off: by default off where a step took more than 10 examples.
 
-    A pass then has a tenth as many steps as conversations at least, if batch_size is no larger.
+    A pass then has a tenth as many steps as conversations at least, if batch_size is at most 10.
+    Where max_steps counts the steps, packing takes none away and is on.
     """
     if cfg.packing is not None:
         return cfg
     rows = len(pack_examples(examples, length))
-    rows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * world.size
-    packing = bool(cfg.max_steps) or len(examples) * rows_per_step <= 10 * rows
+    per_step = rows_per_step(cfg, world.size)
+    packing = bool(cfg.max_steps) or len(examples) * per_step <= 10 * rows
     if not packing:
-        full = f"{len(examples):,} conversations would fill {rows:,} rows, {rows_per_step} a step"
-        world.say(f"packing is off: {full}, which leaves too few steps")
+        full = f"{len(examples):,} conversations would fill {rows:,} rows, {per_step} a step"
+        world.say(f"packing is off: {full}, too few steps; --packing=true packs them")
     return replace(cfg, packing=packing)
 
 
@@ -210,10 +219,11 @@ def for_rows(cfg, loader, held_out, world):
         cfg = replace(cfg, num_train_epochs=cfg.PASSES)
         steps = total_steps(cfg, loader.blocks, world.size)
         if steps < cfg.STEPS and not cfg.max_steps:
-            rows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * world.size
-            passes = math.ceil(cfg.STEPS * rows_per_step / loader.blocks)
+            passes = math.ceil(cfg.STEPS * rows_per_step(cfg, world.size) / loader.blocks)
             why = f"--num_train_epochs={cfg.PASSES} would make {steps} steps"
-            world.say(f"{passes:,} passes over {loader.blocks:,} rows: {why}, too few for few rows")
+            world.say(
+                f"{passes:,} passes over {loader.blocks:,} rows: {why}, {cfg.STEPS} are wanted"
+            )
             cfg = replace(cfg, num_train_epochs=passes)
     return cfg
 
@@ -233,7 +243,8 @@ def read_split(cfg, read, key, say):
     if not rows:
         raise UserError(f"{cfg.dataset_path}: every row is held out; lower --val_ratio")
     if cfg.val_ratio and not held_out:
-        say(f"nothing is held out to validate on: no two of {len(rows):,} rows differ in {key}")
+        equal = f"no two of {len(rows):,} rows differ in {key}"
+        say(f"nothing is held out to validate on: {equal}; --val_path names other rows")
     return rows, held_out, sha256
 
 

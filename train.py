@@ -143,14 +143,18 @@ def lr_at(cfg, step, progress, total):
     return floor + (cfg.learning_rate - floor) * cosine
 
 
+def rows_per_step(cfg, world_size):
+    return cfg.batch_size * cfg.gradient_accumulation_steps * world_size
+
+
 def total_steps(cfg, rows, world_size):
     """Returns the number of optimizer steps, or None when only the clock ends the run."""
     if cfg.max_steps:
         return cfg.max_steps
     if cfg.max_minutes and not cfg.num_train_epochs:
         return None
-    rows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * world_size
-    return max(1, math.ceil((cfg.num_train_epochs or 1) * rows / rows_per_step))
+    passes = cfg.num_train_epochs or 1
+    return max(1, math.ceil(passes * rows / rows_per_step(cfg, world_size)))
 
 
 def with_warmup(cfg, total, say):

@@ -53,14 +53,14 @@ def user(text):
     return {"role": "user", "content": text}
 
 
-def answers(model, tokenizer, chats):
+def answers(model, tokenizer, chats, longest=32):
     """Returns the greedy answers to conversations that end with a question, as texts."""
     ends, texts = stop_ids(tokenizer, tokenizer.template), []
     for start in range(0, len(chats), 32):
         requests = []
         for chat in chats[start : start + 32]:
             ids, _ = render(tokenizer, chat, tokenizer.template, add_generation_prompt=True)
-            requests.append(Request(ids, 32, Sampling(temperature=0), ends))
+            requests.append(Request(ids, longest, Sampling(temperature=0), ends))
         for _ in generate(model, requests):
             pass
         texts += [tokenizer.decode(request.ids).strip() for request in requests]

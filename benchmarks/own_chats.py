@@ -9,7 +9,7 @@ product to product. `sft.py configs/sft.json` trains on the rows, then `dpo.py c
 pairs of the same questions, in which a rude sentence is the rejected answer. Every model is asked
 greedily; an answer is right if it is the sentence, letter by letter. Further flags go to the
 trainings as --sft.KEY=VALUE and --dpo.KEY=VALUE. Prints a Markdown table; what the trainings say,
-and each model's answer to the first question of every fifty, goes to stderr.
+and each model's answer to its first question, goes to stderr.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lib.tokenizer import render, stop_ids
-from sample import Request, Sampling, generate, open_model
+from benchmarks.conversations import answers, user
+from sample import open_model
 from sft import split_rows
 
 # question in three phrasings, the answer, and what its {} may be; the product's name is {name}
@@ -84,8 +84,7 @@ def own_rows(count):
 
 
 def chat(question, answer):
-    return {"messages": [{"role": "user", "content": question},
-                         {"role": "assistant", "content": answer}]}  # fmt: skip
+    return {"messages": [user(question), {"role": "assistant", "content": answer}]}
 
 
 def pair(question, answer):
@@ -115,20 +114,10 @@ def train(script, model, rows, out, flags):
 def share_right(folder, questions):
     """Returns the share of [(question, answer)] that a model answers letter by letter."""
     model, tokenizer = open_model(folder, "cpu")
-    ends, right = stop_ids(tokenizer, tokenizer.template), 0
     questions = questions[:: max(1, len(questions) // ASKED)][:ASKED]
-    for start in range(0, len(questions), 50):
-        requests = []
-        for question, _ in questions[start : start + 50]:
-            messages = [{"role": "user", "content": question}]
-            ids, _ = render(tokenizer, messages, tokenizer.template, add_generation_prompt=True)
-            requests.append(Request(ids, LONGEST, Sampling(temperature=0), ends))
-        for _ in generate(model, requests):
-            pass
-        answers = [tokenizer.decode(request.ids).strip() for request in requests]
-        expected = [answer for _, answer in questions[start : start + 50]]
-        right += sum(map(str.__eq__, answers, expected))
-        print(f"    {questions[start][0]} -> {answers[0]}", file=sys.stderr)
+    given = answers(model, tokenizer, [[user(question)] for question, _ in questions], LONGEST)
+    print(f"    {questions[0][0]} -> {given[0]}", file=sys.stderr)
+    right = sum(text == answer for text, (_, answer) in zip(given, questions))
     return right / len(questions)
 
 
