@@ -96,9 +96,9 @@ def windows(count, context, stride):
     return [(max(0, end - context), end, first) for first, end in zip([0, *ends], ends)]
 
 
-def text_nats(model, ids, bos_id, context, stride, rows):
-    """Returns the sum of -log p over `ids`, the first after bos_id; `rows` windows run together."""
-    stream, device = torch.tensor([bos_id, *ids]), model.lm_head.weight.device
+def text_nats(model, ids, first_id, context, stride, rows):
+    """Returns the sum of -log p over `ids`, after first_id; `rows` windows run together."""
+    stream, device = torch.tensor([first_id, *ids]), model.lm_head.weight.device
     cuts = windows(len(ids), context, stride)
 
     def work(group):
@@ -279,21 +279,29 @@ def to_question(row):
     raise ValueError("other fields")
 
 
+def start_id(tokenizer):
+    """Returns the id after which a text's first token is scored, as in lm-eval: BOS, else EOS."""
+    return tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+
+
 def encode_questions(tokenizer, rows, positions):
     """Returns ([(context ids, [answer ids, ...])], how many contexts lost their beginning).
 
-    As in lm-eval, an answer's ids are those it adds; the context's last blanks belong to it.
+    As in lm-eval, an answer's ids are those it adds; the context's last blanks belong to it, and
+    before the context stands what the tokenizer puts there, or without any context `start_id`.
     """
     encoded, cut = [], 0
     for where, _, (text, choices, _) in rows:
         context = tokenizer.encode(text.rstrip())
         answers = [tokenizer.encode(text + choice)[len(context) :] for choice in choices]
-        room = positions - max(map(len, answers))  # BOS, context, all but an answer's last token
+        opening = tokenizer.opening or ([] if context else [start_id(tokenizer)])
+        # opening, context, all but an answer's last token
+        room = positions + 1 - len(opening) - max(map(len, answers))
         if room < 1 or not all(answers):
             fits = f"1 to {positions - 1} of the model's {positions} positions"
             raise UserError(f"{where}: after its context each answer must take {fits}")
         cut += len(context) > room
-        encoded.append(([tokenizer.bos_id, *context[-room:]], answers))
+        encoded.append(([*opening, *context[-room:]], answers))
     return encoded, cut
 
 
@@ -396,10 +404,11 @@ def ask_prompts(model, tokenizer, prompts, max_new_tokens=64, seed=0, together=6
     for prompt in prompts:
         text = prompt.prompt if template else prompt.base or prompt.prompt
         rows.append({"prompt": prompt.prompt, "asked": text, "category": prompt.category})
-        ids = [tokenizer.bos_id, *tokenizer.encode(text)]
         if template:
             messages = [{"role": "user", "content": text}]
             ids = render(tokenizer, messages, template, add_generation_prompt=True)[0]
+        else:
+            ids = tokenizer.prompt_ids(text)
         sampling = replace(SAMPLING, seed=zlib.crc32(f"{seed} {prompt.prompt}".encode()))
         requests.append(Request(ids, max_new_tokens, sampling, stop_ids(tokenizer, template)))
     start = time.perf_counter()
@@ -517,12 +526,14 @@ def prepare_text(cfg, model, tokenizer, path):
         text = text.encode()[:FAST_BYTES].decode("utf-8", "ignore")
         text = text[: text.rfind("\n") + 1] or text  # whole lines
         part = f"the first {len(text.encode()):,} of {size:,} bytes"
-    ids, rows = tokenizer.encode(text), rows_at_once(cfg, model, context)
+    # as lm-eval: where the tokenizer itself adds BOS, that is predicted too, after another
+    opening, first_id = tokenizer.opening if tokenizer.adds_bos else [], start_id(tokenizer)
+    ids, rows = [*opening, *tokenizer.encode(text)], rows_at_once(cfg, model, context)
     name = DESCRIPTIONS["texts"].get(sha256[:32])
     about = {"path": path, "name": name, "sha256": sha256, "part": part}
 
     def measure():
-        nats = text_nats(model, ids, tokenizer.bos_id, context, stride, rows)
+        nats = text_nats(model, ids, first_id, context, stride, rows)
         result = text_result(nats, text, ids, tokenizer)
         return result | {"text": about, "context": context, "stride": stride}
 

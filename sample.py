@@ -728,8 +728,10 @@ class Chat:
         remembered as far as it got. UserError if there is no room for one, and nothing changes.
         """
         turns = [*turns, {"role": "user", "content": text}]
-        ids, limit = [self.tokenizer.bos_id, *self.tokenizer.encode(text)], self.engine.limit
-        if self.template is not None:
+        limit = self.engine.limit
+        if self.template is None:
+            ids = self.tokenizer.prompt_ids(text)
+        else:
             for first in range(0, len(turns), 2):  # a full context forgets old turns
                 messages = self.system + turns[first:]
                 ids, _ = render(self.tokenizer, messages, self.template, add_generation_prompt=True)
@@ -806,7 +808,7 @@ def main(cfg):
     if cfg.chat:
         chat = Chat(cfg, model, tokenizer)
         return chat.ask(cfg.prompt, []) if cfg.prompt else converse(chat)
-    prompt, longest = [tokenizer.bos_id, *tokenizer.encode(cfg.prompt)], cfg.max_new_tokens or 64
+    prompt, longest = tokenizer.prompt_ids(cfg.prompt), cfg.max_new_tokens or 64
     ends = stop_ids(tokenizer, tokenizer.template)
     requests = [Request(prompt, longest, rules, ends) for rules in cfg.samplings()]
     engine = Engine(model, len(requests), len(prompt) + longest, graphs=cfg.compile)

@@ -141,14 +141,16 @@ class Api:
     def tokenizer_info(self):
         """Returns what lm-eval asks about a tokenizer that it can't load itself."""
         ids = {role: getattr(self.tokenizer, f"{role}_id") for role in ("bos", "eos", "pad")}
-        info = {f"{role}_token": self.tokenizer.pieces[id] for role, id in ids.items()}
+        name = lambda id: None if id is None else self.tokenizer.pieces[id]
+        info = {f"{role}_token": name(id) for role, id in ids.items()}
         template = self.template and jinja(TEMPLATES[self.template], generation=False)
         return info | {"chat_template": template}
 
     def tokenize(self, body, disconnected):
         fields = self.read(TokenFields, body)
         if fields.messages is None:
-            ids = self.ids_of(fields.prompt)[not fields.add_special_tokens :]  # with BOS or not
+            opening = self.tokenizer.opening if fields.add_special_tokens else []
+            ids = [*opening, *self.tokenizer.encode(fields.prompt)]
         else:
             ids = self.conversation(fields.messages)
         return {"tokens": ids, "count": len(ids), "max_model_len": self.context}
@@ -178,9 +180,9 @@ class Api:
         return cls(**{name: values[name] for name in values.keys() & options.keys()})
 
     def ids_of(self, value, param="prompt"):
-        """Returns the ids of a text to continue, BOS and its own; a list of ids as it is."""
+        """Returns the ids of a text to continue; a list of ids as it is."""
         if isinstance(value, str):
-            return [self.tokenizer.bos_id, *self.tokenizer.encode(value)]
+            return self.tokenizer.prompt_ids(value)
         size = self.tokenizer.vocab_size
         right = isinstance(value, list) and all(type(id) is int and 0 <= id < size for id in value)
         require(right, f"{param} must be a text, or token ids in 0..{size - 1}", param)

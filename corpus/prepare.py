@@ -415,6 +415,8 @@ def make_tokenizer(cfg, progress, shared, files):
         progress.tokenizer = origin
         progress.save()
     tokenizer = Tokenizer.load(path)
+    if tokenizer.bos_id is None:
+        raise UserError(f"{shared}: has no BOS, which opens each document; name another tokenizer")
     if shared and not shared.exists():
         with write_errors(shared, "tokenizer_path"):
             write_whole(shared, tokenizer.model)

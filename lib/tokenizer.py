@@ -42,16 +42,20 @@ class Tokenizer:
     controls      {symbol: id}; a foreign folder's tokenizer_config.json, `config`, may add some
     template      the chat template named by the folder it came from, or None
     dummy_prefix  whether it puts a space before every text
+    opening       the ids before a text that a model continues: [BOS], or none
+    adds_bos      whether transformers puts BOS there, too; None in our folders: it does not
     exact         whether `save` wrote the folder, so that there are no other ids
 
-    Without chat markers `im_start_id` and `im_end_id` are None, without padding `pad_id` is EOS.
+    Without BOS and chat markers `bos_id`, `im_start_id` and `im_end_id` are None, without padding
+    `pad_id` is EOS. A text to continue has not ended: a folder's EOS after texts is left out.
     """
 
     file = "tokenizer.model"  # the name of `model` in a folder
     unreadable = "not a SentencePiece model, or a damaged one"
 
     def __init__(self, model, source="tokenizer.model", config=None):
-        config = config or {}
+        ours, config = config is None or "tokenizer_model_sha256" in config, config or {}
+        self.adds_bos = config.get("add_bos_token", None if ours else False)
         self.model, self.source, self.exact = model, source, False
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.template = folder_template(config)
@@ -67,16 +71,8 @@ class Tokenizer:
         except Exception as error:  # a damaged file fails in many ways
             beside = ", or tokenizer_config.json beside it is" if config else ""
             raise UserError(f"{source}: {self.unreadable}{beside}") from error
-        for role in SPECIALS:  # bos_id, eos_id, ...: what `config` names, else the model's own
-            symbol = config.get(f"{role}_token")
-            symbol = symbol.get("content") if isinstance(symbol, dict) else symbol
-            if symbol is not None and (str(symbol) in self.controls or role in ("bos", "eos")):
-                ids[role] = self.controls.get(str(symbol), -1)
-        self.bos_id, self.eos_id, self.unk_id = ids["bos"], ids["eos"], ids["unk"]
-        if min(self.bos_id, self.eos_id) < 0:
-            remedy = "name bos_token and eos_token in tokenizer_config.json"
-            raise UserError(f"{source}: no control symbol opens or ends a text; {remedy}")
-        self.pad_id = ids["pad"] if ids["pad"] >= 0 else self.eos_id
+        self._set_roles(ids, config)
+        self.opening = self._find_opening()
 
     def _open(self, model):
         """Sets `pieces` and the text of each, `_bytes`; returns {role: id}, -1 for none."""
@@ -88,6 +84,24 @@ class Tokenizer:
         control = [sp.is_control(id) or sp.is_unknown(id) for id in range(len(self.pieces))]
         self._bytes = [b"" if c else spell(piece) for c, piece in zip(control, self.pieces)]
         return {role: getattr(sp, f"{role}_id")() for role in SPECIALS}
+
+    def _set_roles(self, ids, config):
+        """Sets bos_id, eos_id, ...: what `config` names, else the model's own, {role: id}."""
+        for role in SPECIALS:
+            symbol = config.get(f"{role}_token")
+            symbol = symbol.get("content") if isinstance(symbol, dict) else symbol
+            if symbol is not None and (str(symbol) in self.controls or role in ("bos", "eos")):
+                ids[role] = self.controls.get(str(symbol), -1)
+            if ids[role] < 0 and (role == "eos" or (role == "bos" and symbol is not None)):
+                place, remedy = ("opens" if role == "bos" else "ends"), f"name {role}_token"
+                problem = f"no control symbol {place} a text; {remedy} in tokenizer_config.json"
+                raise UserError(f"{self.source}: {problem}")
+        has_bos = ids["bos"] >= 0 and config.get("bos_token", "") is not None
+        self.bos_id, self.eos_id = ids["bos"] if has_bos else None, ids["eos"]
+        self.unk_id, self.pad_id = ids["unk"], ids["pad"] if ids["pad"] >= 0 else ids["eos"]
+
+    def _find_opening(self):
+        return [] if self.bos_id is None or self.adds_bos is False else [self.bos_id]
 
     def _add_symbols(self, added):
         """Adds the control symbols of a folder, {id: {"content": symbol, ...}}."""
@@ -119,8 +133,9 @@ class Tokenizer:
         model, which is verified. A tokenizer.json without a tokenizer.model is read by the package
         `tokenizers`.
         """
-        path, kind, config = Path(path), cls, {}
+        path, kind, config = Path(path), cls, None
         if path.is_dir():
+            config = {}
             holds_one = any((path / name).exists() for name in (cls.file, "tokenizer.json"))
             if not holds_one and (path / "final").is_dir():
                 path /= "final"
@@ -135,7 +150,7 @@ class Tokenizer:
             expected = "a SentencePiece .model file, or a model's or a training's folder"
             raise UserError(f"{path}: {error.strerror}; a tokenizer is {expected}") from error
         tokenizer = kind(model, str(path), config)
-        sha256 = config.get("tokenizer_model_sha256")
+        sha256 = (config or {}).get("tokenizer_model_sha256")
         tokenizer.exact = kind is cls and sha256 is not None
         if tokenizer.exact and tokenizer.sha256 != sha256:
             raise UserError(f"{path}: checksum mismatch: it is damaged, or from another model")
@@ -166,6 +181,17 @@ class Tokenizer:
             ids += self._space_ids + self._inner.encode(part)
         return ids
 
+    def prompt_ids(self, text):
+        """Returns the ids of a text to continue, as transformers' `generate` gets them.
+
+        An empty text is the beginning of a document, BOS; UserError if there is none.
+        """
+        ids = [*self.opening, *self.encode(text)]
+        if not ids and self.bos_id is None:
+            problem = "the prompt is empty, and this tokenizer has no BOS to begin with"
+            raise UserError(f"{self.source}: {problem}; give a prompt")
+        return ids or [self.bos_id]
+
     def encode_batch(self, texts, num_threads=1):
         """Returns the ids of each text, as `encode` does, on `num_threads` threads."""
         for text in texts:
@@ -175,8 +201,12 @@ class Tokenizer:
 
     def decode(self, ids, controls=False):
         """Returns the text of ids; control ids vanish, or are written by name with `controls`."""
-        text = b"".join(self.spelled(id, controls) for id in ids).decode("utf-8", "replace")
-        return text.removeprefix(" ") if self.dummy_prefix else text
+        stream = self.stream(controls=controls)
+        return "".join([*map(stream.push, ids), stream.flush()])
+
+    def first_text(self, spelled):
+        """Returns the UTF-8 of the first id of a text without the dummy prefix."""
+        return spelled.removeprefix(b" ") if self.dummy_prefix else spelled
 
     def spelled(self, id, controls=True):
         """Returns the UTF-8 of an id within a text; of a control id its name, or nothing."""
@@ -184,9 +214,9 @@ class Tokenizer:
             raise UserError(f"token id {id} is outside 0..{self.vocab_size - 1}")
         return self._bytes[id] or (self.pieces[id].encode() if controls else b"")
 
-    def stream(self, begun=False):
+    def stream(self, begun=False, controls=False):
         """Returns a decoder for ids that arrive one by one; begun: they continue a text."""
-        return Stream(self, begun)
+        return Stream(self, begun, controls)
 
     def token_bytes(self):
         """Returns (V,) int64: the UTF-8 bytes of text an id stands for, 0 for control ids."""
@@ -213,23 +243,20 @@ class Tokenizer:
 class Stream:
     """Decodes ids as they arrive: its output, flush included, is `decode` of all the ids pushed."""
 
-    def __init__(self, tokenizer, begun=False):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer, begun=False, controls=False):
+        self._tokenizer, self._begun, self._controls = tokenizer, begun, controls
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._strip = tokenizer.dummy_prefix and not begun
 
     def push(self, id):
         """Returns the text that an id completes: whole characters, so "" within an emoji."""
-        return self._emit(self._utf8.decode(self._tokenizer.spelled(id, controls=False)))
+        spelled = self._tokenizer.spelled(id, self._controls)
+        if spelled and not self._begun:
+            self._begun, spelled = True, self._tokenizer.first_text(spelled)
+        return self._utf8.decode(spelled)
 
     def flush(self):
         """Returns the rest at the end: "", or U+FFFD for a character that was never completed."""
-        return self._emit(self._utf8.decode(b"", final=True))
-
-    def _emit(self, text):
-        if self._strip and text:
-            self._strip, text = False, text.removeprefix(" ")
-        return text
+        return self._utf8.decode(b"", final=True)
 
 
 def spell(piece):
@@ -279,31 +306,35 @@ def render(tokenizer, messages, template, add_generation_prompt=False):
     """Returns a conversation as (ids, mask), the mask 1 on the assistant's answers and their ends.
 
     messages: [{"role": system | user | assistant, "content": text}, ...], trimmed. The ids begin
-    with BOS and are those of `apply_chat_template` on the saved folder, except that a marker in a
-    content stays text, and that a foreign vocabulary may join line breaks to other characters.
+    with BOS, if any, and are those of `apply_chat_template` on the saved folder, except that a
+    marker in a content stays text, and that a foreign vocabulary may join line breaks to others.
 
     add_generation_prompt opens the next answer. The space after "Assistant:" in chat and the line
     break before `<|im_end|>` in chatml_newline are the model's to write: strip its answers.
     """
     shape = find_template(tokenizer, template)
     check_messages(messages)
-    ids, mask = [tokenizer.bos_id], [0]
+    ids, mask = [], []
+
+    def last():
+        return ids[-1] if ids else None
 
     def write(more, supervised=False):
         ids.extend(more)
         mask.extend([int(supervised)] * len(more))
 
+    write([] if tokenizer.bos_id is None else [tokenizer.bos_id])
     for index, message in enumerate(messages):
         role = message["role"]
         head = shape.heads[role].rstrip(" ")
         space = shape.heads[role].removeprefix(head)
-        write(template_ids(tokenizer, (shape.between if index else "") + head, ids[-1]))
+        write(template_ids(tokenizer, (shape.between if index else "") + head, last()))
         supervised = role == "assistant"
-        write(tokenizer.encode(space + message["content"].strip(), ids[-1]), supervised)
-        write(template_ids(tokenizer, shape.ends[role], ids[-1]), supervised)
+        write(tokenizer.encode(space + message["content"].strip(), last()), supervised)
+        write(template_ids(tokenizer, shape.ends[role], last()), supervised)
     if add_generation_prompt:
         opening = shape.between + shape.heads["assistant"].rstrip(" ")
-        write(template_ids(tokenizer, opening, ids[-1]))
+        write(template_ids(tokenizer, opening, last()))
     return ids, mask
 
 

@@ -20,18 +20,23 @@ from lib.tokenizer import (
     spell,
 )
 
+TO_SPACE = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+
 # ---- reading
 
 
 class JSONTokenizer(Tokenizer):
     """A tokenizer.json, read by the package `tokenizers`: byte-level BPE as Llama 3's, or
-    SentencePiece's.
+    SentencePiece's BPE or unigram.
 
-    `model` are the bytes of that file. No text makes a control symbol here either.
+    `model` are the bytes of that file, `spec` its content. No text makes a control symbol here
+    either. A normalizer may lose parts of a text. Where bytes are no UTF-8, transformers may write
+    more replacement characters.
     """
 
     file = "tokenizer.json"
-    unreadable = "not a tokenizer.json of byte-level or SentencePiece BPE, or a damaged one"
+    unreadable = "not a tokenizer.json, or a damaged one"
 
     def _open(self, model):
         try:
@@ -40,30 +45,52 @@ class JSONTokenizer(Tokenizer):
             remedy = "pip install tokenizers, or put its tokenizer.model beside it"
             raise UserError(f"{self.source}: needs the package tokenizers: {remedy}") from None
 
-        def reader(spec):
-            tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        def reader(text):
+            tokenizer = tokenizers.Tokenizer.from_str(text)
             tokenizer.encode_special_tokens = True  # as the text they are
             tokenizer.no_truncation()
             tokenizer.no_padding()
             return tokenizer
 
-        spec = json.loads(model)
-        # the same without a space before texts
-        off = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}
-        switch_off = lambda part: {key: off.get(key, value) for key, value in part.items()}
-        inner = {name: spec.get(name) for name in ("normalizer", "pre_tokenizer")}
-        inner = json.loads(json.dumps(inner), object_hook=switch_off)
-        self._json, self._inner = reader(spec), reader(spec | inner)
-        self._prefix_after_symbols = "Prepend" in json.dumps(spec.get("normalizer"))
-        added = {token["content"]: token["special"] for token in spec["added_tokens"]}
-        texts = {name: b"" if special else name.encode() for name, special in added.items()}
-        ids, spell_piece = self._json.get_vocab(with_added_tokens=True), speller(spec)
+        self.spec = spec = json.loads(model)
+        spell_piece, self._shown_first = read_decoder(spec, self.source)
+        special = {token["content"]: token["special"] for token in spec["added_tokens"]}
+        parts = {name: spec.get(name) for name in ("normalizer", "pre_tokenizer")}
+        inner = json.loads(json.dumps(parts), object_hook=without_prefix)
+        whole = self._json = reader(model.decode())
+        if spec["model"]["type"] == "Unigram":
+            spec = without_symbols(spec, special)
+            self._json = reader(json.dumps(spec))
+        self._inner = self._json if inner == parts else reader(json.dumps(spec | inner))
+        self._prefix_after_symbols = self._has_prefix_after(
+            whole, [s for s in special if special[s]]
+        )
+        ids = whole.get_vocab(with_added_tokens=True)
         self.pieces = [f"<unused_{id}>" for id in range(max(ids.values()) + 1)]
         self._bytes = [b""] * len(self.pieces)
         for name, id in ids.items():
             self.pieces[id] = name
-            self._bytes[id] = texts[name] if name in texts else spell_piece(name)
-        return {role: ids[name] for role, name in SPECIALS.items() if texts.get(name) == b""}
+            piece = whole.id_to_token(id)  # an added word as it is after the normalizer
+            self._bytes[id] = b"" if special.get(name) else spell_piece(piece)
+        return {role: ids[name] for role, name in SPECIALS.items() if special.get(name)}
+
+    def _has_prefix_after(self, whole, symbols):
+        """Returns whether a text after a control symbol gets the space of a text's beginning."""
+        if not symbols:
+            return False
+        whole.encode_special_tokens = False
+        ids = whole.encode(symbols[0] + "a", add_special_tokens=False).ids
+        whole.encode_special_tokens = True
+        return ids[1:] != self._inner.encode("a", add_special_tokens=False).ids
+
+    def _find_opening(self):
+        """Returns the ids that the post_processor puts before a text: transformers obeys the file,
+        and not the key add_bos_token.
+        """
+        bare, ids = (self._json.encode("a", add_special_tokens=on).ids for on in (False, True))
+        count = next(at for at in range(len(ids)) if ids[at : at + len(bare)] == bare)
+        self.adds_bos = count > 0
+        return ids[:count]
 
     def encode(self, text, after=None):
         check_unicode(text)
@@ -73,21 +100,77 @@ class JSONTokenizer(Tokenizer):
     def encode_batch(self, texts, num_threads=1):
         return [self.encode(text) for text in texts]
 
+    def first_text(self, spelled):
+        return self._shown_first(spelled)
 
-def speller(spec):
-    """Returns the function from a piece of a tokenizer.json to its bytes; KeyError if unknown."""
-    decoder = spec["decoder"]
-    kinds = {part["type"] for part in decoder.get("decoders", [decoder])}
-    if spec["model"]["type"] != "BPE" or not kinds & {"ByteFallback", "ByteLevel"}:
-        raise KeyError("decoder")
-    if "ByteFallback" in kinds:
-        return spell
-    # GPT-2's alphabet (Radford et al. 2019): printable Latin-1 is its own byte, the others are
-    # U+0100, U+0101, ...
-    others = [byte for byte in range(256) if byte == ord(" ") or not chr(byte).isprintable()]
-    letters = {chr(byte): byte for byte in set(range(256)).difference(others)}
-    letters |= {chr(256 + n): byte for n, byte in enumerate(others)}
-    return lambda piece: bytes(letters[letter] for letter in piece)
+
+def without_symbols(spec, special):
+    """Returns a unigram tokenizer whose control symbols no text can match, as BPE has them: they
+    get a plain space, which stands in no piece.
+    """
+    hidden = lambda name: f" {name}" if special.get(name) else name
+    vocab = [[hidden(name), score] for name, score in spec["model"]["vocab"]]
+    added = [token | {"content": hidden(token["content"])} for token in spec["added_tokens"]]
+    return spec | {"added_tokens": added, "model": spec["model"] | {"vocab": vocab}}
+
+
+def without_prefix(part):
+    """Returns a normalizer or pre_tokenizer that puts no space before a text."""
+    match part:
+        case {"type": "Prepend"}:
+            return part | {"prepend": ""}
+        case {"type": "ByteLevel"}:
+            return part | {"add_prefix_space": False}
+        case {"type": "Metaspace"}:
+            split = {"split": part.get("split", True), "prepend_scheme": "never"}
+            return {"type": "Metaspace", "replacement": part["replacement"]} | split
+        case {"type": "Replace", "pattern": {"Regex": regex}} if regex == rf"\A{SPACE}":
+            return part | {"content": SPACE}  # else the prefix and a text's own space
+    return part
+
+
+READS = "byte-level BPE, and SentencePiece's BPE and unigram"
+SENTENCEPIECE = ["Replace", "ByteFallback", "Fuse", "Strip"]  # the first has to be there
+
+
+def read_decoder(spec, source):
+    """Returns (spell, shown): the bytes of a piece, and what a text's first id shows of them.
+
+    UserError for a kind of tokenizer that is not read.
+    """
+    kind, decoder = spec["model"]["type"], spec["decoder"] or {"type": None}
+    parts = {part["type"]: part for part in decoder.get("decoders", [decoder])}
+    names, strip, metaspace = list(parts), parts.get("Strip"), parts.get("Metaspace")
+    ours = names == [n for n in SENTENCEPIECE if n in parts] and parts.get("Replace") == TO_SPACE
+    if strip:
+        ours &= "Fuse" in parts and strip == STRIP
+    if kind == "BPE" and names == ["ByteLevel"]:
+        return spell_letters, lambda spelled: spelled
+    if kind not in ("BPE", "Unigram") or not (ours or names == ["Metaspace"]):
+        problem = f"its model is {kind}, its decoder {' + '.join(map(str, names))}"
+        raise UserError(f"{source}: {problem}; this program reads {READS}")
+    if metaspace and metaspace.get("prepend_scheme") != "never":
+        return spell_plain, lambda spelled: spelled.replace(b" ", b"")
+    shown = (lambda spelled: spelled.removeprefix(b" ")) if strip else (lambda spelled: spelled)
+    return (spell if "ByteFallback" in parts else spell_plain), shown
+
+
+def spell_plain(piece):
+    """Returns the UTF-8 of a piece where "<0x41>" is text."""
+    return piece.replace(SPACE, " ").encode()
+
+
+# GPT-2's alphabet (Radford et al. 2019): printable Latin-1 is its own byte, the others are
+# U+0100, U+0101, ...
+OTHERS = [byte for byte in range(256) if byte == ord(" ") or not chr(byte).isprintable()]
+LETTERS = {chr(byte): byte for byte in set(range(256)).difference(OTHERS)}
+LETTERS |= {chr(256 + n): byte for n, byte in enumerate(OTHERS)}
+
+
+def spell_letters(piece):
+    """Returns the bytes of a piece of byte-level BPE; an added word may have other letters."""
+    known = all(letter in LETTERS for letter in piece)
+    return bytes(map(LETTERS.get, piece)) if known else piece.encode()
 
 
 # ---- writing
@@ -103,7 +186,8 @@ def files_of(tokenizer, max_length, template):
     """
     offered = template or ("chatml" if tokenizer.im_start_id is not None else None)
     ids = {role: getattr(tokenizer, f"{role}_id") for role in SPECIALS}
-    specials = {f"{role}_token": tokenizer.pieces[id] for role, id in ids.items() if id >= 0}
+    ids = {role: id for role, id in ids.items() if id is not None and id >= 0}
+    specials = {f"{role}_token": tokenizer.pieces[id] for role, id in ids.items()}
     markers = [marker for marker in (IM_START, IM_END) if marker in tokenizer.controls]
     specials["additional_special_tokens"] = markers
     config = {
@@ -114,6 +198,8 @@ def files_of(tokenizer, max_length, template):
         "model_input_names": ["input_ids", "attention_mask"],
         "tokenizer_model_sha256": tokenizer.sha256,
     }
+    if tokenizer.adds_bos is not None:
+        config["add_bos_token"] = tokenizer.adds_bos
     if added := range(tokenizer.model_size, tokenizer.vocab_size):
         symbols = {id: {"content": tokenizer.pieces[id], **CONTROL_TOKEN} for id in added}
         config["added_tokens_decoder"] = symbols
@@ -137,18 +223,17 @@ def hugging_face_json(tokenizer):
         halves = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
         pairs = [(left, right) for left, right in halves if left in ids and right in ids]
         merges += sorted(pairs, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
-    to_space = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     from_space = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    encoding, decoding = [from_space], [to_space, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    encoding, decoding = [from_space], [TO_SPACE, {"type": "ByteFallback"}, {"type": "Fuse"}]
     if tokenizer.dummy_prefix:
         encoding.insert(0, {"type": "Prepend", "prepend": SPACE})
-        decoding.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+        decoding.append(STRIP)
     return {
         "version": "1.0",
         "added_tokens": [{"id": id, "content": p, **CONTROL_TOKEN} for p, id in controls.items()],
         "normalizer": {"type": "Sequence", "normalizers": encoding},
         "pre_tokenizer": None,
-        "post_processor": None,
+        "post_processor": opener(tokenizer) if tokenizer.adds_bos and tokenizer.opening else None,
         "decoder": {"type": "Sequence", "decoders": decoding},
         "model": {
             "type": "BPE",
@@ -159,6 +244,16 @@ def hugging_face_json(tokenizer):
             "merges": merges,
         },
     }
+
+
+def opener(tokenizer):
+    """Returns the post_processor that puts BOS before a text."""
+    symbol = tokenizer.pieces[tokenizer.bos_id]
+    bos = {"SpecialToken": {"id": symbol, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    tokens = {symbol: {"id": symbol, "ids": tokenizer.opening, "tokens": [symbol]}}
+    forms = {"single": [bos, first], "pair": [bos, first, bos, second]}
+    return {"type": "TemplateProcessing", **forms, "special_tokens": tokens}
 
 
 def jinja(template, generation=True):
