@@ -3,11 +3,12 @@
     python model.py configs/tiny.json      architecture report: exact counts, FLOPs, memory by part
 
 The network is LLaMA's (Touvron et al. 2023): RMSNorm before each branch, rotary positions, SwiGLU,
-grouped-query attention, no biases. Submodules have the names of Hugging Face's LlamaForCausalLM, so
+grouped-query attention, no biases; by two options Qwen3's (a norm on queries and keys) or Qwen2's
+(biases on queries, keys, values). Submodules have the names of Hugging Face's LlamaForCausalLM, so
 `state_dict()` is the file and nothing needs converting. Nothing here knows text, ranks or training.
 
 Shapes:  B batch    T positions    S keys to look at, T or more with a cache    V vocabulary
-         C width of the residual stream    H query heads    K key/value heads    D head width, C / H
+         C width of the residual stream    H query heads    K key/value heads    D head width
 """
 
 import contextlib
@@ -15,8 +16,9 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections import namedtuple
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -27,7 +29,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lib import config
-from lib.config import Fraction, PositiveFloat, Range, UserError, option_of
+from lib.config import Fraction, Option, PositiveFloat, Range, UserError, option_of
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,11 @@ class ModelConfig:
     model_name: str = "custom"  # a name for people; nothing depends on it
     n_layer: Annotated[int, Range(1, 512)] = 6  # transformer blocks
     d_model: Annotated[int, Range(2, 65536)] = 256  # width C of the residual stream
-    n_head: Annotated[int, Range(1, 1024)] = 4  # query heads H; the head width is d_model / n_head
+    n_head: Annotated[int, Range(1, 1024)] = 4  # query heads H
     num_key_value_heads: Annotated[int, Range(1, 1024)] | None = None  # K, at most H; none = H
+    head_dim: Annotated[int, Range(2, 1024)] | None = None  # width D of a head; none = d_model / H
+    qk_norm: bool = False  # RMSNorm on each head's queries and keys, as in Qwen3
+    qkv_bias: bool = False  # biases on queries, keys and values, as in Qwen2
     d_ff: Annotated[int, Range(1, 1 << 20)] = 1024  # inner width of the SwiGLU
     vocab_size: Annotated[int, Range(8, 1 << 20)] = 32768  # V, the tokenizer's size
     sequence_length: Annotated[int, Range(1, 1 << 20)] = 1024  # longest context, in tokens
@@ -50,8 +55,8 @@ class ModelConfig:
     layer_norm_epsilon: PositiveFloat = 1e-5  # inside RMSNorm's square root
     initializer_range: PositiveFloat = 0.02  # standard deviation of the initial weights
     tie_word_embeddings: bool = True  # one table for reading tokens and for predicting them
-    bos_token_id: Annotated[int, Range(0)] = 1  # opens every document
-    eos_token_id: Annotated[int, Range(0)] = 2  # closes every document
+    bos_token_id: Annotated[int, Range(0)] | None = 1  # opens every document
+    eos_token_id: Annotated[int, Range(0)] | None = 2  # closes every document
     pad_token_id: Annotated[int, Range(0)] = 0  # fills short rows; never supervised
 
     def __post_init__(self):
@@ -60,10 +65,13 @@ class ModelConfig:
             raise ValueError(f"d_model {C} is not divisible by n_head {H}")
         if H % K:
             raise ValueError(f"n_head {H} is not divisible by num_key_value_heads {K}")
-        if C // H % 2:
-            raise ValueError(f"head width d_model / n_head = {C // H} is odd; RoPE turns pairs")
+        if self.head_width % 2:
+            width = f"head_dim, or d_model / n_head, is {self.head_width}"
+            raise ValueError(f"{width}, which is odd; RoPE turns pairs")
+        if self.qk_norm and self.qkv_bias:
+            raise ValueError("qk_norm, qkv_bias: no model that other programs open has both")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            if (id := getattr(self, name)) >= self.vocab_size:
+            if (id := getattr(self, name) or 0) >= self.vocab_size:
                 raise ValueError(f"{name} {id} is outside the vocabulary of {self.vocab_size}")
         numbers = dict(self.rope_scaling or {"rope_type": "default"})
         sound = ROPE_NUMBERS.get(str(numbers.pop("rope_type", None))) == numbers.keys()
@@ -79,8 +87,8 @@ class ModelConfig:
         return self.num_key_value_heads or self.n_head
 
     @property
-    def head_dim(self):
-        return self.d_model // self.n_head
+    def head_width(self):
+        return self.head_dim or self.d_model // self.n_head
 
     def probability(self, dropout):
         return self.dropout if dropout is None else dropout
@@ -98,7 +106,7 @@ ROPE_NUMBERS = {  # by rope_type
 def rope_frequencies(cfg):
     """Returns the angle by which each pair turns per position, (D/2,) float64."""
     # pair i turns by theta^(-2i/D): the first pairs fast, the last ones slowly
-    exponents = -torch.arange(0, cfg.head_dim, 2, dtype=torch.float64) / cfg.head_dim
+    exponents = -torch.arange(0, cfg.head_width, 2, dtype=torch.float64) / cfg.head_width
     frequency = cfg.rope_theta**exponents
     scaling = cfg.rope_scaling or {"rope_type": "default"}
     if scaling["rope_type"] == "linear":  # squeezes all positions by the factor (Chen et al. 2023)
@@ -178,19 +186,22 @@ class Attention(nn.Module):
 
     def __init__(self, cfg, layer):
         super().__init__()
-        self.layer, self.head_dim = layer, cfg.head_dim
+        self.layer, self.head_dim = layer, cfg.head_width
         self.dropout, self.backend = cfg.probability(cfg.attention_dropout), "sdpa"
-        self.q_proj = nn.Linear(cfg.d_model, cfg.n_head * cfg.head_dim, bias=False)
-        self.k_proj = nn.Linear(cfg.d_model, cfg.kv_heads * cfg.head_dim, bias=False)
-        self.v_proj = nn.Linear(cfg.d_model, cfg.kv_heads * cfg.head_dim, bias=False)
-        self.o_proj = nn.Linear(cfg.n_head * cfg.head_dim, cfg.d_model, bias=False)
+        C, D, bias = cfg.d_model, cfg.head_width, cfg.qkv_bias
+        self.q_proj = nn.Linear(C, cfg.n_head * D, bias)
+        self.k_proj = nn.Linear(C, cfg.kv_heads * D, bias)
+        self.v_proj = nn.Linear(C, cfg.kv_heads * D, bias)
+        self.o_proj = nn.Linear(cfg.n_head * D, C, bias=False)
+        norm = RMSNorm if cfg.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = (norm(D, cfg.layer_norm_epsilon) for _ in "qk")
 
     def forward(self, x, rope, mask, positions, cache):
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, D)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
         if cache is not None:
             k, v = (x.to(q.dtype) for x in cache.append(self.layer, k, v, positions))
         # after the first piece a single query may see every key, and several have a mask
@@ -296,12 +307,14 @@ class Llama(nn.Module):
         self.model = Decoder(cfg)
         self.lm_head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
         for p in self.parameters():
-            if p.ndim == 2:  # all but the weights of the norms, which stay 1
+            if p.ndim == 2:
                 nn.init.normal_(p, std=cfg.initializer_range)
         # 2 n_layer branches are summed up: this makes the variance of the sum that of one (GPT-2)
-        for name, p in self.named_parameters():
+        for name, p in self.named_parameters():  # the weights of norms stay 1
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 nn.init.normal_(p, std=cfg.initializer_range / math.sqrt(2 * cfg.n_layer))
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
         if cfg.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -323,7 +336,7 @@ class KVCache:
     """
 
     def __init__(self, cfg, batch, capacity, device="cpu", dtype=torch.float32):
-        shape = (batch, cfg.kv_heads, capacity, cfg.head_dim)
+        shape = (batch, cfg.kv_heads, capacity, cfg.head_width)
         # one tensor per layer, because a compiler then writes in place
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layer)]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layer)]
@@ -489,7 +502,7 @@ class LoRALinear(nn.Module):
 
     def __init__(self, linear, r, alpha, dropout):
         super().__init__()
-        self.weight, device = linear.weight, linear.weight.device
+        self.weight, self.bias, device = linear.weight, linear.bias, linear.weight.device
         self.lora_A = nn.Linear(linear.in_features, r, bias=False, device=device)
         self.lora_B = nn.Linear(r, linear.out_features, bias=False, device=device)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
@@ -498,7 +511,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         rows = x.flatten(0, -2)
-        y = F.linear(rows, self.weight)
+        y = F.linear(rows, self.weight, self.bias)
         if self.on:
             small = self.lora_A(self.dropout(rows)) * (self.alpha / self.r)  # (N, r)
             # the product itself adds to y, which takes no other pass over it
@@ -544,6 +557,7 @@ def merge_lora(model):
         linear = nn.Linear(*reversed(layer.weight.shape), bias=False, device="meta")
         difference = layer.lora_B.weight @ layer.lora_A.weight  # B A, (out, in)
         linear.weight = nn.Parameter(layer.weight + layer.alpha / layer.r * difference)
+        linear.bias = layer.bias
         model.set_submodule(name, linear)
     deviation = (model.model.forward(ids) - before).abs().max() / before.abs().max()
     if not deviation < 1e-4:  # rounding alone is a hundredth of it
@@ -558,26 +572,42 @@ MODEL_WEIGHTS = "model.safetensors"
 HF_NAMES = {"d_model": "hidden_size", "d_ff": "intermediate_size", "n_layer": "num_hidden_layers"}
 HF_NAMES |= {"n_head": "num_attention_heads", "sequence_length": "max_position_embeddings"}
 HF_NAMES |= {"layer_norm_epsilon": "rms_norm_eps"}
-# what transformers assumes where a key is absent
-HF_DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
-HF_LLAMA = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+# nothing else is computed here, whatever the class
+HF_PLAIN = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+HF_PLAIN |= {"use_sliding_window": False}
+# by model_type, what transformers assumes where a key is absent
+HF_QWEN = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
+HF_QWEN |= {"bos_token_id": None, "eos_token_id": None}
+HF_MISTRAL = {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}
+HF_DEFAULTS = {"llama": {"max_position_embeddings": 2048}, "mistral": HF_MISTRAL}
+HF_DEFAULTS |= {"qwen2": HF_QWEN, "qwen3": HF_QWEN | {"head_dim": 128}}
 
 
 def to_hf(cfg, dtype="float32"):
     """Returns config.json's dict; transformers 4 reads `rope_theta`, 5 reads `rope_parameters`."""
+    kind = "qwen3" if cfg.qk_norm else "qwen2" if cfg.qkv_bias else "llama"
     rope = {"rope_theta": cfg.rope_theta, "rope_type": "default"} | (cfg.rope_scaling or {})
     fields = {HF_NAMES.get(name, name): value for name, value in asdict(cfg).items()}
-    resolved = {"num_key_value_heads": cfg.kv_heads, "head_dim": cfg.head_dim}
+    del fields["qk_norm"], fields["qkv_bias"]  # model_type tells
+    resolved = {"num_key_value_heads": cfg.kv_heads, "head_dim": cfg.head_width}
     resolved["attention_dropout"] = cfg.probability(cfg.attention_dropout)
     resolved["hidden_dropout"] = cfg.probability(cfg.hidden_dropout)
-    others = {"architectures": ["LlamaForCausalLM"], "rope_parameters": rope, "use_cache": True}
-    return HF_LLAMA | fields | resolved | others | {"torch_dtype": dtype, "dtype": dtype}
+    others = {"architectures": [f"{kind.capitalize()}ForCausalLM"], "model_type": kind}
+    others |= {"rope_parameters": rope, "use_cache": True}
+    return HF_PLAIN | fields | resolved | others | {"torch_dtype": dtype, "dtype": dtype}
 
 
 def from_hf(hf, where="config.json"):
     """Returns the ModelConfig of config.json's dict; UserError if this model can't compute it."""
-    options = config.options_of(ModelConfig)
-    hf = dict.fromkeys(("vocab_size", *HF_NAMES.values())) | HF_DEFAULTS | hf  # None: required
+    options, families = config.options_of(ModelConfig), Option(str, choices=tuple(HF_DEFAULTS))
+    family = config.accept("model_type", hf.get("model_type", "llama"), families, where)
+    for key, value in (HF_PLAIN | {"quantization_config": None}).items():
+        if (hf.get(key) or value) != value:
+            expected = f"expected {json.dumps(value)}, as of a plain {family} in 16 or 32 bits"
+            raise UserError(f"{where}: {key} is {json.dumps(hf[key]):.60}; {expected}")
+    defaults = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False} | HF_DEFAULTS[family]
+    hf = dict.fromkeys(("vocab_size", *HF_NAMES.values())) | defaults | hf  # None: required
+    hf |= {"qk_norm": family == "qwen3", "qkv_bias": family == "qwen2"}
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     rope = dict(config.accept("rope_parameters", rope, options["rope_scaling"], where))
     hf["rope_theta"] = rope.pop("rope_theta", None) or hf.get("rope_theta", ModelConfig.rope_theta)
@@ -594,10 +624,15 @@ def from_hf(hf, where="config.json"):
         cfg = ModelConfig(**{"model_name": "imported"} | values)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
-    for key, value in (HF_LLAMA | {"head_dim": cfg.head_dim, "quantization_config": None}).items():
-        if (hf.get(key) or value) != value:
-            expected = f"expected {json.dumps(value)}, as of a Llama in 16 or 32 bits"
-            raise UserError(f"{where}: {key} is {json.dumps(hf[key]):.60}; {expected}")
+    if family == "mistral" and hf["sliding_window"] is not None:
+        option, context = options["sequence_length"], cfg.sequence_length
+        window = config.accept("sliding_window", hf["sliding_window"], option, where)
+        if window < context:  # up to there, every position sees all before it
+            print(
+                f"{where}: the context is its sliding window, {window}, not {context}",
+                file=sys.stderr,
+            )
+            cfg = replace(cfg, sequence_length=window)
     return cfg
 
 
@@ -608,7 +643,7 @@ def save_model(model, folder, stop_ids=None):
     if cfg.tie_word_embeddings:  # the head is the embedding
         del tensors["lm_head.weight"]
     ids = {"bos_token_id": cfg.bos_token_id, "pad_token_id": cfg.pad_token_id}
-    ids["eos_token_id"] = sorted(stop_ids or [cfg.eos_token_id])
+    ids["eos_token_id"] = sorted(stop_ids) if stop_ids else cfg.eos_token_id
     write_json(folder / "config.json", to_hf(cfg, str(model.lm_head.weight.dtype)[6:]))
     write_json(folder / "generation_config.json", ids)
     safetensors.torch.save_file(tensors, folder / MODEL_WEIGHTS, metadata={"format": "pt"})
@@ -761,8 +796,9 @@ def find_base(folder, name):
 
 def count_parameters(cfg):
     """Returns exact counts by part, "total" and "non_embedding", without building the model."""
-    C, K, D = cfg.d_model, cfg.kv_heads, cfg.head_dim
-    layer = 2 * C * C + 2 * C * K * D + 3 * C * cfg.d_ff + 2 * C  # q and o, k and v, MLP, norms
+    C, H, K, D = cfg.d_model, cfg.n_head, cfg.kv_heads, cfg.head_width
+    layer = 2 * C * H * D + 2 * C * K * D + 3 * C * cfg.d_ff + 2 * C  # q and o, k and v, MLP, norms
+    layer += 2 * D * cfg.qk_norm + (H + 2 * K) * D * cfg.qkv_bias
     table = cfg.vocab_size * C
     head = 0 if cfg.tie_word_embeddings else table
     parts = {"embedding": table, "head": head, "layers": cfg.n_layer * layer, "norm": C}
@@ -770,20 +806,21 @@ def count_parameters(cfg):
 
 
 def flops_per_token(cfg):
-    """Returns training FLOPs, 6 N + 12 L C T (PaLM, 2022): matrices, head, attention in full."""
-    norms = 2 * cfg.n_layer * cfg.d_model
-    matrices = count_parameters(cfg)["layers"] - norms + cfg.vocab_size * cfg.d_model
-    return 6 * matrices + 12 * cfg.n_layer * cfg.d_model * cfg.sequence_length
+    """Returns training FLOPs, 6 N + 12 L H D T (PaLM, 2022): matrices, head, attention in full."""
+    norms, plain = 2 * cfg.n_layer * cfg.d_model, replace(cfg, qk_norm=False, qkv_bias=False)
+    matrices = count_parameters(plain)["layers"] - norms + cfg.vocab_size * cfg.d_model
+    return 6 * matrices + 12 * cfg.n_layer * cfg.n_head * cfg.head_width * cfg.sequence_length
 
 
 def activation_bytes(cfg, size=2):
     """Returns the bytes that a training step keeps of a token in a block, `size` bytes a number."""
-    # norms' inputs and outputs, attention's output; q, k, v; gate, up and their product
-    return size * (6 * cfg.d_model + 2 * cfg.kv_heads * cfg.head_dim + 3 * cfg.d_ff)
+    # norms' inputs and outputs; q, k, v, attention's output; gate, up and their product
+    heads = 2 * cfg.n_head + 2 * cfg.kv_heads + (cfg.n_head + cfg.kv_heads) * cfg.qk_norm
+    return size * (4 * cfg.d_model + heads * cfg.head_width + 3 * cfg.d_ff)
 
 
 def main(cfg):
-    C, D, L, T = cfg.d_model, cfg.head_dim, cfg.n_layer, cfg.sequence_length
+    C, D, L, T = cfg.d_model, cfg.head_width, cfg.n_layer, cfg.sequence_length
     counts, rows = count_parameters(cfg), 8
     memory = {
         "weights, gradients, Adam's moments (fp32)": 16 * counts["total"],
@@ -792,6 +829,7 @@ def main(cfg):
         "KV cache of one full row (16 bit)": 4 * L * cfg.kv_heads * D * T,
     }
     heads = f"{cfg.n_head} heads of {D}, {cfg.kv_heads} for keys and values"
+    heads += ", qk_norm" * cfg.qk_norm + ", qkv_bias" * cfg.qkv_bias
     print(f"{cfg.model_name}: {L} layers x {C}, {heads}, d_ff {cfg.d_ff}")
     print(f"  vocabulary {cfg.vocab_size}, context {T}\n")
     counts = {f"parameters: {part}": count for part, count in counts.items()}

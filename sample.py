@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from lib.config import Fraction, PositiveInt, Range, UserError, narrow, run
 from lib.runtime import choose_device, choose_dtype
 from lib.tokenizer import Tokenizer, render, stop_ids
-from model import KVCache, attend, load_model, model_folder
+from model import KVCache, RMSNorm, attend, load_model, model_folder
 
 # Letters as in model.py: B rows, T positions, C width, H query heads, K key/value heads, D head
 # width, V vocabulary; R = B T rows of a matrix product.
@@ -226,23 +226,38 @@ class FusedBlocks(nn.Module):
 
     def __init__(self, decoder, cfg, matrix):
         super().__init__()
-        self.heads, blocks = (cfg.n_head, cfg.kv_heads, cfg.head_dim), decoder.layers
-        self.layers, self.norms, self.matrices = [], nn.ParameterList(), nn.ModuleList()
+        C, self.heads = cfg.d_model, (cfg.n_head, cfg.kv_heads, cfg.head_width)
+        self.layers, self.vectors, self.matrices = [], nn.ParameterList(), nn.ModuleList()
         # RMSNorm in four calls: x / rms(x) = x sqrt(C) / hypot(|x|, sqrt(C epsilon))
-        radius = math.sqrt(cfg.d_model * cfg.layer_norm_epsilon)
-        self.radius = torch.tensor(radius, device=decoder.cos.device)
-        while blocks:  # one by one: a single layer is held twice
-            block = blocks.pop(0)
-            attention, mlp = block.self_attn, block.mlp
-            for norm in (block.input_layernorm, block.post_attention_layernorm):
-                weight = norm.weight.detach().float() * math.sqrt(cfg.d_model)
-                self.norms.append(nn.Parameter(weight, requires_grad=False))
-            qkv = matrix(attention.q_proj, attention.k_proj, attention.v_proj)
-            out, down = matrix(attention.o_proj), matrix(mlp.down_proj)
-            gate_up = matrix(mlp.gate_proj, mlp.up_proj)
-            self.matrices.extend([qkv, out, gate_up, down])
+        radii = [math.sqrt(width * cfg.layer_norm_epsilon) for width in (C, cfg.head_width)]
+        self.radius, self.head_radius = torch.tensor(radii, device=decoder.cos.device)
+        while decoder.layers:  # one by one: a single layer is held twice
             # a tuple is read faster than attributes of a module
-            self.layers.append((self.norms[-2], qkv, out, self.norms[-1], gate_up, down))
+            self.layers.append(self.parts(decoder.layers.pop(0), matrix))
+
+    def parts(self, block, matrix):
+        """Returns a block's weights in the order of their use; None for a part that it lacks."""
+        attention, mlp, bias, head_norm = block.self_attn, block.mlp, None, None
+        projections = attention.q_proj, attention.k_proj, attention.v_proj
+        if attention.q_proj.bias is not None:
+            bias = self.vector(torch.cat([linear.bias for linear in projections]))
+        if isinstance(attention.q_norm, RMSNorm):
+            q, k = attention.q_norm.weight, attention.k_norm.weight
+            head_norms = q.expand(self.heads[0], 1, -1), k.expand(self.heads[1], 1, -1)
+            head_norm = self.vector(torch.cat(head_norms), scaled=True)  # (H + K, 1, D)
+        norm = self.vector(block.input_layernorm.weight, scaled=True)
+        second_norm = self.vector(block.post_attention_layernorm.weight, scaled=True)
+        qkv, out = matrix(*projections), matrix(attention.o_proj)
+        gate_up, down = matrix(mlp.gate_proj, mlp.up_proj), matrix(mlp.down_proj)
+        self.matrices.extend([qkv, out, gate_up, down])
+        return norm, qkv, bias, head_norm, out, second_norm, gate_up, down
+
+    def vector(self, values, scaled=False):
+        """Returns a parameter; a norm's weight is scaled by the root of its width, see `normed`."""
+        values = values.detach()
+        values = values.float() * math.sqrt(values.shape[-1]) if scaled else values
+        self.vectors.append(nn.Parameter(values, requires_grad=False))
+        return self.vectors[-1]
 
     def forward(self, x, rope, mask, positions, cache):
         (B, T, C), (H, K, D), (cos, sin) = x.shape, self.heads, rope
@@ -251,9 +266,13 @@ class FusedBlocks(nn.Module):
         if mask is not None and mask.is_cuda:  # as a term of the scores: SDPA would convert it
             mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -torch.inf)
         x = x.view(B * T, C)
-        for layer, (norm, qkv, out, second_norm, gate_up, down) in enumerate(self.layers):
-            heads = qkv.times(self.normed(x, norm)).view(B, T, H + 2 * K, D).transpose(1, 2)
+        for layer, parts in enumerate(self.layers):
+            norm, qkv, bias, head_norm, out, second_norm, gate_up, down = parts
+            heads = qkv.times(self.normed(x, norm, self.radius))
+            heads = heads if bias is None else heads + bias
+            heads = heads.view(B, T, H + 2 * K, D).transpose(1, 2)
             qk, v = heads.split([H + K, K], dim=1)  # (B, H + K, T, D), (B, K, T, D)
+            qk = qk if head_norm is None else self.normed(qk, head_norm, self.head_radius)
             # queries and keys turn in one go: x cos + (x rolled by half a head) sin
             qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin).to(x.dtype)
             q, k = qk.split([H, K], dim=1)
@@ -261,13 +280,13 @@ class FusedBlocks(nn.Module):
                 k, v = cache.append(layer, k, v, positions)
             y = attend(q, k, v, mask, causal)
             x = out.onto(x, y.transpose(1, 2).reshape(B * T, H * D))
-            gate, up = gate_up.times(self.normed(x, second_norm)).chunk(2, dim=1)
+            gate, up = gate_up.times(self.normed(x, second_norm, self.radius)).chunk(2, dim=1)
             x = down.onto(x, F.silu(gate).mul_(up))
         return x.view(B, T, C)
 
-    def normed(self, x, weight):
+    def normed(self, x, weight, radius):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        return (x / torch.hypot(length, self.radius)).mul_(weight).to(x.dtype)
+        return (x / torch.hypot(length, radius)).mul_(weight).to(x.dtype)
 
 
 def fuse(model, int8=False):

@@ -41,7 +41,7 @@ BASE = ModelConfig(
 SHAPES = [
     replace(BASE, tie_word_embeddings=tied, num_key_value_heads=kv_heads)
     for tied, kv_heads in [(True, 4), (False, 2), (True, 1)]
-]
+] + [replace(BASE, qk_norm=True, head_dim=12), replace(BASE, qkv_bias=True)]
 GREEDY = Sampling(temperature=0)
 EVERY_RULE = Sampling(
     temperature=1.5, top_k=40, top_p=0.9, min_p=0.02, repetition_penalty=1.3, seed=7

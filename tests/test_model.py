@@ -223,7 +223,7 @@ def test_bf16_autocast_stays_near_fp32():
     [
         ({"d_model": 250}, "d_model 250 is not divisible by n_head 4"),
         ({"num_key_value_heads": 3}, "n_head 4 is not divisible by num_key_value_heads 3"),
-        ({"d_model": 12}, "head width d_model / n_head = 3 is odd"),
+        ({"d_model": 12}, "head_dim, or d_model / n_head, is 3, which is odd"),
         ({"eos_token_id": 199}, "eos_token_id 199 is outside the vocabulary of 199"),
         ({"rope_scaling": {"rope_type": "yarn"}}, 'rope_scaling {"rope_type": "yarn"}: expected {'),
         ({"rope_scaling": {"rope_type": "linear"}}, '"factor": 2.0}, or llama3 with factor'),
@@ -240,14 +240,12 @@ def test_impossible_shapes_are_refused_by_name(change, words):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "gpt2"}, 'model_type is "gpt2"'),
         ({"hidden_act": "gelu"}, 'hidden_act is "gelu"'),
-        ({"head_dim": 32}, "head_dim is 32; expected 16"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, '"yarn"'),
         ({"hidden_size": None}, "hidden_size must be int 2..65536, got null (config.json)"),
         ({"num_hidden_layers": 100_000}, "num_hidden_layers must be int 1..512, got 100000"),
         ({"rope_parameters": 5}, "rope_parameters must be dict or none, got 5"),
-        ({"eos_token_id": []}, "eos_token_id must be int >= 0, got null"),
+        ({"eos_token_id": ["2"]}, 'eos_token_id must be int >= 0 or none, got "2"'),
     ],
 )
 def test_foreign_configurations_are_refused_by_name(change, words):

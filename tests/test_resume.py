@@ -51,6 +51,8 @@ CASES = [
     {"gradient_accumulation_steps": 3},
     {"gradient_checkpointing": True},
     {"dropout": 0},
+    {"qk_norm": True, "optimizer": "muon"},
+    {"qkv_bias": True, "head_dim": 6},
 ]
 
 

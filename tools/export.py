@@ -161,7 +161,7 @@ def add_model(writer, cfg, gguf):
     writer.add_head_count(cfg.n_head)
     writer.add_head_count_kv(cfg.kv_heads)
     writer.add_layer_norm_rms_eps(cfg.layer_norm_epsilon)
-    writer.add_rope_dimension_count(cfg.head_dim)
+    writer.add_rope_dimension_count(cfg.head_width)
     writer.add_rope_freq_base(cfg.rope_theta)
     writer.add_vocab_size(cfg.vocab_size)
     if (cfg.rope_scaling or {}).get("rope_type") == "linear":
