@@ -664,6 +664,9 @@ class PretrainConfig(LoopConfig, ModelConfig):
 
     def __post_init__(self):
         LoopConfig.__post_init__(self)
+        if self.qkv_bias:
+            theirs = "transformers takes the tokenizer of such a folder for Qwen2's"
+            raise ValueError(f"qkv_bias is for models of others: {theirs}; use qk_norm")
         ModelConfig.__post_init__(with_vocab_size(self) if self.vocab_size is None else self)
 
 

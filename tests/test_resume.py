@@ -51,8 +51,7 @@ CASES = [
     {"gradient_accumulation_steps": 3},
     {"gradient_checkpointing": True},
     {"dropout": 0},
-    {"qk_norm": True, "optimizer": "muon"},
-    {"qkv_bias": True, "head_dim": 6},
+    {"qk_norm": True, "head_dim": 6, "optimizer": "muon"},
 ]
 
 

@@ -143,9 +143,11 @@ def test_other_shapes_are_refused_by_name(change, words):
     assert "config.json" in str(refusal.value)
 
 
-def test_what_no_class_of_transformers_has_is_refused():
+def test_what_other_programs_would_misread_is_refused():
     with pytest.raises(ValueError, match="qk_norm, qkv_bias: no model that other programs open"):
         replace(SMALL, qk_norm=True, qkv_bias=True)
+    with pytest.raises(ValueError, match=r"qkv_bias is for models of others: .*; use qk_norm"):
+        PretrainConfig(qkv_bias=True)
 
 
 # ---- counts

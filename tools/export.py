@@ -23,7 +23,7 @@ from corpus.files import package
 from lib.config import UserError, run
 from lib.tokenizer import BYTE_PIECE, TEMPLATES, Tokenizer, stop_ids
 from lib.tokenizer_json import jinja
-from model import load_model, model_folder, rope_frequencies, save_model
+from model import load_model, model_folder, rope_frequencies, save_model, to_hf
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -117,8 +117,9 @@ def write_folder(folder, model, tokenizer, dtype):
 def write_gguf(path, model, tokenizer, dtype):
     """Writes a GGUF file, and reads it back; norms stay float32."""
     gguf, cfg, written = package("gguf", "--format=gguf"), model.cfg, {}
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, cfg.n_layer)
-    writer = gguf.GGUFWriter(path, "llama")
+    arch = to_hf(cfg)["model_type"]
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], cfg.n_layer)
+    writer = gguf.GGUFWriter(path, arch)
     all_f32 = dtype == "f32"
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if all_f32 else f"MOSTLY_{dtype.upper()}"])
     add_model(writer, cfg, gguf)
@@ -131,15 +132,18 @@ def write_gguf(path, model, tokenizer, dtype):
             raise UserError(f"{width}; q8_0 takes multiples of 32; use --dtype=f16")
         kind = gguf.GGMLQuantizationType[dtype.upper() if weight.ndim > 1 else "F32"]
         array = weight.numpy()
-        if heads := cfg.n_head if "q_proj" in name else cfg.kv_heads if "k_proj" in name else 0:
+        heads = cfg.n_head if "q_proj" in name else cfg.kv_heads if "k_proj" in name else 0
+        if heads and arch == "llama":
             # rotary positions turn rows (i, i + D/2) of a head here, (2i, 2i + 1) in llama.cpp
             array = array.reshape(heads, 2, -1, cfg.d_model).swapaxes(1, 2).reshape(array.shape)
         data = gguf.quantize(array, kind)
         check_range(name, weight, gguf.dequantize(data, kind), dtype)
-        name = names.get_name(name, try_suffixes=(".weight",))
+        name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         writer.add_tensor(name, data, raw_dtype=kind)
         written[name] = data.tobytes()
     if (cfg.rope_scaling or {}).get("rope_type") == "llama3":
+        if arch != "llama":
+            raise UserError(f"rope_scaling llama3: llama.cpp has none in a {arch}; use --format=hf")
         divisors = rope_frequencies(replace(cfg, rope_scaling=None)) / rope_frequencies(cfg)
         writer.add_tensor("rope_freqs.weight", divisors.float().numpy())
     writer.write_header_to_file()
@@ -161,6 +165,8 @@ def add_model(writer, cfg, gguf):
     writer.add_head_count(cfg.n_head)
     writer.add_head_count_kv(cfg.kv_heads)
     writer.add_layer_norm_rms_eps(cfg.layer_norm_epsilon)
+    writer.add_key_length(cfg.head_width)
+    writer.add_value_length(cfg.head_width)
     writer.add_rope_dimension_count(cfg.head_width)
     writer.add_rope_freq_base(cfg.rope_theta)
     writer.add_vocab_size(cfg.vocab_size)
