@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -41,6 +42,14 @@ def llama_cpp(file, use_jinja):
     params.model.path, params.use_jinja = str(file), use_jinja
     params.n_ctx, params.n_parallel, params.warmup = 128, 1, False
     return xllamacpp.Server(params)
+
+
+def ask(server, route, **body):
+    """Returns what llama.cpp's server answers to a request; HTTPError if it refuses."""
+    body, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
+    request = urllib.request.Request(server.listening_address + route, body, kind)
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)
 
 
 def link_code(folder):

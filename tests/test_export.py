@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import urllib.error
-import urllib.request
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from lib.tokenizer_json import jinja
 from model import Llama, ModelConfig, add_lora, identify, load_model, save_adapter, save_model
 from sample import open_model
 from tests import ROOT
-from tests.conftest import llama_cpp
+from tests.conftest import ask, llama_cpp
 from tests.warm import python
 from tools.export import ExportConfig, main
 
@@ -163,25 +162,18 @@ def test_llama_cpp_renders_a_conversation_to_the_same_ids(
     """Without Jinja it knows chatml by the markers, and none of the others."""
     own = make(tmp_path / "own", tiny_tokenizer, template)
     server = llama_cpp(export(own, tmp_path / "own.gguf", "gguf"), use_jinja)
-
-    def ask(route, **body):
-        body, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
-        request = urllib.request.Request(server.listening_address + route, body, kind)
-        with urllib.request.urlopen(request) as answer:
-            return json.load(answer)
-
     if not use_jinja and template in ("instruct", "chat"):
         with pytest.raises(urllib.error.HTTPError):
-            ask("/apply-template", messages=TALKS[0])
+            ask(server, "/apply-template", messages=TALKS[0])
         return
     form = template if use_jinja else "chatml"
     for talk in TALKS:
-        text = ask("/apply-template", messages=talk)["prompt"]
-        ids = ask("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
+        text = ask(server, "/apply-template", messages=talk)["prompt"]
+        ids = ask(server, "/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
         assert ids == render(tiny_tokenizer, talk, form, add_generation_prompt=True)[0]
     if use_jinja:
         with pytest.raises(urllib.error.HTTPError):
-            ask("/apply-template", messages=[{"role": "tool", "content": "4"}, *TALKS[0]])
+            ask(server, "/apply-template", messages=[{"role": "tool", "content": "4"}, *TALKS[0]])
 
 
 def test_an_adapter_is_merged(tiny_tokenizer, tmp_path):

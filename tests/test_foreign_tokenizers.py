@@ -4,6 +4,7 @@ import json
 import math
 import random
 import shutil
+import unicodedata
 from pydoc_data.topics import topics
 
 import pytest
@@ -15,9 +16,12 @@ from eval import EvalConfig, answer_scores, encode_questions, prepare_text
 from lib.config import UserError
 from lib.tokenizer import Tokenizer
 from sample import open_model
+from tests.conftest import ask, llama_cpp
 from tests.test_eval import ask_lm
 from tests.test_tokenizer import FRAGMENTS, hugging_face, streamed
+from tools.export import ExportConfig, main
 
+gguf = pytest.importorskip("gguf")
 library = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 normalizers, pre_tokenizers = library.normalizers, library.pre_tokenizers
@@ -57,6 +61,7 @@ KINDS = {
     "gpt2 with a space": ("BPE", None, PREFIXED, bytes_of, processors.ByteLevel()),
     "smollm": ("BPE", None, SMOLLM, bytes_of, None),
     "llama3": ("BPE", None, split(LLAMA3), bytes_of, opened),
+    "dbrx": ("BPE", None, split(LLAMA3), bytes_of, opened),
     "qwen2": ("BPE", normalizers.NFC(), split(QWEN2), bytes_of, None),
     "llama2": (
         "bytes",
@@ -123,6 +128,8 @@ def folder(request, tmp_path_factory):
     kind, normalizer, pre_tokenizer, decoder, post_processor = KINDS[request.param]
     tokenizer = train(kind, normalizer, pre_tokenizer)
     tokenizer.decoder, tokenizer.post_processor = decoder, post_processor
+    if request.param == "llama3":
+        tokenizer.model.ignore_merges = True
     tokenizer.add_tokens([library.AddedToken(THINK, special=False)])
     folder = tmp_path_factory.mktemp(request.param.replace(" ", "_"))
     roles = {"eos_token": EOS, "unk_token": "<unk>"}
@@ -215,16 +222,26 @@ def test_other_kinds_are_refused_by_name(kind, decoder, tmp_path):
         Tokenizer.load(tmp_path)
 
 
-@pytest.mark.parametrize("folder", ["smollm", "llama3", "qwen2", "mistral"], indirect=True)
-def test_lm_eval_finds_the_same_numbers(folder, tmp_path):
-    """Of a text, and of answers to questions with and without a context."""
-    lm_eval = pytest.importorskip("lm_eval.models.huggingface")
+@pytest.fixture
+def place(folder, tmp_path):
+    """The folder with a small model in it."""
     place = shutil.copytree(folder, tmp_path / "model")
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3}
     torch.manual_seed(0)
     config = transformers.LlamaConfig(vocab_size=len(hugging_face(folder)) + 3, **sizes)
     transformers.LlamaForCausalLM(config).save_pretrained(place)
+    return place
+
+
+def of(*kinds):
+    return pytest.mark.parametrize("folder", kinds, indirect=True)
+
+
+@of("smollm", "llama3", "qwen2", "mistral")
+def test_lm_eval_finds_the_same_numbers(place, tmp_path):
+    """Of a text, and of answers to questions with and without a context."""
+    lm_eval = pytest.importorskip("lm_eval.models.huggingface")
     lm = lm_eval.HFLM(pretrained=str(place), device="cpu", dtype="float32", batch_size=3)
     model, tokenizer = open_model(place, "cpu", "fp32")
     (tmp_path / "text.txt").write_text(TEXTS[0], encoding="utf-8")
@@ -240,3 +257,47 @@ def test_lm_eval_finds_the_same_numbers(folder, tmp_path):
     found = ask_lm(lm, "loglikelihood", pairs)
     assert [value for value, _ in got] == pytest.approx([value for value, _ in found], abs=1e-4)
     assert [greedy for _, greedy in got] == [greedy for _, greedy in found]
+
+
+# ---- GGUF
+
+NAMES = {"gpt2": "gpt-2", "smollm": "smollm", "llama3": "llama-bpe", "dbrx": "dbrx"}
+NAMES |= {"qwen2": "qwen2"}
+
+
+def export(place, output):
+    main(ExportConfig(str(place), str(output), "gguf"))
+    return output
+
+
+@of(*NAMES)
+def test_llama_cpp_reads_and_continues_texts_as_transformers(place, tmp_path, request, capsys):
+    file, other = export(place, tmp_path / "x.gguf"), hugging_face(place)
+    name = NAMES[request.node.callspec.params["folder"]]
+    assert ("does not apply the tokenizer's normalizer" in capsys.readouterr().out) == (
+        name == "qwen2"
+    )
+    fields = gguf.GGUFReader(file).fields
+    assert fields[gguf.Keys.Tokenizer.PRE].contents() == name
+    server, rng = llama_cpp(file, use_jinja=False), random.Random(2)
+    texts = ["".join(rng.choices(HOSTILE, k=rng.randint(1, 9))) for _ in range(200)]
+    texts = [unicodedata.normalize("NFC", text.replace("\0", "")) for text in texts]
+    for text in [*TEXTS[:10], *texts]:
+        body = {"content": text, "add_special": True}
+        ids = ask(server, "/tokenize", **body, parse_special=False)["tokens"]
+        assert ids == other.encode(text, split_special_tokens=True), text
+    model = transformers.AutoModelForCausalLM.from_pretrained(place)
+    for text in ("The capital of", "if x is", "12 and"):
+        inputs = other(text, return_tensors="pt")
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=8, eos_token_id=None)[0]
+        body = {"n_predict": 8, "temperature": 0, "return_tokens": True, "ignore_eos": True}
+        ids = ids[inputs["input_ids"].shape[1] :].tolist()
+        assert ask(server, "/completion", prompt=text, **body)["tokens"] == ids
+
+
+@of("gpt2 with a space", "llama2", "unigram")
+def test_what_llama_cpp_would_cut_otherwise_is_refused(place, tmp_path):
+    expected = "byte-level tokenizer.json that cuts texts as llama-bpe, dbrx, qwen2, smollm, gpt-2"
+    with pytest.raises(UserError, match=expected):
+        export(place, tmp_path / "x.gguf")
+    assert not list(tmp_path.glob("x.*"))

@@ -4,7 +4,8 @@
     python -m tools.export --model_path=checkpoints/sft --format=gguf --dtype=q8_0 --output=sft.gguf
 
 An adapter is merged into its base. The export is read back and compared with the model tensor by
-tensor. Nothing is overwritten. llama.cpp's own package gguf writes GGUF.
+tensor. Nothing is overwritten. llama.cpp's own package gguf writes GGUF; sft.Modelfile beside it is
+for Ollama.
 """
 
 import copy
@@ -20,10 +21,11 @@ import torch
 from safetensors import SafetensorError
 
 from corpus.files import package
-from lib.config import UserError, run
+from lib.config import UserError, run, write_whole
 from lib.tokenizer import BYTE_PIECE, TEMPLATES, Tokenizer, stop_ids
 from lib.tokenizer_json import jinja
 from model import load_model, model_folder, rope_frequencies, save_model, to_hf
+from tools.ollama import modelfile
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -46,8 +48,10 @@ class ExportConfig:
 def main(cfg):
     """Writes the model and reports it; what is written is read back before it gets its name."""
     output = Path(cfg.output)
-    if output.exists():
-        raise UserError(f"{output}: exists; name another --output, or delete it")
+    beside = [output.with_suffix(".Modelfile")] if cfg.format == "gguf" else []
+    for path in (output, *beside):
+        if path.exists():
+            raise UserError(f"{path}: exists; name another --output, or delete it")
     model = load_model(cfg.model_path)
     tokenizer = Tokenizer.load(model_folder(cfg.model_path))
     tokenizer.match(model.cfg.vocab_size, cfg.model_path)
@@ -59,6 +63,9 @@ def main(cfg):
             write = write_folder if cfg.format == "hf" else write_gguf
             write(path, model, tokenizer, cfg.dtype)
             os.replace(path, output)
+            for path in beside:
+                text = modelfile(output.name, tokenizer, model.cfg.sequence_length)
+                write_whole(path, text.encode())
     except (SafetensorError, OSError) as error:
         raise UserError(f"{output}: not written ({error}); is there no space left?") from None
     count = sum(p.numel() for p in model.parameters())
@@ -68,10 +75,9 @@ def main(cfg):
 def check_tokenizer(cfg, tokenizer):
     """Warns where other programs will tokenize otherwise; UserError for what cannot be written."""
     if tokenizer.file != "tokenizer.model":
-        if cfg.format == "hf":
-            return  # the file is copied
-        problem = f"its tokenizer is a {tokenizer.file}, and GGUF is written from tokenizer.model"
-        raise UserError(f"{cfg.model_path}: {problem}; use --format=hf and llama.cpp's converter")
+        if cfg.format == "gguf":
+            check_byte_level(cfg.model_path, tokenizer.spec)
+        return  # hf copies the file
     # BPE numbers its merges 0, -1, -2 ...; the other kinds score by logarithms
     scores = tokenizer.scores[: tokenizer.model_size]
     scores = [score for id, score in enumerate(scores) if is_text(tokenizer, id)]
@@ -83,6 +89,50 @@ def check_tokenizer(cfg, tokenizer):
     if not kept or scores.count(0) != 1:  # user-defined symbols have that score, too
         habits = "normalizes texts or keeps user-defined symbols whole"
         print(f"warning: tokenizer.model {habits}, its export does not: some texts get other ids")
+
+
+# llama.cpp's names (its src/llama-vocab.cpp) for the pre_tokenizer of a tokenizer.json, the regex
+# of a Split or ByteLevel's own "words", and ignore_merges: is a word that is a piece one id?
+WORD_REGEX = r"|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+WORD_REGEX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)" + WORD_REGEX
+PRE_TOKENIZERS = {
+    (WORD_REGEX % r"\p{N}{1,3}", True): "llama-bpe",
+    (WORD_REGEX % r"\p{N}{1,3}", False): "dbrx",
+    (WORD_REGEX % r"\p{N}", False): "qwen2",
+    ("digits, words", False): "smollm",
+    ("words", False): "gpt-2",
+}
+
+
+def pre_tokenizer_name(spec):
+    """Returns llama.cpp's name for how a byte-level tokenizer.json cuts texts, or None."""
+    step = spec["pre_tokenizer"] or {}
+    *before, last = step.get("pretokenizers", [step])
+    match before:
+        case []:
+            cut = "words"
+        case [{"type": "Digits", "individual_digits": True}]:
+            cut = "digits, words"
+        case [{"type": "Split", "pattern": {"Regex": cut}, "behavior": "Isolated"}]:
+            pass
+        case _:
+            return None
+    own_regex = last.get("use_regex", True) == cut.endswith("words")
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space") or not own_regex:
+        return None
+    return PRE_TOKENIZERS.get((cut, bool(spec["model"].get("ignore_merges"))))
+
+
+def check_byte_level(path, spec):
+    """Raises UserError unless llama.cpp knows how a tokenizer.json cuts texts."""
+    if pre_tokenizer_name(spec) is None:
+        names = ", ".join(PRE_TOKENIZERS.values())
+        expected = f"tokenizer.model, or a byte-level tokenizer.json that cuts texts as {names}"
+        remedy = "use --format=hf and llama.cpp's converter"
+        raise UserError(f"{path}: GGUF is written from {expected}, and it has neither; {remedy}")
+    if normalizer := spec.get("normalizer"):
+        problem = f"llama.cpp does not apply the tokenizer's normalizer, {normalizer['type']}"
+        print(f"warning: {problem}: texts that it changes get other ids")
 
 
 def is_text(tokenizer, id):
@@ -177,16 +227,26 @@ def add_model(writer, cfg, gguf):
 
 def add_tokenizer(writer, tokenizer, types):
     """Adds the vocabulary, its special tokens and the chat template."""
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
+    if tokenizer.file == "tokenizer.model":
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores(tokenizer.scores)
+        kinds = [token_type(tokenizer, id, types) for id in range(tokenizer.vocab_size)]
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre_tokenizer_name(tokenizer.spec))
+        merges = tokenizer.spec["model"]["merges"]
+        writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
+        kinds = byte_level_types(tokenizer, types)
     writer.add_token_list(tokenizer.pieces)
-    writer.add_token_scores(tokenizer.scores)
-    writer.add_token_types([token_type(tokenizer, i, types) for i in range(tokenizer.vocab_size)])
-    writer.add_bos_token_id(tokenizer.bos_id)
+    writer.add_token_types(kinds)
+    if tokenizer.bos_id is not None:
+        writer.add_bos_token_id(tokenizer.bos_id)
     writer.add_eos_token_id(tokenizer.eos_id)
-    writer.add_unk_token_id(tokenizer.unk_id)
+    if tokenizer.unk_id >= 0:
+        writer.add_unk_token_id(tokenizer.unk_id)
     writer.add_pad_token_id(tokenizer.pad_id)
-    writer.add_add_bos_token(True)
+    writer.add_add_bos_token(bool(tokenizer.opening))
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(tokenizer.dummy_prefix)
     if tokenizer.template:
@@ -202,6 +262,14 @@ def token_type(tokenizer, id, types):
     if tokenizer.spelled(id, controls=False):
         return types.BYTE
     return types.UNKNOWN if id == tokenizer.unk_id else types.CONTROL
+
+
+def byte_level_types(tokenizer, types):
+    """Returns llama.cpp's type of each id of a tokenizer.json; it finds added words in any text."""
+    added = {token["id"]: token["special"] for token in tokenizer.spec["added_tokens"]}
+    kinds = {True: types.CONTROL, False: types.USER_DEFINED}
+    plain = lambda id: types.NORMAL if tokenizer.spelled(id, controls=False) else types.UNUSED
+    return [kinds.get(added.get(id)) or plain(id) for id in range(tokenizer.vocab_size)]
 
 
 if __name__ == "__main__":
