@@ -30,6 +30,7 @@ from lib.tokenizer import IGNORE, Tokenizer, render
 from model import choose_attention, linear_cross_entropy, lora_off, model_folder, supervised_hidden
 from sft import (
     FineTuningConfig,
+    add_adapter,
     answer_to,
     for_rows,
     model_files,
@@ -155,6 +156,7 @@ def main(cfg):
         check_unused(cfg)
         rows, held_out, sha256 = read_split(cfg, read_pairs, "prompt", world.say)
         model, base, length = open_base(cfg, tokenizer)
+        add_adapter(cfg, model)
         turn_dropout_off(model)
         collate = lambda pairs: pair_rows(pairs, length, tokenizer.pad_id)
 

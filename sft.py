@@ -1,7 +1,7 @@
 """Supervised fine-tuning on conversations: the model learns the answers and their ends.
 
     python sft.py configs/sft.json --model_path=checkpoints/pretrain/tiny --dataset_path=chats.jsonl
-    python sft.py configs/sft.json ... --lora_r=0 --learning_rate=5e-5
+    python sft.py configs/sft.json ... --lora_r=0
     python sample.py --model_path=checkpoints/sft/final --prompt="Why?"
 
 Rows may be prompt/response, alpaca, OpenAI messages or ShareGPT, in JSON, JSON Lines, CSV or
@@ -64,7 +64,14 @@ from train import (
     write_origin,
 )
 
-SMALL = 10_000_000  # parameters below which an adapter learns less than all the weights
+SMALL = 30_000_000  # parameters below which all the weights are trained, unless lora_r says more
+# where learning_rate is none: (the model is small, all its weights are trained) -> it
+LEARNING_RATES = {
+    (True, True): 1e-3,
+    (True, False): 3e-3,
+    (False, True): 5e-5,
+    (False, False): 2e-4,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +115,12 @@ class SFTConfig(FineTuningConfig):
     # would take more than 10 of them
     packing: bool | None = None
     output_dir: str = "checkpoints/sft"  # checkpoints, metrics.jsonl and final/ go here
-    learning_rate: PositiveFloat = 1e-3  # for LoRA on a small model; full fine-tuning wants 5e-5
+    # at the top of the schedule; none = 1e-3 for all the weights of a small model, 2e-4 for an
+    # adapter on a larger one (3e-3 on a small one, 5e-5 for all weights of a larger one)
+    learning_rate: PositiveFloat | None = None
+    # rank of the difference that is learned; 0 = train all weights; none = 16, or 0 for a model of
+    # less than 30 million parameters
+    lora_r: NonNegativeInt | None = None
     lora_dropout: Fraction = 0.1  # on what enters the adapter
     eval_steps: PositiveInt = 100  # steps between validations
     early_stopping_metric: Literal["val_loss"] = "val_loss"  # decides which is best
@@ -121,9 +133,8 @@ def main(cfg):
         check_unused(cfg)
         chats, held_out, sha256 = read_split(cfg, read_chats, "messages", world.say)
         model, base, length = open_base(cfg, tokenizer)
-        if cfg.lora_r and (size := count_parameters(model.cfg)["total"]) < SMALL:
-            learn = "a model this small learns more with all its weights than through an adapter"
-            world.say(f"{size:,} parameters: {learn}: --lora_r=0 --learning_rate=1e-3")
+        cfg = for_size(cfg, count_parameters(model.cfg)["total"], world.say)
+        add_adapter(cfg, model)
         settings = tokenizer, template, length, world.say
         examples = make_examples(chats, "to train on", *settings)
         cfg = with_packing(cfg, examples, length, world)
@@ -165,6 +176,20 @@ def choose_template(cfg, tokenizer):
         )
     stop_ids(tokenizer, template)  # raises for a template that the tokenizer cannot write
     return template
+
+
+def for_size(cfg, size, say):
+    """Returns cfg with its lora_r and learning_rate for a model of `size` parameters."""
+    small, given = size < SMALL, cfg.lora_r is not None
+    r = cfg.lora_r if given else 0 if small or cfg.optimizer == "muon" else 16
+    rate = cfg.learning_rate or LEARNING_RATES[small, not r]
+    what = f"an adapter of rank {r}" if r else "all weights"
+    if small and r:
+        what += ", where a model this small learns more with --lora_r=0"
+    elif not given:
+        what += "; --lora_r=0 trains all weights" if r else "; --lora_r=16 trains an adapter"
+    say(f"{size:,} parameters, learning rate {rate:g} for {what}")
+    return replace(cfg, lora_r=r, learning_rate=rate)
 
 
 def make_examples(chats, purpose, tokenizer, template, length, say):
@@ -275,17 +300,22 @@ def split_rows(rows, ratio, key):
 
 
 def open_base(cfg, tokenizer):
-    """Returns (cfg.model_path with a new adapter to train, its Base, positions of a row)."""
+    """Returns (the model of cfg.model_path, its Base, positions of a row)."""
     base, model = identify(cfg.model_path), load_model(cfg.model_path)
     context = model.cfg.sequence_length
     tokenizer.match(model.cfg.vocab_size, cfg.model_path)
     length = cfg.sequence_length or context
     if length > context:
         raise UserError(f"sequence_length {length} is more than the model's {context}; lower it")
+    return model, base, length
+
+
+def add_adapter(cfg, model):
+    """Prepares `model` for training, with a new adapter unless all its weights are trained."""
     torch.manual_seed(cfg.seed)
     if cfg.lora_r:
         add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_target_modules)
-    return model.train(), base, length
+    model.train()
 
 
 def model_files(cfg, base, tokenizer, template, data_sha256):

@@ -443,14 +443,37 @@ def test_a_checkpoint_of_other_data_or_another_base_is_refused(tmp_path, knobs, 
 
 
 @pytest.mark.parametrize(
-    ("name", "cls", "other"), [("sft", sft.SFTConfig, "dpo"), ("dpo", dpo.DPOConfig, "sft")]
+    ("size", "more", "r", "rate"),
+    [
+        (3_000_000, {}, 0, 1e-3),
+        (3_000_000, {"lora_r": 16}, 16, 3e-3),
+        (135_000_000, {}, 16, 2e-4),
+        (135_000_000, {"lora_r": 8, "learning_rate": 1e-4}, 8, 1e-4),
+        (135_000_000, {"lora_r": 0}, 0, 5e-5),
+        (135_000_000, {"optimizer": "muon"}, 0, 5e-5),
+    ],
 )
-def test_the_presets_are_sound(name, cls, other):
+def test_rank_and_learning_rate_follow_from_the_size_of_the_model(size, more, r, rate):
+    lines, cfg = [], sft.SFTConfig(model_path="a", dataset_path="b", **more)
+    found = sft.for_size(cfg, size, lines.append)
+    assert (found.lora_r, found.learning_rate) == (r, rate)
+    (line,) = lines
+    assert line.startswith(f"{size:,} parameters, learning rate {rate:g} for ")
+    assert ("--lora_r=" in line) == ("lora_r" not in more or size < 1e7)
+    with pytest.raises(UserError, match=r"min_lr 0\.1 is more than learning_rate"):
+        sft.for_size(replace(cfg, min_lr=0.1, learning_rate=None), size, print)
+
+
+@pytest.mark.parametrize(
+    ("name", "cls", "other", "r"),
+    [("sft", sft.SFTConfig, "dpo", None), ("dpo", dpo.DPOConfig, "sft", 16)],
+)
+def test_the_presets_are_sound(name, cls, other, r):
     def read(preset):
         return configure(cls, [f"{ROOT}/configs/{preset}", "--model_path=a", "--dataset_path=b"])
 
     cfg = read(f"{name}.json")
-    assert (cfg.lora_r, cfg.lora_alpha, len(cfg.lora_target_modules)) == (16, 32.0, 7)
+    assert (cfg.lora_r, cfg.lora_alpha, len(cfg.lora_target_modules)) == (r, 32.0, 7)
     for preset in (f"{other}.json", f"demo_{other}.json", "tiny.json"):
         owner = "train" if preset == "tiny.json" else other
         message = rf"{preset} is a preset for {owner}\.py, not for {name}\.py"
