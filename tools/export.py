@@ -168,6 +168,8 @@ def write_gguf(path, model, tokenizer, dtype):
     """Writes a GGUF file, and reads it back; norms stay float32."""
     gguf, cfg, written = package("gguf", "--format=gguf"), model.cfg, {}
     arch = to_hf(cfg)["model_type"]
+    if arch == "qwen2" and cfg.n_head * cfg.head_width != cfg.d_model:
+        raise UserError(f"head_dim {cfg.head_dim}: llama.cpp has none in a qwen2; use --format=hf")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], cfg.n_layer)
     writer = gguf.GGUFWriter(path, arch)
     all_f32 = dtype == "f32"
