@@ -21,12 +21,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from corpus.chats import read_pairs
+from corpus.chats import read_pairs, render_answer, rendered_rows
 from data import ExampleStream, supervised_rows
 from lib.checkpoint import check_unused
 from lib.config import PositiveFloat, PositiveInt, Range, UserError, run
 from lib.runtime import autocast, choose_dtype, open_world, to_device
-from lib.tokenizer import IGNORE, Tokenizer, render
+from lib.tokenizer import IGNORE, Tokenizer
 from model import choose_attention, linear_cross_entropy, lora_off, model_folder, supervised_hidden
 from sft import (
     FineTuningConfig,
@@ -151,7 +151,7 @@ def main(cfg):
         tokenizer = Tokenizer.load(model_folder(cfg.model_path))
         template = tokenizer.template
         if template is None:
-            none = "names no chat template of ours; train it with sft.py first"
+            none = "names no chat template; train it with sft.py first"
             raise UserError(f"{cfg.model_path}: {none}")
         check_unused(cfg)
         rows, held_out, sha256 = read_split(cfg, read_pairs, "prompt", world.say)
@@ -166,6 +166,7 @@ def main(cfg):
 
         loader, val_stream = stream(rows, "to train on"), stream(held_out, "held out")
         if not loader.blocks:
+            render_answer(tokenizer, rows[0]["prompt"], rows[0]["chosen"], template)  # may refuse
             same = f"no two different answers within {length} positions"
             raise UserError(f"{cfg.dataset_path}: {same}; use a longer --sequence_length")
         cfg = for_rows(cfg, loader, val_stream, world)
@@ -211,15 +212,15 @@ def make_pairs(rows, purpose, tokenizer, template, length, say):
     answer is left, or if nothing distinguishes the two.
     """
     pairs, cut, equal, late = [], 0, 0, 0
-    for row in rows:
-        prompt, _ = render(tokenizer, row["prompt"], template, add_generation_prompt=True)
-        sides, longest = [], 0
-        for answer in (row["chosen"], row["rejected"]):
-            ids, mask = map(np.array, render(tokenizer, row["prompt"] + answer, template))
-            assert ids[: len(prompt)].tolist() == prompt
-            mask[: len(prompt)] = 0  # earlier answers are part of the prompt
-            longest = max(longest, len(ids))
-            sides.append((ids[: length + 1], mask[: length + 1]))  # the last id is only predicted
+
+    def render_pair(row):
+        answers = (row["chosen"], row["rejected"])
+        return [render_answer(tokenizer, row["prompt"], answer, template) for answer in answers]
+
+    for _, sides in rendered_rows(rows, render_pair, say):
+        longest = max(len(ids) for ids, _ in sides)
+        # the last id is only predicted
+        sides = [tuple(np.array(part[: length + 1]) for part in side) for side in sides]
         if not all(mask.any() for _, mask in sides):
             late += 1
         elif np.array_equal(sides[0][0], sides[1][0]):

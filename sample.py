@@ -708,8 +708,8 @@ class Chat:
         self.longest = cfg.max_new_tokens or 512
         self.person = sys.stdin.isatty() and not cfg.prompt  # else a pipe, or a single question
         (self.sampling,) = cfg.samplings()
-        if self.template is None:
-            note(tokenizer.without_template(cfg.model_path))
+        for line in tokenizer.template_notes(cfg.model_path):
+            note(line)
         if cfg.system:
             self.obey(f"/system {cfg.system}")
 

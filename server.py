@@ -35,8 +35,8 @@ from urllib.parse import unquote
 
 from lib import config
 from lib.config import PositiveFloat, PositiveInt, Range, UserError
-from lib.tokenizer import TEMPLATES, check_messages, render, stop_ids, template_of
-from lib.tokenizer_json import jinja
+from lib.tokenizer import check_messages, render, stop_ids, template_of
+from lib.tokenizer_json import template_text
 from model import model_folder
 from sample import Engine, Reply, Request, Sampling, open_model
 
@@ -143,7 +143,7 @@ class Api:
         ids = {role: getattr(self.tokenizer, f"{role}_id") for role in ("bos", "eos", "pad")}
         name = lambda id: None if id is None else self.tokenizer.pieces[id]
         info = {f"{role}_token": name(id) for role, id in ids.items()}
-        template = self.template and jinja(TEMPLATES[self.template], generation=False)
+        template = self.template and template_text(self.tokenizer, self.template, generation=False)
         return info | {"chat_template": template}
 
     def tokenize(self, body, disconnected):
@@ -828,8 +828,8 @@ def read_key(cfg):
 def main(cfg):
     with Server(cfg, read_key(cfg)) as server:  # whoever calls while the model is loaded waits
         model, tokenizer = open_model(cfg.model_path, cfg.device, cfg.dtype, cfg.compile)
-        if tokenizer.template is None:
-            print(tokenizer.without_template(cfg.model_path), file=sys.stderr)
+        for line in tokenizer.template_notes(cfg.model_path):
+            print(line, file=sys.stderr)
         scheduler = Scheduler(model, cfg.slots, cfg.queue, cfg.compile)
         folder = model_folder(cfg.model_path).resolve()  # whose name says little if it is final/
         folder = folder.parent if re.fullmatch(r"final|step_\d+", folder.name) else folder

@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from corpus.chats import read_chats
+from corpus.chats import LAST_ONLY, read_chats, rendered_rows, untrained
 from corpus.files import Tally, reasons_of
 from data import ExampleStream, pack_examples, supervised_rows
 from lib.checkpoint import check_unused, find_checkpoint
@@ -38,7 +38,7 @@ from lib.config import (
 )
 from lib.folders import hash_fraction
 from lib.runtime import open_world, to_device
-from lib.tokenizer import Tokenizer, render, stop_ids, template_of
+from lib.tokenizer import Tokenizer, find_template, render, stop_ids, template_of
 from model import (
     PROJECTIONS,
     Projection,
@@ -130,6 +130,8 @@ def main(cfg):
     with open_world(cfg) as world:
         tokenizer = Tokenizer.load(model_folder(cfg.model_path))
         template = choose_template(cfg, tokenizer)
+        for line in find_template(tokenizer, template).notes():
+            world.say(line)
         check_unused(cfg)
         chats, held_out, sha256 = read_split(cfg, read_chats, "messages", world.say)
         model, base, length = open_base(cfg, tokenizer)
@@ -147,6 +149,7 @@ def main(cfg):
         loader = stream(examples)
         val_stream = stream(make_examples(held_out, "held out", *settings))
         if not loader.blocks:
+            render(tokenizer, chats[0]["messages"], template)  # raises where the template refuses
             late = f"no answer begins within {length} positions"
             remedy = "shorten the questions, or use a longer --sequence_length"
             raise UserError(f"{cfg.dataset_path}: {late}; {remedy}")
@@ -198,15 +201,19 @@ def make_examples(chats, purpose, tokenizer, template, length, say):
     ids and mask are (at most length + 1,): one more than the positions, because the last id is only
     predicted and never read.
     """
-    examples, cut = [], 0
-    for chat in chats:
-        ids, mask = map(np.array, render(tokenizer, chat["messages"], template))
+    examples, cut, partial = [], 0, 0
+    render_chat = lambda chat: render(tokenizer, chat["messages"], template)
+    for chat, both in rendered_rows(chats, render_chat, say):
+        partial += untrained(chat["messages"], both[1]) > 0
+        ids, mask = map(np.array, both)
         cut += len(ids) > length + 1
         if mask[: length + 1].any():
             examples.append((ids[: length + 1], mask[: length + 1]))
     dropped = len(chats) - len(examples)
     say(f"{len(examples):,} conversations {purpose}, {cut:,} cut to {length} positions, "
         f"{dropped:,} dropped: no answer begins within them")  # fmt: skip
+    if partial:
+        say(f"{partial:,} of them train {LAST_ONLY}")
     return examples
 
 

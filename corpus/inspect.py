@@ -7,13 +7,33 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Literal
 
-from corpus.chats import CONTROLS, DIALOGUES, PAIR, QUESTIONS, to_chat, to_pair, usable_rows
+from corpus.chats import (
+    CONTROLS,
+    DIALOGUES,
+    LAST_ONLY,
+    PAIR,
+    QUESTIONS,
+    render_answer,
+    rendered_rows,
+    to_chat,
+    to_pair,
+    untrained,
+    usable_rows,
+)
 from corpus.files import ROW_READERS, Tally, kind_of, reasons_of
 from corpus.prepare import DataConfig
 from corpus.sources import USUAL, input_files, read_documents, source_rows
 from lib.config import UserError
 from lib.folders import AGAIN, Shards, read_manifest
-from lib.tokenizer import IM_END, IM_START, SPECIALS, Tokenizer, render, template_of
+from lib.tokenizer import (
+    IM_END,
+    IM_START,
+    SPECIALS,
+    Tokenizer,
+    find_template,
+    render,
+    template_of,
+)
 
 
 @dataclass(frozen=True)
@@ -117,14 +137,31 @@ def show_rows(cfg, content):
     print(f"  {len(rows):>10,}  usable rows")
     if not rows:
         return
-    unit, lengths = "tokens" if cfg.tokenizer_path else "characters", []
-    for _, _, value in rows:
-        lengths += [(len(ids), sum(mask)) for _, ids, mask in rendered(value, tokenizer, template)]
+    show_lengths(rows, tokenizer, template)
+
+
+def show_lengths(rows, tokenizer, template):
+    """Prints how long rows are in a template, and the first that it takes."""
+    say = lambda line: print(f"  {line}")
+    for line in find_template(tokenizer, template).notes():
+        say(line)
+    unit = "tokens" if isinstance(tokenizer, Tokenizer) else "characters"
+    lengths, first, partial = [], None, 0
+    render_row = lambda row: rendered(row[2], tokenizer, template)
+    for (where, _, value), dialogues in rendered_rows(rows, render_row, say):
+        first = first or (where, dialogues)
+        lengths += [(len(ids), sum(mask)) for _, ids, mask in dialogues]
+        partial += isinstance(value, list) and untrained(value, dialogues[0][2]) > 0
+    if not first:
+        return
     count, learned = map(sum, zip(*lengths))
     print(f"  {count:>10,}  {unit}, {learned:,} of them learned; at most {max(lengths)[0]:,} a row")
+    if partial:
+        say(f"{partial:>10,}  rows train {LAST_ONLY}")
     sign = "dim" if sys.stdout.isatty() else "in [ ]"
-    print(f"\n{rows[0][0]} as {template}; {sign}: what the model does not learn")
-    for name, ids, mask in rendered(rows[0][2], tokenizer, template):
+    where, dialogues = first
+    print(f"\n{where} as {template}; {sign}: what the model does not learn")
+    for name, ids, mask in dialogues:
         print(f"-- {name}", marked(ids, mask, tokenizer), sep="\n")
 
 
@@ -135,12 +172,7 @@ def rendered(value, tokenizer, template):
     """
     if isinstance(value, list):
         return [("conversation", *render(tokenizer, value, template))]
-    opening, _ = render(tokenizer, value["prompt"], template, add_generation_prompt=True)
-    dialogues = []
-    for name in PAIR:
-        ids, mask = render(tokenizer, value["prompt"] + value[name], template)
-        dialogues.append((name, ids, [0] * len(opening) + mask[len(opening) :]))
-    return dialogues
+    return [(s, *render_answer(tokenizer, value["prompt"], value[s], template)) for s in PAIR]
 
 
 def marked(ids, mask, tokenizer):

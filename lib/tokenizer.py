@@ -14,13 +14,15 @@ there, so its ids are those of the conversation as one text, and an answer begin
 import codecs
 import hashlib
 import re
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import sentencepiece as spm
 
-from lib.config import UserError, read_object, write_whole
+from lib.config import UserError, write_whole
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 IGNORE = -100  # the label of a position that is not supervised, as torch's cross_entropy has it
@@ -40,7 +42,8 @@ class Tokenizer:
     model         the .model file as bytes; `sha256` is their hash
     pieces        the vocabulary as SentencePiece spells it; V = `vocab_size` of them
     controls      {symbol: id}; a foreign folder's tokenizer_config.json, `config`, may add some
-    template      the chat template named by the folder it came from, or None
+    template      the chat template named by the folder it came from, "jinja" for its own, or None
+    end_ids       the ids that end an answer by the folder's generation_config.json
     dummy_prefix  whether it puts a space before every text
     opening       the ids before a text that a model continues: [BOS], or none
     adds_bos      whether transformers puts BOS there, too; None in our folders: it does not
@@ -54,12 +57,14 @@ class Tokenizer:
     unreadable = "not a SentencePiece model, or a damaged one"
 
     def __init__(self, model, source="tokenizer.model", config=None):
-        ours, config = config is None or "tokenizer_model_sha256" in config, config or {}
+        ours = config is None or "tokenizer_model_sha256" in config
+        self.config = config = config or {}
         self.adds_bos = config.get("add_bos_token", None if ours else False)
         self.model, self.source, self.exact = model, source, False
-        self.sha256 = hashlib.sha256(model).hexdigest()
+        self.sha256, self.end_ids = hashlib.sha256(model).hexdigest(), config.get("end_ids", [])
+        self.added = {}  # {symbol: its flags} of symbols beside the model's pieces
         self.template = folder_template(config)
-        if self.template not in (None, *TEMPLATES):
+        if self.template not in (None, OWN, *TEMPLATES):
             raise UserError(f"{source}: no template {self.template!r} (tokenizer_config.json)")
         try:
             ids = dict.fromkeys(SPECIALS, -1) | self._open(model)
@@ -106,6 +111,7 @@ class Tokenizer:
     def _add_symbols(self, added):
         """Adds the control symbols of a folder, {id: {"content": symbol, ...}}."""
         symbols = {int(id): token["content"] for id, token in added.items()}
+        self.added |= {token["content"]: token for token in added.values()}
         for id, symbol in symbols.items():
             special = added[str(id)].get("special", True) or re.fullmatch(r"<.+>|\[.+\]", symbol)
             if not 0 <= id < 1 << 20 or not isinstance(symbol, str):
@@ -135,14 +141,14 @@ class Tokenizer:
         """
         path, kind, config = Path(path), cls, None
         if path.is_dir():
-            config = {}
+            from lib.tokenizer_json import read_tokenizer_config
+
             holds_one = any((path / name).exists() for name in (cls.file, "tokenizer.json"))
             if not holds_one and (path / "final").is_dir():
                 path /= "final"
             if not (path / cls.file).exists() and (path / "tokenizer.json").exists():
                 from lib.tokenizer_json import JSONTokenizer as kind
-            if (path / "tokenizer_config.json").exists():
-                config = read_object(path / "tokenizer_config.json")
+            config = read_tokenizer_config(path)
             path = path / kind.file
         try:
             model = path.read_bytes()
@@ -156,9 +162,18 @@ class Tokenizer:
             raise UserError(f"{path}: checksum mismatch: it is damaged, or from another model")
         return tokenizer
 
-    def without_template(self, folder):
-        """Returns the sentence on what happens to a chat where `template` is None."""
-        return f"{folder} names no chat template of ours: each text is continued as it stands"
+    @cached_property
+    def chat_template(self):
+        """The folder's own chat template, a ChatTemplate; UserError if it is broken."""
+        from lib.chat_template import ChatTemplate
+
+        return ChatTemplate(self, self.config.get("chat_template"))
+
+    def template_notes(self, folder):
+        """Returns sentences on what a chat with the model in `folder` should know beforehand."""
+        if self.template is None:
+            return [f"{folder} names no chat template: each text is continued as it stands"]
+        return find_template(self, self.template).notes()
 
     def match(self, size, folder):
         """Adapts to the model in `folder`, whose vocabulary another program may have rounded up."""
@@ -191,6 +206,14 @@ class Tokenizer:
             problem = "the prompt is empty, and this tokenizer has no BOS to begin with"
             raise UserError(f"{self.source}: {problem}; give a prompt")
         return ids or [self.bos_id]
+
+    def encode_spans(self, text, after=None):
+        """Returns (ids, [(start, end), ...]): also the characters of `text` that each id is of."""
+        ids = self.encode(text, after)
+        places = [index for index, letter in enumerate(text) for _ in letter.encode()]
+        ends = np.cumsum([0, *(len(self._bytes[id]) for id in ids)])
+        ends -= ends[-1] - len(places)  # a dummy prefix is no character of `text`
+        return ids, [(places[max(0, a)], places[b - 1] + 1) for a, b in pairwise(ends)]
 
     def encode_batch(self, texts, num_threads=1):
         """Returns the ids of each text, as `encode` does, on `num_threads` threads."""
@@ -287,7 +310,46 @@ class Template(NamedTuple):
     ends: dict[str, str]
     between: str
 
+    def render(self, tokenizer, messages, add_generation_prompt=False):
+        """Returns (ids, mask), see the function `render`.
 
+        The ids begin with BOS, if any; contents are trimmed. The space after "Assistant:" in chat and the
+        line break before `<|im_end|>` in chatml_newline are the model's to write: strip its
+        answers. A foreign vocabulary may join line breaks to other characters in transformers.
+        """
+        ids, mask = [], []
+
+        def last():
+            return ids[-1] if ids else None
+
+        def write(more, supervised=False):
+            ids.extend(more)
+            mask.extend([int(supervised)] * len(more))
+
+        write([] if tokenizer.bos_id is None else [tokenizer.bos_id])
+        for index, message in enumerate(messages):
+            role = message["role"]
+            head = self.heads[role].rstrip(" ")
+            space = self.heads[role].removeprefix(head)
+            write(template_ids(tokenizer, (self.between if index else "") + head, last()))
+            supervised = role == "assistant"
+            write(tokenizer.encode(space + message["content"].strip(), last()), supervised)
+            write(template_ids(tokenizer, self.ends[role], last()), supervised)
+        if add_generation_prompt:
+            opening = self.between + self.heads["assistant"].rstrip(" ")
+            write(template_ids(tokenizer, opening, last()))
+        return ids, mask
+
+    def end_of_turn(self, tokenizer):
+        """Returns the id that ends an answer."""
+        return template_ids(tokenizer, self.ends["assistant"], tokenizer.bos_id)[-1]
+
+    def notes(self):
+        """Returns sentences on where template and tokenizer do not fit: they do."""
+        return []
+
+
+OWN = "jinja"  # the name of the template that a foreign folder brings, lib/chat_template.py
 ROLES = ("system", "user", "assistant")
 EOS_AFTER_ANSWER = {"system": "", "user": "", "assistant": SPECIALS["eos"]}
 INSTRUCT = {"system": "", "user": "### Instruction:\n", "assistant": "### Response:\n"}
@@ -305,42 +367,22 @@ OLD_CHATML = "chatml_newline"  # our chatml until December 2026; no new model ge
 def render(tokenizer, messages, template, add_generation_prompt=False):
     """Returns a conversation as (ids, mask), the mask 1 on the assistant's answers and their ends.
 
-    messages: [{"role": system | user | assistant, "content": text}, ...], trimmed. The ids begin
-    with BOS, if any, and are those of `apply_chat_template` on the saved folder, except that a
-    marker in a content stays text, and that a foreign vocabulary may join line breaks to others.
-
-    add_generation_prompt opens the next answer. The space after "Assistant:" in chat and the line
-    break before `<|im_end|>` in chatml_newline are the model's to write: strip its answers.
+    messages: [{"role": system | user | assistant, "content": text}, ...]. The ids are those of
+    `apply_chat_template` on the folder, except that a marker in a content stays text.
+    add_generation_prompt opens the next answer.
     """
-    shape = find_template(tokenizer, template)
     check_messages(messages)
-    ids, mask = [], []
-
-    def last():
-        return ids[-1] if ids else None
-
-    def write(more, supervised=False):
-        ids.extend(more)
-        mask.extend([int(supervised)] * len(more))
-
-    write([] if tokenizer.bos_id is None else [tokenizer.bos_id])
-    for index, message in enumerate(messages):
-        role = message["role"]
-        head = shape.heads[role].rstrip(" ")
-        space = shape.heads[role].removeprefix(head)
-        write(template_ids(tokenizer, (shape.between if index else "") + head, last()))
-        supervised = role == "assistant"
-        write(tokenizer.encode(space + message["content"].strip(), last()), supervised)
-        write(template_ids(tokenizer, shape.ends[role], last()), supervised)
-    if add_generation_prompt:
-        opening = shape.between + shape.heads["assistant"].rstrip(" ")
-        write(template_ids(tokenizer, opening, last()))
-    return ids, mask
+    return find_template(tokenizer, template).render(tokenizer, messages, add_generation_prompt)
 
 
 def folder_template(config):
-    """Returns the template named by a tokenizer_config.json, or None; it may be none of ours."""
-    name = config.get("chat_template_name")  # the key until December 2026
+    """Returns the template named by a tokenizer_config.json, or None; it may be none of ours.
+
+    A folder that another program wrote has its own; ours without a name only offer chatml.
+    """
+    foreign = config.get("chat_template") and "tokenizer_model_sha256" not in config
+    # the key until December 2026
+    name = config.get("chat_template_name", OWN if foreign else None)
     return config.get("prompt_template", OLD_CHATML if name == "chatml" else name)
 
 
@@ -358,14 +400,16 @@ def template_of(tokenizer, asked=None):
 
 
 def stop_ids(tokenizer, template):
-    """Returns the ids that end an answer: EOS, and the end of the template's answers."""
-    if template is None:
-        return [tokenizer.eos_id]
-    end = find_template(tokenizer, template).ends["assistant"]
-    return sorted({tokenizer.eos_id, template_ids(tokenizer, end, tokenizer.bos_id)[-1]})
+    """Returns the ids that end an answer: EOS, the template's end of turn, `end_ids`."""
+    ends = {tokenizer.eos_id, *tokenizer.end_ids}
+    if template is not None:
+        ends.add(find_template(tokenizer, template).end_of_turn(tokenizer))
+    return sorted(ends - {None})
 
 
 def find_template(tokenizer, name):
+    if name == OWN:
+        return tokenizer.chat_template
     if name not in TEMPLATES:
         raise UserError(f"unknown template {name!r}: choose one of {', '.join(TEMPLATES)}")
     template = TEMPLATES[name]

@@ -6,11 +6,12 @@ transformers beside tokenizer.model.
 
 import json
 
-from lib.config import UserError
+from lib.config import UserError, read_object
 from lib.tokenizer import (
     BYTE_PIECE,
     IM_END,
     IM_START,
+    OWN,
     ROLES,
     SPACE,
     SPECIALS,
@@ -24,6 +25,25 @@ TO_SPACE = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
 STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 
 # ---- reading
+
+
+def read_tokenizer_config(folder):
+    """Returns a folder's tokenizer_config.json, with what transformers reads in files beside it.
+
+    That is the chat template, special tokens by name, and the ids that end an answer: `end_ids`.
+    """
+    read = lambda name: read_object(folder / name) if (folder / name).exists() else {}
+    config = read("tokenizer_config.json")
+    if "added_tokens_decoder" not in config:
+        config |= read("special_tokens_map.json")
+    if (path := folder / "chat_template.jinja").exists():
+        try:
+            config["chat_template"] = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 ({error})") from None
+    if ends := read("generation_config.json").get("eos_token_id"):
+        config["end_ids"] = ends if isinstance(ends, list) else [ends]
+    return config
 
 
 class JSONTokenizer(Tokenizer):
@@ -54,7 +74,8 @@ class JSONTokenizer(Tokenizer):
 
         self.spec = spec = json.loads(model)
         spell_piece, self._shown_first = read_decoder(spec, self.source)
-        special = {token["content"]: token["special"] for token in spec["added_tokens"]}
+        self.added = {token["content"]: token for token in spec["added_tokens"]}
+        special = {name: token["special"] for name, token in self.added.items()}
         parts = {name: spec.get(name) for name in ("normalizer", "pre_tokenizer")}
         inner = json.loads(json.dumps(parts), object_hook=without_prefix)
         whole = self._json = reader(model.decode())
@@ -93,9 +114,14 @@ class JSONTokenizer(Tokenizer):
         return ids[:count]
 
     def encode(self, text, after=None):
+        return self.encode_spans(text, after)[0]
+
+    def encode_spans(self, text, after=None):
         check_unicode(text)
         begins = after is None or (self._prefix_after_symbols and not self._bytes[after])
-        return (self._json if begins else self._inner).encode(text, add_special_tokens=False).ids
+        encoder = self._json if begins else self._inner
+        encoding = encoder.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
 
     def encode_batch(self, texts, num_threads=1):
         return [self.encode(text) for text in texts]
@@ -186,8 +212,9 @@ def files_of(tokenizer, max_length, template):
     """
     offered = template or ("chatml" if tokenizer.im_start_id is not None else None)
     ids = {role: getattr(tokenizer, f"{role}_id") for role in SPECIALS}
+    specials = special_tokens(tokenizer)
     ids = {role: id for role, id in ids.items() if id is not None and id >= 0}
-    specials = {f"{role}_token": tokenizer.pieces[id] for role, id in ids.items()}
+    specials |= {f"{role}_token": tokenizer.pieces[id] for role, id in ids.items()}
     markers = [marker for marker in (IM_START, IM_END) if marker in tokenizer.controls]
     specials["additional_special_tokens"] = markers
     config = {
@@ -204,7 +231,7 @@ def files_of(tokenizer, max_length, template):
         symbols = {id: {"content": tokenizer.pieces[id], **CONTROL_TOKEN} for id in added}
         config["added_tokens_decoder"] = symbols
     if offered:
-        config["chat_template"] = jinja(find_template(tokenizer, offered))
+        config["chat_template"] = template_text(tokenizer, offered)
     if template:
         config["prompt_template"] = template
     files = {"special_tokens_map.json": specials, "tokenizer_config.json": config}
@@ -212,6 +239,20 @@ def files_of(tokenizer, max_length, template):
         files[JSONTokenizer.file] = hugging_face_json(tokenizer)
     text = lambda value: json.dumps(value, ensure_ascii=False, indent=1) + "\n"
     return {name: text(value).encode() for name, value in files.items()}
+
+
+def special_tokens(tokenizer):
+    """Returns {"bos_token": symbol, ...}: what its folder names, else its own."""
+    config, own = tokenizer.config, {}
+    for role in ("bos", "eos", "unk"):
+        if (id := getattr(tokenizer, f"{role}_id")) not in (None, -1):
+            own[f"{role}_token"] = tokenizer.pieces[id]
+    extra = config.get("extra_special_tokens")
+    named = {key: value for key, value in config.items() if key.endswith("_token")}
+    named = own | named | (extra if isinstance(extra, dict) else {})
+    contents = lambda value: value.get("content") if isinstance(value, dict) else value
+    named = {key: contents(value) for key, value in named.items()}
+    return {key: value for key, value in named.items() if isinstance(value, str)}
 
 
 def hugging_face_json(tokenizer):
@@ -254,6 +295,13 @@ def opener(tokenizer):
     tokens = {symbol: {"id": symbol, "ids": tokenizer.opening, "tokens": [symbol]}}
     forms = {"single": [bos, first], "pair": [bos, first, bos, second]}
     return {"type": "TemplateProcessing", **forms, "special_tokens": tokens}
+
+
+def template_text(tokenizer, name, generation=True):
+    """Returns a template, by its name, as Jinja for other programs, see `jinja`."""
+    if name == OWN:
+        return tokenizer.chat_template.text(generation)
+    return jinja(find_template(tokenizer, name), generation)
 
 
 def jinja(template, generation=True):

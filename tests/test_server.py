@@ -206,7 +206,7 @@ def test_a_base_model_continues_what_the_chat_says(servers, plain_folder, tiny_t
     status, answer = plain.ask("/generate", fields | {"template": "chatml"})
     assert (status, answer["error"]["param"]) == (400, "template")
     assert "this model has 'none'" in answer["error"]["message"]
-    assert f"{plain_folder} names no chat template of ours: each text is continued" in plain.text
+    assert f"{plain_folder} names no chat template: each text is continued" in plain.text
 
 
 def test_the_chatml_of_an_old_folder_answers_to_both_its_names(tmp_path, tiny_tokenizer):

@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 
 from corpus.files import package
 from lib.config import UserError, run, write_whole
-from lib.tokenizer import BYTE_PIECE, TEMPLATES, Tokenizer, stop_ids
-from lib.tokenizer_json import jinja
+from lib.tokenizer import BYTE_PIECE, Tokenizer, find_template, stop_ids
+from lib.tokenizer_json import template_text
 from model import load_model, model_folder, rope_frequencies, save_model, to_hf
 from tools.ollama import modelfile
 
@@ -252,9 +252,9 @@ def add_tokenizer(writer, tokenizer, types):
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(tokenizer.dummy_prefix)
     if tokenizer.template:
-        writer.add_chat_template(jinja(TEMPLATES[tokenizer.template], generation=False))
-        ends = [id for id in stop_ids(tokenizer, tokenizer.template) if id != tokenizer.eos_id]
-        writer.add_eot_token_id(ends[0] if ends else tokenizer.eos_id)
+        writer.add_chat_template(template_text(tokenizer, tokenizer.template, generation=False))
+        end = find_template(tokenizer, tokenizer.template).end_of_turn(tokenizer)
+        writer.add_eot_token_id(tokenizer.eos_id if end is None else end)
 
 
 def token_type(tokenizer, id, types):

@@ -1,0 +1,231 @@
+"""A folder's own chat template, Jinja by anybody, rendered to ids as transformers does.
+
+It runs in jinja2's sandbox and for a second at most. Its text is cut at the spellings of control
+tokens, and no content brings one: a character that occurs nowhere else stands inside each spelling
+in a content, and at its ends where the template's text could complete one, until the cuts are made.
+"""
+
+import json
+import re
+import sys
+import time
+from contextlib import contextmanager
+from datetime import datetime
+from itertools import count, islice
+
+import jinja2
+from jinja2 import ext, meta, nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from lib.config import UserError
+from lib.tokenizer_json import special_tokens
+
+SECONDS = 1.0  # the longest time for one conversation
+LARGEST = 1_000_000  # of a product, or of a text that is repeated
+BRACKETS = "generation brackets"  # the variable, which no template can name, of two characters
+GENERATION_TAG = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
+PROBE = [{"role": "user", "content": "Quartz?"}, {"role": "assistant", "content": "Feldspar."}]
+
+
+class Generation(ext.Extension):
+    """{% generation %} ... {% endgeneration %}: puts its text, which is learned, in brackets."""
+
+    tags = frozenset(["generation"])
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        call = self.call_method("bracket", [nodes.ContextReference()])
+        return nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def bracket(self, context, caller):
+        opening, closing = context.resolve(BRACKETS)
+        return opening + caller() + closing
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """transformers' dialect, without access to Python, and without products that fill memory."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def __init__(self):
+        extensions = [Generation, ext.loopcontrols]
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        self.filters["tojson"] = to_json
+        self.globals["raise_exception"] = refuse
+        self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+
+    def call_binop(self, context, operator, left, right):
+        a, b = (len(value) if hasattr(value, "__len__") else abs(value) for value in (left, right))
+        if a * b > LARGEST or (operator == "**" and b > 64):
+            raise jinja2.sandbox.SecurityError(f"a product of {a} and {b} is too large")
+        return super().call_binop(context, operator, left, right)
+
+
+def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    options = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def refuse(message):
+    raise jinja2.TemplateError(message)
+
+
+def shared_length(part, whole):
+    """Returns how many elements two strings, or two lists, begin with alike."""
+    if part == whole[: len(part)]:
+        return len(part)
+    both = enumerate(zip(part, whole))
+    return next((n for n, (a, b) in both if a != b), len(whole))
+
+
+@contextmanager
+def time_limit(seconds):
+    """Raises TimeoutError in a template that runs longer, whatever it loops over."""
+    end, before = time.monotonic() + seconds, sys.gettrace()
+
+    def trace(frame, event, arg):
+        if time.monotonic() > end:
+            raise TimeoutError(f"it takes longer than {seconds:g} s")
+        return trace if frame.f_code.co_filename == "<template>" else None
+
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+class ChatTemplate:
+    """The chat template `source` of a tokenizer's folder; UserError if it is no Jinja."""
+
+    def __init__(self, tokenizer, source):
+        if isinstance(source, list):
+            source = {entry.get("name"): entry.get("template") for entry in source}
+        if isinstance(source, dict):
+            source = source.get("default")
+        if not isinstance(source, str):
+            problem = "no chat template, and of several none named default, stands beside it"
+            raise UserError(f"{tokenizer.source}: {problem}; its prompt_template says it has one")
+        self.source, self.controls = source, tokenizer.controls
+        self.special_tokens = special_tokens(tokenizer)
+        environment = Sandbox()
+        try:
+            self._template = environment.from_string(source)
+            self._variables = meta.find_undeclared_variables(environment.parse(source))
+        except (jinja2.TemplateError, RecursionError) as error:
+            problem = f"the chat template beside it is not Jinja: {error}"
+            raise UserError(f"{tokenizer.source}: {problem}") from None
+        symbols = sorted(filter(None, self.controls), key=len, reverse=True)  # the longest wins
+        flags = lambda name, flag: tokenizer.added.get(name, {}).get(flag)
+        space = lambda name, flag: r"\s*" if flags(name, flag) else ""
+        spelled = "|".join(map(re.escape, symbols)) or "(?!)"
+        spaced = (f"{space(s, 'lstrip')}{re.escape(s)}{space(s, 'rstrip')}" for s in symbols)
+        self._specials = re.compile(f"({'|'.join(spaced) or '(?!)'})")
+        self._inside = re.compile(f"(?=(?:{spelled})).", re.DOTALL)
+        self._turn_end = re.compile(f"(?:{spelled})(\\s+)\\Z")
+        self._starts = {s[:n] for s in symbols for n in range(1, len(s))}
+        self._ends = {s[n:] for s in symbols for n in range(1, len(s))}
+        self._longest = max(map(len, symbols), default=0)
+        _, _, after = self._write(PROBE, "  ").rpartition(PROBE[-1]["content"])
+        end = self._specials.search(after)
+        self.end = end and self._id(end[0])
+
+    def end_of_turn(self, tokenizer):
+        """Returns the id that the template writes after an answer, or None."""
+        return self.end
+
+    def notes(self):
+        """Returns sentences on where template and tokenizer do not fit."""
+        missing = sorted(n for n in self._variables if n.endswith("_token"))
+        missing = [n for n in missing if n not in self.special_tokens]
+        notes = [
+            f"the chat template writes {n}, which this tokenizer lacks: nothing" for n in missing
+        ]
+        if self.end is None:
+            notes.append("the chat template ends an answer with no control token of this tokenizer")
+        return notes
+
+    def text(self, generation=True):
+        """Returns the Jinja source; without `generation` for programs that know no such block."""
+        plain = lambda tag: f"{tag[1]}{'endif' if tag[2] else 'if true'}{tag[3]}"
+        return self.source if generation else GENERATION_TAG.sub(plain, self.source)
+
+    def render(self, tokenizer, messages, add_generation_prompt=False):
+        """Returns (ids, mask), see lib.tokenizer.render. UserError for what the template refuses.
+
+        The mask is that of {% generation %} blocks, else of the answers as `_answers` finds them.
+        """
+        taken = "".join([self.source, *self.controls, *(m["content"] for m in messages)])
+        free = (letter for letter in map(chr, count(0xFDD0)) if letter not in taken)
+        escape, *brackets = islice(free, 3)  # noncharacters, unless they are in use
+        messages = [m | {"content": self._escaped(m["content"], escape)} for m in messages]
+        text = self._write(messages, brackets, add_generation_prompt)
+        if GENERATION_TAG.search(self.source):
+            pieces, spans = re.split(f"[{''.join(brackets)}]", text), []
+            for piece in pieces:
+                start = spans[-1][1] if spans else 0
+                spans.append((start, start + len(piece)))
+            text, spans = "".join(pieces), spans[1::2]
+        else:
+            spans = self._answers(messages, text, brackets)
+        return self._encode(tokenizer, text, spans, escape)
+
+    def _escaped(self, content, escape):
+        content = self._inside.sub(lambda letter: letter[0] + escape, content)
+        body = content.rstrip()
+        if any(body[-n:] in self._starts for n in range(1, self._longest)):
+            content = body + escape + content[len(body) :]
+        body = content.lstrip()
+        if any(body[:n] in self._ends for n in range(1, self._longest)):
+            content = content[: len(content) - len(body)] + escape + body
+        return content
+
+    def _write(self, messages, brackets, add_generation_prompt=False):
+        """Returns the text of messages."""
+        variables = {"messages": messages, "tools": None, "documents": None, BRACKETS: brackets}
+        variables |= {"add_generation_prompt": add_generation_prompt, **self.special_tokens}
+        try:
+            with time_limit(SECONDS):
+                return self._template.render(variables)
+        except Exception as error:  # a template can fail in every way
+            verb = "refuses this conversation" if type(error) is jinja2.TemplateError else "fails"
+            problem = f"{verb}: {str(error) or type(error).__name__}"
+            raise UserError(f"the model's own chat template {problem}") from None
+
+    def _answers(self, messages, text, brackets):
+        """Returns the spans of the answers in `text`, by rendering what leads to each.
+
+        A template that writes a turn otherwise once another follows, as those of thinking models
+        do, gives the span of the last answer only.
+        """
+        spans, holds = [], True
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            opening = self._write(messages[:index], brackets, True) if index else ""
+            closing = self._write(messages[: index + 1], brackets)
+            holds = holds and text.startswith(closing)
+            start, end = (shared_length(part, text) for part in (opening, closing))
+            space = self._turn_end.search(text, start, end)
+            spans.append((start, space.start(1) if space else end))
+        return spans if holds else spans[-1:]
+
+    def _id(self, special):
+        return self.controls[special if special in self.controls else special.strip()]
+
+    def _encode(self, tokenizer, text, spans, escape):
+        """Returns (ids, mask) of a rendered text: 1 for tokens with a character in a span."""
+        spans = [[end - text.count(escape, 0, end) for end in span] for span in spans]
+        ids, mask, at = [], [], 0  # positions do not count escapes
+        for number, part in enumerate(self._specials.split(text)):
+            plain, new, places = part.replace(escape, ""), [], []
+            if number % 2:
+                new, places = [self._id(part)], [(0, len(part))]
+            elif plain:
+                new, places = tokenizer.encode_spans(plain, ids[-1] if ids else None)
+            ids += new
+            near = [(a - at, b - at) for a, b in spans if a < at + len(plain) and b > at]
+            mask += [int(any(a < end and b > start for a, b in near)) for start, end in places]
+            at += len(plain)
+        return ids, mask

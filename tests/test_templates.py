@@ -1,0 +1,489 @@
+"""A folder's own chat template: ids and masks as transformers', and no text makes a control id."""
+
+import json
+import os
+import random
+from functools import cache
+from pydoc_data.topics import topics
+from types import SimpleNamespace
+
+import pytest
+import sentencepiece
+import torch
+
+from corpus.inspect import InspectConfig, inspect
+from lib.chat_template import ChatTemplate
+from lib.config import UserError
+from lib.tokenizer import Tokenizer, render, stop_ids
+from lib.tokenizer_json import hugging_face_json
+from sample import Chat, SampleConfig, open_model
+from server import Api
+from tests.conftest import write_rows
+from tests.runs import refused
+from tests.runs import train_to_end as trained
+from tools.export import ExportConfig
+from tools.export import main as export
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+transformers = pytest.importorskip("transformers")
+library = pytest.importorskip("tokenizers")
+
+ANSWER = "{% generation %}{{ m['content'] }}END{% endgeneration %}"
+STYLES = {  # as six families of models have them; END stands for the end of a turn
+    "chatml": """{% if messages[0]['role'] != 'system' %}<|im_start|>system
+You help.<|im_end|>
+{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}
+{% if m['role'] == 'assistant' %}ANSWER{% else %}{{ m['content'] + 'END' }}{% endif %}
+{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""",
+    "llama3": """{{- bos_token }}
+{%- for m in messages %}
+    {%- set content = m['content'] | trim %}
+    {{- '<|start_header_id|>' ~ m.role ~ '<|end_header_id|>\n\n' }}
+    {%- if m.role == 'assistant' %}
+        {%- generation %}{{ content ~ 'END' }}{% endgeneration -%}
+    {%- else %}{{ content ~ 'END' }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}
+""",
+    "mistral": """{{ bos_token }}{% if messages[0].role == 'system' %}
+{% set system, rest = messages[0].content ~ '\n\n', messages[1:] %}
+{% else %}{% set system, rest = '', messages %}{% endif %}
+{% for m in rest %}
+{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}
+{{ raise_exception('Roles must take turns: user, assistant, user') }}{% endif %}
+{% if m.role == 'user' %}{{ '[INST] ' + (system if loop.first else '') + m.content + ' [/INST]' }}
+{%- else %}{{ ' ' }}{% generation %}{{ m.content.strip() + eos_token }}{% endgeneration %}
+{%- endif %}{% endfor %}""",
+    "gemma": """{{ bos_token }}{% for m in messages %}
+{%- if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
+{{- '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' }}
+{%- if m.role == 'assistant' %}{% generation %}{{ m.content | trim }}END{% endgeneration %}
+{%- else %}{{ m.content | trim }}END{% endif %}{{ '\n' }}{% endfor %}
+{% if add_generation_prompt %}<start_of_turn>model
+{% endif %}""",
+    "zephyr": """{% for m in messages %}{{ '<|' + m.role + '|>\n' }}
+{%- if m.role == 'assistant' %}ANSWER{% else %}{{ m.content + eos_token }}{% endif %}{{ '\n' }}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}""",
+    "thinking": """{% set ns = namespace(last=0) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' %}{% set answer = m.content.split('</think>')[-1].lstrip('\n') %}
+{% if loop.index0 > ns.last %}{{ '<think>\n\n</think>\n\n' + answer }}{% else %}{{ answer }}{% endif %}
+{%- else %}{{ m.content }}{% endif %}END
+{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""",
+}
+SPECIALS = {  # bos, eos, end of turn, and others
+    "chatml": ("<|im_start|>", "<|im_end|>", "<|im_end|>"),
+    "llama3": ("<|begin|>", "<|end_of_text|>", "<|eot_id|>", "<|start_header_id|>",
+               "<|end_header_id|>"),
+    "mistral": ("<s>", "</s>", "</s>", "[INST]", "[/INST]"),
+    "gemma": ("<bos>", "<eos>", "<end_of_turn>", "<start_of_turn>"),
+    "zephyr": ("<s>", "</s>", "</s>"),
+    "thinking": ("<|endoftext|>", "<|im_end|>", "<|im_end|>", "<|im_start|>"),
+}  # fmt: skip
+KINDS = ("byte_level", "prefixed", "tokenizer_model")
+TAGS = "{% generation %}", "{% endgeneration %}", "{%- generation %}", "{% endgeneration -%}"
+each_style = pytest.mark.parametrize("style", STYLES)
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+TALKS = [
+    [("system", "Be brief. "), ("user", "Why?\n"), ("assistant", " (Because) it is so.\n\n")],
+    [("user", "  \u4e2d\u6587 \U0001f600?"), ("assistant", "\n- yes\n- 1\u25812"),
+     ("user", "And <b> then </b>"), ("assistant", "<think>\nhm\n</think>\n\nNothing more")],
+    [("user", "a"), ("assistant", "b"), ("user", "[c]\ufdd0"), ("assistant", "\ud7ff \ufdd1")],
+    [("user", "<think>"), ("assistant", "x</think>y")],
+]  # fmt: skip
+TALKS = [[{"role": role, "content": content} for role, content in talk] for talk in TALKS]
+ASKED = [{"role": "user", "content": "Which way?"}]
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def source(style, tags=True):
+    text = STYLES[style].replace("ANSWER", ANSWER).replace("END", SPECIALS[style][2])
+    for tag in TAGS:
+        text = text if tags else text.replace(tag, "{%- if true %}" if "%- " in tag else "")
+    return text if tags else text.replace("{%- if true %}", "")
+
+
+@cache
+def byte_level(*specials):
+    bpe = library.Tokenizer(library.models.BPE())
+    bpe.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=500,
+        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=list(specials),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(topics["assert"].splitlines(), trainer)
+    bpe.add_tokens([library.AddedToken(text, special=False) for text in ("<think>", "</think>")])
+    return bpe
+
+
+@pytest.fixture(scope="module")
+def sentence_pieces(tmp_path_factory):
+    """The folder of a tokenizer.model of Llama's kind."""
+    folder = tmp_path_factory.mktemp("pieces")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(topics["assert"].splitlines()),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory, sentence_pieces):
+    """folder_of(style, kind, tags) makes the tokenizer of a downloaded folder."""
+
+    @cache
+    def make(style, kind="byte_level", tags=False):
+        folder = tmp_path_factory.mktemp(style)
+        bos, eos, *others = SPECIALS[style]
+        specials = dict.fromkeys((bos, eos, *others))
+        if kind == "byte_level":
+            json_tokenizer = byte_level(*specials)
+        else:
+            pieces = Tokenizer.load(sentence_pieces)
+            json_tokenizer = library.Tokenizer.from_str(json.dumps(hugging_face_json(pieces)))
+            json_tokenizer.add_special_tokens(list(specials))
+        roles = {"bos_token": bos, "eos_token": eos, "chat_template": source(style, tags)}
+        other = transformers.PreTrainedTokenizerFast(tokenizer_object=json_tokenizer, **roles)
+        other.save_pretrained(folder)
+        if kind == "tokenizer_model":  # we read it, transformers the tokenizer.json beside it
+            (folder / "tokenizer.model").write_bytes(pieces.model)
+            added = {id: {"content": str(t)} for id, t in other.added_tokens_decoder.items()}
+            write_json(folder / "tokenizer_config.json", roles | {"added_tokens_decoder": added})
+        return folder
+
+    return make
+
+
+@cache
+def both(folder):
+    """Returns (our Tokenizer, transformers') of a folder."""
+    return Tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def accepted(style):
+    """The conversations that a style takes."""
+    return [talk for talk in TALKS if style != "gemma" or talk[0]["role"] != "system"]
+
+
+def theirs(other, talk, **more):
+    out = other.apply_chat_template(talk, return_dict=True, **more)
+    return out["input_ids"], out.get("assistant_masks")
+
+
+# ---- ids, masks, ends
+
+
+@each_kind
+@each_style
+def test_ids_are_those_of_transformers(folder_of, style, kind):
+    for tags in (False, True):
+        tokenizer, other = both(folder_of(style, kind, tags))
+        assert tokenizer.file == ("tokenizer.model" if kind == KINDS[2] else "tokenizer.json")
+        assert tokenizer.template == "jinja"
+        for talk in accepted(style):
+            for prompt in (False, True):
+                if kind != "byte_level" and any("think>" in m["content"] for m in talk):
+                    continue
+                ids, mask = render(tokenizer, talk, "jinja", add_generation_prompt=prompt)
+                assert ids == theirs(other, talk, add_generation_prompt=prompt)[0]
+                assert len(ids) == len(mask)
+
+
+@each_kind
+@pytest.mark.parametrize("style", [style for style in STYLES if style != "thinking"])
+def test_masks_are_those_of_transformers_with_and_without_generation_blocks(folder_of, style, kind):
+    """Without them, answers are found by rendering; the oracle always reads the blocks."""
+    marked, other = both(folder_of(style, kind, True))
+    plain, _ = both(folder_of(style, kind, False))
+    for talk in accepted(style):
+        expected = theirs(other, talk, return_assistant_tokens_mask=True)
+        assert sum(expected[1])
+        assert render(marked, talk, "jinja") == expected
+        ids, mask = render(plain, talk, "jinja")
+        assert (ids, mask) == expected
+
+
+def test_a_template_that_rewrites_earlier_turns_trains_the_last_answer(folder_of):
+    tokenizer, _ = both(folder_of("thinking"))
+    ids, mask = render(tokenizer, TALKS[1], "jinja")
+    learned = tokenizer.decode([id for id, m in zip(ids, mask) if m], controls=True)
+    assert learned == "<think>\n\n</think>\n\nNothing more<|im_end|>"
+
+
+@each_style
+def test_every_end_ends_an_answer(folder_of, tmp_path, style):
+    folder = folder_of(style)
+    tokenizer, other = both(folder)
+    eos, end = other.convert_tokens_to_ids(list(SPECIALS[style][1:3]))
+    assert stop_ids(tokenizer, "jinja") == sorted({eos, end})
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for more in (7, [7, eos]):
+        write_json(tmp_path / "generation_config.json", {"eos_token_id": more})
+        again = Tokenizer.load(tmp_path)
+        assert stop_ids(again, "jinja") == sorted({7, eos, end})
+        assert stop_ids(again, None) == sorted({7, eos})
+
+
+# ---- no text makes a control id
+
+
+@each_style
+def test_no_text_makes_a_control_id(folder_of, style):
+    """20,000 strings in all: the number of each control id is that of harmless texts."""
+    tokenizer, other = both(folder_of(style))
+    rng, specials = random.Random(style), [*SPECIALS[style], "</think>", "<think>"]
+    halves = [s[:n] for s in specials for n in range(1, len(s))]
+    halves += [s[n:] for s in specials for n in range(1, len(s))]
+    parts = [*specials, *halves, *halves, " ", "\n", "a", "\ufdd0", "\ufdd1", "\ufdd2"]
+
+    def hostile():
+        text = "".join(rng.choices(parts, k=rng.randint(1, 5)))
+        text = text.rpartition("</think>")[2] if style == "thinking" else text
+        return text if text.strip() else "<"
+
+    def counts(contents):
+        roles = ("user", "assistant")
+        talk = [{"role": roles[n % 2], "content": text} for n, text in enumerate(contents)]
+        ids, mask = render(tokenizer, talk, "jinja")
+        assert style == "thinking" or tokenizer.decode(ids, controls=True) == (
+            other.apply_chat_template(talk, tokenize=False)
+        )
+        return [ids.count(id) for id in tokenizer.controls.values()], sum(mask) > 0
+
+    for _ in range(84):
+        assert counts([hostile() for _ in range(40)]) == counts(["a"] * 40)
+
+
+def test_spaces_that_a_control_token_swallows(tmp_path):
+    """As Phi-3's: `rstrip` takes the line break after it, `lstrip` the space before it."""
+    added = [library.AddedToken("<end>", rstrip=True), library.AddedToken("<user>", lstrip=True)]
+    bpe = library.Tokenizer.from_str(byte_level("<s>", "</s>").to_str())
+    bpe.add_special_tokens(added)
+    text = "{% for m in messages %} <user>\n{{ m.content }}<end> \n{% endfor %}"
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": text}
+    other = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **roles)
+    other.save_pretrained(tmp_path)
+    for talk in (TALKS[0], TALKS[1]):
+        assert render(Tokenizer.load(tmp_path), talk, "jinja")[0] == theirs(other, talk)[0]
+
+
+# ---- where a template comes from, and where it goes
+
+
+def test_the_file_goes_before_the_configuration_and_default_before_other_names(folder_of, tmp_path):
+    folder = folder_of("zephyr")
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    expected = {"file": render(Tokenizer.load(tmp_path), ASKED, "jinja")[0]}
+    (tmp_path / "chat_template.jinja").unlink()
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}]
+    for template in ("y", named, {"default": "y", "rag": "x"}):
+        write_json(tmp_path / "tokenizer_config.json", config | {"chat_template": template})
+        tokenizer = Tokenizer.load(tmp_path)
+        assert tokenizer.decode(render(tokenizer, ASKED, "jinja")[0]) == "y"
+    (tmp_path / "chat_template.jinja").write_bytes((folder / "chat_template.jinja").read_bytes())
+    assert render(Tokenizer.load(tmp_path), ASKED, "jinja")[0] == expected["file"]
+    write_json(tmp_path / "tokenizer_config.json", config | {"prompt_template": "instruct"})
+    assert Tokenizer.load(tmp_path).template == "instruct"
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"chat_template\.jinja: not UTF-8"):
+        Tokenizer.load(tmp_path)
+
+
+def test_none_named_default_is_one_line(folder_of, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((folder_of("zephyr") / "tokenizer.json").read_bytes())
+    for template in ({"rag": "x"}, [{"name": "rag"}], 7):
+        config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
+        write_json(tmp_path / "tokenizer_config.json", config)
+        with pytest.raises(UserError, match="none named default"):
+            stop_ids(Tokenizer.load(tmp_path), "jinja")
+
+
+@each_kind
+@each_style
+def test_a_saved_folder_renders_the_same_here_and_in_transformers(folder_of, tmp_path, style, kind):
+    tokenizer, _ = both(folder_of(style, kind))
+    tokenizer.save(tmp_path, 512)
+    back, other = Tokenizer.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (back.template, stop_ids(back, "jinja")) == ("jinja", stop_ids(tokenizer, "jinja"))
+    for talk in accepted(style)[:-1]:
+        if kind == "byte_level" or "think>" not in str(talk):
+            expected = render(tokenizer, talk, "jinja")
+            assert render(back, talk, "jinja") == expected
+            assert theirs(other, talk)[0] == expected[0]
+
+
+# ---- what is refused
+
+
+def own_template(folder_of, text):
+    return ChatTemplate(both(folder_of("llama3"))[0], text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{% for m in messages %}", "is not Jinja"),
+        ("{{ messages | nothing }}", "is not Jinja"),
+        ("{{ raise_exception('No, thanks') }}", "refuses this conversation: No, thanks$"),
+        ("{{ 1 / 0 }}", "fails: division by zero"),
+        ("{{ messages[9].content }}", "fails: .*has no element 9"),
+        ("{{ ''.__class__.__mro__ }}", "fails: access to attribute '__class__'.*unsafe"),
+        ("{{ messages.append(1) }}", "fails: .*unsafe"),
+        ("{{ raise_exception.__globals__ }}", "fails: .*unsafe"),
+        ("{{ 'x' * 9999999999 }}", "fails: a product"),
+        ("{{ 9 ** 999999999 }}", "fails: a product"),
+        ("{% for i in range(9999999) %}{% endfor %}", "fails: Range too big"),
+        ("{% set r = range(99999) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}",
+         "takes longer than 1 s"),
+        ("{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "fails: maximum recursion"),
+    ],
+)  # fmt: skip
+def test_a_template_that_does_not_work_is_one_line(folder_of, text, message):
+    trace = object()
+    with pytest.raises(UserError, match=message) as caught:
+        own_template(folder_of, text)
+    assert "\n" not in str(caught.value), trace
+
+
+def test_a_template_that_does_not_fit_its_tokenizer_says_so(folder_of):
+    template = own_template(folder_of, "{{ bos_token }}{{ cls_token }}{{ messages[-1].content }}")
+    missing, ends = template.notes()
+    assert "writes cls_token" in missing
+    assert "no control token" in ends
+    tokenizer = both(folder_of("llama3"))[0]
+    assert template.render(tokenizer, ASKED)[0][0] == tokenizer.bos_id
+    assert own_template(folder_of, source("llama3")).notes() == []
+
+
+def test_a_conversation_that_the_template_refuses(folder_of):
+    for style, talk, message in [
+        ("gemma", TALKS[0], "refuses this conversation: System role not supported"),
+        ("mistral", ASKED * 2, "refuses this conversation: Roles must take turns"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            render(both(folder_of(style))[0], talk, "jinja")
+
+
+# ---- the programs
+
+
+@pytest.fixture(scope="module")
+def downloaded(folder_of, tmp_path_factory):
+    """downloaded(style): a small random Llama as transformers saves it, with its tokenizer."""
+
+    @cache
+    def make(style):
+        folder = tmp_path_factory.mktemp("downloaded")
+        other = both(folder_of(style))[1]
+        other.save_pretrained(folder)
+        shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+        shape |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+        shape |= {"vocab_size": len(other), "max_position_embeddings": 256}
+        ids = {"bos_token_id": other.bos_token_id, "eos_token_id": other.eos_token_id}
+        torch.manual_seed(3)
+        config = transformers.LlamaConfig(**shape, **ids, initializer_range=0.3)
+        model = transformers.LlamaForCausalLM(config)
+        model.generation_config.eos_token_id = [other.eos_token_id, 7]
+        model.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def greedy_of_transformers(folder, talk, count=12):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    other = transformers.AutoTokenizer.from_pretrained(folder)
+    more = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    asked = other.apply_chat_template(talk, **more)
+    made = model.generate(**asked, max_new_tokens=count, do_sample=False)[0]
+    return other.decode(made[asked["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def greedy_of_ours(folder, talk, count=12):
+    cfg = SampleConfig(model_path=str(folder), chat=True, temperature=0.0, max_new_tokens=count)
+    chat = Chat(cfg, *open_model(folder))
+    chat.ask(talk[-1]["content"], talk[:-1])
+    return chat.turns[-1]["content"]
+
+
+ROWS = [{"messages": talk} for talk in TALKS] + [
+    {"prompt": f"what is {n}?", "response": f"<think>\nhm\n</think>\n\nit is {n}"} for n in range(9)
+]
+
+
+@pytest.mark.parametrize("style", ["chatml", "thinking", "gemma"])
+def test_sft_trains_in_the_folders_own_template_and_keeps_it(downloaded, tmp_path, capsys, style):
+    rows, base = write_rows(tmp_path / "rows.jsonl", ROWS), downloaded(style)
+    knobs = {"program": "sft", "model_path": base, "dataset_path": rows, "max_steps": 2}
+    trained(tmp_path / "sft", **knobs, save_steps=2, eval_steps=2)
+    tokenizer, other = both(tmp_path / "sft" / "final")
+    assert tokenizer.template == "jinja"
+    assert tokenizer.chat_template.source == source(style, tags=False)
+    for talk in accepted(style):
+        assert render(tokenizer, talk, "jinja") == render(both(base)[0], talk, "jinja")
+        assert render(tokenizer, talk, "jinja")[0] == theirs(other, talk)[0]
+    ends = json.loads((tmp_path / "sft/final/generation_config.json").read_text())["eos_token_id"]
+    assert ends == stop_ids(both(base)[0], "jinja")
+    line = refused(tmp_path / "other", **knobs, prompt_template="chatml")
+    assert "was trained in 'jinja' and knows no other template" in line
+
+
+def test_sft_says_what_the_template_refuses_and_what_it_leaves_out(downloaded, tmp_path, capsys):
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
+    knobs = {"program": "sft", "dataset_path": rows}
+    system = write_rows(tmp_path / "system.jsonl", [ROWS[0]] * 3)
+    more = {"model_path": downloaded("gemma"), "dataset_path": system}
+    line = refused(tmp_path / "a", **knobs | more)
+    assert line.endswith("refuses this conversation: System role not supported")
+    inspect(InspectConfig(str(rows), tokenizer_path=str(downloaded("gemma"))))
+    said = capsys.readouterr().out
+    assert "1 dropped: the model's own chat template refuses" in said
+    inspect(InspectConfig(str(rows), tokenizer_path=str(downloaded("thinking"))))
+    said = capsys.readouterr().out
+    assert "2  rows train their last answer only" in said
+    assert "as jinja" in said
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_chat_answers_as_transformers_does(downloaded, style):
+    for talk in (ASKED, [*TALKS[1], *ASKED]):
+        folder = downloaded(style)
+        assert greedy_of_ours(folder, talk) == greedy_of_transformers(folder, talk)
+
+
+def test_the_server_asks_in_the_folders_own_template(folder_of):
+    tokenizer, other = both(folder_of("gemma", tags=True))
+    api = Api(SimpleNamespace(engine=SimpleNamespace(limit=256)), tokenizer, "gemma", 1)
+    tokens = api.tokenize({"messages": ASKED}, None)["tokens"]
+    assert tokens == theirs(other, ASKED, add_generation_prompt=True)[0]
+    with pytest.raises(UserError, match="System role not supported"):
+        api.tokenize({"messages": [TALKS[0][0], *ASKED]}, None)
+    plain = api.tokenizer_info()["chat_template"]
+    assert "generation %" not in plain
+    other.chat_template = plain
+    assert theirs(other, TALKS[1])[0] == render(tokenizer, TALKS[1], "jinja")[0]
+
+
+def test_an_export_keeps_the_template(downloaded, tmp_path):
+    folder = downloaded("chatml")
+    export(ExportConfig(str(folder), str(tmp_path / "hf")))
+    assert greedy_of_transformers(tmp_path / "hf", ASKED) == greedy_of_ours(folder, ASKED)
+    ends = json.loads((tmp_path / "hf/generation_config.json").read_text())["eos_token_id"]
+    assert ends == stop_ids(both(folder)[0], "jinja")
