@@ -21,10 +21,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from corpus.chats import read_pairs, render_answer, rendered_rows
+from corpus.chats import read_pairs, rendered_rows
 from data import ExampleStream, supervised_rows
 from lib.checkpoint import check_unused
 from lib.config import PositiveFloat, PositiveInt, Range, UserError, run
+from lib.conversation import render_answer
 from lib.runtime import autocast, choose_dtype, open_world, to_device
 from lib.tokenizer import IGNORE, Tokenizer
 from model import choose_attention, linear_cross_entropy, lora_off, model_folder, supervised_hidden

@@ -40,8 +40,8 @@ from corpus.samples import passes
 from corpus.sources import Unreachable
 from lib import config
 from lib.config import PositiveInt, Range, UserError
+from lib.conversation import render, stop_ids
 from lib.runtime import tune_cpu
-from lib.tokenizer import render, stop_ids
 from model import KVCache, count_parameters, identify, next_token_loss, row_groups
 from sample import Request, Sampling, generate, open_model, rows_of
 

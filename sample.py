@@ -30,8 +30,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lib.config import Fraction, PositiveInt, Range, UserError, narrow, run
+from lib.conversation import render, stop_ids, template_notes
 from lib.runtime import choose_device, choose_dtype
-from lib.tokenizer import Tokenizer, render, stop_ids
+from lib.tokenizer import Tokenizer
 from model import KVCache, RMSNorm, attend, load_model, model_folder
 
 # Letters as in model.py: B rows, T positions, C width, H query heads, K key/value heads, D head
@@ -708,7 +709,7 @@ class Chat:
         self.longest = cfg.max_new_tokens or 512
         self.person = sys.stdin.isatty() and not cfg.prompt  # else a pipe, or a single question
         (self.sampling,) = cfg.samplings()
-        for line in tokenizer.template_notes(cfg.model_path):
+        for line in template_notes(tokenizer, cfg.model_path):
             note(line)
         if cfg.system:
             self.obey(f"/system {cfg.system}")

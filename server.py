@@ -35,7 +35,7 @@ from urllib.parse import unquote
 
 from lib import config
 from lib.config import PositiveFloat, PositiveInt, Range, UserError
-from lib.tokenizer import check_messages, render, stop_ids, template_of
+from lib.conversation import check_messages, render, stop_ids, template_notes, template_of
 from lib.tokenizer_json import template_text
 from model import model_folder
 from sample import Engine, Reply, Request, Sampling, open_model
@@ -828,7 +828,7 @@ def read_key(cfg):
 def main(cfg):
     with Server(cfg, read_key(cfg)) as server:  # whoever calls while the model is loaded waits
         model, tokenizer = open_model(cfg.model_path, cfg.device, cfg.dtype, cfg.compile)
-        for line in tokenizer.template_notes(cfg.model_path):
+        for line in template_notes(tokenizer, cfg.model_path):
             print(line, file=sys.stderr)
         scheduler = Scheduler(model, cfg.slots, cfg.queue, cfg.compile)
         folder = model_folder(cfg.model_path).resolve()  # whose name says little if it is final/

@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from corpus.chats import LAST_ONLY, read_chats, rendered_rows, untrained
+from corpus.chats import read_chats, rendered_rows
 from corpus.files import Tally, reasons_of
 from data import ExampleStream, pack_examples, supervised_rows
 from lib.checkpoint import check_unused, find_checkpoint
@@ -36,9 +36,10 @@ from lib.config import (
     UserError,
     run,
 )
+from lib.conversation import LAST_ONLY, find_template, render, stop_ids, template_of, untrained
 from lib.folders import hash_fraction
 from lib.runtime import open_world, to_device
-from lib.tokenizer import Tokenizer, find_template, render, stop_ids, template_of
+from lib.tokenizer import Tokenizer
 from model import (
     PROJECTIONS,
     Projection,

@@ -30,8 +30,8 @@ from corpus.chats import read_chats
 from corpus.files import Tally
 from corpus.samples import passes
 from data import supervised_rows
+from lib.conversation import render, stop_ids
 from lib.runtime import to_device
-from lib.tokenizer import render, stop_ids
 from model import next_token_loss
 from sample import Request, Sampling, generate, open_model
 from sft import split_rows

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from corpus.samples import TABLES, passes
-from lib.tokenizer import render, stop_ids
+from lib.conversation import render, stop_ids
 from sample import Request, Sampling, generate, open_model
 
 SYSTEM = [

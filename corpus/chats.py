@@ -12,9 +12,7 @@ from itertools import takewhile
 
 from corpus.files import Tally, reasons_of, surrogate
 from corpus.sources import source_rows
-from lib.chat_template import shared_length
 from lib.config import UserError
-from lib.tokenizer import render
 
 # ---- the formats: which field means what. A new name of a field or a role is added here alone.
 
@@ -233,9 +231,6 @@ def turns_of(text, name):
 # ---- rows in a template
 
 
-LAST_ONLY = "their last answer only: the template writes earlier ones otherwise, or marks none"
-
-
 def rendered_rows(rows, render_row, say):
     """Yields (row, render_row(row)) of rows that the template takes; says how many others are."""
     refused = []
@@ -246,17 +241,3 @@ def rendered_rows(rows, render_row, say):
             refused.append(error)
     if refused:
         say(f"{len(refused):,} dropped: {refused[0]}")
-
-
-def render_answer(tokenizer, prompt, answer, template):
-    """Returns (ids, mask) of prompt + answer, lists of messages; the mask is 0 on the prompt."""
-    opening, _ = render(tokenizer, prompt, template, add_generation_prompt=True)
-    ids, mask = render(tokenizer, prompt + answer, template)
-    shared = shared_length(opening, ids)
-    return ids, [0] * shared + mask[shared:]
-
-
-def untrained(messages, mask):
-    """Returns how many answers of a conversation its mask leaves out."""
-    runs = sum(after > before for before, after in zip([0, *mask], mask))
-    return sum(message["role"] == "assistant" for message in messages) - runs

@@ -10,30 +10,20 @@ from typing import Literal
 from corpus.chats import (
     CONTROLS,
     DIALOGUES,
-    LAST_ONLY,
     PAIR,
     QUESTIONS,
-    render_answer,
     rendered_rows,
     to_chat,
     to_pair,
-    untrained,
     usable_rows,
 )
 from corpus.files import ROW_READERS, Tally, kind_of, reasons_of
 from corpus.prepare import DataConfig
 from corpus.sources import USUAL, input_files, read_documents, source_rows
 from lib.config import UserError
+from lib.conversation import LAST_ONLY, find_template, render, render_answer, template_of, untrained
 from lib.folders import AGAIN, Shards, read_manifest
-from lib.tokenizer import (
-    IM_END,
-    IM_START,
-    SPECIALS,
-    Tokenizer,
-    find_template,
-    render,
-    template_of,
-)
+from lib.tokenizer import IM_END, IM_START, SPECIALS, Tokenizer
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A folder's own chat template, Jinja by anybody, rendered to ids as transformers does.
 
-It runs in jinja2's sandbox and for a second at most. Its text is cut at the spellings of control
+It runs in jinja2's sandbox, for a second at most. Its text is cut at the spellings of control
 tokens, and no content brings one: a character that occurs nowhere else stands inside each spelling
 in a content, and at its ends where the template's text could complete one, until the cuts are made.
 """
@@ -11,19 +11,20 @@ import sys
 import time
 from contextlib import contextmanager
 from datetime import datetime
-from itertools import count, islice
+from itertools import accumulate, count, islice
 
 import jinja2
 from jinja2 import ext, meta, nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from lib.config import UserError
+from lib.conversation import shared_length
 from lib.tokenizer_json import special_tokens
 
 SECONDS = 1.0  # the longest time for one conversation
 LARGEST = 1_000_000  # of a product, or of a text that is repeated
 BRACKETS = "generation brackets"  # the variable, which no template can name, of two characters
-GENERATION_TAG = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
+GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 PROBE = [{"role": "user", "content": "Quartz?"}, {"role": "assistant", "content": "Feldspar."}]
 
 
@@ -58,7 +59,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def call_binop(self, context, operator, left, right):
         a, b = (len(value) if hasattr(value, "__len__") else abs(value) for value in (left, right))
         if a * b > LARGEST or (operator == "**" and b > 64):
-            raise jinja2.sandbox.SecurityError(f"a product of {a} and {b} is too large")
+            raise SecurityError(f"{a} {operator} {b} is too large")
         return super().call_binop(context, operator, left, right)
 
 
@@ -69,14 +70,6 @@ def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
 
 def refuse(message):
     raise jinja2.TemplateError(message)
-
-
-def shared_length(part, whole):
-    """Returns how many elements two strings, or two lists, begin with alike."""
-    if part == whole[: len(part)]:
-        return len(part)
-    both = enumerate(zip(part, whole))
-    return next((n for n, (a, b) in both if a != b), len(whole))
 
 
 @contextmanager
@@ -97,39 +90,45 @@ def time_limit(seconds):
 
 
 class ChatTemplate:
-    """The chat template `source` of a tokenizer's folder; UserError if it is no Jinja."""
+    """The chat template of a tokenizer's folder; UserError if it is no Jinja.
+
+    source: Jinja, or several by name, of which "default" counts: {name: Jinja} or a list
+    """
 
     def __init__(self, tokenizer, source):
         if isinstance(source, list):
             source = {entry.get("name"): entry.get("template") for entry in source}
-        if isinstance(source, dict):
-            source = source.get("default")
+        source = source.get("default") if isinstance(source, dict) else source
         if not isinstance(source, str):
-            problem = "no chat template, and of several none named default, stands beside it"
-            raise UserError(f"{tokenizer.source}: {problem}; its prompt_template says it has one")
+            problem = "its folder names a chat template and has none, or none named default"
+            raise UserError(f"{tokenizer.source}: {problem}")
         self.source, self.controls = source, tokenizer.controls
-        self.special_tokens = special_tokens(tokenizer)
-        environment = Sandbox()
+        self.special_tokens, environment = special_tokens(tokenizer), Sandbox()
         try:
             self._template = environment.from_string(source)
             self._variables = meta.find_undeclared_variables(environment.parse(source))
         except (jinja2.TemplateError, RecursionError) as error:
-            problem = f"the chat template beside it is not Jinja: {error}"
+            problem = f"the chat template of its folder is not Jinja: {error}"
             raise UserError(f"{tokenizer.source}: {problem}") from None
-        symbols = sorted(filter(None, self.controls), key=len, reverse=True)  # the longest wins
-        flags = lambda name, flag: tokenizer.added.get(name, {}).get(flag)
-        space = lambda name, flag: r"\s*" if flags(name, flag) else ""
-        spelled = "|".join(map(re.escape, symbols)) or "(?!)"
-        spaced = (f"{space(s, 'lstrip')}{re.escape(s)}{space(s, 'rstrip')}" for s in symbols)
-        self._specials = re.compile(f"({'|'.join(spaced) or '(?!)'})")
-        self._inside = re.compile(f"(?=(?:{spelled})).", re.DOTALL)
-        self._turn_end = re.compile(f"(?:{spelled})(\\s+)\\Z")
-        self._starts = {s[:n] for s in symbols for n in range(1, len(s))}
-        self._ends = {s[n:] for s in symbols for n in range(1, len(s))}
-        self._longest = max(map(len, symbols), default=0)
+        self._set_patterns(tokenizer.added)
         _, _, after = self._write(PROBE, "  ").rpartition(PROBE[-1]["content"])
         end = self._specials.search(after)
         self.end = end and self._id(end[0])
+
+    def _set_patterns(self, added):
+        symbols = sorted(filter(None, self.controls), key=len, reverse=True)  # the longest wins
+        space = lambda symbol, flag: r"\s*" if added.get(symbol, {}).get(flag) else ""
+        spaced = [space(s, "lstrip") + re.escape(s) + space(s, "rstrip") for s in symbols]
+        spelled = "|".join(map(re.escape, symbols)) or "(?!)"
+        self._specials = re.compile(f"({'|'.join(spaced) or '(?!)'})")
+        self._inside = re.compile(f"(?=(?:{spelled})).", re.DOTALL)
+        self._turn_end = re.compile(rf"(?:{spelled})(\s+)\Z")
+        self._starts = {s[:n] for s in symbols for n in range(1, len(s))}
+        self._ends = {s[n:] for s in symbols for n in range(1, len(s))}
+        self._longest = max(map(len, symbols), default=0)
+
+    def _id(self, special):
+        return self.controls[special if special in self.controls else special.strip()]
 
     def end_of_turn(self, tokenizer):
         """Returns the id that the template writes after an answer, or None."""
@@ -137,11 +136,9 @@ class ChatTemplate:
 
     def notes(self):
         """Returns sentences on where template and tokenizer do not fit."""
-        missing = sorted(n for n in self._variables if n.endswith("_token"))
-        missing = [n for n in missing if n not in self.special_tokens]
-        notes = [
-            f"the chat template writes {n}, which this tokenizer lacks: nothing" for n in missing
-        ]
+        names = sorted(name for name in self._variables if name.endswith("_token"))
+        missing = [name for name in names if name not in self.special_tokens]
+        notes = [f"the chat template writes {name}: this tokenizer has none" for name in missing]
         if self.end is None:
             notes.append("the chat template ends an answer with no control token of this tokenizer")
         return notes
@@ -149,29 +146,31 @@ class ChatTemplate:
     def text(self, generation=True):
         """Returns the Jinja source; without `generation` for programs that know no such block."""
         plain = lambda tag: f"{tag[1]}{'endif' if tag[2] else 'if true'}{tag[3]}"
-        return self.source if generation else GENERATION_TAG.sub(plain, self.source)
+        return self.source if generation else GENERATION.sub(plain, self.source)
 
     def render(self, tokenizer, messages, add_generation_prompt=False):
-        """Returns (ids, mask), see lib.tokenizer.render. UserError for what the template refuses.
+        """Returns (ids, mask), see lib.conversation.render. UserError if the template refuses.
 
         The mask is that of {% generation %} blocks, else of the answers as `_answers` finds them.
         """
-        taken = "".join([self.source, *self.controls, *(m["content"] for m in messages)])
-        free = (letter for letter in map(chr, count(0xFDD0)) if letter not in taken)
+        used = "".join([self.source, *self.controls, *(m["content"] for m in messages)])
+        free = (letter for letter in map(chr, count(0xFDD0)) if letter not in used)
         escape, *brackets = islice(free, 3)  # noncharacters, unless they are in use
         messages = [m | {"content": self._escaped(m["content"], escape)} for m in messages]
         text = self._write(messages, brackets, add_generation_prompt)
-        if GENERATION_TAG.search(self.source):
-            pieces, spans = re.split(f"[{''.join(brackets)}]", text), []
-            for piece in pieces:
-                start = spans[-1][1] if spans else 0
-                spans.append((start, start + len(piece)))
-            text, spans = "".join(pieces), spans[1::2]
+        if GENERATION.search(self.source):
+            pieces = re.split("|".join(brackets), text)  # each second one is learned
+            text, ends = "".join(pieces), list(accumulate(map(len, pieces)))
+            spans = list(zip(ends[::2], ends[1::2]))
         else:
             spans = self._answers(messages, text, brackets)
         return self._encode(tokenizer, text, spans, escape)
 
     def _escaped(self, content, escape):
+        """Returns a content that brings no control token, nor a part that the template completes.
+
+        A template may trim it.
+        """
         content = self._inside.sub(lambda letter: letter[0] + escape, content)
         body = content.rstrip()
         if any(body[-n:] in self._starts for n in range(1, self._longest)):
@@ -182,7 +181,7 @@ class ChatTemplate:
         return content
 
     def _write(self, messages, brackets, add_generation_prompt=False):
-        """Returns the text of messages."""
+        """Returns messages as the template's text."""
         variables = {"messages": messages, "tools": None, "documents": None, BRACKETS: brackets}
         variables |= {"add_generation_prompt": add_generation_prompt, **self.special_tokens}
         try:
@@ -197,7 +196,7 @@ class ChatTemplate:
         """Returns the spans of the answers in `text`, by rendering what leads to each.
 
         A template that writes a turn otherwise once another follows, as those of thinking models
-        do, gives the span of the last answer only.
+        do, gives the span of the last answer only. White space after its last token is left out.
         """
         spans, holds = [], True
         for index, message in enumerate(messages):
@@ -210,9 +209,6 @@ class ChatTemplate:
             space = self._turn_end.search(text, start, end)
             spans.append((start, space.start(1) if space else end))
         return spans if holds else spans[-1:]
-
-    def _id(self, special):
-        return self.controls[special if special in self.controls else special.strip()]
 
     def _encode(self, tokenizer, text, spans, escape):
         """Returns (ids, mask) of a rendered text: 1 for tokens with a character in a span."""

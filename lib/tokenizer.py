@@ -1,4 +1,4 @@
-"""Text to ids and back: SentencePiece, chat templates, the Hugging Face tokenizer files.
+"""Text to ids and back: SentencePiece, and the Hugging Face tokenizer files.
 
 The tokenizer is BPE with byte fallback and without normalization, so that every text survives the
 round trip: `decode(encode(text)) == text` for all valid Unicode. Ids 0-3 are pad, bos, eos and
@@ -17,7 +17,6 @@ import re
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import sentencepiece as spm
@@ -57,15 +56,15 @@ class Tokenizer:
     unreadable = "not a SentencePiece model, or a damaged one"
 
     def __init__(self, model, source="tokenizer.model", config=None):
+        from lib.conversation import folder_template
+
         ours = config is None or "tokenizer_model_sha256" in config
         self.config = config = config or {}
         self.adds_bos = config.get("add_bos_token", None if ours else False)
         self.model, self.source, self.exact = model, source, False
         self.sha256, self.end_ids = hashlib.sha256(model).hexdigest(), config.get("end_ids", [])
         self.added = {}  # {symbol: its flags} of symbols beside the model's pieces
-        self.template = folder_template(config)
-        if self.template not in (None, OWN, *TEMPLATES):
-            raise UserError(f"{source}: no template {self.template!r} (tokenizer_config.json)")
+        self.template = folder_template(config, source)
         try:
             ids = dict.fromkeys(SPECIALS, -1) | self._open(model)
             self.dummy_prefix = self._bytes[self.encode("a")[0]].startswith(b" ")
@@ -169,12 +168,6 @@ class Tokenizer:
 
         return ChatTemplate(self, self.config.get("chat_template"))
 
-    def template_notes(self, folder):
-        """Returns sentences on what a chat with the model in `folder` should know beforehand."""
-        if self.template is None:
-            return [f"{folder} names no chat template: each text is continued as it stands"]
-        return find_template(self, self.template).notes()
-
     def match(self, size, folder):
         """Adapts to the model in `folder`, whose vocabulary another program may have rounded up."""
         if size < self.vocab_size or (self.exact and size > self.vocab_size):
@@ -212,8 +205,8 @@ class Tokenizer:
         ids = self.encode(text, after)
         places = [index for index, letter in enumerate(text) for _ in letter.encode()]
         ends = np.cumsum([0, *(len(self._bytes[id]) for id in ids)])
-        ends -= ends[-1] - len(places)  # a dummy prefix is no character of `text`
-        return ids, [(places[max(0, a)], places[b - 1] + 1) for a, b in pairwise(ends)]
+        ends -= ends[-1] - len(places)  # a dummy prefix counts as the first character
+        return ids, [(places[max(0, a)], places[max(0, b - 1)] + 1) for a, b in pairwise(ends)]
 
     def encode_batch(self, texts, num_threads=1):
         """Returns the ids of each text, as `encode` does, on `num_threads` threads."""
@@ -295,151 +288,3 @@ def check_unicode(text):
     except UnicodeEncodeError as error:
         name = f"U+{ord(text[error.start]):04X} at character {error.start}"
         raise UserError(f"not Unicode text: lone surrogate {name}") from None
-
-
-# ---- conversations
-
-
-class Template(NamedTuple):
-    """A message is heads[role] + content + ends[role]; `between` joins two messages.
-
-    A space at the end of a head belongs to the first token of the content.
-    """
-
-    heads: dict[str, str]
-    ends: dict[str, str]
-    between: str
-
-    def render(self, tokenizer, messages, add_generation_prompt=False):
-        """Returns (ids, mask), see the function `render`.
-
-        The ids begin with BOS, if any; contents are trimmed. The space after "Assistant:" in chat and the
-        line break before `<|im_end|>` in chatml_newline are the model's to write: strip its
-        answers. A foreign vocabulary may join line breaks to other characters in transformers.
-        """
-        ids, mask = [], []
-
-        def last():
-            return ids[-1] if ids else None
-
-        def write(more, supervised=False):
-            ids.extend(more)
-            mask.extend([int(supervised)] * len(more))
-
-        write([] if tokenizer.bos_id is None else [tokenizer.bos_id])
-        for index, message in enumerate(messages):
-            role = message["role"]
-            head = self.heads[role].rstrip(" ")
-            space = self.heads[role].removeprefix(head)
-            write(template_ids(tokenizer, (self.between if index else "") + head, last()))
-            supervised = role == "assistant"
-            write(tokenizer.encode(space + message["content"].strip(), last()), supervised)
-            write(template_ids(tokenizer, self.ends[role], last()), supervised)
-        if add_generation_prompt:
-            opening = self.between + self.heads["assistant"].rstrip(" ")
-            write(template_ids(tokenizer, opening, last()))
-        return ids, mask
-
-    def end_of_turn(self, tokenizer):
-        """Returns the id that ends an answer."""
-        return template_ids(tokenizer, self.ends["assistant"], tokenizer.bos_id)[-1]
-
-    def notes(self):
-        """Returns sentences on where template and tokenizer do not fit: they do."""
-        return []
-
-
-OWN = "jinja"  # the name of the template that a foreign folder brings, lib/chat_template.py
-ROLES = ("system", "user", "assistant")
-EOS_AFTER_ANSWER = {"system": "", "user": "", "assistant": SPECIALS["eos"]}
-INSTRUCT = {"system": "", "user": "### Instruction:\n", "assistant": "### Response:\n"}
-CHAT = {"system": "", "user": "Human: ", "assistant": "Assistant: "}
-CHATML = {role: f"{IM_START}{role}\n" for role in ROLES}
-TEMPLATES = {
-    "chatml": Template(CHATML, ends=dict.fromkeys(ROLES, IM_END), between="\n"),
-    "instruct": Template(INSTRUCT, ends=EOS_AFTER_ANSWER, between="\n\n"),
-    "chat": Template(CHAT, ends=EOS_AFTER_ANSWER, between="\n\n"),
-    "chatml_newline": Template(CHATML, ends=dict.fromkeys(ROLES, f"\n{IM_END}"), between="\n"),
-}
-OLD_CHATML = "chatml_newline"  # our chatml until December 2026; no new model gets it
-
-
-def render(tokenizer, messages, template, add_generation_prompt=False):
-    """Returns a conversation as (ids, mask), the mask 1 on the assistant's answers and their ends.
-
-    messages: [{"role": system | user | assistant, "content": text}, ...]. The ids are those of
-    `apply_chat_template` on the folder, except that a marker in a content stays text.
-    add_generation_prompt opens the next answer.
-    """
-    check_messages(messages)
-    return find_template(tokenizer, template).render(tokenizer, messages, add_generation_prompt)
-
-
-def folder_template(config):
-    """Returns the template named by a tokenizer_config.json, or None; it may be none of ours.
-
-    A folder that another program wrote has its own; ours without a name only offer chatml.
-    """
-    foreign = config.get("chat_template") and "tokenizer_model_sha256" not in config
-    # the key until December 2026
-    name = config.get("chat_template_name", OWN if foreign else None)
-    return config.get("prompt_template", OLD_CHATML if name == "chatml" else name)
-
-
-def template_of(tokenizer, asked=None):
-    """Returns the template that a user asks for, by default the folder's own.
-
-    A folder of the old chatml is asked for it as chatml, too. Where neither names one it is chatml,
-    or instruct if the tokenizer lacks its markers.
-    """
-    own = tokenizer.template
-    if asked is not None:
-        return own if (asked, own) == ("chatml", OLD_CHATML) else asked
-    markers = None not in (tokenizer.im_start_id, tokenizer.im_end_id)
-    return own or ("chatml" if markers else "instruct")
-
-
-def stop_ids(tokenizer, template):
-    """Returns the ids that end an answer: EOS, the template's end of turn, `end_ids`."""
-    ends = {tokenizer.eos_id, *tokenizer.end_ids}
-    if template is not None:
-        ends.add(find_template(tokenizer, template).end_of_turn(tokenizer))
-    return sorted(ends - {None})
-
-
-def find_template(tokenizer, name):
-    if name == OWN:
-        return tokenizer.chat_template
-    if name not in TEMPLATES:
-        raise UserError(f"unknown template {name!r}: choose one of {', '.join(TEMPLATES)}")
-    template = TEMPLATES[name]
-    if template.heads == CHATML and None in (tokenizer.im_start_id, tokenizer.im_end_id):
-        missing = f"needs {IM_START}, and this tokenizer has none"
-        raise UserError(f"the template {name} {missing}: choose instruct or chat")
-    return template
-
-
-def template_ids(tokenizer, text, after):
-    """Returns the ids of a template's own text after the id `after`, markers as control ids."""
-    markers = {IM_START: tokenizer.im_start_id, IM_END: tokenizer.im_end_id}
-    markers |= {SPECIALS["eos"]: tokenizer.eos_id}
-    ids = [after]
-    for part in filter(None, re.split(f"({'|'.join(map(re.escape, markers))})", text)):
-        ids += [markers[part]] if part in markers else tokenizer.encode(part, ids[-1])
-    return ids[1:]
-
-
-def check_messages(messages):
-    """Raises UserError, with the message's number, unless this is a conversation."""
-    if not isinstance(messages, list | tuple) or not messages:
-        raise UserError("a conversation must be a list of at least one message")
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict):
-            raise UserError(f"message {number}: must be an object with role and content")
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            expected = f"one of {', '.join(ROLES)}"
-            raise UserError(f"message {number}: role must be {expected}, got {role!r:.60}")
-        if not isinstance(content, str) or not content.strip():
-            expected = "content must be text that is not empty"
-            raise UserError(f"message {number} ({role}): {expected}, got {content!r:.60}")

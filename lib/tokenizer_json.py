@@ -7,17 +7,15 @@ transformers beside tokenizer.model.
 import json
 
 from lib.config import UserError, read_object
+from lib.conversation import OWN, ROLES, find_template
 from lib.tokenizer import (
     BYTE_PIECE,
     IM_END,
     IM_START,
-    OWN,
-    ROLES,
     SPACE,
     SPECIALS,
     Tokenizer,
     check_unicode,
-    find_template,
     spell,
 )
 
@@ -230,6 +228,8 @@ def files_of(tokenizer, max_length, template):
     if added := range(tokenizer.model_size, tokenizer.vocab_size):
         symbols = {id: {"content": tokenizer.pieces[id], **CONTROL_TOKEN} for id in added}
         config["added_tokens_decoder"] = symbols
+    if tokenizer.end_ids:
+        config["end_ids"] = tokenizer.end_ids  # an adapter's folder has no generation_config.json
     if offered:
         config["chat_template"] = template_text(tokenizer, offered)
     if template:

@@ -16,7 +16,8 @@ import sample
 from corpus.chats import read_chats
 from corpus.files import Tally
 from lib.config import UserError, configure
-from lib.tokenizer import Tokenizer, render, stop_ids
+from lib.conversation import render, stop_ids
+from lib.tokenizer import Tokenizer
 from model import save_model
 from sample import Chat, SampleConfig, Sampling, open_model
 from tests import ROOT

@@ -14,7 +14,7 @@ from corpus.chats import read_chats, read_pairs, to_chat, to_pair, usable_rows
 from corpus.files import Tally, reasons_of
 from corpus.inspect import Characters, InspectConfig, inspect, marked, rendered
 from lib.config import UserError
-from lib.tokenizer import render
+from lib.conversation import render
 from tests import ROOT, SHARED
 from tests.conftest import prepare_dataset
 

@@ -12,7 +12,8 @@ import torch
 
 import dpo
 from lib.config import configure
-from lib.tokenizer import Tokenizer, render
+from lib.conversation import render
+from lib.tokenizer import Tokenizer
 from model import adapters, add_lora, load_model, lora_off
 from tests.conftest import write_rows
 from tests.runs import as_tensors, make_base, records, refused

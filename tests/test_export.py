@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib.config import UserError
-from lib.tokenizer import TEMPLATES, Tokenizer, render
+from lib.conversation import TEMPLATES, render
+from lib.tokenizer import Tokenizer
 from lib.tokenizer_json import jinja
 from model import Llama, ModelConfig, add_lora, identify, load_model, save_adapter, save_model
 from sample import open_model

@@ -8,8 +8,9 @@ import safetensors.torch
 import torch
 
 from data import TokenStream
+from lib.conversation import render
 from lib.folders import Shards, read_manifest
-from lib.tokenizer import Tokenizer, render
+from lib.tokenizer import Tokenizer
 from model import load_model
 from sample import Request, Sampling, generate, open_model
 from tests import ROOT

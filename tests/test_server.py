@@ -21,7 +21,8 @@ import torch
 
 import server
 from lib.config import UserError, configure
-from lib.tokenizer import IM_END, render, stop_ids
+from lib.conversation import render, stop_ids
+from lib.tokenizer import IM_END
 from sample import Reply, Request, Sampling, generate, open_model
 from server import ApiError, Call, Handler, Row, Scheduler
 from tests import ROOT

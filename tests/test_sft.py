@@ -15,7 +15,8 @@ import dpo
 import sft
 from data import ExampleStream, pack_examples, supervised_rows
 from lib.config import UserError, configure
-from lib.tokenizer import IGNORE, TEMPLATES, Tokenizer, render, stop_ids
+from lib.conversation import TEMPLATES, render, stop_ids
+from lib.tokenizer import IGNORE, Tokenizer
 from model import Llama, ModelConfig, load_model, next_token_loss
 from tests import ROOT
 from tests.conftest import llama_cpp, write_rows

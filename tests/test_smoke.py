@@ -8,7 +8,8 @@ import torch
 import eval as evaluation
 from eval import Prompt, ask_prompts, is_right, read_prompts, score_response
 from lib.config import UserError
-from lib.tokenizer import Tokenizer, render, stop_ids
+from lib.conversation import render, stop_ids
+from lib.tokenizer import Tokenizer
 from model import Llama, ModelConfig
 from sample import generate
 from tests import ROOT

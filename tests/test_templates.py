@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import sys
 from functools import cache
 from pydoc_data.topics import topics
 from types import SimpleNamespace
@@ -14,7 +16,8 @@ import torch
 from corpus.inspect import InspectConfig, inspect
 from lib.chat_template import ChatTemplate
 from lib.config import UserError
-from lib.tokenizer import Tokenizer, render, stop_ids
+from lib.conversation import render, stop_ids
+from lib.tokenizer import Tokenizer
 from lib.tokenizer_json import hugging_face_json
 from sample import Chat, SampleConfig, open_model
 from server import Api
@@ -52,7 +55,7 @@ You help.<|im_end|>
 {% if (m.role == 'user') != (loop.index0 % 2 == 0) %}
 {{ raise_exception('Roles must take turns: user, assistant, user') }}{% endif %}
 {% if m.role == 'user' %}{{ '[INST] ' + (system if loop.first else '') + m.content + ' [/INST]' }}
-{%- else %}{{ ' ' }}{% generation %}{{ m.content.strip() + eos_token }}{% endgeneration %}
+{%- else %}{% generation %}{{ ' ' + m.content.strip() + eos_token }}{% endgeneration %}
 {%- endif %}{% endfor %}""",
     "gemma": """{{ bos_token }}{% for m in messages %}
 {%- if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
@@ -65,10 +68,12 @@ You help.<|im_end|>
 {%- if m.role == 'assistant' %}ANSWER{% else %}{{ m.content + eos_token }}{% endif %}{{ '\n' }}
 {%- endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}""",
     "thinking": """{% set ns = namespace(last=0) %}
-{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}
+    {%- if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}
+{%- endfor %}
 {%- for m in messages %}<|im_start|>{{ m.role }}
 {% if m.role == 'assistant' %}{% set answer = m.content.split('</think>')[-1].lstrip('\n') %}
-{% if loop.index0 > ns.last %}{{ '<think>\n\n</think>\n\n' + answer }}{% else %}{{ answer }}{% endif %}
+{% if loop.index0 > ns.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ answer }}
 {%- else %}{{ m.content }}{% endif %}END
 {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""",
 }
@@ -82,7 +87,6 @@ SPECIALS = {  # bos, eos, end of turn, and others
     "thinking": ("<|endoftext|>", "<|im_end|>", "<|im_end|>", "<|im_start|>"),
 }  # fmt: skip
 KINDS = ("byte_level", "prefixed", "tokenizer_model")
-TAGS = "{% generation %}", "{% endgeneration %}", "{%- generation %}", "{% endgeneration -%}"
 each_style = pytest.mark.parametrize("style", STYLES)
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -103,9 +107,11 @@ def write_json(path, value):
 
 def source(style, tags=True):
     text = STYLES[style].replace("ANSWER", ANSWER).replace("END", SPECIALS[style][2])
-    for tag in TAGS:
-        text = text if tags else text.replace(tag, "{%- if true %}" if "%- " in tag else "")
-    return text if tags else text.replace("{%- if true %}", "")
+    return (
+        text
+        if tags
+        else re.sub(r" generation(?= -?%)", " if true", text).replace("endgeneration", "endif")
+    )
 
 
 @cache
@@ -159,10 +165,11 @@ def folder_of(tmp_path_factory, sentence_pieces):
         roles = {"bos_token": bos, "eos_token": eos, "chat_template": source(style, tags)}
         other = transformers.PreTrainedTokenizerFast(tokenizer_object=json_tokenizer, **roles)
         other.save_pretrained(folder)
-        if kind == "tokenizer_model":  # we read it, transformers the tokenizer.json beside it
+        if kind == "tokenizer_model":  # for us; its JSON, which transformers reads, is elsewhere
             (folder / "tokenizer.model").write_bytes(pieces.model)
             added = {id: {"content": str(t)} for id, t in other.added_tokens_decoder.items()}
             write_json(folder / "tokenizer_config.json", roles | {"added_tokens_decoder": added})
+            (folder / "tokenizer.json").rename(folder / "elsewhere.json")
         return folder
 
     return make
@@ -171,12 +178,20 @@ def folder_of(tmp_path_factory, sentence_pieces):
 @cache
 def both(folder):
     """Returns (our Tokenizer, transformers') of a folder."""
-    return Tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    other = transformers.AutoTokenizer
+    if (elsewhere := folder / "elsewhere.json").exists():
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        roles = {name: config[name] for name in ("bos_token", "eos_token", "chat_template")}
+        other = transformers.PreTrainedTokenizerFast(tokenizer_file=str(elsewhere), **roles)
+        return Tokenizer.load(folder), other
+    return Tokenizer.load(folder), other.from_pretrained(folder)
 
 
-def accepted(style):
-    """The conversations that a style takes."""
-    return [talk for talk in TALKS if style != "gemma" or talk[0]["role"] != "system"]
+def accepted(style, kind="byte_level"):
+    """The conversations that a style takes; a tokenizer.model alone tells U+2581 from a space."""
+    talks = [talk for talk in TALKS if style != "gemma" or talk[0]["role"] != "system"]
+    other = "_" if kind == "tokenizer_model" else "\u2581"
+    return [[m | {"content": m["content"].replace("\u2581", other)} for m in t] for t in talks]
 
 
 def theirs(other, talk, **more):
@@ -194,10 +209,8 @@ def test_ids_are_those_of_transformers(folder_of, style, kind):
         tokenizer, other = both(folder_of(style, kind, tags))
         assert tokenizer.file == ("tokenizer.model" if kind == KINDS[2] else "tokenizer.json")
         assert tokenizer.template == "jinja"
-        for talk in accepted(style):
+        for talk in accepted(style, kind):
             for prompt in (False, True):
-                if kind != "byte_level" and any("think>" in m["content"] for m in talk):
-                    continue
                 ids, mask = render(tokenizer, talk, "jinja", add_generation_prompt=prompt)
                 assert ids == theirs(other, talk, add_generation_prompt=prompt)[0]
                 assert len(ids) == len(mask)
@@ -209,7 +222,7 @@ def test_masks_are_those_of_transformers_with_and_without_generation_blocks(fold
     """Without them, answers are found by rendering; the oracle always reads the blocks."""
     marked, other = both(folder_of(style, kind, True))
     plain, _ = both(folder_of(style, kind, False))
-    for talk in accepted(style):
+    for talk in accepted(style, kind):
         expected = theirs(other, talk, return_assistant_tokens_mask=True)
         assert sum(expected[1])
         assert render(marked, talk, "jinja") == expected
@@ -245,7 +258,7 @@ def test_every_end_ends_an_answer(folder_of, tmp_path, style):
 @each_style
 def test_no_text_makes_a_control_id(folder_of, style):
     """20,000 strings in all: the number of each control id is that of harmless texts."""
-    tokenizer, other = both(folder_of(style))
+    tokenizer, other = both(folder_of(style, tags=True))
     rng, specials = random.Random(style), [*SPECIALS[style], "</think>", "<think>"]
     halves = [s[:n] for s in specials for n in range(1, len(s))]
     halves += [s[n:] for s in specials for n in range(1, len(s))]
@@ -265,8 +278,10 @@ def test_no_text_makes_a_control_id(folder_of, style):
         )
         return [ids.count(id) for id in tokenizer.controls.values()], sum(mask) > 0
 
-    for _ in range(84):
-        assert counts([hostile() for _ in range(40)]) == counts(["a"] * 40)
+    size = 6 if style == "thinking" else 40  # whose answers are found by rendering
+    harmless = counts(["a"] * size)
+    for _ in range(3_360 // size):
+        assert counts([hostile() for _ in range(size)]) == harmless
 
 
 def test_spaces_that_a_control_token_swallows(tmp_path):
@@ -322,11 +337,10 @@ def test_a_saved_folder_renders_the_same_here_and_in_transformers(folder_of, tmp
     tokenizer.save(tmp_path, 512)
     back, other = Tokenizer.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert (back.template, stop_ids(back, "jinja")) == ("jinja", stop_ids(tokenizer, "jinja"))
-    for talk in accepted(style)[:-1]:
-        if kind == "byte_level" or "think>" not in str(talk):
-            expected = render(tokenizer, talk, "jinja")
-            assert render(back, talk, "jinja") == expected
-            assert theirs(other, talk)[0] == expected[0]
+    for talk in accepted(style, kind):
+        expected = render(tokenizer, talk, "jinja")
+        assert render(back, talk, "jinja") == expected
+        assert theirs(other, talk)[0] == expected[0]
 
 
 # ---- what is refused
@@ -346,9 +360,9 @@ def own_template(folder_of, text):
         ("{{ messages[9].content }}", "fails: .*has no element 9"),
         ("{{ ''.__class__.__mro__ }}", "fails: access to attribute '__class__'.*unsafe"),
         ("{{ messages.append(1) }}", "fails: .*unsafe"),
-        ("{{ raise_exception.__globals__ }}", "fails: .*unsafe"),
-        ("{{ 'x' * 9999999999 }}", "fails: a product"),
-        ("{{ 9 ** 999999999 }}", "fails: a product"),
+        ("{{ raise_exception.__globals__.os }}", "fails: .*unsafe"),
+        ("{{ 'x' * 9999999999 }}", r"fails: 1 \* 9999999999 is too large"),
+        ("{{ 9 ** 999999999 }}", r"fails: 9 \*\* 999999999 is too large"),
         ("{% for i in range(9999999) %}{% endfor %}", "fails: Range too big"),
         ("{% set r = range(99999) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}",
          "takes longer than 1 s"),
@@ -356,10 +370,11 @@ def own_template(folder_of, text):
     ],
 )  # fmt: skip
 def test_a_template_that_does_not_work_is_one_line(folder_of, text, message):
-    trace = object()
+    trace = sys.gettrace()
     with pytest.raises(UserError, match=message) as caught:
         own_template(folder_of, text)
-    assert "\n" not in str(caught.value), trace
+    assert "\n" not in str(caught.value)
+    assert sys.gettrace() is trace
 
 
 def test_a_template_that_does_not_fit_its_tokenizer_says_so(folder_of):
@@ -412,15 +427,17 @@ def greedy_of_transformers(folder, talk, count=12):
     other = transformers.AutoTokenizer.from_pretrained(folder)
     more = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
     asked = other.apply_chat_template(talk, **more)
-    made = model.generate(**asked, max_new_tokens=count, do_sample=False)[0]
-    return other.decode(made[asked["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    made = model.generate(**asked, max_new_tokens=count, do_sample=False)[0].tolist()
+    made, ends = made[asked["input_ids"].shape[1] :], model.generation_config.eos_token_id
+    made = made[:-1] if made[-1] in ends else made
+    return other.decode(made, skip_special_tokens=True).strip()
 
 
 def greedy_of_ours(folder, talk, count=12):
     cfg = SampleConfig(model_path=str(folder), chat=True, temperature=0.0, max_new_tokens=count)
     chat = Chat(cfg, *open_model(folder))
     chat.ask(talk[-1]["content"], talk[:-1])
-    return chat.turns[-1]["content"]
+    return chat.turns[-1]["content"] if chat.turns else ""
 
 
 ROWS = [{"messages": talk} for talk in TALKS] + [

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from corpus.tokenizer import train_tokenizer
 from lib.config import UserError
-from lib.tokenizer import IM_END, IM_START, TEMPLATES, Tokenizer, render, stop_ids, template_of
+from lib.conversation import TEMPLATES, render, stop_ids, template_of
+from lib.tokenizer import IM_END, IM_START, Tokenizer
 from lib.tokenizer_json import jinja
 from tests import SHARED
 

@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 
 from corpus.files import package
 from lib.config import UserError, run, write_whole
-from lib.tokenizer import BYTE_PIECE, Tokenizer, find_template, stop_ids
+from lib.conversation import find_template, stop_ids
+from lib.tokenizer import BYTE_PIECE, Tokenizer
 from lib.tokenizer_json import template_text
 from model import load_model, model_folder, rope_frequencies, save_model, to_hf
 from tools.ollama import modelfile

@@ -1,0 +1,192 @@
+"""A conversation as ids: `render`, the one function for training, chat, server and evaluation.
+
+Four templates are ours, which a folder names; the one that a foreign folder brings as Jinja is in
+lib/chat_template.py. Both put control ids together with texts, which are encoded apart, so that no
+text can forge one.
+"""
+
+import re
+from typing import NamedTuple
+
+from lib.config import UserError
+from lib.tokenizer import IM_END, IM_START, SPECIALS
+
+# what is said where `untrained` is more than 0
+LAST_ONLY = "their last answer only: the template writes earlier ones otherwise, or marks none"
+
+
+class Template(NamedTuple):
+    """A message is heads[role] + content + ends[role]; `between` joins two messages.
+
+    A space at the end of a head belongs to the first token of the content.
+    """
+
+    heads: dict[str, str]
+    ends: dict[str, str]
+    between: str
+
+    def render(self, tokenizer, messages, add_generation_prompt=False):
+        """Returns (ids, mask), see the function `render`.
+
+        The ids begin with BOS, if any; contents are trimmed. The space after "Assistant:" in chat
+        and the line break before `<|im_end|>` in chatml_newline are the model's to write: strip its
+        answers. In transformers a foreign vocabulary may join line breaks to other characters.
+        """
+        ids, mask = [], []
+
+        def last():
+            return ids[-1] if ids else None
+
+        def write(more, supervised=False):
+            ids.extend(more)
+            mask.extend([int(supervised)] * len(more))
+
+        write([] if tokenizer.bos_id is None else [tokenizer.bos_id])
+        for index, message in enumerate(messages):
+            role = message["role"]
+            head = self.heads[role].rstrip(" ")
+            space = self.heads[role].removeprefix(head)
+            write(template_ids(tokenizer, (self.between if index else "") + head, last()))
+            supervised = role == "assistant"
+            write(tokenizer.encode(space + message["content"].strip(), last()), supervised)
+            write(template_ids(tokenizer, self.ends[role], last()), supervised)
+        if add_generation_prompt:
+            opening = self.between + self.heads["assistant"].rstrip(" ")
+            write(template_ids(tokenizer, opening, last()))
+        return ids, mask
+
+    def end_of_turn(self, tokenizer):
+        """Returns the id that ends an answer."""
+        return template_ids(tokenizer, self.ends["assistant"], tokenizer.bos_id)[-1]
+
+    def notes(self):
+        """Returns sentences on where template and tokenizer do not fit: they do."""
+        return []
+
+
+OWN = "jinja"  # the name of the template that a foreign folder brings, lib/chat_template.py
+ROLES = ("system", "user", "assistant")
+EOS_AFTER_ANSWER = {"system": "", "user": "", "assistant": SPECIALS["eos"]}
+INSTRUCT = {"system": "", "user": "### Instruction:\n", "assistant": "### Response:\n"}
+CHAT = {"system": "", "user": "Human: ", "assistant": "Assistant: "}
+CHATML = {role: f"{IM_START}{role}\n" for role in ROLES}
+TEMPLATES = {
+    "chatml": Template(CHATML, ends=dict.fromkeys(ROLES, IM_END), between="\n"),
+    "instruct": Template(INSTRUCT, ends=EOS_AFTER_ANSWER, between="\n\n"),
+    "chat": Template(CHAT, ends=EOS_AFTER_ANSWER, between="\n\n"),
+    "chatml_newline": Template(CHATML, ends=dict.fromkeys(ROLES, f"\n{IM_END}"), between="\n"),
+}
+OLD_CHATML = "chatml_newline"  # our chatml until December 2026; no new model gets it
+
+
+def render(tokenizer, messages, template, add_generation_prompt=False):
+    """Returns a conversation as (ids, mask), the mask 1 on the assistant's answers and their ends.
+
+    messages: [{"role": system | user | assistant, "content": text}, ...]. The ids are those of
+    `apply_chat_template` on the folder, except that a marker in a content stays text.
+    add_generation_prompt opens the next answer.
+    """
+    check_messages(messages)
+    return find_template(tokenizer, template).render(tokenizer, messages, add_generation_prompt)
+
+
+def render_answer(tokenizer, prompt, answer, template):
+    """Returns (ids, mask) of prompt + answer, lists of messages; the mask is 0 on the prompt."""
+    opening, _ = render(tokenizer, prompt, template, add_generation_prompt=True)
+    ids, mask = render(tokenizer, prompt + answer, template)
+    shared = shared_length(opening, ids)
+    return ids, [0] * shared + mask[shared:]
+
+
+def untrained(messages, mask):
+    """Returns how many answers of a conversation its mask leaves out."""
+    runs = sum(after > before for before, after in zip([0, *mask], mask))
+    return sum(message["role"] == "assistant" for message in messages) - runs
+
+
+def shared_length(part, whole):
+    """Returns how many elements two strings, or two lists, begin with alike."""
+    if part == whole[: len(part)]:
+        return len(part)
+    both = enumerate(zip(part, whole))
+    return next((n for n, (a, b) in both if a != b), len(whole))
+
+
+def folder_template(config, source):
+    """Returns the template named by a tokenizer_config.json, or None; UserError for an unknown one.
+
+    A folder that another program wrote has its own; ours without a name only offer chatml.
+    """
+    foreign = config.get("chat_template") and "tokenizer_model_sha256" not in config
+    # the key until December 2026
+    name = config.get("chat_template_name", OWN if foreign else None)
+    name = config.get("prompt_template", OLD_CHATML if name == "chatml" else name)
+    if name not in (None, OWN, *TEMPLATES):
+        raise UserError(f"{source}: no template {name!r} (tokenizer_config.json)")
+    return name
+
+
+def template_of(tokenizer, asked=None):
+    """Returns the template that a user asks for, by default the folder's own.
+
+    A folder of the old chatml is asked for it as chatml, too. Where neither names one it is chatml,
+    or instruct if the tokenizer lacks its markers.
+    """
+    own = tokenizer.template
+    if asked is not None:
+        return own if (asked, own) == ("chatml", OLD_CHATML) else asked
+    markers = None not in (tokenizer.im_start_id, tokenizer.im_end_id)
+    return own or ("chatml" if markers else "instruct")
+
+
+def template_notes(tokenizer, folder):
+    """Returns sentences on what a chat with the model in `folder` should know beforehand."""
+    if tokenizer.template is None:
+        return [f"{folder} names no chat template: each text is continued as it stands"]
+    return find_template(tokenizer, tokenizer.template).notes()
+
+
+def stop_ids(tokenizer, template):
+    """Returns the ids that end an answer: EOS, the template's end of turn, `end_ids`."""
+    ends = {tokenizer.eos_id, *tokenizer.end_ids}
+    if template is not None:
+        ends.add(find_template(tokenizer, template).end_of_turn(tokenizer))
+    return sorted(ends - {None})
+
+
+def find_template(tokenizer, name):
+    if name == OWN:
+        return tokenizer.chat_template
+    if name not in TEMPLATES:
+        raise UserError(f"unknown template {name!r}: choose one of {', '.join(TEMPLATES)}")
+    template = TEMPLATES[name]
+    if template.heads == CHATML and None in (tokenizer.im_start_id, tokenizer.im_end_id):
+        missing = f"needs {IM_START}, and this tokenizer has none"
+        raise UserError(f"the template {name} {missing}: choose instruct or chat")
+    return template
+
+
+def template_ids(tokenizer, text, after):
+    """Returns the ids of a template's own text after the id `after`, markers as control ids."""
+    markers = {IM_START: tokenizer.im_start_id, IM_END: tokenizer.im_end_id}
+    markers |= {SPECIALS["eos"]: tokenizer.eos_id}
+    ids = [after]
+    for part in filter(None, re.split(f"({'|'.join(map(re.escape, markers))})", text)):
+        ids += [markers[part]] if part in markers else tokenizer.encode(part, ids[-1])
+    return ids[1:]
+
+
+def check_messages(messages):
+    """Raises UserError, with the message's number, unless this is a conversation."""
+    if not isinstance(messages, list | tuple) or not messages:
+        raise UserError("a conversation must be a list of at least one message")
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict):
+            raise UserError(f"message {number}: must be an object with role and content")
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            expected = f"one of {', '.join(ROLES)}"
+            raise UserError(f"message {number}: role must be {expected}, got {role!r:.60}")
+        if not isinstance(content, str) or not content.strip():
+            expected = "content must be text that is not empty"
+            raise UserError(f"message {number} ({role}): {expected}, got {content!r:.60}")
