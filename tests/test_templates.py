@@ -14,6 +14,7 @@ import sentencepiece
 import torch
 
 from corpus.inspect import InspectConfig, inspect
+from dpo import make_pairs
 from lib.chat_template import ChatTemplate
 from lib.config import UserError
 from lib.conversation import render, stop_ids
@@ -476,6 +477,31 @@ def test_sft_says_what_the_template_refuses_and_what_it_leaves_out(downloaded, t
     said = capsys.readouterr().out
     assert "2  rows train their last answer only" in said
     assert "as jinja" in said
+
+
+def test_a_pair_trains_the_answers_after_its_prompt(folder_of):
+    tokenizer, other = both(folder_of("llama3", tags=True))
+    pair = {"prompt": TALKS[1][:3], "chosen": TALKS[1][3:], "rejected": TALKS[0][2:]}
+    said = []
+    rows = [pair, pair | {"prompt": TALKS[0][:2]}]
+    first, _ = make_pairs(rows, "here", tokenizer, "jinja", 256, said.append)
+    for side, (ids, mask) in ((pair["chosen"], first.chosen), (pair["rejected"], first.rejected)):
+        assert ids.tolist() == theirs(other, pair["prompt"] + side)[0]
+        answer = tokenizer.decode(ids[mask == 1].tolist(), controls=True)
+        assert answer == f"{side[0]['content'].strip()}<|eot_id|>"
+    strict, _ = both(folder_of("gemma"))
+    (only,) = make_pairs(rows, "here", strict, "jinja", 256, said.append)
+    assert only.chosen[1].any()
+    assert "1 dropped: the model's own chat template refuses this conversation: System" in said[1]
+
+
+def test_an_adapters_folder_keeps_the_ends_of_its_base(downloaded, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
+    knobs = {"program": "sft", "model_path": downloaded("llama3"), "dataset_path": rows}
+    trained(tmp_path / "sft", **knobs, merge=False, max_steps=2, save_steps=2, eval_steps=2)
+    adapter = Tokenizer.load(tmp_path / "sft" / "final")
+    assert stop_ids(adapter, "jinja") == stop_ids(both(downloaded("llama3"))[0], "jinja")
+    assert 7 in stop_ids(adapter, "jinja")
 
 
 @pytest.mark.parametrize("style", STYLES)
