@@ -64,8 +64,8 @@ def chat(question):
 
 def ours(folder, questions):
     """Yields the answers, as texts with their numbers of tokens, after a first item, None."""
+    from lib.conversation import render, stop_ids
     from lib.runtime import tune_cpu
-    from lib.tokenizer import render, stop_ids
     from sample import Request, Sampling, generate, open_model
 
     tune_cpu()
@@ -129,7 +129,8 @@ def held_out_loss(folder, chats, results):
     """Puts the nats per token of the answers, and of their ends."""
     import torch
 
-    from lib.tokenizer import Tokenizer, render
+    from lib.conversation import render
+    from lib.tokenizer import Tokenizer
     from model import load_model, next_token_loss
 
     model, tokenizer, nats, count = load_model(folder), Tokenizer.load(folder), 0.0, 0

@@ -25,7 +25,7 @@ SECONDS = 1.0  # the longest time for one conversation
 LARGEST = 1_000_000  # of a product, or of a text that is repeated
 BRACKETS = "generation brackets"  # the variable, which no template can name, of two characters
 GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
-PROBE = [{"role": "user", "content": "Quartz?"}, {"role": "assistant", "content": "Feldspar."}]
+ONE_TURN = [{"role": "user", "content": "Quartz?"}, {"role": "assistant", "content": "Feldspar."}]
 
 
 class Generation(ext.Extension):
@@ -111,7 +111,7 @@ class ChatTemplate:
             problem = f"the chat template of its folder is not Jinja: {error}"
             raise UserError(f"{tokenizer.source}: {problem}") from None
         self._set_patterns(tokenizer.added)
-        _, _, after = self._write(PROBE, "  ").rpartition(PROBE[-1]["content"])
+        _, _, after = self._write(ONE_TURN, "  ").rpartition(ONE_TURN[-1]["content"])
         end = self._specials.search(after)
         self.end = end and self._id(end[0])
 

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from lib.tokenizer import IM_END, TEMPLATES, render
+from lib.conversation import TEMPLATES, render
+from lib.tokenizer import IM_END
 from tests.test_export import TALKS, export, make
 from tests.test_tokenizer import named
 

@@ -7,7 +7,8 @@ as control tokens there, in contents too.
 """
 
 from lib.config import UserError
-from lib.tokenizer import IM_END, IM_START, ROLES, SPECIALS, TEMPLATES, render, stop_ids
+from lib.conversation import ROLES, TEMPLATES, render, stop_ids
+from lib.tokenizer import IM_END, IM_START, SPECIALS
 
 
 def modelfile(name, tokenizer, context):
