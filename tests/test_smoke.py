@@ -210,7 +210,8 @@ def test_a_model_is_asked_in_its_own_template_or_continues_plain_text(
     model, tiny_tokenizer, template, monkeypatch
 ):
     prompt, seen = read_prompts()[0], []
-    tokenizer = Tokenizer(tiny_tokenizer.model, config={"prompt_template": template})
+    config = {"prompt_template": template, "tokenizer_model_sha256": tiny_tokenizer.sha256}
+    tokenizer = Tokenizer(tiny_tokenizer.model, config=config)
 
     def spy(model, requests):
         seen.extend(requests)
