@@ -1,11 +1,12 @@
 """The Modelfile beside a GGUF file: parsed as Ollama's grammar has it, its template run."""
 
+import json
 import re
 
 import pytest
 
 from lib.conversation import TEMPLATES, render
-from lib.tokenizer import IM_END
+from lib.tokenizer import IM_END, Tokenizer
 from tests.test_export import TALKS, export, make
 from tests.test_tokenizer import named
 
@@ -66,3 +67,39 @@ def test_a_base_model_continues_texts(tiny_tokenizer, tmp_path):
     own = make(tmp_path / "own", tiny_tokenizer, template=None)
     export(own, tmp_path / "base.gguf", "gguf")
     assert ("TEMPLATE", "{{ .Prompt }}") in instructions(tmp_path / "base.Modelfile")
+
+
+TURN = "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+DEFAULT = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+)
+LAST = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+CHATML = f"{{% for m in messages %}}{TURN}{{% endfor %}}{LAST}"
+REFUSING = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "template", "system"),
+    [
+        (CHATML, True, None),
+        (DEFAULT + CHATML, True, "Be kind."),
+        (REFUSING + CHATML, False, None),
+        (CHATML.replace("<|im_end|>\n", "<|im_end|>"), False, None),
+    ],
+)
+def test_a_template_of_a_folder_is_written_where_it_is_chatml(
+    tiny_tokenizer, tmp_path, source, template, system
+):
+    own = make(tmp_path / "own", tiny_tokenizer, template=None)
+    path = own / "tokenizer_config.json"
+    config = json.loads(path.read_text("utf-8")) | {"chat_template": source}
+    del config["tokenizer_model_sha256"]
+    path.write_text(json.dumps(config), "utf-8")
+    export(own, tmp_path / "x.gguf", "gguf")
+    found = dict(instructions(tmp_path / "x.Modelfile"))
+    assert ("TEMPLATE" in found, found.get("SYSTEM")) == (template, system)
+    if template:
+        tokenizer = Tokenizer.load(own)
+        for talk in TALKS[-2:]:  # with a system message
+            ids, _ = render(tokenizer, talk, tokenizer.template, add_generation_prompt=True)
+            assert run_go(found["TEMPLATE"], talk) == named(tokenizer, ids)
