@@ -107,8 +107,9 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
             self._variables = meta.find_undeclared_variables(environment.parse(source))
-        except (jinja2.TemplateError, RecursionError) as error:
-            problem = f"the chat template of its folder is not Jinja: {error}"
+        except Exception as error:  # the compiler computes constants, which may fail in every way
+            why = str(error) or type(error).__name__
+            problem = f"the chat template of its folder is not Jinja: {why}"
             raise UserError(f"{tokenizer.source}: {problem}") from None
         self._set_patterns(tokenizer.added)
         _, _, after = self._write(ONE_TURN, "  ").rpartition(ONE_TURN[-1]["content"])

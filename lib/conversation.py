@@ -28,9 +28,9 @@ class Template(NamedTuple):
     def render(self, tokenizer, messages, add_generation_prompt=False):
         """Returns (ids, mask), see the function `render`.
 
-        The ids begin with BOS, if any; contents are trimmed. The space after "Assistant:" in chat
-        and the line break before `<|im_end|>` in chatml_newline are the model's to write: strip its
-        answers. In transformers a foreign vocabulary may join line breaks to other characters.
+        The ids begin as a text's, with `opening`; contents are trimmed. The model is to write the
+        space after "Assistant:" in chat and the line break before `<|im_end|>` in chatml_newline:
+        strip its answers. In transformers a foreign vocabulary may join line breaks to others.
         """
         ids, mask = [], []
 
@@ -41,7 +41,7 @@ class Template(NamedTuple):
             ids.extend(more)
             mask.extend([int(supervised)] * len(more))
 
-        write([] if tokenizer.bos_id is None else [tokenizer.bos_id])
+        write(tokenizer.opening)
         for index, message in enumerate(messages):
             role = message["role"]
             head = self.heads[role].rstrip(" ")

@@ -301,10 +301,10 @@ def template_text(tokenizer, name, generation=True):
     """Returns a template, by its name, as Jinja for other programs, see `jinja`."""
     if name == OWN:
         return tokenizer.chat_template.text(generation)
-    return jinja(find_template(tokenizer, name), generation)
+    return jinja(find_template(tokenizer, name), generation, bool(tokenizer.opening))
 
 
-def jinja(template, generation=True):
+def jinja(template, generation=True, bos=True):
     """Returns a Template for `apply_chat_template`, which raises for what `render` refuses.
 
     Contents may also be lists of text parts, which are joined. `generation` marks the answers and
@@ -330,7 +330,7 @@ def jinja(template, generation=True):
     opening = template.heads["assistant"].rstrip(" ")
     unknown = refuse(f"role must be one of {', '.join(ROLES)}")
     return (
-        "{{ bos_token }}{% for message in messages %}"
+        f"{'{{ bos_token }}' if bos else ''}{{% for message in messages %}}"
         f"{{% if not loop.first %}}{put(template.between)}{{% endif %}}"
         "{% set content %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
         "{% for part in message['content'] %}"

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from eval import EvalConfig, answer_scores, encode_questions, prepare_text
 from lib.config import UserError
+from lib.conversation import render
 from lib.tokenizer import Tokenizer
 from sample import open_model
 from tests.conftest import ask, llama_cpp
@@ -163,6 +164,16 @@ def assert_same(both, text):
 HOSTILE = [*FRAGMENTS, BOS, EOS, THINK, "It's", "WE'LL", "12345", "a_b", "\u0660\u0661", "\u00bd"]
 HOSTILE += ["e\u0301", "\ufb01", "\u0000", "\ud7a3", "\u200d", "\x85", "\x1c", "...!?\n", "\r\r\n "]
 TEXT = st.lists(st.sampled_from(HOSTILE) | st.text(max_size=12), max_size=12).map("".join)
+
+
+def test_a_conversation_in_our_template_begins_as_a_text_does(folder, tmp_path):
+    tokenizer, chat = Tokenizer.load(folder), [{"role": "user", "content": "Hi"}]
+    ids, _ = render(tokenizer, chat, "instruct", add_generation_prompt=True)
+    assert ids[: len(tokenizer.opening) + 1].count(tokenizer.bos_id) == len(tokenizer.opening)
+    tokenizer.save(tmp_path, 64, "instruct")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = theirs.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert text.startswith(BOS) == bool(tokenizer.opening)
 
 
 def test_ids_and_texts_are_those_of_transformers(both):
