@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from corpus.chats import read_pairs, rendered_rows
+from corpus.chats import read_pairs, render_rows
 from data import ExampleStream, supervised_rows
 from lib.checkpoint import check_unused
 from lib.config import PositiveFloat, PositiveInt, Range, UserError, run
@@ -213,15 +213,10 @@ def make_pairs(rows, purpose, tokenizer, template, length, say):
     answer is left, or if nothing distinguishes the two.
     """
     pairs, cut, equal, late = [], 0, 0, 0
-
-    def render_pair(row):
-        answers = (row["chosen"], row["rejected"])
-        return [render_answer(tokenizer, row["prompt"], answer, template) for answer in answers]
-
-    for _, sides in rendered_rows(rows, render_pair, say):
-        longest = max(len(ids) for ids, _ in sides)
+    for _, sides in render_rows(rows, tokenizer, template, say):
+        longest = max(len(ids) for _, ids, _ in sides)
         # the last id is only predicted
-        sides = [tuple(np.array(part[: length + 1]) for part in side) for side in sides]
+        sides = [tuple(np.array(part[: length + 1]) for part in side) for _, *side in sides]
         if not all(mask.any() for _, mask in sides):
             late += 1
         elif np.array_equal(sides[0][0], sides[1][0]):

@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from corpus.chats import read_chats, rendered_rows
+from corpus.chats import read_chats, render_rows
 from corpus.files import Tally, reasons_of
 from data import ExampleStream, pack_examples, supervised_rows
 from lib.checkpoint import check_unused, find_checkpoint
@@ -36,7 +36,7 @@ from lib.config import (
     UserError,
     run,
 )
-from lib.conversation import LAST_ONLY, find_template, render, stop_ids, template_of, untrained
+from lib.conversation import find_template, render, stop_ids, template_of
 from lib.folders import hash_fraction
 from lib.runtime import open_world, to_device
 from lib.tokenizer import Tokenizer
@@ -67,12 +67,7 @@ from train import (
 
 SMALL = 30_000_000  # parameters below which all the weights are trained, unless lora_r says more
 # where learning_rate is none: (the model is small, all its weights are trained) -> it
-LEARNING_RATES = {
-    (True, True): 1e-3,
-    (True, False): 3e-3,
-    (False, True): 5e-5,
-    (False, False): 2e-4,
-}
+RATES = {(True, True): 1e-3, (True, False): 3e-3, (False, True): 5e-5, (False, False): 2e-4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +126,7 @@ def main(cfg):
     with open_world(cfg) as world:
         tokenizer = Tokenizer.load(model_folder(cfg.model_path))
         template = choose_template(cfg, tokenizer)
-        for line in find_template(tokenizer, template).notes():
+        for line in find_template(tokenizer, template).notes:
             world.say(line)
         check_unused(cfg)
         chats, held_out, sha256 = read_split(cfg, read_chats, "messages", world.say)
@@ -186,7 +181,7 @@ def for_size(cfg, size, say):
     """Returns cfg with its lora_r and learning_rate for a model of `size` parameters."""
     small, given = size < SMALL, cfg.lora_r is not None
     r = cfg.lora_r if given else 0 if small or cfg.optimizer == "muon" else 16
-    rate = cfg.learning_rate or LEARNING_RATES[small, not r]
+    rate = cfg.learning_rate or RATES[small, not r]
     what = f"an adapter of rank {r}" if r else "all weights"
     if small and r:
         what += ", where a model this small learns more with --lora_r=0"
@@ -202,19 +197,15 @@ def make_examples(chats, purpose, tokenizer, template, length, say):
     ids and mask are (at most length + 1,): one more than the positions, because the last id is only
     predicted and never read.
     """
-    examples, cut, partial = [], 0, 0
-    render_chat = lambda chat: render(tokenizer, chat["messages"], template)
-    for chat, both in rendered_rows(chats, render_chat, say):
-        partial += untrained(chat["messages"], both[1]) > 0
-        ids, mask = map(np.array, both)
+    examples, cut, rows = [], 0, [chat["messages"] for chat in chats]
+    for _, [(_, ids, mask)] in render_rows(rows, tokenizer, template, say):
         cut += len(ids) > length + 1
-        if mask[: length + 1].any():
-            examples.append((ids[: length + 1], mask[: length + 1]))
+        ids, mask = np.array(ids[: length + 1]), np.array(mask[: length + 1])
+        if mask.any():
+            examples.append((ids, mask))
     dropped = len(chats) - len(examples)
     say(f"{len(examples):,} conversations {purpose}, {cut:,} cut to {length} positions, "
         f"{dropped:,} dropped: no answer begins within them")  # fmt: skip
-    if partial:
-        say(f"{partial:,} of them train {LAST_ONLY}")
     return examples
 
 

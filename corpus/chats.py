@@ -13,6 +13,7 @@ from itertools import takewhile
 from corpus.files import Tally, reasons_of, surrogate
 from corpus.sources import source_rows
 from lib.config import UserError
+from lib.conversation import render, render_answer
 
 # ---- the formats: which field means what. A new name of a field or a role is added here alone.
 
@@ -231,13 +232,38 @@ def turns_of(text, name):
 # ---- rows in a template
 
 
-def rendered_rows(rows, render_row, say):
-    """Yields (row, render_row(row)) of rows that the template takes; says how many others are."""
-    refused = []
-    for row in rows:
+def render_rows(rows, tokenizer, template, say):
+    """Yields (number, its `dialogues`) of each row that the template takes.
+
+    Says how many rows it refuses, and how many train their last answer only.
+    """
+    refused, partial = [], 0
+    for number, row in enumerate(rows):
         try:
-            yield row, render_row(row)
+            rendered = dialogues(row, tokenizer, template)
         except UserError as error:  # as "conversation roles must alternate"
             refused.append(error)
+            continue
+        partial += isinstance(row, list) and not covers_answers(row, rendered[0][2])
+        yield number, rendered
     if refused:
         say(f"{len(refused):,} dropped: {refused[0]}")
+    if partial:
+        why = "the template writes earlier ones otherwise, or marks none"
+        say(f"{partial:,} train their last answer only: {why}")
+
+
+def dialogues(row, tokenizer, template):
+    """Returns [(name, ids, mask), ...] of a conversation, or of both dialogues of a pair.
+
+    The mask is 1 on what is learned: of a pair the messages after the prompt.
+    """
+    if isinstance(row, list):
+        return [("conversation", *render(tokenizer, row, template))]
+    return [(s, *render_answer(tokenizer, row["prompt"], row[s], template)) for s in PAIR]
+
+
+def covers_answers(messages, mask):
+    """Returns whether a mask has a run of 1 for each answer of a conversation."""
+    runs = sum(after > before for before, after in zip([0, *mask], mask))
+    return runs == sum(message["role"] == "assistant" for message in messages)

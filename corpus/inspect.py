@@ -7,21 +7,12 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Literal
 
-from corpus.chats import (
-    CONTROLS,
-    DIALOGUES,
-    PAIR,
-    QUESTIONS,
-    rendered_rows,
-    to_chat,
-    to_pair,
-    usable_rows,
-)
+from corpus.chats import CONTROLS, DIALOGUES, QUESTIONS, render_rows, to_chat, to_pair, usable_rows
 from corpus.files import ROW_READERS, Tally, kind_of, reasons_of
 from corpus.prepare import DataConfig
 from corpus.sources import USUAL, input_files, read_documents, source_rows
 from lib.config import UserError
-from lib.conversation import LAST_ONLY, find_template, render, render_answer, template_of, untrained
+from lib.conversation import find_template, template_of
 from lib.folders import AGAIN, Shards, read_manifest
 from lib.tokenizer import IM_END, IM_START, SPECIALS, Tokenizer
 
@@ -79,7 +70,7 @@ def content_of(path):
         return "text"
     rows = (row for _, row in islice(source_rows(path, Tally()), 20) if isinstance(row, dict))
     fields = set().union(*rows)
-    if fields >= set(PAIR):
+    if fields >= {"chosen", "rejected"}:
         return "preference pairs"
     is_text = fields & set(USUAL) and not fields & {*DIALOGUES, *QUESTIONS}
     return "text" if is_text else "conversations"
@@ -104,7 +95,7 @@ def show_reasons(tally):
 class Characters:
     """Stands in for a tokenizer that is not given: each character is an id."""
 
-    bos_id, eos_id, im_start_id, im_end_id, template = 0, 1, 2, 3, None
+    bos_id, eos_id, im_start_id, im_end_id, opening, template = 0, 1, 2, 3, [0], None
 
     def encode(self, text, after=None):
         return list(map(ord, text))
@@ -133,36 +124,20 @@ def show_rows(cfg, content):
 def show_lengths(rows, tokenizer, template):
     """Prints how long rows are in a template, and the first that it takes."""
     say = lambda line: print(f"  {line}")
-    for line in find_template(tokenizer, template).notes():
+    for line in find_template(tokenizer, template).notes:
         say(line)
     unit = "tokens" if isinstance(tokenizer, Tokenizer) else "characters"
-    lengths, first, partial = [], None, 0
-    render_row = lambda row: rendered(row[2], tokenizer, template)
-    for (where, _, value), dialogues in rendered_rows(rows, render_row, say):
-        first = first or (where, dialogues)
-        lengths += [(len(ids), sum(mask)) for _, ids, mask in dialogues]
-        partial += isinstance(value, list) and untrained(value, dialogues[0][2]) > 0
-    if not first:
+    accepted = list(render_rows([value for _, _, value in rows], tokenizer, template, say))
+    if not accepted:
         return
+    lengths = [(len(ids), sum(mask)) for _, dialogues in accepted for _, ids, mask in dialogues]
     count, learned = map(sum, zip(*lengths))
     print(f"  {count:>10,}  {unit}, {learned:,} of them learned; at most {max(lengths)[0]:,} a row")
-    if partial:
-        say(f"{partial:>10,}  rows train {LAST_ONLY}")
     sign = "dim" if sys.stdout.isatty() else "in [ ]"
-    where, dialogues = first
-    print(f"\n{where} as {template}; {sign}: what the model does not learn")
+    number, dialogues = accepted[0]
+    print(f"\n{rows[number][0]} as {template}; {sign}: what the model does not learn")
     for name, ids, mask in dialogues:
         print(f"-- {name}", marked(ids, mask, tokenizer), sep="\n")
-
-
-def rendered(value, tokenizer, template):
-    """Returns [(name, ids, mask)] of a conversation, or of both dialogues of a pair.
-
-    The mask is 1 on what is learned: of a pair the messages after the prompt.
-    """
-    if isinstance(value, list):
-        return [("conversation", *render(tokenizer, value, template))]
-    return [(s, *render_answer(tokenizer, value["prompt"], value[s], template)) for s in PAIR]
 
 
 def marked(ids, mask, tokenizer):

@@ -124,9 +124,8 @@ class ChatTemplate:
         self._specials = re.compile(f"({'|'.join(spaced) or '(?!)'})")
         self._inside = re.compile(f"(?=(?:{spelled})).", re.DOTALL)
         self._turn_end = re.compile(rf"(?:{spelled})(\s+)\Z")
-        self._starts = {s[:n] for s in symbols for n in range(1, len(s))}
-        self._ends = {s[n:] for s in symbols for n in range(1, len(s))}
-        self._longest = max(map(len, symbols), default=0)
+        self._starts = tuple({s[:n] for s in symbols for n in range(1, len(s))})
+        self._ends = tuple({s[n:] for s in symbols for n in range(1, len(s))})
 
     def _id(self, special):
         return self.controls[special if special in self.controls else special.strip()]
@@ -135,8 +134,9 @@ class ChatTemplate:
         """Returns the id that the template writes after an answer, or None."""
         return self.end
 
+    @property
     def notes(self):
-        """Returns sentences on where template and tokenizer do not fit."""
+        """Sentences on where template and tokenizer do not fit."""
         names = sorted(name for name in self._variables if name.endswith("_token"))
         missing = [name for name in names if name not in self.special_tokens]
         notes = [f"the chat template writes {name}: this tokenizer has none" for name in missing]
@@ -174,10 +174,10 @@ class ChatTemplate:
         """
         content = self._inside.sub(lambda letter: letter[0] + escape, content)
         body = content.rstrip()
-        if any(body[-n:] in self._starts for n in range(1, self._longest)):
+        if body.endswith(self._starts):
             content = body + escape + content[len(body) :]
         body = content.lstrip()
-        if any(body[:n] in self._ends for n in range(1, self._longest)):
+        if body.startswith(self._ends):
             content = content[: len(content) - len(body)] + escape + body
         return content
 

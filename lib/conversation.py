@@ -6,13 +6,11 @@ text can forge one.
 """
 
 import re
+from functools import partial
 from typing import NamedTuple
 
 from lib.config import UserError
 from lib.tokenizer import IM_END, IM_START, SPECIALS
-
-# what is said where `untrained` is more than 0
-LAST_ONLY = "their last answer only: the template writes earlier ones otherwise, or marks none"
 
 
 class Template(NamedTuple):
@@ -24,6 +22,7 @@ class Template(NamedTuple):
     heads: dict[str, str]
     ends: dict[str, str]
     between: str
+    notes = ()  # on where template and tokenizer do not fit: they do
 
     def render(self, tokenizer, messages, add_generation_prompt=False):
         """Returns (ids, mask), see the function `render`.
@@ -32,36 +31,36 @@ class Template(NamedTuple):
         space after "Assistant:" in chat and the line break before `<|im_end|>` in chatml_newline:
         strip its answers. In transformers a foreign vocabulary may join line breaks to others.
         """
-        ids, mask = [], []
-
-        def last():
-            return ids[-1] if ids else None
-
-        def write(more, supervised=False):
-            ids.extend(more)
-            mask.extend([int(supervised)] * len(more))
-
-        write(tokenizer.opening)
-        for index, message in enumerate(messages):
-            role = message["role"]
-            head = self.heads[role].rstrip(" ")
-            space = self.heads[role].removeprefix(head)
-            write(template_ids(tokenizer, (self.between if index else "") + head, last()))
-            supervised = role == "assistant"
-            write(tokenizer.encode(space + message["content"].strip(), last()), supervised)
-            write(template_ids(tokenizer, self.ends[role], last()), supervised)
+        own, parts = partial(template_ids, tokenizer), []  # (encoder, text, whether it is learned)
+        for message in messages:
+            role, content = message["role"], message["content"].strip()
+            head, space = self.head(role)
+            learned = role == "assistant"
+            parts.append((own, (self.between if parts else "") + head, False))
+            parts.append((tokenizer.encode, space + content, learned))
+            parts.append((own, self.ends[role], learned))
         if add_generation_prompt:
-            opening = self.between + self.heads["assistant"].rstrip(" ")
-            write(template_ids(tokenizer, opening, last()))
+            parts.append((own, self.prompt, False))
+        ids, mask = [*tokenizer.opening], [0] * len(tokenizer.opening)
+        for encode, text, learned in parts:
+            more = encode(text, ids[-1] if ids else None)
+            ids += more
+            mask += [int(learned)] * len(more)
         return ids, mask
+
+    def head(self, role):
+        """Returns what precedes a content, and the space that its first token begins with."""
+        head = self.heads[role].rstrip(" ")
+        return head, self.heads[role][len(head) :]
+
+    @property
+    def prompt(self):
+        """What opens the next answer."""
+        return self.between + self.head("assistant")[0]
 
     def end_of_turn(self, tokenizer):
         """Returns the id that ends an answer."""
         return template_ids(tokenizer, self.ends["assistant"], tokenizer.bos_id)[-1]
-
-    def notes(self):
-        """Returns sentences on where template and tokenizer do not fit: they do."""
-        return []
 
 
 OWN = "jinja"  # the name of the template that a foreign folder brings, lib/chat_template.py
@@ -96,12 +95,6 @@ def render_answer(tokenizer, prompt, answer, template):
     ids, mask = render(tokenizer, prompt + answer, template)
     shared = shared_length(opening, ids)
     return ids, [0] * shared + mask[shared:]
-
-
-def untrained(messages, mask):
-    """Returns how many answers of a conversation its mask leaves out."""
-    runs = sum(after > before for before, after in zip([0, *mask], mask))
-    return sum(message["role"] == "assistant" for message in messages) - runs
 
 
 def shared_length(part, whole):
@@ -143,7 +136,7 @@ def template_notes(tokenizer, folder):
     """Returns sentences on what a chat with the model in `folder` should know beforehand."""
     if tokenizer.template is None:
         return [f"{folder} names no chat template: each text is continued as it stands"]
-    return find_template(tokenizer, tokenizer.template).notes()
+    return find_template(tokenizer, tokenizer.template).notes
 
 
 def stop_ids(tokenizer, template):

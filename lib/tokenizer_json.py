@@ -71,7 +71,7 @@ class JSONTokenizer(Tokenizer):
             return tokenizer
 
         self.spec = spec = json.loads(model)
-        spell_piece, self._shown_first = read_decoder(spec, self.source)
+        spell_piece, self.first_text = read_decoder(spec, self.source)
         self.added = {token["content"]: token for token in spec["added_tokens"]}
         special = {name: token["special"] for name, token in self.added.items()}
         parts = {name: spec.get(name) for name in ("normalizer", "pre_tokenizer")}
@@ -123,9 +123,6 @@ class JSONTokenizer(Tokenizer):
 
     def encode_batch(self, texts, num_threads=1):
         return [self.encode(text) for text in texts]
-
-    def first_text(self, spelled):
-        return self._shown_first(spelled)
 
 
 def without_symbols(spec, special):
@@ -320,14 +317,12 @@ def jinja(template, generation=True, bos=True):
         return f"{{{{ raise_exception({json.dumps(problem)}) }}}}"
 
     def message(role):
-        head = template.heads[role].rstrip(" ")
-        space = template.heads[role].removeprefix(head)  # the model's to write
+        head, space = template.head(role)  # the space is the model's to write
         body = put(space) + "{{ content | trim }}" + put(template.ends[role])
         if generation and role == "assistant":
             body = f"{{% generation %}}{body}{{% endgeneration %}}"
         return f"{{% elif message['role'] == '{role}' %}}{put(head)}{body}"
 
-    opening = template.heads["assistant"].rstrip(" ")
     unknown = refuse(f"role must be one of {', '.join(ROLES)}")
     return (
         f"{'{{ bos_token }}' if bos else ''}{{% for message in messages %}}"
@@ -339,5 +334,5 @@ def jinja(template, generation=True, bos=True):
         "{% endif %}{% endset %}"
         f"{{% if not content | trim %}}{refuse('content must be text that is not empty')}"
         f"{''.join(map(message, ROLES))}{{% else %}}{unknown}{{% endif %}}{{% endfor %}}"
-        f"{{% if add_generation_prompt %}}{put(template.between + opening)}{{% endif %}}"
+        f"{{% if add_generation_prompt %}}{put(template.prompt)}{{% endif %}}"
     )

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from corpus.chats import read_chats, read_pairs, to_chat, to_pair, usable_rows
+from corpus.chats import dialogues, read_chats, read_pairs, to_chat, to_pair, usable_rows
 from corpus.files import Tally, reasons_of
-from corpus.inspect import Characters, InspectConfig, inspect, marked, rendered
+from corpus.inspect import Characters, InspectConfig, inspect, marked
 from lib.config import UserError
 from lib.conversation import render
 from tests import ROOT, SHARED
@@ -471,7 +471,7 @@ def test_inspect_takes_the_tokenizer_of_whatever_is_a_model(
 def test_characters_stand_in_for_a_tokenizer(tiny_tokenizer, template):
     pair = {"prompt": says("q", "x", "r"), "chosen": replies("a"), "rejected": replies("b")}
     for value in (says("q", "x", "r", "a"), pair):
-        ours, theirs = (rendered(value, t, template) for t in (Characters(), tiny_tokenizer))
+        ours, theirs = (dialogues(value, t, template) for t in (Characters(), tiny_tokenizer))
         for (_, ids, mask), (_, other_ids, other_mask) in zip(ours, theirs, strict=True):
             text = marked(other_ids, other_mask, tiny_tokenizer)
             assert marked(ids, mask, Characters()) == text.replace("<s>", "", 1)

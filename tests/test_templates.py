@@ -380,12 +380,12 @@ def test_a_template_that_does_not_work_is_one_line(folder_of, text, message):
 
 def test_a_template_that_does_not_fit_its_tokenizer_says_so(folder_of):
     template = own_template(folder_of, "{{ bos_token }}{{ cls_token }}{{ messages[-1].content }}")
-    missing, ends = template.notes()
+    missing, ends = template.notes
     assert "writes cls_token" in missing
     assert "no control token" in ends
     tokenizer = both(folder_of("llama3"))[0]
     assert template.render(tokenizer, ASKED)[0][0] == tokenizer.bos_id
-    assert own_template(folder_of, source("llama3")).notes() == []
+    assert own_template(folder_of, source("llama3")).notes == []
 
 
 def test_a_conversation_that_the_template_refuses(folder_of):
@@ -475,7 +475,7 @@ def test_sft_says_what_the_template_refuses_and_what_it_leaves_out(downloaded, t
     assert "1 dropped: the model's own chat template refuses" in said
     inspect(InspectConfig(str(rows), tokenizer_path=str(downloaded("thinking"))))
     said = capsys.readouterr().out
-    assert "2  rows train their last answer only" in said
+    assert "2 train their last answer only" in said
     assert "as jinja" in said
 
 

@@ -14,23 +14,21 @@ from lib.tokenizer import IM_END, IM_START, SPECIALS
 def modelfile(name, tokenizer, context):
     """Returns the Modelfile of the GGUF file `name`; context: its positions."""
     template = tokenizer.template
-    lines = [f"FROM ./{name}"]
+    lines, text = [f"FROM ./{name}"], None
     if template is None:
-        lines += ["# the model has no chat template and continues a text", quoted("{{ .Prompt }}")]
+        lines.append("# the model has no chat template and continues a text")
+        text = "{{ .Prompt }}"
     elif template in TEMPLATES:
-        lines.append(quoted(go_template(TEMPLATES[template], tokenizer.pieces[tokenizer.eos_id])))
-    elif (system := chatml_system(tokenizer)) is not None:
-        lines.append(quoted(go_template(TEMPLATES["chatml"], "")))
-        lines += [f'SYSTEM """{system}"""'] if system else []
-    else:
+        text = go_template(TEMPLATES[template], tokenizer.pieces[tokenizer.eos_id])
+    elif (system := chatml_system(tokenizer)) is None:
         lines.append("# no TEMPLATE: Ollama takes the chat template in the GGUF, if it knows it")
+    else:
+        text = go_template(TEMPLATES["chatml"], "")
+        lines += [f'SYSTEM """{system}"""'] if system else []
+    lines += [f'TEMPLATE """{text}"""'] if text else []
     ends = [tokenizer.pieces[id] for id in stop_ids(tokenizer, template)]
     lines += [f'PARAMETER stop "{end}"' for end in ends]
     return "\n".join([*lines, f"PARAMETER num_ctx {context}", ""])
-
-
-def quoted(template):
-    return f'TEMPLATE """{template}"""'
 
 
 PROBE = [("system", "One"), ("user", "Two?"), ("assistant", "Three"), ("user", "Four?")]
@@ -43,33 +41,29 @@ def chatml_system(tokenizer):
     Returns None for another template. It is known by what it writes.
     """
 
-    def extra(talk):
-        turns = [f"{IM_START}{m['role']}\n{m['content']}{IM_END}\n" for m in talk]
-        chatml = "".join([*turns, f"{IM_START}assistant\n"])
-        ids, _ = render(tokenizer, talk, tokenizer.template, add_generation_prompt=True)
-        shown = tokenizer.decode(ids[len(tokenizer.opening) :], controls=True)
-        return shown.removesuffix(chatml) if shown.endswith(chatml) else None
+    def text(template, *talk):
+        ids, _ = render(tokenizer, talk, template, add_generation_prompt=True)
+        return tokenizer.decode(ids, controls=True)
 
-    head, end = f"{IM_START}system\n", f"{IM_END}\n"
+    own, (_, *rest) = tokenizer.template, PROBE
     try:
-        if extra(PROBE) != "":
+        if text(own, *PROBE) != text("chatml", *PROBE):
             return None
-        system = extra(PROBE[1:])
-    except UserError:  # some refuse a system message
+        shown = text(own, *rest)
+        if shown == text("chatml", *rest):
+            return ""
+        system = shown.partition(f"{IM_START}system\n")[2].partition(IM_END)[0]
+        given = {"role": "system", "content": system}
+        return system if shown == text("chatml", given, *rest) else None
+    except UserError:  # it lacks the markers, or refuses a system message
         return None
-    if not system:
-        return system
-    inside = system.removeprefix(head).removesuffix(end)
-    return inside if system == head + inside + end else None
 
 
 def go_template(shape, eos):
     """Returns a Template in Go's text/template; Ollama ends it where the answer begins."""
-    turns = [
-        f'if eq .Role "{r}" }}}}{shape.heads[r]}{{{{ .Content }}}}{shape.ends[r]}' for r in ROLES
-    ]
+    turn = 'if eq .Role "{}" }}}}{}{{{{ .Content }}}}{}'
+    turns = [turn.format(role, shape.heads[role], shape.ends[role]) for role in ROLES]
     body = "{{ " + "{{ else ".join(turns) + "{{ end }}"
-    opening = shape.between + shape.heads["assistant"].rstrip(" ")
     between = f"{{{{ if $i }}}}{shape.between}{{{{ end }}}}"
-    text = f"{{{{ range $i, $_ := .Messages }}}}{between}{body}{{{{ end }}}}{opening}"
+    text = f"{{{{ range $i, $_ := .Messages }}}}{between}{body}{{{{ end }}}}{shape.prompt}"
     return text.replace(SPECIALS["eos"], eos)
