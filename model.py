@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import math
+import mmap
 import os
 import sys
 from collections import namedtuple
@@ -26,6 +27,7 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from lib import config
@@ -106,7 +108,8 @@ ROPE_NUMBERS = {  # by rope_type
 def rope_frequencies(cfg):
     """Returns the angle by which each pair turns per position, (D/2,) float64."""
     # pair i turns by theta^(-2i/D): the first pairs fast, the last ones slowly
-    exponents = -torch.arange(0, cfg.head_width, 2, dtype=torch.float64) / cfg.head_width
+    D = cfg.head_width
+    exponents = -torch.arange(0, D, 2, dtype=torch.float64, device="cpu") / D  # not meta, either
     frequency = cfg.rope_theta**exponents
     scaling = cfg.rope_scaling or {"rope_type": "default"}
     if scaling["rope_type"] == "linear":  # squeezes all positions by the factor (Chen et al. 2023)
@@ -121,7 +124,7 @@ def rope_frequencies(cfg):
 
 def rope_tables(cfg):
     """Returns cos and sin of every position's angles, each (sequence_length, D/2) float32."""
-    positions = torch.arange(cfg.sequence_length, dtype=torch.float64)
+    positions = torch.arange(cfg.sequence_length, dtype=torch.float64, device="cpu")
     angles = positions[:, None] * rope_frequencies(cfg)
     return angles.cos().float(), angles.sin().float()
 
@@ -338,8 +341,8 @@ class KVCache:
     def __init__(self, cfg, batch, capacity, device="cpu", dtype=torch.float32):
         shape = (batch, cfg.kv_heads, capacity, cfg.head_width)
         # one tensor per layer, because a compiler then writes in place
-        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layer)]
-        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layer)]
+        self.k = [unused_memory(shape, device, dtype) for _ in range(cfg.n_layer)]
+        self.v = [unused_memory(shape, device, dtype) for _ in range(cfg.n_layer)]
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.start, self.window, self.capacity = 0, capacity, capacity
 
@@ -370,6 +373,15 @@ class KVCache:
     def advance(self, count):
         self.lengths += count
         self.start = None if self.start is None else self.start + count
+
+
+def unused_memory(shape, device, dtype):
+    """Returns zeros; on a CPU, unlike torch.zeros, they take memory where they are used."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, device=device, dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(
+        shape
+    )
 
 
 # ---- Losses: sums in nats over supervised positions, never means; the label -100 is unsupervised
@@ -555,9 +567,9 @@ def merge_lora(model):
     before = model.eval().model.forward(ids)  # not called, which would compile it for this length
     for name, layer in adapters(model).items():
         linear = nn.Linear(*reversed(layer.weight.shape), bias=False, device="meta")
-        difference = layer.lora_B.weight @ layer.lora_A.weight  # B A, (out, in)
-        linear.weight = nn.Parameter(layer.weight + layer.alpha / layer.r * difference)
-        linear.bias = layer.bias
+        linear.weight, linear.bias = layer.weight, layer.bias
+        # in place: a second copy of all weights may not fit; B A is (out, in)
+        linear.weight += layer.alpha / layer.r * (layer.lora_B.weight @ layer.lora_A.weight)
         model.set_submodule(name, linear)
     deviation = (model.model.forward(ids) - before).abs().max() / before.abs().max()
     if not deviation < 1e-4:  # rounding alone is a hundredth of it
@@ -653,26 +665,30 @@ def write_json(path, content):
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def load_model(folder, device="cpu", dtype=torch.float32):
+def load_model(folder, device="cpu", dtype=torch.float32, mapped=False):
     """Returns the Llama of a model's folder, of an adapter's with its base, or of a training's.
 
     In evaluation mode, parameters in `dtype`. UserError if files are damaged or do not fit.
+    mapped: weights that need no conversion may stay in the file, which must not change meanwhile.
     """
     folder = model_folder(folder)
     if (folder / ADAPTER_CONFIG).is_file():
         model = merge_lora(load_adapter(folder))
     else:
         cfg = from_hf(config.read_object(folder / "config.json"), folder / "config.json")
-        with torch.device("meta"):  # no time goes into random weights, overwritten at once
+        with torch.device("meta"), Unfilled():  # neither time nor memory goes into random weights
             model = Llama(cfg)
-        model.to_empty(device="cpu")
-        if cfg.tie_word_embeddings:
-            model.lm_head.weight = model.model.embed_tokens.weight
-        model.model.cos, model.model.sin = rope_tables(cfg)
-        load_weights(model, folder)
+        load_weights(model, folder, {"device": device, "dtype": dtype, "copy": not mapped})
     for p in model.parameters():  # no rotary table: bfloat16 cannot tell neighbouring positions
         p.data = p.data.to(dtype)
     return model.to(device).eval()
+
+
+class Unfilled(TorchFunctionMode):
+    """Inside, nn.init.normal_ does nothing: on the device meta it would load torch's compiler."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return None if function is nn.init.normal_ else function(*args, **(kwargs or {}))
 
 
 def model_folder(path):
@@ -686,28 +702,34 @@ def model_folder(path):
     raise UserError(f"{path}: {problem}; {expected}")
 
 
-def load_weights(model, folder):
-    """Copies a folder's weights into `model`, or into its adapter; UserError unless all fit."""
+def load_weights(model, folder, to=None):
+    """Copies a folder's weights into `model`, or into its adapter; UserError unless all fit.
+
+    to: arguments of Tensor.to; its results, made one by one from the mapped file, are the weights.
+    """
     tensors = {}
     for path in weight_files(folder):
         try:
-            content = safetensors.torch.load_file(path)
+            content = safetensors.torch.load_file(path)  # mapped: read where it is used
         except (OSError, safetensors.SafetensorError) as error:
             raise UserError(f"{path}: not readable as safetensors ({error})") from None
         for name, tensor in content.items():
             floats = tensor.is_floating_point() and tensor.element_size() > 1  # 8 bits: quantized
-            if not (floats and tensor.isfinite().all()):
+            if not (floats and tensor.numel() and all(map(math.isfinite, tensor.aminmax()))):
                 raise UserError(f"{path}: {name} holds NaN, infinity or no floats ({tensor.dtype})")
             if not name.endswith("rotary_emb.inv_freq"):  # a table that older programs stored
+                tensor = tensor.to(**to) if to else tensor
                 tensors[name.removeprefix(PEFT_PREFIX)] = tensor
     if adapters(model):
         tensors = {n: t for n, t in model.state_dict().items() if ".lora_" not in n} | tensors
     elif model.cfg.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors.get("model.embed_tokens.weight", model.lm_head.weight)
     try:
-        model.load_state_dict(tensors)
+        model.load_state_dict(tensors, assign=to is not None)
     except RuntimeError as error:  # lists what is missing, unexpected, or of another shape
         raise UserError(f"{folder}: does not fit the model: {error!s:.500}") from None
+    if model.cfg.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
 
 
 def weight_files(folder):

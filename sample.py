@@ -29,7 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lib.config import Fraction, PositiveInt, Range, UserError, narrow, run
+from lib.config import Fraction, PositiveInt, Range, UserError, narrow, read_object, run
 from lib.conversation import render, stop_ids, template_notes
 from lib.runtime import choose_device, choose_dtype
 from lib.tokenizer import Tokenizer
@@ -203,7 +203,7 @@ class Int8Matrix(Matrix):
 
     def stored(self, weight):
         self.register_buffer("scale", weight.abs().amax(dim=1).clamp(min=1e-30) / 127)  # (N,)
-        return (weight / self.scale[:, None]).round().to(torch.int8)
+        return weight.div_(self.scale[:, None]).round_().to(torch.int8)  # `weight` is a copy
 
     def forward(self, x):
         return self.times(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
@@ -291,12 +291,16 @@ class FusedBlocks(nn.Module):
 
 
 def fuse(model, int8=False):
-    """Exchanges the parts of a Llama for those above; returns it. `int8`: a fourth of the bytes."""
+    """Exchanges the parts of a Llama for those above; returns it. `int8`: a fourth of the bytes.
+
+    No weight stays in a mapped file.
+    """
     assert not int8 or model.lm_head.weight.dtype == torch.float32
     decoder, matrix = model.model, Int8Matrix if int8 else Matrix
     model.lm_head = matrix(model.lm_head)
     decoder.table = model.lm_head if model.cfg.tie_word_embeddings else matrix(decoder.embed_tokens)
     del decoder.embed_tokens
+    decoder.norm.weight = nn.Parameter(decoder.norm.weight.clone(), requires_grad=False)
     decoder.embed_tokens = decoder.table.rows
     decoder.cos = torch.cat((decoder.cos, decoder.cos), dim=-1)  # (positions, D)
     decoder.sin = torch.cat((-decoder.sin, decoder.sin), dim=-1)
@@ -598,14 +602,22 @@ def open_model(folder, device="auto", dtype="auto", compile=False):
         raise UserError(f"dtype=int8 is for a CPU, not for {device.type}; use --dtype=auto")
     if compile and device.type != "cuda":
         raise UserError(f"compile: CUDA graphs need CUDA, this is {device.type}; leave it off")
-    on_cpu = device.type == "cpu" and dtype in ("auto", "int8")
-    model = load_model(folder, device, choose_dtype("fp32" if on_cpu else dtype, device)[0])
+    exact = device.type == "cpu" and dtype == "auto" and not in_bf16(folder)
+    wanted = "fp32" if exact or dtype == "int8" else dtype
+    model = load_model(folder, device, choose_dtype(wanted, device)[0], mapped=True)
     tokenizer = Tokenizer.load(model_folder(folder))
     tokenizer.match(model.cfg.vocab_size, folder)
     ends = stop_ids(tokenizer, tokenizer.template)
     ids = [id for id in (tokenizer.token_bytes() == 0).nonzero()[0].tolist() if id not in ends]
     model.unwritten = torch.tensor(ids, dtype=torch.long, device=device)
     return fuse(model, int8=dtype == "int8"), tokenizer
+
+
+def in_bf16(folder):
+    """Returns whether a model's weights are stored in bfloat16. An adapter is merged in float32."""
+    path = model_folder(folder) / "config.json"
+    hf = read_object(path) if path.is_file() else {}
+    return (hf.get("dtype") or hf.get("torch_dtype")) == "bfloat16"
 
 
 class Reply:
@@ -804,7 +816,8 @@ class SampleConfig(Sampling):
     num_samples: Annotated[int, Range(1, 1024)] = 1  # side by side, with seeds seed, seed + 1, ...
     stop: tuple[str, ...] = ()  # texts before which a sample ends, separated by commas
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
-    # fp32 on a CPU, bf16 on a GPU that has it; int8 (CPU): a fourth the memory, faster, a bit off
+    # bf16 on a GPU that has it, on a CPU that has it for weights stored so; else fp32. int8 (CPU):
+    # a fourth the memory, faster, a bit off
     dtype: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto"
     compile: bool = False  # CUDA only: replay the decode step as a graph; the start takes minutes
 

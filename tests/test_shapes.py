@@ -1,14 +1,21 @@
 """The classes that model folders come in - Llama, Mistral, Qwen2, Qwen3 - against transformers."""
 
 import copy
+import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 import model as llama
+import sample
 from lib.config import UserError
 from sample import Request, Sampling, fuse, generate
+from tests import ROOT
 from tests.test_model import LLAMA3, SMALL, some_ids
 from train import PretrainConfig, make_optimizers
 
@@ -247,3 +254,63 @@ def test_an_adapter_computes_learns_and_merges_as_in_peft(name, tmp_path):
         merged = theirs.merge_and_unload()(ids).logits
         near(llama.load_model(folder)(ids), merged)  # merges as it opens
         near(llama.merge_lora(ours)(ids), merged)
+
+
+# ---- memory
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_and_its_file_are_apart(dtype, tmp_path):
+    """Neither is written into the other, whether the dtype is that of the file or not."""
+    theirs_of("qwen3", tmp_path)
+    file, ids = tmp_path / "model.safetensors", some_ids(SMALL, 1, 9) % 99
+    before = file.read_bytes()
+    owned, fused = (
+        llama.load_model(tmp_path, dtype=dtype),
+        fuse(llama.load_model(tmp_path, mapped=True)),
+    )
+    trained = llama.load_model(tmp_path, dtype=dtype, mapped=True)
+    expected = [owned(ids), fused(ids)]
+    for p in trained.parameters():
+        p.mul_(2)
+    assert file.read_bytes() == before
+    file.write_bytes(bytes(len(before)))
+    assert torch.equal(owned(ids), expected[0])
+    assert torch.equal(fused(ids), expected[1])
+    assert {p.dtype for p in owned.parameters()} == {dtype}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_a_cache_takes_memory_where_it_is_used():
+    def resident():
+        text = Path("/proc/self/status").read_text()
+        return sum(int(n) for n in re.findall(r"(?:RssAnon|RssShmem):\s+(\d+) kB", text)) * 1024
+
+    cfg, before = replace(SMALL, num_key_value_heads=None, sequence_length=1 << 20), resident()
+    cache = llama.KVCache(cfg, 1, 1 << 20)
+    size = 2 * sum(tensor.nbytes for tensor in cache.k)
+    assert not any(tensor[:, :, ::4096].any() for tensor in cache.k + cache.v)
+    assert resident() - before < size / 8
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float32"])
+def test_a_cpu_with_16_bit_units_runs_what_is_stored_in_16_bits(stored, tmp_path, monkeypatch):
+    theirs_of("llama", tmp_path, dtype=stored)
+    monkeypatch.setattr(sample, "Tokenizer", Mock())
+    monkeypatch.setattr(sample, "stop_ids", lambda *args: set())
+    sample.Tokenizer.load().token_bytes.return_value = torch.ones(99).numpy()
+    units = lambda wanted, device: (torch.bfloat16 if wanted == "auto" else torch.float32, "")
+    monkeypatch.setattr(sample, "choose_dtype", units)
+    for dtype, expected in (("auto", stored), ("fp32", "float32"), ("int8", "float32")):
+        model, _ = sample.open_model(tmp_path, "cpu", dtype)
+        assert model.model.norm.weight.dtype == getattr(torch, expected)
+
+
+def test_opening_a_folder_loads_no_compiler(tmp_path):
+    theirs_of("llama", tmp_path)
+    code = f"import sys, sample; sample.load_model({str(tmp_path)!r}); "
+    code += "print('sympy' in sys.modules, 'torch._dynamo' in sys.modules)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
