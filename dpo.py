@@ -294,9 +294,7 @@ def watch_chosen(cfg, say, metrics):
     before = now - metrics["val_rewards/chosen"] / cfg.beta
     if now < before - 0.1 * abs(before):
         less = f"became less likely, logps/chosen {before:.1f} -> {now:.1f}"
-        say(
-            f"warning: the chosen answers {less}; a lower learning_rate or a higher beta holds them"
-        )
+        say(f"warning: the chosen answers {less}; lower learning_rate, or raise beta")
 
 
 if __name__ == "__main__":

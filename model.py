@@ -640,10 +640,8 @@ def from_hf(hf, where="config.json"):
         option, context = options["sequence_length"], cfg.sequence_length
         window = config.accept("sliding_window", hf["sliding_window"], option, where)
         if window < context:  # up to there, every position sees all before it
-            print(
-                f"{where}: the context is its sliding window, {window}, not {context}",
-                file=sys.stderr,
-            )
+            context = f"the context is its sliding window, {window}, not {context}"
+            print(f"{where}: {context}", file=sys.stderr)
             cfg = replace(cfg, sequence_length=window)
     return cfg
 

@@ -55,15 +55,7 @@ from model import (
     save_adapter,
     save_model,
 )
-from train import (
-    LoopConfig,
-    check_origin,
-    fit,
-    greedy,
-    rows_per_step,
-    total_steps,
-    write_origin,
-)
+from train import LoopConfig, check_origin, fit, greedy, rows_per_step, total_steps, write_origin
 
 SMALL = 30_000_000  # parameters below which all the weights are trained, unless lora_r says more
 # where learning_rate is none: (the model is small, all its weights are trained) -> it
@@ -126,7 +118,7 @@ def main(cfg):
     with open_world(cfg) as world:
         tokenizer = Tokenizer.load(model_folder(cfg.model_path))
         template = choose_template(cfg, tokenizer)
-        for line in find_template(tokenizer, template).notes:
+        for line in find_template(tokenizer, template).notes:  # raises if it cannot be written
             world.say(line)
         check_unused(cfg)
         chats, held_out, sha256 = read_split(cfg, read_chats, "messages", world.say)
@@ -169,11 +161,9 @@ def choose_template(cfg, tokenizer):
     asked, trained = cfg.prompt_template, tokenizer.template
     template = template_of(tokenizer, asked)
     if trained not in (None, template):
-        raise UserError(
-            f"prompt_template={asked}: {cfg.model_path} was trained in {trained!r} and knows no "
-            "other template; leave --prompt_template out, or begin from a model without one"
-        )
-    stop_ids(tokenizer, template)  # raises for a template that the tokenizer cannot write
+        knows = f"{cfg.model_path} was trained in {trained!r} and knows no other template"
+        remedy = "leave --prompt_template out, or begin from a model without one"
+        raise UserError(f"prompt_template={asked}: {knows}; {remedy}")
     return template
 
 
@@ -244,10 +234,9 @@ def for_rows(cfg, loader, held_out, world):
         steps = total_steps(cfg, loader.blocks, world.size)
         if steps < cfg.STEPS and not cfg.max_steps:
             passes = math.ceil(cfg.STEPS * rows_per_step(cfg, world.size) / loader.blocks)
-            why = f"--num_train_epochs={cfg.PASSES} would make {steps} steps"
-            world.say(
-                f"{passes:,} passes over {loader.blocks:,} rows: {why}, {cfg.STEPS} are wanted"
-            )
+            few = f"--num_train_epochs={cfg.PASSES} would make {steps} steps"
+            rows = f"{passes:,} passes over {loader.blocks:,} rows"
+            world.say(f"{rows}: {few}, {cfg.STEPS} are wanted")
             cfg = replace(cfg, num_train_epochs=passes)
     return cfg
 

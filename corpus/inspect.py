@@ -116,9 +116,8 @@ def show_rows(cfg, content):
         print(f"  {count:>10,}  {fields}")
     show_reasons(tally)
     print(f"  {len(rows):>10,}  usable rows")
-    if not rows:
-        return
-    show_lengths(rows, tokenizer, template)
+    if rows:
+        show_lengths(rows, tokenizer, template)
 
 
 def show_lengths(rows, tokenizer, template):

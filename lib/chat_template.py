@@ -75,10 +75,10 @@ def refuse(message):
 @contextmanager
 def time_limit(seconds):
     """Raises TimeoutError in a template that runs longer, whatever it loops over."""
-    end, before = time.monotonic() + seconds, sys.gettrace()
+    end, before = time.thread_time() + seconds, sys.gettrace()
 
     def trace(frame, event, arg):
-        if time.monotonic() > end:
+        if time.thread_time() > end:
             raise TimeoutError(f"it takes longer than {seconds:g} s")
         return trace if frame.f_code.co_filename == "<template>" else None
 
@@ -173,13 +173,11 @@ class ChatTemplate:
         A template may trim it.
         """
         content = self._inside.sub(lambda letter: letter[0] + escape, content)
-        body = content.rstrip()
-        if body.endswith(self._starts):
-            content = body + escape + content[len(body) :]
-        body = content.lstrip()
-        if body.startswith(self._ends):
-            content = content[: len(content) - len(body)] + escape + body
-        return content
+        body = content.strip()
+        inside = any(body in symbol for symbol in self.controls)
+        before = escape if inside or body.startswith(self._ends) else ""
+        after = escape if inside or body.endswith(self._starts) else ""
+        return content.replace(body, before + body + after, 1)
 
     def _write(self, messages, brackets, add_generation_prompt=False):
         """Returns messages as the template's text."""

@@ -26,7 +26,7 @@ from lib.config import UserError, write_whole
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 IGNORE = -100  # the label of a position that is not supervised, as torch's cross_entropy has it
 SPECIALS = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "unk": "<unk>"}
-IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+MARKERS = IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 SPACE = "\u2581"  # a space inside a piece, as SentencePiece writes it
 BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 # protobuf: normalizer_spec {add_dummy_prefix: false}; the last value of a field counts
@@ -42,6 +42,7 @@ class Tokenizer:
     pieces        the vocabulary as SentencePiece spells it; V = `vocab_size` of them
     controls      {symbol: id}; a foreign folder's tokenizer_config.json, `config`, may add some
     template      the chat template named by the folder it came from, "jinja" for its own, or None
+    special_ids   {"pad": id, "bos": id, "eos": id, "unk": id} of those that it has
     end_ids       the ids that end an answer by the folder's generation_config.json
     dummy_prefix  whether it puts a space before every text
     opening       the ids before a text that a model continues: [BOS], or none
@@ -103,6 +104,8 @@ class Tokenizer:
         has_bos = ids["bos"] >= 0 and config.get("bos_token", "") is not None
         self.bos_id, self.eos_id = ids["bos"] if has_bos else None, ids["eos"]
         self.unk_id, self.pad_id = ids["unk"], ids["pad"] if ids["pad"] >= 0 else ids["eos"]
+        roles = {role: getattr(self, f"{role}_id") for role in SPECIALS}
+        self.special_ids = {role: id for role, id in roles.items() if id not in (None, -1)}
 
     def _find_opening(self):
         return [] if self.bos_id is None or self.adds_bos is False else [self.bos_id]
@@ -128,7 +131,7 @@ class Tokenizer:
             self._bytes.append(b"")
         self.vocab_size = len(self.pieces)
         self.controls = {piece: id for id, piece in enumerate(self.pieces) if not self._bytes[id]}
-        self.im_start_id, self.im_end_id = map(self.controls.get, (IM_START, IM_END))
+        self.im_start_id, self.im_end_id = map(self.controls.get, MARKERS)
 
     @classmethod
     def load(cls, path):

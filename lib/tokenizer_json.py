@@ -8,16 +8,7 @@ import json
 
 from lib.config import UserError, read_object
 from lib.conversation import OWN, ROLES, find_template
-from lib.tokenizer import (
-    BYTE_PIECE,
-    IM_END,
-    IM_START,
-    SPACE,
-    SPECIALS,
-    Tokenizer,
-    check_unicode,
-    spell,
-)
+from lib.tokenizer import BYTE_PIECE, MARKERS, SPACE, SPECIALS, Tokenizer, check_unicode, spell
 
 TO_SPACE = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
 STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
@@ -81,9 +72,7 @@ class JSONTokenizer(Tokenizer):
             spec = without_symbols(spec, special)
             self._json = reader(json.dumps(spec))
         self._inner = self._json if inner == parts else reader(json.dumps(spec | inner))
-        self._prefix_after_symbols = self._has_prefix_after(
-            whole, [s for s in special if special[s]]
-        )
+        self._prefix_after_symbols = self._has_prefix_after(whole, special)
         ids = whole.get_vocab(with_added_tokens=True)
         self.pieces = [f"<unused_{id}>" for id in range(max(ids.values()) + 1)]
         self._bytes = [b""] * len(self.pieces)
@@ -93,14 +82,13 @@ class JSONTokenizer(Tokenizer):
             self._bytes[id] = b"" if special.get(name) else spell_piece(piece)
         return {role: ids[name] for role, name in SPECIALS.items() if special.get(name)}
 
-    def _has_prefix_after(self, whole, symbols):
+    def _has_prefix_after(self, whole, special):
         """Returns whether a text after a control symbol gets the space of a text's beginning."""
-        if not symbols:
-            return False
+        symbol = next((name for name in special if special[name]), "")
         whole.encode_special_tokens = False
-        ids = whole.encode(symbols[0] + "a", add_special_tokens=False).ids
+        ids = whole.encode(f"{symbol}a", add_special_tokens=False).ids
         whole.encode_special_tokens = True
-        return ids[1:] != self._inner.encode("a", add_special_tokens=False).ids
+        return ids[bool(symbol) :] != self._inner.encode("a", add_special_tokens=False).ids
 
     def _find_opening(self):
         """Returns the ids that the post_processor puts before a text: transformers obeys the file,
@@ -163,8 +151,7 @@ def read_decoder(spec, source):
     parts = {part["type"]: part for part in decoder.get("decoders", [decoder])}
     names, strip, metaspace = list(parts), parts.get("Strip"), parts.get("Metaspace")
     ours = names == [n for n in SENTENCEPIECE if n in parts] and parts.get("Replace") == TO_SPACE
-    if strip:
-        ours &= "Fuse" in parts and strip == STRIP
+    ours &= not strip or ("Fuse" in parts and strip == STRIP)
     if kind == "BPE" and names == ["ByteLevel"]:
         return spell_letters, lambda spelled: spelled
     if kind not in ("BPE", "Unigram") or not (ours or names == ["Metaspace"]):
@@ -206,12 +193,9 @@ def files_of(tokenizer, max_length, template):
     Without a template they name none, and offer chatml where its markers exist.
     """
     offered = template or ("chatml" if tokenizer.im_start_id is not None else None)
-    ids = {role: getattr(tokenizer, f"{role}_id") for role in SPECIALS}
-    specials = special_tokens(tokenizer)
-    ids = {role: id for role, id in ids.items() if id is not None and id >= 0}
-    specials |= {f"{role}_token": tokenizer.pieces[id] for role, id in ids.items()}
-    markers = [marker for marker in (IM_START, IM_END) if marker in tokenizer.controls]
-    specials["additional_special_tokens"] = markers
+    own = {f"{role}_token": tokenizer.pieces[id] for role, id in tokenizer.special_ids.items()}
+    markers = [marker for marker in MARKERS if marker in tokenizer.controls]
+    specials = special_tokens(tokenizer) | own | {"additional_special_tokens": markers}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # a Llama class splits the text its way
         **specials,
@@ -240,13 +224,11 @@ def files_of(tokenizer, max_length, template):
 
 def special_tokens(tokenizer):
     """Returns {"bos_token": symbol, ...}: what its folder names, else its own."""
-    config, own = tokenizer.config, {}
-    for role in ("bos", "eos", "unk"):
-        if (id := getattr(tokenizer, f"{role}_id")) not in (None, -1):
-            own[f"{role}_token"] = tokenizer.pieces[id]
+    config, ids = tokenizer.config, tokenizer.special_ids
+    named = {f"{role}_token": tokenizer.pieces[id] for role, id in ids.items() if role != "pad"}
+    named |= {key: value for key, value in config.items() if key.endswith("_token")}
     extra = config.get("extra_special_tokens")
-    named = {key: value for key, value in config.items() if key.endswith("_token")}
-    named = own | named | (extra if isinstance(extra, dict) else {})
+    named |= extra if isinstance(extra, dict) else {}
     contents = lambda value: value.get("content") if isinstance(value, dict) else value
     named = {key: contents(value) for key, value in named.items()}
     return {key: value for key, value in named.items() if isinstance(value, str)}

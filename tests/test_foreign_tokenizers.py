@@ -9,8 +9,6 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from eval import EvalConfig, answer_scores, encode_questions, prepare_text
 from lib.config import UserError
@@ -19,9 +17,8 @@ from lib.tokenizer import Tokenizer
 from sample import open_model
 from tests.conftest import ask, llama_cpp
 from tests.test_eval import ask_lm
-from tests.test_export import make
+from tests.test_export import export, make
 from tests.test_tokenizer import FRAGMENTS, hugging_face, streamed
-from tools.export import ExportConfig, main
 
 gguf = pytest.importorskip("gguf")
 library = pytest.importorskip("tokenizers")
@@ -50,13 +47,11 @@ ALWAYS, FIRST, NEVER = (
     {"prepend_scheme": scheme, "split": split}
     for scheme, split in (("always", True), ("first", False), ("never", True))
 )
-opened = processors.TemplateProcessing(
-    single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, 1)]
-)
-closed = processors.TemplateProcessing(
-    single=f"$A {EOS}", pair=f"$A $B {EOS}", special_tokens=[(EOS, 2)]
-)
-bytes_of = decoders.ByteLevel()
+template = processors.TemplateProcessing
+opened = template(f"{BOS} $A", f"{BOS} $A {BOS} $B", [(BOS, 1)])
+closed = template(f"$A {EOS}", f"$A $B {EOS}", [(EOS, 2)])
+stripped = decoders.Sequence([*TO_SPACE, decoders.Strip(" ", 1, 0)])
+bytes_of, meta, pieces = decoders.ByteLevel(), pre_tokenizers.Metaspace, decoders.Metaspace
 # {name: (model, normalizer, pre_tokenizer, decoder, post_processor)}
 KINDS = {
     "gpt2": ("BPE", None, GPT2, bytes_of, None),
@@ -65,35 +60,11 @@ KINDS = {
     "llama3": ("BPE", None, split(LLAMA3), bytes_of, opened),
     "dbrx": ("BPE", None, split(LLAMA3), bytes_of, opened),
     "qwen2": ("BPE", normalizers.NFC(), split(QWEN2), bytes_of, None),
-    "llama2": (
-        "bytes",
-        normalizers.Sequence(LLAMA2),
-        None,
-        decoders.Sequence([*TO_SPACE, decoders.Strip(" ", 1, 0)]),
-        opened,
-    ),
+    "llama2": ("bytes", normalizers.Sequence(LLAMA2), None, stripped, opened),
     "gemma": ("bytes", LLAMA2[1], None, decoders.Sequence(TO_SPACE), opened),
-    "mistral": (
-        "bytes",
-        None,
-        pre_tokenizers.Metaspace(**FIRST),
-        decoders.Sequence([*TO_SPACE, decoders.Strip(" ", 1, 0)]),
-        opened,
-    ),
-    "unigram": (
-        "Unigram",
-        NFKC,
-        pre_tokenizers.Metaspace(**ALWAYS),
-        decoders.Metaspace(**ALWAYS),
-        closed,
-    ),
-    "unigram without a space": (
-        "Unigram",
-        None,
-        pre_tokenizers.Metaspace(**NEVER),
-        decoders.Metaspace(**NEVER),
-        None,
-    ),
+    "mistral": ("bytes", None, meta(**FIRST), stripped, opened),
+    "unigram": ("Unigram", NFKC, meta(**ALWAYS), pieces(**ALWAYS), closed),
+    "unigram without a space": ("Unigram", None, meta(**NEVER), pieces(**NEVER), None),
 }
 TEXTS = [text[:3_000] for _, text in sorted(topics.items())][:60]
 SPECIAL = ["<unk>", BOS, EOS]
@@ -137,9 +108,8 @@ def folder(request, tmp_path_factory):
     roles = {"eos_token": EOS, "unk_token": "<unk>"}
     if request.param != "qwen2":
         roles["bos_token"] = BOS
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles).save_pretrained(
-        folder
-    )
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
+    fast.save_pretrained(folder)
     return folder
 
 
@@ -163,7 +133,6 @@ def assert_same(both, text):
 
 HOSTILE = [*FRAGMENTS, BOS, EOS, THINK, "It's", "WE'LL", "12345", "a_b", "\u0660\u0661", "\u00bd"]
 HOSTILE += ["e\u0301", "\ufb01", "\u0000", "\ud7a3", "\u200d", "\x85", "\x1c", "...!?\n", "\r\r\n "]
-TEXT = st.lists(st.sampled_from(HOSTILE) | st.text(max_size=12), max_size=12).map("".join)
 
 
 def test_a_conversation_in_our_template_begins_as_a_text_does(folder, tmp_path):
@@ -182,12 +151,6 @@ def test_ids_and_texts_are_those_of_transformers(both):
     texts = ["".join(rng.choices(HOSTILE, k=rng.randint(1, 12))) for _ in range(500)]
     for text in ["", " ", "a", " a", *TEXTS, *texts]:
         assert_same(both, text)
-
-
-@given(text=TEXT)
-@settings(max_examples=60, deadline=None)
-def test_any_text(both, text):
-    assert_same(both, text)
 
 
 def test_text_after_a_control_token_is_as_in_one(both):
@@ -224,8 +187,7 @@ def test_a_prompt_begins_as_in_transformers(folder, tmp_path):
     [("WordLevel", None), ("WordPiece", decoders.WordPiece()), ("BPE", decoders.BPEDecoder())],
 )
 def test_other_kinds_are_refused_by_name(kind, decoder, tmp_path):
-    model = getattr(library.models, kind)()
-    tokenizer = library.Tokenizer(model)
+    tokenizer = library.Tokenizer(getattr(library.models, kind)())
     tokenizer.add_special_tokens(SPECIAL)
     if decoder:
         tokenizer.decoder = decoder
@@ -245,9 +207,8 @@ def place(folder, tmp_path, request):
     torch.manual_seed(0)
     sizes |= {"num_key_value_heads": 1, "sliding_window": None}
     sizes |= {"head_dim": 32} if family == "Qwen3" else {}
-    config = getattr(transformers, f"{family}Config")(
-        vocab_size=len(hugging_face(folder)) + 3, **sizes
-    )
+    sizes["vocab_size"] = len(hugging_face(folder)) + 3
+    config = getattr(transformers, f"{family}Config")(**sizes)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     with torch.no_grad():
         for p in model.parameters():  # biases and norms too
@@ -283,22 +244,15 @@ def test_lm_eval_finds_the_same_numbers(place, tmp_path):
 
 # ---- GGUF
 
-NAMES = {"gpt2": "gpt-2", "smollm": "smollm", "llama3": "llama-bpe", "dbrx": "dbrx"}
-NAMES |= {"qwen2": "qwen2"}
-
-
-def export(place, output):
-    main(ExportConfig(str(place), str(output), "gguf"))
-    return output
+NAMES = {"gpt2": "gpt-2", "llama3": "llama-bpe"} | {n: n for n in ("smollm", "dbrx", "qwen2")}
 
 
 @of(*NAMES)
 def test_llama_cpp_reads_and_continues_texts_as_transformers(place, tmp_path, request, capsys):
-    file, other = export(place, tmp_path / "x.gguf"), hugging_face(place)
+    file, other = export(place, tmp_path / "x.gguf", "gguf"), hugging_face(place)
     name = NAMES[request.node.callspec.params["folder"]]
-    assert ("does not apply the tokenizer's normalizer" in capsys.readouterr().out) == (
-        name == "qwen2"
-    )
+    said = capsys.readouterr().out
+    assert ("does not apply the tokenizer's normalizer" in said) == (name == "qwen2")
     fields = gguf.GGUFReader(file).fields
     assert fields[gguf.Keys.Tokenizer.PRE].contents() == name
     server, rng = llama_cpp(file, use_jinja=False), random.Random(2)
@@ -329,11 +283,11 @@ def test_llama_cpp_reads_and_continues_texts_as_transformers(place, tmp_path, re
 def test_what_llama_cpp_would_cut_otherwise_is_refused(place, tmp_path):
     expected = "byte-level tokenizer.json that cuts texts as llama-bpe, dbrx, qwen2, smollm, gpt-2"
     with pytest.raises(UserError, match=expected):
-        export(place, tmp_path / "x.gguf")
+        export(place, tmp_path / "x.gguf", "gguf")
     assert not list(tmp_path.glob("x.*"))
 
 
 def test_a_qwen2_with_a_head_width_of_its_own_is_refused(tiny_tokenizer, tmp_path):
     own = make(tmp_path / "own", tiny_tokenizer, qkv_bias=True, head_dim=32)
     with pytest.raises(UserError, match=r"head_dim 32: llama\.cpp has none in a qwen2"):
-        export(own, tmp_path / "x.gguf")
+        export(own, tmp_path / "x.gguf", "gguf")

@@ -53,11 +53,11 @@ def shuffled(model):
     return model.eval()
 
 
-def theirs_of(name, folder, tied=True, dtype="float32"):
+def theirs_of(name, folder, tied=True):
     """Returns a random model that transformers makes and saves in `folder`."""
     kind, shape = FOLDERS[name]
     config = getattr(transformers, f"{kind}Config")(**shape, tie_word_embeddings=tied)
-    theirs = shuffled(getattr(transformers, f"{kind}ForCausalLM")(config)).to(getattr(torch, dtype))
+    theirs = shuffled(getattr(transformers, f"{kind}ForCausalLM")(config))
     theirs.save_pretrained(folder)
     return theirs
 
@@ -72,11 +72,15 @@ def near(ours, theirs):
 @torch.no_grad()
 @each_folder
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_a_folder_of_transformers_gives_the_same_logits_here_and_saved_back(name, tied, tmp_path):
+def test_a_folder_of_transformers_computes_the_same_here_and_saved_back(name, tied, tmp_path):
     theirs, ids = theirs_of(name, tmp_path / "theirs", tied), some_ids(SMALL, 3, 40) % 99
     expected = theirs(ids).logits
     ours = llama.load_model(tmp_path / "theirs")
     near(ours(ids), expected)
+    options = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": None, "pad_token_id": 0}
+    request = Request(ids[0, :5].tolist(), 24, Sampling(temperature=0))
+    list(generate(fuse(llama.load_model(tmp_path / "theirs")), [request]))
+    assert request.ids == theirs.generate(ids[:1, :5], **options)[0, 5:].tolist()
     (tmp_path / "ours").mkdir()
     llama.save_model(ours, tmp_path / "ours")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
@@ -130,8 +134,6 @@ def test_a_window_shorter_than_the_context_shortens_the_context_and_is_told(tmp_
 
 REFUSED = {
     "gemma2": ({"model_type": "gemma2"}, 'llama|mistral|qwen2|qwen3, got "gemma2"'),
-    "phi3": ({"model_type": "phi3"}, 'llama|mistral|qwen2|qwen3, got "phi3"'),
-    "mixtral": ({"model_type": "mixtral"}, 'llama|mistral|qwen2|qwen3, got "mixtral"'),
     "no name": ({"model_type": ["llama"]}, 'llama|mistral|qwen2|qwen3, got ["llama"]'),
     "qwen2's window": ({"use_sliding_window": True}, "use_sliding_window is true; expected false"),
     "o_proj's bias": ({"attention_bias": True}, "attention_bias is true; expected false"),
@@ -202,17 +204,6 @@ def test_a_cache_and_fused_weights_compute_the_same(cfg):
     assert 0 < (rough - expected).norm() < 0.1 * expected.norm()
     half = fuse(copy.deepcopy(model).bfloat16())(ids).float()
     assert 0 < (half - expected).norm() < 0.1 * expected.norm()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
-def test_greedy_answers_are_those_of_transformers(name, tmp_path):
-    theirs, prompt = theirs_of(name, tmp_path), [5, 17, 3, 44, 8]
-    options = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": None, "pad_token_id": 0}
-    expected = theirs.generate(torch.tensor([prompt]), **options)[0, 5:].tolist()
-    request = Request(prompt, 24, Sampling(temperature=0))
-    list(generate(fuse(llama.load_model(tmp_path)), [request]))
-    assert request.ids == expected
 
 
 # ---- LoRA

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import sys
 from functools import cache
 from pydoc_data.topics import topics
@@ -25,8 +26,6 @@ from server import Api
 from tests.conftest import write_rows
 from tests.runs import refused
 from tests.runs import train_to_end as trained
-from tools.export import ExportConfig
-from tools.export import main as export
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")
@@ -108,11 +107,8 @@ def write_json(path, value):
 
 def source(style, tags=True):
     text = STYLES[style].replace("ANSWER", ANSWER).replace("END", SPECIALS[style][2])
-    return (
-        text
-        if tags
-        else re.sub(r" generation(?= -?%)", " if true", text).replace("endgeneration", "endif")
-    )
+    plain = re.sub(r" generation(?= -?%)", " if true", text).replace("endgeneration", "endif")
+    return text if tags else plain
 
 
 @cache
@@ -205,30 +201,19 @@ def theirs(other, talk, **more):
 
 @each_kind
 @each_style
-def test_ids_are_those_of_transformers(folder_of, style, kind):
-    for tags in (False, True):
-        tokenizer, other = both(folder_of(style, kind, tags))
+def test_ids_and_masks_are_those_of_transformers(folder_of, style, kind):
+    """Without {% generation %}, answers are found by rendering; the oracle reads the blocks."""
+    marked, plain = (both(folder_of(style, kind, tags)) for tags in (True, False))
+    for tokenizer, other in (marked, plain):
         assert tokenizer.file == ("tokenizer.model" if kind == KINDS[2] else "tokenizer.json")
         assert tokenizer.template == "jinja"
         for talk in accepted(style, kind):
-            for prompt in (False, True):
-                ids, mask = render(tokenizer, talk, "jinja", add_generation_prompt=prompt)
-                assert ids == theirs(other, talk, add_generation_prompt=prompt)[0]
-                assert len(ids) == len(mask)
-
-
-@each_kind
-@pytest.mark.parametrize("style", [style for style in STYLES if style != "thinking"])
-def test_masks_are_those_of_transformers_with_and_without_generation_blocks(folder_of, style, kind):
-    """Without them, answers are found by rendering; the oracle always reads the blocks."""
-    marked, other = both(folder_of(style, kind, True))
-    plain, _ = both(folder_of(style, kind, False))
-    for talk in accepted(style, kind):
-        expected = theirs(other, talk, return_assistant_tokens_mask=True)
-        assert sum(expected[1])
-        assert render(marked, talk, "jinja") == expected
-        ids, mask = render(plain, talk, "jinja")
-        assert (ids, mask) == expected
+            opened, _ = render(tokenizer, talk, "jinja", add_generation_prompt=True)
+            assert opened == theirs(other, talk, add_generation_prompt=True)[0]
+            ids, mask = render(tokenizer, talk, "jinja")
+            expected = theirs(marked[1], talk, return_assistant_tokens_mask=True)
+            assert ids == expected[0]
+            assert style == "thinking" or (any(mask) and mask == expected[1])
 
 
 def test_a_template_that_rewrites_earlier_turns_trains_the_last_answer(folder_of):
@@ -240,12 +225,10 @@ def test_a_template_that_rewrites_earlier_turns_trains_the_last_answer(folder_of
 
 @each_style
 def test_every_end_ends_an_answer(folder_of, tmp_path, style):
-    folder = folder_of(style)
-    tokenizer, other = both(folder)
+    tokenizer, other = both(folder_of(style))
+    shutil.copytree(folder_of(style), tmp_path, dirs_exist_ok=True)
     eos, end = other.convert_tokens_to_ids(list(SPECIALS[style][1:3]))
     assert stop_ids(tokenizer, "jinja") == sorted({eos, end})
-    for path in folder.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
     for more in (7, [7, eos]):
         write_json(tmp_path / "generation_config.json", {"eos_token_id": more})
         again = Tokenizer.load(tmp_path)
@@ -285,6 +268,15 @@ def test_no_text_makes_a_control_id(folder_of, style):
         assert counts([hostile() for _ in range(size)]) == harmless
 
 
+def test_a_template_completes_no_control_token_on_both_sides(folder_of):
+    template = own_template(folder_of, "<{{ messages[-1].content }}>")
+    tokenizer = both(folder_of("llama3"))[0]
+    ids, _ = template.render(tokenizer, [{"role": "user", "content": " |eot_id| "}])
+    assert tokenizer.decode(ids) == "< |eot_id| >"
+    ids, _ = template.render(tokenizer, [{"role": "user", "content": "|eot_id|"}])
+    assert tokenizer.decode(ids) == "<|eot_id|>"
+
+
 def test_spaces_that_a_control_token_swallows(tmp_path):
     """As Phi-3's: `rstrip` takes the line break after it, `lstrip` the space before it."""
     added = [library.AddedToken("<end>", rstrip=True), library.AddedToken("<user>", lstrip=True)]
@@ -302,33 +294,28 @@ def test_spaces_that_a_control_token_swallows(tmp_path):
 
 
 def test_the_file_goes_before_the_configuration_and_default_before_other_names(folder_of, tmp_path):
-    folder = folder_of("zephyr")
-    for path in folder.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    folder = shutil.copytree(folder_of("zephyr"), tmp_path, dirs_exist_ok=True)
+    file = (folder / "chat_template.jinja").read_bytes()
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    expected = {"file": render(Tokenizer.load(tmp_path), ASKED, "jinja")[0]}
+    expected = render(Tokenizer.load(tmp_path), ASKED, "jinja")
     (tmp_path / "chat_template.jinja").unlink()
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}]
     for template in ("y", named, {"default": "y", "rag": "x"}):
         write_json(tmp_path / "tokenizer_config.json", config | {"chat_template": template})
         tokenizer = Tokenizer.load(tmp_path)
         assert tokenizer.decode(render(tokenizer, ASKED, "jinja")[0]) == "y"
-    (tmp_path / "chat_template.jinja").write_bytes((folder / "chat_template.jinja").read_bytes())
-    assert render(Tokenizer.load(tmp_path), ASKED, "jinja")[0] == expected["file"]
+    (tmp_path / "chat_template.jinja").write_bytes(file)
+    assert render(Tokenizer.load(tmp_path), ASKED, "jinja") == expected
     write_json(tmp_path / "tokenizer_config.json", config | {"prompt_template": "instruct"})
     assert Tokenizer.load(tmp_path).template == "instruct"
+    for template in ({"rag": "x"}, [{"name": "rag"}], 7):
+        (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+        write_json(tmp_path / "tokenizer_config.json", config | {"chat_template": template})
+        with pytest.raises(UserError, match="none named default"):
+            stop_ids(Tokenizer.load(tmp_path), "jinja")
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"chat_template\.jinja: not UTF-8"):
         Tokenizer.load(tmp_path)
-
-
-def test_none_named_default_is_one_line(folder_of, tmp_path):
-    (tmp_path / "tokenizer.json").write_bytes((folder_of("zephyr") / "tokenizer.json").read_bytes())
-    for template in ({"rag": "x"}, [{"name": "rag"}], 7):
-        config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
-        write_json(tmp_path / "tokenizer_config.json", config)
-        with pytest.raises(UserError, match="none named default"):
-            stop_ids(Tokenizer.load(tmp_path), "jinja")
 
 
 @each_kind
@@ -386,15 +373,6 @@ def test_a_template_that_does_not_fit_its_tokenizer_says_so(folder_of):
     tokenizer = both(folder_of("llama3"))[0]
     assert template.render(tokenizer, ASKED)[0][0] == tokenizer.bos_id
     assert own_template(folder_of, source("llama3")).notes == []
-
-
-def test_a_conversation_that_the_template_refuses(folder_of):
-    for style, talk, message in [
-        ("gemma", TALKS[0], "refuses this conversation: System role not supported"),
-        ("mistral", ASKED * 2, "refuses this conversation: Roles must take turns"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            render(both(folder_of(style))[0], talk, "jinja")
 
 
 # ---- the programs
@@ -522,11 +500,3 @@ def test_the_server_asks_in_the_folders_own_template(folder_of):
     assert "generation %" not in plain
     other.chat_template = plain
     assert theirs(other, TALKS[1])[0] == render(tokenizer, TALKS[1], "jinja")[0]
-
-
-def test_an_export_keeps_the_template(downloaded, tmp_path):
-    folder = downloaded("chatml")
-    export(ExportConfig(str(folder), str(tmp_path / "hf")))
-    assert greedy_of_transformers(tmp_path / "hf", ASKED) == greedy_of_ours(folder, ASKED)
-    ends = json.loads((tmp_path / "hf/generation_config.json").read_text())["eos_token_id"]
-    assert ends == stop_ids(both(folder)[0], "jinja")

@@ -234,21 +234,15 @@ def add_tokenizer(writer, tokenizer, types):
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_scores(tokenizer.scores)
-        kinds = [token_type(tokenizer, id, types) for id in range(tokenizer.vocab_size)]
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pre_tokenizer_name(tokenizer.spec))
         merges = tokenizer.spec["model"]["merges"]
         writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
-        kinds = byte_level_types(tokenizer, types)
     writer.add_token_list(tokenizer.pieces)
-    writer.add_token_types(kinds)
-    if tokenizer.bos_id is not None:
-        writer.add_bos_token_id(tokenizer.bos_id)
-    writer.add_eos_token_id(tokenizer.eos_id)
-    if tokenizer.unk_id >= 0:
-        writer.add_unk_token_id(tokenizer.unk_id)
-    writer.add_pad_token_id(tokenizer.pad_id)
+    writer.add_token_types([token_type(tokenizer, i, types) for i in range(tokenizer.vocab_size)])
+    for role, id in tokenizer.special_ids.items():
+        getattr(writer, f"add_{role}_token_id")(id)
     writer.add_add_bos_token(bool(tokenizer.opening))
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(tokenizer.dummy_prefix)
@@ -259,20 +253,12 @@ def add_tokenizer(writer, tokenizer, types):
 
 
 def token_type(tokenizer, id, types):
-    """Returns llama.cpp's type of a token."""
-    if is_text(tokenizer, id):
-        return types.NORMAL
-    if tokenizer.spelled(id, controls=False):
-        return types.BYTE
-    return types.UNKNOWN if id == tokenizer.unk_id else types.CONTROL
-
-
-def byte_level_types(tokenizer, types):
-    """Returns llama.cpp's type of each id of a tokenizer.json; it finds added words in any text."""
-    added = {token["id"]: token["special"] for token in tokenizer.spec["added_tokens"]}
-    kinds = {True: types.CONTROL, False: types.USER_DEFINED}
-    plain = lambda id: types.NORMAL if tokenizer.spelled(id, controls=False) else types.UNUSED
-    return [kinds.get(added.get(id)) or plain(id) for id in range(tokenizer.vocab_size)]
+    """Returns llama.cpp's type of a token; it finds those that are user-defined in any text."""
+    if not tokenizer.spelled(id, controls=False):
+        return types.UNKNOWN if id == tokenizer.unk_id else types.CONTROL
+    if tokenizer.added.get(tokenizer.pieces[id], {}).get("special") is False:
+        return types.USER_DEFINED
+    return types.NORMAL if is_text(tokenizer, id) else types.BYTE
 
 
 if __name__ == "__main__":

@@ -137,11 +137,6 @@ def training_state(training):
     return f"not complete, {name}"
 
 
-def evaluation_state(path):
-    model, text = (read_values(path).get(key) or {} for key in ("model", "perplexity"))
-    return f"{model.get('path', '?')}, bits per byte {text.get('bits_per_byte', 'not measured')}"
-
-
 NEXT = {  # after a complete training of this kind
     "pretrain": "sft.py configs/sft.json --dataset_path=data/samples/sft_train.jsonl",
     "sft": "dpo.py configs/dpo.json --dataset_path=data/samples/dpo_train.jsonl",
@@ -176,7 +171,9 @@ def status(cfg=None):
         print(f"  {training.folder} ({training.kind}): {state}")
     print("evaluations")
     for path in newest_first(RESULTS.rglob("results.json")):
-        print(f"  {path.parent}: {evaluation_state(path)}")
+        model, text = (read_values(path).get(key) or {} for key in ("model", "perplexity"))
+        bits = text.get("bits_per_byte", "not measured")
+        print(f"  {path.parent}: {model.get('path', '?')}, bits per byte {bits}")
     print(f"\nnext:\n  {next_command()}")
 
 
@@ -270,9 +267,7 @@ def delete(cfg, *patterns):
         return print("nothing to delete")
     print(*paths, sep="\n", flush=True)
     if not (cfg.yes or (sys.stdin.isatty() and input("delete these? type yes: ") == "yes")):
-        raise UserError(
-            "nothing was deleted, for that needs a yes; in a script set YES=1 (--yes=1)"
-        )
+        raise UserError("nothing was deleted: that needs a yes; in a script set YES=1 (--yes=1)")
     for path in paths:
         path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path)
     print("deleted")
