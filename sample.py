@@ -610,7 +610,30 @@ def open_model(folder, device="auto", dtype="auto", compile=False):
     ends = stop_ids(tokenizer, tokenizer.template)
     ids = [id for id in (tokenizer.token_bytes() == 0).nonzero()[0].tolist() if id not in ends]
     model.unwritten = torch.tensor(ids, dtype=torch.long, device=device)
-    return fuse(model, int8=dtype == "int8"), tokenizer
+    if dtype == "int8":
+        return fuse_to_int8(model, tokenizer.prompt_ids(PROBE)), tokenizer
+    return fuse(model), tokenizer
+
+
+PROBE = "The train to Rome leaves at nine, and we are late."  # any text of some tokens
+CHANGE = 0.1  # the largest, of the logits' norm, that int8 may make: 0.01 to 0.02 is usual
+
+
+@torch.no_grad()
+def fuse_to_int8(model, ids):
+    """Returns the model in int8; UserError if that changes its logits after `ids` too much.
+
+    Where a few numbers of an activation are far larger than all others (Dettmers et al. 2022), one
+    scale for a row leaves the others no digits.
+    """
+    ids = torch.tensor([ids[: model.cfg.sequence_length]])
+    logits = model(ids)
+    model = fuse(model, int8=True)
+    change = float((model(ids) - logits).norm() / (logits - logits.mean(-1, keepdim=True)).norm())
+    if not change <= CHANGE:
+        problem = f"changes this model's logits by {change:.0%}, more than {CHANGE:.0%}"
+        raise UserError(f"dtype=int8 {problem}: it has outliers; leave --dtype out")
+    return model
 
 
 def in_bf16(folder):

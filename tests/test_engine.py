@@ -414,6 +414,25 @@ def spread(*shape):
 
 
 @torch.no_grad()
+def test_int8_is_refused_where_outliers_leave_the_others_no_digits():
+    """A channel of each norm's output is 3,000 times as large, its weights as much smaller."""
+    plain, with_outliers = build(), build()
+    for block in with_outliers.model.layers:
+        for norm, linears in (
+            (block.input_layernorm, [getattr(block.self_attn, f"{n}_proj") for n in "qkv"]),
+            (block.post_attention_layernorm, [block.mlp.gate_proj, block.mlp.up_proj]),
+        ):
+            norm.weight.data[0] *= 3000
+            for linear in linears:
+                linear.weight.data[:, 0] /= 3000
+    ids = list(range(6, 30))
+    torch.testing.assert_close(plain(torch.tensor([ids])), with_outliers(torch.tensor([ids])))
+    sample.fuse_to_int8(plain, ids)
+    with pytest.raises(UserError, match="dtype=int8 changes this model's logits by"):
+        sample.fuse_to_int8(with_outliers, ids)
+
+
+@torch.no_grad()
 def test_int8_by_the_formula():
     torch.manual_seed(0)
     layers, x = [nn.Linear(96, n, bias=False) for n in (64, 32)], spread(5, 96)
