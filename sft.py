@@ -234,9 +234,10 @@ def for_rows(cfg, loader, held_out, world):
         steps = total_steps(cfg, loader.blocks, world.size)
         if steps < cfg.STEPS and not cfg.max_steps:
             passes = math.ceil(cfg.STEPS * rows_per_step(cfg, world.size) / loader.blocks)
-            few = f"--num_train_epochs={cfg.PASSES} would make {steps} steps"
-            rows = f"{passes:,} passes over {loader.blocks:,} rows"
-            world.say(f"{rows}: {few}, {cfg.STEPS} are wanted")
+            why = (
+                f"--num_train_epochs={cfg.PASSES} would make {steps} steps, {cfg.STEPS} are wanted"
+            )
+            world.say(f"{passes:,} passes over {loader.blocks:,} rows: {why}")
             cfg = replace(cfg, num_train_epochs=passes)
     return cfg
 

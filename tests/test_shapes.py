@@ -53,11 +53,11 @@ def shuffled(model):
     return model.eval()
 
 
-def theirs_of(name, folder, tied=True):
+def theirs_of(name, folder, tied=True, dtype="float32"):
     """Returns a random model that transformers makes and saves in `folder`."""
     kind, shape = FOLDERS[name]
     config = getattr(transformers, f"{kind}Config")(**shape, tie_word_embeddings=tied)
-    theirs = shuffled(getattr(transformers, f"{kind}ForCausalLM")(config))
+    theirs = shuffled(getattr(transformers, f"{kind}ForCausalLM")(config)).to(getattr(torch, dtype))
     theirs.save_pretrained(folder)
     return theirs
 
@@ -291,6 +291,7 @@ def test_a_cpu_with_16_bit_units_runs_what_is_stored_in_16_bits(stored, tmp_path
     monkeypatch.setattr(sample, "Tokenizer", Mock())
     monkeypatch.setattr(sample, "stop_ids", lambda *args: set())
     sample.Tokenizer.load().token_bytes.return_value = torch.ones(99).numpy()
+    sample.Tokenizer.load().prompt_ids.return_value = list(range(20))
     units = lambda wanted, device: (torch.bfloat16 if wanted == "auto" else torch.float32, "")
     monkeypatch.setattr(sample, "choose_dtype", units)
     for dtype, expected in (("auto", stored), ("fp32", "float32"), ("int8", "float32")):

@@ -337,6 +337,7 @@ def test_the_final_folder_opens_as_a_model_with_its_tokenizer(finished, tiny_dat
     final = finished / "final"
     shape = narrow(configure(PretrainConfig, [str(final / "run.json")]), ModelConfig)
     plain = {"model_name": "custom", "attention_dropout": 0.0, "hidden_dropout": 0.0}
+    plain["head_dim"] = shape.head_width
     assert load_model(final).cfg == dataclasses.replace(shape, **plain)
     tokenizers = Tokenizer.load(final), Tokenizer.load(tiny_dataset / "tokenizer.model")
     assert tokenizers[0].sha256 == tokenizers[1].sha256
