@@ -611,12 +611,12 @@ def open_model(folder, device="auto", dtype="auto", compile=False):
     ids = [id for id in (tokenizer.token_bytes() == 0).nonzero()[0].tolist() if id not in ends]
     model.unwritten = torch.tensor(ids, dtype=torch.long, device=device)
     if dtype == "int8":
-        return fuse_to_int8(model, tokenizer.prompt_ids(PROBE)), tokenizer
+        return fuse_to_int8(model, tokenizer.prompt_ids(INT8_TEXT)), tokenizer
     return fuse(model), tokenizer
 
 
-PROBE = "The train to Rome leaves at nine, and we are late."  # any text of some tokens
-CHANGE = 0.1  # the largest, of the logits' norm, that int8 may make: 0.01 to 0.02 is usual
+INT8_TEXT = "The train to Rome leaves at nine, and we are late."  # any text of some tokens
+INT8_CHANGE = 0.1  # the largest, of the logits' norm, that int8 may make: 0.01 to 0.02 is usual
 
 
 @torch.no_grad()
@@ -630,8 +630,8 @@ def fuse_to_int8(model, ids):
     logits = model(ids)
     model = fuse(model, int8=True)
     change = float((model(ids) - logits).norm() / (logits - logits.mean(-1, keepdim=True)).norm())
-    if not change <= CHANGE:
-        problem = f"changes this model's logits by {change:.0%}, more than {CHANGE:.0%}"
+    if not change <= INT8_CHANGE:
+        problem = f"changes this model's logits by {change:.0%}, more than {INT8_CHANGE:.0%}"
         raise UserError(f"dtype=int8 {problem}: it has outliers; leave --dtype out")
     return model
 
