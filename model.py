@@ -141,10 +141,13 @@ def rotate(x, cos, sin):
 # ---- Attention
 
 
-def choose_attention(device, length, dtype, flash_wanted=True):
-    """Returns (backend, reason) for rows of `length`: `flash`, `math`, or torch's own `sdpa`."""
+def choose_attention(device, length, dtype, flash_wanted=True, compiled=False):
+    """Returns (backend, reason) for rows of `length`: `flash`, `math`, or torch's own `sdpa`.
+
+    Compiled for a CPU with AVX-512, torch 2.13's gradients of `math` are NaN in bfloat16.
+    """
     device = torch.device(device)
-    if device.type == "cpu" and length <= 512 and dtype != torch.float32:
+    if device.type == "cpu" and length <= 512 and dtype != torch.float32 and not compiled:
         return "math", "on a CPU two matmuls beat torch's kernel in 16 bits, up to 512 positions"
     if device.type != "cuda":
         return "sdpa", "flash-attn needs CUDA"
@@ -433,16 +436,18 @@ def row_groups(x, labels, vocab_size):
 def nats_and_gradient(logits, labels):
     """Returns -log softmax(logits)[label], (N,); logits (N, V) become the gradient of its sum."""
     supervised, target = labels >= 0, labels.clamp(min=0)[:, None]
-    if logits.dtype == torch.float32 and not torch.compiler.is_compiling():
-        # where no compiler fuses: a few passes over the logits in place of a dozen
-        at_target, top = logits.gather(1, target), logits.amax(dim=-1, keepdim=True)
-        torch.softmax(logits, dim=-1, out=logits)
-        # the largest p is exp(top - log_total); it never underflows
-        log_total = top - logits.amax(dim=-1, keepdim=True).log()
-        logits.scatter_add_(1, target, logits.new_full(target.shape, -1.0))
-        logits.index_fill_(0, (~supervised).nonzero()[:, 0], 0.0)
-        return torch.where(supervised, (log_total - at_target)[:, 0], 0.0)
     z = logits.float()
+    if not torch.compiler.is_compiling():
+        # where no compiler fuses: a few passes over the logits in place of a dozen
+        at_target, top = z.gather(1, target), z.amax(dim=-1, keepdim=True)
+        torch.softmax(z, dim=-1, out=z)
+        # the largest p is exp(top - log_total); it never underflows
+        log_total = top - z.amax(dim=-1, keepdim=True).log()
+        z.scatter_add_(1, target, z.new_full(target.shape, -1.0))
+        z.index_fill_(0, (~supervised).nonzero()[:, 0], 0.0)
+        if z is not logits:
+            logits.copy_(z)  # 16 bits
+        return torch.where(supervised, (log_total - at_target)[:, 0], 0.0)
     log_total = torch.logsumexp(z, dim=-1, keepdim=True)  # log p = z - log_total
     onehot = torch.arange(logits.shape[1], device=logits.device) == target  # (N, V)
     loss = torch.where(supervised, (log_total - z.gather(1, target))[:, 0], 0.0)

@@ -562,17 +562,18 @@ def announce(cfg, model, world):
     """Chooses precision, attention and compilation, and says why. Returns (dtype, attention)."""
     device, length = world.device, model.cfg.sequence_length
     dtype, why = choose_dtype(cfg.dtype, device)
-    attention, reason = choose_attention(device, length, dtype, cfg.flash_attn)
+    compiled = compiles(cfg, device)
+    attention, reason = choose_attention(device, length, dtype, cfg.flash_attn, compiled)
     model.use_attention(attention)
     model.model.gradient_checkpointing = cfg.gradient_checkpointing
-    if compiles(cfg, device):
+    if compiled:
         compile_model(model)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     world.say(
         f"device {name}{threads}, {world.size} rank{'s' * (world.size > 1)} | "
         f"{str(dtype)[6:]} ({why}) | attention {attention} ({reason}) | "
-        f"torch.compile {'on' if compiles(cfg, device) else 'off'}"
+        f"torch.compile {'on' if compiled else 'off'}"
     )
     return dtype, attention
 

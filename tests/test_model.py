@@ -292,6 +292,21 @@ def test_garbage_in_a_file_is_one_line(saved):
         assert "\n" not in str(refusal.value)
 
 
+def test_compiled_for_a_cpu_16_bits_take_torchs_kernel():
+    chosen = [llama.choose_attention("cpu", 512, torch.bfloat16, compiled=c)[0] for c in (0, 1)]
+    assert chosen == ["math", "sdpa"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_loss_kernel_is_cross_entropy_and_its_gradient(dtype):
+    logits = torch.randn(9, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
+    labels, oracle = torch.tensor([3, -100, 49, 0, 7, -100, 7, 1, 2]), logits.double()
+    losses = F.cross_entropy(oracle.requires_grad_(), labels, reduction="none")
+    losses.sum().backward()
+    torch.testing.assert_close(llama.nats_and_gradient(logits, labels), losses.float())
+    torch.testing.assert_close(logits, oracle.grad.to(dtype))
+
+
 def test_flash_attention_that_does_not_load_is_passed_over_with_its_reason(tmp_path, monkeypatch):
     code = "raise ImportError('undefined symbol: of another torch')"
     (tmp_path / "flash_attn.py").write_text(code)
