@@ -4,16 +4,16 @@
     python benchmarks/data_speed.py --items=speed --limit=3000 --rounds=1 --sample=0.5
     python benchmarks/data_speed.py --items=index --documents=8000000
 
-Needs Linux, and langdetect for `speed`. `speed`: all of corpora/ as one file of rows, one and two
-processes, pinned to as many cores. `clean+filter+dedup` ends where the command says that it trains
-a tokenizer, `whole` is the command with a tokenizer that exists; both count from its start. The
-other method is one process: ftfy, regexes, langdetect on each document, SHA-256, a MinHash updated
-shingle by shingle and datasketch's LSH, then an encode call for each document and rows of ids in
-JSON. It is slow, so it gets every n-th document, --sample MB in all, and its start does not count.
-Programs take turns, in reverse order every second round. MB are of raw text. Memory is the largest
-sum of PSS over the command and its children. `index`: memory and time of the deduplication index
-for random documents. `dedup`: labelled pairs that lose their second document. `langid`: labelled
-texts that are not rejected for their language. One JSON line is printed.
+Needs Linux; `speed` needs langdetect and datasketch: all of corpora/ as one file of rows, one and
+two processes, pinned to as many cores. `clean+filter+dedup` ends where the command says that it
+trains a tokenizer, `whole` is the command with a tokenizer that exists; both count from its start.
+The other method is one process: ftfy, regexes, langdetect on each document, SHA-256, a MinHash
+updated shingle by shingle and datasketch's LSH, then an encode call for each document and rows of
+ids in JSON. It is slow, so it gets every n-th document, --sample MB in all, and its start does not
+count. Programs take turns, in reverse order every second round. MB are of raw text. Memory is the
+largest sum of PSS over the command and its children. `index`: memory and time of the deduplication
+index for random documents. `dedup`: labelled pairs that lose their second document. `langid`:
+labelled texts that are not rejected for their language. One JSON line is printed.
 """
 
 import argparse

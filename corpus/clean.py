@@ -9,10 +9,11 @@ import io
 import re
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Literal
+from unicodedata import is_normalized, normalize
 
 from corpus.files import package
 from lib.config import Fraction, NonNegativeInt, PositiveInt, UserError
@@ -22,6 +23,7 @@ from lib.config import Fraction, NonNegativeInt, PositiveInt, UserError
 class CleanConfig:
     """What to take out of a document, and which documents to drop."""
 
+    normalize_punctuation: bool = False  # ASCII for curly quotes and full-width characters
     remove_urls: bool = True  # take web addresses out; the text of a link stays
     # remove: fenced and `inline` code goes; blocks: fenced only; keep: neither
     code: Literal["remove", "blocks", "keep"] = "remove"
@@ -29,10 +31,10 @@ class CleanConfig:
     min_length: NonNegativeInt = 50  # characters; shorter documents are dropped
     # characters; longer documents are dropped, longer plain-text files cut
     max_length: PositiveInt = 10000
-    # the language to keep: en, off (any), or, with py3langid, another ISO 639 code
+    # the language to keep: en, off (any), or another ISO 639 code, for which py3langid is needed
     language: str = "en"
     language_threshold: Fraction = 0.7  # the score from which a document counts as of that language
-    # builtin: words and spelling, English only; py3langid: the package, most languages
+    # builtin: words and spelling, for English; py3langid: the package, which all others take
     language_detector: Literal["builtin", "py3langid"] = "builtin"
     quality: bool = True  # drop documents that look like no prose: repetition, symbols, markup
     quality_off: tuple[str, ...] = ()  # rules of quality that shall not act, by name
@@ -41,9 +43,18 @@ class CleanConfig:
         for name in self.quality_off:
             if name not in QUALITY:
                 raise UserError(f"quality_off: no rule {name!r}; there are {', '.join(QUALITY)}")
-        if self.language_detector == "builtin" and self.language not in ("en", "off"):
-            remedy = "for any other language set language_detector=py3langid"
-            raise UserError(f"language must be en or off, got {self.language!r}; {remedy}")
+        if self.language not in ("en", "off"):
+            object.__setattr__(self, "language_detector", "py3langid")
+
+
+# Scripts that put no space between words: Thai to Burmese, Khmer, Chinese and Japanese.
+UNSPACED = (
+    "\u0e00-\u109f\u1780-\u17ff\u2e80-\u312f\u31a0-\u9fff\ua9e0-\ua9ff\uaa60-\uaa7f"
+    "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+)
+# Korean, too, puts its letters right beside a foreign word; no other alphabet does.
+BESIDE = rf"{UNSPACED}\u1100-\u11ff\u3130-\u318f\uac00-\ud7a3"
+LETTER = rf"[^\W{BESIDE}]"
 
 
 # --- Repair ---------------------------------------------------------------------------------------
@@ -57,8 +68,10 @@ def clean(text, cfg):
     The steps are repeated until none changes anything, hence clean(clean(text)) == clean(text).
     Nothing is kept of a text that never stops changing.
     """
+    table = NORMALIZED if cfg.normalize_punctuation else INVISIBLE
     for _ in range(ROUNDS):
-        before, text = text, tidy(without_invisible(fix_encoding(plain_lines(text))))
+        before, text = text, fix_characters(fix_encoding(plain_lines(text)), table)
+        text = tidy(text)
         if text != before:
             continue  # only a repaired text is searched for what the settings name
         if cfg.code != "keep" and ("```" in text or "~~~" in text):
@@ -66,9 +79,9 @@ def clean(text, cfg):
         if cfg.code == "remove" and "`" in text:
             text = INLINE.sub(HOLE, text)
         if cfg.remove_urls and ("://" in text or "www." in text):
-            text = URL.sub(url_hole, text)
+            text = change_lines(text, ADDRESS, partial(URL.sub, url_hole))
         if HOLE in text:
-            text = close_holes(text)
+            text = change_lines(text, HOLES, close_holes)
         if cfg.mask_private:
             text = mask_private(text)
         if text == before:
@@ -89,43 +102,50 @@ def plain_lines(text):
     return ESCAPE.sub("", text) if "\x1b" in text else text
 
 
-# ftfy would change character references, control characters and, beyond ASCII, anything that does
-# not stand alone (Latin letters and signs) or among its kind (quotes and dashes; emoji; Greek,
-# Cyrillic, CJK). bytes.translate looks for bytes in a tenth of the time of a pattern.
+# ftfy would change character references, control characters, what is not in normal form C and, of
+# the alphabets that mojibake is made of, anything that does not stand alone (Latin letters and
+# signs) or among its kind. bytes.translate looks for bytes in a tenth of the time of a pattern.
 REFERENCE = re.compile(r"&#?[0-9A-Za-z]{1,24};")
 NO_CONTROL = bytes({*range(256)} - {*range(9), *range(11, 32), 127})
 NO_DIGITS = bytes({*range(256)} - {*b"0123456789"})
 BLANK_ASCII = bytes(32 if byte < 128 else byte for byte in range(256))
 QUIET = re.compile(
     "[\u00a1-\u00c1\u00c4-\u0131\u0134-\u0148\u014a-\u0151\u0154-\u017e\u2022\u20ac\u2122]"
-    "|[\u00a0\u200b\u2010-\u2014\u2026\u2018\u2019\u201c\u201d]+"
-    "|[\u2190-\u21ff\u2600-\u27bf\u200d\ufe0f\U0001f300-\U0001faff]+"
-    "|[\u0391-\u03a1\u03a3-\u03a9\u03b1-\u03c9\u0401\u0410-\u044f\u0451"
-    "\u3041-\u3096\u30a1-\u30fa\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\u3001\u3002]+"
+    "|[\u0391-\u03a1\u03a3-\u03a9\u03b1-\u03c9\u0401\u0410-\u044f\u0451]+"
+    "|[\u00a0\u0530-\u1fff\u200b\u200d\u2010-\u2014\u2018-\u201e\u2026\u2190-\u21ff\u2600-\u27bf"
+    "\u3001-\ud7ff\uf900-\ufaff\ufe0f\uff01-\uffee\U0001f300-\U0001faff]+"
+)
+# What else ftfy's own steps change; of mojibake it has a pattern, which is slow.
+CHANGED = re.compile(
+    "[\0-\x08\x0b-\x1f\x7f-\x9f&\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\u2028\u2029"
+    "\u206a-\u206f\ud800-\udfff\ufb00-\ufb06\ufeff\ufff9-\ufffc]"
 )
 NESTED = re.compile(r"&(?:(?:amp|#38);){9,}")  # ftfy would take one layer at a time
 
 
 def fix_encoding(text):
-    """Returns ftfy.fix_text(text), without its cost for what it would leave alone."""
-    if needs_ftfy(text):
-        import ftfy
+    """Returns ftfy.fix_text(text) but for its quotes and widths, without its cost for no change."""
+    if not needs_ftfy(text):
+        return text
+    import ftfy
+    from ftfy.badness import is_bad
 
-        config, lines = ftfy.TextFixerConfig(explain=False), []
-        for line in io.StringIO(text):
-            if "<" in line:  # ftfy, too, reads entities as such only up to the first tag
-                config = config._replace(unescape_html=False)
-            needy = needs_ftfy(line)
-            lines.append(ftfy.fix_text(NESTED.sub("&amp;", line), config) if needy else line)
-        text = "".join(lines)
-    for curly, straight in zip("\u2018\u2019\u201c\u201d", "''\"\"", strict=True):
-        text = text.replace(curly, straight)
-    return text
+    config = ftfy.TextFixerConfig(explain=False, uncurl_quotes=False, fix_character_width=False)
+    lines = []
+    for line in io.StringIO(text):
+        if "<" in line:  # ftfy, too, reads entities as such only up to the first tag
+            config = config._replace(unescape_html=False)
+        if needs_ftfy(line) and (
+            CHANGED.search(line) or is_bad(line) or not is_normalized("NFC", line)
+        ):
+            line = ftfy.fix_text(NESTED.sub("&amp;", line), config)
+        lines.append(line)
+    return "".join(lines)
 
 
 def needs_ftfy(text):
-    """Returns whether ftfy may change more of a text than its quotation marks."""
-    if not all(map(QUIET.fullmatch, beyond_ascii(text))):
+    """Returns whether ftfy may change a text, at a glance."""
+    if not all(map(QUIET.fullmatch, beyond_ascii(text))) or not is_normalized("NFC", text):
         return True
     control = text.encode().translate(None, NO_CONTROL)
     return bool(control or ("&" in text and REFERENCE.search(text)))
@@ -145,18 +165,33 @@ BLANKS = [0xA0, 0x1680, *range(0x2000, 0x200B), 0x202F, 0x205F, 0x2800, 0x3000, 
 MARKS = [0xAD, 0x61C, 0x180E, 0x200B, 0x200E, 0x200F, 0xFEFF, *range(0x80, 0xA0)]
 MARKS += [*range(0x202A, 0x202F), *range(0x2060, 0x206A), *range(0xE0000, 0xE0080)]
 INVISIBLE = dict.fromkeys(map(chr, MARKS), "") | dict.fromkeys(map(chr, BLANKS), " ")
+NORMALIZED = INVISIBLE | {wide: normalize("NFKC", wide) for wide in map(chr, range(0xFF01, 0xFFEF))}
+NORMALIZED |= dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'")
+NORMALIZED |= dict.fromkeys("\u201c\u201d\u201e\u201f", '"')
 # Emoji and several scripts are spelled with zero-width joiners; elsewhere they are dirt.
 SPELLED_JOINED = r"\u0600-\u0dff\u1000-\u17ff\u2190-\u2bff\ufe0f\U0001f000-\U0001faff"
 JOINER = re.compile(rf"(?<![{SPELLED_JOINED}])[\u200c\u200d]+")
 
 
-def without_invisible(text):
-    """Returns a text with spaces for all blanks and without the characters that show nothing."""
+def fix_characters(text, table):
+    """Returns a text with the characters of a table replaced, and no joiners that show nothing."""
     text = text.replace("\f", "\n")
     characters = set().union(*beyond_ascii(text))
-    for character in INVISIBLE.keys() & characters:
-        text = text.replace(character, INVISIBLE[character])
+    for character in table.keys() & characters:
+        text = text.replace(character, table[character])
     return JOINER.sub("", text) if characters & {"\u200c", "\u200d"} else text
+
+
+def change_lines(text, sign, change):
+    """Returns a text with change(line), or without the line if None, where a pattern matches."""
+    kept, at = [], 0
+    while match := sign.search(text, at):
+        start, end = text.rfind("\n", at, match.start()) + 1 or at, text.find("\n", match.end())
+        end = len(text) if end < 0 else end
+        line = change(text[start:end])
+        kept += [text[at:start], line or ""]
+        at = end + (line is None)
+    return "".join([*kept, text[at:]])
 
 
 def tidy(text):
@@ -173,13 +208,25 @@ def tidy(text):
 HOLE = "\0"  # marks a removal until close_holes has looked around it; repaired text holds none
 FENCE = re.compile(r"(?m)^[ \t>]*+(`{3,}+|~{3,}+)[ \t]*+([^`\n]*)$")
 # `words` between backticks on one line, with a plural's s; not the quotations `this' and ``that''
-INLINE = re.compile(r"(`(?<![\w`\\].)`{0,2}+)(?!\s)[^`\n]{1,200}+(?<!\s)\1(?:e?s\b)?(?![`\w])")
-URL = re.compile(
-    r"[A-Za-z](?<![\w+.-].)(?:[A-Za-z0-9+.-]{1,11}://|(?<=[Ww])ww\.)(?!\s)[^\s<>\[\]{}|\\^`\"\0]+"
+INLINE = re.compile(
+    rf"(`(?<!{LETTER}.)(?<![`\\].)`{{0,2}}+)(?!\s)[^`\n]{{1,200}}+(?<!\s)\1(?:e?s\b)?(?!`|{LETTER})"
 )
-HOLES = re.compile(r"\0(?:[ \t]{0,3}[,;|/]?[ \t]{0,3}\0)+")
+# An address has letters of any alphabet (RFC 3987), but ends at those that need no space before
+# them, and at dashes, quotes and full-width punctuation: a sentence goes on there.
+ADDRESS = re.compile(r"://|[Ww]ww\.")
+URL = re.compile(
+    rf"[A-Za-z](?<!{LETTER}.)(?<![+.-].)(?:[A-Za-z0-9+.-]{{1,11}}://|(?<=[Ww])ww\.)"
+    rf"[^\s<>\[\]{{}}|\\^`\"\0\xab\xbb\u060c\u061b\u061f\u0964\u2014-\u205e\uff00-\uffef{BESIDE}]+"
+)
+HOLES = re.compile(r"\0(?:[ \t]{0,3}[,;|/\u3001\uff0c\uff1b]?[ \t]{0,3}\0)*")
 LINK = re.compile(r"!?\[([^\[\]\n]{0,300})\]\( ?\0[^()\n]{0,200}\)")
-WRAPPED = re.compile(r"\(\0\)|\[\0\]|\{\0\}|<\0>|\"\0\"|'\0'|\*\0\*|_\0_")
+STOPS = ".,;:!?\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f\u060c\u061b\u061f\u0964"
+ENCLOSING = (
+    "()[]{}\uff08\uff09\u3010\u3011\u300a\u300b\u3008\u3009\u300c\u300d\u300e\u300f\u201c\u201d"
+)
+OPENING, CLOSING = ENCLOSING[::2], ENCLOSING[1::2]
+PAIRS = ENCLOSING + "<>\"\"''**__\u2018\u2019\u201e\u201c\xab\xbb"
+WRAPPED = re.compile("|".join(f"\\{a}\0\\{b}" for a, b in zip(PAIRS[::2], PAIRS[1::2])))
 BARE = re.compile(  # a line that held nothing else: a bullet, the name of a reference, its title
     r"[ \t>]*+(?:(?:[-*+]|\.\.|\d{1,3}[.)])[ \t]++)?(?:\[[^\[\]]{1,80}\]:?[ \t]*+)?"
     r'\0[ \t]*+(?:"[^"]{0,200}")?[ \t.,;:]*'
@@ -214,34 +261,29 @@ def url_hole(match):
     return HOLE + url[len(stem) :]
 
 
-def close_holes(text):
-    """Returns a text with no empty brackets, bullets or double spaces where something was."""
-    lines = []
-    for line in text.split("\n"):
-        if HOLE in line:
-            for _ in range(2):  # a link may hold a picture, and brackets may hold brackets
-                before, line = line, HOLES.sub(HOLE, WRAPPED.sub(HOLE, LINK.sub(r"\1", line)))
-                if line == before:
-                    break
-            if BARE.fullmatch(line):
-                continue
-            first, *rest = line.split(HOLE)
-            pieces = [first]
-            for right in rest:
-                pieces[-1:] = close_hole(pieces[-1], right)
-            line = "".join(pieces)
-        lines.append(line)
-    return "\n".join(lines)
+def close_holes(line):
+    """Returns a line without empty brackets and double spaces, or None if it held nothing else."""
+    for _ in range(2):  # a link may hold a picture, and brackets may hold brackets
+        before, line = line, HOLES.sub(HOLE, WRAPPED.sub(HOLE, LINK.sub(r"\1", line)))
+        if line == before:
+            break
+    if BARE.fullmatch(line):
+        return None
+    first, *rest = line.split(HOLE)
+    pieces = [first]
+    for right in rest:
+        pieces[-1:] = close_hole(pieces[-1], right)
+    return "".join(pieces)
 
 
 def close_hole(left, right):
     """Returns the two sides of a hole, made to meet."""
     head, tail = left.rstrip(" \t"), right.lstrip(" \t")
     if not head:  # the first in its line, which stays indented
-        return left, tail.lstrip(" \t.,;:!?")
-    if not tail or tail[0] in ".,;:!?)]}":
+        return left, tail.lstrip(f" \t{STOPS}")
+    if not tail or tail[0] in STOPS + CLOSING:
         return head, tail
-    spaced = (head, tail) != (left, right) and head[-1] not in "([{"
+    spaced = (head, tail) != (left, right) and head[-1] not in OPENING
     return head, f" {tail}" if spaced else tail
 
 
@@ -257,7 +299,7 @@ PEM = re.compile(  # whole, or as much of it as there is
     r"(?:(?:[^-]|-(?!----))*+-----END [A-Z ]{0,30}PRIVATE KEY-----|(?:\s++[A-Za-z0-9+/=]{40,}+)*+)"
 )
 KEY = re.compile(  # the shapes that the issuers of keys publish, so that a leaked one is found
-    r"(?<![\w-])(?:"
+    r"(?a)(?<![\w-])(?:"  # a: a letter beyond ASCII may stand beside it
     r"sk-(?=[\w-]{0,60}[0-9])[\w-]{20,}+"  # OpenAI, Anthropic
     r"|gh[pousr]_[A-Za-z0-9]{36,}+|github_pat_\w{22,}+|glpat-[\w-]{20,}+"  # GitHub, GitLab
     r"|(?:AKIA|ASIA)[A-Z0-9]{16}(?!\w)|AIza[\w-]{35}(?!\w)"  # AWS, Google
@@ -265,18 +307,18 @@ KEY = re.compile(  # the shapes that the issuers of keys publish, so that a leak
     r"|eyJ[\w-]{8,}+\.eyJ[\w-]{8,}+\.[\w-]{8,}+)"  # JSON Web Token (RFC 7519)
 )
 EMAIL = re.compile(  # RFC 5321 within reason; not git@host, nor pictures named icon@2x.png
-    r"(?<![\w.+%-])(?!git@)[\w.+%-]{1,64}+@(?:[A-Za-z0-9-]{1,63}\.){1,8}"
-    r"(?!(?:png|jpg|gif|svg)\b)[A-Za-z]{2,24}\b"
+    rf"(?<!{LETTER})(?<![.+%-])(?!git@)(?:{LETTER}|[.+%-]){{1,64}}+"
+    r"@(?:[A-Za-z0-9-]{1,63}\.){1,8}(?!(?:png|jpg|gif|svg)\b)[A-Za-z]{2,24}(?![A-Za-z0-9_])"
 )
-IPV4 = re.compile(r"[0-9](?<![\w.].)[0-9]{0,2}+(?:\.[0-9]{1,3}+){3}(?!\w|\.\w|-[A-Za-z])")
-IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])")
+IPV4 = re.compile(r"(?a)[0-9](?<![\w.].)[0-9]{0,2}+(?:\.[0-9]{1,3}+){3}(?!\w|\.\w|-[A-Za-z])")
+IPV6 = re.compile(r"(?a)(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])")
 CARD = re.compile(
-    r"(?<![\w.,-])[2-6](?:[0-9]{12,18}+"
+    r"(?a)(?<![\w.,-])[2-6](?:[0-9]{12,18}+"
     r"|[0-9]{3}([ -])(?:[0-9]{4}\1[0-9]{4}\1[0-9]{1,4}(?:\1[0-9]{1,3})?|[0-9]{6}\1[0-9]{4,5}|"
     r"[0-9]{3}\1[0-9]{3}\1[0-9]{3}))(?!\w|[.,-][0-9])"
 )
 PHONE = re.compile(
-    r"(?<![\w.,/+#$-])(?:"
+    r"(?a)(?<![\w.,/+#$-])(?:"
     r"\+[1-9](?:[ .()/-]{0,2}[0-9]){7,14}"  # international (E.164, E.123)
     r"|(?:1[ .-])?(?:\([0-9]{3}\)[ -]?|[0-9]{3}[.-])[0-9]{3}[ .-][0-9]{4}"  # North America
     r"|(?<![0-9] )(?:1 )?[2-9][0-9]{2} [2-9][0-9]{2} [0-9]{4}"
@@ -304,17 +346,14 @@ def mask_private(text):
         text = PEM.sub("[KEY]", text)
     if "@" not in text and not text.encode().translate(None, NO_DIGITS):
         return text
-    kept, at = [], 0
-    while match := SUSPECT.search(text, at):
-        start, end = text.rfind("\n", at, match.start()) + 1 or at, text.find("\n", match.end())
-        end = len(text) if end < 0 else end
-        line = text[start:end]
-        for mask, sign, pattern, is_private in MASKS:
-            if sign in line:
-                line = pattern.sub(lambda m, w=mask, ok=is_private: w if ok(m) else m[0], line)
-        kept += [text[at:start], NAMED_PHONE.sub(r"\1[PHONE]", line)]
-        at = end
-    return "".join([*kept, text[at:]])
+    return change_lines(text, SUSPECT, mask_line)
+
+
+def mask_line(line):
+    for mask, sign, pattern, is_private in MASKS:
+        if sign in line:
+            line = pattern.sub(lambda m, w=mask, ok=is_private: w if ok(m) else m[0], line)
+    return NAMED_PHONE.sub(r"\1[PHONE]", line)
 
 
 def is_ipv4(match):
@@ -411,12 +450,15 @@ def english_score(text):
 @cache
 def language_identifier():
     """Returns py3langid's model, loaded once in each process; UserError without the package."""
-    langid = package("py3langid.langid", "language_detector=py3langid")
+    langid = package("py3langid.langid", "a language beside en, or language_detector=py3langid,")
     return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
 
 
 def language_score(text, cfg):
-    """Returns how sure the detector is that the text is in cfg.language, 0 to 1."""
+    """Returns how sure the detector is that a text is in cfg.language, 0 to 1, or None of a short
+    text, or if any language will do."""
+    if cfg.language == "off" or len(text) < cfg.min_length:
+        return None
     if cfg.language_detector == "builtin":
         return english_score(text)
     scores = dict(language_identifier().rank(text))
@@ -429,8 +471,8 @@ def language_score(text, cfg):
 # --- Filters --------------------------------------------------------------------------------------
 
 
-def reject(text, cfg):
-    """Returns why a cleaned document is not kept, or None.
+def reject(text, cfg, score=None):
+    """Returns why a cleaned document is not kept, or None. score: its language_score, if known.
 
     The reasons are too-short, too-long, the rules of QUALITY, and not-english or not-LANGUAGE.
     """
@@ -443,9 +485,11 @@ def reject(text, cfg):
         for name, fails in QUALITY.items():
             if name not in cfg.quality_off and fails(text, words, lines):
                 return name
-    if cfg.language != "off" and language_score(text, cfg) < cfg.language_threshold:
-        return "not-english" if cfg.language == "en" else f"not-{cfg.language}"
-    return None
+    if cfg.language == "off":
+        return None
+    score = language_score(text, cfg) if score is None else score
+    name = "english" if cfg.language == "en" else cfg.language
+    return f"not-{name}" if score < cfg.language_threshold else None
 
 
 BULLETS = ("- ", "* ", "+ ", "\u2022", "\u00b7", "\u25cf", "\u25aa", "\u2023")
@@ -458,7 +502,7 @@ def has_spaces(text):
 
 
 # Whether a document fails, given its text, its words in lower case and its lines but blank ones.
-# Gopher: Rae et al. 2021, table A1; C4: Raffel et al. 2020, 2.2.
+# Gopher: Rae et al. 2021, table A1; C4: Raffel et al. 2020, 2.2. 12 bytes are a word at least.
 QUALITY = {
     # mean word length outside 3 to 10 characters (Gopher), in 200 characters at least
     "word-length": lambda text, words, lines: (
@@ -471,7 +515,8 @@ QUALITY = {
     # over one run of # or of dots to ten words (Gopher counts each #), of 50 words at least
     "symbols": lambda text, words, lines: (
         sum(map(text.count, ("#", *DOTS))) > 0.1 * max(50, len(words))  # fast
-        and len(re.findall(r"#+|\.{3,}|\u2026", text)) > 0.1 * max(50, len(words))
+        and len(re.findall(r"#+|\.{3,}|\u2026+", text))
+        > 0.1 * max(50, len(words), len(text.encode()) // 12)
     ),
     # over 90% of the lines, of ten at least, begin with a bullet (Gopher)
     "bullets": lambda text, words, lines: (
@@ -492,7 +537,8 @@ QUALITY = {
     ),
     # over one closing tag to 200 words, three at least: a page with its markup still in it
     "markup": lambda text, words, lines: (
-        text.count("</") >= 3 and 200 * len(re.findall("</[A-Za-z]", text)) > len(words)
+        text.count("</") >= 3
+        and 200 * len(re.findall("</[A-Za-z]", text)) > max(len(words), len(text.encode()) // 12)
     ),
     # the typesetters' dummy text, once in 1,000 characters (C4: anywhere)
     "lorem-ipsum": lambda text, words, lines: 1000 * text.count("orem ipsum") > len(text),

@@ -12,12 +12,14 @@ import functools
 import hashlib
 import math
 import os
+import re
 from collections import defaultdict
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
+from corpus.clean import UNSPACED
 from lib.config import UserError
 
 PERMUTATIONS = 128  # the estimate of a Jaccard similarity of 0.8 is off by 0.035 (one sigma)
@@ -64,17 +66,18 @@ def minhash(texts, seed):
 
 @functools.cache
 def permutations(seed):
-    """Returns datasketch's own factors and summands: two rows of PERMUTATIONS uint32."""
-    from datasketch import MinHash
-
-    return MinHash(num_perm=PERMUTATIONS, seed=seed % 2**32, scheme="affine32").permutations
+    """Returns the factors, which are odd, and the summands: two rows of PERMUTATIONS uint32."""
+    random = np.random.RandomState(seed % 2**32)  # drawn as datasketch draws them
+    factors = 2 * random.randint(0, 2**31, PERMUTATIONS, np.uint32) + 1
+    return factors, random.randint(0, 2**32, PERMUTATIONS, np.uint32)
 
 
 def shingles(texts):
     r"""Returns (grams, counts): 32-bit hashes of the word 5-grams, and how many each text has.
 
-    A word is what `\w+` finds. A text of fewer than 5 words has one shingle, the whole. Repeated
-    shingles stay: a minimum does not mind. The time is linear in the length of the texts.
+    A word is what `\w+` finds; in scripts without spaces, each of its characters. A text of fewer
+    than 5 words has one shingle, the whole. Repeated shingles stay: a minimum does not mind. The
+    time is linear in the length of the texts.
     """
     words, counts = hash_words(texts)
     gap = NGRAM - 1  # so many zeros follow each text: a short text gives a shingle too
@@ -105,19 +108,26 @@ def hash_words(texts):
     """
     joined = "\n" + "\n".join(texts) + "\n"
     characters = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
-    inside = word_characters().take(characters)
-    edges = np.flatnonzero(inside[1:] != inside[:-1]) + 1
-    starts = edges[::2]  # at the others a word ends
+    kinds = character_kinds().take(characters)
+    alone = np.flatnonzero(kinds == 2)
+    kinds[alone] += (alone & 1).astype(np.uint8)  # neighbours differ: each is a word
+    edges = np.flatnonzero(kinds[1:] != kinds[:-1]) + 1
+    words = np.flatnonzero(kinds[edges])  # at the other edges a word has ended
+    starts = edges[words]
     up, down = powers(1 << len(characters).bit_length())
-    hashes = np.add.reduceat(characters * up[: len(characters)], edges)[::2] * down[starts]
+    hashes = np.add.reduceat(characters * up[: len(characters)], edges)[words] * down[starts]
     borders = np.cumsum([1, *(len(text) + 1 for text in texts)])
     return hashes, np.diff(np.searchsorted(starts, borders))
 
 
 @functools.cache
-def word_characters():
-    r"""Returns, for every code point, whether `\w` matches it."""
-    return np.array([chr(code).isalnum() or code == ord("_") for code in range(0x110000)])
+def character_kinds():
+    r"""Returns for every code point 1 if `\w` matches it, 2 if it also is UNSPACED, else 0."""
+    kinds, everything = np.zeros(0x110000, np.uint8), "".join(map(chr, range(0x110000)))
+    for kind, pattern in enumerate((r"\w+", rf"(?:(?=\w)[{UNSPACED}])+"), start=1):
+        for run in re.finditer(pattern, everything):
+            kinds[run.start() : run.end()] = kind
+    return kinds
 
 
 @functools.lru_cache(2)  # a longer one than usual is soon forgotten

@@ -315,9 +315,9 @@ def refine(batch, cfg):
     of all how many have which language score, and of those without a reason: digests, signatures.
     """
     texts = [clean(raw, cfg) for _, raw in batch]
-    long = [text for text in texts if cfg.language != "off" and len(text) >= cfg.min_length]
-    scores = Counter(f"{int(10 * language_score(text, cfg)) / 10}" for text in long)
-    reasons = [reject(text, cfg) for text in texts]
+    scores = [language_score(text, cfg) for text in texts]
+    reasons = [reject(text, cfg, score) for text, score in zip(texts, scores, strict=True)]
+    scores = Counter(f"{int(10 * score) / 10}" for score in scores if score is not None)
     good = [text for text, reason in zip(texts, reasons, strict=True) if not reason]
     signatures = minhash(good, cfg.seed) if cfg.use_minhash else None
     return texts, scores, reasons, sha256(good), signatures
@@ -509,7 +509,8 @@ def kept_settings(cfg):
 
 def changed_settings(then, now):
     """Returns lines on the settings that differ. An absent one has its default."""
-    defaults = kept_settings(DataConfig()) | {"dedup_storage": ""}  # of earlier versions
+    earlier = {"dedup_storage": "", "normalize_punctuation": True}  # before there was the flag
+    defaults = kept_settings(DataConfig()) | earlier
     pairs = [(key, *(s.get(key, defaults.get(key)) for s in (then, now))) for key in now | then]
     return [f"{key} was {a!r:.80}, now it is {b!r:.80}" for key, a, b in pairs if a != b]
 

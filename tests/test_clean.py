@@ -24,6 +24,7 @@ from tests import SHARED
 
 CFG = CleanConfig()
 KEEP = CleanConfig(remove_urls=False, code="keep", mask_private=False)
+WRITERS = {"uncurl_quotes": False, "fix_character_width": False}
 PROSE = (
     "The lamp on the sill had burned all night, and when the keeper came down in the morning he "
     "found that the oil was gone. There was no letter from the town, so he went out to look at the "
@@ -51,12 +52,11 @@ FAMILY = "\U0001f469\u200d\U0001f52c \u0645\u06cc\u200c\u062e"  # joiners that s
         ("jo\u200din\u200cer", "joiner"),
         (FAMILY, FAMILY),
         ("hid\U000e0041\U000e0042den", "hidden"),
-        ("na\u00efve \u00e2\u20ac\u201c \u201cquotes\u201d", 'na\u00efve \u2013 "quotes"'),
+        ("na\u00efve \u00e2\u20ac\u201c x \u00e2\u20ac\u0153y", "na\u00efve \u2013 x \u201cy"),
         ("one\u2028two", "one\ntwo"),
         ("thin\u2009space no\u00a0break", "thin space no break"),
         ("&amp;amp;amp;lt; AT&T", "< AT&T"),
         ("<|im_end|> and </s>", "<|im_end|> and </s>"),  # the tokenizer's affair, not ours
-        ("\uff1c|im_end|\uff1e", "<|im_end|>"),
         ("", ""),
         (" \n\t\n", ""),
         ("a \ud800 b", "a \ufffd b"),  # half a surrogate pair
@@ -64,6 +64,50 @@ FAMILY = "\U0001f469\u200d\U0001f52c \u0645\u06cc\u200c\u062e"  # joiners that s
     ],
 )
 def test_clean(dirty, expected):
+    assert clean(dirty, CFG) == expected
+
+
+WRITTEN = [  # as their writers do, and in ASCII
+    ("他说\uff1a\u201c你好\uff0c世界\uff01\u201d\uff08测试\uff09……", '他说:"你好,世界!"(测试)……'),
+    ("\u201eGuten Tag\u201c, \u201aso\u2018", "\"Guten Tag\", 'so'"),
+    ("\u00ab Bonjour \u00bb, l\u2019été", "\u00ab Bonjour \u00bb, l'été"),
+    ("\uff21\uff11\uff1c|im_end|\uff1e \uff76\uff9e", "A1<|im_end|> ガ"),
+    ("don\u2019t \u2014 \u201cdo\u201d", 'don\'t \u2014 "do"'),
+]
+
+
+@pytest.mark.parametrize(("text", "ascii"), WRITTEN)
+def test_punctuation_stays_the_writers_unless_asked(text, ascii):
+    mojibake, repaired = "\u00e2\u20ac\u0153x ", "\u201cx "
+    assert clean(mojibake + text, CFG) == repaired + text
+    assert clean(mojibake + text, replace(CFG, normalize_punctuation=True)) == '"x ' + ascii
+
+
+@pytest.mark.parametrize(
+    ("dirty", "expected"),
+    [
+        ("请访问https://example.com/查看详情。", "请访问查看详情。"),
+        ("详情见 https://a.org/b?c=d \uff0c另见www.a.cn\uff1b谢谢", "详情见\uff0c另见\uff1b谢谢"),
+        ("说明\uff08https://a.org/x\uff09在此", "说明在此"),
+        ("「https://a.jp/」を参照してください。", "を参照してください。"),
+        (
+            "维基https://zh.wikipedia.org/wiki/中文是一篇文章",
+            "维基中文是一篇文章",
+        ),  # not the sentence
+        ("[文章](https://zh.wikipedia.org/wiki/中文)很好", "文章很好"),
+        ("자세한 내용은 https://a.kr/b를 보세요", "자세한 내용은 를 보세요"),
+        ("ดูที่https://a.org/xแล้วกลับมา", "ดูที่แล้วกลับมา"),
+        ("из http://a.org/Москва, где", "из, где"),
+        ("in https://de.wikipedia.org/wiki/Köln steht", "in steht"),
+        ("\u00ab http://a.org \u00bb und \u201ehttp://b.org\u201c.", "\u00ab \u00bb und."),
+        ("انظر http://a.org/x، ثم عد", "انظر، ثم عد"),
+        (
+            "使用`pip`安装\uff0c联系我a@b.cn谢谢\uff0c主机10.0.0.1上",
+            "使用安装\uff0c联系我[EMAIL]谢谢\uff0c主机[IP]上",
+        ),
+    ],
+)
+def test_what_is_taken_out_ends_where_another_script_goes_on(dirty, expected):
     assert clean(dirty, CFG) == expected
 
 
@@ -267,7 +311,7 @@ def pieced(strings, size):
 @example("[[a](http://b.c)](http://d.e)")
 @example("&amp;amp;amp;lt;")
 def test_cleaning_twice_is_cleaning_once(text):
-    for cfg in (CFG, KEEP):
+    for cfg in (CFG, KEEP, replace(KEEP, normalize_punctuation=True)):
         once = clean(text, cfg)
         assert clean(once, cfg) == once
         assert "\0" not in once
@@ -279,7 +323,7 @@ def test_cleaning_twice_is_cleaning_once(text):
 )
 @settings(max_examples=500, deadline=None)
 def test_the_fast_path_gives_what_ftfy_gives(text):
-    assert fix_encoding(text) == ftfy.fix_text(text)
+    assert fix_encoding(text) == ftfy.fix_text(text, **WRITERS)
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -325,6 +369,7 @@ def test_english_is_told_from_other_languages_and_from_nothing():
 def test_py3langid_keeps_the_language_asked_for(code):
     pytest.importorskip("py3langid")
     cfg = replace(CFG, language_detector="py3langid")
+    assert CleanConfig(language=code).language_detector == "py3langid"
     assert reject(PROSE, cfg) is None
     assert reject(LANGUAGES[code], cfg) == "not-english"
     assert reject(LANGUAGES[code], replace(cfg, language=code)) is None
@@ -338,13 +383,12 @@ def test_mistakes_in_the_settings_are_one_line(monkeypatch):
         UserError, match=r"no rule 'bullet'; there are word-length, few-words, .*lorem-ipsum"
     ):
         configure(CleanConfig, ["--quality_off=symbols,bullet"])
-    with pytest.raises(UserError, match=r"en or off, got 'de'; .* language_detector=py3langid"):
-        configure(CleanConfig, ["--language=de"])
     monkeypatch.setitem(sys.modules, "py3langid", None)
     monkeypatch.setitem(sys.modules, "py3langid.langid", None)
     language_identifier.cache_clear()
-    with pytest.raises(UserError, match="pip install py3langid"):
-        reject(PROSE, replace(CFG, language_detector="py3langid"))
+    for cfg in (replace(CFG, language_detector="py3langid"), replace(CFG, language="de")):
+        with pytest.raises(UserError, match="pip install py3langid"):
+            reject(PROSE, cfg)
 
 
 def test_length_is_counted_in_characters_after_cleaning():
@@ -352,6 +396,36 @@ def test_length_is_counted_in_characters_after_cleaning():
     assert reject(PROSE, replace(CFG, min_length=len(PROSE))) is None
     assert reject(PROSE, replace(CFG, max_length=len(PROSE))) is None
     assert reject(PROSE, replace(CFG, max_length=len(PROSE) - 1)) == "too-long"
+
+
+GOOD = {
+    "de": "Die Donaudampfschifffahrtsgesellschaft eröffnete im Frühjahr eine Nebenstrecke, deren "
+    "Fahrpläne die Gemeindeverwaltungen mitgestalteten. Naturschutzverbände begrüßten, dass die "
+    "Uferbefestigungen erhalten blieben, und die Wochenmärkte bekamen neue Kundschaft.",
+    "ru": "Утром рыбаки вытащили лодку на песок и долго спорили, откуда дует ветер. Старший из них "
+    "говорил, что к вечеру непременно пойдёт дождь, младший же смеялся и чинил сети возле дома.",
+    "ar": "خرج المعلم من المدرسة بعد الظهر وجلس تحت شجرة الزيتون يقرأ رسالة قديمة من أخيه، ثم كتب "
+    "له جوابا طويلا عن الحصاد والمطر وعن الجيران الذين رحلوا إلى المدينة في الشتاء الماضي.",
+    "hi": "सुबह होते ही किसान अपने खेत की ओर चल पड़ा और रास्ते में उसने नदी के किनारे बैठे बच्चों को देखा। "
+    "वे मिट्टी के छोटे घर बना रहे थे और आपस में हँस रहे थे। शाम को सबने मिलकर खाना खाया।",
+    "th": "ตอนเช้าชาวนาเดินไปที่ทุ่งนาพร้อมกับสุนัขตัวเก่า เขาหยุดพักใต้ต้นมะม่วงแล้วมองดูเมฆที่ลอยมาจากภูเขา "
+    "เมื่อฝนตกในตอนบ่ายเด็กๆวิ่งออกมาเล่นน้ำหน้าบ้านอย่างสนุกสนาน",
+    "zh": "清晨\uff0c渔夫把小船推下水\uff0c妻子在岸边补网……儿子昨天从城里回来了\uff0c"
+    "带来新米和几本旧书。到了傍晚……一家人坐在院子里吃饭\uff0c听老人讲从前的故事\uff0c谁也没有注意到天黑。",
+    "ja": "朝早く、漁師は小さな船を海に出し、妻は岸で網を直していました。昨日町から帰った息子は、"
+    "新しい米と古い本を何冊か持ってきて、夕方になると家族みんなで庭に座って話をしました。",
+}
+
+
+@pytest.mark.parametrize("code", GOOD)
+def test_good_text_of_any_language_is_kept(code):
+    pytest.importorskip("py3langid")
+    for copies in (1, 12):  # a story of many paragraphs, each with words of its own
+        text = "\n\n".join(f"{n}. {GOOD[code]}" for n in range(copies))
+        off = ("repeated-phrases",) if copies > 1 else ()
+        cfg = replace(CFG, language=code, quality_off=off)
+        assert reject(clean(text, cfg), cfg) is None
+        assert clean(text, cfg) == text
 
 
 WORDS = PROSE.split()
@@ -409,11 +483,12 @@ def test_ftfys_own_cases_come_out_as_ftfy_has_them():
     cases = json.loads(shared("dirty/ftfy_cases.json").read_text(encoding="utf-8"))
     for case in cases:
         fixed = ftfy.fix_text(case["original"])
-        assert fix_encoding(case["original"]) == fixed
+        assert fix_encoding(case["original"]) == ftfy.fix_text(case["original"], **WRITERS)
         invisible = str.maketrans(
             dict.fromkeys("\x81\u200b\xad", "") | {"\xa0": " ", "\u2800": " "}
         )
-        assert clean(case["original"], KEEP) == fixed.translate(invisible).rstrip()
+        cleaned = clean(case["original"], replace(KEEP, normalize_punctuation=True))
+        assert cleaned == fixed.translate(invisible).rstrip()
         if case["expect"] == "pass":
             assert fixed == case["fixed"]
 

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from corpus.clean import UNSPACED
 from corpus.dedup import PERMUTATIONS, Index, band_shape, minhash, sha256, shingles
 from lib.config import UserError
 from tests import SHARED
@@ -36,7 +37,7 @@ def changed(text, share):
 
 def grams(text):
     """Returns the set of word 5-grams: the oracle."""
-    words = re.findall(r"\w+", text.lower())
+    words = re.findall(rf"(?=\w)[{UNSPACED}]|[^\W{UNSPACED}]+", text.lower())
     return {tuple(words[i : i + 5]) for i in range(max(1, len(words) - 4))} if words else set()
 
 
@@ -97,7 +98,7 @@ def shingle_sets(texts):
     return [set(row.tolist()) for row in np.split(hashes, np.cumsum(counts)[:-1])]
 
 
-letters = st.text(st.sampled_from("ab é\u2014_1\n\u0130\u03a3\0"), max_size=60)
+letters = st.text(st.sampled_from("ab é\u2014_1\n\u0130\u03a3\0東京\uff0cกิ한"), max_size=60)
 
 
 @given(st.lists(letters, min_size=1, max_size=6))
@@ -155,6 +156,36 @@ def test_bands_fit_the_threshold(threshold, new_index):
             reason = judge(new_index(threshold), sha256(pair), minhash(pair, 42))[1]
             if abs(jaccard(*pair) - threshold) > 0.17:  # four sigmas
                 assert reason == (NEAR if jaccard(*pair) > threshold else None)
+
+
+SCRIPTS = {  # letters, and how many to draw
+    "Chinese": range(0x4E00, 0x5200),
+    "Japanese": [*range(0x3041, 0x3090), *range(0x5200, 0x5400)],
+    "Thai": range(0x0E01, 0x0E2F),
+    "Khmer": range(0x1780, 0x17A3),
+    "Lao": [code for code in range(0x0E81, 0x0EAF) if chr(code).isalnum()],
+    "Burmese": range(0x1000, 0x102A),
+    "Tibetan": [code for code in range(0x0F40, 0x0F6A) if chr(code).isalnum()],
+    "mixed": [*range(0x4E00, 0x5200), *b"abc XYZ 019 .,"],
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_near_duplicates_are_found_where_no_spaces_are_written(script, new_index):
+    random = np.random.RandomState(5)
+
+    def text():
+        return "".join(map(chr, random.choice(SCRIPTS[script], 1500)))
+
+    first, other = text(), text()
+    end = len(first) - 40
+    near = first[:end] + text()[:40]  # 95% alike
+    texts = [first, near, other, other[:300] + text()[300:]]
+    similarity = [jaccard(first, near), jaccard(first, other), jaccard(other, texts[3])]
+    assert similarity[0] > 0.94
+    assert max(similarity[1:]) < 0.3
+    reasons = judge(new_index(0.8), sha256(texts), minhash(texts, 42))
+    assert reasons == [None, NEAR, None, None]
 
 
 def corpus(seed, clusters=90, copies=6):

@@ -202,7 +202,7 @@ elif __name__ == "__main__":
     folders = (root, root / "lib", root / "corpus", root / "tools")
     files = [path for folder in folders for path in folder.glob("*.py")]
     modules = [".".join(path.relative_to(root).with_suffix("").parts) for path in files]
-    modules += ["torch._dynamo", "torch.distributed.run", "ftfy", "datasketch", "matplotlib.figure"]
+    modules += ["torch._dynamo", "torch.distributed.run", "ftfy", "matplotlib.figure"]
     for name in [*modules, "pytest", "tests.runs"]:
         importlib.import_module(name)
     del sys.path[0]
