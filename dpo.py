@@ -21,11 +21,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from corpus.chats import read_pairs, render_rows
+from corpus.chats import read_pairs
 from data import ExampleStream, supervised_rows
 from lib.checkpoint import check_unused
 from lib.config import PositiveFloat, PositiveInt, Range, UserError, run
-from lib.conversation import render_answer
+from lib.conversation import render_answer, render_rows
 from lib.runtime import autocast, choose_dtype, open_world, to_device
 from lib.tokenizer import IGNORE, Tokenizer
 from model import choose_attention, linear_cross_entropy, lora_off, model_folder, supervised_hidden

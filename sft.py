@@ -23,8 +23,9 @@ from typing import Literal
 import numpy as np
 import torch
 
-from corpus.chats import read_chats, render_rows
+from corpus.chats import read_chats
 from corpus.files import Tally, reasons_of
+from corpus.sources import unused_columns
 from data import ExampleStream, pack_examples, supervised_rows
 from lib.checkpoint import check_unused, find_checkpoint
 from lib.config import (
@@ -36,7 +37,7 @@ from lib.config import (
     UserError,
     run,
 )
-from lib.conversation import find_template, render, stop_ids, template_of
+from lib.conversation import find_template, render, render_rows, stop_ids, template_of
 from lib.folders import hash_fraction
 from lib.runtime import open_world, to_device
 from lib.tokenizer import Tokenizer
@@ -268,6 +269,8 @@ def read_reporting(read, path, say):
     rows = read(path, tally)
     for _, reason, count, example in reasons_of(tally.dropped):
         say(f"{count:,} passed over: {reason} ({example})")
+    if unused := unused_columns(tally):
+        say(unused)
     return rows
 
 

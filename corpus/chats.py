@@ -1,41 +1,155 @@
-"""Conversations and preference pairs out of foreign files, whatever their format.
+"""Conversations and preference pairs out of foreign rows, whatever their format.
 
     read_chats(path) -> [{"messages": [{"role": "user", "content": "..."}, ...]}, ...]
     read_pairs(path) -> [{"prompt": [messages], "chosen": [messages], "rejected": [messages]}, ...]
 
-Every row is brought to messages of the roles system, user and assistant. Its format is recognized
-by its fields, row by row. A row that cannot be used is counted by reason in a `Tally`.
+Messages have the roles system, user and assistant; an answer that is only context has "weight": 0.
+FIELDS says what a field means, CHATS and PAIRS which meanings make a row: the first shape whose
+meanings are all there reads it.
 """
 
+import ast
+import json
+import math
 import re
-from itertools import takewhile
+from itertools import chain, takewhile
 
-from corpus.files import Tally, reasons_of, surrogate
-from corpus.sources import source_rows
-from lib.config import UserError
-from lib.conversation import render, render_answer
+from corpus.files import surrogate, whole_json
+from corpus.sources import BadRow, PassedOver, usable_rows
+from lib.conversation import is_learned
 
-# ---- the formats: which field means what. A new name of a field or a role is added here alone.
+# ---- the tables: a new name is a word, a new markup or shape a line
 
-DIALOGUES = ("messages", "conversations", "conversation", "dialogue", "dialog")  # lists of messages
-QUESTIONS = ("prompt", "instruction", "question")
-ANSWERS = ("response", "completion", "output", "answer")
-PAIR = ("chosen", "rejected")
-SPEAKER, TEXT = ("role", "from"), ("content", "value")  # of a message: OpenAI's, ShareGPT's
-SPEAKERS = {"system": "system"} | dict.fromkeys(("user", "human", "prompter"), "user")
-SPEAKERS |= dict.fromkeys(("assistant", "gpt", "bot", "chatgpt"), "assistant")
-TURN = re.compile(r"\n\n(Human|Assistant):")  # of a transcript, as hh-rlhf has them
-
-REMEDY = (
-    f"rename its fields: {'|'.join(QUESTIONS)} and {'|'.join(ANSWERS)}, or {'|'.join(DIALOGUES)}, "
-    "for sft.py; prompt, chosen and rejected for dpo.py"
-)
+FIELDS = {  # a meaning: the fields that have it; of several the first with a value is read
+    "messages": "messages conversations conversation dialogue dialog contents",
+    "system": "system system_prompt system_message",
+    "question": "prompt instruction question query user human input",
+    "context": "input context",
+    "answer": "response completion output answer answers assistant gpt bot",
+    "outputs": "output",  # two, the better first
+    "chosen": "chosen chosen_response response_chosen response_j",
+    "rejected": "rejected rejected_response response_rejected response_k",
+    "role": "role from",  # this and the next two of a message or a part of it
+    "content": "content value text parts",
+    "thoughts": "thinking reasoning thoughts reasoning_recap user_editable_context",  # left out
+    "not-learned": "label kto_tag weight loss train training train_on_turn",  # if false
+    "media": "images image image_url input_image image_asset_pointer videos video audios audio "
+    "input_audio files",
+    "tools": "tools functions tool_calls function_call tool_use tool_result",
+    "choices": "choices options endings",
+    "rating": "helpfulness",
+}
+# all others mean what they are called
+FIELDS |= {name: name for name in "history text mapping current_node chat message_tree_id".split()}
+FIELDS = {meaning: tuple(names.split()) for meaning, names in FIELDS.items()}
+FITS = {"outputs": lambda value: isinstance(value, list) and len(value) == 2}
+ROLE_OF = {"system": "system", "question": "user", "context": "user"}
+ROLE_OF |= dict.fromkeys(("answer", "chosen", "rejected"), "assistant")
+REFUSED = {  # rows with a value of such a meaning are passed over
+    "not-learned": "says that the answer is not to be learned; leave the field out to learn it",
+    "media": "is no text; leave the field out to learn the text alone",
+    "tools": "is not supported; leave rows with tools out",
+    "choices": "is a question for eval.py --tasks; leave the field out if the answer is a text",
+    "rating": "rates the answer; keep rows with good ones, and leave the field out",
+}
+ON, OFF = ("true", "1", "1.0"), ("false", "0", "0.0")  # of "not-learned", in small letters
+OF_MESSAGE = {n for meaning in ("role", "content", *ROLE_OF) for n in FIELDS[meaning]}
+SPEAKERS = {  # a role: its names in messages and in the markups below
+    "system": "system developer [inst]<<sys>>",
+    "user": "user human prompter instruction input [inst] <</sys>>",
+    "assistant": "assistant gpt model ai bot chatgpt response [/inst]",
+    "tool": "tool function function_call observation tool_call tool_response ipython",
+}
+SPEAKERS = {name: role for role, names in SPEAKERS.items() for name in names.split()}
+ALPACA = "### Instruction"  # text before its first turn is the system message
+MARKUPS = {  # of a conversation in one text: what opens a turn and names its speaker, what ends it
+    "ChatML": (r"<\|im_start\|>(\w+)(?:\n|\Z)", r"<\|im_end\|>"),
+    "Llama 2": (r"(\[INST\]\s*<<SYS>>|<</SYS>>|\[/?INST\])", r"</?s>"),
+    "Llama 3": (r"<\|start_header_id\|>(\w+)<\|end_header_id\|>", r"<\|(eot_id|begin_of_text)\|>"),
+    ALPACA: (r"### ?(Instruction|Input|Response|System|Human|User|Assistant):", r"</?s>"),
+    "Human/Assistant": (r"(?:\A|\n\n)(Human|User|Assistant):", r"\Z"),
+    "Human/Assistant by lines": (r"(?:\A|\n)(Human|User|Assistant):", r"\Z"),
+}
+MARKUPS = {name: tuple(map(re.compile, parts)) for name, parts in MARKUPS.items()}
+# how messages begin that are the text of JSON or Python; in numpy's, strings, and a lacking comma
+LIKE = re.compile(r"""(?is)\[?\s*\{.*?['"](role|from)['"]:\s*['"](system|user|human|assist|gpt)""")
+NUMPY = re.compile(r"""(?s)'(?:[^'\\]|\\.)*+'?|"(?:[^"\\]|\\.)*+"?|(?P<end>\}(?=\s*\{))""")
+REMEDY = "rename its fields: prompt|instruction|question and response|completion|output|answer, or "
+REMEDY += "messages, for sft.py; prompt, chosen and rejected for dpo.py"
 # every control character but tab and the line breaks
 CONTROLS = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(127, 160)])
 
 
-class BadRow(Exception):
-    """Why a row cannot be used: BadRow(reason, detail)."""
+def opening(fields):
+    """Returns the messages before a row's answer, or all, of {meaning: (field, value)}."""
+    messages = []
+    for meaning in ("system", "history", "messages", "text", "question", "context"):
+        name, value = fields.get(meaning, ("", None))
+        if name and not (absent(value) and meaning in ("system", "history", "context")):
+            more = messages_of(name, value, ROLE_OF.get(meaning))
+            if meaning == "context" and messages and messages[-1]["role"] == "user":
+                more[0]["content"] = f"{messages.pop()['content']}\n{more[0]['content']}"
+            messages += more[messages == more[:1] :]  # some files hold the system's message twice
+    return messages
+
+
+def answered(fields):
+    """Returns the messages of a question and its answer; of `answers`, as SQuAD's, the first."""
+    name, value = fields["answer"]
+    while name == "answers" and isinstance(value, list | dict):
+        value = value["text"] if isinstance(value, dict) else next(iter(value), None)
+    if value is None:
+        raise PassedOver("empty-answer", f'"{name}" is empty')
+    if isinstance(value, list) and len(value) > 1 and all(isinstance(v, str) for v in value):
+        raise BadRow("preference-pair", f'"{name}" holds several answers, for dpo.py')
+    return dialogue_of(opening(fields), name, value)
+
+
+def branch(nodes, last, parent):
+    """Returns the nodes of a tree, each of which names its parent, from the root to the last."""
+    nodes, path = dict(nodes), []
+    while node := nodes.pop(last, None):
+        path.insert(0, node)
+        last = node.get(parent)
+    return path
+
+
+def chatgpt(fields):
+    nodes = branch(fields["mapping"][1], fields["current_node"][1], "parent")
+    messages = [node["message"] | node["message"]["author"] for node in nodes if node["message"]]
+    return messages_of("mapping", [m for m in messages if content_text(m, "mapping: ") != ""])
+
+
+def web_chat(chat):
+    history = chat.get("history") or {"messages": {}, "currentId": None}
+    nodes = branch(history["messages"], history["currentId"], "parentId")
+    return messages_of("chat", nodes or chat["messages"])
+
+
+def best_replies(node):
+    """Returns the messages of a tree from a node down, each the reply of the best rank, 0."""
+    rank = lambda reply: math.inf if reply.get("rank") is None else reply["rank"]
+    replies = sorted(node.get("replies") or [], key=rank)
+    return messages_of("prompt", node) + (best_replies(replies[0]) if replies else [])
+
+
+CHATS = {  # a shape: the meanings it needs, others it reads, what makes messages of the fields
+    "messages": ("messages", "system history", opening),
+    "question and answer": ("question answer", "system history context", answered),
+    "ChatGPT": ("mapping current_node", "", chatgpt),
+    "Open WebUI": ("chat", "", lambda row: web_chat(row["chat"][1])),
+    "OpenAssistant": ("message_tree_id question", "", lambda row: best_replies(row["question"][1])),
+    "marked text": ("text", "system", opening),
+}
+sides = lambda row: (opening(row), row["chosen"], row["rejected"])
+outputs = lambda row: (opening(row), *((row["outputs"][0], value) for value in row["outputs"][1]))
+PAIRS = {  # likewise; what makes the messages before the answers, then both as (field, value)
+    "pair of answers": ("question chosen rejected", "system history context", sides),
+    "pair of dialogues": ("chosen rejected", "system messages", sides),
+    "two outputs": ("question outputs", "system history context", outputs),
+}
+
+# ---- rows
 
 
 def read_chats(path, tally=None):
@@ -51,162 +165,174 @@ def read_pairs(path, tally=None):
     return [pair for _, _, pair in usable_rows(path, to_pair, tally)]
 
 
-def usable_rows(path, convert, tally=None, max_bad=0.05, least=1):
-    """Returns [(where, format, value)] of the rows that convert(row) -> (format, value) accepts.
-
-    Raises UserError if more than `max_bad` of the rows are unusable, or fewer than `least` are
-    left. Rows that are right and teach nothing are passed over: counted, and not among the bad.
-    """
-    tally = tally or Tally()
-    rows = []
-    for where, row in source_rows(path, tally):
-        try:
-            rows.append((where, *convert(row)))
-        except BadRow as error:
-            reason, detail = error.args
-            if reason in ("identical-pair", "empty-answer"):
-                tally.drop("filter", reason, where)
-            else:
-                tally.bad(reason, f"{where}: {detail}")
-    reasons = sorted(reasons_of(tally.dropped), key=lambda entry: -entry[2])
-    total = len(rows) + sum(count for _, _, count, _ in reasons)
-    if len(rows) < least or not total or tally.bad_rows > max_bad * total:
-        each = (f"{n} {why} ({first.removeprefix(f'{path} ')})" for _, why, n, first in reasons)
-        problem = f"{tally.bad_rows} of {total} rows are unusable"
-        problem = problem if rows else f"0 usable rows of {total}"
-        raise UserError(f"{path}: {problem}: {'; '.join(each) or 'it is empty'}")
-    return rows
-
-
 def to_chat(row):
-    """Returns (its fields, messages that end with an answer) of a row; raises BadRow."""
-    row = {"messages": row} if isinstance(row, list) else row
-    name, messages = dialogue(row, (*DIALOGUES, *QUESTIONS))
-    if name is None:
-        raise missing(row, "prompt")
-    if name in QUESTIONS:
-        answer = first(row, ANSWERS)
-        if answer is None and row.keys() >= set(PAIR):
-            raise BadRow("preference-pair", "holds chosen and rejected answers, for dpo.py")
-        if answer is None:
-            raise missing(row, "response")
-        messages += messages_of(row[answer], answer, "assistant")
-        name = f"{name}, {answer}"
-    while messages and messages[-1]["role"] != "assistant":
-        messages.pop()
-    if not messages:
+    """Returns (rule, messages that end with an answer, unused columns) of a row; raises BadRow."""
+    rule, messages, unused = read_row({"messages": row} if isinstance(row, list) else row, CHATS)
+    if not any(message["role"] == "assistant" for message in messages):
         raise BadRow("no-answer", "no message of the assistant")
-    return name, messages
+    if not any(map(is_learned, messages)):
+        raise PassedOver("not-learned", "all its answers have weight 0")
+    while not is_learned(messages[-1]):
+        messages.pop()
+    return rule, messages, unused
 
 
 def to_pair(row):
-    """Returns (its fields, {"prompt", "chosen", "rejected"}) of a row, all messages; or BadRow."""
-    name, prompt = dialogue(row, (*QUESTIONS, *DIALOGUES))
-    for side in PAIR:
-        if side not in row:
-            raise missing(row, side)
-    if name is None and all(isinstance(row[side], str) for side in PAIR):
-        chosen, rejected = (turns_of(row[side], side) for side in PAIR)
-    else:
-        chosen, rejected = (messages_of(row[side], side, "assistant") for side in PAIR)
-    shared = common(chosen, rejected)
-    if not shared or shared[len(shared) - len(prompt) :] != prompt:  # they do not repeat the prompt
-        chosen, rejected = prompt + chosen, prompt + rejected
-        shared = common(chosen, rejected)
-    if not shared:
+    """Returns (rule, {"prompt", "chosen", "rejected"}, unused columns) of a row; or BadRow."""
+    rule, (prompt, *both), unused = read_row(row, PAIRS)
+    chosen, rejected = (dialogue_of(prompt, *side) for side in both)
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(chosen[:-1], rejected[:-1]))
+    if not (shared := [message for message, _ in alike]):
         raise BadRow("missing-field", 'missing "prompt", and chosen and rejected share no message')
     answers = {"chosen": chosen[len(shared) :], "rejected": rejected[len(shared) :]}
     for side, messages in answers.items():
         if not messages[0]["role"] == messages[-1]["role"] == "assistant":
             raise BadRow("no-answer", f'where they part, "{side}" has no answer of the assistant')
+        if not is_learned(messages[-1]):
+            raise PassedOver("not-learned", f'"{side}" ends with an answer of weight 0')
     if answers["chosen"] == answers["rejected"]:
-        raise BadRow("identical-pair", "chosen and rejected are equal")
-    return ", ".join(filter(None, (name, *PAIR))), {"prompt": shared, **answers}
+        raise PassedOver("identical-pair", "chosen and rejected are equal")
+    return rule, {"prompt": shared, **answers}, unused
 
 
-def dialogue(row, names):
-    """Returns (the first of the fields `names` with a value or None, its messages) of a row.
-
-    Before them come the message of `system` and the turns of alpaca's `history`, [question, answer]
-    each; alpaca's `input` is the end of the question.
-    """
+def read_row(row, shapes):
+    """Returns (rule, what the first fitting shape makes, unused columns) of a row; or BadRow."""
     if not isinstance(row, dict):
         raise BadRow("not-an-object", f"a row must be an object, got {type(row).__name__}")
-    name, messages = first(row, names), []
-    if row.get("system"):
-        messages += messages_of(row["system"], "system", "system")
-    turns = row.get("history") or []
-    if not isinstance(turns, list) or not all(isinstance(t, list) and len(t) == 2 for t in turns):
-        raise BadRow("not-messages", '"history" must be a list of [question, answer]')
-    for question, answer in turns:
-        messages += messages_of(question, "history", "user")
-        messages += messages_of(answer, "history", "assistant")
-    if name:
-        messages += messages_of(row[name], name, "user")
-    extra = row.get("input") if name in QUESTIONS else None
-    extra = extra.strip() if isinstance(extra, str) else extra
-    if extra and messages and messages[-1]["role"] == "user":
-        for message in messages_of(extra, "input", "user"):
-            messages[-1]["content"] += "\n" + message["content"]
-    return name, messages
+    pass_over(row, "", *REFUSED)
+    for shape, (needs, reads, build) in shapes.items():
+        fields = fields_of(row, f"{needs} {reads}".split())
+        if fields.keys() >= set(needs.split()):
+            fields = {m: (n, unpacked(n, v, ROLE_OF.get(m))) for m, (n, v) in fields.items()}
+            rule = f"{shape}: {', '.join(name for name, _ in fields.values())}"
+            return rule, build(fields), unused_names(row, fields)
+    if shapes is CHATS and len(fields_of(row, ("chosen", "rejected"))) == 2:
+        raise BadRow("preference-pair", "holds chosen and rejected answers, for dpo.py")
+    usual = ("question", "answer") if shapes is CHATS else ("chosen", "rejected")
+    name = next(FIELDS[meaning][0] for meaning in usual if not fields_of(row, (meaning,)))
+    raise BadRow("missing-field", f'missing "{name}" among {list(row)!r:.80}; {REMEDY}')
 
 
-def first(row, names):
-    """Returns the first of `names` that stands in a row with a value, or None."""
-    return next((name for name in names if row.get(name) is not None), None)
+def fields_of(row, meanings):
+    """Returns {meaning: (field, value)} of a row or a message; each field has one meaning."""
+    fields, free = {}, {n: v for n, v in row.items() if v is not None and v == v}  # NaN is null
+    for meaning in meanings:
+        fits = FITS.get(meaning, lambda value: True)
+        names = [n for n in FIELDS[meaning] if n in free and fits(free[n])]
+        for name in sorted(names, key=lambda name: absent(free[name]))[:1]:
+            fields[meaning] = name, free.pop(name)
+    return fields
 
 
-def missing(row, name):
-    """Returns the BadRow for a field that a row lacks."""
-    return BadRow("missing-field", f'missing "{name}" among {list(row)!r:.80}; {REMEDY}')
+def absent(value):
+    """Returns whether a value is null, NaN or empty."""
+    blank = isinstance(value, str) and not value.strip()
+    return value is None or value != value or blank or value in ([], {})
 
 
-def common(chosen, rejected):
-    """Returns the messages that two dialogues begin with alike, never the last of either."""
-    both = zip(chosen[:-1], rejected[:-1])
-    return [message for message, _ in takewhile(lambda pair: pair[0] == pair[1], both)]
+def pass_over(fields, where, *meanings):
+    """Raises PassedOver if a row, a message or a part of one has a value of these meanings."""
+    for meaning in meanings:
+        for name in (name for name in FIELDS[meaning] if name in fields):
+            value, empty = fields[name], ("[]", "{}", "null", "None", [None])
+            given = not absent(value) and value not in empty
+            if str(value).lower() in OFF if meaning == "not-learned" else given:
+                raise PassedOver(meaning, f'{where}"{name}" {REFUSED[meaning]}')
 
 
-def messages_of(value, name, role):
-    """Returns the messages that a field holds.
+def unused_names(row, fields):
+    """Returns the columns of a row, and keys of its messages, with a value that nothing reads."""
+    parts = [("", row, {name for name, _ in fields.values()})]
+    for name, value in fields.values():
+        items = value if isinstance(value, list) else ()
+        parts += [(f"{name}.", item, OF_MESSAGE) for item in items if isinstance(item, dict)]
+    switch = lambda name, value: name in FIELDS["not-learned"] and str(value).lower() in ON + OFF
+    is_used = lambda name, value, read: name in read or absent(value) or switch(name, value)
+    return [s + n for s, part, read in parts for n, v in part.items() if not is_used(n, v, read)]
 
-    A string is one message of `role`, or a transcript up to "Assistant:"; a message, or a list of
-    them, stands for itself.
+
+# ---- messages
+
+
+def dialogue_of(prompt, name, value):
+    """Returns the prompt's messages and those of an answer's field, which may repeat the prompt."""
+    messages = messages_of(name, value, "assistant")
+    asked = [m for m in prompt if m["role"] != "system"]
+    for whole in (turns_of(messages[0]["content"]), messages):
+        said = [m for m in whole or [] if m["role"] != "system"]
+        starts = range(len(said) - len(asked)) if said and said[0]["role"] == "user" else ()
+        if any(said[n : n + len(asked)] == asked for n in starts):
+            if not said[-1]["content"]:
+                raise BadRow("empty", f'"{name}" ends with an empty answer')
+            return whole if len(said) < len(whole) else prompt[: len(prompt) - len(asked)] + whole
+    return prompt + messages
+
+
+def messages_of(name, value, role=None):
+    """Returns the messages that a field holds; a text is one of `role`, or has turns in a markup.
+
+    Without a role it must have turns; as a question those that lead to an answer.
     """
     if isinstance(value, str):
-        text = f"\n\n{value.strip()}"
-        if role == "user" and text.startswith("\n\nHuman:") and text.endswith("\n\nAssistant:"):
-            return turns_of(text.removesuffix("\n\nAssistant:"), name)
-        return [{"role": role, "content": cleaned(value, name)}]
+        text = cleaned(value, name)
+        turns = turns_of(text) if role in (None, "user") else None
+        if turns and (role is None or turns[-1]["role"] == "user" or not turns[-1]["content"]):
+            value = [turn for turn in turns if turn["content"]]
+        elif role is None:
+            raise BadRow("not-messages", f'"{name}" holds no messages, nor {", ".join(MARKUPS)}')
+        else:
+            value = {"role": role, "content": text}
+    elif isinstance(value, int | float) and role == "assistant":
+        value = {"role": role, "content": value}
     items = [value] if isinstance(value, dict) else value
     if not isinstance(items, list):
         expected = f'"{name}" must be a string or messages, got {type(value).__name__}'
         raise BadRow("not-a-string", expected)
     if not items:
         raise BadRow("empty", f'"{name}" is empty')
-    messages = [message_of(item, f'"{name}" message {n}') for n, item in enumerate(items, start=1)]
-    return [message for message in messages if message]
+    return list(chain(*(turn(item, f'"{name}" message {n}') for n, item in enumerate(items, 1))))
 
 
-def message_of(item, where):
-    """Returns a message, or None for an empty system message, which many files carry."""
+def turn(item, where):
+    """Returns the message of an item, none of an empty system's; or of a question and an answer."""
+    if isinstance(item, list) and len(item) == 2:
+        item = dict(zip(("user", "assistant"), item))
     if not isinstance(item, dict):
         raise BadRow("not-messages", f"{where} must be an object, got {type(item).__name__}")
-    speaker, content = item.get(first(item, SPEAKER)), item.get(first(item, TEXT))
-    speaker = speaker if isinstance(speaker, str) else type(speaker).__name__
-    if (role := SPEAKERS.get(speaker.lower())) is None:
+    pass_over(item, f"{where}: ", "media", "tools")
+    fields = fields_of(item, ("role", "content"))
+    if "role" not in fields and (fields := fields_of(item, ("system", "question", "answer"))):
+        return [
+            m for meaning, field in fields.items() for m in messages_of(*field, ROLE_OF[meaning])
+        ]
+    _, speaker = fields.get("role", ("", None))
+    if (role := SPEAKERS.get(str(speaker).strip().lower())) is None:
         expected = f"role must be system, user or assistant, got {speaker!r:.40}"
         raise BadRow("unknown-role", f"{where}: {expected}")
-    if isinstance(content, list):  # of {"type": "text", "text": ...}
-        is_text = lambda part: isinstance(part, dict) and isinstance(part.get("text"), str)
-        content = "".join(part["text"] for part in content) if all(map(is_text, content)) else None
-    if not isinstance(content, str):
+    if role == "tool":
+        raise PassedOver("tools", f"{where}: {speaker!r} {REFUSED['tools']}")
+    if (text := content_text(fields.get("content", ("", None))[1], f"{where}: ")) is None:
         raise BadRow("not-a-string", f"{where}: content must be text")
-    if role == "system" and not content.strip():
-        return None
-    if role == "assistant" and not content.strip():  # which models give, and chats keep
-        raise BadRow("empty-answer", f"{where} is empty")
-    return {"role": role, "content": cleaned(content, where.replace('"', ""))}
+    if role == "system" and not text.strip():
+        return []
+    if role == "assistant" and not text.strip():  # which models give, and chats keep
+        raise PassedOver("empty-answer", f"{where} is empty")
+    message = {"role": role, "content": cleaned(text, where.replace('"', ""))}
+    is_context = any(str(item.get(name)).lower() in OFF for name in FIELDS["not-learned"])
+    return [message | {"weight": 0} if role == "assistant" and is_context else message]
+
+
+def content_text(content, where):
+    """Returns the text of a content: text, a number, an object with one, or a list; else None."""
+    if isinstance(content, dict):
+        kind = str(content.get("type", content.get("content_type")))
+        pass_over({**content, kind: True}, where, "media", "tools")
+        _, text = fields_of(content, ("content",)).get("content", ("", None))
+        return "" if kind in FIELDS["thoughts"] else content_text(text, where)
+    if isinstance(content, list):
+        parts = [content_text(part, where) for part in content]
+        return None if None in parts else "".join(parts)
+    return json.dumps(content) if isinstance(content, int | float) else content
 
 
 def cleaned(text, name):
@@ -219,51 +345,36 @@ def cleaned(text, name):
     return text
 
 
-def turns_of(text, name):
-    """Returns the messages of a transcript, "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
-    before, *pieces = TURN.split(text)
-    if before.strip() or not pieces:
-        reason = f'missing "prompt", and "{name}" is no Human/Assistant transcript'
-        raise BadRow("missing-field", reason)
-    turns = zip(pieces[::2], pieces[1::2], strict=True)
-    return [{"role": SPEAKERS[who.lower()], "content": cleaned(said, name)} for who, said in turns]
+def turns_of(text):
+    """Returns the messages of a conversation in a markup, or None; an open answer is empty."""
+    for markup, (opens, ends) in MARKUPS.items():
+        before, *parts = (ends.sub("", part).strip() for part in opens.split(text))
+        turns = [("system", before)] if before else []
+        for name, said in zip(parts[::2], parts[1::2], strict=True):
+            role = SPEAKERS.get(re.sub(r"\s", "", name).lower())
+            if name == "Input" and turns:
+                role, said = turns[-1][0], "\n".join(filter(None, (turns.pop()[1], said)))
+            turns += [(role, said)] if said or role != "system" else []
+        roles = [role for role, _ in turns if role != "system"]
+        whole = roles[:1] == ["user"] and "assistant" in roles and None not in roles
+        whole = whole and all(said for _, said in turns[: -1 if roles[-1] == "assistant" else None])
+        if whole and (markup == ALPACA or not before):
+            return [{"role": role, "content": said} for role, said in turns]
+    return None
 
 
-# ---- rows in a template
-
-
-def render_rows(rows, tokenizer, template, say):
-    """Yields (number, its `dialogues`) of each row that the template takes.
-
-    Says how many rows it refuses, and how many train their last answer only.
-    """
-    refused, partial = [], 0
-    for number, row in enumerate(rows):
-        try:
-            rendered = dialogues(row, tokenizer, template)
-        except UserError as error:  # as "conversation roles must alternate"
-            refused.append(error)
-            continue
-        partial += isinstance(row, list) and not covers_answers(row, rendered[0][2])
-        yield number, rendered
-    if refused:
-        say(f"{len(refused):,} dropped: {refused[0]}")
-    if partial:
-        why = "the template writes earlier ones otherwise, or marks none"
-        say(f"{partial:,} train their last answer only: {why}")
-
-
-def dialogues(row, tokenizer, template):
-    """Returns [(name, ids, mask), ...] of a conversation, or of both dialogues of a pair.
-
-    The mask is 1 on what is learned: of a pair the messages after the prompt.
-    """
-    if isinstance(row, list):
-        return [("conversation", *render(tokenizer, row, template))]
-    return [(s, *render_answer(tokenizer, row["prompt"], row[s], template)) for s in PAIR]
-
-
-def covers_answers(messages, mask):
-    """Returns whether a mask has a run of 1 for each answer of a conversation."""
-    runs = sum(after > before for before, after in zip([0, *mask], mask))
-    return runs == sum(message["role"] == "assistant" for message in messages)
+def unpacked(name, value, role):
+    """Returns the messages that a string holds as the text of JSON or Python; else the value."""
+    text = value.strip() if isinstance(value, str) else ""
+    must = text[:1] in ("[", "{") and (role is None or name == "answers")
+    if not (must or LIKE.match(text)):
+        return value
+    try:
+        commas = NUMPY.sub(lambda part: part[0] + "," * (part["end"] is not None), text)
+        items = whole_json(text) or ast.literal_eval(commas)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        looks = "looks like messages, and is neither JSON nor Python"
+        raise BadRow("not-messages", f'"{name}" {looks}') from None
+    parts = items if isinstance(items, list) else [items]
+    like = all(isinstance(p, dict) and len(fields_of(p, ("role", "content"))) == 2 for p in parts)
+    return items if must or like else value

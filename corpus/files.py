@@ -29,11 +29,12 @@ BUFFER = 1 << 20  # bytes or characters read at once
 class Tally:
     """Counts what was dropped by stage and reason, each with its first three examples.
 
-    `sources` is what was read of each source. Both stand in stats.json.
+    `sources` is what was read of each source. Both stand in stats.json. `unused` has the names of
+    columns that nothing reads.
     """
 
     def __init__(self):
-        self.bad_rows, self.sources = 0, {}
+        self.bad_rows, self.sources, self.unused = 0, {}, {}
         self.dropped = {"read": {}, "filter": {}, "dedup": {}}
 
     def drop(self, stage, reason, where, text=""):

@@ -7,12 +7,20 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Literal
 
-from corpus.chats import CONTROLS, DIALOGUES, QUESTIONS, render_rows, to_chat, to_pair, usable_rows
+from corpus.chats import CHATS, CONTROLS, PAIRS, read_row, to_chat, to_pair
 from corpus.files import ROW_READERS, Tally, kind_of, reasons_of
 from corpus.prepare import DataConfig
-from corpus.sources import USUAL, input_files, read_documents, source_rows
+from corpus.sources import (
+    USUAL,
+    BadRow,
+    input_files,
+    read_documents,
+    source_rows,
+    unused_columns,
+    usable_rows,
+)
 from lib.config import UserError
-from lib.conversation import find_template, template_of
+from lib.conversation import find_template, render_rows, template_of
 from lib.folders import AGAIN, Shards, read_manifest
 from lib.tokenizer import IM_END, IM_START, SPECIALS, Tokenizer
 
@@ -62,18 +70,29 @@ def show_dataset(folder):
 
 
 def content_of(path):
-    """Returns "text", "conversations" or "preference pairs", by the fields of the first rows."""
+    """Returns "text", "conversations" or "preference pairs", by the first rows.
+
+    Texts that are a conversation in a markup are conversations if all of them are.
+    """
     kinds = {None}  # of the hub
     if not path.startswith("hf:"):
         kinds = {"text"} if path == "docstrings:" else set(map(kind_of, input_files(path)))
     if not kinds & {*ROW_READERS, None}:
         return "text"
-    rows = (row for _, row in islice(source_rows(path, Tally()), 20) if isinstance(row, dict))
-    fields = set().union(*rows)
-    if fields >= {"chosen", "rejected"}:
+    rows = [row for _, row in islice(source_rows(path, Tally()), 20)]
+    if any(shape_of(row, PAIRS) for row in rows):
         return "preference pairs"
-    is_text = fields & set(USUAL) and not fields & {*DIALOGUES, *QUESTIONS}
-    return "text" if is_text else "conversations"
+    shapes = {shape_of(row, CHATS) for row in rows}
+    is_text = None in shapes and shapes <= {None, "marked text"}
+    return "text" if is_text and any(set(row) & set(USUAL) for row in rows) else "conversations"
+
+
+def shape_of(row, shapes):
+    """Returns the name of the shape that reads a row, or None."""
+    try:
+        return read_row(row, shapes)[0].partition(":")[0]
+    except BadRow:
+        return None
 
 
 def show_documents(path, column):
@@ -112,9 +131,11 @@ def show_rows(cfg, content):
     convert, tally = to_pair if content == "preference pairs" else to_chat, Tally()
     rows = usable_rows(cfg.path, convert, tally, least=0)
     print(f"{cfg.path}: {content}")
-    for fields, count in Counter(fields for _, fields, _ in rows).most_common():
-        print(f"  {count:>10,}  {fields}")
+    for rule, count in Counter(rule for _, rule, _ in rows).most_common():
+        print(f"  {count:>10,}  {rule}")
     show_reasons(tally)
+    if unused := unused_columns(tally):
+        print(f"              {unused}")
     print(f"  {len(rows):>10,}  usable rows")
     if rows:
         show_lengths(rows, tokenizer, template)

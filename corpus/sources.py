@@ -18,7 +18,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from corpus import files
-from corpus.files import ROW_READERS, kind_of, package, until_damaged
+from corpus.files import ROW_READERS, Tally, kind_of, package, reasons_of, until_damaged
 from lib import config
 from lib.config import PositiveFloat, PositiveInt, UserError
 
@@ -132,6 +132,51 @@ def source_rows(path, tally):
     for p in paths:
         yield from files.rows(p, tally)
         files.refuse_damaged(tally)
+
+
+class BadRow(Exception):
+    """Why a row cannot be used: BadRow(reason, detail)."""
+
+
+class PassedOver(BadRow):
+    """A row that is right and teaches nothing: counted, and not among the bad."""
+
+
+def usable_rows(path, convert, tally=None, max_bad=0.05, least=1):
+    """Returns [(where, rule, value)] of the rows that convert(row) -> (rule, value, ...) accepts.
+
+    Raises UserError if more than `max_bad` of the rows are unusable, or fewer than `least` are
+    left. convert raises BadRow for others; its third value, if any, are the unused columns.
+    """
+    tally = tally or Tally()
+    rows = []
+    for where, row in source_rows(path, tally):
+        try:
+            rule, value, *unused = convert(row)
+        except PassedOver as error:
+            tally.drop("filter", error.args[0], f"{where}: {error.args[1]}")
+        except BadRow as error:
+            tally.bad(error.args[0], f"{where}: {error.args[1]}")
+        except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+            tally.bad("other-types", f"{where}: {error!r:.80}")
+        else:
+            rows.append((where, rule, value))
+            tally.unused |= dict.fromkeys(chain(*unused))
+    reasons = sorted(reasons_of(tally.dropped), key=lambda entry: -entry[2])
+    total = len(rows) + sum(count for _, _, count, _ in reasons)
+    if len(rows) < least or not total or tally.bad_rows > max_bad * total:
+        each = (f"{n} {why} ({first.removeprefix(f'{path} ')})" for _, why, n, first in reasons)
+        problem = f"{tally.bad_rows} of {total} rows are unusable"
+        problem = problem if rows else f"0 usable rows of {total}"
+        raise UserError(f"{path}: {problem}: {'; '.join(each) or 'it is empty'}")
+    return rows
+
+
+def unused_columns(tally):
+    """Returns what people are told of columns that nothing reads, or ""."""
+    names = [repr(name)[1:-1][:40] for name in tally.unused]
+    more = f" and {len(names) - 20:,} more" if len(names) > 20 else ""
+    return f"columns not used: {', '.join(names[:20])}{more}" if names else ""
 
 
 # A Python installation documents itself: megabytes of English on any machine, offline.

@@ -11,14 +11,14 @@ import sys
 import time
 from contextlib import contextmanager
 from datetime import datetime
-from itertools import accumulate, count, islice
+from itertools import accumulate, compress, count, islice
 
 import jinja2
 from jinja2 import ext, meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from lib.config import UserError
-from lib.conversation import shared_length
+from lib.conversation import is_learned, shared_length
 from lib.tokenizer_json import special_tokens
 
 SECONDS = 1.0  # the longest time for one conversation
@@ -87,6 +87,17 @@ def time_limit(seconds):
         yield
     finally:
         sys.settrace(before)
+
+
+def learned_spans(spans, messages):
+    """Returns the spans of {% generation %} blocks without those of answers of weight 0."""
+    learned = [is_learned(message) for message in messages if message["role"] == "assistant"]
+    if all(learned):
+        return spans
+    if len(spans) != len(learned):
+        blocks = f"marks {len(spans)} spans in {len(learned)} answers"
+        raise UserError(f"the model's own chat template {blocks}: which has weight 0?")
+    return list(compress(spans, learned))
 
 
 class ChatTemplate:
@@ -162,7 +173,7 @@ class ChatTemplate:
         if GENERATION.search(self.source):
             pieces = re.split("|".join(brackets), text)  # each second one is learned
             text, ends = "".join(pieces), list(accumulate(map(len, pieces)))
-            spans = list(zip(ends[::2], ends[1::2]))
+            spans = learned_spans(list(zip(ends[::2], ends[1::2])), messages)
         else:
             spans = self._answers(messages, text, brackets)
         return self._encode(tokenizer, text, spans, escape)
@@ -206,8 +217,9 @@ class ChatTemplate:
             holds = holds and text.startswith(closing)
             start, end = (shared_length(part, text) for part in (opening, closing))
             space = self._turn_end.search(text, start, end)
-            spans.append((start, space.start(1) if space else end))
-        return spans if holds else spans[-1:]
+            span = (start, space.start(1) if space else end)
+            spans.append(span if is_learned(message) else None)
+        return list(filter(None, spans if holds else spans[-1:]))
 
     def _encode(self, tokenizer, text, spans, escape):
         """Returns (ids, mask) of a rendered text: 1 for tokens with a character in a span."""

@@ -35,7 +35,7 @@ class Template(NamedTuple):
         for message in messages:
             role, content = message["role"], message["content"].strip()
             head, space = self.head(role)
-            learned = role == "assistant"
+            learned = is_learned(message)
             parts.append((own, (self.between if parts else "") + head, False))
             parts.append((tokenizer.encode, space + content, learned))
             parts.append((own, self.ends[role], learned))
@@ -81,9 +81,9 @@ OLD_CHATML = "chatml_newline"  # our chatml until December 2026; no new model ge
 def render(tokenizer, messages, template, add_generation_prompt=False):
     """Returns a conversation as (ids, mask), the mask 1 on the assistant's answers and their ends.
 
-    messages: [{"role": system | user | assistant, "content": text}, ...]. The ids are those of
-    `apply_chat_template` on the folder, except that a marker in a content stays text.
-    add_generation_prompt opens the next answer.
+    messages: [{"role": system | user | assistant, "content": text}, ...]; an answer of "weight" 0,
+    as OpenAI's, gets mask 0. The ids are those of `apply_chat_template` on the folder, except that
+    a marker in a content stays text. add_generation_prompt opens the next answer.
     """
     check_messages(messages)
     return find_template(tokenizer, template).render(tokenizer, messages, add_generation_prompt)
@@ -95,6 +95,51 @@ def render_answer(tokenizer, prompt, answer, template):
     ids, mask = render(tokenizer, prompt + answer, template)
     shared = shared_length(opening, ids)
     return ids, [0] * shared + mask[shared:]
+
+
+def render_rows(rows, tokenizer, template, say):
+    """Yields (number, its `dialogues`) of each row that the template takes.
+
+    Says how many rows it refuses, and how many train their last answer only.
+    """
+    refused, partial = [], 0
+    for number, row in enumerate(rows):
+        try:
+            rendered = dialogues(row, tokenizer, template)
+        except UserError as error:  # as "conversation roles must alternate"
+            refused.append(error)
+            continue
+        partial += isinstance(row, list) and not covers_answers(row, rendered[0][2])
+        yield number, rendered
+    if refused:
+        say(f"{len(refused):,} dropped: {refused[0]}")
+    if partial:
+        why = "the template writes earlier ones otherwise, or marks none"
+        say(f"{partial:,} train their last answer only: {why}")
+
+
+def dialogues(row, tokenizer, template):
+    """Returns [(name, ids, mask), ...] of a conversation, or of both dialogues of a pair.
+
+    The mask is 1 on what is learned: of a pair the messages after the prompt.
+    """
+    if isinstance(row, list):
+        return [("conversation", *render(tokenizer, row, template))]
+    return [
+        (s, *render_answer(tokenizer, row["prompt"], row[s], template))
+        for s in ("chosen", "rejected")
+    ]
+
+
+def covers_answers(messages, mask):
+    """Returns whether a mask has a run of 1 for each answer to be learned."""
+    runs = sum(after > before for before, after in zip([0, *mask], mask))
+    return runs == sum(map(is_learned, messages))
+
+
+def is_learned(message):
+    """Returns whether a message is an answer to be learned, not only context."""
+    return message["role"] == "assistant" and message.get("weight", 1) != 0
 
 
 def shared_length(part, whole):

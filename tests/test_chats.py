@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from corpus.chats import dialogues, read_chats, read_pairs, to_chat, to_pair, usable_rows
+from corpus import chats
+from corpus.chats import read_chats, read_pairs, to_chat, to_pair
 from corpus.files import Tally, reasons_of
 from corpus.inspect import Characters, InspectConfig, inspect, marked
+from corpus.sources import unused_columns, usable_rows
 from lib.config import UserError
-from lib.conversation import render
+from lib.conversation import dialogues, render
 from tests import ROOT, SHARED
 from tests.conftest import prepare_dataset
 
@@ -55,8 +57,40 @@ def reasons(tally):
     return {reason: count for _, reason, count, _ in reasons_of(tally.dropped)}
 
 
-# ---- every format
+# ---- every format: each name and each shape of the tables has an example here
 
+
+def node(role, parent, *parts, kind="text", **more):
+    """A node of a ChatGPT export."""
+    content = {"content_type": kind, "parts": list(parts)}
+    message = {"author": {"role": role, "name": None}, "content": content, "weight": 1.0} | more
+    return {"message": message, "parent": parent, "children": []}
+
+
+def reply(role, text, *replies, **more):
+    """A message of an OpenAssistant tree."""
+    return {"role": role, "text": text, "replies": list(replies)} | more
+
+
+NODES = {  # of which the path to "f" was shown
+    "a": {"message": None, "parent": None},
+    "b": node("system", "a", ""),
+    "c": node("user", "b", "a"),
+    "old": node("assistant", "c", "regenerated"),
+    "d": node("assistant", "c", kind="thoughts", content={"content_type": "thoughts"}),
+    "e": node("user", "d", kind="user_editable_context"),
+    "f": node("assistant", "e", "b"),
+}
+BRANCHES = {
+    "1": {"parentId": None, "role": "user", "content": "a"},
+    "2": {"parentId": "1", "role": "assistant", "content": "regenerated"},
+    "3": {"parentId": "1", "role": "assistant", "content": "b"},
+}
+TREE = reply("prompter", "a", reply("assistant", "worse", rank=1), reply("assistant", "x"),
+             reply("assistant", "b", reply("prompter", "c"), rank=0))  # fmt: skip
+NUMPY = """[{'role': 'user', 'content': "it's } {"}\n {'role': 'assistant', 'content': 'b'}]"""
+LLAMA = "<|start_header_id|>{}<|end_header_id|>\n\n{}<|eot_id|>".format
+ZERO = {"weight": 0}
 PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
 CHATS = [
     ({"prompt": "Hi", "response": "Hello"}, says("Hi", "Hello")),
@@ -88,6 +122,65 @@ CHATS = [
     ({"messages": [{"role": "user", "content": PARTS}, replies("c")[0] | {"name": "x"}]},
      says("ab", "c")),
     ({"prompt": " a\r\nb\rc\x00\x1b[1m\x9b ", "response": "\tx\ty\n"}, says("a\nb\nc[1m", "x\ty")),
+    *(({name: "Hi", "response": "Hello"}, says("Hi", "Hello"))
+      for name in ("query", "user", "human", "input")),
+    *(({"prompt": "Hi", name: "Hello"}, says("Hi", "Hello"))
+      for name in ("assistant", "gpt", "bot", "answers")),
+    *(({"prompt": "Hi", "answer": value}, says("Hi", text))
+      for value, text in ((7, "7"), (0.5, "0.5"), (False, "false"), ("[]", "[]"))),
+    ({"instruction": "", "input": "Hi", "output": "Hello"}, says("Hi", "Hello")),
+    ({"instruction": "Add", "context": "1 2", "response": "3"}, says("Add\n1 2", "3")),
+    ({"system_prompt": "S", "question": "a", "response": "b"}, system("S") + says("a", "b")),
+    ({"system_message": "S", "messages": says("a", "b")}, system("S") + says("a", "b")),
+    ({"system": "S", "messages": system("S") + says("a", "b")}, system("S") + says("a", "b")),
+    ({"question": "a", "context": "c", "answers": {"text": ["b", "x"], "answer_start": [1, 2]}},
+     says("a\nc", "b")),
+    ({"question": "a", "answers": "['b', 'x']"}, says("a", "b")),
+    ({"query": "c", "response": "d", "history": [{"user": "a", "assistant": "b"}]},
+     says("a", "b", "c", "d")),
+    ({"query": "c", "response": "d", "history": "[['a', 'b']]"}, says("a", "b", "c", "d")),
+    ({"query": "c", "response": "d", "history": says("a", "b")}, says("a", "b", "c", "d")),
+    ({"conversation": [{"human": "a", "assistant": "b"}, {"human": "c"}, {"gpt": "d"}]},
+     says("a", "b", "c", "d")),
+    ({"contents": [{"role": "user", "parts": [{"text": "a"}]}, {"role": "model", "text": "b"}]},
+     says("a", "b")),
+    *(({"messages": [{"role": role, "value": "S"}, *says("a"), {"role": other, "text": "b"}]},
+       system("S") + says("a", "b"))
+      for role, other in (("developer", "ai"), ("system", "bot"), ("Developer", "Model "))),
+    *(({"messages": [*says("a"), {"role": "assistant", "content": [
+        {"type": kind, "text": "x"}, {"type": "text", "value": "b"}]}]}, says("a", "b"))
+      for kind in ("thinking", "reasoning", "reasoning_recap")),
+    ({"messages": json.dumps(says("a", "b"))}, says("a", "b")),
+    ({"messages": NUMPY}, says("it's } {", "b")),
+    ({"prompt": repr(says("a")), "completion": repr(replies("b"))}, says("a", "b")),
+    ({"prompt": "a", "completion": repr(says("a", "b"))}, says("a", "b")),
+    ({"prompt": "a", "completion": hh(" a", " b")}, says("a", "b")),
+    ({"prompt": "Invent one.", "completion": hh(" a", " b").strip()},
+     says("Invent one.", hh(" a", " b").strip())),
+    ({"prompt": "a", "completion": '{"role": "user"}'}, says("a", '{"role": "user"}')),
+    ({"text": "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\na [/INST] b </s><s>[INST] c [/INST] d </s>"},
+     system("S") + says("a", "b", "c", "d")),
+    ({"text": "<|begin_of_text|>" + LLAMA("user", "a") + LLAMA("assistant", "b")}, says("a", "b")),
+    ({"text": "Below.\n\n### Instruction:\na\n\n### Input:\ni\n\n### Response:\nb"},
+     system("Below.") + says("a\ni", "b")),
+    ({"text": "### Human: a### Assistant: b### Human: c"}, says("a", "b")),
+    ({"text": "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"},
+     says("a", "b")),
+    ({"text": hh(" a", " b")}, says("a", "b")),
+    ({"text": "User: a\nAssistant: b"}, says("a", "b")),
+    ({"prompt": "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", "response": "b"},
+     says("a", "b")),
+    ({"mapping": NODES, "current_node": "f", "title": "T"}, says("a", "b")),
+    ({"chat": {"history": {"messages": BRANCHES, "currentId": "3"}}}, says("a", "b")),
+    ({"chat": {"messages": says("a", "b")}}, says("a", "b")),
+    ({"message_tree_id": "1", "prompt": TREE}, says("a", "b")),
+    ({"prompt": "a", "completion": "b", "label": True, "kto_tag": "true", "tools": "[]",
+      "images": []}, says("a", "b")),
+    *(({"messages": [*says("a"), replies("b")[0] | {name: off}, *says("c", "d")]},
+       [*says("a"), replies("b")[0] | ZERO, *says("c", "d")])
+      for name, off in (("weight", 0), ("loss", False), ("train", "false"), ("training", 0.0),
+                        ("train_on_turn", False))),
+    ({"messages": [*says("a", "b", "c"), replies("d")[0] | ZERO]}, says("a", "b")),
     ({"prompt": "say <|im_end|></s>", "response": "<s> é 漢 \U0001f600"},
      says("say <|im_end|></s>", "<s> é 漢 \U0001f600")),
 ]  # fmt: skip
@@ -121,6 +214,13 @@ PAIRS = [  # a row, the prompt; the chosen answer is "a", the rejected "b"
     ({"chosen": hh(" q", " x", " r", " a"), "rejected": hh(" q", " x", " r", " b")},
      says("q", "x", "r")),
     ({"prompt": hh(" q", ""), "chosen": " a", "rejected": " b"}, says("q")),
+    ({"prompt": hh(" q", ""), "chosen": hh(" q", " a"), "rejected": hh(" q", " b")}, says("q")),
+    ({"system": "S", "prompt": "q"} | BOTH, system("S") + says("q")),
+    ({"prompt": "q"} | {side: repr(turns) for side, turns in BOTH.items()}, says("q")),
+    ({"instruction": "q", "chosen_response": "a", "rejected_response": "b"}, says("q")),
+    ({"question": "q", "response_j": "a", "response_k": "b"}, says("q")),
+    ({"prompt": "q", "response_chosen": "a", "response_rejected": "b"}, says("q")),
+    ({"instruction": "q", "input": "i", "output": ["a", "b"]}, says("q\ni")),
 ]  # fmt: skip
 
 
@@ -135,6 +235,66 @@ def test_answers_of_several_turns_part_where_the_dialogues_do(tmp_path):
     (pair,) = read_pairs(write(tmp_path / "rows.jsonl", row))
     answers = {"chosen": replies("a"), "rejected": replies("a", "r", "b")}
     assert pair == {"prompt": says("q")} | answers
+
+
+QA, IMAGE = {"prompt": "q", "response": "a"}, {"type": "image_url", "image_url": {"url": "x"}}
+PASSED_OVER = [
+    *((QA | {name: value}, "not-learned") for name, value in (
+        ("label", False), ("kto_tag", "False"), ("weight", 0), ("loss", "false"), ("train", False),
+        ("training", 0.0), ("train_on_turn", False))),
+    ({"messages": [*says("q"), replies("a")[0] | ZERO]}, "not-learned"),
+    *((QA | {name: ["x"]}, "media") for name in (
+        "image", "images", "video", "videos", "audio", "audios", "files")),
+    *(({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}, part]},
+                     *replies("a")]}, "media")
+      for part in (IMAGE, {"type": "input_image"}, {"image": "x"}, {"type": "input_audio"},
+                   {"content_type": "image_asset_pointer"})),
+    *((QA | {name: [{"name": "f"}]}, "tools") for name in ("tools", "functions")),
+    *(({"messages": [*says("q"), {"role": role, "content": "x"}, *replies("a")]}, "tools")
+      for role in ("tool", "function", "function_call", "observation", "tool_call",
+                   "tool_response", "ipython")),
+    *(({"messages": [*says("q"), {"role": "assistant", "content": "", name: [{}]}]}, "tools")
+      for name in ("tool_calls", "function_call")),
+    *(({"messages": [*says("q"), {"role": "assistant", "content": [{"type": kind}]}]}, "tools")
+      for kind in ("tool_use", "tool_result")),
+    *((QA | {name: ["a", "b"]}, "choices") for name in ("choices", "options", "endings")),
+    (QA | {"helpfulness": 0}, "rating"),
+    ({"question": "q", "context": "c", "answers": {"text": [], "answer_start": []}},
+     "empty-answer"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "reason"), PASSED_OVER)
+def test_a_row_that_is_not_to_be_learned_is_passed_over_and_named(tmp_path, row, reason):
+    tally = Tally()
+    rows = read_chats(write(tmp_path / "rows.jsonl", *[row] * 20, QA), tally)
+    assert (len(rows), reasons(tally), tally.bad_rows) == (1, {reason: 20}, 0)
+    (name, *_) = (name for name in [*row, *str(row).split("'")] if name in str(tally.dropped))
+    assert name
+
+
+def test_every_name_markup_and_shape_of_the_tables_has_an_example():
+    rows = [row for row, _ in [*CHATS, *PAIRS, *PASSED_OVER]]
+    text = json.dumps(rows)
+    names = {name for names in chats.FIELDS.values() for name in names}
+    names |= {name for name in chats.SPEAKERS if name.isidentifier()}
+    assert {name for name in names if not re.search(rf"\b{name}\b", text.lower())} == set()
+    rules = {to_chat(row)[0].partition(":")[0] for row, _ in CHATS}
+    rules |= {to_pair(row)[0].partition(":")[0] for row, _ in PAIRS}
+    assert rules == {*chats.CHATS, *chats.PAIRS}
+    for opens, _ in chats.MARKUPS.values():
+        assert any(len(opens.findall(str(row.get("text")))) > 1 for row in rows if "text" in row)
+
+
+def test_columns_that_nothing_reads_are_named_once(tmp_path):
+    rows = [QA | {"id": 0, "tags": [], "note": None, "weight": 0.5, "\x1b[2J": "x"}] * 3
+    rows += [{"messages": [*says("q"), replies("a")[0] | {"reasoning_content": "x", "name": ""}]}]
+    tally = Tally()
+    assert len(read_chats(write(tmp_path / "rows.jsonl", *rows), tally)) == 4
+    names = r"id, weight, \x1b[2J, messages.reasoning_content"
+    assert unused_columns(tally) == f"columns not used: {names}"
+    tally.unused = dict.fromkeys(map(str, range(100)))
+    assert unused_columns(tally).endswith(", 19 and 80 more")
 
 
 # ---- every kind of file
@@ -168,7 +328,6 @@ def test_lists_and_lines_are_told_apart_by_their_content(tmp_path, name, text, c
 
 GOOD = [{"prompt": f"q{number}", "response": "a"} for number in range(100)]
 DEEP = "[" * 100_000
-QA = {"prompt": "q", "response": "a"}
 BAD_CHATS = [
     (DEEP, "not-json", ""),
     ('{"prompt": ' + DEEP, "not-json", ""),
@@ -191,16 +350,23 @@ BAD_CHATS = [
     (QA | {"response": " \x00\n"}, "empty", '"response" is empty'),
     (QA | {"prompt": ""}, "empty", '"prompt" is empty'),
     (QA | {"system": 5}, "not-a-string", '"system" must be'),
-    (QA | {"history": ["x"]}, "not-messages", '"history" must be a list of'),
+    (QA | {"history": ["x"]}, "not-messages", '"history" message 1 must be an object'),
+    (QA | {"history": [["a", "b", "c"]]}, "not-messages", "must be an object, got list"),
+    (QA | {"response": repr(replies("a"))[:-1]}, "not-messages", '"response" looks like messages'),
+    (QA | {"output": ["a", "b"], "response": None}, "preference-pair", "for dpo.py"),
+    ({"text": "Just text."}, "not-messages", '"text" holds no messages, nor ChatML'),
+    ({"mapping": 5, "current_node": "a"}, "other-types", ""),
+    ({"message_tree_id": "1", "prompt": {"role": "user", "text": "q", "replies": 5}},
+     "other-types", ""),
     ({"messages": []}, "empty", '"messages" is empty'),
     ({"messages": says("q")}, "no-answer", "no message of the assistant"),
     ({"messages": system("S")}, "no-answer", ""),
-    ({"messages": "text"}, "no-answer", ""),
+    ({"messages": "text"}, "not-messages", ""),
     ({"messages": [{"role": "root", "content": "x"}]}, "unknown-role", "message 1: role must be"),
-    ({"messages": [{"content": "x"}]}, "unknown-role", "got 'NoneType'"),
-    ({"messages": [{"role": ["user"], "content": "x"}]}, "unknown-role", "got 'list'"),
+    ({"messages": [{"content": "x"}]}, "unknown-role", "got None"),
+    ({"messages": [{"role": ["user"], "content": "x"}]}, "unknown-role", "got ['user']"),
     ({"messages": [*says("q"), {"role": "assistant"}]}, "not-a-string", "message 2: content must"),
-    ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "not-a-string",
+    ({"messages": [{"role": "user", "content": [{"type": "file"}]}]}, "not-a-string",
      "content must be text"),
     ({"messages": [{"role": "user", "content": " "}, *replies("a")]}, "empty",
      '"messages message 1" is empty'),
@@ -230,7 +396,7 @@ BAD_PAIRS = [
     ({"chosen": says("q", "a"), "rejected": says("r", "b")}, "missing-field"),
     ({"chosen": says("q", "a", "r", "b"), "rejected": says("q", "a", "s", "b")}, "no-answer"),
     ({"prompt": "q", "chosen": says("x"), "rejected": "b"}, "no-answer"),
-    ({"prompt": "q", "chosen": None, "rejected": "b"}, "not-a-string"),
+    ({"prompt": "q", "chosen": None, "rejected": "b"}, "missing-field"),
     ({"prompt": "q", "chosen": "a", "rejected": ""}, "empty"),
     ({"chosen": hh(" q", " a"), "rejected": hh(" r", " b")}, "missing-field"),
     ({"chosen": hh(" q", ""), "rejected": hh(" q", " b")}, "empty"),
@@ -255,7 +421,9 @@ def test_equal_answers_are_dropped_and_counted_however_many(tmp_path):
     assert len(read_pairs(write(tmp_path / "rows.jsonl", equal, good, equal), tally)) == 1
     assert reasons(tally) == {"identical-pair": 2}
     assert tally.bad_rows == 0
-    with pytest.raises(UserError, match=r"0 usable rows of 1: 1 identical-pair \(.*line 1\)"):
+    with pytest.raises(
+        UserError, match=r"0 usable rows of 1: 1 identical-pair \(line 1: chosen and"
+    ):
         read_pairs(write(tmp_path / "rows.jsonl", equal))
 
 
@@ -363,7 +531,8 @@ def test_a_line_over_the_limit_is_dropped_and_long_contents_pass(tmp_path):
 
 NAMES = (
     "prompt response messages conversations role content from value input output chosen rejected "
-    "system history instruction type text user assistant gpt"
+    "system history instruction type text user assistant gpt mapping current_node chat weight "
+    "message_tree_id replies answers parts author"
 ).split()
 WORDS = st.one_of(st.sampled_from(["", "a", "b", hh(" a", " b"), *NAMES]), st.text(max_size=5))
 VALUES = st.recursive(
@@ -383,7 +552,7 @@ ROWS = st.one_of(VALUES, st.dictionaries(st.sampled_from(NAMES), FIELD, max_size
 def sound(messages):
     roles = ("system", "user", "assistant")
     return messages and all(
-        m.keys() == {"role", "content"} and m["role"] in roles and m["content"].strip()
+        m.keys() - {"weight"} == {"role", "content"} and m["role"] in roles and m["content"].strip()
         for m in messages
     )
 
@@ -417,12 +586,16 @@ def shown(capsys, path, **settings):
 
 def test_inspect_shows_conversations_as_the_model_sees_them(tmp_path, tiny_tokenizer, capsys):
     tiny_tokenizer.save(tmp_path / "model", 64, template="instruct")
-    rows = [{"prompt": "Hi \u6f22", "response": "Hello"}, {"conversations": sharegpt("a", "b")}]
-    path = write(tmp_path / "rows.jsonl", *rows, {"prompt": 5}, *GOOD)
+    rows = [
+        {"prompt": "Hi \u6f22", "response": "Hello", "id": 1},
+        {"conversations": sharegpt("a", "b")},
+    ]
+    path = write(tmp_path / "rows.jsonl", *rows, {"prompt": 5, "response": "a"}, *GOOD)
     text = shown(capsys, path)
     for part in (
-        "101  prompt, response",
-        "1  conversations",
+        "101  question and answer: prompt, response",
+        "1  messages: conversations",
+        "  columns not used: id\n",
         "102  usable rows",
         "as chatml; in [ ]:",
         f'-1  not-a-string, first: {path} line 3: "prompt" must be',
@@ -444,7 +617,11 @@ def test_inspect_shows_pairs_without_learning_earlier_answers(tmp_path, capsys):
     row = {"chosen": says("q", "x", "r", "a"), "rejected": says("q", "x", "r", "b")}
     same = {"prompt": "q", "chosen": "a", "rejected": "a"}
     text = shown(capsys, write(tmp_path / "rows.jsonl", row, same))
-    for part in ("preference pairs", "1  chosen, rejected\n", "-1  identical-pair"):
+    for part in (
+        "preference pairs",
+        "1  pair of dialogues: chosen, rejected\n",
+        "-1  identical-pair",
+    ):
         assert part in text
     for answer in "ab":
         assert f"<|im_start|>assistant\n]{answer}<|im_end|>" in text

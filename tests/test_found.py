@@ -4,10 +4,102 @@ from pathlib import Path
 
 import pytest
 
+from corpus.chats import read_chats, read_pairs
+from corpus.files import Tally, reasons_of
+from corpus.inspect import InspectConfig, inspect
+from corpus.sources import unused_columns
+from lib.config import UserError
+
 FOUND = Path(__file__).parents[2] / "shared/data/found"
 pytestmark = pytest.mark.skipif(not FOUND.is_dir(), reason="needs ../shared/data/found")
 
 # ---- A, D, H: rows of conversations and pairs
+
+
+def talk(*turns):
+    """Messages of user and assistant in turn; the system's, or one not learned, stands as it is."""
+    roles = ("user", "assistant")
+    return [t if isinstance(t, dict) else {"role": roles[n % 2], "content": t}
+            for n, t in enumerate(turns, -isinstance(turns[0], dict))]  # fmt: skip
+
+
+def context(role, text, **more):
+    return {"role": role, "content": text} | more
+
+
+HI, SAY, WEIGHT_0 = ("Hi 0", "Hello."), ("Say 0", "0"), {"role": "assistant", "weight": 0}
+ROWS = [  # a file, the conversations in it, the first; what is passed over, what is not used
+    ("kto.jsonl", 20, talk("Say the word boat 1.", "boat"), "not-learned", ""),
+    ("weight0.jsonl", 40, talk("Two times 0?", WEIGHT_0 | {"content": "A wrong number, sorry."},
+                               "Try again.", "0"), "", ""),
+    ("loss_false.jsonl", 40, talk("Act 0.", WEIGHT_0 | {"content": "OK, understood."}, "Go.",
+                                  "Done 0."), "", ""),
+    ("dolly_context.jsonl", 40, talk("Which colour is named in note 0?\nNote 0 says that the apple "
+                                     "is painted green.", "Green."), "", "category"),
+    ("orca_system_prompt.jsonl", 40, talk(context("system", "You answer in one word."),
+                                          "What is 0 plus 1?", "1"), "", "id"),
+    ("thinking.jsonl", 40, talk(*HI), "", "messages.reasoning_content"),
+    ("completion_json.csv", 40, talk(*HI), "", ""),
+    ("messages_json.csv", 8, talk(*HI), "", ""),
+    ("input_output.jsonl", 40, talk(*HI), "", ""),
+    ("query_response.jsonl", 40, talk(*HI), "", ""),
+    ("user_assistant_fields.jsonl", 40, talk(*HI), "", ""),
+    ("human_assistant_keys.jsonl", 40, talk(*HI, "Bye", "Bye."), "", ""),
+    ("conversation_role_text.jsonl", 40, talk(*HI), "", ""),
+    ("developer.jsonl", 40, talk(context("system", "Be brief."), *HI), "", ""),
+    ("role_model.jsonl", 40, talk(*HI), "", ""),
+    ("alpaca_hist_dicts.jsonl", 40, talk("hi", "hello", *SAY), "", ""),
+    ("empty_instruction.jsonl", 40, talk("What is 0+0?", "0"), "", ""),
+    ("numeric.jsonl", 40, talk("What is 0+1?", "1"), "", ""),
+    ("nan.jsonl", 40, talk("Say 0", "Number 0"), "", ""),
+    ("text_chatml.jsonl", 40, talk(*SAY), "", ""),
+    ("text_hash.jsonl", 40, talk(*SAY), "", ""),
+    ("oasst_tree.jsonl", 40, talk(*HI), "", "tree_state"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "count", "first", "passed", "unused"), ROWS)
+def test_rows_are_read_as_what_they_are(name, count, first, passed, unused, capsys):
+    tally = Tally()
+    rows = read_chats(FOUND / name, tally)
+    assert (len(rows), rows[0]["messages"]) == (count, first)
+    assert "".join(reason for _, reason, _, _ in reasons_of(tally.dropped)) == passed
+    assert unused_columns(tally).removeprefix("columns not used: ") == unused
+    inspect(InspectConfig(str(FOUND / name)))
+    shown = capsys.readouterr().out
+    assert f"{count:>10,}  usable rows\n" in shown
+    assert f"]{first[-1]['content']}<|im_end|>" in shown
+    assert all(
+        f"{m['content']}<|im_end|>\n<|im_start|>user" in shown for m in first if "weight" in m
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "question", "good", "bad"),
+    [
+        ("pairs_json.csv", "Hi 0", "Hello.", "No."),
+        ("pairs_prompt_repeated.jsonl", "Say 0", "0", "no"),
+        ("pairs_argilla.jsonl", "Say 0", "0", "no"),
+        ("pairs_response_names.jsonl", "Say 0", "0", "no"),
+        ("pairs_rm.jsonl", "Say 0", "0", "no"),
+    ],
+)
+def test_pairs_are_read_as_what_they_are(name, question, good, bad):
+    rows = read_pairs(FOUND / name)
+    answers = {"chosen": talk("", good)[1:], "rejected": talk("", bad)[1:]}
+    assert (len(rows), rows[0]) == (40, {"prompt": talk(question)} | answers)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("images.jsonl", r'40 media \(line 1: "images" is no text; leave the field out'),
+        ("sharegpt_tools.jsonl", "40 tools .line 1: .* 'function_call' is not supported"),
+    ],
+)
+def test_rows_that_text_cannot_stand_for_are_counted_with_the_reason(name, reason):
+    with pytest.raises(UserError, match=f"0 usable rows of 40: {reason}"):
+        read_chats(FOUND / name)
 
 
 # ---- B, C, G: files

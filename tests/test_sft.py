@@ -196,6 +196,17 @@ def test_rows_that_are_all_alike_are_trained_on_and_that_is_said(tmp_path):
     assert "no two of 3 rows differ in messages; --val_path names other rows" in lines[0]
 
 
+def test_columns_that_nothing_reads_are_one_line(tmp_path):
+    rows = {sft.read_chats: {"response": "a"}, dpo.read_pairs: {"chosen": "a", "rejected": "b"}}
+    for read, row in rows.items():
+        path, lines = (
+            write_rows(tmp_path / "rows", [{"prompt": "q"} | row | {"id": 1, "note": "x"}] * 3),
+            [],
+        )
+        sft.read_reporting(read, str(path), lines.append)
+        assert lines == ["columns not used: id, note"]
+
+
 def for_count(cls, count, held_out=1, **knobs):
     """Returns (the configuration for `count` rows, the lines said), rows / batch steps a pass."""
     lines, cfg = [], cls(model_path="", dataset_path="", **knobs)

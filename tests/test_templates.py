@@ -16,7 +16,7 @@ import torch
 
 from corpus.inspect import InspectConfig, inspect
 from dpo import make_pairs
-from lib.chat_template import ChatTemplate
+from lib.chat_template import ChatTemplate, learned_spans
 from lib.config import UserError
 from lib.conversation import render, stop_ids
 from lib.tokenizer import Tokenizer
@@ -221,6 +221,22 @@ def test_a_template_that_rewrites_earlier_turns_trains_the_last_answer(folder_of
     ids, mask = render(tokenizer, TALKS[1], "jinja")
     learned = tokenizer.decode([id for id, m in zip(ids, mask) if m], controls=True)
     assert learned == "<think>\n\n</think>\n\nNothing more<|im_end|>"
+
+
+@pytest.mark.parametrize("tags", [True, False])
+@each_style
+def test_an_answer_of_weight_0_is_context(folder_of, style, tags):
+    tokenizer, _ = both(folder_of(style, tags=tags))
+    ids, mask = render(tokenizer, TALKS[1], "jinja")
+    between = len(render(tokenizer, TALKS[1][:3], "jinja")[0])  # the first answer ends before
+    for index, expected in ((1, [0] * between + mask[between:]), (3, mask[:between])):
+        talk = [m | {"weight": 0} if n == index else m for n, m in enumerate(TALKS[1])]
+        assert render(tokenizer, talk, "jinja") == (
+            ids,
+            expected + [0] * (len(ids) - len(expected)),
+        )
+    with pytest.raises(UserError, match="marks 1 spans in 2 answers"):
+        learned_spans([(0, 1)], talk)
 
 
 @each_style

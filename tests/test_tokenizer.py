@@ -345,6 +345,15 @@ def test_a_conversation_as_text_and_its_supervised_part(tok, template):
 
 
 @templates
+def test_an_answer_of_weight_0_is_context(tok, template):
+    ids, mask = render(tok, CONVERSATION, template)
+    context = len(render(tok, CONVERSATION[:3], template)[0])
+    talk = [message | {"weight": index != 2} for index, message in enumerate(CONVERSATION)]
+    assert render(tok, talk, template) == (ids, [0] * context + mask[context:])
+    assert render(tok, talk[:3], template) == (ids[:context], [0] * context)
+
+
+@templates
 def test_the_prompt_for_an_answer_is_the_beginning_of_the_answered_conversation(tok, template):
     prompt, _ = render(tok, CONVERSATION[:2], template, add_generation_prompt=True)
     ids, mask = render(tok, CONVERSATION[:3], template)
