@@ -4,8 +4,8 @@
     read_pairs(path) -> [{"prompt": [messages], "chosen": [messages], "rejected": [messages]}, ...]
 
 Messages have the roles system, user and assistant; an answer that is only context has "weight": 0.
-FIELDS says what a field means, CHATS and PAIRS which meanings make a row: the first shape whose
-meanings are all there reads it.
+FIELDS says what a field means, CHAT_SHAPES and PAIR_SHAPES which meanings make a row: the first
+shape whose meanings are all there reads it.
 """
 
 import ast
@@ -133,7 +133,7 @@ def best_replies(node):
     return messages_of("prompt", node) + (best_replies(replies[0]) if replies else [])
 
 
-CHATS = {  # a shape: the meanings it needs, others it reads, what makes messages of the fields
+CHAT_SHAPES = {  # the meanings that a shape needs, others that it reads, what makes messages
     "messages": ("messages", "system history", opening),
     "question and answer": ("question answer", "system history context", answered),
     "ChatGPT": ("mapping current_node", "", chatgpt),
@@ -143,7 +143,7 @@ CHATS = {  # a shape: the meanings it needs, others it reads, what makes message
 }
 sides = lambda row: (opening(row), row["chosen"], row["rejected"])
 outputs = lambda row: (opening(row), *((row["outputs"][0], value) for value in row["outputs"][1]))
-PAIRS = {  # likewise; what makes the messages before the answers, then both as (field, value)
+PAIR_SHAPES = {  # likewise; what makes the messages before the answers, then both as (field, value)
     "pair of answers": ("question chosen rejected", "system history context", sides),
     "pair of dialogues": ("chosen rejected", "system messages", sides),
     "two outputs": ("question outputs", "system history context", outputs),
@@ -167,7 +167,8 @@ def read_pairs(path, tally=None):
 
 def to_chat(row):
     """Returns (rule, messages that end with an answer, unused columns) of a row; raises BadRow."""
-    rule, messages, unused = read_row({"messages": row} if isinstance(row, list) else row, CHATS)
+    row = {"messages": row} if isinstance(row, list) else row
+    rule, messages, unused = read_row(row, CHAT_SHAPES)
     if not any(message["role"] == "assistant" for message in messages):
         raise BadRow("no-answer", "no message of the assistant")
     if not any(map(is_learned, messages)):
@@ -179,7 +180,7 @@ def to_chat(row):
 
 def to_pair(row):
     """Returns (rule, {"prompt", "chosen", "rejected"}, unused columns) of a row; or BadRow."""
-    rule, (prompt, *both), unused = read_row(row, PAIRS)
+    rule, (prompt, *both), unused = read_row(row, PAIR_SHAPES)
     chosen, rejected = (dialogue_of(prompt, *side) for side in both)
     alike = takewhile(lambda pair: pair[0] == pair[1], zip(chosen[:-1], rejected[:-1]))
     if not (shared := [message for message, _ in alike]):
@@ -206,9 +207,9 @@ def read_row(row, shapes):
             fields = {m: (n, unpacked(n, v, ROLE_OF.get(m))) for m, (n, v) in fields.items()}
             rule = f"{shape}: {', '.join(name for name, _ in fields.values())}"
             return rule, build(fields), unused_names(row, fields)
-    if shapes is CHATS and len(fields_of(row, ("chosen", "rejected"))) == 2:
+    if shapes is CHAT_SHAPES and len(fields_of(row, ("chosen", "rejected"))) == 2:
         raise BadRow("preference-pair", "holds chosen and rejected answers, for dpo.py")
-    usual = ("question", "answer") if shapes is CHATS else ("chosen", "rejected")
+    usual = ("question", "answer") if shapes is CHAT_SHAPES else ("chosen", "rejected")
     name = next(FIELDS[meaning][0] for meaning in usual if not fields_of(row, (meaning,)))
     raise BadRow("missing-field", f'missing "{name}" among {list(row)!r:.80}; {REMEDY}')
 

@@ -7,7 +7,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Literal
 
-from corpus.chats import CHATS, CONTROLS, PAIRS, read_row, to_chat, to_pair
+from corpus.chats import CHAT_SHAPES, CONTROLS, PAIR_SHAPES, read_row, to_chat, to_pair
 from corpus.files import ROW_READERS, Tally, kind_of, reasons_of
 from corpus.prepare import DataConfig
 from corpus.sources import (
@@ -80,9 +80,9 @@ def content_of(path):
     if not kinds & {*ROW_READERS, None}:
         return "text"
     rows = [row for _, row in islice(source_rows(path, Tally()), 20)]
-    if any(shape_of(row, PAIRS) for row in rows):
+    if any(shape_of(row, PAIR_SHAPES) for row in rows):
         return "preference pairs"
-    shapes = {shape_of(row, CHATS) for row in rows}
+    shapes = {shape_of(row, CHAT_SHAPES) for row in rows}
     is_text = None in shapes and shapes <= {None, "marked text"}
     return "text" if is_text and any(set(row) & set(USUAL) for row in rows) else "conversations"
 

@@ -281,7 +281,7 @@ def test_every_name_markup_and_shape_of_the_tables_has_an_example():
     assert {name for name in names if not re.search(rf"\b{name}\b", text.lower())} == set()
     rules = {to_chat(row)[0].partition(":")[0] for row, _ in CHATS}
     rules |= {to_pair(row)[0].partition(":")[0] for row, _ in PAIRS}
-    assert rules == {*chats.CHATS, *chats.PAIRS}
+    assert rules == {*chats.CHAT_SHAPES, *chats.PAIR_SHAPES}
     for opens, _ in chats.MARKUPS.values():
         assert any(len(opens.findall(str(row.get("text")))) > 1 for row in rows if "text" in row)
 
