@@ -16,6 +16,7 @@ import lzma
 import math
 import random
 import re
+import string
 import sys
 import time
 import zlib
@@ -54,7 +55,7 @@ class EvalConfig:
     output_dir: str = "evaluation_results"  # results.json and report.md go here
     perplexity_path: str = "hf:Salesforce/wikitext:wikitext-2-raw-v1:test"  # a text file, or hf:
     boolq_path: str = "hf:google/boolq::validation"  # a file of {question, passage, answer}, or hf:
-    tasks: tuple[str, ...] = ()  # files of {context, choices, answer} or {text}, by commas; or hf:
+    tasks: tuple[str, ...] = ()  # files of questions, or hf:, by commas; docs/REFERENCE.md has rows
     custom_prompts: str | None = None  # smoke prompts of your own: rows, or .txt with one a line
     skip_perplexity: bool = False  # leave it out
     skip_boolq: bool = False  # leave it out
@@ -225,10 +226,13 @@ def multiple_choice(scores, sizes, gold, names=None):
 # ---- Reading texts, questions and prompts
 
 CONFIGS = Path(__file__).parent / "configs" / "eval"
-YES_NO = {"false": 0, "no": 0, "0": 0, "true": 1, "yes": 1, "1": 1}
+ALPHABET, DIGITS = [*string.ascii_uppercase], [*string.digits]
+YES_NO = [False, True, "false", "true", "no", "yes", *DIGITS[:2]]
+ASK = "Question: {}\nAnswer:"
+ABOUT = "The following are multiple choice questions (with answers) about {}.\n\n"
 QUESTION = (
-    "{question, passage, answer: true or false}, {context, choices: two texts or more, "
-    "answer: a choice or its index from 0} or {text: two words or more}"
+    "{question, passage, answer: true or false}, {context, choices: two texts or more, answer: a "
+    "choice or its index from 0}, {text: two words or more} or row of MMLU, ARC, HellaSwag or PIQA"
 )
 
 
@@ -262,21 +266,57 @@ def read_text(path):
 
 
 def to_question(row):
-    """Returns (kind, (context, choices, the right one's index)); choices begin with their space."""
+    """Returns the `question` of a row, in the words of lm-eval's task of this shape."""
     match row:
-        case {"context": str(context), "choices": [str(), str(), *_] as choices, "answer": answer}:
-            answer = (choices if answer in choices else range(len(choices))).index(answer)
+        case {"question": str(ask), "choices": {"text": texts, "label": names}, "answerKey": key}:
+            return question("arc", ASK.format(ask), texts, str(key), names)
+        case {"question": str(ask), "choices": [*texts], "answer": key, **others}:
+            if others.keys() & {"context", "passage"}:
+                raise ValueError("a text and a question: give both as context")
+            letters = ALPHABET[: len(texts)]
+            lines = [letter + ". " + text for letter, text in zip(letters, texts, strict=True)]
+            about = ABOUT.format(row["subject"].replace("_", " ")) if row.get("subject") else ""
+            context = about + "\n".join([ask.strip(), *lines, "Answer:"])
+            return question("mmlu", context, letters, key, letters + texts)
+        case {"ctx": str(context), "endings": [*texts], "label": key}:
+            if {"activity_label", "ctx_a", "ctx_b"} <= row.keys():
+                context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+            context, *texts = map(unmarked, [context, *texts])
+            return question("hellaswag", context, texts, key, DIGITS[: len(texts)])
+        case {"goal": str(ask), "sol1": str(first), "sol2": str(second), "label": key}:
+            return question("piqa", ASK.format(ask), [first, second], key, DIGITS[:2])
+        case {"passage": str(text), "question": str(ask), **others}:
+            key = others.get("label", others.get("answer"))
+            key = key.lower() if isinstance(key, str) else key
+            return question("boolq", f"{text}\n{ASK.format(f'{ask}?')}", ["no", "yes"], key, YES_NO)
+        case {"context": str(context), "choices": [*texts], "answer": key}:
             space = "" if context[-1:].isspace() else " "
-            choices = tuple(c if c[0].isspace() else space + c for c in choices)
-            return "multiple-choice", (context, choices, answer)
-        case {"question": str(question), "passage": str(passage), **others}:
-            answer = YES_NO[str(others.get("label", others.get("answer"))).lower()]
-            context = f"{passage}\nQuestion: {question}?\nAnswer:"  # as lm-eval's task boolq
-            return "boolq", (context, (" no", " yes"), answer)
+            choices = [text if text[0].isspace() else space + text for text in texts]
+            return question("multiple-choice", context, choices, key, texts, space="")
         case {"text": str(text)}:
             context, word = text.strip().rsplit(" ", 1)
             return "last-word", (context, (" " + word,), 0)
     raise ValueError("other fields")
+
+
+def question(shape, context, choices, answer, names, space=" "):
+    """Returns (shape, (context, choices, the right one's index)); choices begin with their space.
+
+    An answer is an index from 0, or one of `names`: of all choices in order, perhaps several times
+    over. Without an answer, as test splits are, the index is None.
+    """
+    if (count := len(choices)) < 2 or len(names) % count:
+        raise ValueError(f"{count} choices, {len(names)} names")
+    choices = tuple(space + choice for choice in choices)
+    if answer in (None, "", -1, "-1"):
+        return shape, (context, choices, None)
+    right = names.index(answer) % count if answer in names else range(count).index(answer)
+    return shape, (context, choices, right)
+
+
+def unmarked(text):
+    """Returns a text of HellaSwag without WikiHow's marks in brackets, as lm-eval does."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
 def start_id(tokenizer):
@@ -568,11 +608,13 @@ def text_result(nats, text, ids, tokenizer):
 
 def prepare_task(cfg, model, tokenizer, path):
     """Reads, draws and encodes the questions of a file; returns the function that answers them."""
-    rows, is_boolq = rows_in(path, to_question, QUESTION), path == cfg.boolq_path
-    kinds = {kind for _, kind, _ in rows}
-    if len(kinds) > 1 or (is_boolq and kinds != {"boolq"}):
+    found, is_boolq = rows_in(path, to_question, QUESTION), path == cfg.boolq_path
+    shape, *others = sorted({shape for _, shape, _ in found})
+    if others or (is_boolq and shape != "boolq"):
         remedy = "give --boolq_path questions with passages, and --tasks one file for each kind"
-        raise UserError(f"{path}: holds {' and '.join(sorted(kinds))} rows; {remedy}")
+        raise UserError(f"{path}: holds {' and '.join([shape, *others])} rows; {remedy}")
+    if not (rows := [row for row in found if row[2][2] is not None]):
+        raise UserError(f"{path}: none of its {len(found)} rows has an answer; name another split")
     total, limit = len(rows), FAST_QUESTIONS if cfg.fast_mode else len(rows)
     limit = min(total, (is_boolq and cfg.max_boolq_samples) or limit)
     rows = [rows[at] for at in sorted(random.Random(cfg.seed).sample(range(total), limit))]
@@ -580,11 +622,13 @@ def prepare_task(cfg, model, tokenizer, path):
     encoded, cut = encode_questions(tokenizer, rows, context)
 
     def measure():
-        print(f"{len(rows):,} questions of {path}", file=sys.stderr, flush=True)
+        skipped = f"; {len(found) - total:,} without an answer" if total < len(found) else ""
+        print(f"{len(rows):,} {shape} questions of {path}{skipped}", file=sys.stderr, flush=True)
         scores = answer_scores(model, encoded, rows_at_once(cfg, model, context))
         values = [[value for value, _ in row] for row in scores]
         about = {"nats": -sum(map(sum, values)), "path": path, "rows": total, "cut": cut}
-        if "last-word" in kinds:
+        about |= {"shape": shape, "without_answer": len(found) - total}
+        if shape == "last-word":
             right = [int(greedy) for ((_, greedy),) in scores]
             about["verdict"] = "right where every token of the last word is the likeliest"
             about["perplexity"] = perplexity(about["nats"], len(rows))

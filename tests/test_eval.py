@@ -249,8 +249,13 @@ BAD = [  # the flag, the value or the content of a file r.EXT, words of the erro
     ("tasks", b'{"text": "fox"}', ["two words or more"]),
     ("tasks", b'{"choices": ["a", "b"], "answer": 0}', ["{context, choices"]),
     ("tasks", b'{"context": "a", "choices": ["b"], "answer": 0}', ["two texts or more"]),
+    ("tasks", b'{"question": "a", "choices": ["b", 3], "answer": 0}', ["not {question", "MMLU"]),
+    ("tasks", b'{"question": "a", "context": "c", "choices": ["b", "d"], "answer": 0}', ["both"]),
+    ("tasks", b'{"question": "a", "passage": "c", "choices": ["b", "d"], "answer": 0}', ["both"]),
+    ("tasks", b'{"goal": "a", "sol1": "b", "sol2": "c", "label": 2}', ["2 is not in range"]),
+    ("tasks", b'{"goal": "a", "sol1": "b", "sol2": "c", "label": ""}', ["none of its 1 rows"]),
     ("tasks", b'{"context": "a", "choices": ["b", "\\ud800"], "answer": 0}', ["surrogates"]),
-    ("tasks", b'{"context": "a", "choices": ["b", "c"], "answer": -1}', ["its index from 0"]),
+    ("tasks", b'{"context": "a", "choices": ["b", "c"], "answer": 2}', ["its index from 0"]),
     ("tasks", b'{"context": "", "choices": ["b", "%s"], "answer": 0}' % (b"x" * 999), ["1 to 95"]),
     ("tasks", b'{"text": "a b"}\n' + json.dumps(CHOICES[0]).encode(), ["one file for each kind"]),
     ("custom_prompts", "nowhere.json", ["nowhere.json"]),
@@ -389,7 +394,58 @@ def test_broken_results_are_refused(results, tmp_path, assessed):
         assessed()
 
 
-# ---- lm-eval on the same folder
+# ---- lm-eval on the same rows, and on the same folder
+
+TEXTS = ["a lazy fox", "the dog"]
+ARC = {"question": "Who jumps?", "choices": {"text": TEXTS, "label": ["1", "2"]}}
+MMLU = {"question": " Who jumps? ", "choices": [*TEXTS, "no one", "B"]}
+HELLASWAG = {"ctx": "not this", "ctx_a": "[header] How [title] to jump", "ctx_b": "then He"}
+HELLASWAG |= {"activity_label": "Jumping", "endings": ["sits  down.", "[step] jumps. [title] x"]}
+PIQA = {"goal": "To jump,", "sol1": TEXTS[0], "sol2": TEXTS[1]}
+TASKS = {  # the file of lm-eval's task: rows, each with the index of its right choice
+    "arc/arc_easy": [(ARC | {"answerKey": "2"}, 1), (ARC | {"answerKey": "1"}, 0)],
+    "mmlu/default/mmlu_us_foreign_policy": [
+        (MMLU | {"subject": "us_foreign_policy", "answer": answer}, answer) for answer in range(4)
+    ],
+    "mmlu/default/mmlu_anatomy": [(MMLU | {"subject": "anatomy", "answer": "B"}, 1)],
+    "hellaswag/hellaswag": [(HELLASWAG | {"label": "1"}, 1), (HELLASWAG | {"label": "0"}, 0)],
+    "piqa/piqa": [(PIQA | {"label": 1}, 1), (PIQA | {"label": 0}, 0)],
+    "super_glue/boolq/default": [({**row, "label": n}, n) for n, row in enumerate(BOOLQ[:2])],
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_lm_eval_asks_the_same(name, tmp_path):
+    lm_eval = pytest.importorskip("lm_eval.tasks")
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    rows, gold = zip(*TASKS[name])
+    files = dict.fromkeys(("train", "validation", "test", "dev"), str(tmp_path / "rows.jsonl"))
+    write_rows(tmp_path / "rows.jsonl", rows)
+    settings = load_yaml(Path(lm_eval.__file__).parent / f"{name}.yaml")
+    settings |= {"dataset_path": "json", "dataset_name": None}
+    settings["dataset_kwargs"] = {"data_files": files, "cache_dir": str(tmp_path / "cache")}
+    task = ConfigurableTask(config=settings)
+    task.build_all_requests(rank=0, world_size=1)
+    questions = [evaluation.to_question(row)[1] for row in rows]
+    asked = [(context, choice) for context, choices, _ in questions for choice in choices]
+    assert asked == [instance.args for instance in task.instances]
+    targets = map(task.doc_to_target, task.eval_docs)
+    letters = [n if isinstance(n, int) else "ABCD".index(n) for n in targets]
+    assert [right for _, _, right in questions] == letters == list(gold)
+
+
+def test_rows_without_an_answer_are_passed_over_and_counted(place, tmp_path, capsys):
+    labels = [0, 1, -1, "1", "", None, "-1"]
+    write_rows(tmp_path / "piqa.jsonl", [PIQA | {"label": label} for label in labels])
+    got = measure(place, tmp_path, tasks=(str(tmp_path / "piqa.jsonl"),))["tasks"]
+    (part,) = got.values()
+    assert (part["shape"], part["n"], part["rows"], part["without_answer"]) == ("piqa", 3, 3, 4)
+    assert part["majority"] == 2 / 3
+    assert (
+        f"3 piqa questions of {tmp_path}/piqa.jsonl; 4 without an answer" in capsys.readouterr().err
+    )
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import eval as evaluation
 from corpus.chats import read_chats, read_pairs
 from corpus.files import Tally, reasons_of
 from corpus.inspect import InspectConfig, inspect
@@ -109,6 +110,21 @@ def test_rows_that_text_cannot_stand_for_are_counted_with_the_reason(name, reaso
 
 
 # ---- H: questions for eval.py
+
+
+@pytest.mark.parametrize("shape", ["mmlu", "arc", "hellaswag"])
+def test_questions_are_read_with_the_right_answer(shape):
+    rows = evaluation.rows_in(FOUND / f"ev_{shape}.jsonl", evaluation.to_question, "a question")
+    assert {kind for _, kind, _ in rows} == {shape}
+    for number, (_, _, (context, choices, right)) in enumerate(rows):
+        if shape == "hellaswag":
+            answer = " and ate."
+            assert context == f"He took {number} apples"
+        else:
+            answer = " B" if shape == "mmlu" else f" {number + 1}"
+            assert f"What is {number}+1?\n" in context
+        assert choices[right] == answer
+    assert len(rows) == 12
 
 
 @pytest.mark.skip("until each kind is there")
