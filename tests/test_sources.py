@@ -23,8 +23,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from corpus.chats import read_chats, read_pairs
 from corpus.files import BLOCKS, MAX_LINE, Tally, page_text, reasons_of, rows
 from corpus.sources import input_files, read_documents
+from lib import config as configs
 from lib.config import UserError
 from tests import ROOT, SHARED
 from tests.conftest import write_rows
@@ -217,6 +219,22 @@ def test_the_header_of_a_table_tells_its_delimiter(tmp_path, name, delimiter):
     lines = [("id", "text"), ("1", "one"), ("2", "a", "b"), ("3", '"three" '), ("4", '"f, \t;|r"')]
     (tmp_path / name).write_text("\n".join(map(delimiter.join, lines)))
     assert texts_of(tmp_path) == (["one", "f, \t;|r"], {"not-csv": 2})
+
+
+@pytest.mark.parametrize(("name", "needs"), [("Jsonl", "orjson"), ("Parquet", "pyarrow")])
+def test_a_folder_that_datatrove_wrote_is_read_as_it_lies(name, needs, tmp_path):
+    writers = pytest.importorskip("datatrove.pipeline.writers")
+    pytest.importorskip(needs)
+    from datatrove.data import Document
+
+    texts = [[f"page {n} of rank {rank}, \u00fc" for n in range(3)] for rank in range(12)]
+    with getattr(writers, f"{name}Writer")(str(tmp_path / "out")) as writer:
+        for rank, pages in enumerate(texts):
+            for number, text in enumerate(pages):
+                about = {"url": "http://a.b", "language_score": 0.9}
+                writer.write(Document(text, f"{rank}/{number}", metadata=about), rank)
+    assert len(list((tmp_path / "out").iterdir())) == 12  # a file for each rank
+    assert texts_of(tmp_path / "out") == ([text for pages in texts for text in pages], {})
 
 
 def test_csv_is_what_the_csv_module_writes(tmp_path):
@@ -548,14 +566,58 @@ def test_a_hub_dataset_out_of_reach_or_breaking_off_is_one_line(hub):
     refused(r":pages: broke off after 300 rows \(", f"hf:{hub}:pages")
 
 
+SPEECH = [{"content": "Hi", "role": "user"}, {"content": "Hello!", "role": "assistant"}]
+OTHER = [SPEECH[0], {"content": "No.", "role": "assistant"}]
+PAGE_ROW = {"text": "a page", "id": "<urn:uuid:1>", "dump": "CC-MAIN-2013-20", "url": "http://a.b"}
+PAGE_ROW |= {"file_path": "s3://c", "language": "en", "language_score": 0.9, "token_count": 2}
+PAIR_ROW = {"prompt": "Hi", "prompt_id": "0a", "chosen": SPEECH, "rejected": OTHER}
+HUB = {  # preset: the config and the split of its dataset, and a row with all of its columns
+    "datasets/fineweb_edu": ("sample-10BT", "train", PAGE_ROW | {"score": 3.1, "int_score": 3}),
+    "datasets/climbmix": ("default", "train", {"text": "a page"}),
+    "datasets/tinystories": ("default", "train", {"text": "a page"}),
+    "smoltalk_sft": ("default", "train", {"messages": SPEECH, "source": "everyday"}),
+    "ultrafeedback_dpo": ("default", "train_prefs", PAIR_ROW
+        | {"messages": SPEECH, "score_chosen": 8.0, "score_rejected": 2.5}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_a_preset_reads_the_columns_of_its_dataset(name, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    config, split, row = HUB[name]
+    preset = configs.read_object(ROOT / "configs" / f"{name}.json")
+    path = preset.get("input_path", preset.get("dataset_path"))
+    folder = tmp_path / path.removeprefix("hf:").partition(":")[0]
+    folder.mkdir(parents=True)
+    write_table(folder / "rows.parquet", {key: [value, value] for key, value in row.items()})
+    card = (
+        f"configs:\n- config_name: {config}\n  data_files:\n  - split: {split}\n    path: rows*\n"
+    )
+    (folder / "README.md").write_text(f"---\n{card}---\n")
+    load = datasets.load_dataset
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets, "load_dataset", lambda n, **kw: load(str(tmp_path / n), **kw))
+    if name.startswith("datasets/"):
+        assert texts_of(path, input_config=preset.get("input_config", "")) == (["a page"] * 2, {})
+    elif name.endswith("sft"):
+        assert read_chats(path) == [{"messages": SPEECH}] * 2
+    else:
+        answers = {"chosen": SPEECH[1:], "rejected": OTHER[1:]}
+        assert read_pairs(path) == [{"prompt": SPEECH[:1], **answers}] * 2
+
+
 def test_presets_name_their_datasets():  # traps B8, B9
     names = {
+        "fineweb_edu": ("hf:HuggingFaceFW/fineweb-edu", "sample-10BT"),
+        "climbmix": ("hf:karpathy/climbmix-400b-shuffle", ""),
+        "tinystories": ("hf:roneneldan/TinyStories", ""),
         "demo_tiny": ("hf:Salesforce/wikitext", "wikitext-2-raw-v1"),
         "wikitext103": ("hf:Salesforce/wikitext", "wikitext-103-raw-v1"),
         "openwebtext": ("hf:Skylion007/openwebtext", ""),
         "wikipedia_en": ("hf:wikimedia/wikipedia", "20231101.en"),
         "docstrings": ("docstrings:", ""),
     }
+    assert {path.stem for path in (ROOT / "configs" / "datasets").iterdir()} == names.keys()
     for name, source in names.items():
         preset = json.loads((ROOT / "configs" / "datasets" / f"{name}.json").read_text("utf-8"))
         assert (preset["input_path"], preset.get("input_config", "")) == source
