@@ -22,7 +22,6 @@ import time
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, groupby, islice, zip_longest
 from pathlib import Path
@@ -40,7 +39,7 @@ from corpus.files import ROW_READERS, kind_of, text_of
 from corpus.samples import passes
 from corpus.sources import Unreachable
 from lib import config
-from lib.config import PositiveInt, Range, UserError
+from lib.config import PositiveInt, Range, UserError, refusing
 from lib.conversation import render, stop_ids
 from lib.runtime import tune_cpu
 from model import KVCache, count_parameters, identify, next_token_loss, row_groups
@@ -483,20 +482,9 @@ FAST_BYTES, FAST_QUESTIONS = 100_000, 100
 DESCRIPTIONS = json.loads((CONFIGS / "protocol.json").read_text(encoding="utf-8"))
 
 
-@contextmanager
-def refusing(errors, message, exit_code=2):
-    """Turns `errors` that a user's files may cause into a UserError."""
-    try:
-        yield
-    except errors as problem:
-        error = UserError(f"{message} ({problem!r:.100})")
-        error.exit_code = exit_code
-        raise error from None
-
-
 def main(cfg):
     began, out = time.monotonic(), Path(cfg.output_dir)
-    with refusing(OSError, f"output_dir {out}: cannot be made; name another"):
+    with refusing(OSError, f"output_dir {out}: cannot be made", "name another"):
         out.mkdir(parents=True, exist_ok=True)
     tune_cpu()
     model, tokenizer = open_model(cfg.model_path, cfg.device, cfg.dtype)
@@ -525,7 +513,7 @@ def main(cfg):
     results |= {"tasks": {path: task() for path, task in tasks.items()}, "smoke": smoke}
     protocol["seconds"] = round(time.monotonic() - began, 1)
     # NaN and infinity are no results
-    with refusing(ValueError, f"{cfg.model_path}: overflows in {cfg.dtype}; use --dtype=fp32"):
+    with refusing(ValueError, f"{cfg.model_path}: overflows in {cfg.dtype}", "use --dtype=fp32"):
         content = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     config.write_whole(out / "results.json", content.encode())
     (out / "report.md").write_text(report_text(results, cfg.detailed_output), encoding="utf-8")
@@ -715,7 +703,7 @@ class ResultsConfig:
 def read_results(path, exit_code=2):
     """Returns the results in a file, or in a folder's results.json; UserError if they are none."""
     path = Path(path) / "results.json" if Path(path).is_dir() else Path(path)
-    with refusing(Exception, f"{path}: not whole results of eval.py; run it again", exit_code):
+    with refusing(Exception, f"{path}: not whole results of eval.py", "run it again", exit_code):
         results = config.read_object(path)
         report_text(results), math.log(results["model"]["non_embedding"])
     return results

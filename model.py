@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from lib import config
-from lib.config import Fraction, Option, PositiveFloat, Range, UserError, option_of
+from lib.config import Fraction, Option, PositiveFloat, Range, UserError, option_of, refusing
 
 
 @dataclass(frozen=True)
@@ -637,10 +637,8 @@ def from_hf(hf, where="config.json"):
     keys = {name: HF_NAMES.get(name, name) for name in options}
     # values are checked as a preset's: 100,000 layers would take hours to build
     values = {n: config.accept(k, hf[k], options[n], where) for n, k in keys.items() if k in hf}
-    try:
+    with refusing(ValueError, f"{where}: no model that is computed here"):
         cfg = ModelConfig(**{"model_name": "imported"} | values)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
     if family == "mistral" and hf["sliding_window"] is not None:
         option, context = options["sequence_length"], cfg.sequence_length
         window = config.accept("sliding_window", hf["sliding_window"], option, where)
@@ -712,10 +710,8 @@ def load_weights(model, folder, to=None):
     """
     tensors = {}
     for path in weight_files(folder):
-        try:
+        with refusing((OSError, safetensors.SafetensorError), f"{path}: no safetensors"):
             content = safetensors.torch.load_file(path)  # mapped: read where it is used
-        except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f"{path}: not readable as safetensors ({error})") from None
         for name, tensor in content.items():
             floats = tensor.is_floating_point() and tensor.element_size() > 1  # 8 bits: quantized
             if not (floats and tensor.numel() and all(map(math.isfinite, tensor.aminmax()))):
@@ -727,10 +723,9 @@ def load_weights(model, folder, to=None):
         tensors = {n: t for n, t in model.state_dict().items() if ".lora_" not in n} | tensors
     elif model.cfg.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors.get("model.embed_tokens.weight", model.lm_head.weight)
-    try:
+    # torch lists what is missing, unexpected, or of another shape
+    with refusing(RuntimeError, f"{folder}: does not fit the model"):
         model.load_state_dict(tensors, assign=to is not None)
-    except RuntimeError as error:  # lists what is missing, unexpected, or of another shape
-        raise UserError(f"{folder}: does not fit the model: {error!s:.500}") from None
     if model.cfg.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
 

@@ -806,12 +806,10 @@ class Server(socketserver.ThreadingTCPServer):
         if self.outside and not key:
             remedy = "set MINI_LLM_API_KEY or --api_key_file, or listen on --host=127.0.0.1"
             raise UserError(f"host={cfg.host} is open to others, and there is no API key: {remedy}")
-        try:
+        remedy = "choose an address of this machine, as 127.0.0.1, and a free port, or --port=0"
+        where = f"host={cfg.host} port={cfg.port}: cannot listen there"
+        with config.refusing((OSError, UnicodeError), where, remedy):
             super().__init__((cfg.host, cfg.port), Handler)
-        except (OSError, UnicodeError) as problem:
-            remedy = "choose an address of this machine, as 127.0.0.1, and a free port, or --port=0"
-            where = f"host={cfg.host} port={cfg.port}: cannot listen there"
-            raise UserError(f"{where}: {problem}; {remedy}") from None
 
 
 def read_key(cfg):
@@ -819,10 +817,8 @@ def read_key(cfg):
     source, key = "MINI_LLM_API_KEY", os.environ.get("MINI_LLM_API_KEY")
     if cfg.api_key_file:
         source = f"api_key_file={cfg.api_key_file}"
-        try:
+        with config.refusing((OSError, UnicodeDecodeError), f"{source}: cannot be read"):
             key = Path(cfg.api_key_file).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as problem:
-            raise UserError(f"{source}: cannot be read ({problem})") from None
     if key is not None and not re.fullmatch("[!-~]{8,200}", key):
         raise UserError(f"{source}: a key is 8 to 200 letters, digits and signs; got {len(key)}")
     return key or ""

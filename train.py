@@ -37,6 +37,7 @@ from lib.config import (
     Range,
     UserError,
     narrow,
+    refusing,
     run,
 )
 from lib.log import Log
@@ -395,7 +396,8 @@ class State:
         path = folder / "train_state" / "state.pt"
         numbers = path.with_name(f"rng_{world.rank:05d}.pt")
         state = checkpoint.read_tensors(path)
-        try:
+        errors = AttributeError, KeyError, RuntimeError, TypeError, ValueError
+        with refusing(errors, f"{path}: does not fit this model and optimizer"):
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 today = optimizer.state_dict()["param_groups"]  # learning rate, decay, betas
                 optimizer.load_state_dict(saved | {"param_groups": today})
@@ -405,9 +407,6 @@ class State:
             self.saved_at = self.step
             if numbers.is_file():  # a rank that is new keeps the numbers it was seeded with
                 set_rng_state(checkpoint.read_tensors(numbers), world.device)
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as problem:
-            why = f"does not fit this model and optimizer ({problem!r:.200})"
-            raise UserError(f"{path}: {why}") from None
 
 
 def resume(cfg, state, world, read_model):

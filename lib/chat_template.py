@@ -17,7 +17,7 @@ import jinja2
 from jinja2 import ext, meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
-from lib.config import UserError
+from lib.config import UserError, refusing
 from lib.conversation import is_learned, shared_length
 from lib.tokenizer_json import special_tokens
 
@@ -115,13 +115,10 @@ class ChatTemplate:
             raise UserError(f"{tokenizer.source}: {problem}")
         self.source, self.controls = source, tokenizer.controls
         self.special_tokens, environment = special_tokens(tokenizer), Sandbox()
-        try:
+        # the compiler computes constants, which may fail in every way
+        with refusing(Exception, f"{tokenizer.source}: its folder's chat template is not Jinja"):
             self._template = environment.from_string(source)
             self._variables = meta.find_undeclared_variables(environment.parse(source))
-        except Exception as error:  # the compiler computes constants, which may fail in every way
-            why = str(error) or type(error).__name__
-            problem = f"the chat template of its folder is not Jinja: {why}"
-            raise UserError(f"{tokenizer.source}: {problem}") from None
         self._set_patterns(tokenizer.added)
         _, _, after = self._write(ONE_TURN, "  ").rpartition(ONE_TURN[-1]["content"])
         end = self._specials.search(after)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import safetensors
 
-from lib.config import UserError, fsync, read_object, save_config
+from lib.config import UserError, fsync, read_object, refusing, save_config
 from lib.folders import file_problem, file_sha256, lock_file
 
 CHECKPOINT_FORMAT = 1  # a newer one is refused, not guessed at
@@ -184,12 +184,9 @@ def locked(output_dir, world):
         yield
         return
     folder = Path(output_dir)
-    try:
+    with refusing(OSError, f"output_dir {output_dir}: not written", "choose another --output_dir"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "run.lock").open("a+", encoding="utf-8", newline="\n")
-    except OSError as problem:
-        why = f"{problem.strerror}; choose another --output_dir"
-        raise UserError(f"output_dir {output_dir}: {why}") from None
     with lock:
         if not lock_file(lock):
             lock.seek(0)

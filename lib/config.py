@@ -45,6 +45,18 @@ def shown(value):
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+@contextmanager
+def refusing(errors, problem, remedy="", exit_code=2):
+    """Turns `errors` that files, disks and networks may cause into a UserError."""
+    try:
+        yield
+    except errors as error:
+        cause = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        refusal = UserError(f"{problem}: {cause:.500}{'; ' * bool(remedy)}{remedy}")
+        refusal.exit_code = exit_code
+        raise refusal from None
+
+
 # ---- options
 
 
@@ -159,10 +171,8 @@ def parse_json(text, origin, object_pairs_hook=None):
 
 def read_object(path):
     """Returns the JSON object in a file; UserError if there is none."""
-    try:
+    with refusing(OSError, path):
         values = parse_json(Path(path).read_bytes(), path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
     if not isinstance(values, dict):
         raise UserError(f'{path}: must be an object {{"key": value, ...}}, got {shown(values)}')
     return values

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from lib.config import UserError, configure, exit_statuses
+from lib.config import UserError, configure, exit_statuses, refusing
 from lib.log import writing
 
 
@@ -33,16 +33,14 @@ def read_run(folder, x):
     path = Path(folder) / "metrics.jsonl"
     key, unit = {"tokens": ("tokens", 1), "steps": ("step", 1), "minutes": ("seconds", 60)}[x]
     columns, at = {}, 0.0
-    try:
+    errors = OSError, ValueError, AttributeError, TypeError, RecursionError
+    with refusing(errors, f"{path}: not what a training logs", "name a training's output folder"):
         for line in path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines():
             record = json.loads(line)
             at = record[key] / unit if key in record else at
             for name, value in record.items():
                 if isinstance(value, (int, float)):
                     columns.setdefault(name, []).append((at, value))
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as problem:
-        why = f"not what a training logs: {problem!r:.80}; name a training's output folder"
-        raise UserError(f"{path}: {why}") from None
     if "loss" not in columns or key not in columns:
         raise UserError(f"{path}: holds no step with a loss and {key} yet; try --x=steps")
     return {name: np.array(points, float).T for name, points in columns.items()}

@@ -13,7 +13,7 @@ import os
 import time
 from pathlib import Path
 
-from lib.config import UserError, write_whole
+from lib.config import UserError, refusing, write_whole
 from lib.runtime import memory_used, peak_flops
 
 
@@ -129,14 +129,9 @@ class Log:
         self.mark = (time.monotonic(), state.tokens)
 
 
-@contextlib.contextmanager
 def writing(path):
     """Turns what a disk refuses into a UserError."""
-    try:
-        yield
-    except OSError as problem:
-        why = f"could not be written ({problem.strerror})"
-        raise UserError(f"{path}: {why}; make room, or choose another place") from None
+    return refusing(OSError, f"{path}: not written", "make room, or choose another place")
 
 
 # ---- wandb and tensorboard

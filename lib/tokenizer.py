@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece as spm
 
-from lib.config import UserError, write_whole
+from lib.config import UserError, refusing, write_whole
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 IGNORE = -100  # the label of a position that is not supervised, as torch's cross_entropy has it
@@ -152,11 +152,9 @@ class Tokenizer:
                 from lib.tokenizer_json import JSONTokenizer as kind
             config = read_tokenizer_config(path)
             path = path / kind.file
-        try:
+        expected = "a tokenizer is a SentencePiece .model file, or a model's or a training's folder"
+        with refusing(OSError, path, expected):
             model = path.read_bytes()
-        except OSError as error:
-            expected = "a SentencePiece .model file, or a model's or a training's folder"
-            raise UserError(f"{path}: {error.strerror}; a tokenizer is {expected}") from error
         tokenizer = kind(model, str(path), config)
         sha256 = (config or {}).get("tokenizer_model_sha256")
         tokenizer.exact = kind is cls and sha256 is not None

@@ -6,7 +6,7 @@ transformers beside tokenizer.model.
 
 import json
 
-from lib.config import UserError, read_object
+from lib.config import UserError, read_object, refusing
 from lib.conversation import OWN, ROLES, find_template
 from lib.tokenizer import BYTE_PIECE, MARKERS, SPACE, SPECIALS, Tokenizer, check_unicode, spell
 
@@ -26,10 +26,8 @@ def read_tokenizer_config(folder):
     if "added_tokens_decoder" not in config:
         config |= read("special_tokens_map.json")
     if (path := folder / "chat_template.jinja").exists():
-        try:
+        with refusing(UnicodeDecodeError, f"{path}: not UTF-8"):
             config["chat_template"] = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 ({error})") from None
     if ends := read("generation_config.json").get("eos_token_id"):
         config["end_ids"] = ends if isinstance(ends, list) else [ends]
     return config
@@ -48,11 +46,9 @@ class JSONTokenizer(Tokenizer):
     unreadable = "not a tokenizer.json, or a damaged one"
 
     def _open(self, model):
-        try:
+        remedy = "pip install tokenizers, or put its tokenizer.model beside it"
+        with refusing(ImportError, f"{self.source}: needs the package tokenizers", remedy):
             import tokenizers
-        except ImportError:
-            remedy = "pip install tokenizers, or put its tokenizer.model beside it"
-            raise UserError(f"{self.source}: needs the package tokenizers: {remedy}") from None
 
         def reader(text):
             tokenizer = tokenizers.Tokenizer.from_str(text)

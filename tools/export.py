@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 
 from corpus.files import package
-from lib.config import UserError, run, write_whole
+from lib.config import UserError, refusing, run, write_whole
 from lib.conversation import find_template, stop_ids
 from lib.tokenizer import BYTE_PIECE, Tokenizer
 from lib.tokenizer_json import template_text
@@ -58,17 +58,17 @@ def main(cfg):
     tokenizer.match(model.cfg.vocab_size, cfg.model_path)
     check_tokenizer(cfg, tokenizer)
     output.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=output.parent) as folder:
-            path = Path(folder) / "export"
-            write = write_folder if cfg.format == "hf" else write_gguf
-            write(path, model, tokenizer, cfg.dtype)
-            os.replace(path, output)
-            for path in beside:
-                text = modelfile(output.name, tokenizer, model.cfg.sequence_length)
-                write_whole(path, text.encode())
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{output}: not written ({error}); is there no space left?") from None
+    with (
+        refusing((SafetensorError, OSError), f"{output}: not written", "is there no space left?"),
+        tempfile.TemporaryDirectory(prefix=".tmp-", dir=output.parent) as folder,
+    ):
+        path = Path(folder) / "export"
+        write = write_folder if cfg.format == "hf" else write_gguf
+        write(path, model, tokenizer, cfg.dtype)
+        os.replace(path, output)
+        for path in beside:
+            text = modelfile(output.name, tokenizer, model.cfg.sequence_length)
+            write_whole(path, text.encode())
     count = sum(p.numel() for p in model.parameters())
     print(f"{output}: {count / 1e6:.1f}M parameters in {cfg.dtype}; read back: the same weights")
 

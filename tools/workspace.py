@@ -24,7 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from lib.config import UserError, configure, dispatch, read_object, save_config
+from lib.config import UserError, configure, dispatch, read_object, refusing, save_config
 
 # lib.checkpoint and lib.folders need packages; check-env runs without, so they are imported below
 
@@ -245,13 +245,12 @@ def backup(cfg):
     path = Path(cfg.output or f"backups/{name}")
     if path.exists():
         raise UserError(f"{path}: exists; name another --output")
-    try:
+    errors = OSError, EOFError, tarfile.TarError, subprocess.SubprocessError
+    remedy = "name another --output, free space, or see to openssl"
+    with refusing(errors, f"{path}: no backup was kept", remedy):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=path.parent) as folder:
             count = write_backup(path, Path(folder), secret)
-    except (OSError, EOFError, tarfile.TarError, subprocess.SubprocessError) as error:
-        remedy = "no backup was kept; name another --output, free space, or see to openssl"
-        raise UserError(f"{path}: {error}; {remedy}") from None
     print(f"{path}: {count:,} files and folders, {megabytes(path.stat().st_size)}")
     words = f"{' '.join(OPENSSL)} -d -in {{}} | tar -xz" if secret else "tar -xzf {}"
     print("to unpack:", words.format(shlex.quote(str(path))))
