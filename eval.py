@@ -781,12 +781,10 @@ def judged(place, results, entry, low, high):
 
 def dispatch_words(argv):
     """Measures, unless the first word asks for something else."""
-    if not argv or argv[0] not in ("compare", "assess"):
-        return config.run(main, EvalConfig, __doc__, argv=argv)
-    files = ",".join(word for word in argv[1:] if not word.startswith("-"))
-    flags = [word for word in argv[1:] if word.startswith("-")]
     commands = {"compare": (compare, ResultsConfig), "assess": (assess, ResultsConfig)}
-    config.dispatch(commands, [argv[0], files, *flags], __doc__)
+    if argv and argv[0] in commands:
+        return config.dispatch(commands, argv, __doc__)
+    config.run(main, EvalConfig, __doc__, argv=argv)
 
 
 if __name__ == "__main__":

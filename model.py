@@ -122,13 +122,6 @@ def rope_frequencies(cfg):
     return frequency
 
 
-def rope_tables(cfg):
-    """Returns cos and sin of every position's angles, each (sequence_length, D/2) float32."""
-    positions = torch.arange(cfg.sequence_length, dtype=torch.float64, device="cpu")
-    angles = positions[:, None] * rope_frequencies(cfg)
-    return angles.cos().float(), angles.sin().float()
-
-
 def rotate(x, cos, sin):
     """Turns each pair (x[i], x[i + D/2]) of x (B, H, T, D) by its position's angle.
 
@@ -273,8 +266,10 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(cfg.d_model, cfg.layer_norm_epsilon)
         # if True, the backward pass computes each block again: less memory, one more forward
         self.gradient_checkpointing = False
-        for name, table in zip(("cos", "sin"), rope_tables(cfg), strict=True):
-            self.register_buffer(name, table, persistent=False)
+        positions = torch.arange(cfg.sequence_length, dtype=torch.float64, device="cpu")
+        angles = positions[:, None] * rope_frequencies(cfg)  # (sequence_length, D/2)
+        self.register_buffer("cos", angles.cos().float(), persistent=False)
+        self.register_buffer("sin", angles.sin().float(), persistent=False)
 
     def forward(self, ids, positions=None, documents=None, cache=None):
         T = ids.shape[1]
@@ -382,9 +377,8 @@ def unused_memory(shape, device, dtype):
     """Returns zeros; on a CPU, unlike torch.zeros, they take memory where they are used."""
     if torch.device(device).type != "cpu":
         return torch.zeros(shape, device=device, dtype=dtype)
-    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(
-        shape
-    )
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 # ---- Losses: sums in nats over supervised positions, never means; the label -100 is unsupervised

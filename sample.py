@@ -602,7 +602,10 @@ def open_model(folder, device="auto", dtype="auto", compile=False):
         raise UserError(f"dtype=int8 is for a CPU, not for {device.type}; use --dtype=auto")
     if compile and device.type != "cuda":
         raise UserError(f"compile: CUDA graphs need CUDA, this is {device.type}; leave it off")
-    exact = device.type == "cpu" and dtype == "auto" and not in_bf16(folder)
+    path = model_folder(folder) / "config.json"  # an adapter's folder has none, and merges in fp32
+    hf = read_object(path) if path.is_file() else {}
+    in_bf16 = (hf.get("dtype") or hf.get("torch_dtype")) == "bfloat16"
+    exact = device.type == "cpu" and dtype == "auto" and not in_bf16
     wanted = "fp32" if exact or dtype == "int8" else dtype
     model = load_model(folder, device, choose_dtype(wanted, device)[0], mapped=True)
     tokenizer = Tokenizer.load(model_folder(folder))
@@ -634,13 +637,6 @@ def fuse_to_int8(model, ids):
         problem = f"changes this model's logits by {change:.0%}, more than {INT8_CHANGE:.0%}"
         raise UserError(f"dtype=int8 {problem}: it has outliers; leave --dtype out")
     return model
-
-
-def in_bf16(folder):
-    """Returns whether a model's weights are stored in bfloat16. An adapter is merged in float32."""
-    path = model_folder(folder) / "config.json"
-    hf = read_object(path) if path.is_file() else {}
-    return (hf.get("dtype") or hf.get("torch_dtype")) == "bfloat16"
 
 
 class Reply:

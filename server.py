@@ -149,9 +149,8 @@ class Api:
     def tokenize(self, body, disconnected):
         fields = self.read(TokenFields, body)
         if fields.messages is None:
-            require(
-                fields.prompt is not None, "prompt must be a text, or messages a list", "prompt"
-            )
+            message = "prompt must be a text, or messages a list"
+            require(fields.prompt is not None, message, "prompt")
             opening = self.tokenizer.opening if fields.add_special_tokens else []
             ids = [*opening, *self.tokenizer.encode(fields.prompt)]
         else:

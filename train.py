@@ -36,6 +36,7 @@ from lib.config import (
     PositiveInt,
     Range,
     UserError,
+    dispatch,
     narrow,
     refusing,
     run,
@@ -794,8 +795,8 @@ def check_origin(cfg, folder, tokenizer, hashes):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["curves"]:
-        from lib.curves import curves_command
+        from lib.curves import CurvesConfig, curves
 
-        curves_command(sys.argv[2:])
+        dispatch({"curves": (curves, CurvesConfig)}, sys.argv[1:], __doc__)
     else:
         run(main, PretrainConfig, __doc__)

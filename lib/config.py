@@ -239,7 +239,10 @@ def read_words(argv, options, positional):
     while rest:
         word = rest.popleft()
         if positional and not word.startswith("-"):
-            word = f"--{positional.popleft()}={word}"
+            name = positional.popleft()
+            while options[name].item and rest and not rest[0].startswith("-"):
+                word += f",{rest.popleft()}"  # a tuple takes all that follow
+            word = f"--{name}={word}"
         if word.startswith("-"):
             name, value = read_flag(word, rest, options)
             flags[name] = value  # of two the last counts, as of two presets
@@ -280,14 +283,16 @@ def usage(cls, options, argv, positional, doc):
 # ---- for the programs
 
 
-def configure(cls, argv=None, *, foreign_keys=False, positional=(), doc=None):
+def configure(cls, argv=None, *, foreign_keys=False, words=False, doc=None):
     """Returns the dataclass `cls` made of presets in order, then flags (by default sys.argv's).
 
-    foreign_keys: presets may hold keys of other programs. positional: fields that may be given as
+    foreign_keys: presets may hold keys of other programs. words: required fields may be given as
     words without a flag, in order. A mistake is a UserError; --help, which opens with `doc`, exits.
     """
     argv = sys.argv[1:] if argv is None else argv
     options, values = options_of(cls), {}
+    required = [name for name, option in options.items() if option.default is NO_DEFAULT]
+    positional = required if words else []
     if "--help" in argv or "-h" in argv:
         print(usage(cls, options, argv, positional, doc), flush=True)
         raise SystemExit(0)
@@ -295,7 +300,6 @@ def configure(cls, argv=None, *, foreign_keys=False, positional=(), doc=None):
     for path in presets:
         values |= read_preset(path, options, foreign_keys, Path(inspect.getfile(cls)).name)
     values |= flags
-    required = [name for name, option in options.items() if option.default is NO_DEFAULT]
     if missing := [name for name in required if values.get(name, "") == ""]:  # an unset variable
         raise UserError(f"required: {' '.join(f'--{name}=VALUE' for name in missing)}")
     try:
@@ -348,8 +352,7 @@ def dispatch(commands, argv, doc):
     word, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     if word in commands:
         function, config = commands[word]
-        required = [n for n, option in options_of(config).items() if option.default is NO_DEFAULT]
-        return run(function, config, inspect.getdoc(function), argv=rest, positional=required)
+        return run(function, config, inspect.getdoc(function), argv=rest, words=True)
     with exit_statuses():
         if word not in ("--help", "-h"):
             hint = did_you_mean(word, commands, "{}") or f"; expected {'|'.join(commands)}"

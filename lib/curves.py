@@ -4,7 +4,6 @@ python train.py curves checkpoints/a checkpoints/b --x=minutes --output=both.png
 """
 
 import dataclasses
-import itertools
 import json
 import math
 from pathlib import Path
@@ -12,14 +11,15 @@ from typing import Literal
 
 import numpy as np
 
-from lib.config import UserError, configure, exit_statuses, refusing
+from lib.config import UserError, refusing
 from lib.log import writing
 
 
 @dataclasses.dataclass(frozen=True)
 class CurvesConfig:
-    """What to draw of the runs."""
+    """What to draw of which runs."""
 
+    runs: tuple[str, ...]  # their output folders
     x: Literal["tokens", "steps", "minutes"] = "tokens"  # what the curves are drawn over
     output: str = "curves.png"  # the picture: .png or .svg
 
@@ -84,14 +84,9 @@ def draw_curves(folders, x, output):
         figure.savefig(output)
 
 
-def curves_command(argv):
+def curves(cfg):
     """Draw the curves of runs, by their output folders: python train.py curves RUN [RUN ...]"""
-    folders = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    with exit_statuses():
-        cfg = configure(CurvesConfig, argv[len(folders) :], doc=curves_command.__doc__)
-        if not folders:
-            raise UserError("curves needs a run: python train.py curves checkpoints/pretrain/demo")
-        if not cfg.output.endswith((".png", ".svg")):
-            raise UserError(f"output {cfg.output}: must end in .png or .svg")
-        draw_curves(folders, cfg.x, cfg.output)
-        print(f"wrote {cfg.output}")
+    if not cfg.output.endswith((".png", ".svg")):
+        raise UserError(f"output {cfg.output}: must end in .png or .svg")
+    draw_curves(cfg.runs, cfg.x, cfg.output)
+    print(f"wrote {cfg.output}")

@@ -105,12 +105,7 @@ def open_world(cfg):
     What can end every training becomes a UserError: memory that runs out, a rank that is gone.
     """
 
-    def number(name, default):
-        text = os.environ.get(name, str(default))
-        if not text.isdecimal():
-            raise UserError(f"{name} is {text!r}, not a number; start with torchrun, or unset it")
-        return int(text)
-
+    number = lambda name, default: int(os.environ.get(name, default))
     rank, size = number("RANK", 0), number("WORLD_SIZE", 1)
     if size > 1 and "MASTER_ADDR" not in os.environ:  # set by a cluster's shell, or left over
         missing = "but MASTER_ADDR is not set; start with torchrun, or unset it"

@@ -486,10 +486,6 @@ def test_a_leftover_of_a_cluster_in_the_environment_is_named(monkeypatch):
     message = "WORLD_SIZE is 2, but MASTER_ADDR is not set; start with torchrun"
     with pytest.raises(UserError, match=message), open_world(PretrainConfig(device="cpu")):
         pass
-    monkeypatch.setenv("WORLD_SIZE", "two")
-    message = "WORLD_SIZE is 'two', not a number; start with torchrun"
-    with pytest.raises(UserError, match=message), open_world(PretrainConfig(device="cpu")):
-        pass
 
 
 @pytest.mark.parametrize(
