@@ -228,7 +228,7 @@ def test_a_backup_keeps_the_newest_whole_checkpoint(folder):
 @pytest.mark.parametrize(
     ("output", "secret", "message"),
     [
-        ("file/b.tar.gz", "x", "no backup was kept; name another --output"),
+        ("file/b.tar.gz", "x", "no backup was kept: File exists; name another --output"),
         ("file", "x", "file: exists; name another --output"),
         ("", "", "BACKUP_PASSPHRASE is empty"),
     ],
