@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import model as llama
 from lib.config import UserError
@@ -184,26 +183,9 @@ def test_what_is_no_plain_lora_on_a_base_is_refused(adapter, changes, words, mon
 # ---- peft
 
 
-def peft_of(base):
-    """Returns the packages peft and transformers, and transformers' model of the base's folder."""
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    return peft, transformers, transformers.LlamaForCausalLM.from_pretrained(base)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_peft_opens_our_folder_and_computes_the_same(base, adapter):
-    peft, transformers, hf = peft_of(base)
-    ours = llama.load_adapter(adapter)(IDS)
-    theirs = peft.PeftModel.from_pretrained(hf, adapter).eval()
-    torch.testing.assert_close(theirs(IDS).logits, ours, atol=2e-6, rtol=0)
-    merged = theirs.merge_and_unload()(IDS).logits
-    torch.testing.assert_close(merged, llama.load_model(adapter)(IDS), atol=2e-6, rtol=0)
-    at_once = transformers.AutoModelForCausalLM.from_pretrained(adapter).eval()
-    torch.testing.assert_close(at_once(IDS).logits, ours, atol=2e-6, rtol=0)
-
-
 def saved_by_peft(base, folder, **options):
-    peft, _, hf = peft_of(base)
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    hf = transformers.LlamaForCausalLM.from_pretrained(base)
     model = peft.get_peft_model(hf, peft.LoraConfig(r=3, lora_alpha=5, **options)).eval()
     model.save_pretrained(folder)
     return model
@@ -231,18 +213,3 @@ def test_the_tensors_of_a_variant_of_lora_do_not_fit(base, tmp_path, variant, wo
     saved_by_peft(base, tmp_path / "a", target_modules=["q_proj", "k_proj"], **variant)
     with pytest.raises(UserError, match=f"does not fit the model: .*{word}"):
         llama.load_model(tmp_path / "a")
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_peft_learns_the_same_gradients(base, adapter):
-    peft, _, hf = peft_of(base)
-    ours = llama.load_adapter(adapter).train()
-    llama.next_token_loss(ours, BATCH)[0].backward()
-    theirs = peft.PeftModel.from_pretrained(hf, adapter, is_trainable=True)
-    logits = theirs(BATCH["ids"]).logits.flatten(0, 1)
-    F.cross_entropy(logits, BATCH["labels"].flatten(), reduction="sum").backward()
-    named = dict(theirs.named_parameters())
-    for name, p in ours.named_parameters():
-        if p.requires_grad:
-            other = named[llama.PEFT_PREFIX + name.replace(".weight", ".default.weight")]
-            torch.testing.assert_close(p.grad, other.grad, atol=1e-5, rtol=1e-4)
