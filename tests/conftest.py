@@ -1,5 +1,6 @@
 """What several rooms' tests share."""
 
+import io
 import json
 import os
 import socket
@@ -10,6 +11,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
+import sentencepiece
 
 from corpus.prepare import DataConfig, main
 from corpus.tokenizer import train_tokenizer
@@ -50,6 +52,30 @@ def ask(server, route, **body):
     request = urllib.request.Request(server.listening_address + route, body, kind)
     with urllib.request.urlopen(request) as answer:
         return json.load(answer)
+
+
+def sentencepiece_model(texts, **recipe):
+    """A .model file's bytes, by default BPE that leaves texts as they are, with Llama's ids."""
+    model = io.BytesIO()
+    settings = {"model_type": "bpe", "normalization_rule_name": "identity", "vocab_size": 384}
+    settings |= {"remove_extra_whitespaces": False, "byte_fallback": True, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, **settings | recipe
+    )
+    return model.getvalue()
+
+
+def byte_level(texts, specials, vocab_size):
+    """A tokenizer of the package `tokenizers` as SmolLM's or Llama 3's: byte-level BPE."""
+    library = pytest.importorskip("tokenizers")
+    bpe = library.Tokenizer(library.models.BPE())
+    bpe.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = library.decoders.ByteLevel()
+    alphabet = library.pre_tokenizers.ByteLevel.alphabet()
+    options = {"initial_alphabet": alphabet, "special_tokens": specials, "show_progress": False}
+    trainer = library.trainers.BpeTrainer(vocab_size=vocab_size, **options)
+    bpe.train_from_iterator(texts, trainer)
+    return bpe
 
 
 def link_code(folder):

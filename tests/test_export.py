@@ -1,6 +1,5 @@
 """Exports are the model, as transformers and gguf read them; foreign folders open here."""
 
-import io
 import json
 import os
 import subprocess
@@ -8,7 +7,6 @@ import urllib.error
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +17,7 @@ from lib.tokenizer_json import jinja
 from model import Llama, ModelConfig, add_lora, identify, load_model, save_adapter, save_model
 from sample import open_model
 from tests import ROOT
-from tests.conftest import ask, llama_cpp
+from tests.conftest import ask, llama_cpp, sentencepiece_model
 from tests.warm import python
 from tools.export import ExportConfig, main
 
@@ -317,20 +315,11 @@ def in_8_bits(folder):
     save_file(tensors, folder / "model.safetensors")
 
 
-def configured(**changes):
-    return lambda folder: rewrite(folder / "config.json", **changes)
-
-
-GPTQ = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (pickled, "a pickle may run any code, so it is not read.*save_pretrained"),
         (in_8_bits, r"lm_head.weight holds .* \(torch.float8_e4m3fn\)"),
-        (configured(**GPTQ), "quantization_config is .*gptq"),
-        (configured(mlp_bias=True), "mlp_bias is true"),
         (lambda folder: (folder / "tokenizer.model").unlink(), r"tokenizer\.model: No such file"),
     ],
 )
@@ -344,25 +333,7 @@ def test_foreign_folders_that_do_not_fit_are_refused_in_one_line(
     assert "\n" not in str(refusal.value)
 
 
-def test_gguf_is_refused_where_the_tokenizer_is_a_json(tiny_tokenizer, tmp_path):
-    pytest.importorskip("tokenizers")
-    own = make(tmp_path / "own", tiny_tokenizer)
-    (own / "tokenizer.model").unlink()
-    export(own, tmp_path / "hf", "hf")
-    with pytest.raises(UserError, match=r"GGUF is written from tokenizer\.model"):
-        export(own, tmp_path / "own.gguf", "gguf")
-
-
-def sentencepiece_model(texts, **recipe):
-    """A .model file's bytes, by default BPE that leaves texts as they are."""
-    model = io.BytesIO()
-    settings = {"model_type": "bpe", "normalization_rule_name": "identity", "vocab_size": 384}
-    settings |= {"remove_extra_whitespaces": False, "byte_fallback": True, "minloglevel": 2}
-    settings |= {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, **settings | recipe
-    )
-    return model.getvalue()
+OURS = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
 
 
 @pytest.mark.parametrize(
@@ -378,7 +349,7 @@ def test_a_warning_says_where_other_programs_will_tokenize_otherwise(
     recipe, text, same, tiny_documents, tmp_path, capsys
 ):
     tokenizers = pytest.importorskip("tokenizers")
-    tokenizer = Tokenizer(sentencepiece_model(tiny_documents, **recipe))
+    tokenizer = Tokenizer(sentencepiece_model(tiny_documents, **OURS | recipe))
     own = make(tmp_path / "own", tokenizer, template=None)
     path = export(own, tmp_path / "hf", "hf") / "tokenizer.json"
     ids = tokenizers.Tokenizer.from_file(str(path)).encode(text, add_special_tokens=False).ids
@@ -388,7 +359,7 @@ def test_a_warning_says_where_other_programs_will_tokenize_otherwise(
 
 @pytest.mark.parametrize("kind", ["unigram", "char"])
 def test_a_tokenizer_that_is_not_bpe_is_refused(kind, tiny_documents, tmp_path):
-    tokenizer = Tokenizer(sentencepiece_model(tiny_documents, model_type=kind))
+    tokenizer = Tokenizer(sentencepiece_model(tiny_documents, model_type=kind, **OURS))
     own = make(tmp_path / "own", tokenizer, template=None)
     for format in ("hf", "gguf"):
         with pytest.raises(UserError, match=r"tokenizer\.model is not BPE.*gives other ids"):

@@ -11,7 +11,6 @@ from pydoc_data.topics import topics
 from types import SimpleNamespace
 
 import pytest
-import sentencepiece
 import torch
 
 from corpus.inspect import InspectConfig, inspect
@@ -23,7 +22,7 @@ from lib.tokenizer import Tokenizer
 from lib.tokenizer_json import hugging_face_json
 from sample import Chat, SampleConfig, open_model
 from server import Api
-from tests.conftest import write_rows
+from tests.conftest import byte_level, sentencepiece_model, write_rows
 from tests.runs import refused
 from tests.runs import train_to_end as trained
 
@@ -112,17 +111,8 @@ def source(style, tags=True):
 
 
 @cache
-def byte_level(*specials):
-    bpe = library.Tokenizer(library.models.BPE())
-    bpe.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = library.decoders.ByteLevel()
-    trainer = library.trainers.BpeTrainer(
-        vocab_size=500,
-        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=list(specials),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(topics["assert"].splitlines(), trainer)
+def with_thoughts(*specials):
+    bpe = byte_level(topics["assert"].splitlines(), list(specials), 500)
     bpe.add_tokens([library.AddedToken(text, special=False) for text in ("<think>", "</think>")])
     return bpe
 
@@ -131,16 +121,8 @@ def byte_level(*specials):
 def sentence_pieces(tmp_path_factory):
     """The folder of a tokenizer.model of Llama's kind."""
     folder = tmp_path_factory.mktemp("pieces")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(topics["assert"].splitlines()),
-        model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
-        vocab_size=400,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
+    model = sentencepiece_model(topics["assert"].splitlines(), vocab_size=400)
+    (folder / "tokenizer.model").write_bytes(model)
     return folder
 
 
@@ -154,7 +136,7 @@ def folder_of(tmp_path_factory, sentence_pieces):
         bos, eos, *others = SPECIALS[style]
         specials = dict.fromkeys((bos, eos, *others))
         if kind == "byte_level":
-            json_tokenizer = byte_level(*specials)
+            json_tokenizer = with_thoughts(*specials)
         else:
             pieces = Tokenizer.load(sentence_pieces)
             json_tokenizer = library.Tokenizer.from_str(json.dumps(hugging_face_json(pieces)))
@@ -296,7 +278,7 @@ def test_a_template_completes_no_control_token_on_both_sides(folder_of):
 def test_spaces_that_a_control_token_swallows(tmp_path):
     """As Phi-3's: `rstrip` takes the line break after it, `lstrip` the space before it."""
     added = [library.AddedToken("<end>", rstrip=True), library.AddedToken("<user>", lstrip=True)]
-    bpe = library.Tokenizer.from_str(byte_level("<s>", "</s>").to_str())
+    bpe = library.Tokenizer.from_str(with_thoughts("<s>", "</s>").to_str())
     bpe.add_special_tokens(added)
     text = "{% for m in messages %} <user>\n{{ m.content }}<end> \n{% endfor %}"
     roles = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": text}

@@ -13,7 +13,6 @@ from itertools import islice
 from pydoc_data.topics import topics
 
 import pytest
-import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,11 +22,11 @@ from lib.conversation import TEMPLATES, render, stop_ids, template_of
 from lib.tokenizer import IM_END, IM_START, Tokenizer
 from lib.tokenizer_json import jinja
 from tests import SHARED
+from tests.conftest import byte_level, sentencepiece_model
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 CORPORA = SHARED / "corpora"
-FUZZ_STRINGS = int(os.environ.get("FUZZ_STRINGS", 2_000))
 
 RARE = "quizzaciously"
 # characters with which SentencePiece drops a document, each beside a word of its own
@@ -137,14 +136,6 @@ def test_round_trip(tok, text):
     assert not set(ids) & set(range(6))
     assert tok.token_bytes()[ids].sum() == len(text.encode())
     assert tok.encode_batch([text, "x", text], num_threads=2) == [ids, tok.encode("x"), ids]
-
-
-def test_no_text_makes_a_control_id(tok):
-    rng = random.Random(0)
-    texts = ["".join(rng.choices(FRAGMENTS, k=rng.randint(1, 12))) for _ in range(FUZZ_STRINGS)]
-    for text, ids in zip(texts, tok.encode_batch(texts, num_threads=2)):
-        assert min(ids) > tok.im_end_id, text
-        assert tok.decode(ids) == text
 
 
 @pytest.mark.parametrize("id", [-1, 2_000, 2**40])
@@ -315,19 +306,6 @@ OPENING = {
     "instruct": "\n\n### Response:\n",
     "chat": "\n\nAssistant:",
 }
-
-
-def test_the_templates_verbatim(tok):
-    turn = [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]
-    shown = {name: named(tok, render(tok, turn, name)[0]) for name in TEMPLATES}
-    assert shown == {
-        "chatml": "<s><|im_start|>user\n...<|im_end|>\n<|im_start|>assistant\n...<|im_end|>",
-        "chatml_newline": (
-            "<s><|im_start|>user\n...\n<|im_end|>\n<|im_start|>assistant\n...\n<|im_end|>"
-        ),
-        "instruct": "<s>### Instruction:\n...\n\n### Response:\n...</s>",
-        "chat": "<s>Human: ...\n\nAssistant: ...</s>",
-    }
 
 
 @templates
@@ -551,18 +529,9 @@ def write_json(path, content):
 def foreign(tmp_path_factory):
     """A model of Llama's kind: other ids, a space before every text, no pad, no chat markers."""
     folder = tmp_path_factory.mktemp("foreign")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(topics.values()),
-        model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
-        vocab_size=1_000,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        split_digits=True,
-        minloglevel=2,
-    )
+    recipe = {"allow_whitespace_only_pieces": True, "split_digits": True, "vocab_size": 1_000}
+    model = sentencepiece_model(topics.values(), **recipe)
+    (folder / "tokenizer.model").write_bytes(model)
     return folder
 
 
@@ -659,21 +628,12 @@ def test_a_tokenizer_model_begins_as_its_folder_says(foreign, tmp_path, adds):
 
 
 @pytest.fixture(scope="module")
-def byte_level(tmp_path_factory):
+def smollm(tmp_path_factory):
     """A folder as SmolLM's or Llama 3's: byte-level BPE in tokenizer.json, no tokenizer.model."""
-    transformers, library = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
-    bpe = library.Tokenizer(library.models.BPE())
-    bpe.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = library.decoders.ByteLevel()
-    trainer = library.trainers.BpeTrainer(
-        vocab_size=900,
-        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|endoftext|>", IM_START, IM_END],
-        show_progress=False,
-    )
-    bpe.train_from_iterator(topics.values(), trainer)
+    transformers = pytest.importorskip("transformers")
+    bpe = byte_level(topics.values(), ["<|endoftext|>", IM_START, IM_END], 900)
     roles = {"bos_token": IM_START, "eos_token": IM_END, "unk_token": "<|endoftext|>"}
-    folder = tmp_path_factory.mktemp("byte_level")
+    folder = tmp_path_factory.mktemp("smollm")
     transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **roles).save_pretrained(folder)
     return folder
 
@@ -686,18 +646,14 @@ def resaved(folder, tokenizer):
     return folder / "again"
 
 
-def test_a_tokenizer_json_alone_gives_the_ids_of_transformers(byte_level, tok, tmp_path):
-    texts = [*topics["assert"].splitlines(), "caf\u00e9 \U0001f600", "", "  a\t\n"]
-    for folder in (byte_level, resaved(tmp_path, tok)):
-        tokenizer, other = Tokenizer.load(folder), hugging_face(folder)
-        assert tokenizer.encode_batch(texts) == [
-            other(text, add_special_tokens=False)["input_ids"] for text in texts
-        ]
-        assert tokenizer.im_start_id not in tokenizer.encode(f"a {IM_START} b")
-        for text in [*texts, f"a {IM_START} b"]:
-            ids = tokenizer.encode(text)
-            assert tokenizer.decode(ids) == streamed(tokenizer, ids) == text
+def test_a_tokenizer_json_of_ours_alone_gives_the_same_ids(tok, tmp_path):
+    tokenizer = Tokenizer.load(resaved(tmp_path, tok))
     assert (tokenizer.template, tokenizer.pieces) == ("instruct", tok.pieces)
+    texts = [*topics["assert"].splitlines(), *FRAGMENTS, "", "  a\t\n", f"a {IM_START} b"]
+    for text in (text for text in texts if text != "\u2581"):  # to it, a space
+        ids = tokenizer.encode(text)
+        assert ids == tok.encode(text)
+        assert tokenizer.decode(ids) == streamed(tokenizer, ids) == text
     with pytest.raises(UserError, match="lone surrogate"):
         tokenizer.encode("\ud800")
 
@@ -711,10 +667,10 @@ def test_a_tokenizer_json_with_a_prefix_renders_as_its_tokenizer_model(foreign, 
 
 
 @templates
-def test_a_tokenizer_json_is_saved_with_a_template(byte_level, tmp_path, template):
-    tokenizer = Tokenizer.load(byte_level)
+def test_a_tokenizer_json_is_saved_with_a_template(smollm, tmp_path, template):
+    tokenizer = Tokenizer.load(smollm)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id) == (1, 2, 2, 0)
-    tokenizer.match(960, byte_level)
+    tokenizer.match(960, smollm)
     tokenizer.save(tmp_path, 512, template)
     back, other = Tokenizer.load(tmp_path), hugging_face(tmp_path)
     assert (back.template, back.vocab_size, len(other)) == (template, 960, 960)
@@ -722,13 +678,10 @@ def test_a_tokenizer_json_is_saved_with_a_template(byte_level, tmp_path, templat
     assert other.apply_chat_template(PLAIN_TALK, return_dict=False) == ids
 
 
-def test_a_tokenizer_json_that_is_not_read_is_one_line(byte_level, tmp_path, monkeypatch):
-    for content in ({"type": "WordLevel"}, None):
-        write_json(tmp_path / "tokenizer.json", {"model": content, "decoder": None})
-        with pytest.raises(
-            UserError, match="WordLevel.*reads byte-level BPE" if content else "damaged"
-        ):
-            Tokenizer.load(tmp_path)
+def test_a_tokenizer_json_that_is_not_read_is_one_line(smollm, tmp_path, monkeypatch):
+    write_json(tmp_path / "tokenizer.json", {"model": None, "decoder": None})
+    with pytest.raises(UserError, match="damaged"):
+        Tokenizer.load(tmp_path)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UserError, match=r"tokenizer\.json: needs .*pip install tokenizers"):
-        Tokenizer.load(byte_level)
+        Tokenizer.load(smollm)
