@@ -776,16 +776,6 @@ def judged(place, results, entry, low, high):
     return [place, shown_number(place, number), expected, verdict, entry.get("source", "")]
 
 
-# ---- The command line
-
-
-def dispatch_words(argv):
-    """Measures, unless the first word asks for something else."""
-    commands = {"compare": (compare, ResultsConfig), "assess": (assess, ResultsConfig)}
-    if argv and argv[0] in commands:
-        return config.dispatch(commands, argv, __doc__)
-    config.run(main, EvalConfig, __doc__, argv=argv)
-
-
 if __name__ == "__main__":
-    dispatch_words(sys.argv[1:])
+    commands = {"compare": (compare, ResultsConfig), "assess": (assess, ResultsConfig)}
+    config.dispatch(commands, sys.argv[1:], __doc__, default=(main, EvalConfig))

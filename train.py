@@ -39,7 +39,6 @@ from lib.config import (
     dispatch,
     narrow,
     refusing,
-    run,
 )
 from lib.log import Log
 from lib.runtime import autocast, choose_dtype, open_world, rng_state, set_rng_state, to_device
@@ -530,7 +529,7 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
                 log.step(state, clock, stats, lr, grad_norm)
 
             if not stopping:
-                log.last_step(state)
+                log.last_step()
             # saved again when time is up: resumed from the state of before, the run would go on
             if state.saved_at != state.step or (clock.limit and state.seconds >= clock.limit):
                 state.save(cfg, world, write_model)
@@ -794,9 +793,7 @@ def check_origin(cfg, folder, tokenizer, hashes):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["curves"]:
-        from lib.curves import CurvesConfig, curves
+    from lib.curves import CurvesConfig, curves
 
-        dispatch({"curves": (curves, CurvesConfig)}, sys.argv[1:], __doc__)
-    else:
-        run(main, PretrainConfig, __doc__)
+    commands = {"curves": (curves, CurvesConfig)}
+    dispatch(commands, sys.argv[1:], __doc__, default=(main, PretrainConfig))

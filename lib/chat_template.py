@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from itertools import accumulate, compress, count, islice
 
 import jinja2
@@ -52,7 +53,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def __init__(self):
         extensions = [Generation, ext.loopcontrols]
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-        self.filters["tojson"] = to_json
+        self.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         self.globals["raise_exception"] = refuse
         self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
 
@@ -61,11 +62,6 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if a * b > LARGEST or (operator == "**" and b > 64):
             raise SecurityError(f"{a} {operator} {b} is too large")
         return super().call_binop(context, operator, left, right)
-
-
-def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    options = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 def refuse(message):

@@ -347,12 +347,17 @@ def run(main, cls, doc=None, **kw):
         main(configure(cls, doc=doc, **kw))
 
 
-def dispatch(commands, argv, doc):
-    """Runs the command that the first word names, of {word: (function, configuration class)}."""
+def dispatch(commands, argv, doc, default=None):
+    """Runs the command that the first word names, of {word: (function, configuration class)}.
+
+    default: such a pair, for other words; without it they are a mistake.
+    """
     word, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     if word in commands:
         function, config = commands[word]
         return run(function, config, inspect.getdoc(function), argv=rest, words=True)
+    if default:
+        return run(*default, doc, argv=argv)
     with exit_statuses():
         if word not in ("--help", "-h"):
             hint = did_you_mean(word, commands, "{}") or f"; expected {'|'.join(commands)}"

@@ -25,7 +25,7 @@ class Log:
         self.peak = peak_flops(world.device)
         self.path = Path(cfg.output_dir) / "metrics.jsonl"
         self.mark = (time.monotonic(), state.tokens)  # where tokens per second are counted from
-        self.unlogged = None  # the arguments of a step that was not due
+        self.unlogged = None  # the arguments of the last step, until it is logged
         self.trackers = {}  # {name: (function that takes a record, function that closes)}
         if world.rank == 0 and self.path.exists():
             self._drop_after(state)
@@ -87,18 +87,15 @@ class Log:
 
     def step(self, state, clock, stats, lr, grad_norm):
         """Logs the first step and every multiple of logging_steps; stats: {"loss": mean, ...}."""
-        if state.step % self.every and state.step > 1:
-            self.unlogged = clock, stats, lr, grad_norm
-        else:
-            self._log_step(state, clock, stats, lr, grad_norm)
+        self.unlogged = state, clock, stats, lr, grad_norm
+        if state.step == 1 or state.step % self.every == 0:
+            self.last_step()
 
-    def last_step(self, state):
-        """Logs the step after which the run ended, unless that is done."""
-        if self.unlogged:
-            self._log_step(state, *self.unlogged)
-
-    def _log_step(self, state, clock, stats, lr, grad_norm):
-        self.unlogged = None
+    def last_step(self):
+        """Logs the step that came last, unless that is done."""
+        if not self.unlogged:
+            return
+        (state, clock, stats, lr, grad_norm), self.unlogged = self.unlogged, None
         loss, now, seconds = stats["loss"], time.monotonic(), clock.seconds
         rate = (state.tokens - self.mark[1]) / max(1e-9, now - self.mark[0])
         self.mark, memory = (now, state.tokens), memory_used(self.world.device)
