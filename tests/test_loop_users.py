@@ -13,7 +13,6 @@ from lib.checkpoint import checkpoints
 from tests.conftest import write_rows
 from tests.runs import after_save, begin, die, losses, make_base, records, same_weights
 from tests.runs import train_to_end as trained
-from tests.test_faults import KILLS, PHASES, survive
 
 PAIRS = [
     {"prompt": f"what is {n}?", "chosen": f"a {n} and {7 * n}", "rejected": "I won't say"}
@@ -59,18 +58,6 @@ def test_a_run_in_two_parts_is_the_run(tmp_path, users, user, knobs):
     trained(parts, resume_from_checkpoint="auto", **knobs)
     assert same_weights(parts, whole)
     assert losses(parts) == losses(whole)
-
-
-@pytest.mark.parametrize("user", ["sft", "dpo"])
-def test_killed_at_any_call_of_any_phase_it_resumes_and_ends_the_same(tmp_path, users, user):
-    knobs = users[user] | {"save_steps": 2}
-    straight = trained(tmp_path / "straight", **knobs)
-
-    def check(out):
-        assert same_weights(out, straight)
-        assert losses(out) == losses(straight)
-
-    survive(functools.partial(begin, **knobs), tmp_path, max(len(PHASES), KILLS // 5), check)
 
 
 @pytest.mark.parametrize("user", ["sft", "dpo"])

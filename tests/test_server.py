@@ -272,13 +272,15 @@ def test_what_lm_eval_asks(chatty, model, tiny_tokenizer, wanted):
         assert is_greedy == [a == b for a, b in zip(greedy, ids[1:])] + [True] * wanted
 
 
+def ending(alone, prompt):
+    """Settings, found by trying, with which an answer of at most 5 tokens ends by itself."""
+    tried = ({"temperature": 3.0, "top_k": 0, "top_p": 1.0, "seed": n} for n in range(500))
+    answers = ((settings, alone(prompt, 5, **settings)) for settings in tried)
+    return next(pair for pair in answers if pair[1][2] == "stop")
+
+
 def test_the_end_of_an_answer_is_among_its_tokens(chatty, alone):
-    """Found by trying seeds at a high temperature: some answer ends by itself."""
-    for seed in range(500):
-        settings = {"temperature": 3.0, "top_k": 0, "top_p": 1.0, "seed": seed}
-        text, ids, finish = alone("once", 5, **settings)
-        if finish == "stop":
-            break
+    settings, (text, ids, _) = ending(alone, "once")
     fields = {"prompt": "once", "max_tokens": 5, "logprobs": 0} | settings
     (choice,) = chatty.ask(DONE, fields)[1]["choices"]
     assert (choice["text"], choice["finish_reason"]) == (text, "stop")
@@ -305,11 +307,7 @@ def test_chat_logprobs(chatty, model, tiny_tokenizer, alone, chat_ids):
 
 def test_the_end_of_a_chats_turn_stands_beside_its_tokens(chatty, model, alone, chat_ids):
     prompt = chat_ids(*HELLO)
-    for seed in range(500):
-        settings = {"temperature": 3.0, "top_k": 0, "top_p": 1.0, "seed": seed}
-        _, ids, finish = alone(prompt, 5, **settings)
-        if finish == "stop":
-            break
+    settings, (_, ids, _) = ending(alone, prompt)
     fields = {"messages": HELLO, "max_tokens": 5, "logprobs": True, "top_logprobs": 2} | settings
     *_, last = chatty.stream(CHAT, fields)
     end = last["choices"][0]["logprobs"]["end"]

@@ -184,6 +184,9 @@ def test_a_cache_and_fused_weights_compute_the_same(cfg):
         cache = llama.KVCache(cfg, 2, 32)
         pieces = [each(part, cache=cache) for part in ids.split([9, 1, 5, 1, 8], dim=1)]
         torch.testing.assert_close(torch.cat(pieces, 1), expected, atol=1e-4, rtol=1e-4)
+    documents = torch.arange(24)[None] // torch.tensor([[11], [24]])
+    fused = fuse(copy.deepcopy(model))(ids, documents=documents)
+    torch.testing.assert_close(fused, model(ids, documents=documents), atol=1e-4, rtol=1e-4)
     rough = fuse(copy.deepcopy(model), int8=True)(ids)
     assert 0 < (rough - expected).norm() < 0.1 * expected.norm()
     half = fuse(copy.deepcopy(model).bfloat16())(ids).float()
