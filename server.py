@@ -193,14 +193,13 @@ class Api:
     def conversation(self, messages):
         """Returns the ids up to the answer; without a template those of all contents in one."""
         require(all(isinstance(m, dict) for m in messages), "a message is an object", "messages")
-        contents = [m.get("content") for m in messages]
-        for at, parts in enumerate(contents):
+        for message in messages:
+            parts = message.setdefault("content", None)
             if isinstance(parts, list):  # of texts, as some clients send it
                 right = all(isinstance(p, dict) and type(p.get("text")) is str for p in parts)
                 require(right, "content must be a text, or a list of texts", "messages")
-                contents[at] = "".join(part["text"] for part in parts)
-        messages = [m | {"content": content} for m, content in zip(messages, contents)]
-        text = "".join(map(str, contents))
+                message["content"] = "".join(part["text"] for part in parts)
+        text = "".join(str(message["content"]) for message in messages)
         # an empty system prompt is none, and an empty answer no reason to end the conversation
         messages = [m for m in messages if str(m["content"]).strip() or m.get("role") == "user"]
         check_messages(messages)
