@@ -184,7 +184,7 @@ def locked(output_dir, world):
         yield
         return
     folder = Path(output_dir)
-    with refusing(OSError, f"output_dir {output_dir}: not written", "choose another --output_dir"):
+    with refusing(OSError, f"output_dir {output_dir}", "choose another --output_dir"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "run.lock").open("a+", encoding="utf-8", newline="\n")
     with lock:
