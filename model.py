@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lib import config
 from lib.config import Fraction, Option, PositiveFloat, Range, UserError, option_of, refusing
+from lib.folders import refuse_pointer
 
 
 @dataclass(frozen=True)
@@ -705,6 +706,7 @@ def load_weights(model, folder, to=None):
     tensors = {}
     for path in weight_files(folder):
         with refusing((OSError, safetensors.SafetensorError), f"{path}: no safetensors"):
+            refuse_pointer(path)
             content = safetensors.torch.load_file(path)  # mapped: read where it is used
         for name, tensor in content.items():
             floats = tensor.is_floating_point() and tensor.element_size() > 1  # 8 bits: quantized

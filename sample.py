@@ -833,7 +833,8 @@ class SampleConfig(Sampling):
     system: str = ""  # in a chat: what the model is told to be
     max_new_tokens: PositiveInt | None = None  # of an answer, at most; none = 64, in a chat 512
     num_samples: Annotated[int, Range(1, 1024)] = 1  # side by side, with seeds seed, seed + 1, ...
-    stop: tuple[str, ...] = ()  # texts before which a sample ends, separated by commas
+    # texts before which a sample ends, as a,b or ["a","b,c"]; \n is a line break, \t a tab
+    stop: tuple[str, ...] = ()
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     # bf16 on a GPU that has it, on a CPU that has it for weights stored so; else fp32. int8 (CPU):
     # a fourth the memory, faster, a bit off
@@ -842,7 +843,9 @@ class SampleConfig(Sampling):
 
     def __post_init__(self):
         if not all(self.stop):
-            raise ValueError("stop: an empty text would stop everything; leave it out")
+            raise ValueError('stop: an empty text stops everything; [","] is a list with a comma')
+        typed = (text.replace(r"\n", "\n").replace(r"\t", "\t") for text in self.stop)
+        object.__setattr__(self, "stop", tuple(typed))
         if self.chat and self.num_samples > 1:
             raise ValueError("num_samples, chat: a chat gives one answer at a time; leave one out")
         if self.system and not self.chat:

@@ -89,7 +89,7 @@ class LoopConfig:
     weight_decay: NonNegativeFloat = 0.1  # on matrices only, not on embeddings and norms
     beta1: Fraction = 0.9  # AdamW's memory of the gradient
     beta2: Fraction = 0.95  # AdamW's memory of its square
-    max_grad_norm: PositiveFloat = 1.0  # gradients longer than this are scaled down to it
+    max_grad_norm: NonNegativeFloat = 1.0  # longer gradients are scaled down to it; 0: none are
     max_bad_steps: PositiveInt = 10  # stop after so many steps in a row without a finite gradient
 
     logging_steps: PositiveInt = 10  # steps between log lines
@@ -323,13 +323,13 @@ class State:
         return {k: getattr(self, k) for k in names.split()}
 
     def clip(self, limit):
-        """Scales the gradients, summed over ranks, down to a norm of at most `limit`.
+        """Scales the gradients, summed over ranks, down to a norm of at most `limit`, if not 0.
 
         Returns the norm that they had, over all parameters. Waits for the GPU.
         """
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        return torch.nn.utils.clip_grad_norm_(self.parameters, limit).item()
+        return torch.nn.utils.clip_grad_norm_(self.parameters, limit or math.inf).item()
 
     def update(self, lr, grad_norm, count):
         """Applies the gradients and clears them.

@@ -9,17 +9,18 @@ import bz2
 import codecs
 import csv
 import gzip
-import html
 import importlib.util
 import io
-import itertools
 import json
 import lzma
 import os
 import re
-from contextlib import contextmanager
+from collections import Counter, deque
+from contextlib import contextmanager, suppress
+from itertools import chain, islice
 
 from lib.config import UserError
+from lib.folders import refuse_pointer
 
 MAX_LINE = 16 << 20  # characters; a longer line comes in parts of that
 BOMB_RATIO, BOMB_FLOOR = 200, 64 << 20  # a file may unfold to 200 times its size, or to 64 MiB
@@ -29,12 +30,12 @@ BUFFER = 1 << 20  # bytes or characters read at once
 class Tally:
     """Counts what was dropped by stage and reason, each with its first three examples.
 
-    `sources` is what was read of each source. Both stand in stats.json. `unused` has the names of
-    columns that nothing reads.
+    `sources` is what was read of each source, `passed_over` how many files of which suffix were not
+    read. All stand in stats.json. `unused` has the names of columns that nothing reads.
     """
 
     def __init__(self):
-        self.bad_rows, self.sources, self.unused = 0, {}, {}
+        self.bad_rows, self.sources, self.passed_over, self.unused = 0, {}, Counter(), {}
         self.dropped = {"read": {}, "filter": {}, "dedup": {}}
 
     def drop(self, stage, reason, where, text=""):
@@ -94,6 +95,7 @@ OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zs
 def open_bytes(path):
     """Opens a file as a binary stream, decompressed. Every damage is an OSError."""
     try:
+        refuse_pointer(path)
         with open(path, "rb", BUFFER) as file:
             opener = OPENERS.get(path.suffix.lower())
             yield opener(file) if opener else file
@@ -167,23 +169,6 @@ def decoded_lines(path, tally):
             yield number, line
 
 
-# Python 3.11's html.parser takes seconds for 20 kB of "<a ". These patterns never fail once they
-# have begun, so that every character is looked at once.
-HIDDEN = re.compile(r"(?is)<!--.*?(?:-->|\Z)|<(script|style)\b.*?(?:</\1|\Z)[^>]*>?")
-TAG = re.compile(r'<(?:/?([A-Za-z]\w*)|[!?])(?:[^<>"]++|"[^"<]{0,1000}")*+>')
-BLOCKS = "p div br h1 h2 h3 h4 h5 h6 li dt dd tr td th pre blockquote section article main title hr"
-BLOCKS = {*BLOCKS.split(), *"header footer nav aside form figure caption table ul ol dl".split()}
-LONG_ENTITY = re.compile("&#(?:[0-9]{8,}|[xX][0-9a-fA-F]{7,});?")  # html.unescape may raise
-
-
-def page_text(page):
-    """Returns the visible text of a HTML page; each block becomes a paragraph."""
-    page = re.sub(r"\s+", " ", HIDDEN.sub("", page))
-    page = TAG.sub(lambda tag: "\n" if (tag[1] or "").lower() in BLOCKS else "", page)
-    page = html.unescape(LONG_ENTITY.sub("", page))
-    return "\n\n".join(filter(None, map(str.strip, page.split("\n"))))
-
-
 def rows(path, tally):
     """Yields (where, row) of a file of rows; a file whose name does not tell is taken for JSON."""
     reader = ROW_READERS.get(kind_of(path), json_rows)
@@ -209,21 +194,59 @@ def whole_json(text):
 
 
 def json_rows(path, tally):
-    """Yields (where, value) of a JSON list, of one value a line, or of objects over several lines.
+    """Yields (where, row) of a JSON list, of one value a line, or of objects over several lines.
 
-    The first two lines tell, for suffixes mislead. A line that is a list of messages is a row.
+    An object that stands alone may hold the rows.
+    """
+    reader = json_lines if is_by_line(path) else json_stream
+    values = until_damaged(reader(path, tally), path, tally)
+    begun = list(islice(values, 2))
+    if len(begun) == 1 and isinstance(begun[0][1], dict) and (held := held_rows(begun[0][1])):
+        begun = [(f"{path} row {number}", row) for number, row in enumerate(held, start=1)]
+    yield from chain(begun, values)
+
+
+def is_by_line(path):
+    """Returns whether each line is a JSON value; the first two tell, for suffixes mislead.
+
+    A line that is a list of messages is a row.
     """
     lines = filter(None, map(str.strip, text_parts(path)))
     first, second = next(lines, ""), next(lines, "")
     value = whole_json(first)
     if isinstance(value, list):
-        message = value[0] if value else None
-        by_line = second or (isinstance(message, dict) and message.keys() & {"role", "from"})
-    else:
-        opens = first[:1] == "[" or (first[:1] == "{" and len(first) < MAX_LINE - 1)
-        goes_on = first in ("[", "{") or first.endswith(",") or whole_json(second) is None
-        by_line = value is not None or not (opens and goes_on)
-    yield from (json_lines if by_line else json_stream)(path, tally)
+        return bool(second) or is_message(*value[:1])
+    opens = first[:1] == "[" or (first[:1] == "{" and len(first) < MAX_LINE - 1)
+    goes_on = first in ("[", "{") or first.endswith(",") or whole_json(second) is None
+    return value is not None or not (opens and goes_on)
+
+
+def is_message(value=None):
+    return isinstance(value, dict) and bool(value.keys() & OF_MESSAGES)
+
+
+OF_MESSAGES = {"role", "from", "author", "speaker", "sender"}
+DIALOGUE = re.compile("conversation|messages|dialog|turns|chat|history")
+
+
+def held_rows(value):
+    """Returns the rows that an object holds; none if it is a row itself, as a conversation is.
+
+    They are its only list of objects, or columns of one length: lists, or pandas' {"0": cell, ...}.
+    """
+    if all(isinstance(cells, dict) and "0" in cells for cells in value.values()):
+        value = {name: [*cells.values()] for name, cells in value.items()}
+    columns = {name: cells for name, cells in value.items() if isinstance(cells, list) and cells}
+    for name, (cell, *_) in columns.items():
+        inner = cell.values() if isinstance(cell, dict) else [cell]
+        flat = not any(isinstance(part, list) for part in inner)
+        if is_message(cell) or (flat and DIALOGUE.match(name)):
+            return []
+    objects = [cells for cells in columns.values() if isinstance(cells[0], dict)]
+    if len(objects) == 1:
+        return objects[0]
+    whole = columns.keys() == value.keys() and len(set(map(len, columns.values()))) == 1
+    return [dict(zip(columns, row)) for row in zip(*columns.values())] if whole else []
 
 
 def json_lines(path, tally):
@@ -237,43 +260,117 @@ def json_lines(path, tally):
 
 
 def json_stream(path, tally):
-    """Yields (where, element) of a JSON list, or values one after another; reads the file whole.
+    """Yields (where, element) of a JSON list, or values one after another; holds a few at once.
 
     Raises OSError where it breaks off, and for text behind the list.
     """
-    text = "".join(text_parts(path, BUFFER)).strip()
+    parts = text_parts(path, BUFFER)
+    text = next(parts, "").lstrip()
     last = "]" if text.startswith("[") else ""
     number, end = 0, len(last)
     while end is not None:
         start = SEPARATORS.match(text, end).end()
         value, end = json_value(text, start)
-        if end is not None:
+        size = len(text) - start  # a value that ends with the text may go on: twice as much tells
+        if end in (None, len(text)) and (more := "".join(islice(parts, 1 + size // BUFFER))):
+            text, end = text[start:] + more, 0
+        elif end is not None:
             number += 1
             yield f"{path} element {number}", value
-    if text[start:] != last:
+    if text[start:].rstrip() != last:
         raise OSError(f"its JSON stops after {number} elements: it is broken, or text follows it")
 
 
-def csv_rows(path, tally):
-    """Yields (where, row) of a CSV file, each an object; its header line tells the delimiter."""
-    csv.field_size_limit(MAX_LINE)
-    lines = (line for _, line in decoded_lines(path, tally))
-    header = next(lines, "")
-    delimiter = max(",;\t|", key=header.count)
-    reader = csv.DictReader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
+BACKSLASHES = re.compile(r'(\\["\\])|\\')  # an escape, or a backslash that means itself
+BAD_QUOTE = "a quote opens a cell and does not end it; write a quote in a cell twice"
+
+
+def csv_records(lines, options):
+    """Yields (number, cells) of each record of (number, line)s; None for cells that are no CSV.
+
+    The first record has the right number of cells. Of one that goes wrong only the first line is
+    lost: an open quote has taken in those after it, which are read again.
+    """
+    lines, again, taken, reader, width = iter(lines), deque(), [], None, 0
+    is_escape, options = "escapechar" in options, {**options, "strict": True}
+
+    def feed():
+        size = 0  # of a record
+        while (not taken or size < MAX_LINE // 2) and (
+            pair := again.popleft() if again else next(lines, None)
+        ):
+            size = len(pair[1]) + (size if taken else 0)
+            taken.append(pair)
+            yield BACKSLASHES.sub(lambda m: m[1] or r"\\", pair[1]) if is_escape else pair[1]
+
     while True:
+        taken.clear()
         try:
-            row = next(reader, None)
-        except csv.Error as error:
-            tally.bad("not-csv", f"{path} line {reader.line_num}: {error}")
-            continue
-        if row is None:
+            cells = next(reader := reader or csv.reader(feed(), **options), None)
+        except csv.Error:
+            cells = reader = None
+        if not taken:
             return
-        where = f"{path} line {reader.line_num}"
-        if None in row:
-            tally.bad("not-csv", f"{where}: more cells than the header; put text in quotes")
+        if len(taken) > 1 or not taken[0][1].isspace():
+            width = width or len(cells or ())
+            if cells is None or len(cells) != width:
+                again.extendleft(reversed(taken[1:]))
+            yield taken[0][0], cells
+
+
+def csv_misfits(lines, options):
+    """Returns how many records have not as many cells as the header."""
+    header, *sizes = [len(cells or ()) for _, cells in csv_records(lines, options)] or [0]
+    return len(sizes) - (sizes.count(header) if header else 0)
+
+
+def csv_options(lines):
+    """Returns the options of the module csv under which the fewest of a table's first lines misfit.
+
+    Takes out the line in which Excel names the delimiter. Where tabs or bars stand between cells, a
+    quote at the beginning of one may mean nothing: most such cells then end without one.
+    """
+    named = re.match(r'"?sep=(.)"?\n', lines[0][1], re.IGNORECASE) if lines else None
+    del lines[: bool(named)]
+    text, delimiters = "".join(line for _, line in lines), named[1] if named else ",;\t|"
+    header, options = text.lstrip("\n").partition("\n")[0], []
+    for delimiter in [d for d in delimiters if d in header] or delimiters[0]:
+        more = [{"escapechar": "\\"}] * (r"\"" in text)
+        more.insert(0 if '""' in text else len(more), {})  # RFC 4180's alone doubles quotes
+        begun = rf'(?m)(?:^|{re.escape(delimiter)})"'
+        ended = rf'{begun}[^"]*+(?:""[^"]*+)*+"(?={re.escape(delimiter)}|$)'
+        if delimiter in "\t|" and 2 * len(re.findall(ended, text)) <= len(re.findall(begun, text)):
+            more.append({"quoting": csv.QUOTE_NONE})
+        options += [{"delimiter": delimiter, **each} for each in more]
+    return min(options, key=lambda options: csv_misfits(lines, options))
+
+
+def csv_rows(path, tally):
+    """Yields (where, row) of a CSV file, each an object named by the header.
+
+    Raises OSError for a header that is no CSV or names two columns alike.
+    """
+    csv.field_size_limit(MAX_LINE)
+    lines, head, size = enumerate(text_parts(path), start=1), [], 0
+    while size < BUFFER and (pair := next(lines, None)):
+        head.append(pair)
+        size += len(pair[1])
+    options = csv_options(head)
+    records = csv_records(chain(head, lines), options)
+    names = next(records, (0, ()))[1] or [""]
+    names = [name.strip() or f"column {number}" for number, name in enumerate(names, start=1)]
+    if len(set(names)) < len(names):
+        raise OSError(f"its header names a column twice: {', '.join(names)[:200]}")
+    many = f"the header has {len(names)}; put a text with {options['delimiter']!r} in quotes"
+    for number, cells in records:
+        where = f"{path} line {number}"
+        if cells is None or len(cells) != len(names):
+            problem = f"{len(cells)} cells, {many}" if cells else BAD_QUOTE
+            tally.bad("not-csv", f"{where}: {problem}")
+        elif surrogate("".join(cells)):
+            tally.bad("not-utf-8", where)
         else:
-            yield where, row
+            yield where, dict(zip(names, cells))
 
 
 def parquet_rows(path, tally):
@@ -282,15 +379,19 @@ def parquet_rows(path, tally):
     with open_bytes(path) as file:
         table = parquet.ParquetFile(file, buffer_size=BUFFER, pre_buffer=False)
         batches = table.iter_batches(64, use_threads=False)  # rows held at once
-        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
         for number, row in enumerate(rows, start=1):
             yield f"{path} row {number}", row
 
 
-ROW_READERS = {"json": json_rows, "jsonl": json_rows, "csv": csv_rows, "tsv": csv_rows}
-ROW_READERS["parquet"] = parquet_rows
-SUFFIXES = {".txt": "text", ".md": "text", ".html": "html", ".htm": "html"}
-SUFFIXES |= {f".{kind}": kind for kind in ROW_READERS}
+ROW_READERS = {"json": json_rows, "csv": csv_rows, "parquet": parquet_rows}
+SUFFIXES = {"text": ".txt .text .md .markdown .rst", "html": ".html .htm .xhtml"}
+SUFFIXES |= {"json": ".json .jsonl .ndjson .jsonlines .jl", "csv": ".csv .tsv .tab"}
+SUFFIXES |= {"parquet": ".parquet", "binary": ".zip .tar .tgz .7z .rar .pdf .docx .epub .arrow"}
+SUFFIXES = {suffix: kind for kind, suffixes in SUFFIXES.items() for suffix in suffixes.split()}
+SNIFFED = 1 << 16  # characters that tell what a file holds, where its suffix does not
+JSON_HEAD = re.compile(r'\s*(\[\s*)?\{\s*["}]|\s*\[\s*"')
+NAMES = re.compile(r'"?\w[\w -]*+"?(?:[,;\t|]"?\w[\w -]*+"?)+\n')  # a header
 
 
 def inner_path(path):
@@ -299,8 +400,27 @@ def inner_path(path):
 
 
 def kind_of(path):
-    """Returns how to read a file, by its suffix; None if the suffix does not tell."""
+    """Returns how to read a file: text, html, wikitext, json, csv, parquet or binary.
+
+    The suffix tells, else the content; None for text whose suffix names something else.
+    """
     inner = inner_path(path)
-    if inner.name.startswith("wiki.") and inner.suffix in (".raw", ".tokens"):
+    suffix = inner.suffix.lower()
+    if inner.name.startswith("wiki.") and suffix in (".raw", ".tokens"):
         return "wikitext"
-    return SUFFIXES.get(inner.suffix.lower())
+    kind = SUFFIXES.get(suffix, "json" if "json" in suffix else None)
+    if kind not in (None, "text"):
+        return kind
+    head = ""
+    with suppress(OSError):  # the reader will say so
+        head = next(text_parts(path, SNIFFED), "")
+    whole = json_value(head.lstrip())[1] or len(head) == SNIFFED
+    if whole and JSON_HEAD.match(head):
+        return "json"
+    if kind or "\0" in head or head.startswith("PAR1"):
+        return kind or ("parquet" if head.startswith("PAR1") else "binary")
+    lines = list(enumerate(io.StringIO(head)))
+    misfits = csv_misfits(lines, csv_options(lines))
+    if len(lines) > 2 and misfits <= (len(head) == SNIFFED) and NAMES.fullmatch(lines[0][1]):
+        return "csv"
+    return None if suffix or head.startswith("#!") else "text"

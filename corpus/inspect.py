@@ -74,10 +74,10 @@ def content_of(path):
 
     Texts that are a conversation in a markup are conversations if all of them are.
     """
-    kinds = {None}  # of the hub
+    kinds = {"json"}  # of the hub
     if not path.startswith("hf:"):
         kinds = {"text"} if path == "docstrings:" else set(map(kind_of, input_files(path)))
-    if not kinds & {*ROW_READERS, None}:
+    if not kinds & ROW_READERS.keys():
         return "text"
     rows = [row for _, row in islice(source_rows(path, Tally()), 20)]
     if any(shape_of(row, PAIR_SHAPES) for row in rows):

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from corpus.files import reasons_of
+from corpus.sources import counted
 from lib.folders import totals
 
 
@@ -12,6 +13,7 @@ def document_stats(cfg, progress, tally):
     """Returns stats.json on documents: how many, how many dropped and why, how long."""
     return {
         "sources": tally.sources,
+        "passed_over": tally.passed_over,
         "cap": {"max_docs": cfg.max_docs, "reached": progress.documents == cfg.max_docs},
         "documents": {
             "read": progress.documents + tally.bad_rows,
@@ -48,6 +50,8 @@ def run_summary(folder, stats):
     for split, sums in stats["splits"].items():
         lines.append(f"  {split:<24}{sums['tokens']:>14,} tokens, {sums['bytes'] / 1e6:.2f} MB")
     lines.append(f"  {'bytes per token':<24}{stats['bytes_per_token']:>14.2f}")
+    if others := stats.get("passed_over"):
+        lines.append(f"  files {counted(others)}")
     if cut := stats["documents"].get("cut"):
         tail = f"its last {cut['val']:,} of {sum(cut.values()):,} characters are val"
         lines.append(f"  one document, which was cut: {tail}")

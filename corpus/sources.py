@@ -7,11 +7,13 @@ source of no use at all (nothing there, no column of text, no network) is a User
 
 import ast
 import glob
+import html
 import io
 import os
 import re
 import sysconfig
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import chain, islice
@@ -113,7 +115,7 @@ def documents_of(source, max_length, tally):
     if source.input_path.startswith("hf:"):
         rows = hub_rows(source.input_path, source.input_config)
         return joined_wikitext(column_texts(rows, source.text_column, tally))
-    column, paths = source.text_column, input_files(source.input_path)
+    column, paths = source.text_column, input_files(source.input_path, tally)
     return chain.from_iterable(file_texts(path, column, max_length, tally) for path in paths)
 
 
@@ -125,11 +127,7 @@ def source_rows(path, tally):
     if str(path).startswith("hf:"):
         yield from hub_rows(str(path))
         return
-    paths = input_files(str(path))
-    paths = [p for p in paths if len(paths) == 1 or kind_of(p) in ROW_READERS]
-    if not paths:
-        raise UserError(f"{path}: holds no file of rows: .{', .'.join(ROW_READERS)}")
-    for p in paths:
+    for p in input_files(str(path), tally, kinds=ROW_READERS):
         yield from files.rows(p, tally)
         files.refuse_damaged(tally)
 
@@ -233,18 +231,16 @@ def passages(lines, max_length):
     return files.grouped(files.grouped(lines, max_length, str.isspace), max_length)
 
 
-UNREADABLE = (".zip", ".tar", ".tgz", ".7z", ".rar", ".pdf", ".docx", ".epub", ".arrow")
-
-
-def input_files(pattern):
+def input_files(pattern, tally=None, kinds=(*ROW_READERS, "text", "html", "wikitext")):
     """Returns the files that a path, folder or glob names, sorted.
 
-    In a folder those of a known kind; hidden files and linked folders are passed over.
+    In a folder those of the `kinds`; a tally counts the others. Hidden files and linked folders are
+    passed over.
     """
     pattern = os.path.expanduser(pattern)
     path = Path(pattern)
     if os.path.isfile(pattern):
-        if not kind_of(path) and files.inner_path(path).suffix.lower() in UNREADABLE:
+        if kind_of(path) == "binary":
             raise UserError(f"{path}: is not read; unpack it, or convert it to .txt or .jsonl")
         return [path]
     if os.path.isdir(pattern):
@@ -258,10 +254,21 @@ def input_files(pattern):
         raise UserError(f"{pattern}: not found; {remedy}")
     hidden = lambda p: any(n[0] == "." and n not in parts for n in p.relative_to(root).parts)
     paths = root.glob("/".join(parts))
-    if paths := sorted(p for p in paths if not hidden(p) and kind_of(p) and p.is_file()):
-        return paths
-    kinds = f"{', '.join(files.SUFFIXES)} (or these with {', '.join(files.OPENERS)})"
-    raise UserError(f"{pattern}: holds no file that ends in {kinds}")
+    paths = sorted(p for p in paths if not hidden(p) and p.is_file())
+    chosen = [p for p in paths if kind_of(p) in kinds]
+    others = Counter(p.suffix.lower() or "no suffix" for p in {*paths}.difference(chosen))
+    if chosen:
+        (tally or files.Tally()).passed_over.update(others)
+        return chosen
+    read = [suffix for suffix, kind in files.SUFFIXES.items() if kind in kinds]
+    read = f"{', '.join(read)} (or these with {', '.join(files.OPENERS)})"
+    raise UserError(f"{pattern}: holds no file that ends in {read}; {counted(others)}")
+
+
+def counted(others):
+    """Returns {suffix: files passed over} as a text."""
+    each = (f"{count:,} {suffix}" for suffix, count in sorted(others.items()))
+    return f"passed over: {', '.join(each) or 'none'}"
 
 
 def file_texts(path, column, max_length, tally):
@@ -274,8 +281,25 @@ def file_texts(path, column, max_length, tally):
         return articles((f"{path} line {number}", line) for number, line in lines)
     texts = (line for _, line in lines)
     if kind == "html":
-        texts = io.StringIO(files.page_text("".join(texts)))
+        texts = io.StringIO(page_text("".join(texts)))
     return numbered(path, passages(texts, max_length))
+
+
+# Python 3.11's html.parser takes seconds for 20 kB of "<a ". These patterns never fail once they
+# have begun, so that every character is looked at once.
+HIDDEN = re.compile(r"(?is)<!--.*?(?:-->|\Z)|<(script|style)\b.*?(?:</\1|\Z)[^>]*>?")
+TAG = re.compile(r'<(?:/?([A-Za-z]\w*)|[!?])(?:[^<>"]++|"[^"<]{0,1000}")*+>')
+BLOCKS = "p div br h1 h2 h3 h4 h5 h6 li dt dd tr td th pre blockquote section article main title hr"
+BLOCKS = {*BLOCKS.split(), *"header footer nav aside form figure caption table ul ol dl".split()}
+LONG_ENTITY = re.compile("&#(?:[0-9]{8,}|[xX][0-9a-fA-F]{7,});?")  # html.unescape may raise
+
+
+def page_text(page):
+    """Returns the visible text of a HTML page; each block becomes a paragraph."""
+    page = re.sub(r"\s+", " ", HIDDEN.sub("", page))
+    page = TAG.sub(lambda tag: "\n" if (tag[1] or "").lower() in BLOCKS else "", page)
+    page = html.unescape(LONG_ENTITY.sub("", page))
+    return "\n\n".join(filter(None, map(str.strip, page.split("\n"))))
 
 
 # The columns that are taken for the text, the likeliest first
@@ -290,22 +314,29 @@ def column_texts(rows, column, tally):
     """
     first = list(islice(rows, 20))
     objects = [row for _, row in first if isinstance(row, dict)]
-    columns = list(dict.fromkeys(chain.from_iterable(objects)))
-    texts = [key for key in columns if any(isinstance(row.get(key), str) for row in objects)]
-    names = [column] if column else [*USUAL, *(texts if len(texts) == 1 else [])]
-    name = next((name for name in names if name in texts), names[0])
+    columns = {}  # {name: the types of its values}
+    for key, value in chain.from_iterable(row.items() for row in objects):
+        nested = isinstance(value, list) and any(isinstance(item, dict) for item in value)
+        columns.setdefault(key, set()).add("objects" if nested else type(value).__name__)
+    texts = [key for key, types in columns.items() if "str" in types]
+    surely = len(texts) == 1 and {"objects", "bytes"}.isdisjoint(chain(*columns.values()))
+    names = [column] if column else [*USUAL, *(texts if surely else [])]
+    name = next((name for held in (texts, columns) for name in names if name in held), names[0])
     if columns and name not in texts:
         problem = f"no column {column!r} of text" if column else "no column that is surely the text"
-        among = ", ".join(map(str, columns))[:200]
-        problem += f" among {among}; name it with --text_column=NAME"
+        problem += f" among {', '.join(map(str, columns))[:200]}; name it with --text_column=NAME"
+        if name in columns:
+            problem = f"the column {name!r} holds {', '.join(sorted(columns[name]))}, not text"
         return tally.bad("no-text-column", f"{first[0][0]}: {problem}")
     for where, row in chain(first, rows):
+        row = {name: row} if isinstance(row, str) and not objects else row
         if not isinstance(row, dict):
             tally.bad("not-an-object", where)
         elif name not in row:
             tally.bad("missing-text", f'{where}: missing "{name}"')
         elif not isinstance(row[name], str):
-            tally.bad("not-a-string", f'{where}: "{name}" must be a string')
+            kind = type(row[name]).__name__
+            tally.bad("not-a-string", f'{where}: "{name}" must be a string, got {kind}')
         else:
             yield where, row[name]
 

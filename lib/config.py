@@ -39,6 +39,11 @@ def did_you_mean(word, choices, form="'{}'", cutoff=0.6):
     return f"; did you mean {form.format(near[0])}?" if near else ""
 
 
+# each spelling of a number's type, and torch's name for it
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "f32": "float32"}
+DTYPES |= {"f16": "float16"} | {name: name for name in DTYPES.values()}
+
+
 def shown(value):
     """Returns a value for an error message: as JSON spells it, cut to fit a line."""
     text = json.dumps(value, ensure_ascii=False)
@@ -151,6 +156,9 @@ def accept(name, value, option, source):
         value = int(value)  # 1e4 is a count; past 2**53 a float no longer says which
     if type(value) is int and option.base is float:
         value = float(str(value))  # as text: too large an int is then inf instead of an error
+    if option.choices and isinstance(value, str) and value in DTYPES:
+        same = (name for name in option.choices if DTYPES.get(name) == DTYPES[value])
+        value = next(same, value)
     allowed = option.choices or (option.limits if option.base in (int, float) else [value])
     if type(value) is not option.base or value not in allowed:  # to Python True is an int
         expected = f"a list of {option.item}" if option.item else option
@@ -202,7 +210,11 @@ def from_text(text, option, flag):
     if option.optional and text.lower() == "none":
         return None
     if option.base is tuple:
-        return [from_text(part, option.item, flag) for part in text.split(",")] if text else []
+        with suppress(ValueError, RecursionError):  # a list in JSON: its texts may hold commas
+            if isinstance(items := json.loads(text), list):
+                return items
+        parts = text.split(",") if text.strip(",") else [text] * bool(text)
+        return [from_text(part, option.item, flag) for part in parts]
     if option.base is bool:
         return {"true": True, "false": False}.get(text.lower(), text)
     if option.base in (list, dict):

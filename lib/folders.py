@@ -38,6 +38,14 @@ def file_sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def refuse_pointer(path):
+    """Raises UserError if a file is a pointer of Git LFS, a few lines that stand for the file."""
+    with open(path, "rb") as file:
+        if file.read(40) == b"version https://git-lfs.github.com/spec/":
+            remedy = "run `git lfs pull` where it was cloned, or download the file itself"
+            raise UserError(f"{path}: a Git LFS pointer, not the file; {remedy}")
+
+
 def hash_fraction(text, seed=""):
     """Returns a number in 0..1 that depends on the text (and seed) alone."""
     digest = hashlib.sha256(f"{seed}{text}".encode()).digest()
@@ -122,6 +130,8 @@ def totals(entries):
 def check_file(folder, name, sha256, size=None):
     """Raises UserError unless a file of a dataset is there and as its manifest says."""
     if problem := file_problem(folder, name, size, sha256):
+        if (Path(folder) / name).is_file():
+            refuse_pointer(Path(folder) / name)
         raise UserError(f"{folder}: {problem}; {AGAIN}")
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lib.config import UserError, read_object
+from lib.config import DTYPES, UserError, read_object
 
 
 class Stopped(Exception):
@@ -174,9 +174,8 @@ def choose_dtype(wanted, device):
     """Returns (dtype of matmuls, reason)."""
     if wanted == "fp16" and device.type != "cuda":
         raise UserError("dtype=fp16 needs CUDA; use --dtype=bf16 or --dtype=fp32")
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     if wanted != "auto":
-        return dtypes[wanted], "as asked"
+        return getattr(torch, DTYPES[wanted]), "as asked"
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device)[0] >= 8:
             return torch.bfloat16, "the GPU multiplies bf16 natively"

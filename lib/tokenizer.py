@@ -22,6 +22,7 @@ import numpy as np
 import sentencepiece as spm
 
 from lib.config import UserError, refusing, write_whole
+from lib.folders import refuse_pointer
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 IGNORE = -100  # the label of a position that is not supervised, as torch's cross_entropy has it
@@ -154,6 +155,7 @@ class Tokenizer:
             path = path / kind.file
         expected = "a tokenizer is a SentencePiece .model file, or a model's or a training's folder"
         with refusing(OSError, path, expected):
+            refuse_pointer(path)
             model = path.read_bytes()
         tokenizer = kind(model, str(path), config)
         sha256 = (config or {}).get("tokenizer_model_sha256")

@@ -3,6 +3,7 @@
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,6 +72,23 @@ def test_samples_are_all_that_is_printed_and_in_order(folders, tiny_tokenizer, c
 
 
 @pytest.mark.parametrize(
+    ("flag", "texts"),
+    [
+        ("", ()),
+        (",", (",",)),
+        (r"\n", ("\n",)),
+        (r"\n\n,\tQ:,end", ("\n\n", "\tQ:", "end")),
+        (r'["a, b", "\n", ","]', ("a, b", "\n", ",")),
+        ('["', ('["',)),
+        ("[INST]", ("[INST]",)),
+        ("\n", ("\n",)),
+    ],
+)
+def test_stop_texts_are_what_was_typed(flag, texts):
+    assert configure(SampleConfig, ["--model_path=x", f"--stop={flag}"]).stop == texts
+
+
+@pytest.mark.parametrize(
     ("words", "problem"),
     [
         (["--chat", "--num_samples=2"], "one answer at a time"),
@@ -94,6 +112,17 @@ def test_a_foreign_tokenizer_or_no_folder_is_refused(tmp_path, tiny_tokenizer):
     for path, problem in ((folder, r"300 tokens.* 384"), ("nowhere", "nowhere: no such folder")):
         with pytest.raises(UserError, match=problem):
             open_model(path)
+
+
+def test_a_pointer_of_git_lfs_is_named(folders, tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    for name in ("model.safetensors", "tokenizer.model", "tokenizer.json"):
+        folder = shutil.copytree(folders["short"], tmp_path / name)
+        (folder / name).write_text(pointer)
+        if name == "tokenizer.json":  # as in a foreign folder, which has no other
+            (folder / "tokenizer.model").unlink()
+        with pytest.raises(UserError, match=f"{name}: a Git LFS pointer.*run `git lfs pull`"):
+            open_model(folder)
 
 
 # ---- a conversation

@@ -514,7 +514,7 @@ def test_a_missing_file_and_a_folder_without_rows_are_named(tmp_path):
         read_pairs(tmp_path)
     for name in ("a.txt", "b.md"):
         (tmp_path / name).write_text("x")
-    with pytest.raises(UserError, match=r"holds no file of rows: .json, .jsonl, .csv"):
+    with pytest.raises(UserError, match=r"holds no file that ends in .json, .jsonl, .*\.parquet"):
         read_pairs(tmp_path)
 
 
@@ -694,7 +694,7 @@ def test_inspect_shows_a_prepared_dataset_and_names_its_damage(tmp_path, tiny_do
         ("none.jsonl", {}, "none.jsonl: not found"),
         ("configs/tiny.json", {}, "0 usable rows of 1: 1 missing-field"),
         ("lib", {}, "lib: holds no file"),
-        ("data.py", {"tokenizer_path": "none"}, "none: No such file"),
+        ("configs/tiny.json", {"tokenizer_path": "none"}, "none: No such file"),
         ("empty.txt", {}, "0 usable documents"),
     ],
 )

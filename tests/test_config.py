@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lib import config
 from lib.config import (
     Fraction,
     PositiveFloat,
@@ -29,6 +31,7 @@ from lib.config import (
     dispatch,
     save_config,
 )
+from lib.runtime import choose_dtype
 from tests import ROOT
 
 
@@ -127,6 +130,30 @@ def test_presets_in_order_then_flags_then_defaults(preset):
     cfg = read("--offset=3", one, two)
     assert (cfg.n_layer, cfg.d_model, cfg.offset, cfg.learning_rate) == (2, 32, 3, 3e-4)
     assert read(two, one).d_model == 64
+
+
+SPELLINGS = {
+    "float32": "fp32 f32 float32",
+    "float16": "fp16 f16 float16",
+    "bfloat16": "bf16 bfloat16",
+}
+WITH_DTYPE = ("train.PretrainConfig", "sample.SampleConfig", "server.ServerConfig")
+WITH_DTYPE += ("eval.EvalConfig", "tools.export.ExportConfig")
+
+
+@pytest.mark.parametrize("name", WITH_DTYPE)
+def test_a_dtype_is_the_same_however_it_is_spelled(name):
+    module, _, name = name.rpartition(".")
+    cls = getattr(importlib.import_module(module), name)
+    options = config.options_of(cls)
+    required = [f"--{n}=x" for n, o in options.items() if o.default is config.NO_DEFAULT]
+    for dtype, spellings in SPELLINGS.items():
+        for spelling in spellings.split():
+            chosen = read(*required, f"--dtype={spelling}", cls=cls).dtype
+            device = torch.device("cuda")
+            assert choose_dtype(chosen, device) == (getattr(torch, dtype), "as asked")
+            assert chosen in options["dtype"].choices
+    assert "dtype must be" in error_of(*required, "--dtype=fp8", cls=cls)
 
 
 FLAGS = r"""

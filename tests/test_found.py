@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 
 import eval as evaluation
+from corpus import files
 from corpus.chats import read_chats, read_pairs
 from corpus.files import Tally, reasons_of
 from corpus.inspect import InspectConfig, inspect
-from corpus.sources import unused_columns
+from corpus.prepare import DataConfig
+from corpus.sources import read_documents, unused_columns
 from lib.config import UserError
 
 FOUND = Path(__file__).parents[2] / "shared/data/found"
@@ -104,6 +106,81 @@ def test_rows_that_text_cannot_stand_for_are_counted_with_the_reason(name, reaso
 
 
 # ---- B, C, G: files
+
+
+def rows_of(name):
+    """Returns (rows, {reason: count}, the first example of a bad row) of a file."""
+    tally = Tally()
+    found = [row for _, row in files.rows(FOUND / name, tally)]
+    bad = {reason: count for _, reason, count, _ in reasons_of(tally.dropped)}
+    return found, bad, "".join(entry[3] for entry in reasons_of(tally.dropped))
+
+
+SAYS = [{"prompt": f"Say {n}", "response": f"Number {n}"} for n in range(40)]
+READ = {  # name: (rows, bad ones, where the first of these stands, the first row)
+    "unclosed.csv": (39, 1, "line 4: a quote opens a cell and does not end it", SAYS[0]),
+    "text_unclosed.csv": (59, 1, "line 7: a quote opens", None),
+    "quotes.tsv": (40, 0, "", {"id": "0", "prompt": "Say the number 0", "response": "Number 0"}),
+    "extra_cols.csv": (0, 8, "line 2: 3 cells, the header has 2; put a text with ',' in", None),
+    "text.tab.csv": (60, 0, "", None),
+    "excel_sep.csv": (8, 0, "", None),
+    "diverse.ndjson": (120, 0, "", None),
+    "noext": (40, 0, "", None),
+    "data_wrapper.json": (40, 0, "", {"prompt": "Say 0", "response": "0"}),
+    "dict_of_lists.json": (40, 0, "", {"prompt": "Say 0", "response": "0"}),
+    "nan.jsonl": (40, 0, "", {"instruction": "Say 0", "input": None, "output": "Number 0"}),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_files_are_read_whole_and_what_is_bad_is_named(name):
+    count, bad, where, first = READ[name]
+    found, reasons, example = rows_of(name)
+    assert (len(found), sum(reasons.values())) == (count, bad)
+    assert f"{FOUND / name} {where}" in example or not bad
+    assert first in (None, *found[:1])
+    if name.startswith("text") or name in ("excel_sep.csv", "diverse.ndjson", "noext"):
+        assert len(documents(FOUND / name)[0]) == count
+        assert all(row["text"].endswith(".") for row in found)
+
+
+def test_quotes_in_cells_are_what_was_meant():
+    found, _, _ = rows_of("quotes.tsv")
+    assert found[5]["response"] == '"Yes" was all he said.'
+    assert found[10]["response"] == '"Five inches, I think.'
+    found, bad, _ = rows_of("backslash_quotes.csv")
+    assert (len(found), bad) == (8, {})
+    assert found[7]["prompt"] == 'Say "hello", number 7, to me'
+    assert found[7]["response"] == 'He said "hello", and left 7.'
+    found, bad, _ = rows_of("unclosed.csv")
+    assert found == [row for row in SAYS if row["prompt"] != "Say 2"]
+
+
+def documents(path):
+    """Returns (documents, the Tally) of a path."""
+    tally = Tally()
+    return [text for _, text in read_documents(DataConfig(input_path=str(path)), tally)], tally
+
+
+def test_a_mixed_folder_is_read_and_the_others_are_named():
+    texts, tally = documents(FOUND / "mixed")
+    assert tally.passed_over == {".log": 1, ".tex": 1, ".xml": 1}
+    assert len(texts) == 50 + 50 + 4
+    assert not any("{" in text for text in texts)
+    assert [len(documents(FOUND / "mixed" / name)[0]) for name in ("b.ndjson", "i.tex")] == [50, 1]
+
+
+@pytest.mark.parametrize("name", ["lfs_pointer.txt", "lfs_pointer.jsonl"])
+def test_a_git_lfs_pointer_is_named(name):
+    for read in (documents, read_chats):
+        with pytest.raises(UserError, match=f"{name}: a Git LFS pointer.*git lfs pull"):
+            read(FOUND / name)
+
+
+def test_a_column_of_bytes_is_named():
+    texts, tally = documents(FOUND / "bin.parquet")
+    assert not texts
+    assert "the column 'text' holds bytes, not text" in str(tally.dropped)
 
 
 # ---- E: boundaries of documents

@@ -24,8 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpus.chats import read_chats, read_pairs
-from corpus.files import BLOCKS, MAX_LINE, Tally, page_text, reasons_of, rows
-from corpus.sources import input_files, read_documents
+from corpus.files import MAX_LINE, Tally, kind_of, reasons_of, rows
+from corpus.sources import BLOCKS, input_files, page_text, read_documents
 from lib import config as configs
 from lib.config import UserError
 from tests import ROOT, SHARED
@@ -181,12 +181,19 @@ def test_a_table_without_a_text_column_names_its_columns(tmp_path):
     columns = {"n": [1], "text": [["in a list"]], "verse": ["v"]}
     path = write_table(tmp_path / "a.parquet", columns)
     assert texts_of(path, text_column="verse") == texts_of(path) == (["v"], {})
-    for column in ("text", "n", "words"):
+    for column, problem in {
+        "words": "no column 'words' of text among n, text, verse; name it with --text_column",
+        "text": "the column 'text' holds list, not text",
+        "n": "the column 'n' holds int, not text",
+    }.items():
         documents, tally = read(path, text_column=column)
         ((_, _, _, example),) = reasons_of(tally.dropped)
-        message = f"no column '{column}' of text among n, text, verse; name it with --text_column"
         assert not documents
-        assert message in example
+        assert problem in example
+    path = write_table(tmp_path / "b.parquet", {"id": ["7"], "text": [b"in bytes"]})
+    for column in ("", "text"):
+        ((_, _, _, example),) = reasons_of(read(path, text_column=column)[1].dropped)
+        assert "the column 'text' holds bytes, not text" in example
 
 
 def test_a_damaged_table_gives_what_stands_before(tmp_path):
@@ -213,8 +220,119 @@ def test_tables_are_read_in_bounded_memory(tmp_path):
     assert count == 2000
 
 
+# Cells as people fill them: quotes, delimiters and line breaks anywhere.
+CELLS = st.text(alphabet="ab \u00fc\"',;\t|\n\\", max_size=8)
+TABLES = st.integers(2, 4).flatmap(
+    lambda width: st.lists(st.lists(CELLS, min_size=width, max_size=width), min_size=1, max_size=8)
+)
+
+
+@given(TABLES, st.sampled_from(",;\t|"), st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
+@settings(max_examples=300, deadline=None)
+def test_a_table_that_the_csv_module_writes_is_read_back(tmp_path_factory, cells, delimiter, style):
+    path = tmp_path_factory.mktemp("csv") / "a.csv"
+    names = [f"c{n}" for n in range(len(cells[0]))]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, delimiter=delimiter, quoting=style).writerows([names, *cells])
+    tally = Tally()
+    found = [list(row.values()) for _, row in rows(path, tally)]
+    full = lambda table: [row for row in table if any(cell.strip() for cell in row)]
+    assert (full(found), tally.bad_rows) == (full(cells), 0)
+
+
+@pytest.mark.parametrize("name", ["pandas", "pyarrow"])
+def test_a_table_that_others_write_is_what_they_read(tmp_path, name):
+    module, path = pytest.importorskip(name), tmp_path / "a.csv"
+    random_text, signs = random.Random(0), "ab \"',;\n\u00fc"
+    columns = {
+        n: ["x" + "".join(random_text.choices(signs, k=20)) for _ in range(400)] for n in "ab"
+    }
+    if name == "pandas":
+        module.DataFrame(columns).to_csv(path, index=False)
+        theirs = module.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
+    else:
+        writer = pytest.importorskip("pyarrow.csv")
+        writer.write_csv(module.table(columns), path)
+        options = writer.ParseOptions(newlines_in_values=True)
+        theirs = writer.read_csv(path, parse_options=options).to_pylist()
+    assert [row for _, row in rows(path, Tally())] == theirs
+
+
+def bad_lines(path):
+    """Returns (the rows as lists, the numbers of the lines that are bad) of a table."""
+    tally = Tally()
+    found = [list(row.values()) for _, row in rows(path, tally)]
+    examples = tally.dropped["read"].get("not-csv", {"examples": []})["examples"]
+    return found, [int(re.search(r" line (\d+): ", example)[1]) for example in examples]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";"])
+@pytest.mark.parametrize("cell", ['"the open end', '"the" open end', '"" open', 'a"'])
+@pytest.mark.parametrize("style", ["plain", "quoted", "several lines"])
+def test_an_open_quote_costs_its_own_row_alone(tmp_path, delimiter, cell, style):
+    text = {"plain": "x", "quoted": '"x"', "several lines": '"x\n""y""\n\nz"'}[style]
+    right = text.strip('"').replace('""', '"') if style != "plain" else text
+    lines = [f"{n}{delimiter}{text}\n" for n in range(60)]
+    lines[30] = f"30{delimiter}{cell}\n"
+    (tmp_path / "a.csv").write_text(f"n{delimiter}text\n" + "".join(lines))
+    found, bad = bad_lines(tmp_path / "a.csv")
+    literal = [["30", cell]] * (cell == 'a"')
+    assert found == [[str(n), right] for n in range(30)] + literal + [
+        [str(n), right] for n in range(31, 60)
+    ]
+    assert bad == ([] if literal else ["".join(lines[:30]).count("\n") + 2])
+
+
+def test_a_cell_of_many_lines_is_one_cell(tmp_path):
+    poem = "\n".join(f'line {n}, "so" it, goes' for n in range(50_000))
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["n", "text"], ["1", poem], ["2", "after"]])
+    assert bad_lines(tmp_path / "a.csv") == ([["1", poem], ["2", "after"]], [])
+
+
+LITERAL = ['"Yes" was all he said.', '"Five inches', "it's 5\"", '"', '"so" and "so"', "plain"]
+
+
+@pytest.mark.parametrize("delimiter", ["\t", "|"])
+def test_quotes_that_mean_nothing_stay(tmp_path, delimiter):
+    table = [["n", "text", "more"], *([str(n), text, "end"] for n, text in enumerate(LITERAL * 9))]
+    (tmp_path / "a.tsv").write_text("\n".join(map(delimiter.join, table)))
+    assert bad_lines(tmp_path / "a.tsv") == (table[1:], [])
+    quoted = [[f'"{cell}"' for cell in row] for row in table if '"' not in row[1]]
+    quoted[5][1] = '"open'
+    (tmp_path / "a.tsv").write_text("\n".join(map(delimiter.join, quoted)))
+    found, bad = bad_lines(tmp_path / "a.tsv")
+    assert (len(found), bad) == (len(quoted) - 2, [6])
+    assert all(row[1:] == ["plain", "end"] for row in found)
+
+
+def test_quotes_behind_backslashes_are_quotes(tmp_path):
+    table = [["a", "b"], ['say "x", y', r"C:\new\frac"], ["z\\", '"'], ["two\n", ""]]
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file, doublequote=False, escapechar="\\").writerows(table)
+    assert bad_lines(tmp_path / "a.csv") == (table[1:], [])
+    (tmp_path / "a.csv").write_text('a,b\n"say \\"x\\", y","C:\\new"\n')  # not every one is escaped
+    assert bad_lines(tmp_path / "a.csv") == ([['say "x", y', "C:\\new"]], [])
+
+
+@pytest.mark.parametrize("sign", [";", "|", "\t", ":"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_excel_names_its_delimiter(tmp_path, sign, encoding):
+    text = f'sep={sign}\r\n\r\nid{sign}text,{sign}\r\n\r\n1{sign}"a{sign}, b"{sign}\r\n'
+    (tmp_path / "a.csv").write_bytes(text.encode(encoding))
+    found = [row for _, row in rows(tmp_path / "a.csv", Tally())]
+    assert found == [{"id": "1", "text,": f"a{sign}, b", "column 3": ""}]
+
+
+def test_a_header_that_names_a_column_twice_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("id,text,text\n1,a,b\n")
+    documents, tally = read(tmp_path)
+    assert not documents
+    assert "names a column twice: id, text, text" in str(tally.dropped)
+
+
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
-@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.tab", "a.tab.csv"])
 def test_the_header_of_a_table_tells_its_delimiter(tmp_path, name, delimiter):
     lines = [("id", "text"), ("1", "one"), ("2", "a", "b"), ("3", '"three" '), ("4", '"f, \t;|r"')]
     (tmp_path / name).write_text("\n".join(map(delimiter.join, lines)))
@@ -306,6 +424,88 @@ def test_what_is_lost_of_a_json_list_is_said(tmp_path, text, count):
 def test_json_is_read_by_its_content_whatever_the_suffix(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     assert texts_of(tmp_path) == (["a", "b"], {})
+
+
+GOOD = [{"text": "a"}, {"text": "b"}]
+WRAPPED = [
+    {"version": "1.0", "data": GOOD},
+    {"rows": GOOD, "info": {"n": 2}, "tags": ["x"]},
+    {"n": 2, "none": [], "train": GOOD},
+    {"text": ["a", "b"], "n": [1, 2]},
+    {"text": {"0": "a", "1": "b"}, "n": {"0": 1, "1": 2}},
+    {"data": ["a", "b"]},
+    ["a", "b"],
+    GOOD,
+]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("value", WRAPPED, ids=json.dumps)
+def test_rows_in_a_wrapper_are_rows(tmp_path, value, indent):
+    (tmp_path / "a.json").write_text(json.dumps(value, indent=indent))
+    assert texts_of(tmp_path) == (["a", "b"], {})
+
+
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+ROWS_THEMSELVES = [
+    {"messages": CHAT},
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "id": 1},
+    {"chosen": CHAT, "rejected": CHAT[:1] * 2},
+    {"prompt": "a", "answers": ["b", "c"]},
+    {"a": [1], "b": [1, 2]},
+    {"conversation": [{"human": "a", "assistant": "b"}]},
+    {"dialog": ["a", "b"], "act": [1, 2]},
+    {"train": GOOD, "test": GOOD[:1]},
+    {},
+]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("value", ROWS_THEMSELVES, ids=json.dumps)
+def test_an_object_that_is_a_row_stays_one(tmp_path, value, indent):
+    (tmp_path / "a.json").write_text(json.dumps(value, indent=indent))
+    assert [row for _, row in rows(tmp_path / "a.json", Tally())] == [value]
+
+
+def test_conversations_in_a_wrapper_are_rows(tmp_path):
+    for name, held in (("conversations", [{"messages": CHAT}] * 2), ("messages", [CHAT, CHAT])):
+        (tmp_path / "a.json").write_text(json.dumps({name: held}))
+        read = [row for _, row in rows(tmp_path / "a.json", Tally())]
+        assert read == (held if isinstance(held[0], dict) else [{name: CHAT}] * 2)
+
+
+def test_strings_are_documents_where_all_rows_are(tmp_path):
+    (tmp_path / "a.jsonl").write_text('"one"\n"two"\n3\n')
+    assert texts_of(tmp_path) == (["one", "two"], {"not-an-object": 1})
+
+
+def test_ids_beside_a_conversation_are_no_text(tmp_path):
+    write_rows(tmp_path / "a.jsonl", [{"id": "x1", "conversations": CHAT}] * 3)
+    assert texts_of(tmp_path) == ([], {"no-text-column": 1})
+
+
+def test_memory_is_flat_over_many_rows(tmp_path, monkeypatch):
+    """A gigabyte of rows, made as it is read: no list of rows, of lines or of text is held."""
+    line = json.dumps({"text": "word " * 2000})
+    block = {"a.jsonl": f"{line}\n", "a.json": f"[\n{line},\n", "a.csv": "n,text\n"}
+    rest = {"a.jsonl": f"{line}\n", "a.json": f"{line},\n", "a.csv": f'1,"{"word " * 2000}"\n'}
+    monkeypatch.setattr("corpus.files.refuse_pointer", lambda path: None)
+    for name, opening in block.items():
+
+        def made(path, size=None, newline=None, opening=opening, line=rest[name]):
+            yield opening
+            if not size:
+                yield from (line for _ in range(20_000))
+            else:
+                yield from (line * (1 + size // len(line)) for _ in range(200))
+
+        monkeypatch.setattr("corpus.files.text_parts", made)
+        tracemalloc.start()
+        count = sum(1 for _ in rows(tmp_path / name, Tally()))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert count >= 20_000
+        assert peak < 32 << 20
 
 
 NAMES = "x.jsonl x.json x.csv x.tsv x.txt x.html wiki.x.raw x.parquet "
@@ -717,6 +917,61 @@ def test_a_mixture_stands_alone(tmp_path):
     mixture = mixture_of(tmp_path, [1, 1], [2, 1])
     refused("mixture: an empty list", mixture=())
     refused(r"mixture and one of .* are both given; keep one", "x.txt", mixture=mixture)
+
+
+# --- What a file holds --------------------------------------------------------------------------
+
+KINDS = {
+    "json": [
+        '{"text": "a"}\n{"text": "b"}',
+        '[{"text": "a"}]',
+        '\n{\n "text": "a"\n}',
+        '["a", "b"]',
+    ],
+    "csv": ["id,text\n1,a\n2,b\n", 'id\ttext\n1\t"a\nb"\n2\tc', "id;full text\n1;a, b\n2;c"],
+    "text": ["Some words, and more.\nOthers, too.\n", "{{Infobox}}", "[[Link]] text", "a\nb\n", ""],
+}
+KINDS = [(kind, content) for kind, contents in KINDS.items() for content in contents]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize(("kind", "content"), KINDS)
+def test_without_a_suffix_the_content_tells(tmp_path, kind, content, suffix):
+    for name, other in (("data", "text"), ("data.xyz", None)):
+        (tmp_path / f"{name}{suffix}").write_bytes(PACKERS[suffix](content.encode()))
+        assert kind_of(tmp_path / f"{name}{suffix}") == (other if kind == "text" else kind)
+    (tmp_path / "data.txt").write_text(content)
+    assert kind_of(tmp_path / "data.txt") == ("json" if kind == "json" else "text")
+
+
+def test_a_table_or_a_program_without_a_suffix_is_known(tmp_path):
+    write_table(tmp_path / "table", {"text": ["a"]})
+    (tmp_path / "program").write_bytes(b"\x7fELF\0\1\0")
+    (tmp_path / "script").write_text("#!/bin/sh\necho\n")
+    (tmp_path / "a.json5").write_text('{text: "no JSON"}\n')
+    kinds = {path.name: kind_of(path) for path in tmp_path.iterdir()}
+    assert kinds == {"table": "parquet", "program": "binary", "script": None, "a.json5": "json"}
+    assert texts_of(tmp_path) == (["a"], {"unreadable-file": 1})
+    refused("program: is not read", tmp_path / "program")
+
+
+def test_source_code_and_binaries_are_passed_over_and_said(tmp_path):
+    for name in ("a.py", "b.py", "c.png", "d.tex", "README", "Makefile.am"):
+        (tmp_path / name).write_text(f"the text of {name}\n")
+    documents, tally = read(tmp_path)
+    assert documents == ["the text of README\n"]
+    assert tally.passed_over == {".py": 2, ".png": 1, ".tex": 1, ".am": 1}
+    (tmp_path / "README").unlink()
+    refused("holds no file .*; passed over: 1 .am, 1 .png, 2 .py, 1 .tex", tmp_path)
+    assert read(tmp_path / "d.tex")[0] == ["the text of d.tex\n"]
+
+
+def test_a_pointer_of_git_lfs_is_named_wherever_it_stands(tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    for name in ("a.parquet", "a.jsonl.gz", "a.txt", "a", "a.unknown", "a.csv"):
+        (tmp_path / name).write_text(pointer)
+        refused(r"a Git LFS pointer, not the file; run `git lfs pull`", tmp_path / name)
+    refused("a Git LFS pointer", tmp_path)
 
 
 # --- Hostile folders ------------------------------------------------------------------------------

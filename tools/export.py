@@ -21,14 +21,12 @@ import torch
 from safetensors import SafetensorError
 
 from corpus.files import package
-from lib.config import UserError, refusing, run, write_whole
+from lib.config import DTYPES, UserError, refusing, run, write_whole
 from lib.conversation import find_template, stop_ids
 from lib.tokenizer import BYTE_PIECE, Tokenizer
 from lib.tokenizer_json import template_text
 from model import load_model, model_folder, rope_frequencies, save_model, to_hf
 from tools.ollama import modelfile
-
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ def check_range(name, weight, stored, dtype):
 def write_folder(folder, model, tokenizer, dtype):
     """Writes a folder for AutoModelForCausalLM and AutoTokenizer, and reads it back."""
     folder.mkdir()
-    rounded = copy.deepcopy(model).to(DTYPES[dtype])
+    rounded = copy.deepcopy(model).to(getattr(torch, DTYPES[dtype]))
     weights = {name: weight.float() for name, weight in rounded.state_dict().items()}
     for name, weight in model.state_dict().items():
         check_range(name, weight, weights[name].numpy(), dtype)
