@@ -12,6 +12,7 @@ import ast
 import json
 import math
 import re
+from functools import lru_cache
 from itertools import chain, takewhile
 
 from corpus.files import surrogate, whole_json
@@ -21,15 +22,15 @@ from lib.conversation import is_learned
 # ---- the tables: a new name is a word, a new markup or shape a line
 
 FIELDS = {  # a meaning: the fields that have it; of several the first with a value is read
-    "messages": "messages conversations conversation dialogue dialog contents",
+    "messages": "messages conversations conversation dialogue dialog chat_messages",
     "system": "system system_prompt system_message",
-    "question": "prompt instruction question query user human input",
+    "question": "prompt instruction question query user human input inputs problem",
     "context": "input context",
-    "answer": "response completion output answer answers assistant gpt bot",
+    "answer": "response completion output answer answers assistant gpt bot targets solution",
     "outputs": "output",  # two, the better first
     "chosen": "chosen chosen_response response_chosen response_j",
     "rejected": "rejected rejected_response response_rejected response_k",
-    "role": "role from",  # this and the next two of a message or a part of it
+    "role": "role from sender speaker author",  # this and the next two of a message or a part of it
     "content": "content value text parts",
     "thoughts": "thinking reasoning thoughts reasoning_recap user_editable_context",  # left out
     "not-learned": "label kto_tag weight loss train training train_on_turn",  # if false
@@ -53,6 +54,7 @@ REFUSED = {  # rows with a value of such a meaning are passed over
     "rating": "rates the answer; keep rows with good ones, and leave the field out",
 }
 ON, OFF = ("true", "1", "1.0"), ("false", "0", "0.0")  # of "not-learned", in small letters
+NOTHING = ("[]", "{}", "null", "None", [None])  # what else an empty column holds
 OF_MESSAGE = {n for meaning in ("role", "content", *ROLE_OF) for n in FIELDS[meaning]}
 SPEAKERS = {  # a role: its names in messages and in the markups below
     "system": "system developer [inst]<<sys>>",
@@ -67,12 +69,12 @@ MARKUPS = {  # of a conversation in one text: what opens a turn and names its sp
     "Llama 2": (r"(\[INST\]\s*<<SYS>>|<</SYS>>|\[/?INST\])", r"</?s>"),
     "Llama 3": (r"<\|start_header_id\|>(\w+)<\|end_header_id\|>", r"<\|(eot_id|begin_of_text)\|>"),
     ALPACA: (r"### ?(Instruction|Input|Response|System|Human|User|Assistant):", r"</?s>"),
-    "Human/Assistant": (r"(?:\A|\n\n)(Human|User|Assistant):", r"\Z"),
-    "Human/Assistant by lines": (r"(?:\A|\n)(Human|User|Assistant):", r"\Z"),
+    "Human/Assistant": (r"(?:\A|\n\n)(Human|User|Assistant|AI|Bot|System):", r"\Z"),
+    "Human/Assistant by lines": (r"(?:\A|\n)(Human|User|Assistant|AI|Bot|System):", r"\Z"),
 }
 MARKUPS = {name: tuple(map(re.compile, parts)) for name, parts in MARKUPS.items()}
 # how messages begin that are the text of JSON or Python; in numpy's, strings, and a lacking comma
-LIKE = re.compile(r"""(?is)\[?\s*\{.*?['"](role|from)['"]:\s*['"](system|user|human|assist|gpt)""")
+LIKE = re.compile(r"""(?is)["\s]*\[?\s*\{.*?["'](role|from)\W{2,9}(system|user|human|assist|gpt)""")
 NUMPY = re.compile(r"""(?s)'(?:[^'\\]|\\.)*+'?|"(?:[^"\\]|\\.)*+"?|(?P<end>\}(?=\s*\{))""")
 REMEDY = "rename its fields: prompt|instruction|question and response|completion|output|answer, or "
 REMEDY += "messages, for sft.py; prompt, chosen and rejected for dpo.py"
@@ -85,7 +87,7 @@ def opening(fields):
     messages = []
     for meaning in ("system", "history", "messages", "text", "question", "context"):
         name, value = fields.get(meaning, ("", None))
-        if name and not (absent(value) and meaning in ("system", "history", "context")):
+        if name and not (is_empty(value) and meaning in ("system", "history", "context")):
             more = messages_of(name, value, ROLE_OF.get(meaning))
             if meaning == "context" and messages and messages[-1]["role"] == "user":
                 more[0]["content"] = f"{messages.pop()['content']}\n{more[0]['content']}"
@@ -172,7 +174,7 @@ def to_chat(row):
     if not any(message["role"] == "assistant" for message in messages):
         raise BadRow("no-answer", "no message of the assistant")
     if not any(map(is_learned, messages)):
-        raise PassedOver("not-learned", "all its answers have weight 0")
+        raise PassedOver("not-learned", 'every answer has "weight" 0, or "loss" or "train" false')
     while not is_learned(messages[-1]):
         messages.pop()
     return rule, messages, unused
@@ -214,42 +216,47 @@ def read_row(row, shapes):
     raise BadRow("missing-field", f'missing "{name}" among {list(row)!r:.80}; {REMEDY}')
 
 
+@lru_cache(1024)
+def plain(name):
+    """Returns the name in FIELDS of a field, as a spreadsheet's "System Prompt"."""
+    return re.sub(r"[\s-]+", "_", name.strip().lower())
+
+
 def fields_of(row, meanings):
     """Returns {meaning: (field, value)} of a row or a message; each field has one meaning."""
-    fields, free = {}, {n: v for n, v in row.items() if v is not None and v == v}  # NaN is null
-    for meaning in meanings:
+    fields, free = {}, {plain(n): (n, v) for n, v in row.items() if v is not None and v == v}
+    for meaning in meanings:  # above, NaN is null
         fits = FITS.get(meaning, lambda value: True)
-        names = [n for n in FIELDS[meaning] if n in free and fits(free[n])]
-        for name in sorted(names, key=lambda name: absent(free[name]))[:1]:
-            fields[meaning] = name, free.pop(name)
+        names = [name for name in FIELDS[meaning] if name in free and fits(free[name][1])]
+        if names:
+            fields[meaning] = free.pop(min(names, key=lambda name: is_empty(free[name][1])))
     return fields
 
 
-def absent(value):
-    """Returns whether a value is null, NaN or empty."""
+def is_empty(value, texts=()):
+    """Returns whether a value is null, NaN or empty, or one of the texts."""
     blank = isinstance(value, str) and not value.strip()
-    return value is None or value != value or blank or value in ([], {})
+    return value is None or value != value or blank or value in ([], {}, *texts)
 
 
 def pass_over(fields, where, *meanings):
     """Raises PassedOver if a row, a message or a part of one has a value of these meanings."""
-    for meaning in meanings:
-        for name in (name for name in FIELDS[meaning] if name in fields):
-            value, empty = fields[name], ("[]", "{}", "null", "None", [None])
-            given = not absent(value) and value not in empty
-            if str(value).lower() in OFF if meaning == "not-learned" else given:
-                raise PassedOver(meaning, f'{where}"{name}" {REFUSED[meaning]}')
+    for name, meaning in ((n, m) for n in fields for m in meanings if plain(n) in FIELDS[m]):
+        value = fields[name]
+        is_off = str(value).strip().lower() in OFF
+        if is_off if meaning == "not-learned" else not is_empty(value, NOTHING):
+            raise PassedOver(meaning, f'{where}"{name}" {REFUSED[meaning]}')
 
 
 def unused_names(row, fields):
     """Returns the columns of a row, and keys of its messages, with a value that nothing reads."""
-    parts = [("", row, {name for name, _ in fields.values()})]
-    for name, value in fields.values():
-        items = value if isinstance(value, list) else ()
-        parts += [(f"{name}.", item, OF_MESSAGE) for item in items if isinstance(item, dict)]
-    switch = lambda name, value: name in FIELDS["not-learned"] and str(value).lower() in ON + OFF
-    is_used = lambda name, value, read: name in read or absent(value) or switch(name, value)
-    return [s + n for s, part, read in parts for n, v in part.items() if not is_used(n, v, read)]
+    read = {plain(name) for name, _ in fields.values()}
+    parts = [("", n, value) for n, value in row.items() if plain(n) not in read]
+    for column, items in fields.values():
+        for item in (i for i in items if isinstance(i, dict)) if isinstance(items, list) else ():
+            parts += [(f"{column}.", n, v) for n, v in item.items() if plain(n) not in OF_MESSAGE]
+    switch = lambda n, v: plain(n) in FIELDS["not-learned"] and str(v).lower() in ON + OFF
+    return [s + n for s, n, v in parts if not (switch(n, v) or is_empty(v, NOTHING))]
 
 
 # ---- messages
@@ -259,7 +266,7 @@ def dialogue_of(prompt, name, value):
     """Returns the prompt's messages and those of an answer's field, which may repeat the prompt."""
     messages = messages_of(name, value, "assistant")
     asked = [m for m in prompt if m["role"] != "system"]
-    for whole in (turns_of(messages[0]["content"]), messages):
+    for whole in (turns_of(value.strip()) if isinstance(value, str) else None, messages):
         said = [m for m in whole or [] if m["role"] != "system"]
         starts = range(len(said) - len(asked)) if said and said[0]["role"] == "user" else ()
         if any(said[n : n + len(asked)] == asked for n in starts):
@@ -319,7 +326,8 @@ def turn(item, where):
     if role == "assistant" and not text.strip():  # which models give, and chats keep
         raise PassedOver("empty-answer", f"{where} is empty")
     message = {"role": role, "content": cleaned(text, where.replace('"', ""))}
-    is_context = any(str(item.get(name)).lower() in OFF for name in FIELDS["not-learned"])
+    switches = (str(v).lower() for n, v in item.items() if plain(n) in FIELDS["not-learned"])
+    is_context = any(switch in OFF for switch in switches)
     return [message | {"weight": 0} if role == "assistant" and is_context else message]
 
 
@@ -333,7 +341,8 @@ def content_text(content, where):
     if isinstance(content, list):
         parts = [content_text(part, where) for part in content]
         return None if None in parts else "".join(parts)
-    return json.dumps(content) if isinstance(content, int | float) else content
+    content = json.dumps(content) if isinstance(content, int | float) else content
+    return content if isinstance(content, str) else None
 
 
 def cleaned(text, name):
@@ -349,18 +358,22 @@ def cleaned(text, name):
 def turns_of(text):
     """Returns the messages of a conversation in a markup, or None; an open answer is empty."""
     for markup, (opens, ends) in MARKUPS.items():
-        before, *parts = (ends.sub("", part).strip() for part in opens.split(text))
-        turns = [("system", before)] if before else []
-        for name, said in zip(parts[::2], parts[1::2], strict=True):
-            role = SPEAKERS.get(re.sub(r"\s", "", name).lower())
-            if name == "Input" and turns:
-                role, said = turns[-1][0], "\n".join(filter(None, (turns.pop()[1], said)))
-            turns += [(role, said)] if said or role != "system" else []
-        roles = [role for role, _ in turns if role != "system"]
-        whole = roles[:1] == ["user"] and "assistant" in roles and None not in roles
-        whole = whole and all(said for _, said in turns[: -1 if roles[-1] == "assistant" else None])
-        if whole and (markup == ALPACA or not before):
-            return [{"role": role, "content": said} for role, said in turns]
+        before, *parts = opens.split(text)
+        names, texts = parts[::2], [ends.sub("", part).strip() for part in (before, *parts[1::2])]
+        turns = [("system", texts[:1])]
+        for name, said in zip(names, texts[1:], strict=True):
+            if name == "Input":  # the end of alpaca's question
+                turns[-1][1].extend([said] * bool(said))
+            else:
+                turns.append((SPEAKERS.get(re.sub(r"\s", "", name).lower()), [said]))
+        turns = [{"role": role, "content": "\n".join(texts)} for role, texts in turns]
+        turns = [turn for turn in turns if turn["role"] != "system" or turn["content"]]
+        roles = [turn["role"] for turn in turns if turn["role"] != "system"]
+        is_open = roles[-1:] == ["assistant"]
+        is_whole = all(turn["content"] for turn in turns[: len(turns) - is_open])
+        is_talk = roles[:1] == ["user"] and "assistant" in roles and None not in roles
+        if is_talk and is_whole and (markup == ALPACA or not texts[0]):
+            return turns
     return None
 
 
@@ -376,6 +389,8 @@ def unpacked(name, value, role):
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         looks = "looks like messages, and is neither JSON nor Python"
         raise BadRow("not-messages", f'"{name}" {looks}') from None
+    if isinstance(items, str):
+        return unpacked(name, items, role)
     parts = items if isinstance(items, list) else [items]
     like = all(isinstance(p, dict) and len(fields_of(p, ("role", "content"))) == 2 for p in parts)
     return items if must or like else value

@@ -42,21 +42,17 @@ ROWS = [  # a file, the conversations in it, the first; what is passed over, wha
     ("orca_system_prompt.jsonl", 40, talk(context("system", "You answer in one word."),
                                           "What is 0 plus 1?", "1"), "", "id"),
     ("thinking.jsonl", 40, talk(*HI), "", "messages.reasoning_content"),
-    ("completion_json.csv", 40, talk(*HI), "", ""),
+    *((name, 40, talk(*HI), "", "") for name in (
+        "completion_json.csv", "input_output.jsonl", "query_response.jsonl", "role_model.jsonl",
+        "user_assistant_fields.jsonl", "conversation_role_text.jsonl")),
+    *((f"text_{name}.jsonl", 40, talk(*SAY), "", "") for name in ("chatml", "hash")),
     ("messages_json.csv", 8, talk(*HI), "", ""),
-    ("input_output.jsonl", 40, talk(*HI), "", ""),
-    ("query_response.jsonl", 40, talk(*HI), "", ""),
-    ("user_assistant_fields.jsonl", 40, talk(*HI), "", ""),
     ("human_assistant_keys.jsonl", 40, talk(*HI, "Bye", "Bye."), "", ""),
-    ("conversation_role_text.jsonl", 40, talk(*HI), "", ""),
     ("developer.jsonl", 40, talk(context("system", "Be brief."), *HI), "", ""),
-    ("role_model.jsonl", 40, talk(*HI), "", ""),
     ("alpaca_hist_dicts.jsonl", 40, talk("hi", "hello", *SAY), "", ""),
     ("empty_instruction.jsonl", 40, talk("What is 0+0?", "0"), "", ""),
     ("numeric.jsonl", 40, talk("What is 0+1?", "1"), "", ""),
     ("nan.jsonl", 40, talk("Say 0", "Number 0"), "", ""),
-    ("text_chatml.jsonl", 40, talk(*SAY), "", ""),
-    ("text_hash.jsonl", 40, talk(*SAY), "", ""),
     ("oasst_tree.jsonl", 40, talk(*HI), "", "tree_state"),
 ]  # fmt: skip
 
@@ -77,18 +73,10 @@ def test_rows_are_read_as_what_they_are(name, count, first, passed, unused, caps
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "question", "good", "bad"),
-    [
-        ("pairs_json.csv", "Hi 0", "Hello.", "No."),
-        ("pairs_prompt_repeated.jsonl", "Say 0", "0", "no"),
-        ("pairs_argilla.jsonl", "Say 0", "0", "no"),
-        ("pairs_response_names.jsonl", "Say 0", "0", "no"),
-        ("pairs_rm.jsonl", "Say 0", "0", "no"),
-    ],
-)
-def test_pairs_are_read_as_what_they_are(name, question, good, bad):
-    rows = read_pairs(FOUND / name)
+@pytest.mark.parametrize("name", ["prompt_repeated", "argilla", "response_names", "rm", "json"])
+def test_pairs_are_read_as_what_they_are(name):
+    rows = read_pairs(FOUND / f"pairs_{name}.{'csv' if name == 'json' else 'jsonl'}")
+    (question, good), bad = (HI, "No.") if name == "json" else (SAY, "no")
     answers = {"chosen": talk("", good)[1:], "rejected": talk("", bad)[1:]}
     assert (len(rows), rows[0]) == (40, {"prompt": talk(question)} | answers)
 
