@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from ipaddress import IPv6Address
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 from unicodedata import is_normalized, normalize
@@ -494,6 +495,7 @@ def reject(text, cfg, score=None):
 
 BULLETS = ("- ", "* ", "+ ", "\u2022", "\u00b7", "\u25cf", "\u25aa", "\u2023")
 DOTS = ("...", "\u2026")
+NO_SIGNS = bytes(byte for byte in range(128) if chr(byte).isalpha() or chr(byte).isspace())
 
 
 def has_spaces(text):
@@ -510,7 +512,10 @@ QUALITY = {
     ),
     # under 60% of the words hold a letter (Gopher: 80%, but tables stand among good prose)
     "few-words": lambda text, words, lines: (
-        len(words) >= 20 and has_spaces(text) and sum(map(str.islower, words)) < 0.6 * len(words)
+        len(words) >= 20
+        and len(text.encode().translate(None, NO_SIGNS)) > 0.4 * len(words)  # fast
+        and has_spaces(text)
+        and sum(map(str.islower, words)) < 0.6 * len(words)
     ),
     # over one run of # or of dots to ten words (Gopher counts each #), of 50 words at least
     "symbols": lambda text, words, lines: (
@@ -533,6 +538,7 @@ QUALITY = {
     # over 30% of the word 5-grams, of 50 at least, repeat an earlier one (after Gopher)
     "repeated-phrases": lambda text, words, lines: (
         (count := len(words) - 4) >= 50
+        and 10 * len(set(pairwise(words[: count + 1]))) < 7 * count  # fast: pairs are fewer
         and 10 * len(set(zip(*(words[at : at + count] for at in range(5))))) < 7 * count
     ),
     # over one closing tag to 200 words, three at least: a page with its markup still in it

@@ -46,6 +46,7 @@ BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 18  # handled together: so many, f
 PART_BYTES = 8 << 20  # of raw text between two points from which a killed run resumes
 SAMPLE_BYTES = 48 << 20  # of text to train a tokenizer on: SentencePiece holds it in memory
 SPLITS = ("train", "val")
+JSON = json.JSONEncoder(ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -441,7 +442,7 @@ def train_on_sample(cfg, path, files):
 
 def text_row(text):
     """Returns a document as a line of a .jsonl file."""
-    return json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
+    return b'{"text": %b}\n' % JSON.encode(text).encode()
 
 
 def read_texts(path):
