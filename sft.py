@@ -25,7 +25,6 @@ import torch
 
 from corpus.chats import read_chats
 from corpus.files import Tally, reasons_of
-from corpus.sources import unused_columns
 from data import ExampleStream, pack_examples, supervised_rows
 from lib.checkpoint import check_unused, find_checkpoint
 from lib.config import (
@@ -269,7 +268,7 @@ def read_reporting(read, path, say):
     rows = read(path, tally)
     for _, reason, count, example in reasons_of(tally.dropped):
         say(f"{count:,} passed over: {reason} ({example})")
-    if unused := unused_columns(tally):
+    if unused := tally.unused_columns():
         say(unused)
     return rows
 

@@ -50,6 +50,12 @@ class Tally:
         self.bad_rows += 1
         self.drop("read", reason, where)
 
+    def unused_columns(self):
+        """Returns what people are told of columns that nothing reads, or ""."""
+        names = [repr(name)[1:-1][:40] for name in self.unused]
+        more = f" and {len(names) - 20:,} more" if len(names) > 20 else ""
+        return f"columns not used: {', '.join(names[:20])}{more}" if names else ""
+
 
 def reasons_of(dropped):
     """Yields each (stage, reason, count, first example) of a Tally's `dropped`."""

@@ -10,15 +10,7 @@ from typing import Literal
 from corpus.chats import CHAT_SHAPES, CONTROLS, PAIR_SHAPES, read_row, to_chat, to_pair
 from corpus.files import ROW_READERS, Tally, kind_of, reasons_of
 from corpus.prepare import DataConfig
-from corpus.sources import (
-    USUAL,
-    BadRow,
-    input_files,
-    read_documents,
-    source_rows,
-    unused_columns,
-    usable_rows,
-)
+from corpus.sources import USUAL, input_files, read_documents, source_rows, usable_rows
 from lib.config import UserError
 from lib.conversation import find_template, render_rows, template_of
 from lib.folders import AGAIN, Shards, read_manifest
@@ -79,7 +71,7 @@ def content_of(path):
         kinds = {"text"} if path == "docstrings:" else set(map(kind_of, input_files(path)))
     if not kinds & ROW_READERS.keys():
         return "text"
-    rows = [row for _, row in islice(source_rows(path, Tally()), 20)]
+    rows = [row for _, row in islice(source_rows(path, Tally()), 20) if isinstance(row, dict)]
     if any(shape_of(row, PAIR_SHAPES) for row in rows):
         return "preference pairs"
     shapes = {shape_of(row, CHAT_SHAPES) for row in rows}
@@ -91,7 +83,7 @@ def shape_of(row, shapes):
     """Returns the name of the shape that reads a row, or None."""
     try:
         return read_row(row, shapes)[0].partition(":")[0]
-    except BadRow:
+    except Exception:  # BadRow, or what comes of values of types that nobody expects
         return None
 
 
@@ -134,7 +126,7 @@ def show_rows(cfg, content):
     for rule, count in Counter(rule for _, rule, _ in rows).most_common():
         print(f"  {count:>10,}  {rule}")
     show_reasons(tally)
-    if unused := unused_columns(tally):
+    if unused := tally.unused_columns():
         print(f"              {unused}")
     print(f"  {len(rows):>10,}  usable rows")
     if rows:

@@ -170,13 +170,6 @@ def usable_rows(path, convert, tally=None, max_bad=0.05, least=1):
     return rows
 
 
-def unused_columns(tally):
-    """Returns what people are told of columns that nothing reads, or ""."""
-    names = [repr(name)[1:-1][:40] for name in tally.unused]
-    more = f" and {len(names) - 20:,} more" if len(names) > 20 else ""
-    return f"columns not used: {', '.join(names[:20])}{more}" if names else ""
-
-
 # A Python installation documents itself: megabytes of English on any machine, offline.
 UNDOCUMENTED = {"test", "tests", "testing", "idle_test", "site-packages", "__pycache__", "_vendor"}
 

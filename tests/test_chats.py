@@ -14,7 +14,7 @@ from corpus import chats
 from corpus.chats import read_chats, read_pairs, to_chat, to_pair
 from corpus.files import Tally, reasons_of
 from corpus.inspect import Characters, InspectConfig, inspect, marked
-from corpus.sources import unused_columns, usable_rows
+from corpus.sources import usable_rows
 from lib.config import UserError
 from lib.conversation import dialogues, render
 from tests import ROOT, SHARED
@@ -286,9 +286,9 @@ def test_columns_that_nothing_reads_are_named_once(tmp_path):
     tally = Tally()
     assert len(read_chats(write(tmp_path / "rows.jsonl", *rows), tally)) == 4
     names = r"id, weight, \x1b[2J, messages.reasoning_content"
-    assert unused_columns(tally) == f"columns not used: {names}"
+    assert tally.unused_columns() == f"columns not used: {names}"
     tally.unused = dict.fromkeys(map(str, range(100)))
-    assert unused_columns(tally).endswith(", 19 and 80 more")
+    assert tally.unused_columns().endswith(", 19 and 80 more")
 
 
 # ---- every kind of file
@@ -656,6 +656,8 @@ def test_characters_stand_in_for_a_tokenizer(tiny_tokenizer, template):
     [
         ("rows.jsonl", '{"text": "First."}\n{"text": "Second."}\n3\n', {},
          ("2  documents read\n", "-1  not-an-object, first: ", "First.\n")),
+        ("rows.jsonl", '3\n{"mapping": 5, "current_node": 1}\n{"text": "First."}\n{"text": 1}', {},
+         ("1  documents read\n", "First.\n")),
         ("odd.csv", "a,b\nsome words,others\n", {"text_column": "b"}, ("others\n",)),
         ("page.html", "<p>Only <b>words</b></p>", {}, ("Only words\n",)),
     ],
