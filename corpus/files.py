@@ -367,7 +367,8 @@ def csv_rows(path, tally):
     names = [name.strip() or f"column {number}" for number, name in enumerate(names, start=1)]
     if len(set(names)) < len(names):
         raise OSError(f"its header names a column twice: {', '.join(names)[:200]}")
-    many = f"the header has {len(names)}; put a text with {options['delimiter']!r} in quotes"
+    many = f"the header has {len(names)}"
+    many += f"; put a text with {options['delimiter']!r} or a line break in quotes"
     for number, cells in records:
         where = f"{path} line {number}"
         if cells is None or len(cells) != len(names):
@@ -425,8 +426,7 @@ def kind_of(path):
         return "json"
     if kind or "\0" in head or head.startswith("PAR1"):
         return kind or ("parquet" if head.startswith("PAR1") else "binary")
-    lines = list(enumerate(io.StringIO(head)))
-    misfits = csv_misfits(lines, csv_options(lines))
-    if len(lines) > 2 and misfits <= (len(head) == SNIFFED) and NAMES.fullmatch(lines[0][1]):
+    lines = list(enumerate(io.StringIO(head))) if NAMES.match(head) else []
+    if len(lines) > 2 and csv_misfits(lines, csv_options(lines)) <= (len(head) == SNIFFED):
         return "csv"
     return None if suffix or head.startswith("#!") else "text"

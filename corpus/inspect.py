@@ -101,6 +101,8 @@ def show_documents(path, column):
 def show_reasons(tally):
     for _, reason, count, example in reasons_of(tally.dropped):
         print(f"  {-count:>10,}  {reason}, first: {example}")
+    if unused := unused_parts(tally):
+        print(f"              {unused}")
 
 
 class Characters:

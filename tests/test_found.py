@@ -109,7 +109,7 @@ READ = {  # name: (rows, bad ones, where the first of these stands, the first ro
     "unclosed.csv": (39, 1, "line 4: a quote opens a cell and does not end it", SAYS[0]),
     "text_unclosed.csv": (59, 1, "line 7: a quote opens", None),
     "quotes.tsv": (40, 0, "", {"id": "0", "prompt": "Say the number 0", "response": "Number 0"}),
-    "extra_cols.csv": (0, 8, "line 2: 3 cells, the header has 2; put a text with ',' in", None),
+    "extra_cols.csv": (0, 8, "line 2: 3 cells, the header has 2; put a text with ',' or a", None),
     "text.tab.csv": (60, 0, "", None),
     "excel_sep.csv": (8, 0, "", None),
     "diverse.ndjson": (120, 0, "", None),
