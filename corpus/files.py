@@ -421,8 +421,8 @@ def kind_of(path):
     head = ""
     with suppress(OSError):  # the reader will say so
         head = next(text_parts(path, SNIFFED), "")
-    whole = json_value(head.lstrip())[1] or len(head) == SNIFFED
-    if whole and JSON_HEAD.match(head):
+    end = json_value(head.lstrip())[1] or (len(head) == SNIFFED and SNIFFED)
+    if end and JSON_HEAD.match(head) and head.lstrip()[end:].lstrip(" \t\n,")[:1] in '{["':
         return "json"
     if kind or "\0" in head or head.startswith("PAR1"):
         return kind or ("parquet" if head.startswith("PAR1") else "binary")

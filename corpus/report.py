@@ -13,7 +13,7 @@ def document_stats(cfg, progress, tally):
     """Returns stats.json on documents: how many, how many dropped and why, how long."""
     return {
         "sources": tally.sources,
-        "passed_over": tally.passed_over,
+        "passed_over": dict(sorted(tally.passed_over.items())),
         "cap": {"max_docs": cfg.max_docs, "reached": progress.documents == cfg.max_docs},
         "documents": {
             "read": progress.documents + tally.bad_rows,

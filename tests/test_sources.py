@@ -929,7 +929,14 @@ KINDS = {
         '["a", "b"]',
     ],
     "csv": ["id,text\n1,a\n2,b\n", 'id\ttext\n1\t"a\nb"\n2\tc', "id;full text\n1;a, b\n2;c"],
-    "text": ["Some words, and more.\nOthers, too.\n", "{{Infobox}}", "[[Link]] text", "a\nb\n", ""],
+    "text": [
+        "Some words, and more.\nOthers, too.\n",
+        "{{Infobox}}",
+        "[[Link]] text",
+        '{"a": 1}\nis JSON.\n',
+        "a\nb\n",
+        "",
+    ],
 }
 KINDS = [(kind, content) for kind, contents in KINDS.items() for content in contents]
 
