@@ -268,8 +268,8 @@ def read_reporting(read, path, say):
     rows = read(path, tally)
     for _, reason, count, example in reasons_of(tally.dropped):
         say(f"{count:,} passed over: {reason} ({example})")
-    if unused := tally.unused_columns():
-        say(unused)
+    if unread := tally.unread():
+        say(unread)
     return rows
 
 

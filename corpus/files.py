@@ -50,11 +50,18 @@ class Tally:
         self.bad_rows += 1
         self.drop("read", reason, where)
 
-    def unused_columns(self):
-        """Returns what people are told of columns that nothing reads, or ""."""
+    def unread(self):
+        """Returns what people are told of columns and files that nothing reads, or ""."""
         names = [repr(name)[1:-1][:40] for name in self.unused]
         more = f" and {len(names) - 20:,} more" if len(names) > 20 else ""
-        return f"columns not used: {', '.join(names[:20])}{more}" if names else ""
+        columns = [f"columns not used: {', '.join(names[:20])}{more}"] * bool(names)
+        return "; ".join(columns + [f"files {counted(self.passed_over)}"] * bool(self.passed_over))
+
+
+def counted(others):
+    """Returns {suffix: files passed over} as a text."""
+    each = (f"{count:,} {suffix}" for suffix, count in sorted(others.items()))
+    return f"passed over: {', '.join(each) or 'none'}"
 
 
 def reasons_of(dropped):

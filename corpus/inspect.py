@@ -101,8 +101,8 @@ def show_documents(path, column):
 def show_reasons(tally):
     for _, reason, count, example in reasons_of(tally.dropped):
         print(f"  {-count:>10,}  {reason}, first: {example}")
-    if unused := unused_parts(tally):
-        print(f"              {unused}")
+    if unread := tally.unread():
+        print(f"              {unread}")
 
 
 class Characters:
@@ -128,8 +128,6 @@ def show_rows(cfg, content):
     for rule, count in Counter(rule for _, rule, _ in rows).most_common():
         print(f"  {count:>10,}  {rule}")
     show_reasons(tally)
-    if unused := tally.unused_columns():
-        print(f"              {unused}")
     print(f"  {len(rows):>10,}  usable rows")
     if rows:
         show_lengths(rows, tokenizer, template)

@@ -4,8 +4,7 @@ import datetime
 import json
 from pathlib import Path
 
-from corpus.files import reasons_of
-from corpus.sources import counted
+from corpus.files import counted, reasons_of
 from lib.folders import totals
 
 

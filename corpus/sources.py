@@ -255,13 +255,7 @@ def input_files(pattern, tally=None, kinds=(*ROW_READERS, "text", "html", "wikit
         return chosen
     read = [suffix for suffix, kind in files.SUFFIXES.items() if kind in kinds]
     read = f"{', '.join(read)} (or these with {', '.join(files.OPENERS)})"
-    raise UserError(f"{pattern}: holds no file that ends in {read}; {counted(others)}")
-
-
-def counted(others):
-    """Returns {suffix: files passed over} as a text."""
-    each = (f"{count:,} {suffix}" for suffix, count in sorted(others.items()))
-    return f"passed over: {', '.join(each) or 'none'}"
+    raise UserError(f"{pattern}: holds no file that ends in {read}; {files.counted(others)}")
 
 
 def file_texts(path, column, max_length, tally):

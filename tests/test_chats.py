@@ -286,9 +286,9 @@ def test_columns_that_nothing_reads_are_named_once(tmp_path):
     tally = Tally()
     assert len(read_chats(write(tmp_path / "rows.jsonl", *rows), tally)) == 4
     names = r"id, weight, \x1b[2J, messages.reasoning_content"
-    assert tally.unused_columns() == f"columns not used: {names}"
+    assert tally.unread() == f"columns not used: {names}"
     tally.unused = dict.fromkeys(map(str, range(100)))
-    assert tally.unused_columns().endswith(", 19 and 80 more")
+    assert tally.unread().endswith(", 19 and 80 more")
 
 
 # ---- every kind of file

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from corpus.chats import read_chats, read_pairs
 from corpus.files import MAX_LINE, Tally, kind_of, reasons_of, rows
-from corpus.sources import BLOCKS, input_files, page_text, read_documents, unused_parts
+from corpus.sources import BLOCKS, input_files, page_text, read_documents
 from lib import config as configs
 from lib.config import UserError
 from tests import ROOT, SHARED
@@ -968,7 +968,7 @@ def test_source_code_and_binaries_are_passed_over_and_said(tmp_path):
     documents, tally = read(tmp_path)
     assert documents == ["the text of README\n"]
     assert tally.passed_over == {".py": 2, ".png": 1, ".tex": 1, ".am": 1}
-    assert unused_parts(tally) == "files passed over: 1 .am, 1 .png, 2 .py, 1 .tex"
+    assert tally.unread() == "files passed over: 1 .am, 1 .png, 2 .py, 1 .tex"
     (tmp_path / "README").unlink()
     refused("holds no file .*; passed over: 1 .am, 1 .png, 2 .py, 1 .tex", tmp_path)
     assert read(tmp_path / "d.tex")[0] == ["the text of d.tex\n"]
