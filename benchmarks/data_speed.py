@@ -11,9 +11,12 @@ The other method is one process: ftfy, regexes, langdetect on each document, SHA
 updated shingle by shingle and datasketch's LSH, then an encode call for each document and rows of
 ids in JSON. It is slow, so it gets every n-th document, --sample MB in all, and its start does not
 count. Programs take turns, in reverse order every second round. MB are of raw text. Memory is the
-largest sum of PSS over the command and its children. `index`: memory and time of the deduplication
-index for random documents. `dedup`: labelled pairs that lose their second document. `langid`:
-labelled texts that are not rejected for their language. One JSON line is printed.
+largest sum of PSS over the command and its children. `parent`: what the parent alone can do,
+however many workers clean for it: documents and MB of raw text for each second of its CPU, up to
+the tokenizer; `--workers=ray://HOST:10001` counts a cluster's messages in. `index`: memory and time
+of the deduplication index for random documents. `dedup`: labelled pairs that lose their second
+document. `langid`: labelled texts that are not rejected for their language. One JSON line is
+printed.
 """
 
 import argparse
@@ -174,7 +177,7 @@ class Command:
 
 
 def data_py(rows, output, cores, *flags):
-    words = [f"--input_path={rows}", f"--output_dir={output}", f"--num_workers={cores}", *flags]
+    words = [f"--input_path={rows}", f"--output_dir={output}", f"--workers={cores}", *flags]
     return Command(["data.py", *words], cores)
 
 
@@ -254,6 +257,35 @@ def speed(place, args):
             "bytes_per_token"
         ),
     }
+
+
+def parent_share(words):
+    """Prepares a dataset and prints the parent's CPU seconds up to the tokenizer: the child's
+    side.
+    """
+    from corpus import prepare
+    from lib.config import configure
+
+    def timed(cfg, progress):
+        began = time.process_time()
+        collect(cfg, progress)
+        print(json.dumps({"seconds": time.process_time() - began}), flush=True)
+
+    collect, prepare.collect = prepare.collect, timed
+    prepare.main(configure(prepare.DataConfig, words))
+
+
+def parent(place, args):
+    """Documents and MB that one second of the parent's CPU reads, judges and writes."""
+    texts = corpora(args.limit)
+    rows, size = write_rows(place / "all.jsonl", texts)
+    words = [f"--input_path={rows}", f"--output_dir={place}/d", f"--workers={args.workers}"]
+    command = Command([__file__, "--parent", *words, "--vocab_size=4096"], os.cpu_count())
+    _, out, status, error = command.output()
+    assert status == 0, error
+    seconds = json.loads(next(line for line in out.splitlines() if line[:1] == "{"))["seconds"]
+    rates = {"documents/s": round(len(texts) / seconds), "MB/s": round(size / seconds, 2)}
+    return {"workers": args.workers, "documents": len(texts), "MB": round(size, 2), **rates}
 
 
 def index_growth(folder, documents):
@@ -371,13 +403,17 @@ def main():
     parser.add_argument(
         "--other", nargs=3, help=argparse.SUPPRESS
     )  # the child's side: rows, tokenizer, output
+    parser.add_argument("--workers", default="2", help="of `parent`")
     parser.add_argument("--index", help=argparse.SUPPRESS)  # the child's side: folder
+    if sys.argv[1:2] == ["--parent"]:
+        return parent_share(sys.argv[2:])
     args = parser.parse_args()
     if args.other:
         return other_method(*args.other)
     if args.index:
         return index_growth(args.index, args.documents)
-    measures, result = {"speed": speed, "index": index, "dedup": dedup, "langid": langid}, {}
+    measures = {"speed": speed, "parent": parent, "index": index, "dedup": dedup, "langid": langid}
+    result = {}
     for item in args.items.split(","):
         with tempfile.TemporaryDirectory() as place:
             result[item] = measures[item](Path(place), args)

@@ -19,7 +19,7 @@ import shutil
 import signal
 import threading
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -34,7 +34,7 @@ import numpy as np
 from corpus import report
 from corpus.clean import CleanConfig, clean, language_score, reject
 from corpus.dedup import Index, minhash, sha256
-from corpus.files import Tally, reasons_of
+from corpus.files import Tally, package, reasons_of
 from corpus.sources import read_documents
 from corpus.tokenizer import train_tokenizer
 from lib import config, folders
@@ -75,8 +75,9 @@ class EncodeConfig:
     sequence_length: PositiveInt = 1024  # you will train at: the report counts blocks of it
     shard_tokens: PositiveInt = 100_000_000  # a shard ends with the document that reaches this
     seed: NonNegativeInt = 42  # of the tokenizer's sample and of the MinHash permutations
-    # processes that clean, threads that encode; the result does not depend on it
-    num_workers: PositiveInt = 2
+    # so many processes that clean and threads that encode; ray or ray://HOST:10001: a Ray cluster
+    # that cleans. The result does not depend on it
+    workers: PositiveInt | str = 2
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ def collect(cfg, progress):
     index = Index(progress.work, cfg.minhash_threshold if cfg.use_minhash else None, progress.index)
     rows, part_bytes = {split: [] for split in SPLITS}, 0
     progress.lengths, progress.scores = Counter(progress.lengths), Counter(progress.scores)
-    work = in_order(partial(refine, cfg=cfg), batches_of(documents), cfg.num_workers)
+    work = in_order(partial(refine, cfg=cfg), batches_of(documents), cfg.workers)
     for batch, (texts, scores, reasons, digests, signatures) in work:
         verdicts = iter(index.judge(digests, signatures))
         for (where, raw), text, reason in zip(batch, texts, reasons, strict=True):
@@ -325,24 +326,55 @@ def refine(batch, cfg):
 
 
 def in_order(function, items, workers):
-    """Yields (item, function(item)) in order, computed by processes, some items at a time.
+    """Yields (item, function(item)) in order; `workers` as in EncodeConfig, some items at a time.
 
-    With too few items to keep them busy no process is started: that would take longer.
+    With too few items to keep processes busy none is started: that would take longer.
     """
-    items, size = iter(items), 32 * workers
-    batch = list(islice(items, size))
-    if workers == 1 or len(batch) < size:
-        yield from ((item, function(item)) for item in chain(batch, items))
+    items, local = iter(items), isinstance(workers, int)
+    first = list(islice(items, 32 * workers)) if local else []
+    items = chain(first, items)
+    if local and (workers == 1 or len(first) < 32 * workers):
+        yield from ((item, function(item)) for item in items)
         return
+    with (local_processes if local else ray_cluster)(function, workers) as (submit, most):
+        pending = deque((item, submit(item)) for item in islice(items, most))
+        while pending:
+            item, future = pending.popleft()
+            yield item, future.result()
+            pending.extend((item, submit(item)) for item in islice(items, 1))
+
+
+@contextmanager
+def local_processes(function, count):
+    """Yields (item -> future, the most items under way) of so many processes of this machine."""
     context = multiprocessing.get_context("spawn")  # a fork copies locks that threads may hold
+    pool = ProcessPoolExecutor(count, context, initializer=follow_parent)
     try:
-        with ProcessPoolExecutor(workers, context, initializer=follow_parent) as pool:
-            while batch:
-                yield from zip(batch, pool.map(function, batch), strict=True)
-                batch = list(islice(items, size))
+        yield partial(pool.submit, function), 32 * count
     except BrokenProcessPool:
-        remedy = "for want of memory perhaps: try fewer num_workers"
-        raise UserError(f"a worker process died, {remedy}") from None
+        raise UserError("a worker process died; if for want of memory, try fewer workers") from None
+    finally:
+        pool.shutdown(cancel_futures=True)  # nobody waits for them after Ctrl-C
+
+
+@contextmanager
+def ray_cluster(function, address):
+    """As local_processes, of a Ray cluster, which repeats the tasks of a lost machine."""
+    if not re.fullmatch("ray(://.+)?", address):
+        raise UserError(f"workers must be a number, ray or ray://HOST:10001, got {address!r}")
+    ray, root = package("ray", f"--workers={address}"), Path(__file__).parents[1]
+    address = "ray://127.0.0.1:10001" if address == "ray" else address
+    code = [str(root / "corpus"), str(root / "lib")]  # the cluster gets these, and texts
+    try:
+        ray.init(address, runtime_env={"py_modules": code})
+        task = ray.remote(max_retries=-1)(lambda item: function(item))
+        cores = int(ray.cluster_resources().get("CPU", 0))
+        yield lambda item: task.remote(item).future(), 4 + 4 * cores
+    except (ConnectionError, ImportError, RuntimeError, ray.exceptions.RayError) as error:
+        problem = str(error).strip().rpartition("\n")[2]  # before it a traceback may stand
+        raise UserError(f"{address}: {problem}; mend it, and the same command goes on") from None
+    finally:
+        ray.shutdown()
 
 
 def follow_parent():
@@ -461,7 +493,8 @@ def encode(cfg, progress, tokenizer, split, files):
     done = totals(entries)["documents"]
     texts = islice(chain.from_iterable(map(read_texts, files)), done, None)
     texts = progress_bar(texts, f"encode {split}", None, done)
-    documents = with_ids(texts, tokenizer, cfg.num_workers)
+    threads = cfg.workers if isinstance(cfg.workers, int) else os.cpu_count()
+    documents = with_ids(texts, tokenizer, threads)
     dtype = ID_TYPES[dtype_name(tokenizer.vocab_size)]
     for document in documents:
         name = f"{split}_{len(entries):05d}"
@@ -505,7 +538,7 @@ def output_folder(cfg):
 def kept_settings(cfg):
     """Returns the settings that decide the contents of a dataset, as JSON has them."""
     settings = json.loads(json.dumps(asdict(cfg)))
-    return {k: v for k, v in settings.items() if k not in ("output_dir", "num_workers", "path")}
+    return {k: v for k, v in settings.items() if k not in ("output_dir", "workers", "path")}
 
 
 def changed_settings(then, now):

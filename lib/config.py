@@ -91,6 +91,7 @@ NonNegativeFloat = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
 
 NO_DEFAULT = MISSING
+RENAMED = {"num_workers": "workers"}  # earlier names, which presets and flags may still use
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class Option:
     optional: bool = False
     choices: tuple = ()
     item: "Option | None" = None  # of a tuple
+    words: bool = False  # may it be a text instead?
     default: Any = None  # or NO_DEFAULT; see options_of
 
     @property
@@ -115,7 +117,7 @@ class Option:
     def __str__(self):
         kind = "true|false" if self.base is bool else self.base.__name__
         name = "|".join(filter(None, map(str, self.choices))) or f"{kind} {self.limits}".rstrip()
-        name = f"{self.item},..." if self.item else name
+        name = f"{self.item},..." if self.item else f"{name} or str" if self.words else name
         return f"{name} or none" if self.optional else name
 
 
@@ -125,8 +127,8 @@ def option_of(annotation):
     if origin is Annotated:
         return replace(option_of(args[0]), limits=args[1])
     if origin in (Union, UnionType):
-        (inner,) = set(args) - {NoneType}
-        return replace(option_of(inner), optional=True)
+        inner, *words = (arg for arg in args if arg is not NoneType)
+        return replace(option_of(inner), optional=NoneType in args, words=words == [str])
     if origin is Literal:
         return Option(type(args[0]), choices=args)
     if origin is tuple:
@@ -147,8 +149,8 @@ def options_of(cls):
 
 def accept(name, value, option, source):
     """Returns a JSON value as the type of its field; UserError with field, value and source."""
-    if value is None and option.optional:
-        return None
+    if (value is None and option.optional) or (option.words and isinstance(value, str)):
+        return value
     if option.base is tuple and isinstance(value, list):
         items = enumerate(value)
         return tuple(accept(f"{name}[{i}]", item, option.item, source) for i, item in items)
@@ -197,6 +199,7 @@ def read_preset(path, options, foreign_keys, program):
     if not foreign_keys and preset.get("_program", program) != program:
         raise UserError(f"{path} is a preset for {preset['_program']}, not for {program}")
     for key, value in preset.items():
+        key = RENAMED.get(key, key)
         if key in options:
             values[key] = accept(key, value, options[key], path)
         elif key[:1] != "_" and (not foreign_keys or did_you_mean(key, options, cutoff=0.85)):
@@ -230,7 +233,7 @@ def read_flag(word, rest, options):
     flag, equals, text = word.partition("=")
     names = {f"no_{name}": name for name, option in options.items() if option.base is bool}
     names |= {name: name for name in options}  # a field called no_something comes first
-    written = flag.removeprefix("--")
+    written = RENAMED.get(flag.removeprefix("--"), flag.removeprefix("--"))
     if written not in names:
         hint = did_you_mean(written, names, "--{}") or "; --help lists them"
         raise UserError(f"unknown option {flag}{hint}")

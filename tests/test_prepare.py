@@ -1,24 +1,29 @@
 """corpus/prepare.py: raw text becomes clean shards, however interrupted; nothing is lost."""
 
+import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from corpus.clean import clean
 from corpus.prepare import (
     DataConfig,
+    Progress,
     RetokenizeConfig,
     cut_at,
     in_order,
     main,
+    refine,
     retokenize,
     unfinished,
 )
@@ -27,7 +32,7 @@ from lib.config import UserError, configure
 from lib.folders import Shards, hash_fraction, read_manifest
 from lib.tokenizer import Tokenizer
 from tests import ROOT
-from tests.conftest import write_rows
+from tests.conftest import free_port, write_rows
 from tests.warm import python
 
 BOS, EOS = 1, 2
@@ -145,7 +150,7 @@ def test_the_stream_reads_what_was_prepared(prepared):
 def test_a_second_run_gives_the_same_bytes_and_a_third_finds_it_there(
     stories, prepared, tmp_path, capsys
 ):  # B12
-    prepare_dataset(stories, tmp_path / "again", shard_tokens=4000, num_workers=1)
+    prepare_dataset(stories, tmp_path / "again", shard_tokens=4000, workers=1)
     assert contents(tmp_path / "again") == contents(prepared)
     before = {path: path.stat().st_mtime_ns for path in prepared.iterdir()}
     prepare_dataset(stories, prepared, shard_tokens=4000)
@@ -234,7 +239,7 @@ def test_of_a_single_document_the_tail_is_held_out(tmp_path, ratio, capsys):
     (tmp_path / "book.txt").write_text(text)
     folders = [tmp_path / f"out{workers}" for workers in (1, 2)]
     for workers, folder in enumerate(folders, start=1):
-        settings = {"train_ratio": ratio, "num_workers": workers, "max_length": 10**7}
+        settings = {"train_ratio": ratio, "workers": workers, "max_length": 10**7}
         splits, stats = prepare_dataset(tmp_path / "book.txt", folder, **settings)
         (head,), (tail,) = splits["train"], splits["val"]
         assert f"{head}\n\n{tail}" == text
@@ -537,7 +542,7 @@ def double(number):
 
 def test_processes_keep_the_order_and_a_dead_one_is_named():
     assert list(in_order(double, range(100), workers=2)) == [(n, 2 * n) for n in range(100)]
-    with pytest.raises(UserError, match=r"a worker process died.*fewer num_workers"):
+    with pytest.raises(UserError, match=r"a worker process died.*fewer workers"):
         list(in_order(os._exit, range(100), workers=2))
 
 
@@ -561,6 +566,82 @@ def test_workers_end_with_their_parent(options, tmp_path):
             return
         time.sleep(0.05)
     pytest.fail(f"{workers} outlive their parent")
+
+
+@contextmanager
+def skipped_unless_ray_starts():
+    """Ray gives its own processes a time to start, which a busy machine may exceed."""
+    try:
+        yield
+    except Exception as error:
+        if re.search("timed out during startup|Starting Ray client server failed", str(error)):
+            pytest.skip(f"no Ray cluster starts here: {error}")
+        raise
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """A Ray cluster of one machine, which is this one, with one core; a test may add more."""
+    monkeypatch.chdir(tmp_path)  # it is not to find this code by itself
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_CLIENT_RECONNECT_GRACE_PERIOD", "1")  # seconds
+    monkeypatch.setenv("RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S", "60")
+    utils = pytest.importorskip("ray.cluster_utils")
+    port = free_port()
+    head = {"num_cpus": 1, "include_dashboard": False, "ray_client_server_port": port}
+    head |= {"include_log_monitor": False, "no_monitor": True}  # fewer processes, sooner there
+    with skipped_unless_ray_starts():
+        cluster = utils.Cluster(initialize_head=True, head_node_args=head)
+    cluster.client = f"ray://127.0.0.1:{port}"
+    yield cluster
+    cluster.shutdown()
+
+
+def test_a_ray_cluster_gives_the_same_bytes_though_a_machine_of_it_dies(
+    cluster, options, straight, tmp_path, monkeypatch
+):
+    def slow(batch, cfg):
+        assert "py_modules" in inspect.getsourcefile(clean)  # it was sent there
+        time.sleep(0.05)
+        return refine(batch, cfg)
+
+    def end_part(progress, *words):
+        counted(progress, *words)
+        if len(progress.parts) == 2:  # what it is at, and has done, is lost
+            cluster.remove_node(second, allow_graceful=False)
+
+    with skipped_unless_ray_starts():
+        second, counted = cluster.add_node(num_cpus=1), Progress.end_part
+    for name, value in ("PART_BYTES", 60_000), ("BATCH_CHARACTERS", 8_000), ("refine", slow):
+        monkeypatch.setattr(f"corpus.prepare.{name}", value)
+    monkeypatch.setattr(Progress, "end_part", end_part)
+    words = [f"--output_dir={tmp_path / 'd'}", f"--workers={cluster.client}"]
+    with skipped_unless_ray_starts():
+        main(configure(DataConfig, [*options, *words]))
+    assert second not in cluster.list_all_nodes()
+    assert contents(tmp_path / "d") == contents(straight)
+    work = in_order(abs, range(10**6), cluster.client)
+    with skipped_unless_ray_starts():
+        assert next(work) == (0, 0)
+    cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
+    with pytest.raises(UserError, match=r"^ray://.*; mend it, and the same command goes on"):
+        list(work)
+
+
+def test_workers_are_a_number_or_a_cluster(tmp_path, monkeypatch):
+    (tmp_path / "old.json").write_text('{"num_workers": 3}')  # their earlier name
+    (tmp_path / "new.json").write_text('{"workers": "ray"}')
+    old, new = str(tmp_path / "old.json"), str(tmp_path / "new.json")
+    asked = [[old], [new], [new, "--num_workers=4"], [old, "--workers", "ray://a:10001"], []]
+    assert [configure(DataConfig, words).workers for words in asked] == [
+        3, "ray", 4, "ray://a:10001", 2]  # fmt: skip
+    with pytest.raises(UserError, match="workers must be int >= 1 or str, got 0"):
+        configure(DataConfig, ["--workers=0"])
+    with pytest.raises(UserError, match="a number, ray or ray://HOST:10001, got 'eight'"):
+        list(in_order(double, [1], "eight"))
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match="--workers=ray needs the package ray: pip install ray"):
+        list(in_order(double, [1], "ray"))
 
 
 # ---- again, with another tokenizer
