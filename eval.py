@@ -34,10 +34,9 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from corpus.chats import BadRow, usable_rows
 from corpus.files import ROW_READERS, kind_of, text_of
 from corpus.samples import passes
-from corpus.sources import Unreachable
+from corpus.sources import BadRow, Unreachable, usable_rows
 from lib import config
 from lib.config import PositiveInt, Range, UserError, refusing
 from lib.conversation import render, stop_ids

@@ -26,7 +26,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from corpus.chats import usable_rows
+from corpus.sources import usable_rows
 from eval import answer_scores, encode_questions, text_nats, to_question
 from lib.runtime import tune_cpu
 from sample import open_model

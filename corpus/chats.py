@@ -310,16 +310,14 @@ def turn(item, where):
     pass_over(item, f"{where}: ", "media", "tools")
     fields = fields_of(item, ("role", "content"))
     if "role" not in fields and (fields := fields_of(item, ("system", "question", "answer"))):
-        return [
-            m for meaning, field in fields.items() for m in messages_of(*field, ROLE_OF[meaning])
-        ]
-    _, speaker = fields.get("role", ("", None))
-    if (role := SPEAKERS.get(str(speaker).strip().lower())) is None:
+        return list(chain(*(messages_of(*field, ROLE_OF[m]) for m, field in fields.items())))
+    speaker, content = (fields.get(m, ("", None))[1] for m in ("role", "content"))
+    if (role := SPEAKERS.get(plain(str(speaker)))) is None:
         expected = f"role must be system, user or assistant, got {speaker!r:.40}"
         raise BadRow("unknown-role", f"{where}: {expected}")
     if role == "tool":
         raise PassedOver("tools", f"{where}: {speaker!r} {REFUSED['tools']}")
-    if (text := content_text(fields.get("content", ("", None))[1], f"{where}: ")) is None:
+    if (text := content_text(content, f"{where}: ")) is None:
         raise BadRow("not-a-string", f"{where}: content must be text")
     if role == "system" and not text.strip():
         return []

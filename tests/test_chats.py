@@ -246,7 +246,7 @@ PASSED_OVER = [
                    {"content_type": "image_asset_pointer"})),
     *((QA | {name: [{"name": "f"}]}, "tools") for name in ("tools", "functions")),
     *(({"messages": [*says("q"), {"role": role, "content": "x"}, *replies("a")]}, "tools")
-      for role in ("tool", "function", "function_call", "observation", "tool_call",
+      for role in ("tool", "function", "function-call", "observation", "tool_call",
                    "tool_response", "ipython")),
     *(({"messages": [*says("q"), {"role": "assistant", "content": "", name: [{}]}]}, "tools")
       for name in ("tool_calls", "function_call")),

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import eval as evaluation
 import model as models
-from corpus.chats import usable_rows
+from corpus.sources import usable_rows
 from eval import (
     EvalConfig,
     ResultsConfig,
