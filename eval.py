@@ -267,7 +267,8 @@ def to_question(row):
     """Returns the `question` of a row, in the words of lm-eval's task of this shape."""
     match row:
         case {"question": str(ask), "choices": {"text": texts, "label": names}, "answerKey": key}:
-            return question("arc", ASK.format(ask), texts, str(key), names)
+            key = "" if key is None else str(key)  # a label, never an index
+            return question("arc", ASK.format(ask), texts, key, names)
         case {"question": str(ask), "choices": [*texts], "answer": key, **others}:
             if others.keys() & {"context", "passage"}:
                 raise ValueError("a text and a question: give both as context")

@@ -443,6 +443,8 @@ def test_rows_without_an_answer_are_passed_over_and_counted(place, tmp_path, cap
     (part,) = got.values()
     assert (part["shape"], part["n"], part["rows"], part["without_answer"]) == ("piqa", 3, 3, 4)
     assert part["majority"] == 2 / 3
+    for key, right in ((None, None), ("", None), (1, 0), ("2", 1)):
+        assert evaluation.to_question(ARC | {"answerKey": key})[1][2] == right
     assert (
         f"3 piqa questions of {tmp_path}/piqa.jsonl; 4 without an answer" in capsys.readouterr().err
     )
