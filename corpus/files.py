@@ -1,8 +1,9 @@
 """What a file holds: bytes decompressed and decoded, then lines, the text of a page, or rows.
 
 Files are foreign and often hostile. A row that cannot be read is counted by reason in the `Tally`.
-A damaged file gives what stands before the damage. Memory stays bounded by MAX_LINE, but for JSON
-over several lines and for a page. A decompression bomb and a missing package are UserErrors.
+A damaged file gives what stands before the damage. Memory stays bounded by MAX_LINE, but for one
+JSON value over several lines and for a page. A decompression bomb, a missing package and a Git LFS
+pointer are UserErrors.
 """
 
 import bz2
