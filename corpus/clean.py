@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 from unicodedata import is_normalized, normalize
 
-from corpus.files import package
+from corpus.files import package, pieces
 from lib.config import Fraction, NonNegativeInt, PositiveInt, UserError
 
 
@@ -30,14 +30,16 @@ class CleanConfig:
     code: Literal["remove", "blocks", "keep"] = "remove"
     mask_private: bool = True  # [EMAIL], [PHONE], [IP], [CARD], [KEY] in place of the real ones
     min_length: NonNegativeInt = 50  # characters; shorter documents are dropped
-    # characters; longer documents are dropped, longer plain-text files cut
-    max_length: PositiveInt = 10000
+    max_length: PositiveInt = 10000  # characters of a document; plain-text files are cut to it
+    # split: cut longer documents too, at paragraphs, else lines, sentences, words; drop them
+    too_long: Literal["split", "drop"] = "split"
     # the language to keep: en, off (any), or another ISO 639 code, for which py3langid is needed
     language: str = "en"
     language_threshold: Fraction = 0.7  # the score from which a document counts as of that language
     # builtin: words and spelling, for English; py3langid: the package, which all others take
     language_detector: Literal["builtin", "py3langid"] = "builtin"
-    quality: bool = True  # drop documents that look like no prose: repetition, symbols, markup
+    # drop documents that look like no prose (repetition, symbols, markup), if there are several
+    quality: bool = True
     quality_off: tuple[str, ...] = ()  # rules of quality that shall not act, by name
 
     def __post_init__(self):
@@ -88,6 +90,11 @@ def clean(text, cfg):
         if text == before:
             return text
     return ""
+
+
+def cut_to_length(text, cfg):
+    """Returns a cleaned text as a list of documents of max_length, if that is to be split."""
+    return [*map(tidy, pieces([text], cfg.max_length))] if cfg.too_long == "split" else [text]
 
 
 # Terminal sequences (ECMA-48 5.4): CSI with parameters, OSC up to its end, two-character escapes.

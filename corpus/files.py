@@ -29,7 +29,7 @@ BUFFER = 1 << 20  # bytes or characters read at once
 
 
 class Tally:
-    """Counts what was dropped by stage and reason, each with its first three examples.
+    """Counts what was dropped, and its bytes, by stage and reason, with the first three examples.
 
     `sources` is what was read of each source, `passed_over` how many files of which suffix were not
     read. All stand in stats.json. `unused` has the names of columns that nothing reads.
@@ -40,16 +40,18 @@ class Tally:
         self.dropped = {"read": {}, "filter": {}, "dedup": {}}
 
     def drop(self, stage, reason, where, text=""):
-        entry = self.dropped[stage].setdefault(reason, {"count": 0, "examples": []})
+        entry = self.dropped[stage].setdefault(reason, {"count": 0, "bytes": 0, "examples": []})
         entry["count"] += 1
+        entry["bytes"] += len(text.encode(errors="ignore"))
         if len(entry["examples"]) < 3:  # a file's name may hold bytes that are no text
             example = f"{where}: {text[:100]}" if text else where
             entry["examples"].append(example.encode(errors="backslashreplace").decode())
 
-    def bad(self, reason, where):
-        """Counts a row that could not be read at all."""
+    def bad(self, reason, where, text=""):
+        """Counts a row that could not be read at all; its text is what is there of it."""
         self.bad_rows += 1
         self.drop("read", reason, where)
+        self.dropped["read"][reason]["bytes"] += len(text.encode(errors="ignore"))
 
     def unread(self):
         """Returns what people are told of columns and files that nothing reads, or ""."""
@@ -150,17 +152,50 @@ def text_parts(path, block=None, newline=None):
             yield part
 
 
-def grouped(parts, max_length, is_end=lambda part: False):
-    """Joins parts of text up to an end, or to max_length characters; a longer part stays whole."""
-    group, size = [], 0
-    for part in parts:
-        if group and (size + len(part) > max_length or is_end(group[-1])):
-            yield "".join(group)
-            group, size = [], 0
-        group.append(part)
-        size += len(part)
-    if group:
-        yield "".join(group)
+# Where a text may be cut, the best first: behind a paragraph, a line, a sentence, a word
+ENDS = (
+    r"\n\s*\n",
+    r"\n",
+    # with a blank behind it, or in a script that sets none or has a stop of its own
+    "[.!?\u2026][\"'\u2019\u201d\u00bb)\\]]*\\s"
+    "|[\u3002\uff01\uff1f\uff61\u0964\u0965\u06d4\u061f\u0589\u1362\u104b\u17d4]"
+    "[\"'\u2019\u201d\u300d\u300f\uff09)]*\\s*",
+    r"\s",
+)
+ENDS = [(re.compile(f"(?s:.*)(?:{border})"), re.compile(border)) for border in ENDS]
+
+
+def cut_at(text, low, best, high):
+    """Returns where to cut a text: behind what ends nearest to `best`, from low + 1 to high.
+
+    A paragraph if one ends there, else a line, sentence or word; if none does, `best`.
+    """
+    for to_last, border in ENDS:
+        before = to_last.match(text, low, best)
+        after = high > best and border.search(text, before.end() if before else low, high)
+        if ends := [match.end() for match in (before, after) if match]:
+            return min(ends, key=lambda end: abs(end - best))
+    return best
+
+
+def pieces(parts, max_length):
+    """Yields a text, which comes in parts, in pieces of at most max_length characters.
+
+    Joined they are the text. Each has a quarter of max_length at least, so that nothing is lost as
+    too short. No more than a part and 2 * max_length characters are held.
+    """
+    text = ""
+    for part in chain(filter(None, parts), [""]):  # "": the text ends
+        text += part
+        start, limit = 0, max_length * (2 if part else 1)
+        while (rest := len(text) - start) > limit:
+            best = min(max_length, (rest + 1) // 2)  # the last two share what is left
+            low, high = best // 2, min(max_length, rest - best // 2)
+            end = cut_at(text, start + low, start + best, start + high)
+            yield text[start:end]
+            start = end
+        text = text[start:]
+    yield text
 
 
 def text_of(path):
@@ -178,7 +213,7 @@ def decoded_lines(path, tally):
     for number, line in enumerate(text_parts(path), start=1):
         if byte := surrogate(line):
             problem = f"byte {ord(byte[0]) & 255:#04x} is not UTF-8; convert the file"
-            tally.bad("not-utf-8", f"{path} line {number}: {problem}")
+            tally.bad("not-utf-8", f"{path} line {number}: {problem}", line)
         else:
             yield number, line
 
@@ -270,7 +305,8 @@ def json_lines(path, tally):
         if end == len(line) and not surrogate(line):
             yield f"{path} line {number}", value
         elif line:
-            tally.bad("not-utf-8" if surrogate(line) else "not-json", f"{path} line {number}")
+            reason = "not-utf-8" if surrogate(line) else "not-json"
+            tally.bad(reason, f"{path} line {number}", line)
 
 
 def json_stream(path, tally):
@@ -381,9 +417,9 @@ def csv_rows(path, tally):
         where = f"{path} line {number}"
         if cells is None or len(cells) != len(names):
             problem = f"{len(cells)} cells, {many}" if cells else BAD_QUOTE
-            tally.bad("not-csv", f"{where}: {problem}")
+            tally.bad("not-csv", f"{where}: {problem}", "".join(cells or ()))
         elif surrogate("".join(cells)):
-            tally.bad("not-utf-8", where)
+            tally.bad("not-utf-8", where, "".join(cells))
         else:
             yield where, dict(zip(names, cells))
 

@@ -1,9 +1,9 @@
 """Raw text to a prepared dataset: the run.
 
 Documents are read in a fixed order, cleaned and filtered (clean.py), compared with those kept
-before (dedup.py), and assigned to train or val by their own hash; an only document is cut. Then a
-tokenizer is trained on a sample of the training text, or an existing one is opened, and the text is
-encoded into shards.
+before (dedup.py), and assigned to train or val by their own hash; where val would be empty, the
+last is cut. Then a tokenizer is trained on a sample of the training text, or an existing one is
+opened, and the text is encoded into shards.
 
 The result is a pure function of (input, config): no clock, no random state, no number of workers
 and no order of a file system enters it (except the date on DATA_CARD.md). Memory does not grow with
@@ -23,7 +23,7 @@ from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -32,9 +32,9 @@ from typing import Annotated
 import numpy as np
 
 from corpus import report
-from corpus.clean import CleanConfig, clean, language_score, reject
+from corpus.clean import CleanConfig, clean, cut_to_length, language_score, reject
 from corpus.dedup import Index, minhash, sha256
-from corpus.files import Tally, package, reasons_of
+from corpus.files import Tally, cut_at, package, reasons_of
 from corpus.sources import read_documents
 from corpus.tokenizer import train_tokenizer
 from lib import config, folders
@@ -57,6 +57,9 @@ class SourceConfig:
     input_path: str = "docstrings:"
     input_config: str = ""  # configuration of a hf: dataset, such as wikitext-103-raw-v1
     text_column: str = ""  # the column that holds the text; empty = found by its name
+    # what stands between documents of plain text besides <|endoftext|>: formfeed, rule (a line of
+    # ===, ***, --- or ___), or the line itself
+    separator: str = ""
     licence: str = ""  # a note on the source's licence, for DATA_CARD.md
     # several sources instead: [{"name": ..., "input_path": ..., "weight": 1, "max_samples": 9}]
     mixture: list | None = None
@@ -105,8 +108,9 @@ def main(cfg):
             collect(cfg, progress)
         parts = range(len(progress.parts))
         files = {split: [progress.part(number, split) for number in parts] for split in SPLITS}
-        if progress.stats["documents"]["kept"] == 1 and 0 < cfg.train_ratio < 1:
-            return cut_document(cfg, progress, files)
+        kept, val = progress.stats["documents"]["kept"], sum(p["val"] for p in progress.parts)
+        if 0 < cfg.train_ratio < 1 and kept and (kept == 1 or not val):
+            return cut_last(cfg, progress, files)
         check_usable(cfg, progress)
         return files
 
@@ -167,6 +171,7 @@ class Progress:
     settings: dict
     documents: int = 0  # of the input: dropped, or in a part
     checksum: int = 0  # CRC-32 of their raw text
+    counts: dict = field(default_factory=dict)  # split: documents; pieces: of them; kept_bytes
     parts: list = field(default_factory=list)  # {split: documents} of each
     dropped: dict = field(default_factory=lambda: {"filter": {}, "dedup": {}})
     lengths: dict = field(default_factory=dict)  # of texts kept; "256" is 256..511 characters
@@ -263,25 +268,36 @@ def collect(cfg, progress):
         raise UserError(f"{progress.work}: {problem}")
     if progress.documents:
         print(f"going on after {progress.documents:,} documents", flush=True)
+    first = list(islice(documents, 2))
+    if len(first) + progress.documents == 1:  # quality chooses among documents
+        cfg = replace(cfg, quality=False)
+    documents = chain(first, documents)
     documents = progress_bar(documents, "read", cfg.max_docs, progress.documents)
     index = Index(progress.work, cfg.minhash_threshold if cfg.use_minhash else None, progress.index)
     rows, part_bytes = {split: [] for split in SPLITS}, 0
-    progress.lengths, progress.scores = Counter(progress.lengths), Counter(progress.scores)
+    for name in ("counts", "lengths", "scores"):
+        setattr(progress, name, Counter(getattr(progress, name)))
     work = in_order(partial(refine, cfg=cfg), batches_of(documents), cfg.workers)
-    for batch, (texts, scores, reasons, digests, signatures) in work:
-        verdicts = iter(index.judge(digests, signatures))
-        for (where, raw), text, reason in zip(batch, texts, reasons, strict=True):
+    for batch, (documents, scores, reasons, fingerprints) in work:
+        reasons = iter(reasons)
+        verdicts = chain.from_iterable(index.judge(*group) for group in fingerprints)
+        for (where, raw), texts in zip(batch, documents, strict=True):
             data = raw.encode()
             progress.checksum = zlib.crc32(data, progress.checksum)
             part_bytes += len(data)
-            stage, reason = ("filter", reason) if reason else ("dedup", next(verdicts))
-            if reason:
-                tally.drop(stage, reason, where, text)
-                continue
-            # the hash of a text decides its split: it stays there, whatever else is read
-            split = "train" if hash_fraction(text) < cfg.train_ratio else "val"
-            rows[split].append(text_row(text))
-            progress.lengths[str(1 << len(text).bit_length() - 1)] += 1
+            if len(texts) > 1:
+                progress.counts.update(split=1, pieces=len(texts))
+            for text in texts:
+                reason = next(reasons)
+                stage, reason = ("filter", reason) if reason else ("dedup", next(verdicts))
+                if reason:
+                    tally.drop(stage, reason, where, text)
+                    continue
+                # the hash of a text decides its split: it stays there, whatever else is read
+                split = "train" if hash_fraction(text) < cfg.train_ratio else "val"
+                rows[split].append(text_row(text))
+                progress.lengths[str(1 << len(text).bit_length() - 1)] += 1
+                progress.counts["kept_bytes"] += len(text.encode())
         progress.documents += len(batch)
         progress.scores += scores
         if part_bytes >= PART_BYTES:
@@ -313,16 +329,19 @@ def batches_of(documents):
 
 
 def refine(batch, cfg):
-    """Returns what can be said of each document without the others: its text, a reason to drop it;
-    of all how many have which language score, and of those without a reason: digests, signatures.
+    """Returns what can be said of documents without the others: the texts of each, several of a
+    long one; of all texts how many have which language score, and reasons to drop them or None; of
+    those without a reason [(digests, signatures)], BATCH_DOCUMENTS or fewer at a time.
     """
-    texts = [clean(raw, cfg) for _, raw in batch]
+    documents = [cut_to_length(clean(raw, cfg), cfg) for _, raw in batch]
+    texts = [*chain.from_iterable(documents)]
     scores = [language_score(text, cfg) for text in texts]
     reasons = [reject(text, cfg, score) for text, score in zip(texts, scores, strict=True)]
     scores = Counter(f"{int(10 * score) / 10}" for score in scores if score is not None)
     good = [text for text, reason in zip(texts, reasons, strict=True) if not reason]
-    signatures = minhash(good, cfg.seed) if cfg.use_minhash else None
-    return texts, scores, reasons, sha256(good), signatures
+    groups = [good[at : at + BATCH_DOCUMENTS] for at in range(0, len(good), BATCH_DOCUMENTS)]
+    signatures = [minhash(group, cfg.seed) if cfg.use_minhash else None for group in groups]
+    return documents, scores, reasons, [*zip(map(sha256, groups), signatures, strict=True)]
 
 
 def in_order(function, items, workers):
@@ -388,30 +407,23 @@ def follow_parent():
     threading.Thread(target=follow, daemon=True).start()
 
 
-def cut_document(cfg, progress, files):
-    """Cuts the only document there is, because its hash would leave train or val empty.
+def cut_last(cfg, progress, files):
+    """Cuts the last document, because the hashes of so few leave val empty, or of one alone train.
 
-    Returns {split: .jsonl files} of its head and its tail, and counts it in `stats`.
+    Returns {split: .jsonl files}, with its tail as val, and counts it in `stats`.
     """
-    (text,) = chain.from_iterable(map(read_texts, chain(*files.values())))
-    at = cut_at(text, cfg.train_ratio)
-    for split, part in zip(SPLITS, (text[:at].rstrip(), text[at:].lstrip()), strict=True):
-        files[split] = [progress.work / f"cut.{split}.jsonl"]
-        write_whole(files[split][0], text_row(part))
-    progress.stats["documents"]["cut"] = {"train": at, "val": len(text) - at}
-    return files
-
-
-def cut_at(text, share):
-    """Returns where to cut a text: near `share` of it, behind a paragraph, else line, sentence,
-    word. What is cut off is at most twice the share that is held out.
-    """
+    *others, last = [path for path in chain(*files.values()) if path.stat().st_size]
+    *texts, text = read_texts(last)
+    val = (1 - cfg.train_ratio) * progress.counts["kept_bytes"] / len(text.encode())
+    share = max(1 - val, min(cfg.train_ratio, 0.5))  # of the last document, for train
     at = min(max(1, round(share * len(text))), len(text) - 1)
-    for border in ("\n\n", "\n", ". ", " "):
-        found = text.rfind(border, max(1, 2 * at - len(text)), at)
-        if found > 0:
-            return found + len(border)
-    return at
+    at = cut_at(text, max(0, 2 * at - len(text)), at, at)  # val gets at most twice its share
+    rows = {"train": [*texts, text[:at].rstrip()], "val": [text[at:].lstrip()]}
+    paths = {split: progress.work / f"cut.{split}.jsonl" for split in SPLITS}
+    for split, path in paths.items():
+        write_whole(path, b"".join(map(text_row, rows[split])))
+    progress.stats["documents"]["cut"] = {"train": at, "val": len(text) - at}
+    return {"train": [*others, paths["train"]], "val": [paths["val"]]}
 
 
 def check_usable(cfg, progress):
@@ -543,7 +555,8 @@ def kept_settings(cfg):
 
 def changed_settings(then, now):
     """Returns lines on the settings that differ. An absent one has its default."""
-    earlier = {"dedup_storage": "", "normalize_punctuation": True}  # before there was the flag
+    # what versions without these did
+    earlier = {"dedup_storage": "", "normalize_punctuation": True, "too_long": "drop"}
     defaults = kept_settings(DataConfig()) | earlier
     pairs = [(key, *(s.get(key, defaults.get(key)) for s in (then, now))) for key in now | then]
     return [f"{key} was {a!r:.80}, now it is {b!r:.80}" for key, a, b in pairs if a != b]

@@ -4,18 +4,21 @@ import datetime
 import json
 from pathlib import Path
 
-from corpus.files import counted, reasons_of
+from corpus.files import counted
 from lib.folders import totals
 
 
 def document_stats(cfg, progress, tally):
     """Returns stats.json on documents: how many, how many dropped and why, how long."""
+    bad = sum(entry["bytes"] for entry in tally.dropped["read"].values())
     return {
         "sources": tally.sources,
         "passed_over": dict(sorted(tally.passed_over.items())),
         "cap": {"max_docs": cfg.max_docs, "reached": progress.documents == cfg.max_docs},
         "documents": {
             "read": progress.documents + tally.bad_rows,
+            "read_bytes": bad + sum(source["bytes"] for source in tally.sources.values()),
+            **progress.counts,
             "kept": sum(sum(part.values()) for part in progress.parts),
             "dropped": tally.dropped,
             "noted": {},  # of earlier versions
@@ -39,13 +42,31 @@ def token_stats(manifest, sequence_length):
     }
 
 
+def balance(stats):
+    """Returns rows (stage, reason, documents, bytes): what was read, lost and added, and is kept.
+
+    A number is "" if it is 0 or unknown: to a reader of broken rows, or to an earlier version.
+    """
+    documents, sizes = stats["documents"], ("read_bytes", "split", "pieces", "kept_bytes")
+    read, split, pieces, kept = (documents.get(name, 0) for name in sizes)
+    rows = [("read", "", documents["read"], read)]
+    rows += [("split", f"{split:,} into {pieces:,}", pieces - split, 0)] * bool(split)
+    for stage, entries in documents["dropped"].items():
+        for reason, entry in sorted(entries.items()):
+            rows.append((f"dropped: {stage}", reason, -entry["count"], -entry.get("bytes", 0)))
+    rows.append(("cleaned", "", 0, kept - sum(row[3] for row in rows)))
+    rows.append(("kept", "", documents["kept"], kept))
+    return [(stage, reason, count or "", size or "") for stage, reason, count, size in rows]
+
+
 def run_summary(folder, stats):
     """Returns the numbers of a preparation, for the terminal."""
-    counts = [("read", stats["documents"]["read"])]
-    dropped = reasons_of(stats["documents"]["dropped"])
-    counts += [(f"  {reason}", -count) for _, reason, count, _ in dropped]
-    counts += [("kept", stats["documents"]["kept"])]
-    lines = [f"{folder}", *(f"  {name:<24}{count:>14,} documents" for name, count in counts)]
+    lines = [f"{folder}"]
+    for stage, reason, count, size in balance(stats):
+        name = f"  {reason}" if "dropped" in stage else f"{stage} {reason}"
+        sign = "+" * (stage == "split")
+        documents = f"{count:>{sign}14,} documents" if count else " " * 24
+        lines.append(f"  {name:<24}{documents}" + (f"{size:>15,} bytes" if size else ""))
     for split, sums in stats["splits"].items():
         lines.append(f"  {split:<24}{sums['tokens']:>14,} tokens, {sums['bytes'] / 1e6:.2f} MB")
     lines.append(f"  {'bytes per token':<24}{stats['bytes_per_token']:>14.2f}")
@@ -53,7 +74,7 @@ def run_summary(folder, stats):
         lines.append(f"  files {counted(others)}")
     if cut := stats["documents"].get("cut"):
         tail = f"its last {cut['val']:,} of {sum(cut.values()):,} characters are val"
-        lines.append(f"  one document, which was cut: {tail}")
+        lines.append(f"  the last document was cut: {tail}")
     if not stats["splits"]["val"]["documents"]:
         lines.append("  no document fell to val: lower train_ratio, or training cannot validate")
     return "\n".join(lines)
@@ -82,9 +103,6 @@ def data_card(name, settings, stats, tokenizer):
 
     `tokenizer` is a line on where that is from.
     """
-    rows = [("stage", "reason", "documents"), ("read", "", stats["documents"]["read"])]
-    rows += [(f"dropped: {row[0]}", *row[1:3]) for row in reasons_of(stats["documents"]["dropped"])]
-    rows += [("kept", "", stats["documents"]["kept"])]
     columns = ("documents", "tokens", "bytes", "shards")
     splits = [(split, *(sums[c] for c in columns)) for split, sums in stats["splits"].items()]
     heads = ("source", "path", "licence", "weight", "documents read", "bytes read")
@@ -94,7 +112,7 @@ def data_card(name, settings, stats, tokenizer):
         date=datetime.date.today().isoformat(),
         cap=f", capped at max_docs {settings['max_docs']:,}" if stats["cap"]["reached"] else "",
         sources=markdown_table(heads, *card_sources(settings, stats)),
-        stages=markdown_table(*rows),
+        stages=markdown_table(("stage", "reason", "documents", "bytes"), *balance(stats)),
         splits=markdown_table(("split", *columns), *splits),
         tokenizer=tokenizer,
         bytes_per_token=stats["bytes_per_token"],

@@ -8,7 +8,6 @@ source of no use at all (nothing there, no column of text, no network) is a User
 import ast
 import glob
 import html
-import io
 import os
 import re
 import sysconfig
@@ -16,7 +15,8 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass
 from importlib import import_module
-from itertools import chain, islice
+from itertools import chain, groupby, islice
+from operator import itemgetter
 from pathlib import Path
 
 from corpus import files
@@ -35,6 +35,7 @@ class Source:
     max_samples: PositiveInt | None = None  # read no more documents of it
     input_config: str = ""  # as DataConfig's
     text_column: str = ""  # as DataConfig's
+    separator: str = ""  # as DataConfig's
     licence: str = ""  # for DATA_CARD.md
 
 
@@ -47,9 +48,12 @@ def read_documents(cfg, tally):
     return interleave(streams, tally)
 
 
+PER_SOURCE = ("input_config", "text_column", "separator")
+
+
 def sources_of(cfg):
     """Returns the Sources of a configuration: its mixture's, or that of its input_path."""
-    alone = {"input_path": "docstrings:", "input_config": "", "text_column": ""}  # the defaults
+    alone = {"input_path": "docstrings:"} | dict.fromkeys(PER_SOURCE, "")  # the defaults
     given = {name: getattr(cfg, name) for name in alone}
     if cfg.mixture is None:
         return [Source(cfg.input_path, **given)]
@@ -89,7 +93,6 @@ def interleave(streams, tally):
         due = {source.name: owed[source.name] + source.weight / total for source, _ in streams}
         turn = source, documents = max(streams, key=lambda stream: due[stream[0].name])
         counts, (where, text) = tally.sources[source.name], next(documents, (None, ""))
-        counts["bytes"] += len(text.encode(errors="ignore"))
         counts["ended"] = where is None
         if where is None:
             streams.remove(turn)
@@ -97,11 +100,12 @@ def interleave(streams, tally):
                 why = f"0 usable documents ({', '.join(tally.dropped['read']) or 'it is empty'})"
                 raise UserError(f"mixture: {source.name}: {why}; mend it or leave it out")
         elif files.surrogate(text):
-            tally.bad("bad-unicode", f"{where}: lone surrogate")
+            tally.bad("bad-unicode", f"{where}: lone surrogate", text)
         else:
             owed |= due
             owed[source.name] -= 1
             counts["documents"] += 1
+            counts["bytes"] += len(text.encode())
             if counts["documents"] == source.max_samples:
                 counts["capped"] = True
                 streams.remove(turn)
@@ -115,8 +119,8 @@ def documents_of(source, max_length, tally):
     if source.input_path.startswith("hf:"):
         rows = hub_rows(source.input_path, source.input_config)
         return joined_wikitext(column_texts(rows, source.text_column, tally))
-    column, paths = source.text_column, input_files(source.input_path, tally)
-    return chain.from_iterable(file_texts(path, column, max_length, tally) for path in paths)
+    paths = input_files(source.input_path, tally)
+    return chain.from_iterable(file_texts(path, source, max_length, tally) for path in paths)
 
 
 def source_rows(path, tally):
@@ -177,8 +181,7 @@ UNDOCUMENTED = {"test", "tests", "testing", "idle_test", "site-packages", "__pyc
 def docstring_documents(max_length, tally):
     """Yields this Python's documentation: its reference, the standard library, packages."""
     for name, text in sorted(import_module("pydoc_data.topics").topics.items()):
-        texts = passages(text.splitlines(keepends=True), max_length)
-        yield from numbered(f"pydoc_data.topics {name}", texts)
+        yield from numbered(f"pydoc_data.topics {name}", [[text]], max_length)
     for root in map(Path, map(sysconfig.get_path, ("stdlib", "purelib"))):
         for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).parts):
             parts = path.relative_to(root).with_suffix("").parts
@@ -200,7 +203,7 @@ def module_documents(path, module, max_length, tally):
         return tally.bad("unreadable-module", f"{module}: {error}")
     for node in [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]:
         title = module if node is tree else f"{module}.{node.name}"
-        yield from numbered(title, files.grouped(docstrings(node, title, ""), max_length))
+        yield from numbered(title, [docstrings(node, title, "")], max_length)
 
 
 def docstrings(node, title, prefix):
@@ -215,13 +218,10 @@ def docstrings(node, title, prefix):
             yield from docstrings(child, f"{prefix}{child.name}", f"{prefix}{child.name}.")
 
 
-def numbered(title, texts):
-    return ((f"{title} [{number}]", text) for number, text in enumerate(texts))
-
-
-def passages(lines, max_length):
-    """Joins lines into documents of at most max_length, cut between paragraphs if possible."""
-    return files.grouped(files.grouped(lines, max_length, str.isspace), max_length)
+def numbered(title, documents, max_length):
+    """Yields (where, text) of documents, each in parts, in pieces of at most max_length."""
+    texts = chain.from_iterable(files.pieces(parts, max_length) for parts in documents)
+    return ((f"{title} [{n}]", text) for n, text in enumerate(filter(str.strip, texts)))
 
 
 def input_files(pattern, tally=None, kinds=(*ROW_READERS, "text", "html", "wikitext")):
@@ -258,18 +258,49 @@ def input_files(pattern, tally=None, kinds=(*ROW_READERS, "text", "html", "wikit
     raise UserError(f"{pattern}: holds no file that ends in {read}; {files.counted(others)}")
 
 
-def file_texts(path, column, max_length, tally):
+# Between the documents of a plain text, as in GPT-2's corpora; in backticks it is spoken of
+END_OF_TEXT = r"(?<!`)<\|(?:endoftext|end_of_text)\|>(?!`)|^[ \t]*</s>[ \t]*$"
+RULE = "|".join(rf"(?:{mark}[ \t]*+){{3,}}" for mark in ("=", r"\*", "-", "_"))
+BREAKS = {"": "(?!)", "formfeed": r"\f", "rule": rf"^[ \t]*(?:{RULE})$"}
+
+
+def separated(lines, separator):
+    """Yields the documents of a plain text, each an iterator over its parts, to be read in order.
+
+    Between them stands END_OF_TEXT, or what DataConfig.separator says.
+    """
+    line_of_it = rf"^[ \t]*{re.escape(separator.strip())}[ \t]*$"
+    pattern = re.compile(f"{END_OF_TEXT}|{BREAKS.get(separator, line_of_it)}")
+
+    def numbered_parts():
+        number, held = 0, ""
+        for part in chain(lines, [""]):  # "": the text ends
+            line, held = held + part, ""
+            if len(part) >= files.MAX_LINE and (at := line.rfind("<", -16)) >= 0:
+                line, held = line[:at], line[at:]  # perhaps a separator, of a line in two parts
+            first, *others = pattern.split(line)
+            yield number, first
+            for text in others:
+                number += 1
+                yield number, text
+
+    for _, document in groupby(numbered_parts(), itemgetter(0)):
+        yield (text for _, text in document)
+
+
+def file_texts(path, source, max_length, tally):
     """Returns the (where, text)s of a file; a damaged one gives those before the damage."""
     kind = kind_of(path)
     if kind in ROW_READERS:
-        return joined_wikitext(column_texts(files.rows(path, tally), column, tally))
+        rows = files.rows(path, tally)
+        return joined_wikitext(column_texts(rows, source.text_column, tally))
     lines = until_damaged(files.decoded_lines(path, tally), path, tally)
     if kind == "wikitext":
         return articles((f"{path} line {number}", line) for number, line in lines)
     texts = (line for _, line in lines)
     if kind == "html":
-        texts = io.StringIO(page_text("".join(texts)))
-    return numbered(path, passages(texts, max_length))
+        return numbered(path, [[page_text("".join(texts))]], max_length)
+    return numbered(path, separated(texts, source.separator), max_length)
 
 
 # Python 3.11's html.parser takes seconds for 20 kB of "<a ". These patterns never fail once they

@@ -1,5 +1,6 @@
 """Files as people have them: ../shared/data/found, read whole; skipped where it is absent."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from corpus.chats import read_chats, read_pairs
 from corpus.files import Tally, reasons_of
 from corpus.inspect import InspectConfig, inspect
 from corpus.prepare import DataConfig
+from corpus.prepare import main as prepare
 from corpus.sources import read_documents
+from data import TokenStream
 from lib.config import UserError
 
 FOUND = Path(__file__).parents[2] / "shared/data/found"
@@ -171,7 +174,25 @@ def test_a_column_of_bytes_is_named():
     assert "the column 'text' holds bytes, not text" in str(tally.dropped)
 
 
-# ---- E: boundaries of documents
+# ---- E, I: boundaries of documents
+
+
+@pytest.mark.parametrize(
+    ("file", "documents"), [("endoftext.txt", 60), ("longline.txt", 10), ("one_document.txt", 1)]
+)
+def test_text_keeps_its_bytes_its_documents_and_can_be_trained_on(tmp_path, file, documents):
+    settings = {
+        "vocab_size": 320,
+        "input_path": str(FOUND / file),
+        "output_dir": str(tmp_path / "d"),
+    }
+    prepare(DataConfig(**settings))
+    counts = json.loads((tmp_path / "d" / "stats.json").read_text())["documents"]
+    assert (counts["read"], counts["kept"]) == (documents, documents)
+    text = (FOUND / file).read_bytes().replace(b"<|endoftext|>", b"")
+    assert 0.99 * len(text) < counts["kept_bytes"] <= len(text)
+    assert not any(b"endoftext" in path.read_bytes() for path in (tmp_path / "d").glob("*.jsonl"))
+    assert TokenStream([tmp_path / "d"], "val", 32, 1).batch(0)["count"]
 
 
 # ---- H: questions for eval.py

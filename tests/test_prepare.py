@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 
 from corpus.clean import clean
+from corpus.files import cut_at
 from corpus.prepare import (
+    BATCH_DOCUMENTS,
     DataConfig,
     Progress,
     RetokenizeConfig,
-    cut_at,
+    changed_settings,
     in_order,
     main,
     refine,
@@ -216,21 +218,22 @@ def test_the_split_of_a_document_does_not_depend_on_its_neighbours(prepared, tmp
 
 
 @pytest.mark.parametrize(
-    ("text", "ratio", "tail"),
+    ("text", "window", "tail"),
     [
-        ("a" * 50 + "\n\n" + "b" * 40, 0.6, "b" * 40),  # behind a paragraph
-        ("a" * 50 + "\n\n" + "b" * 30 + "\n" + "c" * 10, 0.9, "c" * 10),  # which is too far here
-        ("a" * 50 + "\n" + "b. " * 10 + "c", 0.9, "b. b. b. c"),
-        ("one two three four", 0.6, "three four"),
-        ("a" * 100, 0.98, "aa"),
-        ("ab", 0.001, "b"),
-        ("ab", 0.999, "b"),
+        ("a" * 50 + "\n\n" + "b" * 40, (16, 54, 54), "b" * 40),  # behind a paragraph
+        # which is too far here
+        ("a" * 50 + "\n\n" + "b" * 30 + "\n" + "c" * 10, (72, 82, 92), "c" * 10),
+        ("a" * 50 + "\n" + "b. " * 10 + "c", (52, 74, 74), "b. b. b. c"),
+        ("He left. (She stayed.) Then", (0, 26, 27), "Then"),
+        ("\u4ed6\u8d70\u3002\u5979\u7559\u3002\u7136", (0, 5, 7), "\u7136"),  # without spaces
+        ("one two three four", (4, 11, 11), "three four"),
+        ("one two three four", (4, 12, 16), "four"),  # nearer to 12 than 8 is
+        ("a" * 100, (96, 98, 98), "aa"),
+        ("ab", (0, 1, 1), "b"),
     ],
 )
-def test_a_text_is_cut_near_its_share_where_something_ends(text, ratio, tail):
-    at = cut_at(text, ratio)
-    assert text[at:] == tail
-    assert len(tail) <= max(1, 2 * round(len(text) * (1 - ratio)))
+def test_a_text_is_cut_where_the_most_ends_nearest_to_the_place_wanted(text, window, tail):
+    assert text[cut_at(text, *window) :] == tail
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.98])
@@ -245,9 +248,94 @@ def test_of_a_single_document_the_tail_is_held_out(tmp_path, ratio, capsys):
         assert f"{head}\n\n{tail}" == text
         assert len(tail) == pytest.approx((1 - ratio) * len(text), rel=0.5)
         assert sum(stats["documents"]["cut"].values()) == len(text)
-        assert "one document, which was cut: its last " in capsys.readouterr().out
+        assert "the last document was cut: its last " in capsys.readouterr().out
     assert len({(f / "manifest.json").read_bytes() for f in folders}) == 1
     TokenStream([folders[0]], "val", 32, 2)
+
+
+def test_where_no_hash_falls_to_val_the_tail_of_the_last_document_is_held_out(tmp_path):
+    texts = list(map(prose, range(9)))
+    source = write_jsonl(tmp_path / "in.jsonl", texts)
+    splits, stats = prepare_dataset(source, tmp_path / "d", train_ratio=0.999)
+    *whole, head = splits["train"]
+    (tail,) = splits["val"]
+    assert [*whole, f"{head} {tail}"] == texts
+    assert len(tail) < 0.1 * len(texts[-1])
+    assert stats["documents"]["kept"] == 9
+    TokenStream([tmp_path / "d"], "val", 8, 1)
+
+
+def test_quality_does_not_judge_a_document_that_is_alone(tmp_path):
+    texts = ["The boy walked down to the sea and looked at the boat. " * 40] * 2
+    for count, kept in ((1, 1), (2, 0)):
+        source = write_jsonl(tmp_path / f"{count}.jsonl", texts[:count])
+        options = {"vocab_size": 300, "quality": True}
+        if kept:
+            _, stats = prepare_dataset(source, tmp_path / f"d{count}", **options)
+            assert (stats["documents"]["kept"], reasons(stats)) == (1, {})
+        else:
+            with pytest.raises(UserError, match="0 usable documents: 2 repeated-phrases"):
+                prepare_dataset(source, tmp_path / f"d{count}", **options)
+
+
+# ---- long documents
+
+
+def long(number, paragraphs=40):
+    return "\n\n".join(prose(1000 * number + n, 5) for n in range(paragraphs))
+
+
+def sizes(stats):
+    """Returns the bytes that were dropped, and those that are accounted for: read less kept."""
+    documents = stats["documents"]
+    dropped = [entry for stage in documents["dropped"].values() for entry in stage.values()]
+    lost = sum(entry["bytes"] for entry in dropped)
+    return lost, documents["read_bytes"] - documents["kept_bytes"]
+
+
+def test_a_long_document_is_split_at_paragraphs_and_each_piece_is_judged_alone(tmp_path, capsys):
+    texts = [*map(prose, range(60)), long(1), long(2)]
+    source = write_jsonl(tmp_path / "in.jsonl", [*texts, near_copy(long(1)), "short"])
+    splits, stats = prepare_dataset(source, tmp_path / "d", max_length=3000)
+    documents, paragraphs = every(splits), {p for text in texts for p in text.split("\n\n")}
+    assert max(map(len, documents)) <= 3000
+    assert {p for text in documents for p in text.split("\n\n")} == paragraphs
+    counts, pieces = stats["documents"], stats["documents"]["pieces"]
+    assert (counts["split"], counts["kept"]) == (3, len(documents))
+    found = {"too-short": 1, "near-duplicate": 1, "exact-duplicate": pieces // 3 - 1}
+    assert reasons(stats) == found
+    lost, missing = sizes(stats)
+    assert missing - lost == 2 * (pieces - 3)  # the blanks at the cuts
+    out, card = capsys.readouterr().out, (tmp_path / "d" / "DATA_CARD.md").read_text()
+    assert re.search(rf"  split 3 into {pieces} +\+{pieces - 3} documents\n", out)
+    assert f" {counts['read_bytes']:,} bytes\n" in out
+    assert f"| kept |  | {len(documents)} | {counts['kept_bytes']:,} |" in card
+
+
+def test_too_long_drop_drops_and_says_how_many_bytes(tmp_path, capsys):
+    source = write_jsonl(tmp_path / "in.jsonl", [*map(prose, range(60)), long(1)])
+    splits, stats = prepare_dataset(source, tmp_path / "d", max_length=3000, too_long="drop")
+    assert every(splits) == sorted(map(prose, range(60)))
+    assert stats["documents"]["dropped"]["filter"]["too-long"]["bytes"] == len(long(1))
+    assert sizes(stats) == (len(long(1)),) * 2
+    assert f"{-len(long(1)):,} bytes" in capsys.readouterr().out
+
+
+def test_a_dataset_from_before_too_long_was_made_with_drop():
+    then, now = {"max_length": 10000}, {"max_length": 10000, "too_long": "split"}
+    assert changed_settings(then, now) == ["too_long was 'drop', now it is 'split'"]
+    assert changed_settings(then, now | {"too_long": "drop"}) == []
+
+
+def test_the_pieces_of_one_document_are_compared_a_batch_at_a_time():
+    text = "\n".join(f"{n} is a number and the next one of them is {n + 1}" for n in range(1200))
+    cfg = DataConfig(max_length=120, language="off", quality=False)
+    (documents,), _, reasons, fingerprints = refine([("a", text)], cfg)
+    assert "\n".join(documents) == text
+    assert set(reasons) == {None}
+    counts = [len(digests) for digests, _ in fingerprints]
+    assert counts == [len(signatures) for _, signatures in fingerprints]
+    assert sum(counts) == len(documents) > max(counts) == BATCH_DOCUMENTS
 
 
 def test_near_duplicates_go_by_default_and_stay_when_switched_off(tmp_path):  # trap B1
@@ -438,12 +526,13 @@ def kill_at(step, *arguments, name="SIGKILL", status=-9):
 
 @pytest.fixture(scope="module")
 def messy(tmp_path_factory):
-    """Documents of all fates: kept, too short, exact and near duplicates, bad rows."""
+    """Documents of all fates: kept, split, too short, exact and near duplicates, bad rows."""
     path, texts = tmp_path_factory.mktemp("messy") / "in.jsonl", []
     for number in range(9, 600):
         texts.append(prose(number, 12 + number % 9))
         texts += {3: ["short"], 5: [prose(number - 2, 12 + (number - 2) % 9)]}.get(number % 9, [])
         texts += [near_copy(prose(number // 2, 12 + number // 2 % 9))] if number % 11 == 10 else []
+        texts += ["\n\n".join(texts[-18:])] if number % 40 == 20 else []  # to be split
     write_jsonl(path, texts)
     path.write_text(path.read_text() + "no json\n")
     return path
@@ -492,10 +581,10 @@ def test_kill_9_loses_no_more_than_a_part_and_the_same_command_gives_the_same_by
 
 
 @posix
-@pytest.mark.parametrize("step", [STEPS, 137, 190, 257, 263])
+@pytest.mark.parametrize("step", [STEPS, 169, 240, 329, 335])
 def test_one_kill_anywhere(options, straight, tmp_path, step):
     words = (*options, f"--output_dir={tmp_path / 'd'}")
-    kill_at(step, *words)  # parts end at 130, shards at 256, and 263 renames the folder
+    kill_at(step, *words)  # parts end at 162, shards at 328, and 335 renames the folder
     prepare_in_parts(*words)
     assert contents(tmp_path / "d") == contents(straight)
 
@@ -656,6 +745,19 @@ def test_retokenize_gives_what_preparing_with_that_tokenizer_gives(stories, prep
     assert again == fresh
     assert read_manifest(tmp_path / "again")["config"]["input_path"] == str(stories)
     assert TokenStream(tmp_path / "again", "train", 32, 1).vocab_size == 500
+
+
+def test_a_dataset_that_counted_no_bytes_is_encoded_again(prepared, tmp_path, capsys):
+    folder = shutil.copytree(prepared, tmp_path / "d")
+    stats = json.loads((folder / "stats.json").read_text())
+    stats["documents"] = {"read": 301, "kept": 300, "dropped": {"read": {}, "dedup": {}}}
+    stats["documents"]["dropped"]["filter"] = {"too-short": {"count": 1, "examples": ["a"]}}
+    (folder / "stats.json").write_text(json.dumps(stats))
+    retokenize_dataset(folder, tmp_path / "again", vocab_size=350)
+    lines = capsys.readouterr().out.split("\n")
+    assert "  read                               301 documents" in lines
+    assert "    too-short                         -1 documents" in lines
+    assert "| kept |  | 300 |  |" in (tmp_path / "again" / "DATA_CARD.md").read_text()
 
 
 @posix

@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpus.chats import read_chats, read_pairs
-from corpus.files import MAX_LINE, Tally, kind_of, reasons_of, rows
+from corpus.files import MAX_LINE, Tally, kind_of, pieces, reasons_of, rows
 from corpus.sources import BLOCKS, input_files, page_text, read_documents
 from lib import config as configs
 from lib.config import UserError
@@ -39,6 +39,7 @@ class Config:
     input_path: str = "docstrings:"
     input_config: str = ""
     text_column: str = ""
+    separator: str = ""
     licence: str = ""
     max_length: int = 10000
     mixture: list | None = None
@@ -149,6 +150,75 @@ def test_long_plain_text_is_cut_at_paragraphs_and_nothing_is_lost(tmp_path):
     assert "".join(documents) == book
     assert max(map(len, documents)) <= 2000
     assert all(document.startswith("Story") for document in documents)
+
+
+@given(
+    st.text("ab .\n\u3002", max_size=300),
+    st.integers(1, 50),
+    st.lists(st.integers(0, 300)).map(sorted),
+)
+@settings(max_examples=200, deadline=None)
+def test_pieces_are_the_text_however_it_comes(text, most, cuts):
+    documents = list(pieces([text], most))
+    assert "".join(documents) == text
+    assert max(map(len, documents)) <= most
+    assert len(documents) == 1 or min(map(len, documents)) >= most // 4
+    parts = [text[at:end] for at, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    assert list(pieces(parts, most)) == documents
+
+
+@pytest.mark.parametrize(
+    "stop", [". ", "! ", "? ", '." ', "\u3002", "\uff01", "\u0964 ", "\u061f "]
+)
+def test_an_article_in_one_line_is_cut_at_its_sentences(tmp_path, stop):
+    article = "".join(f"Sentence {n} of it{stop}" for n in range(400))
+    (tmp_path / "a.txt").write_text(f"{article}\n{article}\n", encoding="utf-8")
+    documents, _ = texts_of(tmp_path / "a.txt", max_length=1000)
+    assert "".join(documents) == f"{article}\n{article}\n"
+    assert max(map(len, documents)) <= 1000
+    assert all(text.endswith((stop, f"{stop}\n")) for text in documents)
+
+
+LINES = ["one", "two ", "three"]
+TEXTS = {  # of documents one, two and three: what is between them, and the flag that it needs
+    "alone": ("\n<|endoftext|>\n", ""),
+    "inline": ("<|endoftext|>", ""),
+    "llama": ("<|end_of_text|>", ""),
+    "sentencepiece": ("\n </s>\n", ""),
+    "twice": ("\n<|endoftext|>\n\n<|endoftext|><|endoftext|>", ""),
+    "page": ("\f", "formfeed"),
+    "equals": ("\n=====\n", "rule"),
+    "stars": ("\n  * * *\t\n", "rule"),
+    "dashes": ("\n" + "-" * 200 + "\n", "rule"),
+    "own": ("\n### (next)\n", "### (next)"),
+}
+
+
+@pytest.mark.parametrize(("between", "flag"), TEXTS.values(), ids=TEXTS)
+def test_documents_of_plain_text_are_separated(tmp_path, between, flag):
+    (tmp_path / "a.txt").write_text(between.join(["", *LINES, "\n"]))
+    documents, bad = texts_of(tmp_path / "a.txt", separator=flag)
+    assert ([text.strip() for text in documents], bad) == (["one", "two", "three"], {})
+    mixture = [{"name": "a", "input_path": str(tmp_path / "a.txt"), "separator": flag}]
+    assert texts_of("docstrings:", mixture=mixture)[0] == documents
+    if flag:  # is text without it
+        assert texts_of(tmp_path / "a.txt")[0] == [between.join(["", *LINES, "\n"])]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a `<|endoftext|>` b", "<s>a</s> b", "a === b\n", "==\n**\n", "a ***", "--- a\n| --- |\n"],
+)
+def test_what_only_looks_like_a_separator_is_text(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    assert texts_of(tmp_path / "a.txt", separator="rule") == ([text], {})
+
+
+def test_a_separator_is_found_wherever_a_long_line_is_taken_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr("corpus.files.MAX_LINE", 20)
+    texts = [f"{n} {'x' * (n % 37)}" for n in range(200)]
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(texts))
+    assert texts_of(tmp_path / "a.txt") == (texts, {})
 
 
 # --- Tables ---------------------------------------------------------------------------------------
