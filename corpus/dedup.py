@@ -112,7 +112,8 @@ def hash_words(texts):
     alone = np.flatnonzero(kinds == 2)
     kinds[alone] += (alone & 1).astype(np.uint8)  # neighbours differ: each is a word
     edges = np.flatnonzero(kinds[1:] != kinds[:-1]) + 1
-    words = np.flatnonzero(kinds[edges])  # at the other edges a word has ended
+    # at the other edges a word has ended, at every second one where none stands alone
+    words = np.flatnonzero(kinds[edges]) if len(alone) else slice(None, None, 2)
     starts = edges[words]
     up, down, terms = powers(1 << len(characters).bit_length())[:, : len(characters)]
     np.multiply(characters, up, out=terms)  # into old memory: new pages take four times as long
