@@ -357,6 +357,8 @@ def turns_of(text):
     """Returns the messages of a conversation in a markup, or None; an open answer is empty."""
     for markup, (opens, ends) in MARKUPS.items():
         before, *parts = opens.split(text)
+        if len(parts) < 4:  # two turns
+            continue
         names, texts = parts[::2], [ends.sub("", part).strip() for part in (before, *parts[1::2])]
         turns = [("system", texts[:1])]
         for name, said in zip(names, texts[1:], strict=True):
