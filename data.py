@@ -36,6 +36,8 @@ class BatchStream:
     the number of supervised terms in them.
     """
 
+    period = 0  # a batch does not depend on the weights, see `train.fit`
+
     def __init__(self, batch_size, seed=0, world_size=1):
         self.batch_size, self.seed, self.world_size = batch_size, seed, world_size
 

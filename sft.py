@@ -250,7 +250,7 @@ def read_split(cfg, read, key, say):
     or more at least one is held out, unless val_ratio is 0.
     """
     rows = read_reporting(read, cfg.dataset_path, say)
-    sha256 = hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
+    sha256 = hashlib.sha256(json.dumps(rows, ensure_ascii=False, default=str).encode()).hexdigest()
     if cfg.val_path:
         return rows, read_reporting(read, cfg.val_path, say), sha256
     rows, held_out = split_rows(rows, cfg.val_ratio, key)

@@ -101,6 +101,7 @@ class LoopConfig:
     report_to: tuple[Literal["wandb", "tensorboard"], ...] = ()  # these get metrics.jsonl, too
 
     WARMUP = 100  # steps, where warmup_steps is none and the run is long enough
+    EVALUATES_START = False  # validate before the first step, too
 
     def __post_init__(self):
         if not self.output_dir.strip():
@@ -120,6 +121,7 @@ FREE_ON_RESUME = {
 }
 
 FEW_STEPS = 30  # a run of fewer is told so
+HIGHER_IS_BETTER = "accuracies", "accuracy", "reward"  # of early_stopping_metric, the ends
 
 # ----------------------------------------------------------------------------------------------
 # The schedule: how many steps, and the learning rate at each of them
@@ -314,7 +316,7 @@ class State:
             p.grad = torch.zeros_like(p)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
         self.step, self.seconds, self.tokens, self.bad_steps = 0, 0.0, 0, 0
-        self.evaluated = 0  # the step of the last validation
+        self.evaluated = -1 if cfg.EVALUATES_START else 0  # the step of the last validation
         self.best, self.best_step, self.stale = None, 0, 0  # of the validations, see `judge`
         self.saved_at = None  # the step of the checkpoint that holds all this
 
@@ -354,7 +356,7 @@ class State:
         name = cfg.early_stopping_metric
         if not cfg.early_stopping_patience and (self.step % cfg.save_steps or name not in metrics):
             return
-        value = -metrics[name] if name.endswith("accuracies") else metrics[name]
+        value = -metrics[name] if name.endswith(HIGHER_IS_BETTER) else metrics[name]
         if math.isfinite(value) and (self.best is None or value < self.best):
             self.best, self.best_step, self.stale = value, self.step, 0
         else:
@@ -461,7 +463,9 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
 
     loader       .batch(step, micro, rank, accumulation) -> dict of numpy arrays; "count", the
                  supervised terms in them; and "tokens", if that is another number. A pure function
-                 of its arguments, so a resume has nothing to rewind. .blocks: rows in one pass
+                 of its arguments, so a resume has nothing to rewind. .blocks: rows in one pass.
+                 With .period n > 0 also of the weights, those before each round of n steps;
+                 a run is stopped between rounds only
     loss_fn      (model, batch of tensors) -> (sum over the supervised terms, {name: sum to log});
                  both are divided by the count of the whole step over all ranks
     validate     (model) -> dict of floats and texts to log; it takes its rows from world.batches
@@ -499,7 +503,7 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
                 count, tokens, stopping, state.seconds = world.sum(
                     sum(batch["count"] for batch in batches),
                     sum(batch.get("tokens", batch["count"]) for batch in batches),
-                    world.stop_signal > 0,
+                    world.stop_signal > 0 and state.step % (loader.period or 1) == 0,
                     clock.seconds * (world.rank == 0),
                 )
                 progress = clock.progress(state.step, state.seconds)
@@ -515,13 +519,16 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
                     for name, value in ({"loss": loss_sum} | sums).items():
                         stats[name] = stats.get(name, 0.0) + value.detach() / max(1, count)
                 del loss, loss_sum, sums, value  # and with them what their graph holds
-                batches = micro_batches(state.step + 1)  # read while a GPU still computes
+                if not loader.period:
+                    batches = micro_batches(state.step + 1)  # read while a GPU still computes
 
                 world.sum_gradients(state.parameters)  # data parallelism, by hand
                 grad_norm = state.clip(cfg.max_grad_norm)
                 lr = lr_at(cfg, state.step, progress, clock.total)
                 state.update(lr, grad_norm, count)
                 state.step, state.tokens = state.step + 1, state.tokens + int(tokens)
+                if loader.period:
+                    batches = micro_batches(state.step)  # drawn from the new weights
 
                 stats = dict(zip(stats, world.sum(*(value.item() for value in stats.values()))))
                 if state.bad_steps:

@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 
 import dpo
+import grpo
 import model
 import sft
 import train
@@ -35,6 +36,7 @@ PROGRAMS = {
     "train": (train, train.PretrainConfig),
     "sft": (sft, sft.SFTConfig),
     "dpo": (dpo, dpo.DPOConfig),
+    "grpo": (grpo, grpo.GRPOConfig),
 }
 LENGTH = {"device": "cpu", "dtype": "fp32", "batch_size": 2, "max_steps": 8, "warmup_steps": 2}
 LENGTH |= {"save_steps": 4, "eval_steps": 4, "logging_steps": 1}

@@ -92,9 +92,9 @@ def time_step(cfg, state, loader, loss_fn, world, dtype):
     rows, micros = loader.batch_size, min(2, cfg.gradient_accumulation_steps)
 
     def run():
+        start = time.perf_counter()
         batches = [loader.batch(0, micro, world.rank, micros) for micro in range(micros)]
         count = sum(batch["count"] for batch in batches)
-        start = time.perf_counter()
         forward_backward(state, batches, loss_fn, count, world.device, dtype).item()
         middle = time.perf_counter()
         world.sum_gradients(state.parameters)

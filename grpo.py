@@ -1,0 +1,448 @@
+"""Reinforcement learning with rewards that a program checks: GRPO (Shao et al. 2024).
+
+    python grpo.py configs/grpo.json --model_path=checkpoints/sft/demo --dataset_path=tasks.jsonl
+    python grpo.py configs/grpo.json ... --reward=my_rewards.py:score
+    python grpo.py configs/grpo.json ... --loss=grpo --scale_rewards --beta=0.04 --num_iterations=2
+
+A row is a question and what an answer is checked by: `check` as in the sample tasks, or `answer`.
+The model draws a group of answers to each question; those above the group's mean reward become
+likelier, the others less likely. The engine of sample.py runs on the very weights that are trained.
+An answer is a function of (weights, seed, step, question, its number), so a resumed run draws what
+the straight one would have drawn.
+"""
+
+import copy
+import json
+import math
+import re
+import runpy
+from collections import deque
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from corpus.chats import BadRow, to_chat, usable_rows
+from corpus.samples import passes
+from data import ExampleStream, supervised_rows
+from dpo import turn_dropout_off
+from lib.checkpoint import check_unused
+from lib.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError, run
+from lib.conversation import render, stop_ids
+from lib.folders import hash_fraction
+from lib.runtime import autocast, choose_dtype, open_world
+from lib.tokenizer import Tokenizer
+from model import linear_cross_entropy, lora_off, model_folder, supervised_hidden
+from sample import Engine, Request, Sampling
+from sft import FineTuningConfig, add_adapter, for_rows, model_files, open_base, read_split
+from train import fit
+
+SLOTS = 128  # answers that are written side by side; one that ends makes room for the next
+REDRAW = 1 << 30  # rows of the stream to the questions that replace those without signal
+MEANS = "reward", "reward_std", "no_signal", "length", "entropy"  # logged, with each reward's mean
+NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOConfig(FineTuningConfig):
+    """Reinforcement learning on questions whose answers can be checked."""
+
+    # an answer's reward is the sum of these. right: 1 for a right answer by the row's check or
+    # answer, else 0. FILE.py:FUNCTION: function(prompt, answer, row) -> number, of yours
+    reward: tuple[str, ...] = ("right",)
+    num_generations: PositiveInt = 8  # answers to a question, G: the group that is compared
+    max_new_tokens: PositiveInt = 32  # of an answer
+    loss: Literal["dr_grpo", "grpo", "dapo"] = "dr_grpo"  # what a token counts, see token_weight
+    scale_rewards: bool = False  # divide advantages by the group's deviation, as GRPO and DAPO do
+    epsilon: PositiveFloat = 0.2  # a probability falls by this share at most ...
+    epsilon_high: PositiveFloat = 0.28  # ... and grows by this, over the updates of num_iterations
+    num_iterations: PositiveInt = 1  # updates with the same answers
+    redraws: NonNegativeInt = 0  # other questions tried where the answers to one are all alike
+    beta: NonNegativeFloat = 0.0  # weight of the KL divergence from the model before; 0 = none
+    output_dir: str = "checkpoints/grpo"  # checkpoints, metrics.jsonl and final/ go here
+    learning_rate: PositiveFloat = 1e-4  # at the top of the schedule
+    batch_size: PositiveInt = 16  # questions per micro-batch and rank
+    compile: bool = False  # torch.compile; batches come in many shapes
+    eval_steps: PositiveInt = 50  # steps between validations
+    eval_rows: PositiveInt = 128  # held-out questions that each validation asks
+    # decides which is best
+    early_stopping_metric: Literal["val_accuracy", "val_reward"] = "val_accuracy"
+
+    PASSES, STEPS, EVALUATES_START = 1, 100, True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lora_dropout:
+            raise ValueError("lora_dropout must be 0: two probabilities of an answer are compared")
+        if self.num_generations < 2:
+            raise ValueError("num_generations must be at least 2: a group's answers are compared")
+        if self.save_steps % self.num_iterations or self.eval_steps % self.num_iterations:
+            steps = f"multiples of num_iterations {self.num_iterations}"
+            raise ValueError(f"save_steps and eval_steps must be {steps}: answers are not saved")
+
+
+# ----------------------------------------------------------------------------------------------
+# The losses: tensors in, tensors out. Q questions with G answers each, N tokens of answers
+
+
+def advantages(rewards, scaled):
+    """Returns how much better each answer is than its group, (Q, G); rewards (Q, G).
+
+    r - mean(r): Dr. GRPO (Liu et al. 2025, figure 1). `scaled` divides it by the deviation in the
+    group: GRPO (Shao et al. 2024, section 4.1.2). 0 in a group of equal rewards.
+    """
+    gain = rewards - rewards.mean(dim=1, keepdim=True)
+    gain = gain / (rewards.std(dim=1, keepdim=True) + 1e-4) if scaled else gain
+    return torch.where((rewards == rewards[:, :1]).all(dim=1, keepdim=True), 0.0, gain)
+
+
+def clipped_loss(log_ratio, advantage, epsilon, epsilon_high):
+    """Returns (loss, whether it is clipped) of each token, both (N,).
+
+    log_ratio (N,) is log pi / pi_old, pi_old the policy that drew the answers. Equation 3 of Shao
+    et al. 2024, with a bound above of its own as in DAPO (Yu et al. 2025, equation 10): a token
+    beyond the bound that its advantage moves it to has no gradient.
+    """
+    ratio = log_ratio.exp()
+    free, bounded = ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon_high) * advantage
+    return -torch.minimum(free, bounded), bounded < free
+
+
+def kl_estimate(log_ratio):
+    """Returns equation 4 of Shao et al. 2024 (N,), never negative; log_ratio (N,) is log ref / pi.
+
+    Its mean over tokens that pi drew is KL(pi, ref).
+    """
+    return log_ratio.exp() - log_ratio - 1
+
+
+def token_weight(loss, length, mean_length, longest):
+    """Returns the weight of a token in an answer of `length`; their sum is divided by the answers.
+
+    grpo: each answer counts 1 (Shao et al. 2024, equation 3); dapo: each token counts alike (Yu et
+    al. 2025, equation 12); dr_grpo: also, by a constant (Liu et al. 2025, figure 1).
+    """
+    return 1 / {"grpo": length, "dapo": mean_length, "dr_grpo": longest}[loss]
+
+
+def policy_loss(cfg, reference):
+    """Returns loss_fn(model, batch) for `fit`; `reference` is None where an adapter turns off."""
+    names = *MEANS, *(f"reward/{name}" for name in cfg.reward)
+
+    def loss_fn(model, batch):
+        policy, sums = answer_log_p(model, batch), dict(zip(names, batch["means"]))
+        old = batch["log_p"] if cfg.num_iterations > 1 else policy.detach()
+        bounds = cfg.epsilon, cfg.epsilon_high
+        losses, clipped = clipped_loss(policy - old, batch["advantage"], *bounds)
+        sums["clipped"] = clipped.sum() / batch["mean_length"]
+        if cfg.beta:
+            with torch.no_grad(), lora_off(model):
+                before = answer_log_p(reference or model, batch)
+            kl = kl_estimate(before - policy)
+            losses = losses + cfg.beta * kl
+            sums["kl"] = kl.detach().sum() / batch["mean_length"]
+        return (losses * batch["weight"]).sum(), sums
+
+    return loss_fn
+
+
+def answer_log_p(model, batch):
+    """Returns log p of the answers' tokens, (N,); 0 where N is padded."""
+    hidden = supervised_hidden(model, batch)  # (N, C)
+    return -linear_cross_entropy(hidden, model.lm_head.weight, batch["labels"], reduction="none")
+
+
+# ----------------------------------------------------------------------------------------------
+# Questions and rewards
+
+
+def right(prompt, text, row):
+    """Returns whether `text` is right by the row's check, or equals its answer.
+
+    Behind "####", as GSM8K has it, if that is there. A number is compared with the last in `text`.
+    """
+    if row.get("check"):
+        return passes(row["check"], text)
+    given, expected = (s.rpartition("####")[2].strip(" \n$.") for s in (text, str(row["answer"])))
+    if not NUMBER.fullmatch(expected):
+        return passes({"kind": "exact", "answer": expected}, given)
+    number, *numbers = (Decimal(n.replace(",", "")) for n in (expected, *NUMBER.findall(given)))
+    return numbers[-1:] == [number]
+
+
+def read_questions(path, tally, tokenizer, checked):
+    """Returns the questions of a file: {"prompt": messages, "row", "where", "ids", "checkable"}.
+
+    The prompt is all before the last answer, which may be missing. `checked` refuses a row that
+    `right` can say nothing about.
+    """
+
+    def convert(row):
+        fields, messages = to_chat({"response": "-"} | row if isinstance(row, dict) else row)
+        question = {"prompt": messages[:-1], "row": row, "checkable": True}
+        try:
+            right(None, "", row)
+        except (AssertionError, AttributeError, KeyError, TypeError):  # no answer, no such check
+            if checked:
+                remedy = 'add "check" or "answer", or use --reward=FILE.py:FUNCTION'
+                raise BadRow("nothing-to-check", f"nothing checks an answer; {remedy}") from None
+            question["checkable"] = False
+        try:
+            ids, _ = render(
+                tokenizer, messages[:-1], tokenizer.template, add_generation_prompt=True
+            )
+        except UserError as error:  # as "conversation roles must alternate"
+            raise BadRow("refused-by-template", str(error)) from None
+        return fields, question | {"ids": ids}
+
+    return [q | {"where": where} for where, _, q in usable_rows(path, convert, tally)]
+
+
+def load_reward(name):
+    """Returns the function that an entry of `reward` names."""
+    path, _, function = name.rpartition(":")
+    try:
+        return right if name == "right" else runpy.run_path(path)[function]
+    except Exception as problem:  # whatever somebody's file raises
+        found = f"does not load: {problem!r:.200}"
+        raise UserError(f"reward {name!r} {found}; name right, or FILE.py:FUNCTION") from None
+
+
+def reward_of(name, function, text, question):
+    """Returns what a function says of an answer; UserError, with the row, if that is no number."""
+    where = f"reward {name}: {question['where']}, answer {text!r:.60}"
+    try:
+        value = function(question["prompt"], text, question["row"])
+    except Exception as problem:  # a mistake in somebody's function
+        raise UserError(f"{where}: {problem!r:.200}; mend the function") from None
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{where}: expected a finite number, got {value!r:.60}")
+    return float(value)
+
+
+# ----------------------------------------------------------------------------------------------
+# Answers
+
+
+@dataclass(eq=False, kw_only=True)
+class Answer(Request):
+    """A request of the engine and its marks. `ids` include the id that ended the answer, if any."""
+
+    question: dict
+    text: str = ""
+    rewards: tuple = ()  # of each function
+    reward: float = 0.0  # their sum
+    advantage: float = 0.0
+
+
+class Rollouts(ExampleStream):
+    """Questions as a stream whose batches are answers of the model as it is.
+
+    Micro-steps and ranks divide the questions of a step, as in every stream. A rank's are answered
+    together when its first batch is asked for; the others must be asked for in their order.
+    """
+
+    def __init__(self, cfg, questions, model, tokenizer, functions, world):
+        super().__init__(questions, list, cfg.batch_size, cfg.seed, world.size)
+        self.cfg, self.model, self.tokenizer, self.world = cfg, model, tokenizer, world
+        self.functions, self.ends = functions, set(stop_ids(tokenizer, tokenizer.template))
+        self.period, self.batches, self.engine = cfg.num_iterations, [], None
+
+    def batch(self, step, micro=0, rank=0, accumulation=1):
+        if micro == 0 and (step % self.period == 0 or not self.batches):
+            numbers = [
+                (step * accumulation + m) * self.world_size + rank for m in range(accumulation)
+            ]
+            size = self.batch_size
+            drawn = [self.draw(range(n * size, (n + 1) * size)) for n in numbers]
+            lengths = [len(answer.ids) for answers in drawn for answer in answers]
+            tokens, count = self.world.sum(
+                sum(lengths), len(lengths)
+            )  # of the step, over all ranks
+            self.batches = [self.batch_of(answers, tokens / count) for answers in drawn]
+        return self.batches[micro]
+
+    def draw(self, rows):
+        """Returns G answers to each of the questions at `rows` of the stream.
+
+        Up to `redraws` times a question whose answers are all alike, and teach nothing, makes way
+        for another: DAPO's dynamic sampling (Yu et al. 2025, equation 11), row by row.
+        """
+        groups, G = {row: [] for row in rows}, range(self.cfg.num_generations)
+        for attempt in range(1 + self.cfg.redraws):
+            again = [row for row in rows if not any(a.advantage for a in groups[row])]
+            for row in again:
+                question = self.examples[self.block_at(row + attempt * REDRAW)]
+                groups[row] = [self.ask(question, row, attempt, number) for number in G]
+            self.write([answer for row in again for answer in groups[row]])
+            for group in map(groups.get, again):
+                rewards = torch.tensor([[answer.reward for answer in group]])
+                gains = advantages(rewards, self.cfg.scale_rewards)[0].tolist()
+                for answer, gain in zip(group, gains):
+                    answer.advantage = gain
+        return [answer for group in groups.values() for answer in group]
+
+    def ask(self, question, *words):
+        """Returns an Answer to be written: drawn with a seed made of `words`, without any greedy."""
+        seed = int(hash_fraction(" ".join(map(str, words)), self.cfg.seed) * 2**32)
+        drawn = Sampling(temperature=float(bool(words)), top_k=0, top_p=1.0, seed=seed)
+        new = self.cfg.max_new_tokens
+        return Answer(question["ids"], new, drawn, top_logprobs=0, question=question)
+
+    @torch.no_grad()
+    def write(self, answers):
+        """Has the model write the answers, and the reward functions mark them."""
+        training, device, waiting = self.model.training, self.world.device, deque(answers)
+        self.model.eval()
+        if self.engine is None:  # one for all steps, which keeps its memory
+            longest = max(len(q["ids"]) for q in self.examples) + self.cfg.max_new_tokens
+            self.engine = Engine(self.model, SLOTS, longest)
+        dtype, _ = choose_dtype(self.cfg.dtype, device)  # as in training
+        eager = torch.compiler.set_stance("force_eager")  # every length would be compiled anew
+        with autocast(device, dtype), eager:
+            while waiting or len(self.engine.free) < SLOTS:
+                self.engine.join([waiting.popleft() for _ in self.engine.free[: len(waiting)]])
+                for ids in self.engine.advance():
+                    for answer, id in zip(self.engine.requests, ids):
+                        if id in self.ends:  # kept in its ids: to end is learned, too
+                            answer.finish = "stop"
+        self.model.train(training)
+        for answer in answers:
+            ids = answer.ids[:-1] if answer.finish == "stop" else answer.ids
+            answer.text = self.tokenizer.decode(ids).strip()
+            marks = (reward_of(*f, answer.text, answer.question) for f in self.functions.items())
+            answer.rewards = tuple(marks)
+            answer.reward = sum(answer.rewards)
+
+    def batch_of(self, answers, mean_length):
+        """Returns the batch of some answers of a step with tokens of such a mean length.
+
+        Besides `supervised_rows`: "advantage", "weight" and "log_p" (N,) of each token, "means",
+        what the answers add to the logged means. Answers without a gradient are left out.
+        """
+        cfg, G = self.cfg, self.cfg.num_generations
+        rows = [a for a in answers if a.advantage or cfg.beta] or answers[:1]
+        sizes = [(len(a.prompt), len(a.ids)) for a in rows]
+        examples = [
+            (np.array(a.prompt + a.ids), np.repeat([0, 1], size)) for a, size in zip(rows, sizes)
+        ]
+        context, pad_id = self.model.cfg.sequence_length, self.tokenizer.pad_id
+        batch = supervised_rows([[example] for example in examples], context, pad_id)
+        numbers = [
+            (
+                a.advantage,
+                token_weight(cfg.loss, len(a.ids), mean_length, cfg.max_new_tokens),
+                log_p,
+            )
+            for a in rows
+            for log_p, _ in a.logprobs
+        ]
+        for name, values in zip(("advantage", "weight", "log_p"), zip(*numbers)):
+            padding = (0, len(batch["labels"]) - len(values))
+            batch[name] = np.pad(np.array(values, np.float32), padding)
+        rewards = np.reshape([answer.reward for answer in answers], (-1, G))
+        alike = (rewards == rewards[:, :1]).all(axis=1)
+        nats = -sum(log_p for answer in answers for log_p, _ in answer.logprobs)
+        means = [rewards.sum(), G * rewards.std(axis=1, ddof=1).sum(), G * alike.sum()]
+        means += [sum(len(a.ids) for a in answers), nats / mean_length]
+        means += map(sum, zip(*(answer.rewards for answer in answers)))
+        batch |= {"means": np.array(means, np.float32), "mean_length": np.float32([mean_length])}
+        read = sum(len(answer.prompt) + len(answer.ids) for answer in answers)
+        return batch | {"count": len(answers), "tokens": read}
+
+
+# ----------------------------------------------------------------------------------------------
+# Validation and training
+
+
+def answers_validation(cfg, world, held_out):
+    """Returns validate(model): the worth of answers to held-out questions, and one with its group.
+
+    val_accuracy is the share of right greedy answers, val_pass@k that of questions of whose k drawn
+    answers one is right; val_reward the mean of the drawn ones'.
+    """
+    G, rows = range(cfg.num_generations), min(cfg.eval_rows, held_out.blocks)
+    checkable = all(question["checkable"] for question in held_out.examples)
+    names = "val_accuracy", "val_pass@1", f"val_pass@{len(G)}", "val_reward"
+
+    def validate(model):
+        totals, texts = np.zeros(5), {}
+        for first, questions in world.batches(held_out, rows, cfg.batch_size):
+            groups = [
+                [held_out.ask(question), *(held_out.ask(question, "held out", row, n) for n in G)]
+                for row, question in enumerate(questions, first)
+            ]
+            held_out.write([answer for group in groups for answer in group])
+            for group in groups:
+                marks = [checkable and right(None, a.text, a.question["row"]) for a in group]
+                reward = np.mean([answer.reward for answer in group[1:]])
+                totals += [1, marks[0], np.mean(marks[1:]), any(marks[1:]), reward]
+            if first == 0:
+                texts["question"] = questions[0]["prompt"][-1]["content"][:200]
+                texts["answers"] = " | ".join(f"{a.reward:g} {a.text[:60]!r}" for a in groups[0])
+        count, *totals = world.sum(*totals.tolist())
+        if not count:
+            return {}
+        means = {name: total / count for name, total in zip(names, totals)}
+        if not checkable:
+            return {"val_reward": means["val_reward"]} | texts
+        watch_accuracy(cfg, means["val_accuracy"], world)
+        return means | texts
+
+    return validate
+
+
+def watch_accuracy(cfg, accuracy, world):
+    """Warns if the reward has risen since the start and held-out accuracy has not."""
+    path = Path(cfg.output_dir) / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    records = [json.loads(line) for line in lines]
+    rewards = [record["reward"] for record in records if "reward" in record]
+    before = [record["val_accuracy"] for record in records if "val_accuracy" in record]
+    part = len(rewards) // 4
+    rise = np.mean(rewards[-part:]) - np.mean(rewards[:part]) if part else 0
+    if before and accuracy <= before[0] and rise > 0.5 * np.std(rewards):
+        accuracies = f"held-out accuracy did not: {before[0]:.1%} at the start, now {accuracy:.1%}"
+        world.say(f"warning: the reward rose by {rise:.3f}, {accuracies}")
+
+
+def main(cfg):
+    with open_world(cfg) as world:
+        tokenizer = Tokenizer.load(model_folder(cfg.model_path))
+        if tokenizer.template is None:
+            none = "names no chat template; train it with sft.py first"
+            raise UserError(f"{cfg.model_path}: {none}")
+        check_unused(cfg)
+        functions = {name: load_reward(name) for name in cfg.reward}
+        read = partial(read_questions, tokenizer=tokenizer, checked="right" in cfg.reward)
+        rows, held_out, sha256 = read_split(cfg, read, "prompt", world.say)
+        model, base, length = open_base(cfg, tokenizer)
+        add_adapter(cfg, model)
+        turn_dropout_off(model)
+        copied = cfg.beta and not cfg.lora_r
+        reference = copy.deepcopy(model).to(world.device) if copied else None
+
+        def stream(rows, purpose):
+            kept = [row for row in rows if len(row["ids"]) + cfg.max_new_tokens <= length]
+            late = (
+                f"{len(rows) - len(kept):,} dropped: no room for {cfg.max_new_tokens} more tokens"
+            )
+            world.say(f"{len(kept):,} questions {purpose}, {late} within {length}")
+            return Rollouts(cfg, kept, model, tokenizer, functions, world)
+
+        loader, val_stream = stream(rows, "to train on"), stream(held_out, "held out")
+        if not loader.blocks:
+            room = f"no question leaves room for {cfg.max_new_tokens} of {length} tokens"
+            raise UserError(f"{cfg.dataset_path}: {room}; lower --max_new_tokens")
+        cfg = for_rows(cfg, loader, val_stream, world)
+        validate = answers_validation(cfg, world, val_stream)
+        files = model_files(cfg, base, tokenizer, tokenizer.template, sha256)
+        fit(cfg, model, loader, policy_loss(cfg, reference), world, validate, *files)
+
+
+if __name__ == "__main__":
+    run(main, GRPOConfig, __doc__)
