@@ -117,7 +117,7 @@ def kl_estimate(log_ratio):
 
     Its mean over tokens that pi drew is KL(pi, ref).
     """
-    return log_ratio.exp() - log_ratio - 1
+    return log_ratio.expm1() - log_ratio
 
 
 def token_weight(loss, length, mean_length, longest):

@@ -345,7 +345,7 @@ def test_a_run_in_two_parts_is_the_run(tmp_path, knobs, more):
     assert losses(parts) == losses(whole)
     kl = [r["kl"] for r in records(whole) if "kl" in r]
     assert bool(kl) == ("beta" in more)
-    assert all(value >= 0 for value in kl)
+    assert all(value > -1e-7 for value in kl)
 
 
 def stop_in_round(step):
@@ -380,7 +380,9 @@ def test_two_ranks_and_accumulation_are_one_rank(tmp_path, knobs, loss):
     parts = {"ranks": 2, "batch_size": 1, "gradient_accumulation_steps": 2}
     two = trained(tmp_path / "two", **knobs | parts)
     for a, b in zip(losses(one), losses(two), strict=True):
-        assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
+        assert a.get("answers") == b.get("answers")
+        a, b = ({k: v for k, v in r.items() if not isinstance(v, str)} for r in (a, b))
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
 
 
 def test_a_warning_needs_a_rise(tmp_path, knobs):
