@@ -7,18 +7,13 @@
 A row is a question and what an answer is checked by: `check` as in the sample tasks, or `answer`.
 The model draws a group of answers to each question; those above the group's mean reward become
 likelier, the others less likely. The engine of sample.py runs on the very weights that are trained.
-An answer is a function of (weights, seed, step, question, its number), so a resumed run draws what
-the straight one would have drawn.
+An answer is a function of weights, seed, step, question and number: a resumed run draws the same.
 """
 
 import copy
 import json
-import math
-import re
-import runpy
 from collections import deque
 from dataclasses import dataclass
-from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -26,13 +21,12 @@ from typing import Literal
 import numpy as np
 import torch
 
-from corpus.chats import BadRow, to_chat, usable_rows
-from corpus.samples import passes
+from corpus.rewards import load_reward, read_questions, reward_of, right
 from data import ExampleStream, supervised_rows
 from dpo import turn_dropout_off
 from lib.checkpoint import check_unused
 from lib.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError, run
-from lib.conversation import render, stop_ids
+from lib.conversation import stop_ids
 from lib.folders import hash_fraction
 from lib.runtime import autocast, choose_dtype, open_world
 from lib.tokenizer import Tokenizer
@@ -44,7 +38,6 @@ from train import fit
 SLOTS = 128  # answers that are written side by side; one that ends makes room for the next
 REDRAW = 1 << 30  # rows of the stream to the questions that replace those without signal
 MEANS = "reward", "reward_std", "no_signal", "length", "entropy"  # logged, with each reward's mean
-NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +62,7 @@ class GRPOConfig(FineTuningConfig):
     compile: bool = False  # torch.compile; batches come in many shapes
     eval_steps: PositiveInt = 50  # steps between validations
     eval_rows: PositiveInt = 128  # held-out questions that each validation asks
-    # decides which is best
-    early_stopping_metric: Literal["val_accuracy", "val_reward"] = "val_accuracy"
+    early_stopping_metric: Literal["val_accuracy", "val_reward"] = "val_accuracy"  # of the best
 
     PASSES, STEPS, EVALUATES_START = 1, 100, True
 
@@ -101,11 +93,10 @@ def advantages(rewards, scaled):
 
 
 def clipped_loss(log_ratio, advantage, epsilon, epsilon_high):
-    """Returns (loss, whether it is clipped) of each token, both (N,).
+    """Returns (loss, whether it is clipped) of each token, both (N,); log_ratio is log pi / pi_old.
 
-    log_ratio (N,) is log pi / pi_old, pi_old the policy that drew the answers. Equation 3 of Shao
-    et al. 2024, with a bound above of its own as in DAPO (Yu et al. 2025, equation 10): a token
-    beyond the bound that its advantage moves it to has no gradient.
+    pi_old is the policy that drew the answers. Equation 3 of Shao et al. 2024, with the upper bound
+    of its own that DAPO has (Yu et al. 2025, equation 10): past its bound a token has no gradient.
     """
     ratio = log_ratio.exp()
     free, bounded = ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon_high) * advantage
@@ -113,9 +104,9 @@ def clipped_loss(log_ratio, advantage, epsilon, epsilon_high):
 
 
 def kl_estimate(log_ratio):
-    """Returns equation 4 of Shao et al. 2024 (N,), never negative; log_ratio (N,) is log ref / pi.
+    """Returns KL(pi, ref) as estimated at each token that pi drew, (N,), from log ref / pi (N,).
 
-    Its mean over tokens that pi drew is KL(pi, ref).
+    Equation 4 of Shao et al. 2024, which is never negative.
     """
     return log_ratio.expm1() - log_ratio
 
@@ -157,74 +148,6 @@ def answer_log_p(model, batch):
 
 
 # ----------------------------------------------------------------------------------------------
-# Questions and rewards
-
-
-def right(prompt, text, row):
-    """Returns whether `text` is right by the row's check, or equals its answer.
-
-    Behind "####", as GSM8K has it, if that is there. A number is compared with the last in `text`.
-    """
-    if row.get("check"):
-        return passes(row["check"], text)
-    given, expected = (s.rpartition("####")[2].strip(" \n$.") for s in (text, str(row["answer"])))
-    if not NUMBER.fullmatch(expected):
-        return passes({"kind": "exact", "answer": expected}, given)
-    number, *numbers = (Decimal(n.replace(",", "")) for n in (expected, *NUMBER.findall(given)))
-    return numbers[-1:] == [number]
-
-
-def read_questions(path, tally, tokenizer, checked):
-    """Returns the questions of a file: {"prompt": messages, "row", "where", "ids", "checkable"}.
-
-    The prompt is all before the last answer, which may be missing. `checked` refuses a row that
-    `right` can say nothing about.
-    """
-
-    def convert(row):
-        fields, messages = to_chat({"response": "-"} | row if isinstance(row, dict) else row)
-        question = {"prompt": messages[:-1], "row": row, "checkable": True}
-        try:
-            right(None, "", row)
-        except (AssertionError, AttributeError, KeyError, TypeError):  # no answer, no such check
-            if checked:
-                remedy = 'add "check" or "answer", or use --reward=FILE.py:FUNCTION'
-                raise BadRow("nothing-to-check", f"nothing checks an answer; {remedy}") from None
-            question["checkable"] = False
-        try:
-            ids, _ = render(
-                tokenizer, messages[:-1], tokenizer.template, add_generation_prompt=True
-            )
-        except UserError as error:  # as "conversation roles must alternate"
-            raise BadRow("refused-by-template", str(error)) from None
-        return fields, question | {"ids": ids}
-
-    return [q | {"where": where} for where, _, q in usable_rows(path, convert, tally)]
-
-
-def load_reward(name):
-    """Returns the function that an entry of `reward` names."""
-    path, _, function = name.rpartition(":")
-    try:
-        return right if name == "right" else runpy.run_path(path)[function]
-    except Exception as problem:  # whatever somebody's file raises
-        found = f"does not load: {problem!r:.200}"
-        raise UserError(f"reward {name!r} {found}; name right, or FILE.py:FUNCTION") from None
-
-
-def reward_of(name, function, text, question):
-    """Returns what a function says of an answer; UserError, with the row, if that is no number."""
-    where = f"reward {name}: {question['where']}, answer {text!r:.60}"
-    try:
-        value = function(question["prompt"], text, question["row"])
-    except Exception as problem:  # a mistake in somebody's function
-        raise UserError(f"{where}: {problem!r:.200}; mend the function") from None
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{where}: expected a finite number, got {value!r:.60}")
-    return float(value)
-
-
-# ----------------------------------------------------------------------------------------------
 # Answers
 
 
@@ -254,15 +177,11 @@ class Rollouts(ExampleStream):
 
     def batch(self, step, micro=0, rank=0, accumulation=1):
         if micro == 0 and (step % self.period == 0 or not self.batches):
-            numbers = [
-                (step * accumulation + m) * self.world_size + rank for m in range(accumulation)
-            ]
-            size = self.batch_size
+            micros, ranks, size = accumulation, self.world_size, self.batch_size
+            numbers = range(step * micros * ranks + rank, (step + 1) * micros * ranks, ranks)
             drawn = [self.draw(range(n * size, (n + 1) * size)) for n in numbers]
             lengths = [len(answer.ids) for answers in drawn for answer in answers]
-            tokens, count = self.world.sum(
-                sum(lengths), len(lengths)
-            )  # of the step, over all ranks
+            tokens, count = self.world.sum(sum(lengths), len(lengths))  # of all ranks
             self.batches = [self.batch_of(answers, tokens / count) for answers in drawn]
         return self.batches[micro]
 
@@ -287,7 +206,7 @@ class Rollouts(ExampleStream):
         return [answer for group in groups.values() for answer in group]
 
     def ask(self, question, *words):
-        """Returns an Answer to be written: drawn with a seed made of `words`, without any greedy."""
+        """Returns an Answer to be written: drawn by a seed made of `words`, without any greedy."""
         seed = int(hash_fraction(" ".join(map(str, words)), self.cfg.seed) * 2**32)
         drawn = Sampling(temperature=float(bool(words)), top_k=0, top_p=1.0, seed=seed)
         new = self.cfg.max_new_tokens
@@ -326,21 +245,11 @@ class Rollouts(ExampleStream):
         """
         cfg, G = self.cfg, self.cfg.num_generations
         rows = [a for a in answers if a.advantage or cfg.beta] or answers[:1]
-        sizes = [(len(a.prompt), len(a.ids)) for a in rows]
-        examples = [
-            (np.array(a.prompt + a.ids), np.repeat([0, 1], size)) for a, size in zip(rows, sizes)
-        ]
-        context, pad_id = self.model.cfg.sequence_length, self.tokenizer.pad_id
-        batch = supervised_rows([[example] for example in examples], context, pad_id)
-        numbers = [
-            (
-                a.advantage,
-                token_weight(cfg.loss, len(a.ids), mean_length, cfg.max_new_tokens),
-                log_p,
-            )
-            for a in rows
-            for log_p, _ in a.logprobs
-        ]
+        mask = lambda a: np.repeat([0, 1], [len(a.prompt), len(a.ids)])
+        examples = [[(np.array(a.prompt + a.ids), mask(a))] for a in rows]
+        batch = supervised_rows(examples, self.model.cfg.sequence_length, self.tokenizer.pad_id)
+        weight = lambda a: token_weight(cfg.loss, len(a.ids), mean_length, cfg.max_new_tokens)
+        numbers = [(a.advantage, weight(a), log_p) for a in rows for log_p, _ in a.logprobs]
         for name, values in zip(("advantage", "weight", "log_p"), zip(*numbers)):
             padding = (0, len(batch["labels"]) - len(values))
             batch[name] = np.pad(np.array(values, np.float32), padding)
@@ -367,7 +276,8 @@ def answers_validation(cfg, world, held_out):
     """
     G, rows = range(cfg.num_generations), min(cfg.eval_rows, held_out.blocks)
     checkable = all(question["checkable"] for question in held_out.examples)
-    names = "val_accuracy", "val_pass@1", f"val_pass@{len(G)}", "val_reward"
+    names = "val_reward", "val_accuracy", "val_pass@1", f"val_pass@{len(G)}"
+    names = names if checkable else names[:1]
 
     def validate(model):
         totals, texts = np.zeros(5), {}
@@ -380,17 +290,14 @@ def answers_validation(cfg, world, held_out):
             for group in groups:
                 marks = [checkable and right(None, a.text, a.question["row"]) for a in group]
                 reward = np.mean([answer.reward for answer in group[1:]])
-                totals += [1, marks[0], np.mean(marks[1:]), any(marks[1:]), reward]
+                totals += [1, reward, marks[0], np.mean(marks[1:]), any(marks[1:])]
             if first == 0:
                 texts["question"] = questions[0]["prompt"][-1]["content"][:200]
                 texts["answers"] = " | ".join(f"{a.reward:g} {a.text[:60]!r}" for a in groups[0])
         count, *totals = world.sum(*totals.tolist())
-        if not count:
-            return {}
-        means = {name: total / count for name, total in zip(names, totals)}
-        if not checkable:
-            return {"val_reward": means["val_reward"]} | texts
-        watch_accuracy(cfg, means["val_accuracy"], world)
+        means = {name: total / count for name, total in zip(names, totals) if count}
+        if "val_accuracy" in means:
+            watch_accuracy(cfg, means["val_accuracy"], world)
         return means | texts
 
     return validate
@@ -423,15 +330,14 @@ def main(cfg):
         model, base, length = open_base(cfg, tokenizer)
         add_adapter(cfg, model)
         turn_dropout_off(model)
-        copied = cfg.beta and not cfg.lora_r
+        copied = cfg.beta and not cfg.lora_r  # an adapter is turned off instead
         reference = copy.deepcopy(model).to(world.device) if copied else None
 
         def stream(rows, purpose):
             kept = [row for row in rows if len(row["ids"]) + cfg.max_new_tokens <= length]
-            late = (
-                f"{len(rows) - len(kept):,} dropped: no room for {cfg.max_new_tokens} more tokens"
-            )
-            world.say(f"{len(kept):,} questions {purpose}, {late} within {length}")
+            room = f"no room for {cfg.max_new_tokens} new tokens within {length}"
+            dropped = f"{len(rows) - len(kept):,} dropped: {room}"
+            world.say(f"{len(kept):,} questions {purpose}, {dropped}")
             return Rollouts(cfg, kept, model, tokenizer, functions, world)
 
         loader, val_stream = stream(rows, "to train on"), stream(held_out, "held out")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import grpo
+from corpus import rewards
 from lib.config import UserError, configure
 from lib.conversation import render
 from lib.runtime import World
@@ -72,8 +73,8 @@ def rollouts(knobs, **more):
     """Returns Rollouts of 4 questions a step, outside of a training."""
     cfg = config(knobs, **more)
     tokenizer, model = Tokenizer.load(cfg.model_path), load_model(cfg.model_path)
-    questions = grpo.read_questions(cfg.dataset_path, None, tokenizer, checked=True)
-    functions = {name: grpo.load_reward(name) for name in cfg.reward}
+    questions = rewards.read_questions(cfg.dataset_path, None, tokenizer, checked=True)
+    functions = {name: rewards.load_reward(name) for name in cfg.reward}
     world = World(0, 1, torch.device("cpu"))
     return grpo.Rollouts(cfg, questions, model.train(), tokenizer, functions, world)
 
@@ -136,10 +137,10 @@ def test_trl_computes_the_same(tmp_path, base, knobs, loss, more):
     settings |= {"max_completion_length": 6, "gradient_checkpointing": False, "epsilon": 0.2}
     settings |= {"epsilon_high": 0.28, "loss_type": loss, "output_dir": str(tmp_path)} | more
     score = lambda ids: sum(ids) % 7 / 7
-    rewards = lambda completion_ids, **_: [score(ids) for ids in completion_ids]
+    scores = lambda completion_ids, **_: [score(ids) for ids in completion_ids]
     trainer = trl.GRPOTrainer(
         transformers.LlamaForCausalLM.from_pretrained(base),
-        reward_funcs=rewards,
+        reward_funcs=scores,
         args=trl.GRPOConfig(**settings),
         train_dataset=datasets.Dataset.from_list(
             [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in TASKS]
@@ -167,8 +168,8 @@ def test_trl_computes_the_same(tmp_path, base, knobs, loss, more):
     # trl shuffles what it has scored: a group are those of one prompt
     order = sorted(range(16), key=lambda n: answers[n].prompt)
     answers = [answers[n] for n in order]
-    rewards = torch.tensor([answer.reward for answer in answers]).view(4, 4)
-    gains = grpo.advantages(rewards, more["scale_rewards"]).flatten()
+    marks = torch.tensor([answer.reward for answer in answers]).view(4, 4)
+    gains = grpo.advantages(marks, more["scale_rewards"]).flatten()
     torch.testing.assert_close(gains, inputs["advantages"][order], atol=1e-5, rtol=1e-5)
     for answer, gain in zip(answers, gains.tolist()):
         answer.advantage = gain
@@ -201,10 +202,11 @@ def test_trl_computes_the_same(tmp_path, base, knobs, loss, more):
         ({"answer": 7}, "7.0", True),
         ({"answer": "Paris"}, "Paris.", True),
         ({"answer": "Paris"}, "paris", False),
+        ({"check": None, "answer": "7"}, "7", True),
     ],
 )
 def test_right_answers(row, text, expected):
-    assert grpo.right(None, text, row) is expected
+    assert rewards.right(None, text, row) is expected
 
 
 def test_a_row_without_anything_to_check_is_refused_unless_a_function_scores(tmp_path, knobs):
@@ -213,7 +215,7 @@ def test_a_row_without_anything_to_check_is_refused_unless_a_function_scores(tmp
     assert "0 usable rows of 9" in line
     assert 'nothing checks an answer; add "check" or "answer", or use --reward' in line
     tokenizer = Tokenizer.load(knobs["model_path"])
-    questions = grpo.read_questions(rows, None, tokenizer, checked=False)
+    questions = rewards.read_questions(rows, None, tokenizer, checked=False)
     assert [q["prompt"][-1]["content"] for q in questions] == [f"say {n}" for n in range(9)]
     assert not any(q["checkable"] for q in questions)
 
@@ -284,7 +286,7 @@ def test_a_question_is_all_before_the_last_answer(tmp_path, knobs):
     messages += [message("user", "and 8?"), message("assistant", "8")]
     path = write_rows(tmp_path / "rows.jsonl", [{"messages": messages, "answer": "8"}])
     tokenizer = Tokenizer.load(knobs["model_path"])
-    (question,) = grpo.read_questions(path, None, tokenizer, checked=True)
+    (question,) = rewards.read_questions(path, None, tokenizer, checked=True)
     assert question["prompt"] == messages[:-1]
     ids, _ = render(tokenizer, messages[:-1], "chatml", add_generation_prompt=True)
     assert question["ids"] == ids
@@ -404,6 +406,6 @@ def test_a_warning_needs_a_rise(tmp_path, knobs):
 def test_an_unfit_reward_is_an_error_of_its_row():
     question = {"prompt": [], "row": {}, "where": "rows.jsonl line 3"}
     with pytest.raises(UserError, match="line 3, answer 'x': expected a finite number, got nan"):
-        grpo.reward_of("f", lambda *_: math.nan, "x", question)
-    assert grpo.reward_of("f", lambda *_: True, "x", question) == 1.0
+        rewards.reward_of("f", lambda *_: math.nan, "x", question)
+    assert rewards.reward_of("f", lambda *_: True, "x", question) == 1.0
     assert Sampling(temperature=0).temperature == 0

@@ -72,6 +72,8 @@ def test_nothing_imports_tools_but_a_function_of_a_program():
 def test_training_and_generation_stay_apart():
     assert not behind("train") & {"sample", "eval", "server"}
     assert not (behind("sample") | behind("server")) & {"train", "data", "sft", "dpo"}
+    both = {name for name in MODULES if behind(name) >= {"train", "sample"}}
+    assert {name for name in both if folder_of(name) != "tools"} == {"grpo"}
 
 
 @each_file
@@ -108,7 +110,7 @@ def test_what_stands_behind_train_is_read_in_an_afternoon():
 
 
 def test_nothing_but_the_programs_and_their_folders_lies_at_the_top():
-    programs = {"model", "data", "train", "sft", "dpo", "eval", "sample", "server"}
+    programs = {"model", "data", "train", "sft", "dpo", "grpo", "eval", "sample", "server"}
     assert {name for name in MODULES if not folder_of(name)} == programs
 
 

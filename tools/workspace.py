@@ -36,7 +36,7 @@ SESSIONS = Path("sessions")
 class WorkspaceConfig:
     """The options of all commands; status, check-env and monitor use none."""
 
-    kind: Literal["any", "pretrain", "sft", "dpo", "data"] = "any"  # newest: of which kind
+    kind: Literal["any", "pretrain", "sft", "dpo", "grpo", "data"] = "any"  # newest: of which kind
     # backup: a .tar.gz, or encrypted a .tar.gz.enc, by default in backups/;
     # config-gpu: the preset, by default configs/rtx4090.json; it must not exist
     output: str = ""
@@ -90,9 +90,10 @@ class Training:
 
     @cached_property
     def kind(self):
-        """Returns pretrain, sft or dpo, by the keys of a run.json."""
+        """Returns pretrain, sft, dpo or grpo, by the keys of a run.json."""
         config = next(filter(None, map(read_values, self.folder.glob("*/run.json"))), {})
-        return "dpo" if "beta" in config else "sft" if "dataset_path" in config else "pretrain"
+        marks = {"num_generations": "grpo", "beta": "dpo", "dataset_path": "sft"}
+        return next((kind for key, kind in marks.items() if key in config), "pretrain")
 
     @cached_property
     def columns(self):
@@ -141,6 +142,7 @@ NEXT = {  # after a complete training of this kind
     "pretrain": "sft.py configs/sft.json --dataset_path=data/samples/sft_train.jsonl",
     "sft": "dpo.py configs/dpo.json --dataset_path=data/samples/dpo_train.jsonl",
     "dpo": "sample.py --chat",
+    "grpo": "sample.py --chat",
 }
 
 
@@ -155,7 +157,7 @@ def next_command():
         program = training.kind.replace("pretrain", "train")
         flags = f"--resume_from_checkpoint=auto --output_dir={training.folder}"
         return f"python {program}.py {training.checkpoint / 'run.json'} {flags}"
-    if training.kind != "dpo" and not Path("data/samples").exists():
+    if training.kind not in ("dpo", "grpo") and not Path("data/samples").exists():
         return "python data.py create_sample_datasets"
     return f"python {NEXT[training.kind]} --model_path={training.folder}"
 
