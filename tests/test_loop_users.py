@@ -19,7 +19,9 @@ PAIRS = [
     for n in range(40)
 ]
 CHATS = [{"prompt": row["prompt"], "response": row["chosen"]} for row in PAIRS]
-USERS = ("train", "sft", "dpo")
+TASKS = [row | {"answer": row["response"]} for row in CHATS]
+SCORE = 'score = lambda prompt, answer, row: answer.count("e") - len(answer) / 8'
+USERS = ("train", "sft", "dpo", "grpo")
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +33,16 @@ def users(tmp_path_factory, tiny_dataset, tiny_tokenizer):
         "sft": write_rows(folder / "c.jsonl", CHATS),
         "dpo": write_rows(folder / "p.jsonl", PAIRS),
     }
+    rows["grpo"] = write_rows(folder / "t.jsonl", TASKS)
+    (folder / "my.py").write_text(SCORE)
     text = {"data_path": tiny_dataset, "dropout": 0.1, "eval_rows": 24}
     shared = {"batch_size": 4, "sample_tokens": 0}
     tuning = shared | {"model_path": base, "val_ratio": 0.4}
     knobs = {"train": shared | text} | {
         name: tuning | {"dataset_path": rows[name]} for name in rows
     }
+    knobs["grpo"] |= {"reward": f"{folder / 'my.py'}:score", "eval_rows": 8}
+    knobs["grpo"] |= {"num_generations": 4, "max_new_tokens": 6}
     return {name: {"program": name} | knobs[name] for name in USERS}
 
 
@@ -48,6 +54,9 @@ def users(tmp_path_factory, tiny_dataset, tiny_tokenizer):
         ("dpo", {}),
         ("dpo", {"precompute_ref": False}),
         ("dpo", {"lora_r": 0}),
+        ("grpo", {}),
+        ("grpo", {"num_iterations": 2, "lora_r": 0}),
+        ("grpo", {"beta": 0.1, "lora_r": 0, "redraws": 1}),
     ],
     ids=str,
 )
@@ -95,7 +104,7 @@ def at_validation(act, rank):
         torch.nn.modules.module.register_module_forward_hook(hook)
 
 
-@pytest.mark.parametrize(("user", "ranks"), [*((user, 1) for user in USERS), ("train", 2)])
+@pytest.mark.parametrize(("user", "ranks"), [*((user, 1) for user in USERS[:3]), ("train", 2)])
 @pytest.mark.parametrize("eval_steps", [4, 100], ids=["amid the run", "at its end"])
 def test_a_stop_ends_a_validation_which_then_comes_again(tmp_path, users, user, ranks, eval_steps):
     out, step = tmp_path / "out", 4 if eval_steps == 4 else 8
@@ -127,7 +136,8 @@ def test_a_plan_times_some_steps_and_writes_nothing(tmp_path, users, user):
 
 @pytest.mark.parametrize("user", USERS)
 def test_a_time_box_ends_with_a_model_whose_learning_rate_came_down(tmp_path, users, user):
-    knobs = {"max_minutes": 0.02, "max_steps": None, "save_steps": 10_000, "eval_steps": 10_000}
+    minutes = 0.1 if user == "grpo" else 0.02  # it validates before the first step, too
+    knobs = {"max_minutes": minutes, "max_steps": None, "save_steps": 10_000, "eval_steps": 10_000}
     knobs |= users[user] | {"num_train_epochs": None}
     out = trained(tmp_path / "out", **knobs)
     rates = [r["lr"] for r in records(out) if "lr" in r]
