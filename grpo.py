@@ -134,8 +134,7 @@ def policy_loss(cfg, reference):
             with torch.no_grad(), lora_off(model):
                 before = answer_log_p(reference or model, batch)
             kl = kl_estimate(before - policy)
-            losses = losses + cfg.beta * kl
-            sums["kl"] = kl.detach().sum() / batch["mean_length"]
+            losses, sums["kl"] = losses + cfg.beta * kl, kl.detach().sum() / batch["mean_length"]
         return (losses * batch["weight"]).sum(), sums
 
     return loss_fn
@@ -157,7 +156,7 @@ class Answer(Request):
 
     question: dict
     text: str = ""
-    rewards: tuple = ()  # of each function
+    rewards: list = ()  # of each function
     reward: float = 0.0  # their sum
     advantage: float = 0.0
 
@@ -207,7 +206,7 @@ class Rollouts(ExampleStream):
 
     def ask(self, question, *words):
         """Returns an Answer to be written: drawn by a seed made of `words`, without any greedy."""
-        seed = int(hash_fraction(" ".join(map(str, words)), self.cfg.seed) * 2**32)
+        seed = int(hash_fraction(f" {words}", self.cfg.seed) * 2**32)
         drawn = Sampling(temperature=float(bool(words)), top_k=0, top_p=1.0, seed=seed)
         new = self.cfg.max_new_tokens
         return Answer(question["ids"], new, drawn, top_logprobs=0, question=question)
@@ -230,12 +229,10 @@ class Rollouts(ExampleStream):
                         if id in self.ends:  # kept in its ids: to end is learned, too
                             answer.finish = "stop"
         self.model.train(training)
-        for answer in answers:
-            ids = answer.ids[:-1] if answer.finish == "stop" else answer.ids
-            answer.text = self.tokenizer.decode(ids).strip()
-            marks = (reward_of(*f, answer.text, answer.question) for f in self.functions.items())
-            answer.rewards = tuple(marks)
-            answer.reward = sum(answer.rewards)
+        for a in answers:
+            a.text = self.tokenizer.decode(a.ids[:-1] if a.finish == "stop" else a.ids).strip()
+            a.rewards = [reward_of(*f, a.text, a.question) for f in self.functions.items()]
+            a.reward = sum(a.rewards)
 
     def batch_of(self, answers, mean_length):
         """Returns the batch of some answers of a step with tokens of such a mean length.
@@ -330,14 +327,12 @@ def main(cfg):
         model, base, length = open_base(cfg, tokenizer)
         add_adapter(cfg, model)
         turn_dropout_off(model)
-        copied = cfg.beta and not cfg.lora_r  # an adapter is turned off instead
-        reference = copy.deepcopy(model).to(world.device) if copied else None
+        reference = copy.deepcopy(model).to(world.device) if cfg.beta and not cfg.lora_r else None
 
         def stream(rows, purpose):
             kept = [row for row in rows if len(row["ids"]) + cfg.max_new_tokens <= length]
-            room = f"no room for {cfg.max_new_tokens} new tokens within {length}"
-            dropped = f"{len(rows) - len(kept):,} dropped: {room}"
-            world.say(f"{len(kept):,} questions {purpose}, {dropped}")
+            late = f"{len(rows) - len(kept):,} dropped: no room for {cfg.max_new_tokens} tokens"
+            world.say(f"{len(kept):,} questions {purpose}, {late}")
             return Rollouts(cfg, kept, model, tokenizer, functions, world)
 
         loader, val_stream = stream(rows, "to train on"), stream(held_out, "held out")

@@ -143,7 +143,7 @@ class Recorded:
 
     def __init__(self, dataset, folder):
         self.dataset, self.folder, self.stream = dataset, folder, None
-        self.blocks = TokenStream(dataset, "train", 16, 2).blocks
+        self.blocks, self.period = TokenStream(dataset, "train", 16, 2).blocks, 0
 
     def batch(self, step, micro, rank, accumulation):
         self.stream = self.stream or TokenStream(self.dataset, "train", 16, 2, world_size=2)

@@ -155,7 +155,7 @@ def test_a_run_of_few_steps_is_told_so_unless_they_were_asked_for(total, said):
 class Counting:
     """Rows that count upwards from a random number."""
 
-    blocks = 64
+    blocks, period = 64, 0
 
     def batch(self, step, micro, rank, accumulation):
         start = np.random.RandomState(step).randint(0, 32, size=(4, 1))
@@ -186,7 +186,7 @@ def test_a_model_that_learned_to_count_goes_on_counting(tmp_path):
 class Masked:
     """Four rows a step, `batch_size` at a time, of 1, 3, 9 and 16 labels; none in step `empty`."""
 
-    blocks = 64
+    blocks, period = 64, 0
 
     def __init__(self, batch_size, empty=None):
         self.batch_size, self.empty = batch_size, empty
