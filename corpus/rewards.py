@@ -12,8 +12,9 @@ import re
 import runpy
 from decimal import Decimal
 
-from corpus.chats import BadRow, to_chat, usable_rows
+from corpus.chats import to_chat
 from corpus.samples import passes
+from corpus.sources import BadRow, usable_rows
 from lib.config import UserError
 from lib.conversation import render
 
@@ -49,7 +50,7 @@ def read_questions(path, tally, tokenizer, checked):
     """
 
     def convert(row):
-        fields, messages = to_chat({"response": "-"} | row if isinstance(row, dict) else row)
+        rule, messages, *_ = to_chat({"response": "-"} | row if isinstance(row, dict) else row)
         prompt, checkable = messages[:-1], True
         try:
             right(prompt, "", row)
@@ -62,7 +63,7 @@ def read_questions(path, tally, tokenizer, checked):
             ids, _ = render(tokenizer, prompt, tokenizer.template, add_generation_prompt=True)
         except UserError as error:  # as "conversation roles must alternate"
             raise BadRow("refused-by-template", str(error)) from None
-        return fields, {"prompt": prompt, "ids": ids, "row": row, "checkable": checkable}
+        return rule, {"prompt": prompt, "ids": ids, "row": row, "checkable": checkable}
 
     return [q | {"where": where} for where, _, q in usable_rows(path, convert, tally)]
 
