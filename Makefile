@@ -6,7 +6,7 @@ RUN := .venv/bin/python
 
 # What may be set, as in `make pretrain-tiny BATCH_SIZE=8`, or exported. Each reaches its command as one quoted word,
 # through the environment: whatever it holds, neither make nor the shell looks into it.
-VARIABLES := CONFIG RAW_DATASET DATA_PATH SFT_DATASET DPO_DATASET MODEL_PATH OUTPUT BATCH_SIZE LEARNING_RATE \
+VARIABLES := CONFIG RAW_DATASET DATA_PATH SFT_DATASET DPO_DATASET GRPO_DATASET MODEL_PATH OUTPUT BATCH_SIZE LEARNING_RATE \
   GRADIENT_ACCUMULATION_STEPS MAX_STEPS WARMUP_STEPS MAX_MINUTES TEMPLATE FORMAT \
   HOST PORT SESSION_TIME GPU BACKUP_PASSPHRASE YES
 $(foreach v,$(VARIABLES),$(if $(value $v),$(eval override $v := $$(value $v))$(eval export $v)))
@@ -27,7 +27,7 @@ PRESET_BOX = $(BOX) $(call flag,CONFIG,config)
 
 .DEFAULT_GOAL := help
 TARGETS := help install install-flash check-env demo prepare prepare-owt prepare-wiki prepare-wt103 prepare-demo \
-  create-sample-datasets pretrain-tiny pretrain-small pretrain-base resume-pretrain-tiny sft dpo pipeline-full evaluate \
+  create-sample-datasets pretrain-tiny pretrain-small pretrain-base resume-pretrain-tiny sft dpo grpo pipeline-full evaluate \
   evaluate-quick evaluate-detailed assess-performance serve server export session-status session-cleanup session-quick \
   session-prototype session-experiment session-evaluation session-debug session-architecture test-pipeline monitor \
   config-rtx4090 backup clean clean-checkpoints test lint
@@ -114,6 +114,10 @@ sft: .venv/installed ## conversations; SFT_DATASET=a file, TEMPLATE=chatml, inst
 dpo: .venv/installed ## preferences; DPO_DATASET=a file
 	$(call MODEL, --kind=sft) $(RUN) dpo.py configs/dpo.json $(PRESET) --model_path="$$model" \
 	  --dataset_path="$${DPO_DATASET:-data/samples/dpo_train.jsonl}" $(FIT)
+
+grpo: .venv/installed ## rewards that a program checks; GRPO_DATASET=a file of questions with answers
+	$(call MODEL, --kind=sft) $(RUN) grpo.py configs/grpo.json $(PRESET) --model_path="$$model" \
+	  --dataset_path="$${GRPO_DATASET:-data/samples/*_train.jsonl}" $(FIT)
 
 pipeline-full: .venv/installed ## all of it with a tiny model, without a clock: data, pretraining, SFT, DPO, evaluation
 	$(SESSION) full $(PRESET_BOX)

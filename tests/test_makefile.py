@@ -43,6 +43,7 @@ REACHES = {  # target: VARIABLE=the flag that it sets, VARIABLE= for a word with
     "resume-pretrain-tiny": DATASET,
     "sft": f"SFT_DATASET=--dataset_path TEMPLATE=--prompt_template CONFIG= {MODEL} {STEPS}",
     "dpo": f"DPO_DATASET=--dataset_path CONFIG= {MODEL} {STEPS}",
+    "grpo": f"GRPO_DATASET=--dataset_path CONFIG= {MODEL} {STEPS}",
     "evaluate": f"CONFIG= {MODEL} OUTPUT=--output_dir",
     "assess-performance": "OUTPUT=",
     "serve": MODEL,
