@@ -34,7 +34,8 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from corpus.files import ROW_READERS, kind_of, text_of
+from corpus.files import kind_of, text_of
+from corpus.rows import ROW_READERS
 from corpus.samples import passes
 from corpus.sources import BadRow, Unreachable, usable_rows
 from lib import config

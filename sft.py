@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from corpus.chats import read_chats
-from corpus.files import Tally, reasons_of
+from corpus.report import Tally, reasons_of
 from data import ExampleStream, pack_examples, supervised_rows
 from lib.checkpoint import check_unused, find_checkpoint
 from lib.config import (

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from corpus.chats import read_chats
-from corpus.files import Tally
+from corpus.report import Tally
 from corpus.samples import passes
 from data import supervised_rows
 from lib.conversation import render, stop_ids

@@ -88,7 +88,8 @@ def opening(fields):
     for meaning in ("system", "history", "messages", "text", "question", "context"):
         name, value = fields.get(meaning, ("", None))
         if name and not (is_empty(value) and meaning in ("system", "history", "context")):
-            more = messages_of(name, value, ROLE_OF.get(meaning))
+            passages = meaning == "context" and isinstance(value, list)
+            more = messages_of(name, "\n".join(value) if passages else value, ROLE_OF.get(meaning))
             if meaning == "context" and messages and messages[-1]["role"] == "user":
                 more[0]["content"] = f"{messages.pop()['content']}\n{more[0]['content']}"
             messages += more[messages == more[:1] :]  # some files hold the system's message twice
@@ -150,8 +151,6 @@ PAIR_SHAPES = {  # likewise; what makes the messages before the answers, then bo
     "pair of dialogues": ("chosen rejected", "system messages", sides),
     "two outputs": ("question outputs", "system history context", outputs),
 }
-
-# ---- rows
 
 
 def read_chats(path, tally=None):
@@ -259,9 +258,6 @@ def unused_names(row, fields):
     return [s + n for s, n, v in parts if not (switch(n, v) or is_empty(v, NOTHING))]
 
 
-# ---- messages
-
-
 def dialogue_of(prompt, name, value):
     """Returns the prompt's messages and those of an answer's field, which may repeat the prompt."""
     messages = messages_of(name, value, "assistant")
@@ -324,9 +320,8 @@ def turn(item, where):
     if role == "assistant" and not text.strip():  # which models give, and chats keep
         raise PassedOver("empty-answer", f"{where} is empty")
     message = {"role": role, "content": cleaned(text, where.replace('"', ""))}
-    switches = (str(v).lower() for n, v in item.items() if plain(n) in FIELDS["not-learned"])
-    is_context = any(switch in OFF for switch in switches)
-    return [message | {"weight": 0} if role == "assistant" and is_context else message]
+    off = {str(v).lower() for n, v in item.items() if plain(n) in FIELDS["not-learned"]} & {*OFF}
+    return [message | {"weight": 0} if role == "assistant" and off else message]
 
 
 def content_text(content, where):
@@ -357,22 +352,20 @@ def turns_of(text):
     """Returns the messages of a conversation in a markup, or None; an open answer is empty."""
     for markup, (opens, ends) in MARKUPS.items():
         before, *parts = opens.split(text)
-        if len(parts) < 4:  # two turns
-            continue
-        names, texts = parts[::2], [ends.sub("", part).strip() for part in (before, *parts[1::2])]
-        turns = [("system", texts[:1])]
-        for name, said in zip(names, texts[1:], strict=True):
+        if len(parts) < 4 or ((system := ends.sub("", before).strip()) and markup != ALPACA):
+            continue  # less than two turns, or text around them
+        turns = [{"role": "system", "content": system}]
+        for name, part in zip(parts[::2], parts[1::2], strict=True):
+            role, said = SPEAKERS.get(re.sub(r"\s", "", name).lower()), ends.sub("", part).strip()
             if name == "Input":  # the end of alpaca's question
-                turns[-1][1].extend([said] * bool(said))
+                turns[-1]["content"] += f"\n{said}" * bool(said)
             else:
-                turns.append((SPEAKERS.get(re.sub(r"\s", "", name).lower()), [said]))
-        turns = [{"role": role, "content": "\n".join(texts)} for role, texts in turns]
+                turns.append({"role": role, "content": said})
         turns = [turn for turn in turns if turn["role"] != "system" or turn["content"]]
         roles = [turn["role"] for turn in turns if turn["role"] != "system"]
         is_open = roles[-1:] == ["assistant"]
         is_whole = all(turn["content"] for turn in turns[: len(turns) - is_open])
-        is_talk = roles[:1] == ["user"] and "assistant" in roles and None not in roles
-        if is_talk and is_whole and (markup == ALPACA or not texts[0]):
+        if is_whole and roles[:1] == ["user"] and "assistant" in roles and None not in roles:
             return turns
     return None
 

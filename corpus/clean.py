@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Literal
 from unicodedata import is_normalized, normalize
 
-from corpus.files import package, pieces
+from corpus.files import package
+from corpus.split import pieces
 from lib.config import Fraction, NonNegativeInt, PositiveInt, UserError
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from corpus.chats import CHAT_SHAPES, CONTROLS, PAIR_SHAPES, read_row, to_chat, to_pair
-from corpus.files import ROW_READERS, Tally, kind_of, reasons_of
+from corpus.files import kind_of
 from corpus.prepare import DataConfig
+from corpus.report import Tally, reasons_of
+from corpus.rows import ROW_READERS
 from corpus.sources import USUAL, input_files, read_documents, source_rows, usable_rows
 from lib.config import UserError
 from lib.conversation import find_template, render_rows, template_of
@@ -66,10 +68,8 @@ def content_of(path):
 
     Texts that are a conversation in a markup are conversations if all of them are.
     """
-    kinds = {"json"}  # of the hub
-    if not path.startswith("hf:"):
-        kinds = {"text"} if path == "docstrings:" else set(map(kind_of, input_files(path)))
-    if not kinds & ROW_READERS.keys():
+    paths = () if path.startswith(("hf:", "docstrings:")) else input_files(path)
+    if not path.startswith("hf:") and not any(kind_of(p) in ROW_READERS for p in paths):
         return "text"
     rows = [row for _, row in islice(source_rows(path, Tally()), 20) if isinstance(row, dict)]
     if any(shape_of(row, PAIR_SHAPES) for row in rows):

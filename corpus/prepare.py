@@ -34,8 +34,10 @@ import numpy as np
 from corpus import report
 from corpus.clean import CleanConfig, clean, cut_to_length, language_score, reject
 from corpus.dedup import Index, minhash, sha256
-from corpus.files import Tally, cut_at, package, reasons_of
+from corpus.files import package
+from corpus.report import Tally, reasons_of
 from corpus.sources import read_documents
+from corpus.split import cut_at
 from corpus.tokenizer import train_tokenizer
 from lib import config, folders
 from lib.config import Fraction, NonNegativeInt, PositiveInt, Range, UserError, write_whole

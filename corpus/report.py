@@ -1,11 +1,57 @@
-"""Texts about a prepared dataset: stats.json, DATA_CARD.md, a summary."""
+"""The count of what was read and dropped; texts about a dataset: stats.json, DATA_CARD.md."""
 
 import datetime
 import json
+from collections import Counter
 from pathlib import Path
 
-from corpus.files import counted
 from lib.folders import totals
+
+
+class Tally:
+    """Counts what was dropped, and its bytes, by stage and reason, with the first three examples.
+
+    `sources` is what was read of each source, `passed_over` how many files of which suffix were not
+    read. All stand in stats.json. `unused` has the names of columns that nothing reads.
+    """
+
+    def __init__(self):
+        self.bad_rows, self.sources, self.passed_over, self.unused = 0, {}, Counter(), {}
+        self.dropped = {"read": {}, "filter": {}, "dedup": {}}
+
+    def drop(self, stage, reason, where, text=""):
+        entry = self.dropped[stage].setdefault(reason, {"count": 0, "bytes": 0, "examples": []})
+        entry["count"] += 1
+        entry["bytes"] += len(text.encode(errors="ignore"))
+        if len(entry["examples"]) < 3:  # a file's name may hold bytes that are no text
+            example = f"{where}: {text[:100]}" if text else where
+            entry["examples"].append(example.encode(errors="backslashreplace").decode())
+
+    def bad(self, reason, where, text=""):
+        """Counts a row that could not be read at all; its text is what is there of it."""
+        self.bad_rows += 1
+        self.drop("read", reason, where)
+        self.dropped["read"][reason]["bytes"] += len(text.encode(errors="ignore"))
+
+    def unread(self):
+        """Returns what people are told of columns and files that nothing reads, or ""."""
+        names = [repr(name)[1:-1][:40] for name in self.unused]
+        more = f" and {len(names) - 20:,} more" if len(names) > 20 else ""
+        columns = [f"columns not used: {', '.join(names[:20])}{more}"] * bool(names)
+        return "; ".join(columns + [f"files {counted(self.passed_over)}"] * bool(self.passed_over))
+
+
+def counted(others):
+    """Returns {suffix: files passed over} as a text."""
+    each = (f"{count:,} {suffix}" for suffix, count in sorted(others.items()))
+    return f"passed over: {', '.join(each) or 'none'}"
+
+
+def reasons_of(dropped):
+    """Yields each (stage, reason, count, first example) of a Tally's `dropped`."""
+    for stage, entries in dropped.items():
+        for reason, entry in sorted(entries.items()):
+            yield stage, reason, entry["count"], entry["examples"][0]
 
 
 def document_stats(cfg, progress, tally):

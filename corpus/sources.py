@@ -20,7 +20,10 @@ from operator import itemgetter
 from pathlib import Path
 
 from corpus import files
-from corpus.files import ROW_READERS, Tally, kind_of, package, reasons_of, until_damaged
+from corpus.files import kind_of, package, until_damaged
+from corpus.report import Tally, counted, reasons_of
+from corpus.rows import ROW_READERS, file_rows
+from corpus.split import pieces
 from lib import config
 from lib.config import PositiveFloat, PositiveInt, UserError
 
@@ -132,7 +135,7 @@ def source_rows(path, tally):
         yield from hub_rows(str(path))
         return
     for p in input_files(str(path), tally, kinds=ROW_READERS):
-        yield from files.rows(p, tally)
+        yield from file_rows(p, tally)
         files.refuse_damaged(tally)
 
 
@@ -220,7 +223,7 @@ def docstrings(node, title, prefix):
 
 def numbered(title, documents, max_length):
     """Yields (where, text) of documents, each in parts, in pieces of at most max_length."""
-    texts = chain.from_iterable(files.pieces(parts, max_length) for parts in documents)
+    texts = chain.from_iterable(pieces(parts, max_length) for parts in documents)
     return ((f"{title} [{n}]", text) for n, text in enumerate(filter(str.strip, texts)))
 
 
@@ -251,11 +254,11 @@ def input_files(pattern, tally=None, kinds=(*ROW_READERS, "text", "html", "wikit
     chosen = [p for p in paths if kind_of(p) in kinds]
     others = Counter(p.suffix.lower() or "no suffix" for p in {*paths}.difference(chosen))
     if chosen:
-        (tally or files.Tally()).passed_over.update(others)
+        (tally or Tally()).passed_over.update(others)
         return chosen
     read = [suffix for suffix, kind in files.SUFFIXES.items() if kind in kinds]
     read = f"{', '.join(read)} (or these with {', '.join(files.OPENERS)})"
-    raise UserError(f"{pattern}: holds no file that ends in {read}; {files.counted(others)}")
+    raise UserError(f"{pattern}: holds no file that ends in {read}; {counted(others)}")
 
 
 # Between the documents of a plain text, as in GPT-2's corpora; in backticks it is spoken of
@@ -292,7 +295,7 @@ def file_texts(path, source, max_length, tally):
     """Returns the (where, text)s of a file; a damaged one gives those before the damage."""
     kind = kind_of(path)
     if kind in ROW_READERS:
-        rows = files.rows(path, tally)
+        rows = file_rows(path, tally)
         return joined_wikitext(column_texts(rows, source.text_column, tally))
     lines = until_damaged(files.decoded_lines(path, tally), path, tally)
     if kind == "wikitext":

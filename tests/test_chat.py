@@ -15,7 +15,7 @@ import pytest
 
 import sample
 from corpus.chats import read_chats
-from corpus.files import Tally
+from corpus.report import Tally
 from lib.config import UserError, configure
 from lib.conversation import render, stop_ids
 from lib.tokenizer import Tokenizer

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import data
 from corpus import chats
 from corpus.chats import read_chats, read_pairs, to_chat, to_pair
-from corpus.files import Tally, reasons_of
 from corpus.inspect import Characters, InspectConfig, inspect, marked
+from corpus.report import Tally, reasons_of
 from corpus.sources import usable_rows
 from lib.config import UserError
 from lib.conversation import dialogues, render
@@ -97,6 +97,7 @@ CHATS = [
     ({"question": "Hi", "answer": "Hello"}, says("Hi", "Hello")),
     ({"instruction": "Add", "input": "1 2", "output": "3"}, says("Add\n1 2", "3")),
     ({"instruction": "Add", "input": " ", "output": "3"}, says("Add", "3")),
+    ({"question": "Add", "context": ["1", "2"], "answer": "3"}, says("Add\n1\n2", "3")),
     ({"instruction": "Add", "input": None, "response": "3", "text": "x"}, says("Add", "3")),
     ({"system": "S", "history": [["a", "b"], ["c", "d"]], "instruction": "e", "output": "f"},
      system("S") + says("a", "b", "c", "d", "e", "f")),

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from corpus.clean import clean
-from corpus.files import cut_at
 from corpus.prepare import (
     BATCH_DOCUMENTS,
     DataConfig,
@@ -29,6 +28,7 @@ from corpus.prepare import (
     retokenize,
     unfinished,
 )
+from corpus.split import cut_at
 from data import TokenStream
 from lib.config import UserError, configure
 from lib.folders import Shards, hash_fraction, read_manifest

@@ -24,8 +24,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpus.chats import read_chats, read_pairs
-from corpus.files import MAX_LINE, Tally, kind_of, pieces, reasons_of, rows
+from corpus.files import MAX_LINE, kind_of
+from corpus.report import Tally, reasons_of
+from corpus.rows import file_rows
 from corpus.sources import BLOCKS, input_files, page_text, read_documents
+from corpus.split import pieces
 from lib import config as configs
 from lib.config import UserError
 from tests import ROOT, SHARED
@@ -243,7 +246,7 @@ def test_tables_give_their_text_column(tmp_path, options):
     }
     path = write_table(tmp_path / "a.parquet", columns, **options)
     assert texts_of(path) == (texts[:-1], {"not-a-string": 1})
-    whole = [row for _, row in rows(path, Tally())]
+    whole = [row for _, row in file_rows(path, Tally())]
     assert whole == [{key: values[n] for key, values in columns.items()} for n in range(200)]
 
 
@@ -305,7 +308,7 @@ def test_a_table_that_the_csv_module_writes_is_read_back(tmp_path_factory, cells
     with path.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, delimiter=delimiter, quoting=style).writerows([names, *cells])
     tally = Tally()
-    found = [list(row.values()) for _, row in rows(path, tally)]
+    found = [list(row.values()) for _, row in file_rows(path, tally)]
     full = lambda table: [row for row in table if any(cell.strip() for cell in row)]
     assert (full(found), tally.bad_rows) == (full(cells), 0)
 
@@ -325,13 +328,13 @@ def test_a_table_that_others_write_is_what_they_read(tmp_path, name):
         writer.write_csv(module.table(columns), path)
         options = writer.ParseOptions(newlines_in_values=True)
         theirs = writer.read_csv(path, parse_options=options).to_pylist()
-    assert [row for _, row in rows(path, Tally())] == theirs
+    assert [row for _, row in file_rows(path, Tally())] == theirs
 
 
 def bad_lines(path):
     """Returns (the rows as lists, the numbers of the lines that are bad) of a table."""
     tally = Tally()
-    found = [list(row.values()) for _, row in rows(path, tally)]
+    found = [list(row.values()) for _, row in file_rows(path, tally)]
     examples = tally.dropped["read"].get("not-csv", {"examples": []})["examples"]
     return found, [int(re.search(r" line (\d+): ", example)[1]) for example in examples]
 
@@ -390,7 +393,7 @@ def test_quotes_behind_backslashes_are_quotes(tmp_path):
 def test_excel_names_its_delimiter(tmp_path, sign, encoding):
     text = f'sep={sign}\r\n\r\nid{sign}text,{sign}\r\n\r\n1{sign}"a{sign}, b"{sign}\r\n'
     (tmp_path / "a.csv").write_bytes(text.encode(encoding))
-    found = [row for _, row in rows(tmp_path / "a.csv", Tally())]
+    found = [row for _, row in file_rows(tmp_path / "a.csv", Tally())]
     assert found == [{"id": "1", "text,": f"a{sign}, b", "column 3": ""}]
 
 
@@ -534,13 +537,13 @@ ROWS_THEMSELVES = [
 @pytest.mark.parametrize("value", ROWS_THEMSELVES, ids=json.dumps)
 def test_an_object_that_is_a_row_stays_one(tmp_path, value, indent):
     (tmp_path / "a.json").write_text(json.dumps(value, indent=indent))
-    assert [row for _, row in rows(tmp_path / "a.json", Tally())] == [value]
+    assert [row for _, row in file_rows(tmp_path / "a.json", Tally())] == [value]
 
 
 def test_conversations_in_a_wrapper_are_rows(tmp_path):
     for name, held in (("conversations", [{"messages": CHAT}] * 2), ("messages", [CHAT, CHAT])):
         (tmp_path / "a.json").write_text(json.dumps({name: held}))
-        read = [row for _, row in rows(tmp_path / "a.json", Tally())]
+        read = [row for _, row in file_rows(tmp_path / "a.json", Tally())]
         assert read == (held if isinstance(held[0], dict) else [{name: CHAT}] * 2)
 
 
@@ -571,7 +574,7 @@ def test_memory_is_flat_over_many_rows(tmp_path, monkeypatch):
 
         monkeypatch.setattr("corpus.files.text_parts", made)
         tracemalloc.start()
-        count = sum(1 for _ in rows(tmp_path / name, Tally()))
+        count = sum(1 for _ in file_rows(tmp_path / name, Tally()))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert count >= 20_000
