@@ -113,20 +113,22 @@ def csv_records(lines, options):
     """
     if "escapechar" in options:
         lines = ((n, BACKSLASHES.sub(lambda m: m[1] or r"\\", line)) for n, line in lines)
-    lines, again, taken, width = iter(lines), deque(), [], 0
+    lines, again, taken, reader, width = iter(lines), deque(), [], None, 0
 
-    def record(size=0):
-        while size < files.MAX_LINE // 2 and (pair := again.popleft() if again else next(lines, 0)):
+    def feed(size=0):
+        while not taken or size < files.MAX_LINE // 2:
+            if (pair := again.popleft() if again else next(lines, None)) is None:
+                return
+            size = len(pair[1]) + (size if taken else 0)  # of a record
             taken.append(pair)
-            size += len(pair[1])
             yield pair[1]
 
     while True:
         taken.clear()
         try:
-            cells = next(csv.reader(record(), strict=True, **options), None)
+            cells = next(reader := reader or csv.reader(feed(), strict=True, **options), None)
         except csv.Error:
-            cells = None
+            cells = reader = None
         if not taken:
             return
         if not taken[0][1].isspace():
@@ -144,8 +146,7 @@ def csv_options(text, delimiters):
     """
 
     def misfits(options):
-        records = csv_records(enumerate(io.StringIO(text)), options)
-        sizes = [len(cells or ()) for _, cells in records]
+        sizes = [len(c or ()) for _, c in csv_records(enumerate(io.StringIO(text)), options)]
         return sum(not size or size != sizes[0] for size in sizes)
 
     header, options = text.lstrip("\n").partition("\n")[0], []
@@ -176,14 +177,13 @@ def csv_rows(path, tally):
     names = [name.strip() or f"column {number}" for number, name in enumerate(names, start=1)]
     if len(set(names)) < len(names):
         raise OSError(f"its header names a column twice: {', '.join(names)[:200]}")
-    many = f"cells, the header has {len(names)}"
-    many += f"; put a text with {options['delimiter']!r} or a line break in quotes"
+    remedy = f"put a text with {options['delimiter']!r} or a line break in quotes"
     for number, cells in records:
         where = f"{path} line {number}"
         if cells is None or len(cells) != len(names):
             problem = "a quote opens a cell and does not end it; write a quote in a cell twice"
-            problem = f"{len(cells)} {many}" if cells else problem
-            tally.bad("not-csv", f"{where}: {problem}", "".join(cells or ()))
+            many = f"{len(cells or ())} cells, the header has {len(names)}; {remedy}"
+            tally.bad("not-csv", f"{where}: {many if cells else problem}", "".join(cells or ()))
         elif surrogate("".join(cells)):
             tally.bad("not-utf-8", where, "".join(cells))
         else:

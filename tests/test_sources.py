@@ -359,8 +359,9 @@ def test_an_open_quote_costs_its_own_row_alone(tmp_path, delimiter, cell, style)
 def test_a_cell_of_many_lines_is_one_cell(tmp_path):
     poem = "\n".join(f'line {n}, "so" it, goes' for n in range(50_000))
     with (tmp_path / "a.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["n", "text"], ["1", poem], ["2", "after"]])
-    assert bad_lines(tmp_path / "a.csv") == ([["1", poem], ["2", "after"]], [])
+        csv.writer(file).writerows([["n", "text"], ["1", poem], ["2", "x" * 9 * 2**20], ["3", "y"]])
+    found, bad = bad_lines(tmp_path / "a.csv")
+    assert (found[0], [row[0] for row in found], bad) == (["1", poem], ["1", "2", "3"], [])
 
 
 LITERAL = ['"Yes" was all he said.', '"Five inches', "it's 5\"", '"', '"so" and "so"', "plain"]
