@@ -236,6 +236,7 @@ ENCLOSING = (
 OPENING, CLOSING = ENCLOSING[::2], ENCLOSING[1::2]
 PAIRS = ENCLOSING + "<>\"\"''**__\u2018\u2019\u201e\u201c\xab\xbb"
 WRAPPED = re.compile("|".join(f"\\{a}\0\\{b}" for a, b in zip(PAIRS[::2], PAIRS[1::2])))
+IN_PAIR = re.compile(rf"\0(?<=[{re.escape(PAIRS[::2])}].)[{re.escape(PAIRS[1::2])}]")
 BARE = re.compile(  # a line that held nothing else: a bullet, the name of a reference, its title
     r"[ \t>]*+(?:(?:[-*+]|\.\.|\d{1,3}[.)])[ \t]++)?(?:\[[^\[\]]{1,80}\]:?[ \t]*+)?"
     r'\0[ \t]*+(?:"[^"]{0,200}")?[ \t.,;:]*'
@@ -273,9 +274,8 @@ def url_hole(match):
 def close_holes(line):
     """Returns a line without empty brackets and double spaces, or None if it held nothing else."""
     for _ in range(2):  # a link may hold a picture, and brackets may hold brackets
-        before, line = line, HOLES.sub(HOLE, WRAPPED.sub(HOLE, LINK.sub(r"\1", line)))
-        if line == before:
-            break
+        line = LINK.sub(r"\1", line) if "](" in line else line
+        line = HOLES.sub(HOLE, WRAPPED.sub(HOLE, line) if IN_PAIR.search(line) else line)
     if BARE.fullmatch(line):
         return None
     first, *rest = line.split(HOLE)
@@ -351,8 +351,7 @@ TITLE = re.compile(r"\.[ \t]|\.?[ \t]{1,4}[A-Z]")
 
 def mask_private(text):
     """Returns a text with a word in brackets for each address, key, card or telephone number."""
-    if "-----BEGIN" in text:
-        text = PEM.sub("[KEY]", text)
+    text = PEM.sub("[KEY]", text) if "-----BEGIN" in text else text
     if "@" not in text and not text.encode().translate(None, NO_DIGITS):
         return text
     return change_lines(text, SUSPECT, mask_line)
@@ -360,9 +359,9 @@ def mask_private(text):
 
 def mask_line(line):
     for mask, sign, pattern, is_private in MASKS:
-        if sign in line:
+        if sign.search(line):
             line = pattern.sub(lambda m, w=mask, ok=is_private: w if ok(m) else m[0], line)
-    return NAMED_PHONE.sub(r"\1[PHONE]", line)
+    return NAMED_PHONE.sub(r"\1[PHONE]", line) if SIX_DIGITS.search(line) else line
 
 
 def is_ipv4(match):
@@ -405,13 +404,14 @@ def luhn(number):
     return sum(digits[::2] + doubled) % 10 == 0
 
 
-MASKS = [  # (word, sign of it in a line, pattern, check of a match); long shapes hold short ones
-    ("[KEY]", "", KEY, bool),
-    ("[EMAIL]", "@", EMAIL, bool),
-    ("[IP]", ":", IPV6, is_ipv6),
-    ("[IP]", ".", IPV4, is_ipv4),
-    ("[CARD]", "", CARD, lambda match: luhn(match[0])),
-    ("[PHONE]", "", PHONE, is_phone),
+SIX_DIGITS = re.compile(r"[0-9](?:[ .()/-]{0,2}[0-9]){5}")
+MASKS = [  # (word, quick sign of it in a line, pattern, check); long shapes hold short ones
+    ("[KEY]", re.compile("sk-|gh[pousr]_|github_|glpat-|A[KS]IA|AIza|xox|hf_|eyJ"), KEY, bool),
+    ("[EMAIL]", re.compile("@"), EMAIL, bool),
+    ("[IP]", re.compile(":[0-9A-Fa-f]{0,4}:"), IPV6, is_ipv6),
+    ("[IP]", re.compile(r"\.[0-9]{1,3}\."), IPV4, is_ipv4),
+    ("[CARD]", SIX_DIGITS, CARD, lambda match: luhn(match[0])),
+    ("[PHONE]", SIX_DIGITS, PHONE, is_phone),
 ]
 
 
@@ -419,7 +419,7 @@ MASKS = [  # (word, sign of it in a line, pattern, check of a match); long shape
 
 LISTS = Path(__file__).with_name("english.txt").read_text(encoding="utf-8").split("\n\n")
 ENGLISH, FOREIGN, MARKS_OF_ENGLISH = (frozenset(words.split()) for words in LISTS[1:])
-TRIGRAMS = frozenset(mark.replace("_", " ") for mark in MARKS_OF_ENGLISH)
+TRIGRAMS = frozenset(tuple(mark.replace("_", " ")) for mark in MARKS_OF_ENGLISH)
 WORD = re.compile(r"[^\W\d_]{2,}")
 BLANK_OTHERS = bytes(b if b > 127 or chr(b).isalpha() else 32 for b in range(256))
 EXCERPT = 500  # characters from each of the beginning, the middle and the end
@@ -437,8 +437,8 @@ def evidence(word):
     if not word.isascii():
         parts = WORD.findall(word)
         return -len(word) / 7 if parts == [word] else sum(map(evidence, parts))
-    padded = f" {word} "
-    return sum(padded[at : at + 3] in TRIGRAMS for at in range(len(word))) / len(word) - 0.15
+    trigrams = zip(f" {word}", word, f"{word[1:]} ")
+    return sum(map(TRIGRAMS.__contains__, trigrams)) / len(word) - 0.15
 
 
 def english_score(text):

@@ -45,23 +45,22 @@ def minhash(texts, seed):
     The values are those of datasketch (2.0, scheme affine32), bit for bit, vectorised over texts. A
     text without words has EMPTY in every place, as an empty datasketch.MinHash has.
     """
-    signatures = np.full((PERMUTATIONS, len(texts)), EMPTY, np.uint32)
+    signatures = np.full((len(texts), PERMUTATIONS), EMPTY, np.uint32)
     grams, counts = shingles([text.lower() for text in texts])
     worded = np.flatnonzero(counts)
-    if not len(worded):
-        return signatures.T
     starts = (np.cumsum(counts) - counts)[worded]
     grams ^= grams >> np.uint32(16)  # the finalizer of MurmurHash3, as datasketch has it
     grams *= np.uint32(0x85EBCA6B)
     grams ^= grams >> np.uint32(13)
     grams *= np.uint32(0xC2B2AE35)
     grams ^= grams >> np.uint32(16)
-    permuted = np.empty_like(grams)
-    for a, b, row in zip(*permutations(seed), signatures, strict=True):
+    permuted, minima = np.empty_like(grams), np.empty((PERMUTATIONS, len(worded)), np.uint32)
+    for a, b, row in zip(*permutations(seed), minima, strict=True):
         np.multiply(grams, a, out=permuted)
-        permuted += b
-        row[worded] = np.minimum.reduceat(permuted, starts)
-    return np.ascontiguousarray(signatures.T)
+        np.add(permuted, b, out=permuted)
+        np.minimum.reduceat(permuted, starts, out=row)
+    signatures[worded] = minima.T
+    return signatures
 
 
 @functools.cache
@@ -95,7 +94,8 @@ def shingles(texts):
 
 def mix(hashes, values):
     """Enters values into 64-bit hashes: a polynomial modulo 2**64, shifted at each step."""
-    hashes = (hashes + values) * GOLDEN
+    hashes = hashes + values
+    hashes *= GOLDEN
     hashes ^= hashes >> np.uint64(29)
     return hashes
 
@@ -111,14 +111,16 @@ def hash_words(texts):
     kinds = character_kinds().take(characters)
     alone = np.flatnonzero(kinds == 2)
     kinds[alone] += (alone & 1).astype(np.uint8)  # neighbours differ: each is a word
-    edges = np.flatnonzero(kinds[1:] != kinds[:-1]) + 1
-    # at the other edges a word has ended, at every second one where none stands alone
-    words = np.flatnonzero(kinds[edges]) if len(alone) else slice(None, None, 2)
-    starts = edges[words]
-    up, down, terms = powers(1 << len(characters).bit_length())[:, : len(characters)]
-    np.multiply(characters, up, out=terms)  # into old memory: new pages take four times as long
-    hashes = np.add.reduceat(terms, edges)[words] * down[starts]
-    borders = np.cumsum([1, *(len(text) + 1 for text in texts)])
+    edges = np.flatnonzero(kinds[1:] != kinds[:-1])  # the last character before each
+    starts, ends = edges[::2], edges[1::2]
+    if len(alone):  # a word may follow a word
+        words = np.flatnonzero(kinds[1:][edges])
+        starts, ends = edges[words], edges[words + 1]
+    up, down, sums = powers(1 << len(characters).bit_length())[:, : len(characters)]
+    np.multiply(characters, up, out=sums)  # into old memory: new pages take four times as long
+    np.cumsum(sums, out=sums)
+    hashes = (sums[ends] - sums[starts]) * down[1:][starts]
+    borders = np.cumsum([0, *(len(text) + 1 for text in texts)])
     return hashes, np.diff(np.searchsorted(starts, borders))
 
 
