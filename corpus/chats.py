@@ -313,8 +313,7 @@ def turn(item, where):
         raise BadRow("unknown-role", f"{where}: {expected}")
     if role == "tool":
         raise PassedOver("tools", f"{where}: {speaker!r} {REFUSED['tools']}")
-    if (text := content_text(content, f"{where}: ")) is None:
-        raise BadRow("not-a-string", f"{where}: content must be text")
+    text = content_text(content, f"{where}: ")
     if role == "system" and not text.strip():
         return []
     if role == "assistant" and not text.strip():  # which models give, and chats keep
@@ -325,17 +324,17 @@ def turn(item, where):
 
 
 def content_text(content, where):
-    """Returns the text of a content: text, a number, an object with one, or a list; else None."""
+    """Returns the text of a content: text, a number, an object with one, or a list; or BadRow."""
     if isinstance(content, dict):
         kind = str(content.get("type", content.get("content_type")))
         pass_over({**content, kind: True}, where, "media", "tools")
         _, text = fields_of(content, ("content",)).get("content", ("", None))
         return "" if kind in FIELDS["thoughts"] else content_text(text, where)
     if isinstance(content, list):
-        parts = [content_text(part, where) for part in content]
-        return None if None in parts else "".join(parts)
-    content = json.dumps(content) if isinstance(content, int | float) else content
-    return content if isinstance(content, str) else None
+        return "".join(content_text(part, where) for part in content)
+    if not isinstance(content, str | int | float):
+        raise BadRow("not-a-string", f"{where}content must be text")
+    return content if isinstance(content, str) else json.dumps(content)
 
 
 def cleaned(text, name):
