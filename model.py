@@ -177,7 +177,8 @@ def attend(q, k, v, mask=None, causal=True, dropout=0.0, backend="sdpa"):
     if mask is None and causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+        # finite: a vector of -inf alone has the softmax NaN
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return F.dropout(scores.float().softmax(dim=-1), dropout).to(v.dtype) @ v
 
 

@@ -252,6 +252,28 @@ def test_compiled_for_a_cpu_16_bits_take_torchs_kernel():
     assert chosen == ["math", "sdpa"]
 
 
+def test_attention_has_torchs_gradients_in_every_type_and_backend_also_compiled():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 40, 16, dtype=torch.float64) for heads in (4, 2, 2))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    oracle = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    exact = torch.autograd.grad(oracle.square().sum(), leaves)
+    dtypes = torch.float32, torch.bfloat16, torch.float16
+    kinds = [(dtype, backend) for dtype in dtypes for backend in ("math", "sdpa")]
+
+    def losses(*qkv):  # all kinds in one graph, which is compiled once
+        return [
+            llama.attend(*(x.to(dtype) for x in qkv), backend=backend).double().square().sum()
+            for dtype, backend in kinds
+        ]
+
+    for function in (losses, torch.compile(losses)):
+        for (dtype, _), loss in zip(kinds, function(*leaves), strict=True):
+            gradients = torch.autograd.grad(loss, leaves, retain_graph=True)
+            tolerance = 64 * torch.finfo(dtype).eps
+            torch.testing.assert_close(gradients, exact, atol=tolerance, rtol=tolerance)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_loss_kernel_is_cross_entropy_and_its_gradient(dtype):
     logits = torch.randn(9, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
