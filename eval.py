@@ -16,13 +16,13 @@ import lzma
 import math
 import random
 import re
-import string
 import sys
 import time
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, groupby, islice, zip_longest
 from pathlib import Path
 from textwrap import indent
@@ -42,7 +42,7 @@ from lib import config
 from lib.config import PositiveInt, Range, UserError, refusing
 from lib.conversation import render, stop_ids
 from lib.runtime import tune_cpu
-from model import KVCache, count_parameters, identify, next_token_loss, row_groups
+from model import KVCache, count_parameters, identify, linear_cross_entropy, row_groups
 from sample import Request, Sampling, generate, open_model, rows_of
 
 
@@ -79,12 +79,9 @@ def side_by_side(work, items, device):
 
     All cores at one item wait for each other after every operation: 1.8 times slower on two.
     """
-    work, threads = torch.no_grad()(work), torch.get_num_threads()  # both: settings of a thread
-    if device.type != "cpu" or threads == 1:
-        yield from map(work, items)
-        return
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield from pool.map(work, items)
+    cores = torch.get_num_threads() if device.type == "cpu" else 1
+    with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from pool.map(torch.no_grad()(work), items)  # no_grad acts in its own thread only
 
 
 def windows(count, context, stride):
@@ -98,23 +95,18 @@ def windows(count, context, stride):
 
 def text_nats(model, ids, first_id, context, stride, rows):
     """Returns the sum of -log p over `ids`, after first_id; `rows` windows run together."""
-    stream, device = torch.tensor([first_id, *ids]), model.lm_head.weight.device
-    cuts = windows(len(ids), context, stride)
+    weight, cuts = model.lm_head.weight, windows(len(ids), context, stride)
+    stream = torch.tensor([first_id, *ids], device=weight.device)
 
     def work(group):
-        width = group[0][1] - group[0][0]
-        counted = [torch.arange(first - start, end - start) for start, end, first in group]
-        batch = {
-            "ids": torch.stack([stream[start:end] for start, end, _ in group]),  # (B, T)
-            # the head works only on the positions that count, of the B * T
-            "where": torch.cat([steps + row * width for row, steps in enumerate(counted)]),
-            "labels": torch.cat([stream[first + 1 : end + 1] for _, end, first in group]),
-        }
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        return float(next_token_loss(model, batch)[0])
+        x = model.model(torch.stack([stream[start:end] for start, end, _ in group]))  # (B, T, C)
+        # the head works only on the positions that count
+        x = torch.cat([row[first - start :] for row, (start, _, first) in zip(x, group)])
+        labels = torch.cat([stream[first + 1 : end + 1] for _, end, first in group])
+        return float(linear_cross_entropy(x, weight, labels))
 
     groups = [cuts[at : at + rows] for at in range(0, len(cuts), rows)]
-    sums = side_by_side(work, groups, device)
+    sums = side_by_side(work, groups, weight.device)
     return sum(tqdm(sums, "perplexity", len(groups), unit=" batches", disable=None))
 
 
@@ -124,17 +116,16 @@ def answer_scores(model, questions, rows):
     questions: [(context ids, [answer ids, ...])], no list empty; a context and its longest answer
     may have one id more than the model's positions. `rows` contexts run together.
     """
-    longest = lambda number: max(map(len, questions[number][1]))
-    size = lambda number: (longest(number), len(questions[number][0]))
+    longest = [max(map(len, answers)) for _, answers in questions]
+    size = lambda number: (longest[number], len(questions[number][0]))
     order = sorted(range(len(questions)), key=size, reverse=True)  # like lengths run together
-    if order and longest(order[0]) > 1:  # each answer gets a copy of its context's keys and values
+    if max(longest) > 1:  # each answer gets a copy of its context's keys and values
         rows = max(1, rows // (1 + max(len(answers) for _, answers in questions)))
     groups = []
-    for _, same in groupby(order, longest):  # padded to a longer answer, a context would not fit
-        same = list(same)
+    for _, same in groupby(order, longest.__getitem__):  # with longer padding some would not fit
+        same = [questions[number] for number in same]
         groups += [same[at : at + rows] for at in range(0, len(same), rows)]
-    work = lambda group: group_scores(model, [questions[number] for number in group])
-    results = side_by_side(work, groups, model.lm_head.weight.device)
+    results = side_by_side(partial(group_scores, model), groups, model.lm_head.weight.device)
     scores = dict(zip(order, chain.from_iterable(results)))
     return [scores[number] for number in range(len(questions))]
 
@@ -225,7 +216,7 @@ def multiple_choice(scores, sizes, gold, names=None):
 # ---- Reading texts, questions and prompts
 
 CONFIGS = Path(__file__).parent / "configs" / "eval"
-ALPHABET, DIGITS = [*string.ascii_uppercase], [*string.digits]
+ALPHABET, DIGITS = [*"ABCDEFGHIJKLMNOPQRSTUVWXYZ"], [*"0123456789"]
 YES_NO = [False, True, "false", "true", "no", "yes", *DIGITS[:2]]
 ASK = "Question: {}\nAnswer:"
 ABOUT = "The following are multiple choice questions (with answers) about {}.\n\n"
@@ -250,12 +241,11 @@ def rows_in(path, convert, form):
 
 def read_text(path):
     """Returns a text to the byte; rows of a table or of the hub are joined by blank lines."""
-    hub = path.startswith("hf:")
-    if hub or kind_of(Path(path)) in ROW_READERS:
+    if path.startswith("hf:") or kind_of(Path(path)) in ROW_READERS:
         to_text = lambda row: ("text", row["text"] + "")  # a TypeError for other values
         texts = [text for _, _, text in rows_in(path, to_text, '{"text": a text}')]
         # the hub keeps WikiText's lines as rows, and blank lines as empty texts
-        wikitext = hub and "wikitext" in path.lower()
+        wikitext = re.match("hf:.*wikitext", path.lower())
         text = "".join(t or " \n" for t in texts) if wikitext else "\n\n".join(texts)
     else:
         text = text_of(Path(path))
@@ -281,7 +271,9 @@ def to_question(row):
         case {"ctx": str(context), "endings": [*texts], "label": key}:
             if {"activity_label", "ctx_a", "ctx_b"} <= row.keys():
                 context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-            context, *texts = map(unmarked, [context, *texts])
+            texts = [text.strip().replace(" [title]", ". ") for text in [context, *texts]]
+            # lm-eval, too, leaves out WikiHow's marks in brackets
+            context, *texts = (re.sub(r"\[.*?\]", "", text).replace("  ", " ") for text in texts)
             return question("hellaswag", context, texts, key, DIGITS[: len(texts)])
         case {"goal": str(ask), "sol1": str(first), "sol2": str(second), "label": key}:
             return question("piqa", ASK.format(ask), [first, second], key, DIGITS[:2])
@@ -312,11 +304,6 @@ def question(shape, context, choices, answer, names, space=" "):
         return shape, (context, choices, None)
     right = names.index(answer) % count if answer in names else range(count).index(answer)
     return shape, (context, choices, right)
-
-
-def unmarked(text):
-    """Returns a text of HellaSwag without WikiHow's marks in brackets, as lm-eval does."""
-    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
 def start_id(tokenizer):
@@ -409,7 +396,7 @@ def score_response(prompt, response, finish):
     runs = [text[at : at + 8] for at in range(max(1, len(text) - 7))]
     end = max((mark.end() for mark in SENTENCE_END.finditer(text)), default=0)
     if prompt.check:
-        answer = float(is_right(prompt.check, text))
+        answer = float(passes(prompt.check, text))
     elif prompt.keywords:
         forms = [rf"\b{re.escape(k)}(?:'?s|es|d|ed|ing|er|ers|y|ly)?\b" for k in prompt.keywords]
         hits = sum(bool(re.search(form, text, re.IGNORECASE)) for form in forms)
@@ -420,21 +407,13 @@ def score_response(prompt, response, finish):
     return {"score": mean(parts.values()), "parts": parts}
 
 
-def is_right(check, text):
-    """Is the answer right? A regex is searched in the first 30 words, case aside."""
-    if check["kind"] != "regex":
-        return passes(check, text)
-    head = " ".join(text.split()[:30])
-    return bool(re.search(check["answer"], head, re.IGNORECASE | re.DOTALL))
-
-
 def mean(values):
     """Returns the mean of the values that are not None; None if there are none."""
     values = [value for value in values if value is not None]
     return sum(values) / len(values) if values else None
 
 
-def ask_prompts(model, tokenizer, prompts, max_new_tokens=64, seed=0, together=64):
+def ask_prompts(model, tokenizer, prompts, max_new_tokens=64, seed=0):
     """Returns the "smoke" of results.json: every prompt is answered once, and the response scored.
 
     A model with a chat template is asked `prompt` in it, any other continues `base`. A response is
@@ -452,22 +431,19 @@ def ask_prompts(model, tokenizer, prompts, max_new_tokens=64, seed=0, together=6
         sampling = replace(SAMPLING, seed=zlib.crc32(f"{seed} {prompt.prompt}".encode()))
         requests.append(Request(ids, max_new_tokens, sampling, stop_ids(tokenizer, template)))
     start = time.perf_counter()
-    for at in range(0, len(requests), together):
-        list(generate(model, requests[at : at + together]))
+    for at in range(0, len(requests), 64):
+        list(generate(model, requests[at : at + 64]))
     seconds = time.perf_counter() - start
     for prompt, request, row in zip(prompts, requests, rows):
         text = tokenizer.decode(request.ids)
-        text = text.strip() if template else text  # a template may leave a space to it
-        row |= {"response": text, **score_response(prompt, text, request.finish)}
-        row["finish"] = request.finish
-    scores = {}
-    for row in rows:
-        scores.setdefault(row["category"], []).append(row["score"])
+        row["response"] = text.strip() if template else text  # a template may leave a space to it
+        row |= score_response(prompt, row["response"], request.finish) | {"finish": request.finish}
+    of = lambda category: [row["score"] for row in rows if row["category"] == category]
     return {
-        "score": mean([row["score"] for row in rows]),
-        "parts": {key: mean([row["parts"][key] for row in rows]) for key in rows[0]["parts"]},
-        "by_category": {name: mean(values) for name, values in scores.items()},
-        "eos_rate": mean([row["finish"] == "stop" for row in rows]),
+        "score": mean(row["score"] for row in rows),
+        "parts": {key: mean(row["parts"][key] for row in rows) for key in rows[0]["parts"]},
+        "by_category": {row["category"]: mean(of(row["category"])) for row in rows},
+        "eos_rate": mean(row["finish"] == "stop" for row in rows),
         "distinct_n": {str(n): distinct([row["response"] for row in rows], n) for n in (1, 2)},
         "tokens_per_second": sum(len(request.ids) for request in requests) / seconds,
         "settings": {"template": template, "temperature": SAMPLING.temperature, "seed": seed}
@@ -698,7 +674,6 @@ class ResultsConfig:
     """Of `compare` and `assess`."""
 
     files: tuple[str, ...]  # results.json of evaluations, or their folders
-    expected: str = str(CONFIGS / "expected.json")  # for assess: ranges by size
 
 
 def read_results(path, exit_code=2):
@@ -744,21 +719,19 @@ Low smoke scores: fine-tune (sft.py) on varied answers that end; read the respon
 def assess(cfg):
     """One model beside what is expected of its size: python eval.py assess results.json (or folder)
 
-    Ranges are those of configs/eval/expected.json, or of --expected=FILE, each with its source.
+    Ranges are those of configs/eval/expected.json, each with its source.
     Exits with 1 if the results cannot be read.
     """
     if len(cfg.files) != 1:
         raise UserError("assess needs one file of results: python eval.py assess results.json")
     results = read_results(*cfg.files, exit_code=1)
+    count = results["model"]["non_embedding"]
+    sizes = config.read_object(CONFIGS / "expected.json")["sizes"]
+    size = min(sizes, key=lambda size: abs(math.log(count / sizes[size]["non_embedding"])))
     rows = [["metric", "value", "expected", "verdict", "source"]]
-    expected, count = config.read_object(cfg.expected), results["model"]["non_embedding"]
-    form = '{size: {"non_embedding": count, "ranges": [{place: [low, high], ...}]}}'
-    with refusing(Exception, f"{cfg.expected}: must hold sizes, {form}"):
-        sizes = {name: entry["non_embedding"] for name, entry in expected["sizes"].items()}
-        size = min(sizes, key=lambda name: abs(math.log(count / sizes[name])))  # nearest by ratio
-        for entry in expected["sizes"][size]["ranges"]:
-            places = [place for place in entry if place not in ("source", "text")]
-            rows += [judged(place, results, entry, *entry[place]) for place in places]
+    for entry in sizes[size]["ranges"]:
+        places = [place for place in entry if place not in ("source", "text")]
+        rows += [judged(place, results, entry, *entry[place]) for place in places]
     title = f"size class {size}: {count:,} parameters, {len(rows) - 1} ranges are known"
     print(title, "", aligned(rows), "", headline(results), ADVICE, sep="\n")
 

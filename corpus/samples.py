@@ -46,7 +46,8 @@ def passes(check, answer):
 
     Space around the answer and a last period are free. Kinds: "exact", the very text; "word",
     letter case aside; "number", any text with this number and no other; "overlap", a text with the
-    check's `share` of the words of "answer", not twice as long.
+    check's `share` of the words of "answer", not twice as long; "regex", a pattern found in the
+    first 30 words, letter case aside.
     """
     kind, right = check["kind"], check["answer"]
     given, bare = (text.strip().removesuffix(".").strip("\"'` ") for text in (answer, right))
@@ -56,6 +57,8 @@ def passes(check, answer):
         return given.lower() == bare.lower()
     if kind == "number":
         return re.findall(r"\d+", given) == [right] and not re.search(r"[-.,]\d", given)
+    if kind == "regex":
+        return bool(re.search(right, " ".join(answer.split()[:30]), re.IGNORECASE | re.DOTALL))
     assert kind == "overlap", f"no such check: {kind}"
     expected, present = (re.findall(r"\w+", text.lower()) for text in (right, given))
     shared = (Counter(expected) & Counter(present)).total()

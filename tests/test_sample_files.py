@@ -132,6 +132,7 @@ SUMMARY = "Return a copy of the list."
         ("number", "5", ["5"], ["5 5"]),
         ("overlap", SUMMARY, [SUMMARY, "It returns a copy of this list."],
          ["Remove the last item.", f"{SUMMARY} " * 2, "a a a a a a"]),
+        ("regex", r"\bice\b", ["It is ICE.", "a " * 29 + "ice"], ["icy", "a " * 30 + "ice"]),
     ],
 )  # fmt: skip
 def test_a_check_accepts_and_refuses(kind, right, accepted, refused):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import eval as evaluation
-from eval import Prompt, ask_prompts, is_right, read_prompts, score_response
+from corpus.samples import passes
+from eval import Prompt, ask_prompts, read_prompts, score_response
 from lib.config import UserError
 from lib.conversation import render, stop_ids
 from lib.tokenizer import Tokenizer
@@ -53,8 +54,8 @@ def test_there_are_forty_prompts_in_eight_categories_and_ten_quick_ones_in_all_o
 @pytest.mark.parametrize("question", [q for q, prompt in PROMPTS.items() if prompt.check])
 def test_a_check_takes_right_answers_and_neither_the_question_nor_other_texts(question):
     prompt = PROMPTS[question]
-    assert is_right(prompt.check, RIGHT[question])
-    assert not any(is_right(prompt.check, text) for text in OFF_TOPIC)
+    assert passes(prompt.check, RIGHT[question])
+    assert not any(passes(prompt.check, text) for text in OFF_TOPIC)
     for text in (question, prompt.base):
         assert score_response(prompt, text, "stop")["parts"]["answer"] == 0
 
