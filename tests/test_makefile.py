@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 
 import pytest
 
@@ -123,6 +124,16 @@ def test_a_clean_clone_installs_first(target, tmp_path):
     lines = make(tmp_path, target, "--dry-run").stdout.splitlines()
     assert lines[0] == "python3 -m venv .venv"
     assert "pip install -r requirements.txt" in lines[1]
+
+
+def test_pip_and_uv_install_the_same():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    expected = {"requirements.txt": project["dependencies"], "requirements-dev.txt": extras["dev"]}
+    for name, packages in expected.items():
+        lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+        assert list(filter(None, lines)) == packages
+    assert extras["cpu"] == extras["gpu"] == project["dependencies"][:1]  # torch, once
 
 
 @pytest.mark.parametrize("target", WITH_SCRIPT)

@@ -28,7 +28,8 @@ from tests.conftest import link_code
 from tests.runs import Run
 
 WALKED = ("README.md", "docs/REFERENCE.md", "docs/SESSIONS.md", "ARCHITECTURE.md")
-WALKED += ("docs/TROUBLESHOOTING.md", "docs/PROMISES.md", "docs/RECIPE.md")
+WALKED += ("docs/TROUBLESHOOTING.md", "docs/PROMISES.md", "docs/RECIPE.md", "AGENTS.md")
+WALKED += ("docs/SEVERAL_GPUS.md",)
 PAGES = {n: (ROOT / n).read_text(encoding="utf-8") for n in (*WALKED, "benchmarks/RESULTS.md")}
 MARK = re.compile(r"#.*\b(network|GPU|minutes|hours|days)\b")  # why a line is not run
 SETTING = re.compile(r"[A-Z][A-Z0-9_]*=")
