@@ -35,7 +35,7 @@ from urllib.parse import unquote
 
 from lib import config
 from lib.config import PositiveFloat, PositiveInt, Range, UserError
-from lib.conversation import check_messages, render, stop_ids, template_notes, template_of
+from lib.conversation import check_messages, render_prompt, stop_ids, template_notes, template_of
 from lib.tokenizer_json import template_text
 from model import model_folder
 from sample import Engine, Reply, Request, Sampling, open_model
@@ -60,10 +60,12 @@ def require(condition, *error, **more):
 
 IGNORED = {"user", "metadata", "store", "service_tier", "parallel_tool_calls"}  # of no effect here
 IGNORED |= {"safety_identifier", "prompt_cache_key"}
-# Fields that are not supported, and the values that change nothing: some clients send these.
-NEUTRAL = {"tools": ([],), "tool_choice": ("none", "auto"), "response_format": ({"type": "text"},)}
-NEUTRAL |= {"frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},)}
-NEUTRAL |= {"best_of": (1,), "suffix": ("",)}
+# (field, a value that some clients send, what it means here); None is a field left out
+MEANT = [("top_k", -1, 0), ("top_p", 0, 1e-9), ("model", "", None), ("stop", "", None)]
+MEANT += [("max_tokens", -1, None), ("max_completion_tokens", -1, None), ("best_of", 1, None)]
+MEANT += [("tools", [], None), ("tool_choice", "none", None), ("tool_choice", "auto", None)]
+MEANT += [("frequency_penalty", 0, None), ("presence_penalty", 0, None), ("logit_bias", {}, None)]
+MEANT += [("response_format", {"type": "text"}, None), ("suffix", "", None)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,7 @@ class GenerationFields(Sampling):
     model: str | None = None
     stop: tuple[str, ...] = ()
     stream: bool = False
+    seed: Annotated[int, Range(-(2**63), 2**64 - 1)] | None = None  # negative: a fresh one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +126,7 @@ class Api:
         self.scheduler, self.tokenizer, self.name = scheduler, tokenizer, name
         self.seconds, self.started = seconds, int(time.time())
         self.context, self.template = scheduler.engine.limit, tokenizer.template
-        self.ends = stop_ids(tokenizer, tokenizer.template)
+        self.ends, self.fingerprint = stop_ids(tokenizer, tokenizer.template), None
 
     def card(self):
         """Returns the model's entry: OpenAI's four fields, and the page's needs."""
@@ -132,8 +135,8 @@ class Api:
             low = field.limits.low + 0.01 * field.limits.open_low  # for a slider
             settings[name] = {"min": low, "max": field.limits.high, "default": field.default}
         card = {"id": self.name, "object": "model", "created": self.started, "owned_by": "mini-llm"}
-        card |= {"context_length": self.context, "template": self.template}
-        return card | {"settings": settings}
+        ours = {"context_length": self.context, "template": self.template, "settings": settings}
+        return card | ours
 
     def health(self):
         return {"status": "ok", "model": self.name, "context_length": self.context}
@@ -148,13 +151,14 @@ class Api:
 
     def tokenize(self, body, disconnected):
         fields = self.read(TokenFields, body)
-        if fields.messages is None:
-            message = "prompt must be a text, or messages a list"
-            require(fields.prompt is not None, message, "prompt")
-            opening = self.tokenizer.opening if fields.add_special_tokens else []
-            ids = [*opening, *self.tokenizer.encode(fields.prompt)]
-        else:
+        if fields.messages is not None:
             ids = self.conversation(fields.messages)
+        else:
+            require(fields.prompt is not None, "prompt is missing", "prompt")
+            opening = self.tokenizer.opening if fields.add_special_tokens else []
+            control = self.tokenizer.controls.get(fields.prompt)  # lm-eval asks so for BOS's id
+            text = self.tokenizer.encode(fields.prompt) if control is None else [control]
+            ids = [*opening, *text]
         return {"tokens": ids, "count": len(ids), "max_model_len": self.context}
 
     def detokenize(self, body, disconnected):
@@ -163,23 +167,24 @@ class Api:
 
     def read(self, cls, body):
         """Returns the `cls` that a body makes; an error names the first field that is wrong."""
-        options = config.options_of(cls)
-        values = {name: value for name, value in body.items() if value is not None}
-        for name, value in values.items():
-            if name in options:
-                value = [value] if name == "stop" and isinstance(value, str) else value
-                values[name] = config.accept(name, value, options[name], "request")
-            elif name not in IGNORED:
-                neutral = value in NEUTRAL.get(name, ()) and not isinstance(value, bool)
-                message = f"{name:.60} is not supported here"
-                require(neutral, message, name[:60], "unsupported_parameter")
+        options, values = config.options_of(cls), {}
+        for name, value in body.items():
+            same = (ours for field, theirs, ours in MEANT if (field, theirs) == (name, value))
+            value = value if isinstance(value, bool) else next(same, value)
+            unused = name == "tools" and body.get("tool_choice") == "none"
+            if name in IGNORED or value is None or unused:
+                continue
+            key = name[:60]
+            require(name in options, f"{key} is not supported here", key, "unsupported_parameter")
+            value = [value] if name == "stop" and isinstance(value, str) else value
+            values[name] = config.accept(name, value, options[name], "request")
         for name, option in options.items():
             given = name in values or option.default is not config.NO_DEFAULT
             require(given, f"{name} is missing", name, "missing_required_parameter")
         name = values.get("model", self.name)  # another's answer would be a silent substitute
         message = f"the model {name[:60]!r} is not served here, only {self.name!r} is"
         require(name == self.name, message, "model", "model_not_found", 404)
-        return cls(**{name: values[name] for name in values.keys() & options.keys()})
+        return cls(**values)
 
     def ids_of(self, value, param="prompt"):
         """Returns the ids of a text to continue; a list of ids as it is."""
@@ -192,41 +197,45 @@ class Api:
 
     def conversation(self, messages):
         """Returns the ids up to the answer; without a template those of all contents in one."""
-        require(all(isinstance(m, dict) for m in messages), "a message is an object", "messages")
         for message in messages:
-            parts = message.setdefault("content", None)
+            require(isinstance(message, dict), "a message is an object", "messages")
+            require(not message.get("tool_calls"), "tool_calls is not supported here", "messages")
+            if message.get("role") == "developer":  # OpenAI's newer name
+                message["role"] = "system"
+            parts = message.get("content")
             if isinstance(parts, list):  # of texts, as some clients send it
                 right = all(isinstance(p, dict) and type(p.get("text")) is str for p in parts)
                 require(right, "content must be a text, or a list of texts", "messages")
-                message["content"] = "".join(part["text"] for part in parts)
+                parts = "".join(part["text"] for part in parts)
+            message["content"] = "" if parts is None else parts
         text = "".join(str(message["content"]) for message in messages)
         # an empty system prompt is none, and an empty answer no reason to end the conversation
         messages = [m for m in messages if str(m["content"]).strip() or m.get("role") == "user"]
         check_messages(messages)
-        require(messages[-1]["role"] == "user", "the last message must be the user's", "messages")
         if self.template is None:
             return self.ids_of(text)
-        return render(self.tokenizer, messages, self.template, add_generation_prompt=True)[0]
+        return render_prompt(self.tokenizer, messages, self.template)
 
-    def ask(self, fields, disconnected, prompts, wanted, param="max_tokens", n=1, trim=False, **kw):
-        """Submits a Call of each prompt n times, seeds counting up. `param` names `wanted`."""
+    def ask(self, fields, disconnected, prompts, wanted, n=1, trim=False, cut=False, **more):
+        """Submits a Call of each prompt n times. `cut`: fewer tokens than wanted if no more fit."""
         fair = len(fields.stop) <= 8 and all(1 <= len(text) <= 256 for text in fields.stop)
         require(fair, "stop: up to 8 texts, each of 1 to 256 characters", "stop")
         count, most = len(prompts) * n, self.scheduler.room
         require(count <= most, f"{count} rows in one request; the queue holds {most}", "n")
+        param = "max_new_tokens" if isinstance(fields, GenerateFields) else "max_tokens"
         rules = config.narrow(fields, Sampling)
-        first = secrets.randbits(32) if rules.seed is None else rules.seed
+        first = secrets.randbits(32) if rules.seed is None or rules.seed < 0 else rules.seed
         call = Call(disconnected, time.monotonic() + self.seconds, fields.stream)
-        for prompt in (prompt for prompt in prompts for _ in range(n)):
+        for number, prompt in enumerate(prompt for prompt in prompts for _ in range(n)):
             size, room = len(prompt), self.context - len(prompt)
-            longest = room if wanted is None else wanted
-            message = f"this model's context is {self.context} tokens; the prompt has {size}, "
-            message += f"which leaves {max(0, room)} for an answer: shorten it or lower {param}"
+            longest = room if wanted is None else min(wanted, room) if cut else wanted
+            message = f"This model's maximum context length is {self.context} tokens; the prompt "
+            message += f"has {size}, which leaves {max(0, room)}: shorten it or ask for less"
             fits = longest <= room and (room > 0 or wanted == 0)
             require(fits, message, param, "context_length_exceeded")
-            sampling = replace(rules, seed=(first + len(call.rows)) % 2**64)
+            sampling = replace(rules, seed=(first + number) % 2**64)
             reply = Reply(self.tokenizer, fields.stop, trim)
-            call.rows.append(Row(call, reply, prompt, longest, sampling, **kw))
+            call.rows.append(Row(call, reply, prompt, longest, sampling, self.ends, **more))
         self.scheduler.submit(call)
         return call
 
@@ -234,11 +243,12 @@ class Api:
         fields = self.read(ChatFields, body)
         wanted, top = fields.max_completion_tokens or fields.max_tokens, fields.top_logprobs
         require(fields.max_tokens in (None, wanted), "max_completion_tokens differs", "max_tokens")
-        require(fields.logprobs or top is None, "logprobs is not true", "top_logprobs")
-        top = (top or 0) if fields.logprobs else None
-        row = {"trim": self.template is not None, "stop_ids": self.ends, "top_logprobs": top}
+        require(fields.logprobs or not top, "logprobs is not true", "top_logprobs")
         prompts = [self.conversation(fields.messages)]
-        return self.openai_answer(fields, top, disconnected, prompts, wanted, **row)
+        row = {"top_logprobs": (top or 0) if fields.logprobs else None}
+        begun = fields.messages[-1].get("role") == "assistant"  # the rest may begin with a space
+        row["trim"] = self.template is not None and not begun
+        return self.openai_answer(fields, fields.logprobs, disconnected, prompts, wanted, **row)
 
     def completions(self, body, disconnected):
         """Prompts are text or ids; `echo` with `logprobs` also scores them."""
@@ -246,33 +256,29 @@ class Api:
         ids = isinstance(prompt, list) and all(type(id) is int for id in prompt)
         single = isinstance(prompt, str) or ids
         fields = self.read(CompletionFields, body | ({"prompt": [prompt]} if single else {}))
-        top, echo, wanted = fields.logprobs, fields.echo, fields.max_tokens
+        top, echo = fields.logprobs, fields.echo
+        wanted = None if body.get("max_tokens") == -1 else fields.max_tokens
         require(not echo or not fields.stream, "echo is not supported with stream", "echo")
-        require(wanted or echo, "max_tokens 0 asks for nothing, but with echo", "max_tokens")
         prompts = [self.ids_of(prompt) for prompt in fields.prompt]
         require(all(prompts), "prompt: an empty list of ids; give at least BOS", "prompt")
         row = {"echo": echo, "top_logprobs": (top or 0) if echo else top}
-        # lm-eval counts on the end of the answer among the tokens
-        row |= {"stop_ids" if top is None else "ends": self.ends}
-        return self.openai_answer(fields, top, disconnected, prompts, wanted, **row)
+        row["cut"] = wanted in (16, 256)  # OpenAI's and LangChain's defaults: nobody's wish
+        return self.openai_answer(fields, top is not None, disconnected, prompts, wanted, **row)
 
-    def openai_answer(self, fields, top, *asked, **row):
-        """Returns an answer, or with `stream` a generator of chunks. `top`: as logprobs."""
-        counted = (fields.stream_options or {}).get("include_usage") or False
-        require(type(counted) is bool, "include_usage must be true or false", "stream_options")
+    def openai_answer(self, fields, scored, *asked, **row):
+        """Returns an answer, or with `stream` a generator of chunks. `scored`: with logprobs."""
+        counted = (fields.stream_options or {}).get("include_usage")
         call, chat = self.ask(fields, *asked, n=fields.n, **row), isinstance(fields, ChatFields)
         kind = "chat.completion" + ".chunk" * fields.stream if chat else "text_completion"
         head = {"id": f"{'chat' * chat}cmpl-{secrets.token_hex(12)}", "object": kind}
         head |= {"created": int(time.time()), "model": self.name}
+        head |= {"system_fingerprint": self.fingerprint}
 
         def choice(piece):
-            row = call.rows[piece.index]
-            piece = self.echoed(piece, row) if row.echo else piece
+            piece = self.echoed(piece, call.rows[piece.index]) if row.get("echo") else piece
             logprobs = self.chat_logprobs if chat else self.completion_logprobs
             shared = {"index": piece.index, "finish_reason": piece.finish}
-            shared |= {"logprobs": None if top is None else logprobs(piece)}
-            if chat and piece.finish and row.stopped_by:  # our page shows it; OpenAI leaves it out
-                shared["logprobs"]["end"] = self.chat_entry(row.stopped_by)
+            shared |= {"logprobs": logprobs(piece.tokens, piece.end) if scored else None}
             if not chat:
                 return shared | {"text": piece.text}
             message = ({"role": "assistant"} if piece.first else {}) | {"content": piece.text}
@@ -292,16 +298,15 @@ class Api:
     def generate(self, body, disconnected):
         """One prompt, by default in the model's own template."""
         fields = self.read(GenerateFields, body)
+        asked = fields.template
+        same = asked in (None, "none") or template_of(self.tokenizer, asked) == self.template
         message = f"this model has {self.template or 'none'!r}; leave the field out, or say 'none'"
-        asked = fields.template not in (None, "none")
-        known = not asked or template_of(self.tokenizer, fields.template) == self.template
-        require(known, message, "template")
-        template = None if fields.template == "none" else self.template
+        require(same, message, "template")
+        template = None if asked == "none" else self.template
         messages = [{"role": "user", "content": fields.prompt}]
         prompt = self.conversation(messages) if template else self.ids_of(fields.prompt)
         limit = fields.max_new_tokens or max(1, min(128, self.context - len(prompt)))
-        row = {"trim": template is not None, "stop_ids": self.ends}
-        call = self.ask(fields, disconnected, [prompt], limit, "max_new_tokens", **row)
+        call = self.ask(fields, disconnected, [prompt], limit, trim=template is not None)
         used = {"max_new_tokens": limit, "template": template, "stop": list(fields.stop)}
         used |= asdict(call.rows[0].sampling)
 
@@ -313,25 +318,28 @@ class Api:
 
         return answers() if fields.stream else next(answers()) | {"prompt": fields.prompt}
 
-    def chat_logprobs(self, piece):
-        return {"content": list(map(self.chat_entry, piece.tokens)), "refusal": None}
+    def chat_logprobs(self, tokens, end):
+        """Our page shows `end`, the token that ended the turn; OpenAI leaves it out."""
 
-    def chat_entry(self, token):
         def entry(id, logprob):
             spelled = self.tokenizer.spelled(id)
             text = spelled.decode("utf-8", "replace")  # U+FFFD stands for a part of a character
             return {"token": text, "logprob": logprob, "bytes": list(spelled)}
 
-        tops = [entry(*pair) for pair in token.top]
-        return entry(token.id, token.logprob) | {"top_logprobs": tops}
+        def with_top(token):
+            tops = [entry(*pair) for pair in token.top]
+            return entry(token.id, token.logprob) | {"top_logprobs": tops}
 
-    def completion_logprobs(self, piece):
+        ended = {"end": with_top(*end)} if end else {}
+        return {"content": list(map(with_top, tokens)), "refusal": None} | ended
+
+    def completion_logprobs(self, tokens, end):
         def name(id):
             spelled = self.tokenizer.spelled(id)
             text = spelled.decode("utf-8", "replace")
             return "bytes:" + "".join(f"\\x{b:02x}" for b in spelled) if "\ufffd" in text else text
 
-        tokens = piece.tokens
+        tokens = tokens + end  # lm-eval counts on it
         tops = [{name(id): value for id, value in (*t.top, (t.id, t.logprob))} for t in tokens]
         return {
             "tokens": [name(token.id) for token in tokens],
@@ -347,13 +355,12 @@ class Api:
             tokens.append(Token(len(text), id, *logprob))
             text += stream.push(id)
         text += stream.flush()
-        tokens += [token._replace(start=token.start + len(text)) for token in piece.tokens]
-        return piece._replace(text=text + piece.text, tokens=tokens)
+        tokens += [t._replace(start=t.start + len(text)) for t in piece.tokens + piece.end]
+        return piece._replace(text=text + piece.text, tokens=tokens, end=[])
 
 
-# ---- The scheduler: the one loop that owns the model, and the queue in front of it. Before every
-# step it fills free slots, and drops whoever went away or ran out of time. The threads that ask
-# hand in a Call and read its Pieces; they touch neither model nor engine.
+# ---- The scheduler: the one loop that owns the model, and the queue in front of it. The threads
+# that ask hand in a Call and read its Pieces; they touch neither model nor engine.
 
 PIECE_SECONDS = 0.02  # between two pieces of a row, at least: each takes time from the model
 RETRY = {"Retry-After": "1"}
@@ -362,8 +369,8 @@ REFUSALS = {  # of a row without a token, by the reason why it ends: arguments o
     "shutdown": ("the server is stopping", None, "stopping", 503, RETRY),
 }
 
-# The newly certain part of a row: text, Tokens, and at its end the finish reason.
-Piece = namedtuple("Piece", "index first text tokens finish")
+# Newly certain text and Tokens of a row; at its end the finish reason and [the stop id's Token].
+Piece = namedtuple("Piece", "index first text tokens finish end")
 # An id, where in its row's text it begins, its log-probability, [(id, log-probability)] of the top.
 Token = namedtuple("Token", "start id logprob top")
 
@@ -392,30 +399,23 @@ class Call:
 
 
 class Row(Request):
-    """One row of a call: the engine's Request, and the certain part of its answer, not yet sent.
+    """The engine's Request, and the certain part of its answer that is not yet sent."""
 
-    `ends`: ids that end the answer and are among its tokens (the engine's `stop_ids` are not; such
-    a one is `stopped_by`, a Token, if log-probabilities are recorded).
-    """
-
-    def __init__(self, call, reply, *request, ends=(), **more):
+    def __init__(self, call, reply, *request, **more):
         super().__init__(*request, **more)
-        self.call, self.index, self.reply, self.ends = call, len(call.rows), reply, ends
-        self.tokens, self.text, self.sent_at = [], "", 0.0  # not yet sent
-        self.stopped_by = None
+        self.call, self.index, self.reply = call, len(call.rows), reply
+        self.tokens, self.text, self.sent_at, self.end = [], "", 0.0, []
 
     def take(self, id, limit, logprob):
         """As Request's; also sends the text that is now certain, but not too often."""
-        if self.finish is None and id in self.stop_ids and self.top_logprobs is not None:
-            self.stopped_by = Token(None, id, logprob[0], logprob[1][: self.top_logprobs])
+        if self.finish is None and self.top_logprobs is not None:
+            start = self.reply.shown + len(self.reply.held)
+            token = Token(start, id, logprob[0], logprob[1][: self.top_logprobs])
+            (self.end if id in self.stop_ids else self.tokens).append(token)
         id = super().take(id, limit, logprob)
         if id is not None:
-            if self.logprobs:
-                start = self.reply.shown + len(self.reply.held)
-                self.tokens.append(Token(start, id, *self.logprobs[-1]))
             self.text += self.reply.push(id)
-            if self.reply.stopped or id in self.ends:
-                self.finish = "stop"
+            self.finish = "stop" if self.reply.stopped else self.finish
             late = time.monotonic() - self.sent_at > PIECE_SECONDS
             if self.call.stream and self.text and late and not self.finish:
                 self.send()
@@ -425,18 +425,9 @@ class Row(Request):
         """Sends what is new: text and tokens. In the end some may be cut off with their text."""
         whole = self.finish and not self.reply.cut
         tokens = [token for token in self.tokens if whole or token.start < self.reply.shown]
-        self.call.inbox.put(Piece(self.index, not self.sent_at, self.text, tokens, self.finish))
+        ended = self.finish, self.end if self.finish else []
+        self.call.inbox.put(Piece(self.index, not self.sent_at, self.text, tokens, *ended))
         self.tokens, self.text, self.sent_at = self.tokens[len(tokens) :], "", time.monotonic()
-
-    def end(self, failure):
-        """Sends the last Piece, or an error if the row failed, or was dropped without a token."""
-        if self.finish == "error":
-            self.call.inbox.put(failure)
-        elif self.finish in REFUSALS and not self.ids:
-            self.call.inbox.put(ApiError(*REFUSALS[self.finish]))
-        else:
-            self.text += self.reply.push()
-            self.send()
 
 
 class Scheduler:
@@ -465,14 +456,12 @@ class Scheduler:
         self.closing = True
 
     def run(self):
-        """Works until closed."""
-        failure = None
         while self.rows or not self.closing:
             with self.changed:
                 if not self.rows:
                     self.changed.wait(0.1)  # `close` wakes nobody
             try:
-                self.drop(failure)
+                self.drop()
                 running = self.rows[: self.slots]
                 joining = [row for row in running if row not in self.engine.requests]
                 self.engine.join(joining)
@@ -480,21 +469,23 @@ class Scheduler:
                 for ids in self.engine.advance():
                     self.new_tokens += sum(id is not None for id in ids)
             except Exception as problem:  # it ends the rows it concerns, not the server
-                failure = RuntimeError("the engine failed")
-                failure.__cause__ = problem
                 named = [row for row in running if row.finish == "error"]  # by the engine
                 for row in named or running:
                     row.finish = "error"
+                    row.call.inbox.put(problem)
 
-    def drop(self, failure):
+    def drop(self):
         """Lets go of rows that have ended; ends those whose client is gone or whose time is up."""
         rows, closing, now = list(self.rows), self.closing, time.monotonic()
         gone = {call for call in {row.call for row in rows} if call.disconnected()}
         for row in rows:
             reason = "shutdown" if closing else "time" if now > row.call.deadline else None
             row.finish = row.finish or ("disconnected" if row.call in gone else reason)
-            if row.finish:
-                row.end(failure)
+            if row.finish in REFUSALS and not row.ids:
+                row.call.inbox.put(ApiError(*REFUSALS[row.finish]))
+            elif row.finish not in (None, "error"):
+                row.text += row.reply.push()
+                row.send()
         with self.changed:
             self.rows = [row for row in self.rows if not row.finish]
 
@@ -502,28 +493,25 @@ class Scheduler:
 # ---- HTTP: who may ask, and where. One request a connection, every byte of it under a deadline.
 
 MAX_CONNECTIONS = 256  # answered at the same time; others are told 503
-MAX_FIRST_LINE, MAX_HEAD, MAX_BODY = 8 << 10, 32 << 10, 1 << 20  # bytes: first line, headers, body
+MAX_HEAD, MAX_BODY = 32 << 10, 1 << 20  # bytes: first line and headers, body
 PAGE = Path(__file__).with_name("web").joinpath("chat.html").read_text(encoding="utf-8")
 
 # The page loads nothing from elsewhere, sends nothing elsewhere, and stands in nobody's frame. Of
 # scripts and styles only its own are allowed, by their hashes.
-POLICY = "default-src 'none'; "
+POLICY = "default-src 'none'; frame-ancestors 'none'; "
 for tag in ("script", "style"):
     (block,) = re.findall(f"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()
     POLICY += f"{tag}-src 'sha256-{digest}'; "
-POLICY += "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-POLICY += "frame-ancestors 'none'"
+POLICY += "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
 HEADERS = {"Content-Security-Policy": POLICY}
 HEADERS |= {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Connection": "close"}
-DONE = b"data: [DONE]\n\n"  # ends a stream
 READ_SECONDS = 10  # for the whole request, however it trickles in
 SEND_SECONDS = 10  # for each piece of an answer
-
-REQUEST_LINE = re.compile(r"([A-Z]{1,20}) ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])\r\n")
-HEADER_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)\r\n")
-SINGLE_HEADERS = ["host", "origin", "authorization", "expect", "content-type", "content-length"]
-SINGLE_HEADERS += ["content-encoding", "transfer-encoding"]  # two readers may heed different ones
+HEADER = r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)\r\n"
+HEAD = re.compile(rf"([A-Z]{{1,20}}) (/[\x21-\x7e]*) HTTP/1\.([01])\r\n((?:{HEADER})*)\r\n")
+CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[\t\x20-\x7e]*)?\r\n")
+SINGLE = {"host", "origin", "authorization", "content-type", "content-length", "transfer-encoding"}
 JSON_TYPE = re.compile(r'application/json *(; *charset="?utf-8"?)?', flags=re.IGNORECASE)
 
 
@@ -551,7 +539,7 @@ class Handler(BaseHTTPRequestHandler):
     """One request and its answer, counted and logged, whatever they are; then the end.
 
     http.server alone waits for ever, and takes what two readers may understand differently (RFC
-    9112, request smuggling). So the head is read here, line by line, each matched by a pattern.
+    9112, request smuggling). So the head is read here, and matched by a pattern as a whole.
     """
 
     protocol_version = request_version = "HTTP/1.1"
@@ -561,6 +549,7 @@ class Handler(BaseHTTPRequestHandler):
     def setup(self):
         super().setup()
         self.headers, self.allow_origin = {}, {}
+        self.request_id = f"req_{secrets.token_hex(12)}"
         self.rfile = io.BufferedReader(DeadlineReader(self.connection, READ_SECONDS))
         self.server.active.add(self)
 
@@ -594,46 +583,53 @@ class Handler(BaseHTTPRequestHandler):
 
     def read_head(self):
         """Reads the first line and the headers, names in small letters. ApiError or OSError."""
-        plain = self.rfile.peek(1)[:1] in b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+        plain = self.rfile.peek(1)[:1].isupper()
         require(plain, "not HTTP; if this is HTTPS: the server speaks plain HTTP")
-        match = REQUEST_LINE.fullmatch(self.read_line(MAX_FIRST_LINE, 414))
-        require(match, "the first line is not 'METHOD /path HTTP/1.1'")
-        command, path, version = match.groups()
-        require(version in ("1.1", "1.0"), "the server speaks HTTP/1.1", status=505)
-        require(path.startswith("/"), "the path must begin with /")
-        left = MAX_HEAD
-        while (line := self.read_line(left, 431)) != "\r\n":
-            left -= len(line)
-            match = HEADER_LINE.fullmatch(line)
-            require(match, "a header is not 'Name: value' on one line that ends in CR LF")
-            name = match[1].lower()
-            require(name not in self.headers or name not in SINGLE_HEADERS, f"{name} stands twice")
-            self.headers[name] = match[2].strip(" \t")
-            require(len(self.headers) <= 100, "more than 100 headers", status=431)
-        self.command, self.path = command, path.partition("?")[0]  # no route has a query
-
-    def read_line(self, limit, status):
-        line = self.rfile.readline(limit + 1).decode("latin-1")
-        require(len(line) <= limit, "the first line or the headers are too long", status=status)
-        return line
+        line, head = "-", ""
+        while line.strip("\r\n"):
+            line = self.rfile.readline(MAX_HEAD).decode("latin-1")
+            head += line
+            require(len(head) < MAX_HEAD, "too long a head", status=431 if "\n" in head else 414)
+        match = HEAD.fullmatch(head)
+        require(match, "not 'METHOD /path HTTP/1.1' and 'Name: value' in lines that end in CR LF")
+        for name, value in re.findall(HEADER, match[4]):
+            name = name.lower()
+            require(name not in self.headers or name not in SINGLE, f"{name} stands twice")
+            self.headers[name] = value.strip(" \t")
+        self.command, self.path = match[1], match[2].partition("?")[0]  # no route has a query
+        if match[3] == "0" and self.path == "/health":  # probes that send no Host
+            self.headers.setdefault("host", "localhost")
 
     def read_json(self):
-        """Returns the fields of a JSON body of a fair, known length; ApiError for anything else."""
+        """Returns the fields of a JSON body of a fair length; ApiError for anything else."""
         kind, length = self.headers.get("content-type", ""), self.headers.get("content-length")
-        expect = self.headers.get("expect", "").lower()
-        require(JSON_TYPE.fullmatch(kind), "send 'Content-Type: application/json'", status=415)
-        for name, status in {"content-encoding": 415, "transfer-encoding": 501}.items():
-            require(name not in self.headers, f"{name} is not supported", status=status)
-        require(length is not None, "Content-Length is missing", status=411)
-        require(re.fullmatch("[0-9]+", length), "Content-Length must be a number of bytes")
-        require(len(length) < 11 and int(length) <= MAX_BODY, f"over {MAX_BODY} bytes", status=413)
-        require(expect in ("", "100-continue"), "only 100-continue can be expected", status=417)
-        if expect:
+        plain = JSON_TYPE.fullmatch(kind) and "content-encoding" not in self.headers
+        require(plain, "send 'Content-Type: application/json', not compressed", status=415)
+        chunked = "transfer-encoding" in self.headers
+        known = not chunked or self.headers["transfer-encoding"].lower() == "chunked"
+        require(known, "of transfer-encoding only chunked is supported", status=501)
+        require(not chunked or length is None, "Content-Length and Transfer-Encoding: which holds?")
+        require(chunked or length is not None, "Content-Length is missing", status=411)
+        require(chunked or re.fullmatch("[0-9]+", length), "Content-Length must be a number")
+        require(chunked or float(length) <= MAX_BODY, f"over {MAX_BODY} bytes", status=413)
+        if "expect" in self.headers:  # RFC 9110 10.1.1 knows only 100-continue
             self.handle_expect_100()
-        body = self.rfile.read(int(length)).decode("utf-8")
-        fields = config.parse_json(body, "body", unique)
+        body = b"".join(self.chunks()) if chunked else self.rfile.read(int(length))
+        fields = config.parse_json(body.decode("utf-8"), "body")
         require(isinstance(fields, dict), 'the body must be a JSON object, {"field": value}')
         return fields
+
+    def chunks(self):
+        """Yields a chunked body (RFC 9112 7.1) without extensions; nobody reads its trailers."""
+        size, left = 1, MAX_BODY
+        while size:
+            match = CHUNK.fullmatch(self.rfile.readline(1 << 10))
+            require(match, "a chunk must begin with its size, in hexadecimal digits")
+            size = int(match[1], 16)
+            left -= size
+            require(left >= 0, f"over {MAX_BODY} bytes", status=413)
+            yield self.rfile.read(size)
+            require(not size or self.rfile.read(2) == b"\r\n", "a chunk must end in CR LF")
 
     def disconnected(self):
         """Returns whether the client has hung up; discards what else it sends."""
@@ -644,27 +640,30 @@ class Handler(BaseHTTPRequestHandler):
 
     def check_client(self):
         """Other web pages must not use the browser of somebody who may ask."""
-        server, host, origin = self.server, self.headers.get("host"), self.headers.get("origin")
+        host, origin = self.headers.get("host"), self.headers.get("origin")
         require(host is not None, "the Host header is missing")
         # a page that rebinds its own name to this address (DNS rebinding) still sends its name
-        address = server.outside and re.fullmatch(r"[0-9.]+|\[.*\]", host_name(host))
-        ours = address or host_name(host) in server.names
+        name = host_name(host)
+        ours = name in self.server.names or re.fullmatch(r"[0-9.]+|\[.*\]", name)
         require(ours, "another's Host; name it with --allowed_hosts", status=403)
         if origin not in (None, f"http://{host}", f"https://{host}"):
-            allowed = origin in server.cfg.allowed_origins
+            allowed = origin in self.server.origins
             require(allowed, "another's Origin; name it with --allowed_origins", status=403)
             self.allow_origin = {"Access-Control-Allow-Origin": origin}
-            self.allow_origin |= {"Access-Control-Allow-Headers": "authorization, content-type"}
+            asked = self.headers.get("access-control-request-headers", "")
+            self.allow_origin |= {"Access-Control-Allow-Headers": asked}
 
     def answer(self):
         """Returns the answer of a route, as `send` takes it."""
         self.read_head()
-        free = len(self.server.active) <= MAX_CONNECTIONS
+        free = len(self.server.active) <= MAX_CONNECTIONS or self.path == "/health"
         require(free, "too many connections; try again", status=503, headers=RETRY)
         self.check_client()
         own = unquote(self.path) == f"/v1/models/{self.server.api.name}"
         route = "/v1/models/{model}" if own else self.path
-        require(route in ROUTES, f"there is no {route[:80]} here", code="not_found", status=404)
+        message = f"there is no {route[:80]} here, but {', '.join(ROUTES)}; OpenAI's clients take "
+        message += f"base_url=http://{self.headers['host']}/v1"
+        require(route in ROUTES, message, code="not_found", status=404)
         self.route, (methods, function) = route, ROUTES[route]
         if self.command == "OPTIONS" and self.allow_origin:
             return ("text/plain", "")  # a preflight
@@ -677,8 +676,6 @@ class Handler(BaseHTTPRequestHandler):
             require(right and scheme.lower() == "bearer", message, status=401, headers=headers)
         if self.command == "POST":
             return function(self.server.api, self.read_json(), self.disconnected)
-        length = self.headers.get("content-length", "0")
-        require(length == "0" and "transfer-encoding" not in self.headers, "a GET with a body")
         return function(self.server)
 
     def respond(self):
@@ -690,9 +687,9 @@ class Handler(BaseHTTPRequestHandler):
         except (UserError, UnicodeDecodeError, RecursionError) as problem:  # of fields and JSON
             error = problem if isinstance(problem, ApiError) else ApiError(str(problem))
         except Exception:  # the client is told a number, the server lives on
-            number = secrets.token_hex(4)
-            sys.stderr.write(f"error {number}: {traceback.format_exc()}")
-            error = ApiError(f"internal error {number}: see the log", code="internal", status=500)
+            sys.stderr.write(f"error {self.request_id}: {traceback.format_exc()}")
+            message = f"internal error {self.request_id}: see the log"
+            error = ApiError(message, code="internal", status=500)
         kind = "server_error" if error.status >= 500 else "invalid_request_error"
         fields = {"message": str(error), "type": kind, "param": error.param, "code": error.code}
         if not self.streaming:
@@ -703,9 +700,9 @@ class Handler(BaseHTTPRequestHandler):
     def send(self, status, answer, headers=()):
         """Sends a dict as JSON, a generator of dicts as server-sent events, or (type, text)."""
         if isinstance(answer, Iterator):
-            first = next(answer)  # a failure before it still gets a status of its own
+            first = event(next(answer))  # a failure before it still gets a status of its own
             self.streaming, kind = True, {"Content-Type": "text/event-stream; charset=utf-8"}
-            parts = itertools.chain(map(event, itertools.chain([first], answer)), [DONE])
+            parts = itertools.chain([first], map(event, answer), [b"data: [DONE]\n\n"])
         else:
             if isinstance(answer, dict):
                 answer = "application/json", json.dumps(answer, ensure_ascii=False)
@@ -713,18 +710,13 @@ class Handler(BaseHTTPRequestHandler):
             kind = {"Content-Type": answer[0], "Content-Length": str(len(parts[0]))}
         self.connection.settimeout(SEND_SECONDS)  # for each write, however slowly it is read
         self.send_response_only(status)
-        for name, value in (HEADERS | self.allow_origin | kind | dict(headers)).items():
+        own = {"Date": self.date_time_string(), "X-Request-Id": self.request_id}
+        for name, value in (own | HEADERS | self.allow_origin | kind | dict(headers)).items():
             self.send_header(name, value)
         self.end_headers()
         for part in parts if self.command != "HEAD" else ():
             self.wfile.write(part)
         return status
-
-
-def unique(pairs):
-    """Returns a JSON object; no key may stand twice, for two readers may heed different ones."""
-    require(len(dict(pairs)) == len(pairs), "a key stands twice in the body")
-    return dict(pairs)
 
 
 def event(fields):
@@ -798,10 +790,9 @@ class Server(socketserver.ThreadingTCPServer):
     def __init__(self, cfg, key):
         self.cfg, self.key, self.api = cfg, key, None
         self.lock, self.active, self.requests = threading.Lock(), set(), Counter()
-        self.names = {"localhost", "127.0.0.1", "[::1]", cfg.host.lower()}
-        self.names |= set(map(host_name, cfg.allowed_hosts))
-        self.outside = not re.fullmatch(r"localhost|127\.[0-9.]+", cfg.host)
-        if self.outside and not key:
+        self.names = {"localhost", cfg.host.lower(), *map(host_name, cfg.allowed_hosts)}
+        self.origins = {origin.rstrip("/") for origin in cfg.allowed_origins}
+        if not key and not re.fullmatch(r"localhost|127\.[0-9.]+", cfg.host):
             remedy = "set MINI_LLM_API_KEY or --api_key_file, or listen on --host=127.0.0.1"
             raise UserError(f"host={cfg.host} is open to others, and there is no API key: {remedy}")
         remedy = "choose an address of this machine, as 127.0.0.1, and a free port, or --port=0"
@@ -825,8 +816,7 @@ def read_key(cfg):
 def main(cfg):
     with Server(cfg, read_key(cfg)) as server:  # whoever calls while the model is loaded waits
         model, tokenizer = open_model(cfg.model_path, cfg.device, cfg.dtype, cfg.compile)
-        for line in template_notes(tokenizer, cfg.model_path):
-            print(line, file=sys.stderr)
+        sys.stderr.writelines(f"{line}\n" for line in template_notes(tokenizer, cfg.model_path))
         scheduler = Scheduler(model, cfg.slots, cfg.queue, cfg.compile)
         folder = model_folder(cfg.model_path).resolve()  # whose name says little if it is final/
         folder = folder.parent if re.fullmatch(r"final|step_\d+", folder.name) else folder
@@ -837,6 +827,8 @@ def main(cfg):
         threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
         url, weight = f"http://{cfg.host}:{server.server_address[1]}", model.lm_head.weight
         kind = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
+        logits = model(scheduler.engine.tokens[:1] * 0).detach().float().cpu().numpy()
+        api.fingerprint = f"fp_{hashlib.sha256(logits.tobytes()).hexdigest()[:12]}"
         size = f"context {api.context}, {cfg.slots} slots"
         print(f"{url}  {name}, template {api.template or 'none'}; {kind}, {size}", flush=True)
         scheduler.run()  # in the thread that loaded the model: OpenMP keeps threads for each

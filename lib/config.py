@@ -171,10 +171,10 @@ def accept(name, value, option, source):
 # ---- the command line: presets, flags, --help
 
 
-def parse_json(text, origin, object_pairs_hook=None):
+def parse_json(text, origin):
     """Returns parsed JSON, of a str or bytes; UserError names a mistake's place in `origin`."""
     try:
-        return json.loads(text, object_pairs_hook=object_pairs_hook)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or beyond Python's limits
         raise UserError(f"{origin}: {error}") from None
 

@@ -89,6 +89,22 @@ def render(tokenizer, messages, template, add_generation_prompt=False):
     return find_template(tokenizer, template).render(tokenizer, messages, add_generation_prompt)
 
 
+def render_prompt(tokenizer, messages, template):
+    """Returns the ids up to where the model writes: its answer, or the rest of a last one, begun.
+
+    A begun answer loses its end of turn, and the white space before that.
+    """
+    if messages[-1]["role"] != "assistant":
+        return render(tokenizer, messages, template, add_generation_prompt=True)[0]
+    opening, _ = render(tokenizer, messages[:-1], template, add_generation_prompt=True)
+    ids, _ = render(tokenizer, messages, template)
+    begin, ends = shared_length(opening, ids), stop_ids(tokenizer, template)
+    end = next((i for i in range(begin, len(ids)) if ids[i] in ends), len(ids))
+    while tokenizer.spelled(ids[end - 1]).isspace():
+        end -= 1
+    return ids[:end]
+
+
 def render_answer(tokenizer, prompt, answer, template):
     """Returns (ids, mask) of prompt + answer, lists of messages; the mask is 0 on the prompt."""
     opening, _ = render(tokenizer, prompt, template, add_generation_prompt=True)

@@ -15,13 +15,14 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
 
 import pytest
 import torch
 
 import server
 from lib.config import UserError, configure
-from lib.conversation import render, stop_ids
+from lib.conversation import TEMPLATES, render, render_prompt, stop_ids
 from lib.tokenizer import IM_END
 from sample import Reply, Request, Sampling, generate, open_model
 from server import ApiError, Call, Handler, Row, Scheduler
@@ -42,7 +43,8 @@ def folder(tmp_path_factory, tiny_tokenizer):
 
 @pytest.fixture(scope="module")
 def plain_folder(tmp_path_factory, tiny_tokenizer):
-    return make_model(tmp_path_factory.mktemp("served") / "plain" / "final", tiny_tokenizer)
+    folder = tmp_path_factory.mktemp("served") / "plain" / "final"
+    return make_model(folder, tiny_tokenizer, initializer_range=0.25)  # other weights
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,8 @@ def servers(tmp_path_factory, folder, plain_folder):
     """Servers of several kinds, started side by side."""
     place = tmp_path_factory.mktemp("logs")
     (place / "key").write_text(KEY + "\n")
-    foreign = {"allowed_origins": "http://page.example:3000", "allowed_hosts": "box.lan:80"}
+    origins = "http://page.example:3000/,app://obsidian.md,chrome-extension://abc/"
+    foreign = {"allowed_origins": origins, "allowed_hosts": "box.lan:80"}
     servers = {
         "chatty": Served(place / "chatty.log", folder),
         "plain": Served(place / "plain.log", plain_folder),
@@ -170,12 +173,76 @@ def test_models_and_health(chatty, servers):
     assert servers["small"].ready().get("/v1/models/other").status == 200
 
 
+def test_what_every_answer_carries(chatty, servers):
+    answers = [chatty.get(path) for path in ("/health", "/nope", "/v1/models")]
+    dates = [parsedate_to_datetime(answer.headers["date"]) for answer in answers]
+    assert all(abs(date.timestamp() - time.time()) < 600 for date in dates)
+    assert len({answer.headers["x-request-id"] for answer in answers}) == 3
+    prints = {
+        one.ask(DONE, {"prompt": "a", "max_tokens": 1})[1]["system_fingerprint"]
+        for one in (chatty, servers["origin"].ready(), servers["plain"].ready())
+    }
+    assert len(prints) == 2  # two of these three serve the same weights
+    message = answers[1].json["error"]["message"]
+    assert f"base_url={chatty.url}/v1" in message
+    assert all(path in message for path in server.ROUTES)
+
+
+def test_a_prompt_that_leaves_less_than_a_clients_default_is_answered(chatty):
+    """256 tokens are LangChain's wish for every completion, 16 OpenAI's: nobody's own."""
+    prompt = [1, *[70] * 119]
+    for default in ({}, {"max_tokens": 256}, {"max_tokens": -1}):
+        _, answer = chatty.ask(DONE, {"prompt": prompt, "temperature": 0} | default)
+        assert answer["choices"][0]["finish_reason"] == "length"
+        assert answer["usage"]["total_tokens"] == 128
+    for own in ({"max_tokens": 255}, {"prompt": prompt + [70] * 8}):
+        status, answer = chatty.ask(DONE, {"prompt": prompt} | own)
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+        # by these words litellm and others know the error
+        assert "This model's maximum context length is 128 tokens" in answer["error"]["message"]
+
+
+def test_values_of_other_servers(chatty):
+    fields = {"prompt": "once", "max_new_tokens": 9}
+    greedy = chatty.ask("/generate", fields | {"temperature": 0})[1]["response"]
+    assert chatty.ask("/generate", fields | {"top_p": 0, "top_k": -1})[1]["response"] == greedy
+    used = [chatty.ask("/generate", fields | {"seed": -1})[1]["generation_config"] for _ in "ab"]
+    assert used[0]["seed"] != used[1]["seed"]
+    assert min(one["seed"] for one in used) >= 0
+    developer, system = (
+        chatty.ask("/tokenize", {"messages": [{"role": role, "content": "be"}, *HELLO]})
+        for role in ("developer", "system")
+    )
+    assert developer == system
+
+
+def test_an_answer_that_was_begun_goes_on(chatty, alone, chat_ids, tiny_tokenizer):
+    begun = {"role": "assistant", "content": "once upon "}
+    prompt = [*chat_ids(*HELLO), *tiny_tokenizer.encode("once upon")]
+    assert chatty.ask("/tokenize", {"messages": [*HELLO, begun]})[1]["tokens"] == prompt
+    _, answer = chatty.ask(CHAT, {"messages": [*HELLO, begun], "max_tokens": 12} | SAMPLING)
+    text = alone(prompt, 12, **SAMPLING)[0]
+    assert answer["choices"][0]["message"] == {"role": "assistant", "content": text}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_begun_answer_is_the_beginning_of_a_whole_one(tiny_tokenizer, template):
+    whole, parts = [{"role": "assistant", "content": "once upon a time"}], []
+    for content in ("once upon", "once upon \n", "once upon a"):
+        ids = render_prompt(tiny_tokenizer, [*HELLO, whole[0] | {"content": content}], template)
+        parts.append(ids)
+        assert render(tiny_tokenizer, HELLO + whole, template)[0][: len(ids)] == ids
+        assert tiny_tokenizer.decode(ids).endswith(content.strip())
+    assert parts[0] == parts[1] != parts[2]
+
+
 def test_tokenize_and_back(chatty, tiny_tokenizer, chat_ids):
     text = f"the dog {IM_END} caf\u00e9 \U0001f600"
     status, answer = chatty.ask("/tokenize", {"prompt": text, "add_special_tokens": True})
     ids = [1, *tiny_tokenizer.encode(text)]
     assert (status, answer) == (200, {"tokens": ids, "count": len(ids), "max_model_len": 128})
     assert chatty.ask("/tokenize", {"prompt": text})[1]["tokens"] == ids[1:]
+    assert chatty.ask("/tokenize", {"prompt": "<s>"})[1]["tokens"] == [1]  # as lm-eval asks
     assert chatty.ask("/detokenize", {"tokens": ids}) == (200, {"prompt": text})
     assert chatty.ask("/detokenize", {"tokens": ids, "model": "gpt-4"})[0] == 404
     assert chatty.ask("/tokenize", {"messages": HELLO})[1]["tokens"] == chat_ids(*HELLO)
@@ -454,7 +521,7 @@ def fragile(model, tiny_tokenizer):
 def test_a_failure_ends_its_own_calls_only(fragile):
     expected = finishes(fragile.call())
     for prompt in ((1, 99, 70), (1, 70, 99)):
-        with pytest.raises(RuntimeError, match="the engine failed"):
+        with pytest.raises(RuntimeError, match="a broken kernel"):
             finishes(fragile.call(prompts=[prompt]))
         assert finishes(fragile.call()) == expected  # the next call is served as ever
 
@@ -463,14 +530,15 @@ def test_a_failure_ends_its_own_calls_only(fragile):
 def test_a_failure_is_a_number_to_its_client_and_a_traceback_in_the_log(capfd, streaming):
     handler, sent = Handler.__new__(Handler), []
     handler.answer, handler.streaming, handler.wfile = (lambda: 1 / 0), streaming, io.BytesIO()
+    handler.request_id = "req_7"
     handler.send = lambda status, answer, headers: sent.append((status, json.dumps(answer)))
     handler.respond()
     text = handler.wfile.getvalue().decode()
     ((status, answer),) = sent or [(500, text.removeprefix("data: "))]
     error = json.loads(answer)["error"]
     assert (status, error["type"], error["code"]) == (500, "server_error", "internal")
-    number = re.match(r"internal error (\w+):", error["message"])[1]
-    assert f"error {number}: Traceback" in capfd.readouterr().err
+    assert error["message"].startswith("internal error req_7:")
+    assert "error req_7: Traceback" in capfd.readouterr().err
 
 
 # ---- who may ask
@@ -508,9 +576,13 @@ def test_of_others_pages_only_the_allowed_may_ask(servers):
     one, origin = servers["origin"].ready(), "Origin: http://page.example:3000"
     answer = one.raw(one.post("/tokenize", {"prompt": "a"}, origin))
     assert (answer.status, answer.headers["access-control-allow-origin"]) == (200, origin[8:])
-    preflight = one.raw(one.head(f"OPTIONS {CHAT} HTTP/1.1", origin))
-    assert preflight.status == 200
-    assert "content-type" in preflight.headers["access-control-allow-headers"]
+    wanted = "authorization, content-type, x-stainless-lang, x-stainless-os"  # as openai-node's
+    asked = f"Access-Control-Request-Headers: {wanted}"
+    for allowed in (origin, "Origin: app://obsidian.md", "Origin: chrome-extension://abc"):
+        preflight = one.raw(one.head(f"OPTIONS {CHAT} HTTP/1.1", allowed, asked))
+        assert (preflight.status, preflight.body) == (200, b"")
+        assert preflight.headers["access-control-allow-headers"] == wanted
+        assert preflight.headers["access-control-allow-origin"] == allowed[8:]
     foreign = one.raw(one.head(f"OPTIONS {CHAT} HTTP/1.1", origin + "0"))
     assert foreign.status == 403
     assert not any(name.startswith("access-control") for name in foreign.headers)

@@ -49,9 +49,9 @@ TABLES = json.loads((ROOT / "tests" / "hostile_heads.json").read_text(encoding="
 HEADS = [(text, int(status)) for status, texts in TABLES["heads"].items() for text in texts]
 HEADS += [(f"GET /v1/models/{'%' * 8000} HTTP/1.1|HOST", 404)]
 HEADS += [(f"GET|HOST|X: {' ' * 30_000}\x01", 400)]
-HEADS += [(f"GET /{'a' * 9000} HTTP/1.1|HOST", 414), (f"{'G' * 9000} / HTTP/1.1|HOST", 414)]
+HEADS += [(f"GET /{'a' * 40000} HTTP/1.1|HOST", 414), (f"{'G' * 40000} / HTTP/1.1|HOST", 414)]
 HEADS += [(f"GET|HOST|X: {'a' * 40000}", 431), ("GET|HOST" + f"|X: {'a' * 900}" * 60, 431)]
-HEADS += [("GET|HOST|" + "|".join(f"X-{i}: a" for i in range(120)), 431)]
+HEADS += [("GET|HOST|" + "|".join(f"X-{i}: a" for i in range(4000)), 431)]
 
 
 @pytest.mark.parametrize(("text", "status"), HEADS, ids=lambda value: repr(value)[:60])
@@ -77,7 +77,7 @@ BYTES = [
     (b"SSH-2.0-OpenSSH_9.6\r\n\r\n", 400),
     (b"GET /health HTTP/1.1\nHost: localhost\n\n", 400),  # lines that end in LF
     (bytes(range(256)), 400),
-    (b"GET /" + b"a" * 9000, 414),  # a first line without end
+    (b"GET /" + b"a" * 40000, 414),  # a first line without end
     (b"GET / HTTP/1.1\r\n" + b"X: aaaaaaaaaaaaaaaa\r\n" * 2000, 431),  # headers without end
 ]
 
@@ -125,8 +125,38 @@ def test_what_follows_a_request_is_not_another(target, second):
     assert (text.count(b"HTTP/1.1 "), parse(text).status) == (1, 200)
     headers = "JSON|Content-Length: 4|Transfer-Encoding: chunked"
     head = head_of(target, f"POST {CHAT} HTTP/1.1|HOST|{headers}")
-    assert target.raw(head + b"0\r\n\r\n" + second.encode()).status == 501
+    assert target.raw(head + b"0\r\n\r\n" + second.encode()).status == 400
+    with target.connect(chunked(target, GOOD[:5], GOOD[5:]) + second.encode()) as sock:
+        text = read_all(sock)
+    assert (text.count(b"HTTP/1.1 "), parse(text).status) == (1, 200)
     assert target.text.count("GET /metrics") == before
+
+
+def chunked(target, *parts, head=""):
+    """A POST whose body comes in chunks (RFC 9112 7.1), the last of size 0 added."""
+    head = head_of(target, f"POST {CHAT} HTTP/1.1|HOST|JSON|Transfer-Encoding: Chunked{head}")
+    return head + b"".join(b"%x\r\n%b\r\n" % (len(p), p.encode()) for p in (*parts, ""))
+
+
+def test_a_body_in_chunks(target):
+    for parts in ([GOOD], GOOD, [GOOD[:1], " " * 70_000, GOOD[1:]]):
+        assert target.raw(chunked(target, *parts)).status == 200
+    whole = chunked(target, GOOD)
+    size = b"%x\r\n" % len(GOOD)
+    longer = size.replace(b"\r", b' ; name="a b";x\r')
+    for same in (size.upper(), b"000" + size, longer):
+        assert target.raw(whole.replace(size, same)).status == 200
+    assert target.raw(whole[:-2] + b"Trailer: a\r\n\r\n").status == 200
+    asked = chunked(target, GOOD, head="|Expect: 100-continue")
+    with target.connect(asked) as sock:
+        assert read_all(sock).startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 ")
+    wrongs = [b"-5\r\n", b"0x5\r\n", b"+5\r\n", b"\r\n", b"5 5\r\n", b"g\r\n", b"5\n", b"5\r"]
+    wrongs += [b"f" * 9 + b"\r\n", b"5;" + b"x" * 2000 + b"\r\n", b"%x\r\n" % (len(GOOD) - 1)]
+    for wrong in wrongs:
+        assert target.raw(whole.replace(size, wrong)).status == 400, wrong
+    assert target.raw(whole.replace(size, b"ffffffff\r\n")).status == 413
+    assert target.raw(chunked(target, "x" * 600_000, "x" * 600_000)).status == 413
+    assert target.raw(chunked(target, GOOD, GOOD)).status == 400  # of both in one
 
 
 def test_a_large_body_sent_blindly_is_answered(target):
@@ -143,8 +173,8 @@ BODIES = [
     *(b"", b"hello", b"[]", b'"prompt"', b"7", b"null", b"{}", b'{"prompt": "\xff"}'),
     *('{"prompt": "a"}'.encode("utf-16"), b'\xef\xbb\xbf{"prompt": "a"}'),
     *(GOOD[:20].encode(), GOOD.encode() + b"{}", b"{'prompt': 'a'}", b'{"prompt": "a",}'),
-    *(b'{"prompt": "a", "prompt": "b"}', b'{"prompt": "a", "temperature": NaN}'),
-    *(b'{"prompt": "a", "temperature": -Infinity}', b'{"prompt": "a", "temperature": 1e999}'),
+    *(b'{"prompt": "a", "temperature": NaN}', b'{"prompt": "a", "temperature": -Infinity}'),
+    b'{"prompt": "a", "temperature": 1e999}',
     b'{"prompt": "a", "temperature": ' + b"7" * 4000 + b"}",
     b'{"prompt": "a", "seed": ' + b"7" * 5000 + b"}",
     *(b'{"prompt": ' + b"[" * count + b"]" * count + b"}" for count in (900, 100_000)),
@@ -289,12 +319,22 @@ def test_too_many_connections(impatient):
     with ExitStack() as stack:
         for _ in range(64):
             stack.enter_context(impatient.connect())
-        refused = impatient.get("/health")
+        refused = impatient.get("/v1/models")
         assert (refused.status, refused.headers["retry-after"]) == (503, "1")
-        ask = impatient.head("GET /health HTTP/1.1")
+        assert impatient.get("/health").status == 200  # a supervisor must see that it lives
+        ask = impatient.head("GET /v1/models HTTP/1.1")
         more = [stack.enter_context(impatient.connect(ask)) for _ in range(40)]
         assert {parse(read_all(sock)).status for sock in more} <= {200, 503}
-    impatient.until(lambda: impatient.get("/health").status == 200)
+    impatient.until(lambda: impatient.get("/v1/models").status == 200)
+
+
+def test_five_hundred_slow_clients(impatient):
+    """/health answers; so do all others once these are cut off."""
+    with ExitStack() as stack:
+        slow = [stack.enter_context(impatient.connect(b"GET /hea")) for _ in range(450)]
+        assert {impatient.get("/health").status for _ in range(5)} == {200}
+        assert {parse(read_all(sock)).status for sock in slow} == {408}
+    impatient.until(lambda: impatient.get("/v1/models").status == 200)
 
 
 def test_who_hangs_up_early(impatient):

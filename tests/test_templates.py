@@ -17,7 +17,7 @@ from corpus.inspect import InspectConfig, inspect
 from dpo import make_pairs
 from lib.chat_template import ChatTemplate, learned_spans
 from lib.config import UserError
-from lib.conversation import render, stop_ids
+from lib.conversation import render, render_prompt, stop_ids
 from lib.tokenizer import Tokenizer
 from lib.tokenizer_json import hugging_face_json
 from sample import Chat, SampleConfig, open_model
@@ -196,6 +196,18 @@ def test_ids_and_masks_are_those_of_transformers(folder_of, style, kind):
             expected = theirs(marked[1], talk, return_assistant_tokens_mask=True)
             assert ids == expected[0]
             assert style == "thinking" or (any(mask) and mask == expected[1])
+
+
+@each_kind
+@each_style
+def test_a_begun_answer_is_continued_as_by_transformers(folder_of, style, kind):
+    tokenizer, other = both(folder_of(style, kind))
+    for content in ("North, then", "[", "10"):
+        talk = [*ASKED, {"role": "assistant", "content": content}]
+        assert (
+            render_prompt(tokenizer, talk, "jinja")
+            == (theirs(other, talk, continue_final_message=True)[0])
+        )
 
 
 def test_a_template_that_rewrites_earlier_turns_trains_the_last_answer(folder_of):
