@@ -99,17 +99,17 @@ def test_a_failed_stage_ends_the_session_and_the_exit_status_says_so(folder):
 def test_trainings_share_the_minutes_that_are_left(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     box, calls = session.Session("x", 100), []
-    monkeypatch.setattr(box, "run", lambda stage, *words: calls.append(words[-2]))
-    left = 100 * (1 - session.RESERVED) - session.START
-    for stage, share, spent in (("a", 0.7, 10), ("b", 2 / 3, 12), ("c", 1, 95)):
+    monkeypatch.setattr(box, "execute", lambda stage, words: calls.append(words[-2]))
+    left, outcomes = 100 * (1 - session.RESERVED) - session.START, []
+    for stage, spent in (("pretrain", 10), ("sft", 12), ("dpo", 95)):
         box.start -= 60 * (spent - box.spent)
-        box.train(stage, share, f"checkpoints/{stage}", "train.py")
+        outcomes.append(box.outcome_of(stage, [f"{stage}.py"]))
     minutes = [float(word.removeprefix("--max_minutes=")) for word in calls]
     assert minutes == pytest.approx([(left - 10) * 0.7, (left - 12) * 2 / 3], abs=0.01)
-    assert box.rows == [("c", 0.0, "skipped: no time left")]
+    assert outcomes == ["done", "done", "skipped: no time left"]
     box.minutes = math.inf  # pipeline-full: no clock
-    box.train("d", 1, "checkpoints/d", "train.py")
-    assert calls[2:] == ["--output_dir=checkpoints/d"]
+    assert box.outcome_of("dpo", ["dpo.py"]) == "done"
+    assert calls[2:] == ["--output_dir=checkpoints/dpo/x"]
 
 
 def test_the_newest_twenty_logs_stay(tmp_path, monkeypatch):

@@ -1,16 +1,18 @@
 """A trained model for other programs: a Hugging Face folder, or one GGUF file for llama.cpp.
 
     python -m tools.export --model_path=checkpoints/sft --format=hf --output=exported/sft
-    python -m tools.export --model_path=checkpoints/sft --format=gguf --dtype=q8_0 --output=sft.gguf
+    python -m tools.export --model_path=checkpoints/sft --format=gguf --dtype=q4_0 --output=sft.gguf
 
 An adapter is merged into its base. The export is read back and compared with the model tensor by
-tensor. Nothing is overwritten. llama.cpp's own package gguf writes GGUF; sft.Modelfile beside it is
-for Ollama.
+tensor. Nothing is overwritten. llama.cpp's own package gguf writes GGUF and rounds to 8, 5 or 4
+bits; sft.Modelfile beside it is for Ollama.
 """
 
 import copy
 import os
+import shlex
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -22,11 +24,10 @@ from safetensors import SafetensorError
 
 from corpus.files import package
 from lib.config import DTYPES, UserError, refusing, run, write_whole
-from lib.conversation import find_template, stop_ids
-from lib.tokenizer import BYTE_PIECE, Tokenizer
+from lib.conversation import ROLES, TEMPLATES, find_template, render, stop_ids
+from lib.tokenizer import BYTE_PIECE, IM_END, IM_START, SPECIALS, Tokenizer
 from lib.tokenizer_json import template_text
 from model import load_model, model_folder, rope_frequencies, save_model, to_hf
-from tools.ollama import modelfile
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,26 @@ class ExportConfig:
     model_path: str  # a model or adapter folder, or that of a whole training
     output: str  # the folder (hf) or file (gguf) to write; it must not exist
     format: Literal["hf", "gguf"] = "hf"  # a folder for transformers, or a file for llama.cpp
-    # of the weights; q8_0 (8 bits, 32 numbers to a scale) is gguf's
-    dtype: Literal["f32", "f16", "bf16", "q8_0"] = "f32"
+    # of the weights; gguf's q8_0 ... q4_0 have 8, 5 or 4 bits, and a scale to 32 numbers
+    dtype: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] = "f32"
 
     def __post_init__(self):
-        if self.format == "hf" and self.dtype == "q8_0":
-            raise ValueError("dtype=q8_0 is for --format=gguf; hf takes f32, f16 or bf16")
+        if self.format == "hf" and self.dtype.startswith("q"):
+            raise ValueError(f"dtype={self.dtype} is for --format=gguf; hf takes f32, f16 or bf16")
+
+
+# the commands by which other programs run an export, from their documentation of 2026
+RUN = {
+    "gguf": """
+  llama.cpp   llama-server -m {path}
+  Ollama      ollama create {name} -f {modelfile} && ollama run {name}
+  LM Studio   lms import {path} --copy
+  vLLM, MLX   run the folder of --format=hf""",
+    "hf": """
+  vLLM        vllm serve {path}
+  MLX         mlx_lm.generate --model {path} --prompt "Hello"
+  llama.cpp, Ollama, LM Studio run the file of --format=gguf""",
+}
 
 
 def main(cfg):
@@ -69,6 +84,8 @@ def main(cfg):
             write_whole(path, text.encode())
     count = sum(p.numel() for p in model.parameters())
     print(f"{output}: {count / 1e6:.1f}M parameters in {cfg.dtype}; read back: the same weights")
+    words = {"path": output, "modelfile": output.with_suffix(".Modelfile"), "name": output.stem}
+    print("to run it:", RUN[cfg.format].format(**{k: shlex.quote(str(words[k])) for k in words}))
 
 
 def check_tokenizer(cfg, tokenizer):
@@ -164,7 +181,7 @@ def write_folder(folder, model, tokenizer, dtype):
 
 
 def write_gguf(path, model, tokenizer, dtype):
-    """Writes a GGUF file, and reads it back; norms stay float32."""
+    """Writes a GGUF file, and reads it back."""
     gguf, cfg, written = package("gguf", "--format=gguf"), model.cfg, {}
     arch = to_hf(cfg)["model_type"]
     if arch == "qwen2" and cfg.n_head * cfg.head_width != cfg.d_model:
@@ -178,10 +195,10 @@ def write_gguf(path, model, tokenizer, dtype):
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight" and cfg.tie_word_embeddings:
             continue
-        if dtype == "q8_0" and weight.ndim > 1 and weight.shape[1] % 32:
+        if dtype.startswith("q") and weight.ndim > 1 and weight.shape[1] % 32:
             width = f"{name}: rows of {weight.shape[1]} numbers"
-            raise UserError(f"{width}; q8_0 takes multiples of 32; use --dtype=f16")
-        kind = gguf.GGMLQuantizationType[dtype.upper() if weight.ndim > 1 else "F32"]
+            raise UserError(f"{width}; {dtype} takes multiples of 32; use --dtype=f16")
+        kind = gguf.GGMLQuantizationType[stored_dtype(name, weight, dtype).upper()]
         array = weight.numpy()
         heads = cfg.n_head if "q_proj" in name else cfg.kv_heads if "k_proj" in name else 0
         if heads and arch == "llama":
@@ -204,6 +221,18 @@ def write_gguf(path, model, tokenizer, dtype):
     stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
     for name, data in written.items():
         assert stored[name].tobytes() == data, f"{name}: the export holds other numbers"
+
+
+def stored_dtype(name, weight, dtype):
+    """Returns the dtype of one tensor in a GGUF file of `dtype`.
+
+    Norms and biases stay float32. Embedding and head, on which a small model depends most, have at
+    least 8 bits, as llama.cpp's own quantizer leaves them at least 6.
+    """
+    outer = "embed_tokens" in name or "lm_head" in name
+    if weight.ndim == 1:
+        return "f32"
+    return "q8_0" if outer and dtype.startswith("q") else dtype
 
 
 def add_model(writer, cfg, gguf):
@@ -257,6 +286,63 @@ def token_type(tokenizer, id, types):
     if tokenizer.added.get(tokenizer.pieces[id], {}).get("special") is False:
         return types.USER_DEFINED
     return types.NORMAL if is_text(tokenizer, id) else types.BYTE
+
+
+# ---- Ollama
+
+
+def modelfile(name, tokenizer, context):
+    """Returns the Modelfile of the GGUF file `name`; context: its positions."""
+    template = tokenizer.template
+    lines, text = [f"FROM ./{name}"], None
+    if template is None:
+        lines.append("# the model has no chat template and continues a text")
+        text = "{{ .Prompt }}"
+    elif template in TEMPLATES:
+        text = go_template(TEMPLATES[template], tokenizer.pieces[tokenizer.eos_id])
+    elif (system := chatml_system(tokenizer)) is None:
+        lines.append("# no TEMPLATE: Ollama takes the chat template in the GGUF, if it knows it")
+    else:
+        text = go_template(TEMPLATES["chatml"], "")
+        lines += [f'SYSTEM """{system}"""'] if system else []
+    lines += [f'TEMPLATE """{text}"""'] if text else []
+    ends = [tokenizer.pieces[id] for id in stop_ids(tokenizer, template)]
+    lines += [f'PARAMETER stop "{end}"' for end in ends]
+    return "\n".join([*lines, f"PARAMETER num_ctx {context}", ""])
+
+
+PROBE = [("system", "One"), ("user", "Two?"), ("assistant", "Three"), ("user", "Four?")]
+PROBE = [{"role": role, "content": content} for role, content in PROBE]
+
+
+def chatml_system(tokenizer):
+    """Returns the system message of a folder's own template where that is chatml, "" for none.
+
+    Returns None for another template. It is known by what it writes.
+    """
+
+    def text(template, *talk):
+        ids, _ = render(tokenizer, talk, template, add_generation_prompt=True)
+        return tokenizer.decode(ids, controls=True)
+
+    own, (_, *rest) = tokenizer.template, PROBE
+    with suppress(UserError):  # it lacks the markers, or refuses a system message
+        shown = text(own, *rest)
+        system = shown.partition(f"{IM_START}system\n")[2].partition(IM_END)[0]
+        given = [{"role": "system", "content": system}] if system else []
+        if shown == text("chatml", *given, *rest) and text(own, *PROBE) == text("chatml", *PROBE):
+            return system
+    return None
+
+
+def go_template(shape, eos):
+    """Returns a Template in Go's text/template; Ollama ends it where the answer begins."""
+    turn = 'if eq .Role "{}" }}}}{}{{{{ .Content }}}}{}'
+    turns = [turn.format(role, shape.heads[role], shape.ends[role]) for role in ROLES]
+    body = "{{ " + "{{ else ".join(turns) + "{{ end }}"
+    between = f"{{{{ if $i }}}}{shape.between}{{{{ end }}}}"
+    text = f"{{{{ range $i, $_ := .Messages }}}}{between}{body}{{{{ end }}}}{shape.prompt}"
+    return text.replace(SPECIALS["eos"], eos)
 
 
 if __name__ == "__main__":

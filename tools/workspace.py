@@ -110,6 +110,13 @@ class Training:
         keys = ("step", "loss", "val_loss", "val_bits_per_byte", "tokens_per_second")
         return ", ".join(f"{key} {last[key]}" for key in keys if key in last) or "nothing logged"
 
+    def state(self):
+        """Returns whether it is complete, broken or to be resumed, as text."""
+        if self.problem and (self.folder / "final").exists():
+            return f"final/ is BROKEN: {self.problem}"
+        step = self.checkpoint.name if self.checkpoint else "no whole checkpoint"
+        return f"not complete, {step}" if self.problem else "complete"
+
 
 def trainings():
     """Returns every Training below checkpoints/, the newest first."""
@@ -129,37 +136,22 @@ def dataset_state(folder):
     return f"{documents:,} documents, {tokens:,} tokens, vocabulary {manifest['vocab_size']:,}"
 
 
-def training_state(training):
-    if not training.problem:
-        return "complete"
-    if (training.folder / "final").exists():
-        return f"final/ is BROKEN: {training.problem}"
-    name = training.checkpoint.name if training.checkpoint else "no whole checkpoint"
-    return f"not complete, {name}"
-
-
-NEXT = {  # after a complete training of this kind
-    "pretrain": "sft.py configs/sft.json --dataset_path=data/samples/sft_train.jsonl",
-    "sft": "dpo.py configs/dpo.json --dataset_path=data/samples/dpo_train.jsonl",
-    "dpo": "sample.py --chat",
-    "grpo": "sample.py --chat",
-}
-
-
 def next_command():
     """Returns the next command, by the newest training that is of use."""
     training = next((t for t in trainings() if not t.problem or t.checkpoint), None)
-    if training is None and not datasets():
-        return "python data.py configs/datasets/docstrings.json"
     if training is None:
-        return f"python train.py configs/demo.json --data_path={datasets()[0]}"
+        text = f"train.py configs/demo.json --data_path={datasets()[0]}" if datasets() else ""
+        return f"python {text or 'data.py configs/datasets/docstrings.json'}"
     if training.problem:  # resumed also where its folder was renamed since
         program = training.kind.replace("pretrain", "train")
         flags = f"--resume_from_checkpoint=auto --output_dir={training.folder}"
         return f"python {program}.py {training.checkpoint / 'run.json'} {flags}"
-    if training.kind not in ("dpo", "grpo") and not Path("data/samples").exists():
+    following = {"pretrain": "sft", "sft": "dpo"}.get(training.kind)
+    if following and not Path("data/samples").exists():
         return "python data.py create_sample_datasets"
-    return f"python {NEXT[training.kind]} --model_path={training.folder}"
+    rows = f"configs/{following}.json --dataset_path=data/samples/{following}_train.jsonl"
+    words = f"{following}.py {rows}" if following else "sample.py --chat"
+    return f"python {words} --model_path={training.folder}"
 
 
 def status(cfg=None):
@@ -169,7 +161,7 @@ def status(cfg=None):
         print(f"  {folder}: {dataset_state(folder)}")
     print("trainings")
     for training in trainings():
-        state = f"{training_state(training)} | {training.progress()}"
+        state = f"{training.state()} | {training.progress()}"
         print(f"  {training.folder} ({training.kind}): {state}")
     print("evaluations")
     for path in newest_first(RESULTS.rglob("results.json")):
@@ -208,22 +200,15 @@ def paths_to_keep():
     return [path for path in paths if path.exists()]
 
 
-def without_links(entry):
-    """Returns an entry of a backup, None for a link."""
-    if entry.issym():
-        return print(f"left out: {entry.name}, a link")
-    return entry
-
-
 def write_backup(path, folder, secret):
     """Packs in `folder`, encrypts if `secret`, reads back, and moves the file to `path`.
 
-    Returns the number of files and folders in it.
+    A link is packed as a link. Returns the number of files, folders and links.
     """
     archive, encrypted = folder / "backup.tar.gz", folder / "encrypted"
     with tarfile.open(archive, "w:gz") as tar:
         for root in paths_to_keep():
-            tar.add(root, root.as_posix(), filter=without_links)
+            tar.add(root, root.as_posix())
         names = tar.getnames()
     if secret:
         subprocess.run([*OPENSSL, "-in", archive, "-out", encrypted], check=True)
@@ -312,9 +297,9 @@ def describe_machine():
     with suppress(AttributeError, OSError):
         parts.append(f"load {os.getloadavg()[0]:.2f}")
         text = Path("/proc/meminfo").read_text(encoding="utf-8")
-        kilobytes = {name: int(count) for name, count in re.findall(r"(\w+): +(\d+)", text)}
-        whole, free = (megabytes(1024 * kilobytes[f"Mem{key}"]) for key in ("Total", "Available"))
-        parts.append(f"memory {whole}, {free} free")
+        for name, meaning in {"MemTotal": "memory", "MemAvailable": "free"}.items():
+            kilobytes = int(re.search(rf"{name}: +(\d+)", text)[1])
+            parts.append(f"{meaning} {megabytes(1024 * kilobytes)}")
     return ", ".join(parts)
 
 
@@ -373,16 +358,15 @@ def config_gpu(cfg):
         raise UserError(f"{output}: exists; name another --output, or delete it")
     if not (cfg.gpu or torch.cuda.is_available()):
         raise UserError("this machine has no CUDA card; name one elsewhere: --gpu=rtx4090")
-    here = not cfg.gpu and torch.cuda.get_device_properties(0)
-    space = here.total_memory if here else find_card(cfg.gpu, "gpu").memory
+    card = find_card(cfg.gpu, "gpu").memory if cfg.gpu else torch.cuda.mem_get_info()[1]
     preset = configure(PretrainConfig, [cfg.config])
     rows = preset.batch_size * preset.gradient_accumulation_steps
-    size = max((n for n in fitting_rows(preset, space) if rows % n == 0), default=None)
+    size = max((n for n in fitting_rows(preset, card) if rows % n == 0), default=None)
     if size is None:
-        raise UserError(f"{cfg.config}: one row needs more than the card's {megabytes(space)}")
+        raise UserError(f"{cfg.config}: one row needs more than the card's {megabytes(card)}")
     fitted = replace(preset, batch_size=size, gradient_accumulation_steps=rows // size)
-    save_config(fitted, output, _why=f"{cfg.config} for {megabytes(space)}")
-    print(f"{output}: batch_size {size}, {rows // size} to a step, for {megabytes(space)}")
+    save_config(fitted, output, _why=f"{cfg.config} for {megabytes(card)}")
+    print(f"{output}: batch_size {size}, {rows // size} to a step, for {megabytes(card)}")
 
 
 WORKSPACE_COMMANDS = {"status": status, "newest": print_newest, "backup": backup}
