@@ -98,7 +98,7 @@ class LoopConfig:
     keep_last: PositiveInt = 3  # checkpoints kept beside the best validated one
     early_stopping_patience: PositiveInt | None = None  # validations without a better one
     early_stopping_metric: str = "val_loss"  # lower is better, of accuracies higher
-    report_to: tuple[Literal["wandb", "tensorboard"], ...] = ()  # these get metrics.jsonl, too
+    report_to: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()  # get the log, too
 
     WARMUP = 100  # steps, where warmup_steps is none and the run is long enough
     EVALUATES_START = False  # validate before the first step, too

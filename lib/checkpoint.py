@@ -6,7 +6,6 @@ a model or an optimizer is, train.State knows: it fills the folders.
 """
 
 import contextlib
-import errno
 import json
 import os
 import re
@@ -92,12 +91,11 @@ def find_checkpoint(cfg, say):
         return folder
     problems = []
     for folder in steps:
-        if problem := problem_with(folder):
-            problems.append(f"{folder.name}: {problem}")
-            continue
-        for line in problems:
-            say(f"warning: {line}; going back to {folder.name}")
-        return folder
+        if (problem := problem_with(folder)) is None:
+            for line in problems:
+                say(f"warning: {line}; going back to {folder.name}")
+            return folder
+        problems.append(f"{folder.name}: {problem}")
     if problems or finished:
         why = "; ".join(problems) or "only final/ is there; choose another --output_dir"
         raise UserError(f"{cfg.output_dir}: no sound checkpoint to resume from: {why}")
@@ -108,12 +106,8 @@ def write_tensors(value, path):
     """Writes tensors and builtins; raises OSError if the disk is full or failing."""
     import torch  # here and below: programs that only look at folders need not wait for it
 
-    try:
-        torch.save(value, path)
-    except RuntimeError as problem:  # torch's words for a full disk: "iostream error" and others
-        if "alloc" in str(problem):  # memory is full, not the disk
-            raise
-        raise OSError(errno.EIO, f"disk full or failing: {problem!s:.60}") from None
+    with open(path, "wb") as file:  # given a path, torch raises a RuntimeError of its own
+        torch.save(value, file)
 
 
 def read_tensors(path):
@@ -133,31 +127,29 @@ def whole_folder(folder, cfg, world):
     """Yields a hidden folder to fill; then adds run.json and manifest and renames it to `folder`.
 
     Every rank must enter. A `folder` that exists is replaced: it is broken, or of this very step.
-    If the disk is full or failing, raises UserError and leaves nothing of the hidden folder.
+    Whatever fails, nothing is left of the hidden folder; what a disk refuses is a UserError.
     """
     hidden = folder.with_name(f".tmp-{folder.name}")
     fresh = {"resume_from_checkpoint": None}  # so `train.py FOLDER/run.json` begins at step 0
     fresh |= {"allow_config_change": False, "allow_world_size_change": False}
+    errors, remedy = (OSError, safetensors.SafetensorError), "earlier checkpoints are untouched"
     try:
-        if world.rank == 0:
-            shutil.rmtree(hidden, ignore_errors=True)
-            hidden.mkdir()
-        world.barrier()
-        yield hidden
-        world.barrier()
-        if world.rank == 0:
-            save_config(cfg, hidden / "run.json", _world_size=world.size, **fresh)
-            seal(hidden)
-            remove_folder(folder)
-            os.replace(hidden, folder)
-            fsync(folder.parent)
-        world.barrier()
-    except (OSError, safetensors.SafetensorError, RuntimeError, MemoryError) as problem:
+        with refusing(errors, f"{folder}: not written", remedy):
+            if world.rank == 0:
+                shutil.rmtree(hidden, ignore_errors=True)
+                hidden.mkdir()
+            world.barrier()
+            yield hidden
+            world.barrier()
+            if world.rank == 0:
+                save_config(cfg, hidden / "run.json", _world_size=world.size, **fresh)
+                seal(hidden)
+                remove_folder(folder)
+                os.replace(hidden, folder)
+                fsync(folder.parent)
+            world.barrier()
+    finally:
         shutil.rmtree(hidden, ignore_errors=True)
-        if isinstance(problem, (RuntimeError, MemoryError)):
-            raise  # a lost rank, or no memory: see runtime.open_world
-        why = f"not written ({getattr(problem, 'strerror', None) or problem})"
-        raise UserError(f"{folder}: {why}; earlier checkpoints are untouched") from None
 
 
 def remove_folder(folder):

@@ -1,7 +1,7 @@
 """What a run reports: a line for people, a record for programs, and curves.
 
-Every log step prints one line and appends one JSON object to OUTPUT_DIR/metrics.jsonl; wandb and
-tensorboard get the same records on request. When a run ends, its curves are drawn into its folder.
+Every log step prints one line and appends one JSON object to OUTPUT_DIR/metrics.jsonl; trackers get
+the same records on request. When a run ends, its curves are drawn into its folder.
 """
 
 import contextlib
@@ -34,8 +34,7 @@ class Log:
                 missing = "needs a package that is not installed"
                 raise UserError(f"report_to={name}: {missing}: pip install {name}")
             with self._warning(name):
-                opened = open_wandb if name == "wandb" else open_tensorboard
-                self.trackers[name] = opened(cfg, state)
+                self.trackers[name] = OPENERS[name](cfg, state)
 
     def __enter__(self):
         return self
@@ -111,8 +110,7 @@ class Log:
             f"| lr {lr:.2e} | norm {grad_norm:6.3f} | {rate:>9,.0f} tok/s{mfu} "
             f"| {memory / 1e9:5.2f} GB | {done:4.0%}, {left // 60}:{left % 60:02d} left"
         )
-        if len(stats) > 1:
-            others = [f"{k} {v:.4f}" for k, v in stats.items() if k != "loss"]
+        if others := [f"{k} {v:.4f}" for k, v in stats.items() if k != "loss"]:
             self.world.say("    " + " | ".join(others))
 
     def evaluation(self, state, metrics):
@@ -131,7 +129,7 @@ def writing(path):
     return refusing(OSError, f"{path}: not written", "make room, or choose another place")
 
 
-# ---- wandb and tensorboard
+# ---- trackers: each opens with (cfg, state), and returns (send a record, close)
 
 
 def open_tensorboard(cfg, state):
@@ -160,3 +158,20 @@ def open_wandb(cfg, state):
     session = wandb.init(name=cfg.output_dir, dir=cfg.output_dir, config=config, settings=quiet)
     session.define_metric("*", step_metric="step")  # wandb's own step refuses to go back
     return session.log, session.finish
+
+
+def open_trackio(cfg, state):
+    """Runs stay on this machine, in TRACKIO_DIR; `trackio show --project=mini-llm` draws them."""
+    import trackio
+
+    resume, config = "allow" if state.step else "never", dataclasses.asdict(cfg)
+    session = trackio.init("mini-llm", name=cfg.output_dir, config=config, resume=resume)
+
+    def send(record):
+        numbers = {name: value for name, value in record.items() if name != "step"}
+        session.log(numbers, step=record["step"])
+
+    return send, session.finish
+
+
+OPENERS = {"wandb": open_wandb, "tensorboard": open_tensorboard, "trackio": open_trackio}

@@ -13,7 +13,7 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -45,17 +45,17 @@ class World:
 
     def sum_gradients(self, parameters, bucket=1 << 23):
         """Replaces every gradient by its sum over ranks, about `bucket` numbers at a time."""
-        group, length = [], 0
+        group = []
         for number, p in enumerate(parameters if self.size > 1 else (), 1):
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             group.append(p.grad)
-            length += p.grad.numel()
-            if length >= bucket or number == len(parameters):
+            sizes = [gradient.numel() for gradient in group]
+            if sum(sizes) >= bucket or number == len(parameters):
                 flat = torch.cat([gradient.flatten() for gradient in group])
                 dist.all_reduce(flat)
-                for gradient, total in zip(group, flat.split([g.numel() for g in group])):
+                for gradient, total in zip(group, flat.split(sizes)):
                     gradient.copy_(total.view_as(gradient))
-                group, length = [], 0
+                group = []
 
     def broadcast(self, tensors):
         """Overwrites `tensors` with rank 0's."""
@@ -104,7 +104,6 @@ def open_world(cfg):
 
     What can end every training becomes a UserError: memory that runs out, a rank that is gone.
     """
-
     number = lambda name, default: int(os.environ.get(name, default))
     rank, size = number("RANK", 0), number("WORLD_SIZE", 1)
     if size > 1 and "MASTER_ADDR" not in os.environ:  # set by a cluster's shell, or left over
@@ -129,8 +128,8 @@ def open_world(cfg):
         # torch has a type for it on CUDA only
         words = "(?i)out of memory|can't allocate memory|not enough memory|bad_alloc|ALLOC_FAILED"
         if isinstance(problem, MemoryError) or re.search(words, str(problem)):
-            less = less_memory(cfg)
-            raise UserError(f"out of memory; checkpoints are untouched; {less}") from None
+            why = f"out of memory; checkpoints are untouched; {less_memory(cfg)}"
+            raise UserError(why) from None
         if size > 1 and re.search("(?i)gloo|nccl|connection", str(problem)):
             why = f"whose own message says why ({problem!s:.80})"
             raise UserError(f"rank {rank} lost another rank, {why}") from None
@@ -242,39 +241,27 @@ def memory_used(device):
 
 def less_memory(cfg):
     """Returns how a run of `cfg` goes on in less memory: the end of an error message."""
-    rows, ways = cfg.batch_size * cfg.gradient_accumulation_steps, []
-    if cfg.batch_size > 1:  # a step keeps its rows: nothing changes in what is learned
-        half = next(n for n in range(cfg.batch_size // 2, 0, -1) if rows % n == 0)
-        ways.append(f"--batch_size={half} --gradient_accumulation_steps={rows // half}")
-    if not cfg.gradient_checkpointing:
-        ways.append("--gradient_checkpointing")
+    rows, size = cfg.batch_size * cfg.gradient_accumulation_steps, cfg.batch_size // 2
+    while size and rows % size:  # a step keeps its rows: nothing changes in what is learned
+        size -= 1
+    ways = [f"--batch_size={size} --gradient_accumulation_steps={rows // size}"] if size else []
+    ways += [] if cfg.gradient_checkpointing else ["--gradient_checkpointing"]
     resume = f"continue with --resume_from_checkpoint=auto and {' or '.join(ways)}; else "
     less = "use a shorter --sequence_length or a smaller model (--plan shows what takes how much)"
-    return resume + less if ways else less
+    return resume * bool(ways) + less
 
 
 # ---- GPUs
 
 
-class GPU(NamedTuple):
-    """A GPU by its datasheet."""
-
-    label: str  # occurs in torch's name of it
-    flops: float  # dense bf16 FLOP/s, sums in fp32
-    memory: float  # bytes
-    bandwidth: float  # bytes per second
-
-
 def datasheets():
-    """Returns {name: GPU} of configs/gpus/datasheets.json."""
+    """Returns configs/gpus/datasheets.json, {name: GPU}, as namespaces of its keys and units."""
     entries = read_object(Path(__file__).parents[1] / "configs/gpus/datasheets.json")
-    return {name: GPU(**entry) for name, entry in entries.items() if name[0] != "_"}
+    return {name: SimpleNamespace(**entry) for name, entry in entries.items() if name[0] != "_"}
 
 
 def peak_flops(device):
     """Returns the dense bf16 FLOP/s of the GPU at hand, or None if it is unknown."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     gpus = [gpu for gpu in datasheets().values() if re.search(rf"\b{gpu.label}\b", name)]
     return max(gpus, key=lambda gpu: len(gpu.label)).flops if gpus else None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import urllib.error
 
@@ -131,16 +132,57 @@ def test_gguf_says_what_llama_cpp_must_know(tiny_tokenizer, tmp_path):
     assert factors == pytest.approx(rule, rel=1e-6)
 
 
+def compare_with_llama_cpp(file, model):
+    """Returns the log-probabilities (N,) of the likeliest next ids: llama.cpp's, then ours."""
+    body = {"prompt": IDS[0].tolist(), "n_predict": 1, "n_probs": 400, "temperature": 0}
+    done = llama_cpp(file, True).handle_completions(body)["choices"][0]
+    top = done["logprobs"]["content"][0]["top_logprobs"]
+    assert len(top) > 300
+    ours = logits_of(model)[0, -1].log_softmax(-1)[[entry["id"] for entry in top]]
+    return torch.tensor([entry["logprob"] for entry in top]), ours
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_llama_cpp_computes_what_we_do(shape, tiny_tokenizer, tmp_path):
     own = make(tmp_path / "own", tiny_tokenizer, **SHAPES[shape])
-    server = llama_cpp(export(own, tmp_path / "own.gguf", "gguf"), True)
-    body = {"prompt": IDS[0].tolist(), "n_predict": 1, "n_probs": 400, "temperature": 0}
-    top = server.handle_completions(body)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    ours = logits_of(load_model(own))[0, -1].log_softmax(-1)[[entry["id"] for entry in top]]
-    assert len(top) > 300
+    theirs, ours = compare_with_llama_cpp(
+        export(own, tmp_path / "own.gguf", "gguf"), load_model(own)
+    )
     # llama.cpp keeps keys and values in 16 bits
-    assert ours.tolist() == pytest.approx([entry["logprob"] for entry in top], abs=0.02)
+    assert torch.allclose(ours, theirs, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", ["q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
+def test_llama_cpp_computes_what_we_do_with_the_rounded_weights(dtype, tiny_tokenizer, tmp_path):
+    own = make(tmp_path / "own", tiny_tokenizer)
+    file = export(own, tmp_path / "own.gguf", "gguf", dtype)
+    types, model = gguf.GGMLQuantizationType, load_model(own)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            outer = "embed_tokens" in name or "lm_head" in name
+            kind = types.Q8_0 if outer else types[dtype.upper()]
+            if p.ndim > 1:
+                p.copy_(torch.from_numpy(gguf.dequantize(gguf.quantize(p.numpy(), kind), kind)))
+    kinds = {int(tensor.tensor_type) for tensor in gguf.GGUFReader(file).tensors}
+    assert kinds == {types.F32, types.Q8_0, types[dtype.upper()]}
+    theirs, ours = compare_with_llama_cpp(file, model)
+    print(dtype, (theirs - ours).abs().max(), (theirs - ours).abs().mean())
+    # it multiplies by activations of 8 bits
+    assert (theirs - ours).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("format", ["hf", "gguf"])
+def test_an_export_says_how_to_run_it(format, tiny_tokenizer, tmp_path, capsys):
+    own = make(tmp_path / "own", tiny_tokenizer)
+    (tmp_path / "a b").mkdir()
+    output = export(own, tmp_path / "a b" / "it", format)
+    words = shlex.split(capsys.readouterr().out.split("to run it:")[1])
+    files = {word for word in words if word.startswith(str(tmp_path))}
+    modelfile = {str(output.with_suffix(".Modelfile"))} if format == "gguf" else set()
+    assert files == {str(output)} | modelfile
+    assert all(os.path.exists(file) for file in files)
+    programs = {"gguf": {"llama-server", "ollama", "lms"}, "hf": {"vllm", "mlx_lm.generate"}}
+    assert programs[format] <= set(words)
 
 
 def says(*contents):

@@ -487,7 +487,7 @@ def test_a_full_disk_is_one_line_that_names_the_folder_and_leaves_the_rest(
     shutil.rmtree(damaged / "step_000008")
     before = functools.partial(limited, (straight / "step_000008" / name).stat().st_size - 1)
     line = refused(damaged, before=before, resume_from_checkpoint="auto", **knobs)
-    assert f"{damaged / 'step_000008'}: not written (" in line
+    assert f"{damaged / 'step_000008'}: not written: " in line
     assert "earlier checkpoints are untouched" in line
     assert names(damaged) == ["metrics.jsonl", "run.lock", "step_000006"]
     assert problem_with(damaged / "step_000006") is None

@@ -1,10 +1,12 @@
-"""What a run reports: its curves as a picture, and the logs of wandb and tensorboard."""
+"""What a run reports: its curves as a picture, and what trackers hold of it."""
 
+import contextlib
 import functools
 import importlib.util
 import json
 import os
 import re
+import sqlite3
 import struct
 import subprocess
 
@@ -123,10 +125,10 @@ def test_a_training_leaves_its_curves_or_a_warning(tmp_path, tiny_dataset):
     assert {"final", "step_000008"} <= set(names(out))
 
 
-# ---- wandb and tensorboard
+# ---- trackers
 
 
-@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+@pytest.mark.parametrize("name", ["wandb", "tensorboard", "trackio"])
 def test_a_package_that_is_not_there_is_named_before_training(tmp_path, tiny_dataset, name):
     if importlib.util.find_spec(name):
         pytest.skip(f"{name} is installed")
@@ -204,6 +206,24 @@ def test_wandb_offline_holds_what_metrics_jsonl_says(tmp_path, tiny_dataset):
         row = {k: json.loads(v) for k, v in row.items()}
         read |= {(row["step"], k): v for k, v in row.items() if (row["step"], k) in told(out)}
     assert read == pytest.approx(told(out))
+
+
+def keep_runs_in(folder):
+    os.environ["TRACKIO_DIR"] = str(folder)
+
+
+def test_trackio_holds_what_metrics_jsonl_says_after_a_resume_too(tmp_path, tiny_dataset):
+    pytest.importorskip("trackio")
+    knobs = {"data_path": tiny_dataset, "report_to": "trackio"}
+    knobs["before"] = functools.partial(keep_runs_in, tmp_path / "runs")
+    out = trained(tmp_path / "out", **knobs, max_steps=4)
+    trained(out, resume_from_checkpoint="auto", allow_config_change=True, **knobs)
+    with contextlib.closing(sqlite3.connect(tmp_path / "runs" / "mini-llm.db")) as base:
+        rows = base.execute("SELECT run_name, step, metrics FROM metrics").fetchall()
+    assert {name for name, *_ in rows} == {str(out)}
+    read = {(step, k): v for _, step, row in rows for k, v in json.loads(row).items()}
+    assert {key: read[key] for key in told(out)} == pytest.approx(told(out))
+    assert [value for (_, name), value in read.items() if name == "sample"]
 
 
 @pytest.mark.parametrize(("every", "steps"), [(1, [*range(1, 9)]), (3, [1, 3, 6, 8]), (99, [1, 8])])

@@ -146,28 +146,27 @@ def table(title, rows):
     return "\n".join([title, *(f"  {name:<34} {value}" for name, value in rows.items()), ""])
 
 
-def size_table(cfg, shape, trained, total, ranks=1):
-    """Returns the size of a run of `total` steps (None: unknown)."""
+def needs(cfg, shape, trained, total, ranks=1, *kernels):
+    """Returns the tables of a run of `total` steps (None: unknown): its size, and its memory.
+
+    The memory, with the peak if checkpointing is turned round, is that of a PretrainConfig only.
+    """
     counts = cfg.batch_size, cfg.gradient_accumulation_steps, ranks
-    parameters = f"{count_parameters(shape)['total']:,}, of which {trained:,} are trained"
     rows = {
-        "parameters": parameters,
+        "parameters": f"{count_parameters(shape)['total']:,}, of which {trained:,} are trained",
         "FLOPs per token": f"{flops_per_token(shape) / 1e6:,.1f} million",
         "rows per step": f"{math.prod(counts):,} = {counts[0]} x {counts[1]} x {ranks} ranks",
         "steps": f"{total:,}" if total else "as many as the data or the clock allow",
     }
-    if total and isinstance(cfg, ModelConfig):
-        rows["tokens in all"] = f"{total * tokens_per_step(cfg, ranks):,}"
-    return table(f"plan: {shape.model_name}", rows)
-
-
-def memory_table(cfg, *kernels):
-    """Returns the predicted memory by part, and the peak with checkpointing turned round."""
-    parts, other = memory(cfg, *kernels), not cfg.gradient_checkpointing
-    peak = memory(replace(cfg, gradient_checkpointing=other), *kernels)["peak"]
-    parts |= {f"peak with gradient_checkpointing={str(other).lower()}": peak}
-    rows = {name: f"{value / 1e6:>10,.0f}" for name, value in parts.items()}
-    return table("memory of tensors, predicted, in MB", rows)
+    size, other = f"plan: {shape.model_name}", not cfg.gradient_checkpointing
+    if not isinstance(cfg, ModelConfig):
+        return table(size, rows)
+    rows |= {"tokens in all": f"{total * tokens_per_step(cfg, ranks):,}"} if total else {}
+    parts, turned = memory(cfg, *kernels), replace(cfg, gradient_checkpointing=other)
+    peak = f"peak with gradient_checkpointing={str(other).lower()}"
+    parts |= {peak: memory(turned, *kernels)["peak"]}
+    parts = {name: f"{value / 1e6:>10,.0f}" for name, value in parts.items()}
+    return table(size, rows) + "\n" + table("memory of tensors, predicted, in MB", parts)
 
 
 def time_rows(cfg, seconds, total, ranks=1):
@@ -189,10 +188,8 @@ def local(cfg, model, loader, loss_fn, world):
     state = State(cfg, model, world, dtype)
     total = total_steps(cfg, loader.blocks, world.size) if loader.blocks else cfg.max_steps
     trained = sum(p.numel() for p in state.parameters)
-    world.say(size_table(cfg, model.cfg, trained, total, world.size))
-    if isinstance(cfg, ModelConfig):
-        kernels = world.device.type, dtype.itemsize, compiles(cfg, world.device)
-        world.say(memory_table(cfg, *kernels))
+    kernels = world.device.type, dtype.itemsize, compiles(cfg, world.device)
+    world.say(needs(cfg, model.cfg, trained, total, world.size, *kernels))
     seconds, timed = time_step(cfg, state, loader, loss_fn, world, dtype)
     rows = time_rows(cfg, seconds, total, world.size)
     if timed == cfg.batch_size:
@@ -212,14 +209,13 @@ def find_card(name, option):
 def card_plan(cfg, name):
     """Returns the plan for a card that is elsewhere; UserError for an unknown card."""
     cfg, card = with_vocab_size(cfg), find_card(name, "plan_gpu")
-    seconds, trained = card_seconds(cfg, card), count_parameters(cfg)["total"]
     fits = "yes" if memory(cfg)["peak"] <= card.memory - RESERVE else "NO"
     largest = max(fitting_rows(cfg, card.memory), default=0)
     rows = {
         "datasheet": f"{card.flops / 1e12:.0f} TFLOP/s dense bf16, {card.memory / 1e9:.0f} GB",
         "fits": f"{fits}, with 1 GB left to CUDA; at most {largest} rows (a power of two)",
-        **time_rows(cfg, seconds, cfg.max_steps),
+        **time_rows(cfg, card_seconds(cfg, card), cfg.max_steps),
     }
-    tables = [size_table(cfg, cfg, trained, cfg.max_steps), memory_table(cfg)]
     title = f"on {name}, compiled: extrapolated from an H100 (benchmarks/RESULTS.md)"
-    return "\n".join([*tables, table(title, rows)])
+    tables = needs(cfg, cfg, count_parameters(cfg)["total"], cfg.max_steps)
+    return tables + "\n" + table(title, rows)

@@ -3,8 +3,9 @@
     python -m tools.session quick                      30 minutes: everything once, small
     python -m tools.session evaluation --model_path=checkpoints/dpo
 
-A session is a script below. Each command is printed before it runs and can be typed as it stands.
-The same session started again skips complete trainings and resumes the next.
+A session is a preset in configs/sessions, applied on top of quick.json: minutes and stages, each a
+command, which is printed before it runs and can be typed as it stands. The same session started
+again skips complete trainings and resumes the next.
 """
 
 import io
@@ -16,74 +17,41 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lib.config import PositiveFloat, configure, dispatch, read_object
 from tools.workspace import SESSIONS, Training, newest, next_command
 
+PRESETS = Path(__file__).parents[1] / "configs/sessions"
 LOGS = 20  # logs that are kept
 RESERVED = 0.1  # share of the minutes that trainings leave to the commands after them
 START = 0.3  # minutes that trainings need to start, to validate and to save
-CPU = "configs/sessions/cpu.json"  # smaller batches and shorter rows, where there is no CUDA
 SHARES = {"pretrain": 0.7, "sft": 2 / 3, "dpo": 1.0}  # of the minutes left: the stages that train
-
-# A line is a stage: its name, and its command for python.
-TEXT_TO_CHAT = """
-data: data.py {data}
-pretrain: train.py {presets} --data_path={folder} --vocab_size=none
-samples: data.py create_sample_datasets
-sft: sft.py {sft} --model_path=checkpoints/pretrain/{name} \
- --dataset_path=data/samples/sft_train.jsonl --val_path=data/samples/sft_val.jsonl
-dpo: dpo.py {dpo} --model_path=checkpoints/sft/{name} \
- --dataset_path=data/samples/dpo_train.jsonl --val_path=data/samples/dpo_val.jsonl
-evaluate: eval.py --detailed_output --perplexity_path={folder}/val_00000.jsonl {fast} \
- --model_path={model} --output_dir=evaluation_results/{name}
-assess: eval.py assess evaluation_results/{name}
-ask: sample.py --model_path={model} --chat --prompt="What is the plural of tree?" \
- --temperature=0 --max_new_tokens=24
-"""
-EVALUATION = """
-evaluate: eval.py --detailed_output --model_path={model} --output_dir={results}
-assess: eval.py assess {results}
-samples: sample.py --model_path={model} --prompt=The --num_samples=3
-"""
-DEBUG = """
-environment: -m tools.workspace check-env
-data: data.py configs/datasets/docstrings.json --max_docs=80 --min_length=50 --vocab_size=400 \
- --sequence_length=32 --output_dir={toys}/data --tokenizer_path={toys}/tokenizer.model
-20 steps: train.py configs/sessions/toy.json --data_path={toys}/data --output_dir={toys}/whole
-10 + resume + 10: train.py configs/sessions/toy.json --data_path={toys}/data \
- --output_dir={toys}/half --resume_from_checkpoint={toys}/whole/step_000010
-the same weights: -c "import filecmp, sys; sys.exit(not filecmp.cmp(*sys.argv[1:], False))" \
- {toys}/whole/final/model.safetensors {toys}/half/final/model.safetensors
-sample: sample.py --model_path={toys}/whole --max_new_tokens=8
-"""
-ARCHITECTURE = """
-{stem} report: model.py {preset}
-{stem} steps: train.py {preset} --plan --data_path=none --sequence_length=32 --batch_size=1 \
- --gradient_accumulation_steps=1
-"""
 
 
 @dataclass(frozen=True)
 class SessionConfig:
-    """The options of all sessions; each uses those that concern it."""
+    """A session, and what stands for {train} and other words in its commands."""
 
-    minutes: PositiveFloat | None = None  # the time box; none = as documented
-    config: str = ""  # trainings: a preset applied after the session's own; architecture: one more
-    data: str = "configs/datasets/docstrings.json"  # trainings: the preset of a dataset
+    minutes: PositiveFloat | None = None  # the time box; none = no clock
+    stages: dict = field(default_factory=dict)  # {name: command}, for python
+    train: str = ""  # the presets of trainings
+    sft: str = ""
+    dpo: str = ""
+    cpu: str = ""  # a preset on top of train's, where there is no CUDA
+    evaluate: str = ""  # flags for eval.py
+    config: str = ""  # a preset of yours on top of those; architecture: one more
+    data: str = "configs/datasets/docstrings.json"  # the preset of a dataset
     model_path: str = ""  # evaluation: the model; empty = the newest
-
-
-# ---- a script against a clock
 
 
 class Session:
     """A session while it runs: its clock, its log and the signal that ends it."""
 
-    def __init__(self, name, minutes):
-        self.name, self.minutes, self.start = name, minutes, time.monotonic()
+    def __init__(self, name, cfg):
+        self.name, self.cfg, self.start = name, cfg, time.monotonic()
+        self.minutes = cfg.minutes or math.inf
         self.stopped, self.process = 0, None  # the number of the signal; the running command
         SESSIONS.mkdir(exist_ok=True)
         self.log = io.FileIO(SESSIONS / time.strftime("%Y%m%d_%H%M%S.log"), "a")
@@ -107,19 +75,18 @@ class Session:
         if self.process and os.name == "posix":
             self.process.send_signal(signal.SIGINT)
 
-    def run(self, script, **words):
-        """Runs a script until a stage fails, prints the table and what to do next, and exits.
+    def run(self):
+        """Runs the stages until one fails, prints the table and what to do next, and exits.
 
-        words: what {name} and others stand for. The status is 0, 1 if a stage failed, or 128 + the
-        number of a signal.
+        The status is 0, 1 if a stage failed, or 128 + the number of a signal.
         """
         for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # no SIGHUP on Windows
             signal.signal(getattr(signal, name), self.stop)
-        table, problem = "", ""
-        for line in script.strip().splitlines():
-            given = {"name": self.name, "model": last_model(self.name)} | words
-            stage, _, command = line.format(**given).partition(": ")
-            start, outcome = self.spent, self.outcome_of(stage, shlex.split(command))
+        table, problem, words = "", "", self.words()
+        for stage, command in self.cfg.stages.items():
+            words |= self.model_words() if "{model}" in command else {}
+            start = self.spent
+            outcome = self.outcome_of(stage, shlex.split(command.format(**words)))
             table += f"  {stage:<16}{self.spent - start:6.1f} min  {outcome}\n"
             if outcome.startswith(("stopped", "failed")):
                 problem = f"error: {stage} {outcome}; its last lines above say why\n"
@@ -129,6 +96,27 @@ class Session:
         table = f"\n{self.name}: {self.spent:.1f} minutes\n{table}{problem}"
         self.write(f"{table}log: {self.log.name}\nnext:\n  {next_command()}\n".encode())
         raise SystemExit(128 + self.stopped if self.stopped else int(bool(problem)))
+
+    def words(self):
+        """Returns what stands for {name} and others in a command, as a shell reads it."""
+        import torch
+
+        from corpus.prepare import DataConfig, output_folder
+
+        folder = shlex.quote(str(output_folder(configure(DataConfig, [self.cfg.data]))))
+        words = asdict(self.cfg) | {"name": self.name, "folder": folder, "log": self.log.name[:-4]}
+        words |= {key: words[key] and shlex.quote(words[key]) for key in ("config", "data")}
+        return words | ({"cpu": ""} if torch.cuda.is_available() else {})
+
+    def model_words(self):
+        """Returns {model}: --model_path, the last complete training here, or the newest model."""
+        folders = [Path(f"checkpoints/{kind}/{self.name}") for kind in SHARES]
+        model = next((path for path in folders[::-1] if (path / "final").is_dir()), folders[0])
+        if self.cfg.model_path or "pretrain" not in self.cfg.stages:
+            model = Path(self.cfg.model_path or newest())
+        name = model.parent.name if model.name == "final" else model.name
+        words = {"model": str(model), "results": f"evaluation_results/{name}"}
+        return {key: shlex.quote(word) for key, word in words.items()}
 
     def outcome_of(self, stage, words):
         """Runs a command if there is reason and time to. Returns what the table says of it."""
@@ -164,80 +152,20 @@ class Session:
         return self.process.wait()
 
 
-def last_model(name):
-    """Returns the folder of a session's last training that is complete, else of its first."""
-    folders = [Path(f"checkpoints/{kind}/{name}") for kind in SHARES]
-    return next((folder for folder in folders[::-1] if (folder / "final").is_dir()), folders[0])
+def command_of(path):
+    """Returns the command of a session's preset, as config.dispatch calls it."""
 
+    def command(cfg):
+        Session(path.stem, cfg).run()
 
-# ---- the sessions
+    command.__doc__ = read_object(path)["_why"]
+    return command
 
-
-def text_to_chat(cfg, name, minutes, presets, tune="configs/demo_{}.json", fast=""):
-    """Runs every stage from text to an answer. minutes inf: without a clock.
-
-    presets: of train.py; tune: of sft and dpo, by default all weights; fast: flags for eval.py.
-    """
-    import torch
-
-    from corpus.prepare import DataConfig, output_folder
-
-    folder = output_folder(configure(DataConfig, [cfg.data]))
-    presets = [*presets, *filter(None, [cfg.config])]
-    if CPU in presets and torch.cuda.is_available():
-        presets.remove(CPU)
-    words = {"presets": shlex.join(presets), "data": shlex.quote(cfg.data), "fast": fast}
-    words |= {"folder": shlex.quote(str(folder))}
-    words |= {kind: tune.format(kind) for kind in ("sft", "dpo")}
-    Session(name, cfg.minutes or minutes).run(TEXT_TO_CHAT, **words)
-
-
-def quick(cfg):
-    """30 minutes: documentation -> a small model -> SFT -> DPO -> its numbers, and one answer."""
-    text_to_chat(cfg, "quick", 30, ["configs/demo.json"], fast="--fast_mode --skip_boolq")
-
-
-def prototype(cfg):
-    """2 hours: a tiny model, complete."""
-    text_to_chat(cfg, "prototype", 120, ["configs/tiny.json", CPU])
-
-
-def experiment(cfg):
-    """4 hours: a small model and its fine-tuning with adapters; wants a GPU."""
-    text_to_chat(cfg, "experiment", 240, ["configs/small.json", CPU], tune="configs/{}.json")
-
-
-def full(cfg):
-    """The prototype without a clock: trainings see all their data; --minutes sets a limit."""
-    presets = ["configs/tiny.json", CPU, "configs/sessions/full.json"]
-    text_to_chat(cfg, "full", math.inf, presets)
-
-
-def evaluation(cfg):
-    """1 hour: the newest model, or --model_path: measured in full, assessed, sampled."""
-    model = Path(cfg.model_path) if cfg.model_path else newest()
-    name = model.parent.name if model.name == "final" else model.name
-    words = {"model": model, "results": Path("evaluation_results", name)}
-    words = {key: shlex.quote(str(path)) for key, path in words.items()}
-    Session("evaluation", cfg.minutes or 60).run(EVALUATION, **words)
-
-
-def debug(cfg):
-    """A minute or two: environment, 20 toy steps, the proof that a resume is exact, a sample."""
-    toys = SESSIONS / time.strftime("debug_%Y%m%d_%H%M%S")
-    Session("debug", cfg.minutes or 30).run(DEBUG, toys=toys)
-
-
-def architecture(cfg):
-    """30 minutes: the report of every preset, and a few timed steps of each on short rows."""
-    presets = [p for p in sorted(Path("configs").glob("*.json")) if "n_layer" in read_object(p)]
-    presets += [Path(cfg.config)] if cfg.config else []
-    scripts = [ARCHITECTURE.format(stem=p.stem, preset=shlex.quote(str(p))) for p in presets]
-    Session("architecture", cfg.minutes or 30).run("".join(scripts))
-
-
-SESSION_COMMANDS = (quick, prototype, experiment, full, evaluation, debug, architecture)
 
 if __name__ == "__main__":
-    commands = {function.__name__: (function, SessionConfig) for function in SESSION_COMMANDS}
-    dispatch(commands, sys.argv[1:], __doc__)
+    presets = [p for p in sorted(PRESETS.glob("*.json")) if "minutes" in read_object(p)]
+    commands = {path.stem: (command_of(path), SessionConfig) for path in presets}
+    name, *words = sys.argv[1:] or ["--help"]
+    if name in commands:
+        words = [str(PRESETS / "quick.json"), str(PRESETS / f"{name}.json"), *words]
+    dispatch(commands, [name, *words], __doc__)
