@@ -12,7 +12,6 @@ from typing import Literal
 import numpy as np
 
 from lib.config import UserError, refusing
-from lib.log import writing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +20,7 @@ class CurvesConfig:
 
     runs: tuple[str, ...]  # their output folders
     x: Literal["tokens", "steps", "minutes"] = "tokens"  # what the curves are drawn over
-    output: str = "curves.png"  # the picture: .png or .svg
+    output: str = "curves.png"  # the picture, of a kind that matplotlib writes: .png, .svg, .pdf
 
 
 def read_run(folder, x):
@@ -78,15 +77,13 @@ def running_mean(y):
 
 
 def draw_curves(folders, x, output):
-    """Draws the runs in `folders` to `output`, a .png or .svg."""
+    """Draws the runs in `folders` to `output`; its suffix says in which format."""
     figure = figure_of({str(folder): read_run(folder, x) for folder in folders}, x)
-    with writing(output):
+    with refusing((OSError, ValueError), f"output {output}: not drawn", "name a .png or .svg"):
         figure.savefig(output)
 
 
 def curves(cfg):
     """Draw the curves of runs, by their output folders: python train.py curves RUN [RUN ...]"""
-    if not cfg.output.endswith((".png", ".svg")):
-        raise UserError(f"output {cfg.output}: must end in .png or .svg")
     draw_curves(cfg.runs, cfg.x, cfg.output)
     print(f"wrote {cfg.output}")

@@ -107,36 +107,35 @@ def check_tokenizer(cfg, tokenizer):
         print(f"warning: tokenizer.model {habits}, its export does not: some texts get other ids")
 
 
-# llama.cpp's names (its src/llama-vocab.cpp) for the pre_tokenizer of a tokenizer.json, the regex
-# of a Split or ByteLevel's own "words", and ignore_merges: is a word that is a piece one id?
+# llama.cpp's names (its src/llama-vocab.cpp) for the steps of a tokenizer.json's pre_tokenizer, as
+# `step_name` has them, and for its ignore_merges: is a word that is a piece one id?
 WORD_REGEX = r"|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 WORD_REGEX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)" + WORD_REGEX
 PRE_TOKENIZERS = {
-    (WORD_REGEX % r"\p{N}{1,3}", True): "llama-bpe",
-    (WORD_REGEX % r"\p{N}{1,3}", False): "dbrx",
-    (WORD_REGEX % r"\p{N}", False): "qwen2",
-    ("digits, words", False): "smollm",
+    (WORD_REGEX % r"\p{N}{1,3}", "bytes", True): "llama-bpe",
+    (WORD_REGEX % r"\p{N}{1,3}", "bytes", False): "dbrx",
+    (WORD_REGEX % r"\p{N}", "bytes", False): "qwen2",
+    ("digits", "words", False): "smollm",
     ("words", False): "gpt-2",
 }
+
+
+def step_name(step):
+    """Returns the regex of a Split, or a name for another step that llama.cpp knows, else None."""
+    match step:
+        case {"type": "Digits", "individual_digits": True}:
+            return "digits"
+        case {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated"}:
+            return regex
+        case {"type": "ByteLevel"} if not step.get("add_prefix_space"):
+            return "words" if step.get("use_regex", True) else "bytes"
 
 
 def pre_tokenizer_name(spec):
     """Returns llama.cpp's name for how a byte-level tokenizer.json cuts texts, or None."""
     step = spec["pre_tokenizer"] or {}
-    *before, last = step.get("pretokenizers", [step])
-    match before:
-        case []:
-            cut = "words"
-        case [{"type": "Digits", "individual_digits": True}]:
-            cut = "digits, words"
-        case [{"type": "Split", "pattern": {"Regex": cut}, "behavior": "Isolated"}]:
-            pass
-        case _:
-            return None
-    own_regex = last.get("use_regex", True) == cut.endswith("words")
-    if last.get("type") != "ByteLevel" or last.get("add_prefix_space") or not own_regex:
-        return None
-    return PRE_TOKENIZERS.get((cut, bool(spec["model"].get("ignore_merges"))))
+    steps = map(step_name, step.get("pretokenizers", [step]))
+    return PRE_TOKENIZERS.get((*steps, bool(spec["model"].get("ignore_merges"))))
 
 
 def check_byte_level(path, spec):

@@ -200,30 +200,11 @@ def paths_to_keep():
     return [path for path in paths if path.exists()]
 
 
-def write_backup(path, folder, secret):
-    """Packs in `folder`, encrypts if `secret`, reads back, and moves the file to `path`.
-
-    A link is packed as a link. Returns the number of files, folders and links.
-    """
-    archive, encrypted = folder / "backup.tar.gz", folder / "encrypted"
-    with tarfile.open(archive, "w:gz") as tar:
-        for root in paths_to_keep():
-            tar.add(root, root.as_posix())
-        names = tar.getnames()
-    if secret:
-        subprocess.run([*OPENSSL, "-in", archive, "-out", encrypted], check=True)
-        subprocess.run([*OPENSSL, "-d", "-in", encrypted, "-out", archive], check=True)
-    with tarfile.open(archive) as tar:  # to its end: gzip checks every byte
-        if tar.getnames() != names:
-            raise tarfile.TarError("it does not hold what was written")
-    os.replace(encrypted if secret else archive, path)
-    return len(names)
-
-
 def backup(cfg):
     """Presets, models, newest checkpoints and evaluations in one file, read back afterwards.
 
-    With BACKUP_PASSPHRASE in the environment openssl encrypts it (AES-256, PBKDF2).
+    With BACKUP_PASSPHRASE in the environment openssl encrypts it (AES-256, PBKDF2). A link is
+    packed as a link.
     """
     secret = os.environ.get("BACKUP_PASSPHRASE")  # not an option: all see a process's words
     if secret == "":
@@ -237,8 +218,19 @@ def backup(cfg):
     with refusing(errors, f"{path}: no backup was kept", remedy):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=path.parent) as folder:
-            count = write_backup(path, Path(folder), secret)
-    print(f"{path}: {count:,} files and folders, {megabytes(path.stat().st_size)}")
+            archive, encrypted = Path(folder, "backup.tar.gz"), Path(folder, "encrypted")
+            with tarfile.open(archive, "w:gz") as tar:
+                for root in paths_to_keep():
+                    tar.add(root, root.as_posix())
+                names = tar.getnames()
+            if secret:
+                subprocess.run([*OPENSSL, "-in", archive, "-out", encrypted], check=True)
+                subprocess.run([*OPENSSL, "-d", "-in", encrypted, "-out", archive], check=True)
+            with tarfile.open(archive) as tar:  # to its end: gzip checks every byte
+                if tar.getnames() != names:
+                    raise tarfile.TarError("it does not hold what was written")
+            os.replace(encrypted if secret else archive, path)
+    print(f"{path}: {len(names):,} files and folders, {megabytes(path.stat().st_size)}")
     words = f"{' '.join(OPENSSL)} -d -in {{}} | tar -xz" if secret else "tar -xzf {}"
     print("to unpack:", words.format(shlex.quote(str(path))))
 
@@ -284,13 +276,6 @@ def clean_sessions(cfg):
 # ---- the machine
 
 
-def version_of(package):
-    """Returns the version of an installed package, None if it is not installed."""
-    with suppress(metadata.PackageNotFoundError):
-        return metadata.version(package)
-    return None
-
-
 def describe_machine():
     """Returns cores, load and memory, as far as the system tells: all of it on Linux."""
     parts = [f"{os.cpu_count()} cores"]
@@ -316,16 +301,17 @@ def describe_cuda():
 def check_env(cfg=None):
     """What this machine has for the programs; exits 1 if something required is missing."""
     text = (Path(__file__).parents[1] / "requirements.txt").read_text(encoding="utf-8")
-    required = {name: version_of(name) for name in re.findall(r"^([\w-]+)[=>]", text, flags=re.M)}
-    missing = [package for package, version in required.items() if version is None]
+    required = re.findall(r"^([\w-]+)[=>]", text, flags=re.M)
+    versions = {d.name.lower().replace("_", "-"): d.version for d in metadata.distributions()}
+    missing = [package for package in required if package not in versions]
     disk = shutil.disk_usage(".")
     rows = {"python": f"{platform.python_version()} on {platform.platform()}"}
-    rows |= {package: version or "MISSING" for package, version in required.items()}
-    rows |= {"CUDA": describe_cuda()} if required["torch"] else {}
+    rows |= {package: versions.get(package, "MISSING") for package in required}
+    rows |= {"CUDA": describe_cuda()} if "torch" in versions else {}
     rows |= {"machine": describe_machine()}
     rows |= {"disk here": f"{megabytes(disk.free)} free of {megabytes(disk.total)}"}
     for package, use in re.findall(r"^# ([\w-]+): (.*)", text, flags=re.M):
-        rows[f"{package} (optional)"] = f"{version_of(package) or 'not installed'}: {use}"
+        rows[f"{package} (optional)"] = f"{versions.get(package, 'not installed')}: {use}"
     print("\n".join(f"{name:<24}{value}" for name, value in rows.items()))
     if missing:
         print(f"\nmissing: {', '.join(missing)}; install them: make install")
