@@ -34,7 +34,7 @@ class Log:
                 missing = "needs a package that is not installed"
                 raise UserError(f"report_to={name}: {missing}: pip install {name}")
             with self._warning(name):
-                self.trackers[name] = OPENERS[name](cfg, state)
+                self.trackers[name] = TRACKERS[name](cfg, state)
 
     def __enter__(self):
         return self
@@ -174,4 +174,4 @@ def open_trackio(cfg, state):
     return send, session.finish
 
 
-OPENERS = {"wandb": open_wandb, "tensorboard": open_tensorboard, "trackio": open_trackio}
+TRACKERS = {"wandb": open_wandb, "tensorboard": open_tensorboard, "trackio": open_trackio}

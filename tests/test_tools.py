@@ -118,8 +118,7 @@ PRESETS = {path.stem: path for path in session.PRESETS.glob("*.json")}
 
 
 @pytest.mark.parametrize("name", [n for n in PRESETS if "minutes" in read_object(PRESETS[n])])
-def test_every_command_of_a_session_is_one_that_its_program_takes(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_every_command_of_a_session_is_one_that_its_program_takes(name, folder):
     presets = [str(PRESETS[each]) for each in ("quick", name)]
     box = session.Session(name, configure(session.SessionConfig, [*presets, "--model_path=a b"]))
     words = box.words() | box.model_words()
