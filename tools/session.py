@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from lib.config import PositiveFloat, configure, dispatch, read_object
+from lib.config import PositiveFloat, configure, dispatch, read_object, refusing
 from tools.workspace import SESSIONS, Training, newest, next_command
 
 PRESETS = Path(__file__).parents[1] / "configs/sessions"
@@ -85,8 +85,9 @@ class Session:
         table, problem, words = "", "", self.words()
         for stage, command in self.cfg.stages.items():
             words |= self.model_words() if "{model}" in command else {}
-            start = self.spent
-            outcome = self.outcome_of(stage, shlex.split(command.format(**words)))
+            with refusing((LookupError, ValueError), f"{self.name}: {stage}: {command}"):
+                command = shlex.split(command.format(**words))
+            start, outcome = self.spent, self.outcome_of(stage, command)
             table += f"  {stage:<16}{self.spent - start:6.1f} min  {outcome}\n"
             if outcome.startswith(("stopped", "failed")):
                 problem = f"error: {stage} {outcome}; its last lines above say why\n"
@@ -158,7 +159,7 @@ def command_of(path):
     def command(cfg):
         Session(path.stem, cfg).run()
 
-    command.__doc__ = read_object(path)["_why"]
+    command.__doc__ = read_object(path).get("_why", path.name)
     return command
 
 
