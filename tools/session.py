@@ -105,11 +105,8 @@ class Session:
         from corpus.prepare import DataConfig, output_folder
 
         folder = shlex.quote(str(output_folder(configure(DataConfig, [self.cfg.data]))))
-        words = asdict(self.cfg) | {
-            "name": self.name,
-            "folder": folder,
-            "log": self.log.name.with_suffix(""),
-        }
+        words = asdict(self.cfg) | {"name": self.name, "folder": folder}
+        words["log"] = self.log.name.with_suffix("")  # a folder beside it, for toys
         words |= {key: words[key] and shlex.quote(words[key]) for key in ("config", "data")}
         return words | ({"cpu": ""} if torch.cuda.is_available() else {})
 
