@@ -1,15 +1,12 @@
 """Direct preference optimization (Rafailov et al. 2023), on pairs of answers to a prompt.
 
     python dpo.py configs/dpo.json --model_path=checkpoints/sft/final --dataset_path=pairs.jsonl
-    python dpo.py configs/dpo.json ... --beta=0.1 --loss=ipo
-    python dpo.py configs/dpo.json ... --lora_r=0 --learning_rate=5e-7
+    python dpo.py configs/dpo.json ... --beta=0.1 --loss=ipo --lora_r=0 --learning_rate=5e-7
 
-The policy is what is trained; the reference is what training begins from: the model in model_path,
-an adapter merged into its base first, without the adapter that is trained here. No second model is
-loaded: the new adapter is turned off, or the reference's log-probabilities are computed once
-beforehand. There is no dropout, because two probabilities of the same answer are compared. So the
-first loss is ln 2 and the first margin 0, and both are asserted. Both answers of a pair go through
-the model in one forward, and only their tokens through the head.
+The reference is what training begins from: the model in model_path, an adapter merged first. No
+second model is loaded: the new adapter is turned off, or the reference's log-probabilities are
+computed once beforehand. There is no dropout, because two probabilities of the same answer are
+compared. So the first loss is ln 2 and the first margin 0, and both are asserted.
 """
 
 import math
@@ -21,34 +18,23 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import sft
 from corpus.chats import read_pairs
 from data import ExampleStream, supervised_rows
-from lib.checkpoint import check_unused
 from lib.config import PositiveFloat, PositiveInt, Range, UserError, run
 from lib.conversation import render_answer, render_rows
 from lib.runtime import autocast, choose_dtype, open_world, to_device
-from lib.tokenizer import IGNORE, Tokenizer
-from model import choose_attention, linear_cross_entropy, lora_off, model_folder, supervised_hidden
-from sft import (
-    FineTuningConfig,
-    add_adapter,
-    answer_to,
-    for_rows,
-    model_files,
-    open_base,
-    read_split,
-    validation,
-)
-from train import fit, rows_per_step
+from lib.tokenizer import IGNORE
+from model import choose_attention, label_nats, lora_off
+from train import fit, rows_per_step, total_steps
 
-METRIC_NAMES = (  # TRL's names; of validations they begin with val_
-    "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
-    "logps/chosen", "logps/rejected",
-)  # fmt: skip
+# TRL's names; of validations they begin with val_
+METRIC_NAMES = "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"
+METRIC_NAMES += "logps/chosen", "logps/rejected"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPOConfig(FineTuningConfig):
+class DPOConfig(sft.FineTuningConfig):
     """Preference optimization, on pairs of answers."""
 
     loss: Literal["sigmoid", "ipo"] = "sigmoid"  # DPO's own, or IPO's (Azar et al. 2023)
@@ -62,20 +48,17 @@ class DPOConfig(FineTuningConfig):
     # decides which is best
     early_stopping_metric: Literal["val_loss", "val_rewards/accuracies"] = "val_loss"
 
-    PASSES, STEPS = 1, 50
+    PASSES, STEPS, DROPOUT = 1, 50, False
 
     def __post_init__(self):
-        FineTuningConfig.__post_init__(self)
-        if self.lora_dropout:
-            raise ValueError("lora_dropout must be 0: two probabilities of an answer are compared")
+        super().__post_init__()
         if self.loss == "ipo" and self.label_smoothing:
             raise ValueError("label_smoothing belongs to loss=sigmoid; IPO is robust without it")
         if not self.lora_r and self.precompute_ref is False:
             raise ValueError("precompute_ref=false needs an adapter to turn off, and lora_r is 0")
 
 
-# ----------------------------------------------------------------------------------------------
-# The losses: tensors in, tensors out. Of B pairs, y_w is the chosen answer to x, y_l the rejected
+# ---- The losses: tensors in, tensors out. Of B pairs, y_w is the chosen answer to x, y_l the other
 
 
 def sigmoid_loss(margin, beta, label_smoothing=0.0):
@@ -119,46 +102,28 @@ def preference_loss(cfg):
             losses = ipo_loss(chosen - rejected, cfg.beta)
         else:
             losses = sigmoid_loss(chosen - rejected, cfg.beta, cfg.label_smoothing)
-        return losses.sum(), pair_metrics(policy.detach(), cfg.beta * gain.detach())
+        won, lost = (cfg.beta * gain.detach()).chunk(2)  # the rewards, (B,) each
+        metrics = won, lost, (won > lost).float(), won - lost, *policy.detach().chunk(2)
+        return losses.sum(), {n: m.sum() for n, m in zip(METRIC_NAMES, metrics, strict=True)}
 
     return loss_fn
 
 
 def answer_log_probs(model, batch):
     """Returns (log p, number of tokens) of each row's answer, (2 B,) each, summed in float32."""
-    # the head sees the N supervised positions of all rows alone; "where" tells the row of each
-    hidden, labels = supervised_hidden(model, batch), batch["labels"]  # (N, C), (N,)
-    # (N,), -log p of each label
-    nats = linear_cross_entropy(hidden, model.lm_head.weight, labels, reduction="none")
+    nats = label_nats(model, batch)  # (N,), of the supervised positions of all rows
     rows, length = batch["ids"].shape
-    row, supervised = batch["where"] // length, (labels != IGNORE).float()
+    row, supervised = batch["where"] // length, (batch["labels"] != IGNORE).float()
     zeros = torch.zeros(rows, device=nats.device)
     return zeros.index_add(0, row, -nats), zeros.index_add(0, row, supervised)
 
 
-def pair_metrics(policy, rewards):
-    """Returns the sums of METRIC_NAMES; policy (2 B,) log p, rewards (2 B,) beta log pi / ref."""
-    chosen, rejected = rewards.chunk(2)
-    values = (chosen, rejected, (chosen > rejected).float(), chosen - rejected, *policy.chunk(2))
-    return {name: value.sum() for name, value in zip(METRIC_NAMES, values, strict=True)}
-
-
-# ----------------------------------------------------------------------------------------------
-# Training
-
-
 def main(cfg):
     with open_world(cfg) as world:
-        tokenizer = Tokenizer.load(model_folder(cfg.model_path))
+        tokenizer = sft.open_tokenizer(cfg, trained=True)
         template = tokenizer.template
-        if template is None:
-            none = "names no chat template; train it with sft.py first"
-            raise UserError(f"{cfg.model_path}: {none}")
-        check_unused(cfg)
-        rows, held_out, sha256 = read_split(cfg, read_pairs, "prompt", world.say)
-        model, base, length = open_base(cfg, tokenizer)
-        add_adapter(cfg, model)
-        turn_dropout_off(model)
+        rows, held_out, sha256 = sft.read_split(cfg, read_pairs, "prompt", world.say)
+        cfg, model, base, length = sft.open_base(cfg, tokenizer)
         collate = lambda pairs: pair_rows(pairs, length, tokenizer.pad_id)
 
         def stream(rows, purpose):
@@ -170,12 +135,12 @@ def main(cfg):
             render_answer(tokenizer, rows[0]["prompt"], rows[0]["chosen"], template)  # may refuse
             same = f"no two different answers within {length} positions"
             raise UserError(f"{cfg.dataset_path}: {same}; use a longer --sequence_length")
-        cfg = for_rows(cfg, loader, val_stream, world)
+        cfg = sft.for_rows(cfg, loader, val_stream, world)
         loss_fn, context = preference_loss(cfg), model.cfg.sequence_length
         questions = [row["prompt"] for row in held_out or rows]
-        show = answer_to(cfg, tokenizer, template, questions, context)
+        show = sft.answer_to(cfg, tokenizer, template, questions, context)
         watch = partial(watch_chosen, cfg, world.say)
-        validate = validation(cfg, world, val_stream, loss_fn, METRIC_NAMES, show, watch)
+        validate = sft.validation(world, val_stream, loss_fn, METRIC_NAMES, show, watch)
         dtype, _ = choose_dtype(cfg.dtype, world.device)  # here and below as in training
         attention, _ = choose_attention(world.device, context, dtype, cfg.flash_attn)
         model.to(world.device).use_attention(attention)
@@ -185,17 +150,8 @@ def main(cfg):
                 for pairs in (loader, val_stream):
                     pairs.examples = with_reference(model, pairs, world)
             check_start(cfg, loss_fn, model, loader, world, dtype)
-        files = model_files(cfg, base, tokenizer, template, sha256)
+        files = sft.tuned_files(cfg, base, tokenizer, template, sha256)
         fit(cfg, model, loader, loss_fn, world, validate, *files)
-
-
-def turn_dropout_off(model):
-    """Sets every dropout of `model` to 0, whatever its configuration says."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    for block in model.model.layers:
-        block.self_attn.dropout = 0.0
 
 
 class Pair(NamedTuple):
@@ -224,10 +180,8 @@ def make_pairs(rows, purpose, tokenizer, template, length, say):
         else:
             pairs.append(Pair(*sides))
             cut += longest > length + 1
-    say(
-        f"{len(pairs):,} pairs {purpose}, {cut:,} cut to {length} positions; dropped: "
-        f"{equal:,} with equal answers, {late:,} whose answer begins beyond"
-    )
+    dropped = f"{equal:,} with equal answers, {late:,} whose answer begins beyond"
+    say(f"{len(pairs):,} pairs {purpose}, {cut:,} cut to {length} positions; dropped: {dropped}")
     return pairs
 
 
@@ -240,22 +194,16 @@ def pair_rows(pairs, length, pad_id):
     return batch
 
 
-# ----------------------------------------------------------------------------------------------
-# The reference
+# ---- The reference
 
 
 def precomputes(cfg, loader, world):
-    """Returns whether the reference is computed beforehand: by default, if every pair will be used.
-
-    Not for a plan, which is to be quick: each timed step computes that of its own pairs.
-    """
-    if cfg.plan:
+    """Returns whether the reference is computed beforehand: by default, if every pair is used."""
+    if cfg.plan or cfg.precompute_ref is False:  # a plan is to be quick
         return False
-    if cfg.precompute_ref is not None or not cfg.lora_r:
-        return cfg.precompute_ref is not False
-    if cfg.max_steps:
-        return cfg.max_steps * rows_per_step(cfg, world.size) >= loader.blocks
-    return not cfg.max_minutes and (cfg.num_train_epochs or 1) >= 1
+    steps = 0 if cfg.max_minutes else total_steps(cfg, loader.blocks, world.size)
+    every = steps * rows_per_step(cfg, world.size) >= loader.blocks
+    return bool(cfg.precompute_ref) or not cfg.lora_r or every
 
 
 def with_reference(model, stream, world):
@@ -271,12 +219,9 @@ def with_reference(model, stream, world):
 
 def check_start(cfg, loss_fn, model, stream, world, dtype):
     """Asserts that policy and reference begin as one: margin 0, loss ln 2 (IPO: 1 / (2 beta)^2)."""
-    sums = np.zeros(3)
-    for _, batch in world.batches(stream, min(cfg.batch_size, stream.blocks), cfg.batch_size):
-        loss, metrics = loss_fn(model, to_device(batch, world.device))
-        sums += [loss.item(), metrics["rewards/margins"].item(), batch["count"]]
-    loss, margin, pairs = world.sum(*sums)
-    loss, margin = loss / pairs, margin / pairs
+    batch = stream.rows(0, cfg.batch_size)
+    loss, metrics = loss_fn(model, to_device(batch, world.device))
+    loss, margin = (n.item() / batch["count"] for n in (loss, metrics["rewards/margins"]))
     expected = math.log(2) if cfg.loss == "sigmoid" else 1 / (2 * cfg.beta) ** 2
     near = 0.001 if dtype == torch.float32 else 0.1
     assert abs(margin) < 10 * near * cfg.beta, f"the first margin is {margin}"
@@ -285,11 +230,7 @@ def check_start(cfg, loss_fn, model, stream, world, dtype):
 
 
 def watch_chosen(cfg, say, metrics):
-    """Warns when the chosen answers have lost a tenth of their log p under the reference.
-
-    The loss only asks that they lose less than the rejected ones: it may fall while both become
-    unlikely.
-    """
+    """Warns when the chosen answers have lost a tenth of their log p: the loss may still fall."""
     now = metrics["val_logps/chosen"]
     before = now - metrics["val_rewards/chosen"] / cfg.beta
     if now < before - 0.1 * abs(before):

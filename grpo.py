@@ -11,11 +11,9 @@ An answer is a function of weights, seed, step, question and number: a resumed r
 """
 
 import copy
-import json
 from collections import deque
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -23,16 +21,14 @@ import torch
 
 from corpus.rewards import load_reward, read_questions, reward_of, right
 from data import ExampleStream, supervised_rows
-from dpo import turn_dropout_off
-from lib.checkpoint import check_unused
 from lib.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError, run
 from lib.conversation import stop_ids
 from lib.folders import hash_fraction
+from lib.log import read_records
 from lib.runtime import autocast, choose_dtype, open_world
-from lib.tokenizer import Tokenizer
-from model import linear_cross_entropy, lora_off, model_folder, supervised_hidden
+from model import label_nats, lora_off
 from sample import Engine, Request, Sampling
-from sft import FineTuningConfig, add_adapter, for_rows, model_files, open_base, read_split
+from sft import FineTuningConfig, for_rows, open_base, open_tokenizer, read_split, tuned_files
 from train import fit
 
 SLOTS = 128  # answers that are written side by side; one that ends makes room for the next
@@ -64,12 +60,10 @@ class GRPOConfig(FineTuningConfig):
     eval_rows: PositiveInt = 128  # held-out questions that each validation asks
     early_stopping_metric: Literal["val_accuracy", "val_reward"] = "val_accuracy"  # of the best
 
-    PASSES, STEPS, EVALUATES_START = 1, 100, True
+    PASSES, STEPS, EVALUATES_START, DROPOUT = 1, 100, True, False
 
     def __post_init__(self):
         super().__post_init__()
-        if self.lora_dropout:
-            raise ValueError("lora_dropout must be 0: two probabilities of an answer are compared")
         if self.num_generations < 2:
             raise ValueError("num_generations must be at least 2: a group's answers are compared")
         if self.save_steps % self.num_iterations or self.eval_steps % self.num_iterations:
@@ -77,8 +71,7 @@ class GRPOConfig(FineTuningConfig):
             raise ValueError(f"save_steps and eval_steps must be {steps}: answers are not saved")
 
 
-# ----------------------------------------------------------------------------------------------
-# The losses: tensors in, tensors out. Q questions with G answers each, N tokens of answers
+# ---- The losses: tensors in, tensors out. Q questions with G answers each, N tokens of answers
 
 
 def advantages(rewards, scaled):
@@ -115,7 +108,7 @@ def token_weight(loss, length, mean_length, longest):
     """Returns the weight of a token in an answer of `length`; their sum is divided by the answers.
 
     grpo: each answer counts 1 (Shao et al. 2024, equation 3); dapo: each token counts alike (Yu et
-    al. 2025, equation 12); dr_grpo: also, by a constant (Liu et al. 2025, figure 1).
+    al. 2025, equation 12); dr_grpo: also, by a constant (Liu et al. 2025, section 3.2).
     """
     return 1 / {"grpo": length, "dapo": mean_length, "dr_grpo": longest}[loss]
 
@@ -125,29 +118,19 @@ def policy_loss(cfg, reference):
     names = *MEANS, *(f"reward/{name}" for name in cfg.reward)
 
     def loss_fn(model, batch):
-        policy, sums = answer_log_p(model, batch), dict(zip(names, batch["means"]))
+        policy, sums = -label_nats(model, batch), dict(zip(names, batch["means"]))  # (N,) log p
         old = batch["log_p"] if cfg.num_iterations > 1 else policy.detach()
         bounds = cfg.epsilon, cfg.epsilon_high
         losses, clipped = clipped_loss(policy - old, batch["advantage"], *bounds)
         sums["clipped"] = clipped.sum() / batch["mean_length"]
         if cfg.beta:
             with torch.no_grad(), lora_off(model):
-                before = answer_log_p(reference or model, batch)
+                before = -label_nats(reference or model, batch)
             kl = kl_estimate(before - policy)
             losses, sums["kl"] = losses + cfg.beta * kl, kl.detach().sum() / batch["mean_length"]
         return (losses * batch["weight"]).sum(), sums
 
     return loss_fn
-
-
-def answer_log_p(model, batch):
-    """Returns log p of the answers' tokens, (N,); 0 where N is padded."""
-    hidden = supervised_hidden(model, batch)  # (N, C)
-    return -linear_cross_entropy(hidden, model.lm_head.weight, batch["labels"], reduction="none")
-
-
-# ----------------------------------------------------------------------------------------------
-# Answers
 
 
 @dataclass(eq=False, kw_only=True)
@@ -164,8 +147,8 @@ class Answer(Request):
 class Rollouts(ExampleStream):
     """Questions as a stream whose batches are answers of the model as it is.
 
-    Micro-steps and ranks divide the questions of a step, as in every stream. A rank's are answered
-    together when its first batch is asked for; the others must be asked for in their order.
+    A rank's questions of a step are answered together when its first batch is asked for; the others
+    must be asked for in their order.
     """
 
     def __init__(self, cfg, questions, model, tokenizer, functions, world):
@@ -261,10 +244,6 @@ class Rollouts(ExampleStream):
         return batch | {"count": len(answers), "tokens": read}
 
 
-# ----------------------------------------------------------------------------------------------
-# Validation and training
-
-
 def answers_validation(cfg, world, held_out):
     """Returns validate(model): the worth of answers to held-out questions, and one with its group.
 
@@ -275,6 +254,9 @@ def answers_validation(cfg, world, held_out):
     checkable = all(question["checkable"] for question in held_out.examples)
     names = "val_reward", "val_accuracy", "val_pass@1", f"val_pass@{len(G)}"
     names = names if checkable else names[:1]
+    if cfg.early_stopping_patience and cfg.early_stopping_metric not in names:
+        unchecked = f"{cfg.early_stopping_metric}: nothing checks the answers to held-out questions"
+        raise UserError(f"early_stopping_metric={unchecked}; use val_reward")
 
     def validate(model):
         totals, texts = np.zeros(5), {}
@@ -302,9 +284,7 @@ def answers_validation(cfg, world, held_out):
 
 def watch_accuracy(cfg, accuracy, world):
     """Warns if the reward has risen since the start and held-out accuracy has not."""
-    path = Path(cfg.output_dir) / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    records = [json.loads(line) for line in lines]
+    records = read_records(cfg.output_dir)
     rewards = [record["reward"] for record in records if "reward" in record]
     before = [record["val_accuracy"] for record in records if "val_accuracy" in record]
     part = len(rewards) // 4
@@ -316,17 +296,11 @@ def watch_accuracy(cfg, accuracy, world):
 
 def main(cfg):
     with open_world(cfg) as world:
-        tokenizer = Tokenizer.load(model_folder(cfg.model_path))
-        if tokenizer.template is None:
-            none = "names no chat template; train it with sft.py first"
-            raise UserError(f"{cfg.model_path}: {none}")
-        check_unused(cfg)
+        tokenizer = open_tokenizer(cfg, trained=True)
         functions = {name: load_reward(name) for name in cfg.reward}
         read = partial(read_questions, tokenizer=tokenizer, checked="right" in cfg.reward)
         rows, held_out, sha256 = read_split(cfg, read, "prompt", world.say)
-        model, base, length = open_base(cfg, tokenizer)
-        add_adapter(cfg, model)
-        turn_dropout_off(model)
+        cfg, model, base, length = open_base(cfg, tokenizer)
         reference = copy.deepcopy(model).to(world.device) if cfg.beta and not cfg.lora_r else None
 
         def stream(rows, purpose):
@@ -341,7 +315,7 @@ def main(cfg):
             raise UserError(f"{cfg.dataset_path}: {room}; lower --max_new_tokens")
         cfg = for_rows(cfg, loader, val_stream, world)
         validate = answers_validation(cfg, world, val_stream)
-        files = model_files(cfg, base, tokenizer, tokenizer.template, sha256)
+        files = tuned_files(cfg, base, tokenizer, tokenizer.template, sha256)
         fit(cfg, model, loader, policy_loss(cfg, reference), world, validate, *files)
 
 

@@ -2,10 +2,9 @@
 
     python model.py configs/tiny.json      architecture report: exact counts, FLOPs, memory by part
 
-The network is LLaMA's (Touvron et al. 2023): RMSNorm before each branch, rotary positions, SwiGLU,
-grouped-query attention, no biases; by two options Qwen3's (a norm on queries and keys) or Qwen2's
-(biases on queries, keys, values). Submodules have the names of Hugging Face's LlamaForCausalLM, so
-`state_dict()` is the file and nothing needs converting. Nothing here knows text, ranks or training.
+The network is LLaMA's (Touvron et al. 2023); by two options Qwen3's (a norm on queries and keys) or
+Qwen2's (biases on queries, keys, values). Submodules have the names of Hugging Face's
+LlamaForCausalLM, so `state_dict()` is the file. Nothing here knows text, ranks or training.
 
 Shapes:  B batch    T positions    S keys to look at, T or more with a cache    V vocabulary
          C width of the residual stream    H query heads    K key/value heads    D head width
@@ -31,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from lib import config
-from lib.config import Fraction, Option, PositiveFloat, Range, UserError, option_of, refusing
+from lib.config import Fraction, Option, PositiveFloat, PositiveInt, Range, UserError, refusing
 from lib.folders import refuse_pointer
 
 
@@ -68,9 +67,8 @@ class ModelConfig:
             raise ValueError(f"d_model {C} is not divisible by n_head {H}")
         if H % K:
             raise ValueError(f"n_head {H} is not divisible by num_key_value_heads {K}")
-        if self.head_width % 2:
-            width = f"head_dim, or d_model / n_head, is {self.head_width}"
-            raise ValueError(f"{width}, which is odd; RoPE turns pairs")
+        if (D := self.head_width) % 2:
+            raise ValueError(f"head_dim, or d_model / n_head, is {D}, which is odd; RoPE has pairs")
         if self.qk_norm and self.qkv_bias:
             raise ValueError("qk_norm, qkv_bias: no model that other programs open has both")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -78,8 +76,7 @@ class ModelConfig:
                 raise ValueError(f"{name} {id} is outside the vocabulary of {self.vocab_size}")
         numbers = dict(self.rope_scaling or {"rope_type": "default"})
         sound = ROPE_NUMBERS.get(str(numbers.pop("rope_type", None))) == numbers.keys()
-        for value in numbers.values():
-            sound &= type(value) in (int, float) and value in Range(0, open_low=True)
+        sound &= all(type(n) in (int, float) and 0 < n < math.inf for n in numbers.values())
         if not sound or numbers.get("low_freq_factor", 0) >= numbers.get("high_freq_factor", 1):
             llama3 = f"llama3 with {', '.join(sorted(ROPE_NUMBERS['llama3']))}, low < high"
             expected = f'expected {{"rope_type": "linear", "factor": 2.0}}, or {llama3}, all > 0'
@@ -99,28 +96,24 @@ class ModelConfig:
 
 # ---- Rotary positions (Su et al. 2021)
 
-ROPE_NUMBERS = {  # by rope_type
-    "default": set(),
-    "linear": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-}
+LLAMA3 = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+ROPE_NUMBERS = {"default": set(), "linear": {"factor"}, "llama3": LLAMA3}  # by rope_type
 
 
 def rope_frequencies(cfg):
     """Returns the angle by which each pair turns per position, (D/2,) float64."""
     # pair i turns by theta^(-2i/D): the first pairs fast, the last ones slowly
-    D = cfg.head_width
+    D, scaling = cfg.head_width, cfg.rope_scaling or {"rope_type": "default"}
     exponents = -torch.arange(0, D, 2, dtype=torch.float64, device="cpu") / D  # not meta, either
-    frequency = cfg.rope_theta**exponents
-    scaling = cfg.rope_scaling or {"rope_type": "default"}
-    if scaling["rope_type"] == "linear":  # squeezes all positions by the factor (Chen et al. 2023)
-        frequency = frequency / scaling["factor"]
-    elif scaling["rope_type"] == "llama3":  # squeezes slow pairs, keeps fast ones, a ramp between
+    frequency, keep = cfg.rope_theta**exponents, 0
+    if scaling["rope_type"] == "default":
+        return frequency
+    if scaling["rope_type"] == "llama3":  # keeps the fast pairs, a ramp between them and slow ones
         turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
-        frequency = keep * frequency + (1 - keep) * frequency / scaling["factor"]
-    return frequency
+    # squeezes the positions by the factor (Chen et al. 2023)
+    return keep * frequency + (1 - keep) * frequency / scaling["factor"]
 
 
 def rotate(x, cos, sin):
@@ -132,21 +125,14 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-# ---- Attention
-
-
 def choose_attention(device, length, dtype, flash_wanted=True, compiled=False):
-    """Returns (backend, reason) for rows of `length`: `flash`, `math`, or torch's own `sdpa`.
-
-    Compiled for a CPU with AVX-512, torch 2.13's gradients of `math` are NaN in bfloat16.
-    """
+    """Returns (backend, reason) for rows of `length`: `flash`, `math`, or torch's own `sdpa`."""
     device = torch.device(device)
+    # compiled for a CPU with AVX-512, torch 2.13's gradients of `math` are NaN in bfloat16
     if device.type == "cpu" and length <= 512 and dtype != torch.float32 and not compiled:
         return "math", "on a CPU two matmuls beat torch's kernel in 16 bits, up to 512 positions"
-    if device.type != "cuda":
-        return "sdpa", "flash-attn needs CUDA"
-    if not flash_wanted:
-        return "sdpa", "flash_attn is off"
+    if device.type != "cuda" or not flash_wanted:
+        return "sdpa", "flash_attn is off" if device.type == "cuda" else "flash-attn needs CUDA"
     try:
         import flash_attn  # noqa: F401
     except ImportError as error:  # not installed, or built for another torch
@@ -211,9 +197,6 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).flatten(2))  # heads side by side: (B, T, C)
 
 
-# ---- The network
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) * weight (Zhang & Sennrich 2019, equation 4), computed in float32."""
 
@@ -266,21 +249,21 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
         self.layers = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layer))
         self.norm = RMSNorm(cfg.d_model, cfg.layer_norm_epsilon)
-        # if True, the backward pass computes each block again: less memory, one more forward
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = False  # if so, the backward pass computes each block again
         positions = torch.arange(cfg.sequence_length, dtype=torch.float64, device="cpu")
         angles = positions[:, None] * rope_frequencies(cfg)  # (sequence_length, D/2)
         self.register_buffer("cos", angles.cos().float(), persistent=False)
         self.register_buffer("sin", angles.sin().float(), persistent=False)
 
     def forward(self, ids, positions=None, documents=None, cache=None):
-        T = ids.shape[1]
-        if positions is None and cache is not None:
-            positions = cache.positions(T)
+        T, mask = ids.shape[1], None
+        if cache is not None:
+            if positions is None:  # those after what each row holds, (B, T)
+                positions = cache.lengths[:, None] + torch.arange(T, device=ids.device)
+            mask = cache.mask(positions)
         rows = slice(T) if positions is None else positions
         # (T, D/2) or (B, T, D/2), and an axis for the heads
         rope = self.cos[rows].unsqueeze(-3), self.sin[rows].unsqueeze(-3)
-        mask = None if cache is None else cache.mask(positions)
         if documents is not None:  # a token sees its own document up to itself: (B, 1, T, T)
             mask = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
         x = self.dropout(self.embed_tokens(ids))
@@ -325,7 +308,7 @@ class Llama(nn.Module):
         return self.lm_head(self.model(ids, positions, documents, cache))
 
     def use_attention(self, backend):
-        """Sets the backend of every block: `sdpa`, `math` or `flash` (see choose_attention)."""
+        """Sets the backend of every block, see choose_attention."""
         for block in self.model.layers:
             block.self_attn.backend = backend
 
@@ -345,10 +328,6 @@ class KVCache:
         self.v = [unused_memory(shape, device, dtype) for _ in range(cfg.n_layer)]
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.start, self.window, self.capacity = 0, capacity, capacity
-
-    def positions(self, count):
-        """Returns the positions (B, count) that the next `count` tokens of each row will take."""
-        return self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
 
     def append(self, layer, k, v, positions):
         """Stores k, v (B, K, T, D) of a layer; returns all its queries may see, (B, K, S, D)."""
@@ -392,19 +371,19 @@ def unused_memory(shape, device, dtype):
 
 
 def next_token_loss(model, batch):
-    """Returns (summed cross-entropy, {}) of batch["labels"] (B, T), which are already shifted.
+    """Returns (summed cross-entropy of a batch, {}), see label_nats."""
+    return label_nats(model, batch, "sum"), {}
+
+
+def label_nats(model, batch, reduction="none"):
+    """Returns -log p of batch["labels"] (B, T), already shifted: the terms (N,), or their sum.
 
     With batch["where"] (N,), indices of the B T flattened positions, the labels are theirs, (N,),
     and the head, the most expensive part of a small model, works on nothing else.
     """
-    x, labels = supervised_hidden(model, batch), batch["labels"].flatten()
-    return linear_cross_entropy(x, model.lm_head.weight, labels), {}
-
-
-def supervised_hidden(model, batch):
-    """Returns the hidden states (N, C) that a batch's labels belong to (see next_token_loss)."""
     x = model.model(batch["ids"], batch.get("positions"), batch.get("documents")).flatten(0, 1)
-    return x.index_select(0, batch["where"]) if "where" in batch else x
+    x = x.index_select(0, batch["where"]) if "where" in batch else x
+    return linear_cross_entropy(x, model.lm_head.weight, batch["labels"].flatten(), reduction)
 
 
 def linear_cross_entropy(x, weight, labels, reduction="sum"):
@@ -500,11 +479,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         return dx * upstream, dw, None, None
 
 
-# ---- LoRA (Hu et al. 2021): a projection keeps its W and learns a low-rank difference beside it,
+# ---- LoRA (Hu et al. 2021, equation 3): a frozen projection W and a learned low-rank difference
 #
 #     y = W x + (alpha / r) B A dropout(x)      A (r, in) random, B (out, r) zero at first
-#
-# (equation 3), so the model begins as its base. Names in `state_dict()` are the base's and PEFT's.
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROJECTIONS = get_args(Projection)
@@ -567,7 +544,7 @@ def merge_lora(model):
     ids = torch.arange(min(8, model.cfg.sequence_length), device=model.lm_head.weight.device)[None]
     before = model.eval().model.forward(ids)  # not called, which would compile it for this length
     for name, layer in adapters(model).items():
-        linear = nn.Linear(*reversed(layer.weight.shape), bias=False, device="meta")
+        linear = nn.Linear(*layer.weight.shape[::-1], bias=False, device="meta")
         linear.weight, linear.bias = layer.weight, layer.bias
         # in place: a second copy of all weights may not fit; B A is (out, in)
         linear.weight += layer.alpha / layer.r * (layer.lora_B.weight @ layer.lora_A.weight)
@@ -580,38 +557,37 @@ def merge_lora(model):
 
 # ---- A model's folder, Hugging Face's: config.json, generation_config.json, model.safetensors
 
-MODEL_WEIGHTS = "model.safetensors"
+MODEL_WEIGHTS, CONTEXT = "model.safetensors", "max_position_embeddings"
 # the keys of config.json for the fields that have another name there
 HF_NAMES = {"d_model": "hidden_size", "d_ff": "intermediate_size", "n_layer": "num_hidden_layers"}
-HF_NAMES |= {"n_head": "num_attention_heads", "sequence_length": "max_position_embeddings"}
+HF_NAMES |= {"n_head": "num_attention_heads", "sequence_length": CONTEXT}
 HF_NAMES |= {"layer_norm_epsilon": "rms_norm_eps"}
 # nothing else is computed here, whatever the class
 HF_PLAIN = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 HF_PLAIN |= {"use_sliding_window": False}
 # by model_type, what transformers assumes where a key is absent
-HF_QWEN = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
-HF_QWEN |= {"bos_token_id": None, "eos_token_id": None}
-HF_MISTRAL = {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}
-HF_DEFAULTS = {"llama": {"max_position_embeddings": 2048}, "mistral": HF_MISTRAL}
-HF_DEFAULTS |= {"qwen2": HF_QWEN, "qwen3": HF_QWEN | {"head_dim": 128}}
+HF_QWEN = {CONTEXT: 32768, "num_key_value_heads": 32, "bos_token_id": None, "eos_token_id": None}
+HF_MISTRAL = {CONTEXT: 131072, "num_key_value_heads": 8, "sliding_window": 4096}
+HF_DEFAULTS = {"llama": {CONTEXT: 2048}, "mistral": HF_MISTRAL, "qwen2": HF_QWEN}
+HF_DEFAULTS["qwen3"] = HF_QWEN | {"head_dim": 128}
 
 
 def to_hf(cfg, dtype="float32"):
     """Returns config.json's dict; transformers 4 reads `rope_theta`, 5 reads `rope_parameters`."""
     kind = "qwen3" if cfg.qk_norm else "qwen2" if cfg.qkv_bias else "llama"
     rope = {"rope_theta": cfg.rope_theta, "rope_type": "default"} | (cfg.rope_scaling or {})
-    fields = {HF_NAMES.get(name, name): value for name, value in asdict(cfg).items()}
-    del fields["qk_norm"], fields["qkv_bias"]  # model_type tells
-    resolved = {"num_key_value_heads": cfg.kv_heads, "head_dim": cfg.head_width}
-    resolved["attention_dropout"] = cfg.probability(cfg.attention_dropout)
-    resolved["hidden_dropout"] = cfg.probability(cfg.hidden_dropout)
-    others = {"architectures": [f"{kind.capitalize()}ForCausalLM"], "model_type": kind}
-    others |= {"rope_parameters": rope, "use_cache": True}
-    return HF_PLAIN | fields | resolved | others | {"torch_dtype": dtype, "dtype": dtype}
+    hf = HF_PLAIN | {HF_NAMES.get(name, name): value for name, value in asdict(cfg).items()}
+    del hf["qk_norm"], hf["qkv_bias"]  # model_type tells
+    hf |= {"num_key_value_heads": cfg.kv_heads, "head_dim": cfg.head_width}
+    for name in ("attention_dropout", "hidden_dropout"):
+        hf[name] = cfg.probability(hf[name])
+    hf |= {"architectures": [f"{kind.capitalize()}ForCausalLM"], "model_type": kind}
+    hf |= {"rope_parameters": rope, "use_cache": True}
+    return hf | {"torch_dtype": dtype, "dtype": dtype}
 
 
 def from_hf(hf, where="config.json"):
-    """Returns the ModelConfig of config.json's dict; UserError if this model can't compute it."""
+    """Returns the ModelConfig of config.json's dict; UserError if it is computed otherwise."""
     options, families = config.options_of(ModelConfig), Option(str, choices=tuple(HF_DEFAULTS))
     family = config.accept("model_type", hf.get("model_type", "llama"), families, where)
     for key, value in (HF_PLAIN | {"quantization_config": None}).items():
@@ -633,28 +609,32 @@ def from_hf(hf, where="config.json"):
     keys = {name: HF_NAMES.get(name, name) for name in options}
     # values are checked as a preset's: 100,000 layers would take hours to build
     values = {n: config.accept(k, hf[k], options[n], where) for n, k in keys.items() if k in hf}
-    with refusing(ValueError, f"{where}: no model that is computed here"):
-        cfg = ModelConfig(**{"model_name": "imported"} | values)
     if family == "mistral" and hf["sliding_window"] is not None:
-        option, context = options["sequence_length"], cfg.sequence_length
+        option, context = options["sequence_length"], values["sequence_length"]
         window = config.accept("sliding_window", hf["sliding_window"], option, where)
         if window < context:  # up to there, every position sees all before it
-            context = f"the context is its sliding window, {window}, not {context}"
-            print(f"{where}: {context}", file=sys.stderr)
-            cfg = replace(cfg, sequence_length=window)
-    return cfg
+            values["sequence_length"] = window
+            told = f"the context is its sliding window, {window}, not {context}"
+            print(f"{where}: {told}", file=sys.stderr)
+    with refusing(ValueError, f"{where}: no model that is computed here"):
+        return ModelConfig(**{"model_name": "imported"} | values)
 
 
-def save_model(model, folder, stop_ids=None):
-    """Writes a model's files into `folder`, which must exist; `stop_ids` end an answer, or EOS."""
+def save_model(model, folder, stop_ids=None, base=None):
+    """Writes a model's files into `folder`, which must exist, or those of its adapter on `base`.
+
+    stop_ids: the ids that end an answer; none = EOS.
+    """
+    if adapters(model):
+        return save_adapter(model, folder, base)
     folder, cfg = Path(folder), model.cfg
-    tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
-    if cfg.tie_word_embeddings:  # the head is the embedding
-        del tensors["lm_head.weight"]
     ids = {"bos_token_id": cfg.bos_token_id, "pad_token_id": cfg.pad_token_id}
     ids["eos_token_id"] = sorted(stop_ids) if stop_ids else cfg.eos_token_id
     write_json(folder / "config.json", to_hf(cfg, str(model.lm_head.weight.dtype)[6:]))
     write_json(folder / "generation_config.json", ids)
+    tensors = {name: t.contiguous() for name, t in model.state_dict().items()}
+    if cfg.tie_word_embeddings:  # the head is the embedding
+        del tensors["lm_head.weight"]
     safetensors.torch.save_file(tensors, folder / MODEL_WEIGHTS, metadata={"format": "pt"})
 
 
@@ -672,9 +652,9 @@ def load_model(folder, device="cpu", dtype=torch.float32, mapped=False):
     if (folder / ADAPTER_CONFIG).is_file():
         model = merge_lora(load_adapter(folder))
     else:
-        cfg = from_hf(config.read_object(folder / "config.json"), folder / "config.json")
+        path = folder / "config.json"
         with torch.device("meta"), Unfilled():  # neither time nor memory goes into random weights
-            model = Llama(cfg)
+            model = Llama(from_hf(config.read_object(path), path))
         load_weights(model, folder, {"device": device, "dtype": dtype, "copy": not mapped})
     for p in model.parameters():  # no rotary table: bfloat16 cannot tell neighbouring positions
         p.data = p.data.to(dtype)
@@ -714,8 +694,7 @@ def load_weights(model, folder, to=None):
             if not (floats and tensor.numel() and all(map(math.isfinite, tensor.aminmax()))):
                 raise UserError(f"{path}: {name} holds NaN, infinity or no floats ({tensor.dtype})")
             if not name.endswith("rotary_emb.inv_freq"):  # a table that older programs stored
-                tensor = tensor.to(**to) if to else tensor
-                tensors[name.removeprefix(PEFT_PREFIX)] = tensor
+                tensors[name.removeprefix(PEFT_PREFIX)] = tensor.to(**to) if to else tensor
     if adapters(model):
         tensors = {n: t for n, t in model.state_dict().items() if ".lora_" not in n} | tensors
     elif model.cfg.tie_word_embeddings:
@@ -736,16 +715,15 @@ def weight_files(folder):
     raise UserError(f"{folder}: no {MODEL_WEIGHTS}; {remedy}")
 
 
-# ---- An adapter's folder, PEFT's: adapter_config.json, adapter_model.safetensors
-#
-# base.json adds the sha256 of the base's weights, and its path from here: both may move together.
+# ---- An adapter's folder, PEFT's; base.json adds the sha256 of the base's weights, and its path
+# from here: both may move together
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."  # before the name of every tensor
 # with other values the same tensors compute something else; none is the first
-PLAIN_LORA = {"peft_type": ["LORA"], "use_rslora": [False], "alpha_pattern": [False]}
-PLAIN_LORA |= {"modules_to_save": [False], "alora_invocation_tokens": [False]}
-PLAIN_LORA |= {"init_lora_weights": [True, "gaussian", "orthogonal", "eva"]}  # others change W
+PLAIN_LORA = {"peft_type": ["LORA"], "init_lora_weights": [True, "gaussian", "orthogonal", "eva"]}
+PLAIN_LORA |= {"use_rslora": [False], "alpha_pattern": [False], "modules_to_save": [False]}
+PLAIN_LORA |= {"alora_invocation_tokens": [False]}
 
 Base = namedtuple("Base", ["path", "sha256"])  # a folder, and the hash of the weights in it
 
@@ -761,15 +739,15 @@ def identify(folder):
 
 def save_adapter(model, folder, base):
     """Writes the adapter of `model`, which stands on `base`, into `folder`, which must exist."""
-    folder, layers = Path(folder), adapters(model)
+    folder, layers, home = Path(folder), adapters(model), base.path.resolve()
     names, layer = {name.rpartition(".")[2] for name in layers}, next(iter(layers.values()))
     values = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none"}
-    values["base_model_name_or_path"] = str(base.path.resolve())  # PEFT looks from where it runs
+    values["base_model_name_or_path"] = str(home)  # PEFT looks from where it runs
     values["target_modules"] = [name for name in PROJECTIONS if name in names]
     alpha = int(layer.alpha) if layer.alpha == int(layer.alpha) else layer.alpha  # as PEFT has it
     values |= {"r": layer.r, "lora_alpha": alpha, "lora_dropout": layer.dropout.p}
-    home = Path(os.path.relpath(base.path.resolve(), folder.resolve())).as_posix()
     write_json(folder / ADAPTER_CONFIG, values)
+    home = Path(os.path.relpath(home, folder.resolve())).as_posix()
     write_json(folder / "base.json", {"sha256": base.sha256, "relative_path": home})
     tensors = model.state_dict().items()
     tensors = {PEFT_PREFIX + name: t.contiguous() for name, t in tensors if ".lora_" in name}
@@ -783,11 +761,10 @@ def load_adapter(folder):
     for key, plain in PLAIN_LORA.items():
         if (values.get(key) or plain[0]) not in plain:
             raise UserError(f"{path}: {key} is {json.dumps(values[key])}; only plain LoRA loads")
-    names = values.get("target_modules")
-    if isinstance(names, list):  # PEFT writes full names where it chose the modules itself
+    if isinstance(names := values.get("target_modules"), list):  # full, where PEFT chose them
         values["target_modules"] = sorted({str(name).rpartition(".")[2] for name in names})
-    check = lambda key, kind: config.accept(key, values.get(key), option_of(kind), path)
-    r, alpha = check("r", Annotated[int, Range(1)]), check("lora_alpha", PositiveFloat)
+    check = lambda key, kind: config.accept(key, values.get(key), config.option_of(kind), path)
+    r, alpha = check("r", PositiveInt), check("lora_alpha", PositiveFloat)
     targets = check("target_modules", tuple[Projection, ...])
     base = find_base(Path(folder), str(values.get("base_model_name_or_path")))
     model = add_lora(load_model(base), r, alpha, targets=targets)
@@ -837,29 +814,24 @@ def activation_bytes(cfg, size=2):
 
 
 def main(cfg):
-    C, D, L, T = cfg.d_model, cfg.head_width, cfg.n_layer, cfg.sequence_length
-    counts, rows = count_parameters(cfg), 8
+    D, L, T, V = cfg.head_width, cfg.n_layer, cfg.sequence_length, cfg.vocab_size
+    counts = count_parameters(cfg)
     memory = {
         "weights, gradients, Adam's moments (fp32)": 16 * counts["total"],
-        f"activations of {rows} full rows (16 bit)": L * activation_bytes(cfg) * rows * T,
-        "logits, a group of rows at a time": 2 * min(rows * T * cfg.vocab_size, LOGITS["cuda"]),
+        "activations of 8 full rows (16 bit)": L * activation_bytes(cfg) * 8 * T,
+        "logits, a group of rows at a time": 2 * min(8 * T * V, LOGITS["cuda"]),
         "KV cache of one full row (16 bit)": 4 * L * cfg.kv_heads * D * T,
     }
-    heads = f"{cfg.n_head} heads of {D}, {cfg.kv_heads} for keys and values"
-    heads += ", qk_norm" * cfg.qk_norm + ", qkv_bias" * cfg.qkv_bias
-    print(f"{cfg.model_name}: {L} layers x {C}, {heads}, d_ff {cfg.d_ff}")
-    print(f"  vocabulary {cfg.vocab_size}, context {T}\n")
-    counts = {f"parameters: {part}": count for part, count in counts.items()}
+    heads = f"{cfg.n_head} heads of {D}, {cfg.kv_heads} for keys and values, d_ff {cfg.d_ff}"
+    print(f"{cfg.model_name}: {L} layers x {cfg.d_model}, {heads}, vocabulary {V}, context {T}")
+    print("parameters; memory of a training step, computed from the shapes, not measured:")
     for part, count in (counts | {"training FLOPs per token": flops_per_token(cfg)}).items():
         print(f"  {part:<44} {count:>15,}")
-    print("\n  memory of a training step, computed from the shapes (not measured)")
     for part, size in memory.items():
         print(f"  {part:<44} {size / 1e6:>12,.1f} MB")
-    for name, size in {"vocab_size": cfg.vocab_size, "d_model": C, "d_ff": cfg.d_ff}.items():
-        if size % 64:
-            print(f"  warning: {name} {size} is no multiple of 64: its matmuls will be slower")
-    if D not in (32, 64, 96, 128):
-        print(f"  warning: head width {D} is unusual; attention kernels like 64 or 128")
+    for name, step in {"vocab_size": 64, "d_model": 64, "d_ff": 64, "head_width": 32}.items():
+        if (size := getattr(cfg, name)) % step:
+            print(f"  warning: {name} {size} is no multiple of {step}: its kernels will be slower")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,10 @@
 """Supervised fine-tuning on conversations: the model learns the answers and their ends.
 
     python sft.py configs/sft.json --model_path=checkpoints/pretrain/tiny --dataset_path=chats.jsonl
-    python sft.py configs/sft.json ... --lora_r=0
-    python sample.py --model_path=checkpoints/sft/final --prompt="Why?"
 
-Rows may be prompt/response, alpaca, OpenAI messages or ShareGPT, in JSON, JSON Lines, CSV or
-parquet. Each is rendered in a chat template, whose name the resulting folder keeps. A conversation
+Each row is rendered in a chat template, whose name the resulting folder keeps. A conversation
 longer than the context is cut, and its end-of-turn token is not trained: nobody is to learn to
-break off there. A conversation of which no answer is left is dropped. Both are counted.
-
-The second half is shared with dpo.py: rows, their split, the model before, files, validation.
+break off there. The second half is shared with dpo.py and grpo.py.
 """
 
 import hashlib
@@ -23,39 +18,18 @@ from typing import Literal
 import numpy as np
 import torch
 
+import model as llama
 from corpus.chats import read_chats
 from corpus.report import Tally, reasons_of
 from data import ExampleStream, pack_examples, supervised_rows
+from lib import config
 from lib.checkpoint import check_unused, find_checkpoint
-from lib.config import (
-    Fraction,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    UserError,
-    run,
-)
+from lib.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError
 from lib.conversation import find_template, render, render_rows, stop_ids, template_of
 from lib.folders import hash_fraction
 from lib.runtime import open_world, to_device
 from lib.tokenizer import Tokenizer
-from model import (
-    PROJECTIONS,
-    Projection,
-    adapters,
-    add_lora,
-    count_parameters,
-    identify,
-    load_model,
-    load_weights,
-    merge_lora,
-    model_folder,
-    next_token_loss,
-    save_adapter,
-    save_model,
-)
-from train import LoopConfig, check_origin, fit, greedy, rows_per_step, total_steps, write_origin
+from train import LoopConfig, fit, greedy, model_files, rows_per_step, total_steps
 
 SMALL = 30_000_000  # parameters below which all the weights are trained, unless lora_r says more
 # where learning_rate is none: (the model is small, all its weights are trained) -> it
@@ -69,7 +43,7 @@ class FineTuningConfig(LoopConfig):
     model_path: str  # what to begin from: a model's folder, an adapter's, or a whole training's
     dataset_path: str  # rows to train on: a file, a folder or a glob
     val_path: str | None = None  # held-out rows; none = a share of dataset_path, see val_ratio
-    val_ratio: Fraction = 0.05  # that share; a row falls into it by its hash
+    val_ratio: config.Fraction = 0.05  # that share; a row falls into it by its hash
     sequence_length: PositiveInt | None = None  # positions of a row; none = the model's context
     sample_tokens: NonNegativeInt = 48  # length of the answer shown at each evaluation; 0 = none
     # passes over the rows; none = 8 (DPO: 1), or as many more as make 400 steps (DPO: 50)
@@ -78,12 +52,14 @@ class FineTuningConfig(LoopConfig):
     save_steps: PositiveInt = 100  # steps between checkpoints
     lora_r: NonNegativeInt = 16  # rank of the difference that is learned; 0 = train all weights
     lora_alpha: PositiveFloat = 32.0  # the difference is scaled by lora_alpha / lora_r
-    lora_dropout: Fraction = 0.0  # on the adapter's input
-    lora_target_modules: tuple[Projection, ...] = PROJECTIONS  # the projections that get one
+    lora_dropout: config.Fraction = 0.0  # on the adapter's input
+    # the projections that get one
+    lora_target_modules: tuple[llama.Projection, ...] = llama.PROJECTIONS
     merge: bool = True  # final/ is a whole model, its adapter in final/adapter; else that alone
 
     WARMUP = 10  # steps, where warmup_steps is none and the run is long enough
     PASSES, STEPS = 8, 400  # where num_train_epochs is none: so many passes, so many steps at least
+    DROPOUT = True  # is any allowed?
 
     def __post_init__(self):
         super().__post_init__()
@@ -91,6 +67,8 @@ class FineTuningConfig(LoopConfig):
             raise ValueError("lora_target_modules names no projection; lora_r=0 trains all weights")
         if self.lora_r and self.optimizer == "muon":
             raise ValueError("optimizer=muon is for whole matrices: use adamw, or lora_r=0")
+        if self.lora_dropout and not self.DROPOUT:
+            raise ValueError("lora_dropout must be 0: two probabilities of an answer are compared")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,32 +77,26 @@ class SFTConfig(FineTuningConfig):
 
     # none = the model's own; without one chatml, or instruct where the tokenizer lacks its markers
     prompt_template: Literal["chatml", "instruct", "chat"] | None = None
-    # several conversations in a row, which do not see each other; none = unless a step
-    # would take more than 10 of them
+    # conversations share a row and do not see each other; none = unless a step took more than 10
     packing: bool | None = None
     output_dir: str = "checkpoints/sft"  # checkpoints, metrics.jsonl and final/ go here
-    # at the top of the schedule; none = 1e-3 for all the weights of a small model, 2e-4 for an
-    # adapter on a larger one (3e-3 on a small one, 5e-5 for all weights of a larger one)
+    # none = 1e-3 for all weights of a small model (adapter 3e-3), 5e-5 of a larger (adapter 2e-4)
     learning_rate: PositiveFloat | None = None
-    # rank of the difference that is learned; 0 = train all weights; none = 16, or 0 for a model of
-    # less than 30 million parameters
+    # rank of the adapter; 0 = train all weights; none = 16, or 0 below 30 million parameters
     lora_r: NonNegativeInt | None = None
-    lora_dropout: Fraction = 0.1  # on what enters the adapter
+    lora_dropout: config.Fraction = 0.1  # on what enters the adapter
     eval_steps: PositiveInt = 100  # steps between validations
     early_stopping_metric: Literal["val_loss"] = "val_loss"  # decides which is best
 
 
 def main(cfg):
     with open_world(cfg) as world:
-        tokenizer = Tokenizer.load(model_folder(cfg.model_path))
+        tokenizer = open_tokenizer(cfg)
         template = choose_template(cfg, tokenizer)
         for line in find_template(tokenizer, template).notes:  # raises if it cannot be written
             world.say(line)
-        check_unused(cfg)
         chats, held_out, sha256 = read_split(cfg, read_chats, "messages", world.say)
-        model, base, length = open_base(cfg, tokenizer)
-        cfg = for_size(cfg, count_parameters(model.cfg)["total"], world.say)
-        add_adapter(cfg, model)
+        cfg, model, base, length = open_base(cfg, tokenizer, partial(for_size, say=world.say))
         settings = tokenizer, template, length, world.say
         examples = make_examples(chats, "to train on", *settings)
         cfg = with_packing(cfg, examples, length, world)
@@ -134,21 +106,19 @@ def main(cfg):
             rows = pack_examples(examples, length) if cfg.packing else [[e] for e in examples]
             return ExampleStream(rows, collate, cfg.batch_size, cfg.seed, world.size)
 
-        loader = stream(examples)
-        val_stream = stream(make_examples(held_out, "held out", *settings))
+        loader, val_stream = map(stream, (examples, make_examples(held_out, "held out", *settings)))
         if not loader.blocks:
             render(tokenizer, chats[0]["messages"], template)  # raises where the template refuses
-            late = f"no answer begins within {length} positions"
-            remedy = "shorten the questions, or use a longer --sequence_length"
-            raise UserError(f"{cfg.dataset_path}: {late}; {remedy}")
+            late = f"no answer begins within {length} positions; shorten the questions"
+            raise UserError(f"{cfg.dataset_path}: {late}, or use a longer --sequence_length")
         world.say(f"{loader.blocks:,} rows of up to {length} positions; template {template}")
         cfg = for_rows(cfg, loader, val_stream, world)
-        before_answers = partial(takewhile, lambda message: message["role"] != "assistant")
-        questions = [list(before_answers(chat["messages"])) for chat in held_out or chats]
+        asks = lambda message: message["role"] != "assistant"
+        questions = [list(takewhile(asks, chat["messages"])) for chat in held_out or chats]
         show = answer_to(cfg, tokenizer, template, questions, model.cfg.sequence_length)
-        validate = validation(cfg, world, val_stream, next_token_loss, (), show)
-        files = model_files(cfg, base, tokenizer, template, sha256)
-        fit(cfg, model, loader, next_token_loss, world, validate, *files)
+        validate = validation(world, val_stream, llama.next_token_loss, (), show)
+        files = tuned_files(cfg, base, tokenizer, template, sha256)
+        fit(cfg, model, loader, llama.next_token_loss, world, validate, *files)
 
 
 def choose_template(cfg, tokenizer):
@@ -184,8 +154,7 @@ def for_size(cfg, size, say):
 def make_examples(chats, purpose, tokenizer, template, length, say):
     """Returns conversations as [(ids, mask), ...], each with something supervised in it.
 
-    ids and mask are (at most length + 1,): one more than the positions, because the last id is only
-    predicted and never read.
+    ids and mask are (at most length + 1,), because the last id is only predicted and never read.
     """
     examples, cut, rows = [], 0, [chat["messages"] for chat in chats]
     for _, [(_, ids, mask)] in render_rows(rows, tokenizer, template, say):
@@ -193,22 +162,19 @@ def make_examples(chats, purpose, tokenizer, template, length, say):
         ids, mask = np.array(ids[: length + 1]), np.array(mask[: length + 1])
         if mask.any():
             examples.append((ids, mask))
-    dropped = len(chats) - len(examples)
-    say(f"{len(examples):,} conversations {purpose}, {cut:,} cut to {length} positions, "
-        f"{dropped:,} dropped: no answer begins within them")  # fmt: skip
+    dropped = f"{len(chats) - len(examples):,} dropped: no answer begins within them"
+    say(f"{len(examples):,} conversations {purpose}, {cut:,} cut to {length} positions, {dropped}")
     return examples
 
 
 def with_packing(cfg, examples, length, world):
     """Returns cfg with packing on or off: by default off where a step took more than 10 examples.
 
-    A pass then has a tenth as many steps as conversations at least, if batch_size is at most 10.
     Where max_steps counts the steps, packing takes none away and is on.
     """
     if cfg.packing is not None:
         return cfg
-    rows = len(pack_examples(examples, length))
-    per_step = rows_per_step(cfg, world.size)
+    rows, per_step = len(pack_examples(examples, length)), rows_per_step(cfg, world.size)
     packing = bool(cfg.max_steps) or len(examples) * per_step <= 10 * rows
     if not packing:
         full = f"{len(examples):,} conversations would fill {rows:,} rows, {per_step} a step"
@@ -216,8 +182,16 @@ def with_packing(cfg, examples, length, world):
     return replace(cfg, packing=packing)
 
 
-# ----------------------------------------------------------------------------------------------
-# What sft.py and dpo.py share
+# ---- What sft.py, dpo.py and grpo.py share
+
+
+def open_tokenizer(cfg, trained=False):
+    """Returns the tokenizer of cfg.model_path; UserError if it is `trained` in no template yet."""
+    check_unused(cfg)
+    tokenizer = Tokenizer.load(llama.model_folder(cfg.model_path))
+    if trained and tokenizer.template is None:
+        raise UserError(f"{cfg.model_path}: names no chat template; train it with sft.py first")
+    return tokenizer
 
 
 def for_rows(cfg, loader, held_out, world):
@@ -230,14 +204,12 @@ def for_rows(cfg, loader, held_out, world):
         world.say(f"early stopping is off, because no row is held out to decide by: {remedy}")
         cfg = replace(cfg, early_stopping_patience=None)
     if cfg.num_train_epochs is None:
-        cfg = replace(cfg, num_train_epochs=cfg.PASSES)
-        steps = total_steps(cfg, loader.blocks, world.size)
+        cfg, rows = replace(cfg, num_train_epochs=cfg.PASSES), loader.blocks
+        steps = total_steps(cfg, rows, world.size)
         if steps < cfg.STEPS and not cfg.max_steps:
-            passes = math.ceil(cfg.STEPS * rows_per_step(cfg, world.size) / loader.blocks)
-            why = (
-                f"--num_train_epochs={cfg.PASSES} would make {steps} steps, {cfg.STEPS} are wanted"
-            )
-            world.say(f"{passes:,} passes over {loader.blocks:,} rows: {why}")
+            passes = math.ceil(cfg.STEPS * rows_per_step(cfg, world.size) / rows)
+            why = f"{cfg.PASSES} would make {steps} steps, {cfg.STEPS} are wanted"
+            world.say(f"{passes:,} passes over {rows:,} rows: --num_train_epochs={why}")
             cfg = replace(cfg, num_train_epochs=passes)
     return cfg
 
@@ -245,9 +217,8 @@ def for_rows(cfg, loader, held_out, world):
 def read_split(cfg, read, key, say):
     """Returns (rows to train on, rows held out, the sha256 of everything in dataset_path).
 
-    `read` is chats.read_chats or read_pairs. Without val_path a row is held out by the hash of its
-    `key`: equal ones stay together, and a higher val_ratio only adds rows. Of two different rows
-    or more at least one is held out, unless val_ratio is 0.
+    `read` is chats.read_chats or the like. Without val_path a row is held out by the hash of its
+    `key`: equal ones stay together, and a higher val_ratio only adds rows.
     """
     rows = read_reporting(read, cfg.dataset_path, say)
     sha256 = hashlib.sha256(json.dumps(rows, ensure_ascii=False, default=str).encode()).hexdigest()
@@ -274,72 +245,48 @@ def read_reporting(read, path, say):
 
 
 def split_rows(rows, ratio, key):
-    """Returns (the other rows, about `ratio` of them), split by the hash of row[key].
-
-    Where that left a side empty, the row with the lowest hash is held out and that with the highest
-    is not, unless ratio is 0 or 1.
-    """
+    """Returns (the other rows, about `ratio` of them), split by the hash of row[key]."""
     hashes = [hash_fraction(json.dumps(row[key], ensure_ascii=False)) for row in rows]
-    lowest, highest = min(hashes), max(hashes)
+    if 0 < ratio < 1:  # the lowest is held out, the highest is not: neither side is empty
+        ratio = min(max(ratio, math.nextafter(min(hashes), 1)), max(hashes))
     sides = [], []
     for row, value in zip(rows, hashes, strict=True):
-        held_out = value < ratio
-        if 0 < ratio < 1:
-            held_out = (held_out or value == lowest) and value < highest
-        sides[held_out].append(row)
+        sides[value < ratio].append(row)
     return sides
 
 
-def open_base(cfg, tokenizer):
-    """Returns (the model of cfg.model_path, its Base, positions of a row)."""
-    base, model = identify(cfg.model_path), load_model(cfg.model_path)
+def open_base(cfg, tokenizer, resolve=lambda cfg, size: cfg):
+    """Returns (resolve(cfg, parameters), model with a new adapter, its Base, length of a row)."""
+    base, model = llama.identify(cfg.model_path), llama.load_model(cfg.model_path)
     context = model.cfg.sequence_length
     tokenizer.match(model.cfg.vocab_size, cfg.model_path)
-    length = cfg.sequence_length or context
-    if length > context:
+    if (length := cfg.sequence_length or context) > context:
         raise UserError(f"sequence_length {length} is more than the model's {context}; lower it")
-    return model, base, length
-
-
-def add_adapter(cfg, model):
-    """Prepares `model` for training, with a new adapter unless all its weights are trained."""
+    cfg = resolve(cfg, llama.count_parameters(model.cfg)["total"])
     torch.manual_seed(cfg.seed)
     if cfg.lora_r:
-        add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_target_modules)
-    model.train()
+        llama.add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_target_modules)
+    if not cfg.DROPOUT:
+        turn_dropout_off(model)
+    return cfg, model.train(), base, length
 
 
-def model_files(cfg, base, tokenizer, template, data_sha256):
-    """Returns (write_model, read_model, write_final) for `fit`, of a training on top of `base`.
-
-    A folder holds the adapter or the model, the tokenizer with the template's name, and the hashes
-    of what it was trained from. read_model raises UserError for a checkpoint of something else.
-    """
-    data = {cfg.model_path: base.sha256, cfg.dataset_path: data_sha256}
-    ends = stop_ids(tokenizer, template)
-
-    def write_model(model, folder, merge=False):
-        if merge and adapters(model):
-            (folder / "adapter").mkdir()
-            write_model(model, folder / "adapter")
-            merge_lora(model)
-        if adapters(model):
-            save_adapter(model, folder, base)
-        else:
-            save_model(model, folder, ends)
-        write_origin(folder, tokenizer, data, model.cfg.sequence_length, template)
-
-    def read_model(model, folder):
-        if base.sha256 not in (folder / "data.json").read_text(encoding="utf-8"):
-            other = f"was trained on another model than {cfg.model_path}; name that one"
-            raise UserError(f"{folder}: {other}")
-        check_origin(cfg, folder, tokenizer, data)
-        load_weights(model, folder)
-
-    return write_model, read_model, partial(write_model, merge=cfg.merge)
+def turn_dropout_off(model):
+    """Sets every dropout of `model` to 0, whatever its configuration says."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, llama.Attention):
+            module.dropout = 0.0
 
 
-def validation(cfg, world, stream, loss_fn, names, show, watch=lambda means: None):
+def tuned_files(cfg, base, tokenizer, template, sha256):
+    """Returns model_files of a training on top of `base`; `sha256` is that of its rows."""
+    data = {cfg.model_path: base.sha256, cfg.dataset_path: sha256}
+    return model_files(cfg, tokenizer, data, template, stop_ids(tokenizer, template), base)
+
+
+def validation(world, stream, loss_fn, names, show, watch=lambda means: None):
     """Returns validate(model): means over the held-out rows, and an answer to look at.
 
     The means are val_loss, per supervised term, and val_NAME for each of `names`, which loss_fn
@@ -352,10 +299,9 @@ def validation(cfg, world, stream, loss_fn, names, show, watch=lambda means: Non
             loss, sums = loss_fn(model, to_device(batch, world.device))
             totals += [batch["count"], loss.item(), *(sums[name].item() for name in names)]
         count, *totals = world.sum(*totals.tolist())
-        if not count:
-            return show(model)
-        means = {f"val_{n}": total / count for n, total in zip(("loss", *names), totals)}
-        watch(means)
+        means = {f"val_{n}": total / count for n, total in zip(("loss", *names), totals) if count}
+        if means:
+            watch(means)
         return means | show(model)
 
     return validate
@@ -364,25 +310,21 @@ def validation(cfg, world, stream, loss_fn, names, show, watch=lambda means: Non
 def answer_to(cfg, tokenizer, template, questions, context):
     """Returns show(model): a held-out question and the model's greedy answer, as texts to log.
 
-    Numbers do not show everything: a model can prefer every chosen answer and write none of its
-    own any more. `questions` are lists of messages. The first that leaves room for an answer in
-    `context` positions is asked; without one nothing is shown.
+    `questions` are lists of messages. The first that leaves room for an answer in `context`
+    positions is asked; without one nothing is shown.
     """
-    ends, question, ids = stop_ids(tokenizer, template), "", []
-    for messages in filter(None, questions):
-        prompt, _ = render(tokenizer, messages, template, add_generation_prompt=True)
-        if len(prompt) < context:
-            question, ids = messages[-1]["content"], prompt
-            break
+    prompt = lambda chat: render(tokenizer, chat, template, add_generation_prompt=True)[0]
+    prompts = ((chat[-1]["content"], prompt(chat)) for chat in questions if chat)
+    question, ids = next(((text, ids) for text, ids in prompts if len(ids) < context), ("", []))
 
     def show(model):
         if not (ids and cfg.sample_tokens):
             return {}
-        answer = greedy(model, ids, cfg.sample_tokens, ends)
+        answer = greedy(model, ids, cfg.sample_tokens, stop_ids(tokenizer, template))
         return {"question": question[:200], "answer": tokenizer.decode(answer).strip()}
 
     return show
 
 
 if __name__ == "__main__":
-    run(main, SFTConfig, __doc__)
+    config.run(main, SFTConfig, __doc__)

@@ -16,45 +16,24 @@ import contextlib
 import hashlib
 import json
 import math
-import shutil
 import signal
 import sys
 import time
 from dataclasses import MISSING, asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 
+import model as llama
 from data import TokenStream
-from lib import checkpoint, runtime
-from lib.config import (
-    Fraction,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    Range,
-    UserError,
-    dispatch,
-    narrow,
-    refusing,
-)
-from lib.log import Log
+from lib import checkpoint, config, runtime
+from lib.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError
+from lib.log import Log, read_records
 from lib.runtime import autocast, choose_dtype, open_world, rng_state, set_rng_state, to_device
 from lib.tokenizer import Tokenizer
-from model import (
-    KVCache,
-    LinearCrossEntropy,
-    Llama,
-    ModelConfig,
-    choose_attention,
-    flops_per_token,
-    load_weights,
-    nats_and_gradient,
-    next_token_loss,
-    save_model,
-)
 
 
 @dataclass(frozen=True)
@@ -83,12 +62,11 @@ class LoopConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on the blocks' matrices, AdamW elsewhere
     learning_rate: PositiveFloat = 3e-4  # at the top of the schedule
     min_lr: NonNegativeFloat | None = None  # at its end; none = a tenth of learning_rate
-    # linear rise to the top; none = 100 (fine-tuning: 10), but at most a tenth of the run, which
-    # also replaces a number that is more than the whole run
+    # linear rise to the top; none = 100 (fine-tuning: 10), or a tenth of the run if that is less
     warmup_steps: NonNegativeInt | None = None
     weight_decay: NonNegativeFloat = 0.1  # on matrices only, not on embeddings and norms
-    beta1: Fraction = 0.9  # AdamW's memory of the gradient
-    beta2: Fraction = 0.95  # AdamW's memory of its square
+    beta1: config.Fraction = 0.9  # AdamW's memory of the gradient
+    beta2: config.Fraction = 0.95  # AdamW's memory of its square
     max_grad_norm: NonNegativeFloat = 1.0  # longer gradients are scaled down to it; 0: none are
     max_bad_steps: PositiveInt = 10  # stop after so many steps in a row without a finite gradient
 
@@ -111,8 +89,7 @@ class LoopConfig:
             raise UserError(f"min_lr {self.min_lr} is more than {limit}; lower it")
 
 
-# Keys that may differ between a checkpoint and the run that resumes it: they do not change what is
-# learned. Data and models may move; `check_origin` compares what they hold.
+# what a run that resumes may have changed; of data and models `model_files` compares the contents
 FREE_ON_RESUME = {
     *("output_dir", "resume_from_checkpoint", "allow_config_change", "allow_world_size_change"),
     *("device", "compile", "flash_attn", "gradient_checkpointing", "deterministic", "keep_last"),
@@ -120,19 +97,14 @@ FREE_ON_RESUME = {
     *("sample_tokens", "report_to", "plan", "plan_gpu", "data_path", "dataset_path", "model_path"),
 }
 
-FEW_STEPS = 30  # a run of fewer is told so
-HIGHER_IS_BETTER = "accuracies", "accuracy", "reward"  # of early_stopping_metric, the ends
-
-# ----------------------------------------------------------------------------------------------
-# The schedule: how many steps, and the learning rate at each of them
+# ---- The schedule: how many steps, and the learning rate at each of them
 
 
 def lr_at(cfg, step, progress, total):
     """Returns the learning rate of `step` (from 0) when `progress` (0..1) of the run is done.
 
-    A linear warmup, then a cosine down to min_lr at progress 1. In a time box nobody knows how many
-    of `total` steps there will be: the warmup ends after a tenth of the time at the latest, and the
-    cosine begins there. `cfg` is what `with_warmup` returns.
+    A linear warmup, then a cosine down to min_lr at progress 1. In a time box, where nobody knows
+    how many steps there will be, the cosine begins after a tenth of the time.
     """
     warm = (step + 1) / cfg.warmup_steps if cfg.warmup_steps else 1.0
     begin = cfg.warmup_steps / total if total else 0.0  # progress at which the cosine begins
@@ -164,17 +136,13 @@ def with_warmup(cfg, total, say):
     """Returns cfg with the number of its warmup steps, once the `total` of the run is known.
 
     It is a tenth of the run at most, unless another number is asked for and the run is longer than
-    that: so the checkpoints of earlier versions resume as they began. In a time box `lr_at` sees to
-    it. Says what is shortened, and that a run is too short to teach anything.
+    that. In a time box `lr_at` sees to it. Says what is shortened.
     """
     warmup = cfg.WARMUP if cfg.warmup_steps is None else cfg.warmup_steps
-    if total and not cfg.max_minutes:
-        if warmup > (total // 10 if cfg.warmup_steps is None else total):
-            say(f"warmup_steps: {total // 10}, a tenth of this run, instead of {warmup}")
-            warmup = total // 10
-        if total < FEW_STEPS and not cfg.max_steps:
-            more = "a higher --num_train_epochs or a lower --batch_size makes more of them"
-            say(f"warning: only {total} steps, which teach little; {more}")
+    most = total if cfg.warmup_steps else (total or 0) // 10
+    if total and not cfg.max_minutes and warmup > most:
+        say(f"warmup_steps: {total // 10}, a tenth of this run, instead of {warmup}")
+        warmup = total // 10
     return replace(cfg, warmup_steps=warmup)
 
 
@@ -196,35 +164,28 @@ class Clock:
         return max(by_step, by_time)
 
 
-# ----------------------------------------------------------------------------------------------
-# The optimizers
+# ---- The optimizers
 
 
-def make_optimizers(cfg, model, device, dtype=torch.float32):
+def make_optimizers(cfg, model, dtype=torch.float32):
     """Returns the optimizers of cfg.optimizer over the trainable parameters; only matrices decay.
 
     adamw: AdamW for everything. muon: Muon, computing in `dtype`, for the blocks' matrices, AdamW
-    for embedding, head and norms. Both take the same learning_rate, as in Moonlight (Liu et al.
-    2025), because Muon's updates are scaled to the size of AdamW's.
+    for embedding, head and norms; with the same learning_rate, as in Moonlight (Liu et al. 2025).
     """
     blocks, head, rest = [], [], []
     for name, p in model.named_parameters():  # a tied head has the name of the embedding
-        group = head if name == "lm_head.weight" else blocks
-        group = group if p.ndim == 2 and "embed_tokens" not in name else rest
+        group = rest if p.ndim == 1 or "embed_tokens" in name else blocks
         if p.requires_grad:
-            group.append(p)
-    muon = cfg.optimizer == "muon"
+            (head if name == "lm_head.weight" else group).append(p)
+    muon, rate = cfg.optimizer == "muon", cfg.learning_rate
     groups = [
         {"params": head if muon else head + blocks, "weight_decay": cfg.weight_decay},
         {"params": rest, "weight_decay": 0.0},
     ]
-    adamw = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=cfg.learning_rate,
-        betas=(cfg.beta1, cfg.beta2),
-        fused=device.type in ("cuda", "cpu", "mps"),
-    )
-    return [Muon(blocks, cfg.learning_rate, cfg.weight_decay, dtype), adamw] if muon else [adamw]
+    groups = [group for group in groups if group["params"]]
+    adamw = torch.optim.AdamW(groups, rate, betas=(cfg.beta1, cfg.beta2), fused=True)
+    return [Muon(blocks, rate, cfg.weight_decay, dtype), adamw] if muon else [adamw]
 
 
 class Muon(torch.optim.Optimizer):
@@ -292,8 +253,7 @@ def orthogonalized(x):
     return x.mT if tall else x
 
 
-# ----------------------------------------------------------------------------------------------
-# The state: everything that a resumed run needs
+# ---- The state: everything that a resumed run needs
 
 
 class State:
@@ -304,12 +264,14 @@ class State:
     before they are clipped; in other types it does nothing.
     """
 
+    COUNTERS = "step", "seconds", "tokens", "bad_steps", "evaluated", "best", "best_step", "stale"
+
     def __init__(self, cfg, model, world, dtype):
         self.model = model
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         native = choose_dtype("auto", world.device)[0]  # Muon's matmuls are not autocast's
         low = dtype == native == torch.bfloat16
-        self.optimizers = make_optimizers(cfg, model, world.device, dtype if low else torch.float32)
+        self.optimizers = make_optimizers(cfg, model, dtype if low else torch.float32)
         # a CUDA graph adds to the gradients where they lie: they are zeroed, never replaced
         self.fixed_gradients = world.device.type == "cuda"
         for p in self.parameters if self.fixed_gradients else ():
@@ -320,25 +282,14 @@ class State:
         self.best, self.best_step, self.stale = None, 0, 0  # of the validations, see `judge`
         self.saved_at = None  # the step of the checkpoint that holds all this
 
-    def counters(self):
-        names = "step seconds tokens bad_steps evaluated best best_step stale"
-        return {k: getattr(self, k) for k in names.split()}
-
     def clip(self, limit):
-        """Scales the gradients, summed over ranks, down to a norm of at most `limit`, if not 0.
-
-        Returns the norm that they had, over all parameters. Waits for the GPU.
-        """
+        """Scales the gradients down to a norm of at most `limit`, if not 0; returns what it was."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         return torch.nn.utils.clip_grad_norm_(self.parameters, limit or math.inf).item()
 
     def update(self, lr, grad_norm, count):
-        """Applies the gradients and clears them.
-
-        They are not applied where their norm is not finite - which it then is on every rank, being
-        that of the sum - or where `count`, the supervised terms of the step, is 0.
-        """
+        """Applies the gradients unless their norm, that of the sum, is not finite, or `count` 0."""
         self.bad_steps = 0 if count and math.isfinite(grad_norm) else self.bad_steps + 1
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -356,7 +307,8 @@ class State:
         name = cfg.early_stopping_metric
         if not cfg.early_stopping_patience and (self.step % cfg.save_steps or name not in metrics):
             return
-        value = -metrics[name] if name.endswith(HIGHER_IS_BETTER) else metrics[name]
+        higher_is_better = name.endswith(("accuracies", "accuracy", "reward"))
+        value = -metrics[name] if higher_is_better else metrics[name]
         if math.isfinite(value) and (self.best is None or value < self.best):
             self.best, self.best_step, self.stale = value, self.step, 0
         else:
@@ -369,13 +321,9 @@ class State:
     def is_stale(self, cfg):
         return bool(cfg.early_stopping_patience) and self.stale >= cfg.early_stopping_patience
 
-    def check_space(self, output_dir):
-        """Raises UserError if the disk has no room for a checkpoint and 10 % more."""
-        tensors = *self.model.parameters(), *self.parameters, *self.parameters  # two moments each
-        needed, free = 4.4 * sum(t.numel() for t in tensors), shutil.disk_usage(output_dir).free
-        if free < needed:
-            sizes = f"a checkpoint needs {needed / 1e6:,.1f} MB, free are {free / 1e6:,.1f} MB"
-            raise UserError(f"{output_dir}: {sizes}; make room, or choose another --output_dir")
+    def final_step(self, cfg):
+        """Returns whose weights final/ holds: with early stopping the best validated step's."""
+        return (cfg.early_stopping_patience and self.best_step) or self.step
 
     def save(self, cfg, world, write_model):
         """Writes the checkpoint of this step, whole or not at all, and deletes old ones."""
@@ -386,7 +334,8 @@ class State:
             checkpoint.write_tensors(rng_state(world.device), folder / f"rng_{world.rank:05d}.pt")
             if world.rank == 0:
                 write_model(self.model, hidden)
-                state = self.counters() | {"scaler": self.scaler.state_dict()}
+                state = {name: getattr(self, name) for name in self.COUNTERS}
+                state["scaler"] = self.scaler.state_dict()
                 state["optimizers"] = [o.state_dict() for o in self.optimizers]
                 checkpoint.write_tensors(state, folder / "state.pt")
         self.saved_at = self.step
@@ -399,29 +348,16 @@ class State:
         numbers = path.with_name(f"rng_{world.rank:05d}.pt")
         state = checkpoint.read_tensors(path)
         errors = AttributeError, KeyError, RuntimeError, TypeError, ValueError
-        with refusing(errors, f"{path}: does not fit this model and optimizer"):
+        with config.refusing(errors, f"{path}: does not fit this model and optimizer"):
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 today = optimizer.state_dict()["param_groups"]  # learning rate, decay, betas
                 optimizer.load_state_dict(saved | {"param_groups": today})
             self.scaler.load_state_dict(state["scaler"])
-            for name in self.counters():
+            for name in self.COUNTERS:
                 setattr(self, name, state[name])
             self.saved_at = self.step
             if numbers.is_file():  # a rank that is new keeps the numbers it was seeded with
                 set_rng_state(checkpoint.read_tensors(numbers), world.device)
-
-
-def resume(cfg, state, world, read_model):
-    """Restores `state` from the checkpoint that cfg names, if any and if it is of this run."""
-    folder = checkpoint.find_checkpoint(cfg, world.say)
-    if folder is None:
-        if cfg.resume_from_checkpoint:
-            world.say(f"nothing to resume in {cfg.output_dir}; starting at step 0")
-        return
-    check_same_run(cfg, world, folder)
-    read_model(state.model, folder)
-    state.load(folder, world)
-    world.say(f"resumed from {folder} at step {state.step:,}")
 
 
 def check_same_run(cfg, world, folder):
@@ -448,14 +384,7 @@ def check_same_run(cfg, world, folder):
         raise UserError(f"{folder}: {made}; --allow_config_change accepts it")
 
 
-# ----------------------------------------------------------------------------------------------
-# The loop
-
-
-class Diverged(UserError):
-    """The run has stopped learning, and starting it again as it is would not help."""
-
-    exit_code = 4
+# ---- The loop
 
 
 def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, write_final=None):
@@ -472,8 +401,8 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
     write_model  (model, folder): writes what a checkpoint holds besides the training state;
                  read_model is its inverse; write_final writes final/ where it holds something else
 
-    Raises UserError for what its user can mend. SIGINT or SIGTERM end it with a checkpoint and
-    SystemExit, 128 + the signal's number as shells count: status 0 means that final/ is there.
+    SIGINT or SIGTERM end it with a checkpoint and SystemExit, 128 + the signal's number as shells
+    count: status 0 means that final/ is there, and what `result` says is printed.
     """
     if cfg.plan:
         from tools import plan
@@ -485,15 +414,13 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
         ended = clock.progress(state.step, state.seconds) >= 1 or state.is_stale(cfg)
         if ended and checkpoint.problem_with(final, checkpoint.FINAL_FILES) is None:
             world.say(f"this run is complete: its model is in {final}; nothing to do")
+            world.say(result(cfg, state))
             return
-        device, accumulation = world.device, cfg.gradient_accumulation_steps
-
-        def micro_batches(step):
-            micros = range(accumulation)
-            return [loader.batch(step, micro, world.rank, accumulation) for micro in micros]
-
-        batches = micro_batches(state.step)
-        with Log(cfg, flops_per_token(model.cfg), world, state) as log:
+        device, rank, accumulation = world.device, world.rank, cfg.gradient_accumulation_steps
+        micros = lambda step: range(0 if step == clock.total else accumulation)  # none past the end
+        batches_of = lambda step: [loader.batch(step, m, rank, accumulation) for m in micros(step)]
+        batches = batches_of(state.step)
+        with Log(cfg, llama.flops_per_token(model.cfg), world, state) as log:
             while True:
                 if state.step % cfg.eval_steps == 0 and state.evaluated != state.step:
                     evaluate(cfg, state, validate, dtype, world, log)
@@ -520,7 +447,7 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
                         stats[name] = stats.get(name, 0.0) + value.detach() / max(1, count)
                 del loss, loss_sum, sums, value  # and with them what their graph holds
                 if not loader.period:
-                    batches = micro_batches(state.step + 1)  # read while a GPU still computes
+                    batches = batches_of(state.step + 1)  # read while a GPU still computes
 
                 world.sum_gradients(state.parameters)  # data parallelism, by hand
                 grad_norm = state.clip(cfg.max_grad_norm)
@@ -528,7 +455,7 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
                 state.update(lr, grad_norm, count)
                 state.step, state.tokens = state.step + 1, state.tokens + int(tokens)
                 if loader.period:
-                    batches = micro_batches(state.step)  # drawn from the new weights
+                    batches = batches_of(state.step)  # drawn from the new weights
 
                 stats = dict(zip(stats, world.sum(*(value.item() for value in stats.values()))))
                 if state.bad_steps:
@@ -548,28 +475,33 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
             # a rank without a signal of its own exits as with torchrun's SIGTERM
             raise SystemExit(128 + (world.stop_signal or signal.SIGTERM))
         write_finished(cfg, state, world, read_model, write_final or write_model)
+        world.say(result(cfg, state))
 
 
 def prepare(cfg, model, loader, world, read_model):
     """Returns (cfg with its warmup, state, dtype of matmuls, clock), fresh or resumed."""
     model.to(world.device)
-    dtype, _ = announce(cfg, model, world)
+    dtype = announce(cfg, model, world)
     state = State(cfg, model, world, dtype)
     runtime.seed_everything(cfg.seed + world.rank)  # dropout differs between ranks
     total = total_steps(cfg, loader.blocks, world.size)
     cfg = with_warmup(cfg, total, world.say)
-    state.check_space(cfg.output_dir)
-    resume(cfg, state, world, read_model)
+    if folder := checkpoint.find_checkpoint(cfg, world.say):
+        check_same_run(cfg, world, folder)
+        read_model(model, folder)
+        state.load(folder, world)
+        world.say(f"resumed from {folder} at step {state.step:,}")
+    elif cfg.resume_from_checkpoint:
+        world.say(f"nothing to resume in {cfg.output_dir}; starting at step 0")
     world.broadcast(model.parameters())
     return cfg, state, dtype, Clock(cfg, total, state.seconds)
 
 
 def announce(cfg, model, world):
-    """Chooses precision, attention and compilation, and says why. Returns (dtype, attention)."""
-    device, length = world.device, model.cfg.sequence_length
+    """Chooses precision, attention and compilation, and says why. Returns the dtype of matmuls."""
+    device, length, compiled = world.device, model.cfg.sequence_length, compiles(cfg, world.device)
     dtype, why = choose_dtype(cfg.dtype, device)
-    compiled = compiles(cfg, device)
-    attention, reason = choose_attention(device, length, dtype, cfg.flash_attn, compiled)
+    attention, reason = llama.choose_attention(device, length, dtype, cfg.flash_attn, compiled)
     model.use_attention(attention)
     model.model.gradient_checkpointing = cfg.gradient_checkpointing
     if compiled:
@@ -581,7 +513,7 @@ def announce(cfg, model, world):
         f"{str(dtype)[6:]} ({why}) | attention {attention} ({reason}) | "
         f"torch.compile {'on' if compiled else 'off'}"
     )
-    return dtype, attention
+    return dtype
 
 
 def compiles(cfg, device):
@@ -591,8 +523,7 @@ def compiles(cfg, device):
 def compile_model(model):
     """Compiles the decoder and the loss kernel in place; no wrapper, so no prefix on any name.
 
-    On CUDA the decoder becomes a CUDA graph: launched singly, the kernels of a small model leave
-    the GPU waiting. Its gradients must keep their place in memory, see State.fixed_gradients.
+    On CUDA the decoder becomes a CUDA graph: launched singly, small kernels leave the GPU waiting.
     """
     if torch.are_deterministic_algorithms_enabled():
         import torch._inductor.config as inductor
@@ -600,13 +531,13 @@ def compile_model(model):
         inductor.deterministic = True  # kernels picked by timing them would differ between runs
     cuda = model.lm_head.weight.device.type == "cuda"
     model.model.compile(mode="reduce-overhead" if cuda else None)
-    LinearCrossEntropy.kernel = staticmethod(torch.compile(nats_and_gradient))
+    llama.LinearCrossEntropy.kernel = staticmethod(torch.compile(llama.nats_and_gradient))
 
 
 def evaluate(cfg, state, validate, dtype, world, log):
-    """Logs validate(model), without dropout; random numbers stay the training's.
+    """Logs validate(model), unless a stop is asked for meanwhile: then it comes again.
 
-    If a stop is asked for meanwhile, nothing is logged and state.evaluated stays: it comes again.
+    There is no dropout, and random numbers stay the training's.
     """
     numbers, metrics = rng_state(world.device), None
     state.model.eval()
@@ -621,29 +552,30 @@ def evaluate(cfg, state, validate, dtype, world, log):
 
 
 def report_skipped(cfg, state, grad_norm, count, log):
-    """Reports a step that was not applied; raises Diverged after too many in a row."""
+    """Reports a step that was not applied; UserError, with status 4, after too many in a row."""
     why = f"gradient norm is {grad_norm}" if count else "no token of it is supervised"
     log.write({"step": state.step, "skipped": why, "grad_norm": grad_norm})
     log.world.say(f"warning: step {state.step:,} skipped: {why} ({state.bad_steps} in a row)")
     if state.bad_steps >= cfg.max_bad_steps:
+        many = f"{state.bad_steps} steps in a row were skipped, the last because {why}"
         last = next(iter(checkpoint.checkpoints(cfg.output_dir)), "none")
-        raise Diverged(
-            f"{state.bad_steps} steps in a row were skipped, the last because {why}; the last good "
-            f"checkpoint is {last}; lower --learning_rate or use --dtype=fp32"
-        )
+        remedy = "lower --learning_rate or use --dtype=fp32"
+        diverged = UserError(f"{many}; the last good checkpoint is {last}; {remedy}")
+        diverged.exit_code = 4
+        raise diverged
 
 
 def write_finished(cfg, state, world, read_model, write_final):
     """Writes OUTPUT_DIR/final/: with early stopping the best validated weights, else the last."""
-    output = Path(cfg.output_dir)
-    best = output / f"step_{state.best_step:06d}"
-    if cfg.early_stopping_patience and state.best_step not in (0, state.step):
+    output, step = Path(cfg.output_dir), state.final_step(cfg)
+    if step != state.step:
+        best = output / f"step_{step:06d}"
         if problem := checkpoint.problem_with(best):
-            world.say(f"warning: {best}, the best, is lost ({problem}); going on with the last")
-        else:
-            read_model(state.model, best)
-            value = f"{cfg.early_stopping_metric} {abs(state.best):.4f}"
-            world.say(f"back to the best validation, that of step {state.best_step:,} ({value})")
+            remedy = "to end with the last, --early_stopping_patience=none --allow_config_change"
+            raise UserError(f"{best}: {problem}; put the best one back, or {remedy}")
+        read_model(state.model, best)
+        value = f"{cfg.early_stopping_metric} {abs(state.best):.4f}"
+        world.say(f"back to the best validation, that of step {step:,} ({value})")
     with checkpoint.whole_folder(output / "final", cfg, world) as hidden:
         if world.rank == 0:
             write_final(state.model, hidden)
@@ -652,22 +584,31 @@ def write_finished(cfg, state, world, read_model, write_final):
     world.say(f"model in {output / 'final'}")
 
 
-# ----------------------------------------------------------------------------------------------
-# Pretraining
+def result(cfg, state):
+    """Returns what a run came to, a line of JSON: its length, the losses of the model in final/."""
+    last, step = {}, state.final_step(cfg)
+    for record in read_records(cfg.output_dir):
+        last |= record if record["step"] <= step else {}
+    losses = {name: n for name, n in last.items() if name == "loss" or name.startswith("val_")}
+    length = {"steps": state.step, "seconds": round(state.seconds, 3), "tokens": state.tokens}
+    return json.dumps(length | losses | {"output_dir": cfg.output_dir})
+
+
+# ---- Pretraining
 
 
 @dataclass(frozen=True)
-class PretrainConfig(LoopConfig, ModelConfig):
+class PretrainConfig(LoopConfig, llama.ModelConfig):
     """Pretraining: the options of the loop, the model's shape, and the data."""
 
     output_dir: str = "checkpoints/pretrain/custom"  # checkpoints, metrics.jsonl and final/ go here
-    vocab_size: Annotated[int, Range(8, 1 << 20)] | None = None  # none = the data's, or 32768
+    vocab_size: Annotated[int, config.Range(8, 1 << 20)] | None = None  # none = the data's or 32768
     data_path: tuple[str, ...] = ("data/processed/docstrings",)  # prepared, comma separated
     data_weights: tuple[float, ...] | None = None  # their shares of the tokens; none = by size
     document_mask: bool = False  # tokens see their own document only, positions restart with each
     eval_rows: PositiveInt = 128  # rows of the validation set that are scored at each evaluation
     sample_prompt: str = "The"  # continued greedily at each evaluation
-    sample_tokens: Annotated[int, Range(0, 1000)] = 48  # length of that continuation; 0 = none
+    sample_tokens: Annotated[int, config.Range(0, 1000)] = 48  # length of what follows; 0 = none
     # decides which is best
     early_stopping_metric: Literal["val_loss", "val_bits_per_byte"] = "val_loss"
     plan_gpu: str | None = None  # say what the run would need on such a card, as h100
@@ -677,10 +618,10 @@ class PretrainConfig(LoopConfig, ModelConfig):
         if self.qkv_bias:
             theirs = "transformers takes the tokenizer of such a folder for Qwen2's"
             raise ValueError(f"qkv_bias is for models of others: {theirs}; use qk_norm")
-        ModelConfig.__post_init__(with_vocab_size(self) if self.vocab_size is None else self)
+        llama.ModelConfig.__post_init__(with_vocab_size(self) if self.vocab_size is None else self)
 
 
-def with_vocab_size(cfg, default=ModelConfig.vocab_size):
+def with_vocab_size(cfg, default=llama.ModelConfig.vocab_size):
     """Returns the PretrainConfig with a vocabulary: its own, else of `default` ids."""
     return replace(cfg, vocab_size=cfg.vocab_size or default)
 
@@ -696,37 +637,32 @@ def main(cfg):
             from tools import plan  # before there is any data: random ids
 
             cfg = with_vocab_size(cfg)
-            model = Llama(narrow(cfg, ModelConfig))
-            plan.local(cfg, model, plan.RandomTokens(cfg), next_token_loss, world)
+            model = llama.Llama(config.narrow(cfg, llama.ModelConfig))
+            plan.local(cfg, model, plan.RandomTokens(cfg), llama.next_token_loss, world)
         else:
             pretrain(cfg, world)
 
 
 def pretrain(cfg, world):
-    stream = TokenStream(
-        cfg.data_path, "train", cfg.sequence_length, cfg.batch_size, cfg.seed, world.size,
-        weights=cfg.data_weights, document_mask=cfg.document_mask,
-    )  # fmt: skip
+    sizes = cfg.sequence_length, cfg.batch_size, cfg.seed, world.size
+    stream = TokenStream(cfg.data_path, "train", *sizes, cfg.data_weights, cfg.document_mask)
     tokenizer = Tokenizer.load(stream.tokenizer)
     cfg = with_vocab_size(cfg, tokenizer.vocab_size)
     if cfg.vocab_size != (size := tokenizer.vocab_size):
         made = f"{cfg.data_path[0]} was made with a tokenizer of {size}"
         raise UserError(f"vocab_size is {cfg.vocab_size}, but {made}; use --vocab_size={size}")
     torch.manual_seed(cfg.seed)
-    model = Llama(narrow(cfg, ModelConfig))
+    model = llama.Llama(config.narrow(cfg, llama.ModelConfig))
     world.say(f"{stream.tokens:,} training tokens")
-    hashes = {str(source.folder): data_sha256(source.manifest) for source in stream.sources}
-
-    def write_model(model, folder):
-        save_model(model, folder)
-        write_origin(folder, tokenizer, hashes, cfg.sequence_length)
-
-    def read_model(model, folder):
-        check_origin(cfg, folder, tokenizer, hashes)
-        load_weights(model, folder)
+    hashes = {}  # of each dataset, the hash of the hashes of its shards
+    for source in stream.sources:
+        splits = sorted(source.manifest["splits"].items())
+        shards = "".join(shard["bin_sha256"] for _, shards in splits for shard in shards)
+        hashes[str(source.folder)] = hashlib.sha256(shards.encode()).hexdigest()
 
     validate = language_validation(cfg, world, tokenizer)
-    fit(cfg, model, stream, next_token_loss, world, validate, write_model, read_model)
+    files = model_files(cfg, tokenizer, hashes)
+    fit(cfg, model, stream, llama.next_token_loss, world, validate, *files)
 
 
 def language_validation(cfg, world, tokenizer):
@@ -737,13 +673,12 @@ def language_validation(cfg, world, tokenizer):
     rows, token_bytes = min(cfg.eval_rows, stream.blocks), tokenizer.token_bytes()
 
     def validate(model):
-        nats, count, size = 0.0, 0, 0  # of `count` tokens, whose text has `size` UTF-8 bytes
+        sums = np.zeros(3)  # nats of so many tokens, whose text has so many UTF-8 bytes
         for _, batch in world.batches(stream, rows, cfg.batch_size):
-            loss, _ = next_token_loss(model, to_device(batch, world.device))
+            loss, _ = llama.next_token_loss(model, to_device(batch, world.device))
             labels = batch["labels"][batch["labels"] >= 0]
-            nats, count = nats + loss.item(), count + len(labels)
-            size += int(token_bytes[labels].sum())
-        nats, count, size = world.sum(nats, count, size)
+            sums += [loss.item(), len(labels), token_bytes[labels].sum()]
+        nats, count, size = world.sum(*sums.tolist())
         metrics = {"val_loss": nats / max(1, count)}
         metrics["val_bits_per_byte"] = nats / math.log(2) / max(1, size)
         if cfg.sample_tokens:  # a glimpse; sample.py does it properly
@@ -759,7 +694,7 @@ def greedy(model, ids, count, stop_ids):
     """Returns up to `count` ids, each the likeliest next; a stop id or a full context ends them."""
     device, fresh = model.lm_head.weight.device, []
     capacity = min(len(ids) + count, model.cfg.sequence_length)
-    cache = KVCache(model.cfg, 1, capacity, device)
+    cache = llama.KVCache(model.cfg, 1, capacity, device)
     step = torch.tensor([ids], device=device)  # (B = 1, T): the prompt first, then one id a time
     with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
         while len(ids) + len(fresh) < capacity:
@@ -771,36 +706,42 @@ def greedy(model, ids, count, stop_ids):
     return fresh
 
 
-# ---- what a model was trained on
+def model_files(cfg, tokenizer, data, template=None, stop_ids=None, base=None):
+    """Returns (write_model, read_model, write_final) for `fit`.
 
+    A folder holds the model, or its adapter on `base`, the tokenizer with the template's name, and
+    in data.json `data`, the {path: sha256} of what it was trained from: read_model refuses another.
+    """
 
-def data_sha256(manifest):
-    """Returns the sha256 of a dataset's tokens: the hash of the hashes of its shards."""
-    splits = sorted(manifest["splits"].items())
-    hashes = [shard["bin_sha256"] for _, shards in splits for shard in shards]
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+    def write_model(model, folder, merge=False):
+        if merge and llama.adapters(model):
+            (folder / "adapter").mkdir()
+            write_model(model, folder / "adapter")
+            llama.merge_lora(model)
+        llama.save_model(model, folder, stop_ids, base)
+        tokenizer.save(folder, model.cfg.sequence_length, template)
+        llama.write_json(folder / "data.json", data)
 
+    def read_model(model, folder):
+        before = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+        if base and base.sha256 not in before.values():
+            other = f"was trained on another model than {cfg.model_path}; name that one"
+            raise UserError(f"{folder}: {other}")
+        ours, theirs = tokenizer.sha256[:12], Tokenizer.load(folder).sha256[:12]
+        if theirs != ours:
+            differ = f"its tokenizer is {theirs}.., the data's is {ours}.."
+            raise UserError(f"{folder}: {differ}; they do not belong together")
+        if list(before.values()) != list(data.values()) and not cfg.allow_config_change:
+            was, now = (", ".join(f"{k} ({v[:8]}..)" for k, v in d.items()) for d in (before, data))
+            accept = "--allow_config_change accepts it"
+            raise UserError(f"{folder}: its data is {was}, now {now}; {accept}")
+        llama.load_weights(model, folder)
 
-def write_origin(folder, tokenizer, hashes, length, template=None):
-    """Writes a model's tokenizer, and data.json, {path: sha256} of the data it was trained on."""
-    tokenizer.save(folder, length, template)
-    (folder / "data.json").write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
-
-
-def check_origin(cfg, folder, tokenizer, hashes):
-    """Raises UserError if `folder` has another tokenizer, or data of other contents anywhere."""
-    ours, theirs = tokenizer.sha256[:12], Tokenizer.load(folder).sha256[:12]
-    if theirs != ours:
-        differ = f"its tokenizer is {theirs}.., the data's is {ours}.."
-        raise UserError(f"{folder}: {differ}; they do not belong together")
-    before = json.loads((folder / "data.json").read_text(encoding="utf-8"))
-    if list(before.values()) != list(hashes.values()) and not cfg.allow_config_change:
-        was, now = (", ".join(f"{k} ({v[:8]}..)" for k, v in d.items()) for d in (before, hashes))
-        raise UserError(f"{folder}: its data is {was}, now {now}; --allow_config_change accepts it")
+    return write_model, read_model, partial(write_model, merge=base and cfg.merge)
 
 
 if __name__ == "__main__":
     from lib.curves import CurvesConfig, curves
 
     commands = {"curves": (curves, CurvesConfig)}
-    dispatch(commands, sys.argv[1:], __doc__, default=(main, PretrainConfig))
+    config.dispatch(commands, sys.argv[1:], __doc__, default=(main, PretrainConfig))

@@ -32,10 +32,11 @@ import torch
 import torch.nn.functional as F
 
 from data import supervised_rows
-from dpo import DPOConfig, Pair, pair_rows, preference_loss, turn_dropout_off
+from dpo import DPOConfig, Pair, pair_rows, preference_loss
 from lib.config import configure
 from lib.runtime import World, memory_used, tune_cpu
 from model import Llama, ModelConfig, add_lora, choose_attention, next_token_loss, to_hf
+from sft import turn_dropout_off
 from tools.plan import forward_backward
 from train import LoopConfig, State
 

@@ -324,8 +324,9 @@ def aligned(small, name, stage):
     answer.
     """
     from data import supervised_rows
-    from dpo import DPOConfig, Pair, pair_rows, preference_loss, turn_dropout_off
+    from dpo import DPOConfig, Pair, pair_rows, preference_loss
     from model import add_lora
+    from sft import turn_dropout_off
 
     device, rows, length = choose_device("auto"), 4 if small else 16, 32 if small else 512
     loop = {

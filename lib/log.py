@@ -17,6 +17,13 @@ from lib.config import UserError, refusing, write_whole
 from lib.runtime import memory_used, peak_flops
 
 
+def read_records(output_dir):
+    """Returns the lines of a run's metrics.jsonl as dicts; none before the first."""
+    path = Path(output_dir) / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
 class Log:
     """The log of one run, written by rank 0; entered while the run lasts."""
 

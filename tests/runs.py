@@ -22,7 +22,7 @@ import model
 import sft
 import train
 from lib import curves
-from lib.config import run
+from lib.config import narrow, run
 from tests import ROOT
 from tests.conftest import free_port
 from tests.warm import Fork
@@ -101,7 +101,7 @@ def fitting(out, loader, loss_fn, validate, knobs, before=None):
         with train.open_world(cfg) as world:
             torch.manual_seed(cfg.seed)
             llama, files = (
-                model.Llama(train.narrow(cfg, model.ModelConfig)),
+                model.Llama(narrow(cfg, model.ModelConfig)),
                 (model.save_model, model.load_weights),
             )
             train.fit(cfg, llama, loader, loss_fn, world, validate, *files)

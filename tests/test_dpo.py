@@ -283,6 +283,8 @@ def test_early_stopping_goes_back_to_the_best(tmp_path, knobs):
     assert last == best + 3 * 4 < 200
     log = tmp_path / "out.log"
     assert f"back to the best validation, that of step {best} (val_rewards/acc" in log.read_text()
+    result = json.loads(log.read_text().splitlines()[-1])
+    assert (result["steps"], result["val_rewards/accuracies"]) == (last, scores[best])
     assert {path.name for path in out.glob("step_*")} == {f"step_{n:06d}" for n in (best, last)}
     kept, final = (
         safetensors.torch.load_file(folder / "adapter_model.safetensors")

@@ -493,15 +493,3 @@ def test_a_full_disk_is_one_line_that_names_the_folder_and_leaves_the_rest(
     assert problem_with(damaged / "step_000006") is None
     resumed(damaged, **knobs)
     assert losses(damaged) == losses(straight)
-
-
-def nearly_full():
-    usage = shutil.disk_usage
-    shutil.disk_usage = lambda path: usage(path)._replace(free=100_000)
-
-
-def test_too_little_space_for_a_checkpoint_is_told_before_training(tmp_path, knobs):
-    out = tmp_path / "out"
-    line = refused(out, before=nearly_full, **knobs)
-    assert f"{out}: a checkpoint needs 0.4 MB, free are 0.1 MB; make room" in line
-    assert names(out) == ["run.lock"]

@@ -237,7 +237,10 @@ def test_a_reward_that_cannot_be_had_is_one_line(tmp_path, knobs):
 
 def test_what_grpo_refuses(tmp_path, knobs, tiny_tokenizer):
     plain = make_base(tmp_path / "plain", tiny_tokenizer)
+    free = write_rows(tmp_path / "free.jsonl", [{"prompt": f"say {n}"} for n in range(9)])
+    unchecked = "early_stopping_metric=val_accuracy: nothing checks the answers to held-out"
     cases = [
+        ({"dataset_path": free, "early_stopping_patience": 3}, unchecked),
         ({"num_generations": 1}, "num_generations must be at least 2"),
         ({"num_iterations": 3}, "must be multiples of num_iterations 3"),
         ({"lora_dropout": 0.1}, "lora_dropout must be 0"),

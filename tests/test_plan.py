@@ -24,7 +24,7 @@ def test_the_moments_are_those_that_the_optimizers_hold(optimizer):
     model, held = Llama(ModelConfig(**SHAPE, n_layer=2)), 0
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    for each in make_optimizers(cfg, model, torch.device("cpu")):
+    for each in make_optimizers(cfg, model):
         each.step()
         held += sum(4 * t.numel() for s in each.state.values() for t in s.values() if t.ndim)
     parts = memory(cfg, "cpu", 4, False)

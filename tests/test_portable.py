@@ -59,7 +59,7 @@ def test_no_operation_of_a_training_step_gives_64_bit_floats(optimizer):
     model = Llama(ModelConfig(**shape, vocab_size=384))
     model = add_lora(model, 4, 8.0) if optimizer == "lora" else model
     cfg = PretrainConfig(optimizer="muon" if optimizer == "muon" else "adamw")
-    optimizers, ids = make_optimizers(cfg, model, torch.device("cpu")), torch.arange(32).view(2, 16)
+    optimizers, ids = make_optimizers(cfg, model), torch.arange(32).view(2, 16)
     with NoDoubles():
         loss, _ = next_token_loss(model.train(), {"ids": ids, "labels": ids})
         loss.backward()

@@ -166,7 +166,7 @@ def test_weights_begin_where_they_should_and_only_matrices_decay(cfg):
             assert set(p.tolist()) == {0.0 if name.endswith("bias") else 1.0}, name
     for optimizer in ("adamw", "muon"):
         run = PretrainConfig(optimizer=optimizer)
-        for each in make_optimizers(run, model, torch.device("cpu")):
+        for each in make_optimizers(run, model):
             for group in each.param_groups:
                 flat = [p for p in group["params"] if p.ndim == 1]
                 assert not flat or (group["weight_decay"] == 0 and type(each) is torch.optim.AdamW)

@@ -184,7 +184,7 @@ def time_rows(cfg, seconds, total, ranks=1):
 def local(cfg, model, loader, loss_fn, world):
     """Prints the needs of `train.fit` here: counted, then timed and measured. Writes nothing."""
     model.to(world.device).train()
-    dtype, _ = announce(cfg, model, world)
+    dtype = announce(cfg, model, world)
     state = State(cfg, model, world, dtype)
     total = total_steps(cfg, loader.blocks, world.size) if loader.blocks else cfg.max_steps
     trained = sum(p.numel() for p in state.parameters)
