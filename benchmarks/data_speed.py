@@ -291,9 +291,11 @@ def parent(place, args):
 def index_growth(folder, documents):
     """Prints what an index of so many random documents takes: the child's side."""
     from corpus.dedup import PERMUTATIONS, Index
+    from corpus.prepare import reopen
 
     random, batch = np.random.default_rng(1), 1024
-    index, spent, peak, judged = Index(folder, 0.8), 0, 0, 0
+    files = [reopen(Path(folder, name), 0) for name in ("digests.bin", "signatures.bin")]
+    index, spent, peak, judged = Index(*files, 0.8), 0, 0, 0
     before = pss(os.getpid())
     while judged < documents:
         digests = random.integers(0, 2**64, batch, np.uint64)
@@ -333,6 +335,7 @@ def dedup(place, args):
     5-grams.
     """
     from corpus.dedup import Index, minhash, sha256
+    from corpus.prepare import reopen
 
     with gzip.open(DATA / "dedup" / "docs.dev.jsonl.gz", "rt", encoding="utf-8") as file:
         docs = {row["id"]: row["text"] for row in map(json.loads, file)}
@@ -344,9 +347,8 @@ def dedup(place, args):
         folder.mkdir()
         digests, signatures = map(np.stack, zip(prints[pair["a"]], prints[pair["b"]], strict=True))
         low = next(edge for edge in (0.9, 0.8, 0.7, 0.0) if pair["w5"] >= edge)
-        goes[f"similarity from {low}"].append(
-            Index(folder, 0.8).judge(digests, signatures)[1] is not None
-        )
+        index = Index(reopen(folder / "digests", 0), reopen(folder / "signatures", 0), 0.8)
+        goes[f"similarity from {low}"].append(index.judge(digests, signatures)[1] is not None)
     return {
         name: {"pairs": len(v), "removed": round(sum(v) / len(v), 4)}
         for name, v in sorted(goes.items())

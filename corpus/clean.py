@@ -464,10 +464,7 @@ def language_identifier():
 
 
 def language_score(text, cfg):
-    """Returns how sure the detector is that a text is in cfg.language, 0 to 1, or None of a short
-    text, or if any language will do."""
-    if cfg.language == "off" or len(text) < cfg.min_length:
-        return None
+    """Returns how sure the detector is that a text is in cfg.language, 0 to 1."""
     if cfg.language_detector == "builtin":
         return english_score(text)
     scores = dict(language_identifier().rank(text))
@@ -480,8 +477,8 @@ def language_score(text, cfg):
 # --- Filters --------------------------------------------------------------------------------------
 
 
-def reject(text, cfg, score=None):
-    """Returns why a cleaned document is not kept, or None. score: its language_score, if known.
+def reject(text, cfg):
+    """Returns why a cleaned document is not kept, or None.
 
     The reasons are too-short, too-long, the rules of QUALITY, and not-english or not-LANGUAGE.
     """
@@ -494,11 +491,9 @@ def reject(text, cfg, score=None):
         for name, fails in QUALITY.items():
             if name not in cfg.quality_off and fails(text, words, lines):
                 return name
-    if cfg.language == "off":
+    if cfg.language == "off" or language_score(text, cfg) >= cfg.language_threshold:
         return None
-    score = language_score(text, cfg) if score is None else score
-    name = "english" if cfg.language == "en" else cfg.language
-    return f"not-{name}" if score < cfg.language_threshold else None
+    return "not-english" if cfg.language == "en" else f"not-{cfg.language}"
 
 
 BULLETS = ("- ", "* ", "+ ", "\u2022", "\u00b7", "\u25cf", "\u25aa", "\u2023")

@@ -2,7 +2,7 @@
 
 `sha256` and `minhash` are pure functions of texts and run in worker processes, a batch at a time.
 `Index` then decides in the order of the input, in bounded memory and two files, and keeps the first
-document of a cluster. After a kill it resumes with the decisions of an unbroken run.
+document of a cluster. From the two files it resumes with the decisions of an unbroken run.
 
 Two documents are near duplicates if the share of equal places of their signatures, an estimate of
 their Jaccard similarity, reaches the threshold. Equal bands only propose candidates to compare.
@@ -11,16 +11,13 @@ their Jaccard similarity, reaches the threshold. Equal bands only propose candid
 import functools
 import hashlib
 import math
-import os
 import re
 from collections import defaultdict
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 
 from corpus.clean import UNSPACED
-from lib.config import UserError
 
 PERMUTATIONS = 128  # the estimate of a Jaccard similarity of 0.8 is off by 0.035 (one sigma)
 NGRAM = 5  # words of a shingle
@@ -203,7 +200,7 @@ class SortedRuns:
 
 
 class Index:
-    """Judges documents in their order, in bounded memory and two files of a folder.
+    """Judges documents in their order, in bounded memory and two files.
 
     In memory: 8 bytes for each distinct document, and 8 for each band of each document kept (half
     of them hash, half its number). A digest has 64 bits: among n documents one is lost by chance
@@ -211,17 +208,15 @@ class Index:
     signatures of the documents kept, of which only candidates are read. These have 16 bits a place
     (b-bit minwise hashing, Li and Konig 2010): a place then agrees by chance once in 65,536.
 
-    threshold None: exact duplicates only. state: what `checkpoint` returned, to resume from there.
+    The files are open to append to; they hold the documents judged before. threshold None: exact
+    duplicates only.
     """
 
-    def __init__(self, folder, threshold=None, state=None):
-        state = state or {"digests": 0, "signatures": 0}
+    def __init__(self, digest_file, signature_file, threshold=None):
         self.threshold, self.shape = threshold, band_shape(threshold or 1)
-        self.digest_file = reopen(Path(folder) / "digests.bin", 8 * state["digests"])
-        self.count = state["signatures"]
-        size = 2 * PERMUTATIONS * self.count
-        self.signature_file = reopen(Path(folder) / "signatures.bin", size)
-        self.distinct = SortedRuns(np.fromfile(self.digest_file.name, np.uint64))
+        self.digest_file, self.signature_file = digest_file, signature_file
+        self.count = signature_file.tell() // (2 * PERMUTATIONS)
+        self.distinct = SortedRuns(np.fromfile(digest_file.name, np.uint64))
         self.bands = [SortedRuns() for _ in range(self.shape[0])]
         for start in range(0, self.count, 1 << 16):
             numbers = np.arange(start, min(start + (1 << 16), self.count), dtype=np.uint64)
@@ -278,23 +273,6 @@ class Index:
         self.count += len(numbers)
         return near
 
-    def checkpoint(self):
-        """Brings both files to the disk. Returns the state from which a later Index resumes."""
-        for file in (self.digest_file, self.signature_file):
-            file.flush()
-            os.fsync(file.fileno())
-        digests = sum(map(len, self.distinct.runs))
-        return {"digests": digests, "signatures": self.count}
-
     @property
     def nbytes(self):
         return sum(run.nbytes for runs in (self.distinct, *self.bands) for run in runs.runs)
-
-
-def reopen(path, size):
-    """Opens a file to append to it, cut to its first `size` bytes. UserError if it has fewer."""
-    file = open(path, "ab")  # noqa: SIM115
-    if file.tell() < size:
-        raise UserError(f"{path}: shorter than at the last checkpoint; delete {path.parent}")
-    file.truncate(size)
-    return file

@@ -1,9 +1,9 @@
 """Raw text to a prepared dataset: the run.
 
 Documents are read in a fixed order, cleaned and filtered (clean.py), compared with those kept
-before (dedup.py), and assigned to train or val by their own hash; where val would be empty, the
-last is cut. Then a tokenizer is trained on a sample of the training text, or an existing one is
-opened, and the text is encoded into shards.
+before (dedup.py), and assigned to train or val by the hash of their raw text: all pieces of a long
+one together. Where that leaves a split empty, the text is cut. Then a tokenizer is trained on a
+sample of the training text, or an existing one is opened, and the text is encoded into shards.
 
 The result is a pure function of (input, config): no clock, no random state, no number of workers
 and no order of a file system enters it (except the date on DATA_CARD.md). Memory does not grow with
@@ -32,7 +32,7 @@ from typing import Annotated
 import numpy as np
 
 from corpus import report
-from corpus.clean import CleanConfig, clean, cut_to_length, language_score, reject
+from corpus.clean import CleanConfig, clean, cut_to_length, reject
 from corpus.dedup import Index, minhash, sha256
 from corpus.files import package
 from corpus.report import Tally, reasons_of
@@ -40,14 +40,15 @@ from corpus.sources import read_documents
 from corpus.split import cut_at
 from corpus.tokenizer import train_tokenizer
 from lib import config, folders
-from lib.config import Fraction, NonNegativeInt, PositiveInt, Range, UserError, write_whole
+from lib.config import NonNegativeInt, PositiveInt, Range, UserError, refusing, write_whole
 from lib.folders import ID_TYPES, check_file, file_sha256, hash_fraction, totals
 from lib.tokenizer import Tokenizer
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 18  # handled together: so many, fewer when long
-PART_BYTES = 8 << 20  # of raw text between two points from which a killed run resumes
+CHECKPOINT_CHARACTERS = 8 << 20  # of raw text between two points from which a killed run resumes
 SAMPLE_BYTES = 48 << 20  # of text to train a tokenizer on: SentencePiece holds it in memory
 SPLITS = ("train", "val")
+GROWING = ("train.jsonl", "val.jsonl", "digests.bin", "signatures.bin")  # texts, and the index
 JSON = json.JSONEncoder(ensure_ascii=False)
 
 
@@ -92,7 +93,8 @@ class DataConfig(EncodeConfig, CleanConfig, SourceConfig):
     use_minhash: bool = True  # drop near-duplicates; exact ones always go
     # Jaccard similarity of word 5-grams from which the later of two documents is dropped
     minhash_threshold: Annotated[float, Range(0, 1, open_low=True)] = 0.8
-    train_ratio: Fraction = 0.98  # share of documents for training; the rest is val
+    # share of documents for training; the rest is val
+    train_ratio: Annotated[float, Range(0, 1, open_low=True)] = 0.98
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +110,10 @@ def main(cfg):
     def text_files(progress):
         if not progress.stats:
             collect(cfg, progress)
-        parts = range(len(progress.parts))
-        files = {split: [progress.part(number, split) for number in parts] for split in SPLITS}
-        kept, val = progress.stats["documents"]["kept"], sum(p["val"] for p in progress.parts)
-        if 0 < cfg.train_ratio < 1 and kept and (kept == 1 or not val):
-            return cut_last(cfg, progress, files)
         check_usable(cfg, progress)
+        files = {split: [progress.work / f"{split}.jsonl"] for split in SPLITS}
+        if cfg.train_ratio < 1 and not all(progress.counts[split] for split in SPLITS):
+            return hold_out(cfg, progress, files)
         return files
 
     build(cfg, output_folder(cfg), kept_settings(cfg), text_files)
@@ -164,21 +164,18 @@ def build(cfg, output, settings, text_files):
 class Progress:
     """How an interrupted preparation resumes: only what WORK/progress.json counts is done.
 
-    The work is a row of steps: the parts of cleaned text, the tokenizer, the shards. A step first
-    brings its files to the disk, then replaces this file, which counts them. After a kill or on a
-    full disk the same command skips what is counted and writes all else again.
+    The work is a row of steps: some documents, the tokenizer, a shard. A step first brings its
+    files to the disk, then replaces this file, which counts them. After a kill or on a full disk
+    the same command skips what is counted, cuts the files that grow to the sizes counted, and
+    writes all else again.
     """
 
     work: Path
     settings: dict
-    documents: int = 0  # of the input: dropped, or in a part
-    checksum: int = 0  # CRC-32 of their raw text
-    counts: dict = field(default_factory=dict)  # split: documents; pieces: of them; kept_bytes
-    parts: list = field(default_factory=list)  # {split: documents} of each
+    counts: Counter = field(default_factory=Counter)  # documents read, split, in train ...
+    checksum: int = 0  # CRC-32 of the raw text of the documents read
     dropped: dict = field(default_factory=lambda: {"filter": {}, "dedup": {}})
-    lengths: dict = field(default_factory=dict)  # of texts kept; "256" is 256..511 characters
-    scores: dict = field(default_factory=dict)  # of language, of the texts read; 0.9 is 0.9 to 1
-    index: dict = field(default_factory=dict)  # sizes of its files
+    sizes: dict = field(default_factory=lambda: dict.fromkeys(GROWING, 0))  # bytes
     stats: dict = field(default_factory=dict)  # stats.json on documents, once all are read
     tokenizer: str = ""  # where it is from, once it is there
     splits: dict = field(default_factory=lambda: {split: [] for split in SPLITS})  # whole shards
@@ -193,20 +190,15 @@ class Progress:
         if changes := changed_settings(saved["settings"], self.settings):
             print(f"starting over: {changes[0]}", flush=True)
         else:
-            vars(self).update(saved)
+            vars(self).update(saved, counts=Counter(saved["counts"]))
 
-    def part(self, number, split):
-        return self.work / f"part_{number:05d}.{split}.jsonl"
-
-    def end_part(self, rows, index):
-        """Brings {split: lines of .jsonl} to the disk as a part, counts it and clears the lines."""
-        for split, lines in rows.items():
-            write_whole(self.part(len(self.parts), split), b"".join(lines))
-        self.index = index.checkpoint()
-        self.parts.append({split: len(lines) for split, lines in rows.items()})
+    def checkpoint(self, files):
+        """Brings {name: a file that grows} to the disk, then counts them."""
+        for name, file in files.items():
+            file.flush()
+            os.fsync(file.fileno())
+            self.sizes[name] = file.tell()
         self.save()
-        for lines in rows.values():
-            lines.clear()
 
     def save(self):
         values = {key: value for key, value in vars(self).items() if key != "work"}
@@ -218,10 +210,10 @@ def unfinished(output, settings):
     """Yields the Progress in a hidden folder, which becomes `output` if the block succeeds.
 
     A lock, which ends with its process, keeps a second run out. If the block fails, the folder
-    stays when there is more to resume from than one part.
+    stays when there is much to resume from.
     """
     work = output.parent / f".{output.name}.partial"
-    with write_errors(output, "output_dir"):
+    with refusing(OSError, f"{output}: cannot be written", "name another output_dir"):
         work.mkdir(parents=True, exist_ok=True)
         lock = (work / "lock").open("wb")
     with lock:
@@ -233,7 +225,8 @@ def unfinished(output, settings):
             progress.save()  # from here on it describes this run
             yield progress
         except BaseException as error:
-            if len(progress.parts) < 2 and not any(progress.splits.values()):
+            much = progress.counts["kept_bytes"] > CHECKPOINT_CHARACTERS
+            if not much and not any(progress.splits.values()):
                 shutil.rmtree(work, ignore_errors=True)
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 problem = "no space left on the disk; free some, and the same command goes on"
@@ -245,69 +238,67 @@ def unfinished(output, settings):
     os.replace(work, output)
 
 
-@contextmanager
-def write_errors(path, option):
-    try:
-        yield
-    except OSError as error:
-        problem = f"cannot be written ({error.strerror}); name another {option}"
-        raise UserError(f"{path}: {problem}") from None
-
-
-# ---- from documents to parts
+# ---- from documents to texts
 
 
 def collect(cfg, progress):
-    """Reads, cleans, filters and deduplicates the input into parts; describes it in `stats`."""
+    """Reads, cleans, filters and deduplicates the input into texts; describes it in `stats`."""
     tally = Tally()
     tally.dropped |= progress.dropped  # the same dicts: what is counted here is saved there
-    documents = islice(read_documents(cfg, tally), cfg.max_docs)
-    checksum = 0
-    for _, raw in islice(documents, progress.documents):  # they are done
+    documents = unread(islice(read_documents(cfg, tally), cfg.max_docs), progress)
+    first = list(islice(documents, 2))
+    if len(first) + progress.counts["read"] == 1:  # quality chooses among documents
+        cfg = replace(cfg, quality=False)
+    documents = progress_bar(chain(first, documents), "read", cfg.max_docs, progress.counts["read"])
+    files = {name: reopen(progress.work / name, size) for name, size in progress.sizes.items()}
+    threshold = cfg.minhash_threshold if cfg.use_minhash else None
+    index, unsaved = Index(files["digests.bin"], files["signatures.bin"], threshold), 0
+    results = in_order(partial(refine, cfg=cfg), batches_of(documents), cfg.workers)
+    for batch, (refined, fingerprints) in results:
+        verdicts = chain.from_iterable(index.judge(*group) for group in fingerprints)
+        for (where, raw, opening), texts in zip(batch, refined, strict=True):
+            progress.checksum = zlib.crc32(raw.encode(), progress.checksum)
+            split = "train" if hash_fraction(opening) < cfg.train_ratio else "val"
+            for text, reason in texts:
+                if reason:
+                    tally.drop("filter", reason, where, text)
+                elif reason := next(verdicts):
+                    tally.drop("dedup", reason, where, text)
+                else:
+                    files[f"{split}.jsonl"].write(text_row(text))
+                    progress.counts.update({split: 1, "kept_bytes": len(text.encode())})
+            if len(texts) > 1:
+                progress.counts.update(split=1, pieces=len(texts))
+            progress.counts["read"] += 1
+            unsaved += len(raw)
+        if unsaved >= CHECKPOINT_CHARACTERS:
+            progress.checkpoint(files)
+            unsaved = 0
+    progress.stats = report.document_stats(cfg, progress, tally)
+    progress.checkpoint(files)
+
+
+def reopen(path, size):
+    """Opens a file to append to it, cut to its first `size` bytes. UserError if it has fewer."""
+    file = open(path, "ab")  # noqa: SIM115
+    if file.tell() < size:
+        raise UserError(f"{path}: shorter than at the last checkpoint; delete {path.parent}")
+    file.seek(size)
+    file.truncate()
+    return file
+
+
+def unread(documents, progress):
+    """Returns the documents behind those that an earlier run has done, which must be the same."""
+    done, checksum = progress.counts["read"], 0
+    for _, raw, _ in islice(documents, done):
         checksum = zlib.crc32(raw.encode(), checksum)
     if checksum != progress.checksum:
         problem = "the input is not what it was; delete this folder to start over"
         raise UserError(f"{progress.work}: {problem}")
-    if progress.documents:
-        print(f"going on after {progress.documents:,} documents", flush=True)
-    first = list(islice(documents, 2))
-    if len(first) + progress.documents == 1:  # quality chooses among documents
-        cfg = replace(cfg, quality=False)
-    documents = chain(first, documents)
-    documents = progress_bar(documents, "read", cfg.max_docs, progress.documents)
-    index = Index(progress.work, cfg.minhash_threshold if cfg.use_minhash else None, progress.index)
-    rows, part_bytes = {split: [] for split in SPLITS}, 0
-    for name in ("counts", "lengths", "scores"):
-        setattr(progress, name, Counter(getattr(progress, name)))
-    work = in_order(partial(refine, cfg=cfg), batches_of(documents), cfg.workers)
-    for batch, (documents, scores, reasons, fingerprints) in work:
-        reasons = iter(reasons)
-        verdicts = chain.from_iterable(index.judge(*group) for group in fingerprints)
-        for (where, raw), texts in zip(batch, documents, strict=True):
-            data = raw.encode()
-            progress.checksum = zlib.crc32(data, progress.checksum)
-            part_bytes += len(data)
-            if len(texts) > 1:
-                progress.counts.update(split=1, pieces=len(texts))
-            for text in texts:
-                reason = next(reasons)
-                stage, reason = ("filter", reason) if reason else ("dedup", next(verdicts))
-                if reason:
-                    tally.drop(stage, reason, where, text)
-                    continue
-                # the hash of a text decides its split: it stays there, whatever else is read
-                split = "train" if hash_fraction(text) < cfg.train_ratio else "val"
-                rows[split].append(text_row(text))
-                progress.lengths[str(1 << len(text).bit_length() - 1)] += 1
-                progress.counts["kept_bytes"] += len(text.encode())
-        progress.documents += len(batch)
-        progress.scores += scores
-        if part_bytes >= PART_BYTES:
-            progress.end_part(rows, index)
-            part_bytes = 0
-    progress.end_part(rows, index)
-    progress.stats = report.document_stats(cfg, progress, tally)
-    progress.save()
+    if done:
+        print(f"going on after {done:,} documents", flush=True)
+    return documents
 
 
 def progress_bar(documents, title, total, done):
@@ -318,7 +309,7 @@ def progress_bar(documents, title, total, done):
 
 
 def batches_of(documents):
-    """Yields lists of consecutive (where, text): BATCH_DOCUMENTS, or BATCH_CHARACTERS in all."""
+    """Yields lists of consecutive documents: BATCH_DOCUMENTS, or BATCH_CHARACTERS in all."""
     batch, size = [], 0
     for document in documents:
         batch.append(document)
@@ -331,19 +322,19 @@ def batches_of(documents):
 
 
 def refine(batch, cfg):
-    """Returns what can be said of documents without the others: the texts of each, several of a
-    long one; of all texts how many have which language score, and reasons to drop them or None; of
-    those without a reason [(digests, signatures)], BATCH_DOCUMENTS or fewer at a time.
+    """Returns what can be said of documents without the others.
+
+    For each its texts, several of a long one: [(text, reason to drop it or None)]; and of all texts
+    without a reason [(digests, signatures)], BATCH_DOCUMENTS or fewer at a time.
     """
-    documents = [cut_to_length(clean(raw, cfg), cfg) for _, raw in batch]
-    texts = [*chain.from_iterable(documents)]
-    scores = [language_score(text, cfg) for text in texts]
-    reasons = [reject(text, cfg, score) for text, score in zip(texts, scores, strict=True)]
-    scores = Counter(f"{int(10 * score) / 10}" for score in scores if score is not None)
-    good = [text for text, reason in zip(texts, reasons, strict=True) if not reason]
+    documents = []
+    for _, raw, _ in batch:
+        texts = cut_to_length(clean(raw, cfg), cfg)
+        documents.append([(text, reject(text, cfg)) for text in texts])
+    good = [text for text, reason in chain.from_iterable(documents) if not reason]
     groups = [good[at : at + BATCH_DOCUMENTS] for at in range(0, len(good), BATCH_DOCUMENTS)]
     signatures = [minhash(group, cfg.seed) if cfg.use_minhash else None for group in groups]
-    return documents, scores, reasons, [*zip(map(sha256, groups), signatures, strict=True)]
+    return documents, [*zip(map(sha256, groups), signatures, strict=True)]
 
 
 def in_order(function, items, workers):
@@ -409,36 +400,36 @@ def follow_parent():
     threading.Thread(target=follow, daemon=True).start()
 
 
-def cut_last(cfg, progress, files):
-    """Cuts the last document, because the hashes of so few leave val empty, or of one alone train.
-
-    Returns {split: .jsonl files}, with its tail as val, and counts it in `stats`.
-    """
-    *others, last = [path for path in chain(*files.values()) if path.stat().st_size]
-    *texts, text = read_texts(last)
-    val = (1 - cfg.train_ratio) * progress.counts["kept_bytes"] / len(text.encode())
-    share = max(1 - val, min(cfg.train_ratio, 0.5))  # of the last document, for train
-    at = min(max(1, round(share * len(text))), len(text) - 1)
-    at = cut_at(text, max(0, 2 * at - len(text)), at, at)  # val gets at most twice its share
-    rows = {"train": [*texts, text[:at].rstrip()], "val": [text[at:].lstrip()]}
-    paths = {split: progress.work / f"cut.{split}.jsonl" for split in SPLITS}
-    for split, path in paths.items():
-        write_whole(path, b"".join(map(text_row, rows[split])))
-    progress.stats["documents"]["cut"] = {"train": at, "val": len(text) - at}
-    return {"train": [*others, paths["train"]], "val": [paths["val"]]}
-
-
 def check_usable(cfg, progress):
-    """Raises UserError, with the main reasons, if nothing is left to train on."""
-    train, val = (sum(part[split] for part in progress.parts) for split in SPLITS)
-    where = "mixture" if cfg.mixture else cfg.input_path
-    if val and not train:
-        raise UserError(f"{where}: all {val} usable documents fell to val; raise train_ratio")
-    if not train:
+    """Raises UserError, with the main reasons, if no text is left."""
+    if not progress.counts["kept_bytes"]:
         dropped = reasons_of(progress.stats["documents"]["dropped"])
         rows = sorted(dropped, key=lambda row: -row[2])[:3]
         reasons = "; ".join(f"{count} {reason} ({example})" for _, reason, count, example in rows)
+        where = "mixture" if cfg.mixture else cfg.input_path
         raise UserError(f"{where}: 0 usable documents: {reasons or 'the input holds none'}")
+
+
+def hold_out(cfg, progress, files):
+    """Splits the texts at train_ratio of their bytes, because hashes of so few left a split empty.
+
+    Returns {split: .jsonl files}, and counts the characters of each in `stats`.
+    """
+    total, counts = progress.counts["kept_bytes"], Counter()
+    left = min(cfg.train_ratio * total, total - 4)  # a character for val, of four bytes at most
+    paths = {split: progress.work / f"held_out.{split}.jsonl" for split in SPLITS}
+    with open(paths["train"], "wb") as train, open(paths["val"], "wb") as val:
+        for text in chain.from_iterable(map(read_texts, chain(*files.values()))):
+            size = max(1, len(text.encode()))
+            at = max(0, min(len(text), round(len(text) * left / size)))
+            if 0 < at < len(text):  # behind a sentence, if val then gets at most twice its share
+                at = cut_at(text, max(0, 2 * at - len(text)), at, at)
+            for file, part in (train, text[:at].rstrip()), (val, text[at:].lstrip()):
+                file.write(text_row(part) if part else b"")
+            counts.update(train=at, val=len(text) - at)
+            left -= size
+    progress.stats["documents"]["cut"] = dict(counts)
+    return {split: [path] for split, path in paths.items()}
 
 
 # ---- the tokenizer
@@ -465,7 +456,7 @@ def make_tokenizer(cfg, progress, shared, files):
     if tokenizer.bos_id is None:
         raise UserError(f"{shared}: has no BOS, which opens each document; name another tokenizer")
     if shared and not shared.exists():
-        with write_errors(shared, "tokenizer_path"):
+        with refusing(OSError, f"{shared}: cannot be written", "name another tokenizer_path"):
             write_whole(shared, tokenizer.model)
     return tokenizer
 
@@ -483,7 +474,7 @@ def train_on_sample(cfg, path, files):
     return f"Trained on {len(sample):,} documents of train, {origin}"
 
 
-# ---- from parts to shards
+# ---- from texts to shards
 
 
 def text_row(text):

@@ -55,22 +55,19 @@ def reasons_of(dropped):
 
 
 def document_stats(cfg, progress, tally):
-    """Returns stats.json on documents: how many, how many dropped and why, how long."""
-    bad = sum(entry["bytes"] for entry in tally.dropped["read"].values())
+    """Returns stats.json on documents: how many, how many dropped and why."""
+    bad, counts = sum(e["bytes"] for e in tally.dropped["read"].values()), progress.counts
     return {
         "sources": tally.sources,
         "passed_over": dict(sorted(tally.passed_over.items())),
-        "cap": {"max_docs": cfg.max_docs, "reached": progress.documents == cfg.max_docs},
+        "cap": {"max_docs": cfg.max_docs, "reached": counts["read"] == cfg.max_docs},
         "documents": {
-            "read": progress.documents + tally.bad_rows,
+            "read": counts["read"] + tally.bad_rows,
             "read_bytes": bad + sum(source["bytes"] for source in tally.sources.values()),
-            **progress.counts,
-            "kept": sum(sum(part.values()) for part in progress.parts),
+            **{name: counts[name] for name in ("split", "pieces", "kept_bytes")},
+            "kept": counts["train"] + counts["val"],
             "dropped": tally.dropped,
-            "noted": {},  # of earlier versions
         },
-        "characters_of_kept": dict(sorted(progress.lengths.items(), key=lambda n: int(n[0]))),
-        "language_scores_of_read": dict(sorted(progress.scores.items())),
     }
 
 
@@ -119,8 +116,8 @@ def run_summary(folder, stats):
     if others := stats.get("passed_over"):
         lines.append(f"  files {counted(others)}")
     if cut := stats["documents"].get("cut"):
-        tail = f"its last {cut['val']:,} of {sum(cut.values()):,} characters are val"
-        lines.append(f"  the last document was cut: {tail}")
+        tail = f"the last {cut['val']:,} of {sum(cut.values()):,} characters are val"
+        lines.append(f"  too few documents to choose some for val: {tail}")
     if not stats["splits"]["val"]["documents"]:
         lines.append("  no document fell to val: lower train_ratio, or training cannot validate")
     return "\n".join(lines)

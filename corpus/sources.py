@@ -43,9 +43,10 @@ class Source:
 
 
 def read_documents(cfg, tally):
-    """Yields (where it stands, raw text) of every document that cfg names, in a fixed order.
+    """Yields (where, raw text, opening) of every document that cfg names, in a fixed order.
 
-    Raises UserError at once for absent files, later for what only reading shows.
+    The opening is the text, or of a piece of a long text the first. Raises UserError at once for
+    absent files, later for what only reading shows.
     """
     streams = [(source, documents_of(source, cfg.max_length, tally)) for source in sources_of(cfg)]
     return interleave(streams, tally)
@@ -95,7 +96,7 @@ def interleave(streams, tally):
         total = sum(source.weight for source, _ in streams)
         due = {source.name: owed[source.name] + source.weight / total for source, _ in streams}
         turn = source, documents = max(streams, key=lambda stream: due[stream[0].name])
-        counts, (where, text) = tally.sources[source.name], next(documents, (None, ""))
+        counts, (where, text, *opening) = tally.sources[source.name], next(documents, (None, ""))
         counts["ended"] = where is None
         if where is None:
             streams.remove(turn)
@@ -112,7 +113,7 @@ def interleave(streams, tally):
             if counts["documents"] == source.max_samples:
                 counts["capped"] = True
                 streams.remove(turn)
-            yield where, text
+            yield where, text, *(opening or [text])
 
 
 def documents_of(source, max_length, tally):
@@ -222,9 +223,14 @@ def docstrings(node, title, prefix):
 
 
 def numbered(title, documents, max_length):
-    """Yields (where, text) of documents, each in parts, in pieces of at most max_length."""
-    texts = chain.from_iterable(pieces(parts, max_length) for parts in documents)
-    return ((f"{title} [{n}]", text) for n, text in enumerate(filter(str.strip, texts)))
+    """Yields (where, piece, first piece) of documents in parts, cut to at most max_length."""
+    number = 0
+    for parts in documents:
+        opening = None
+        for text in filter(str.strip, pieces(parts, max_length)):
+            opening = opening or text
+            yield f"{title} [{number}]", text, opening
+            number += 1
 
 
 def input_files(pattern, tally=None, kinds=(*ROW_READERS, "text", "html", "wikitext")):

@@ -154,7 +154,7 @@ def test_quotes_in_cells_are_what_was_meant():
 def documents(path):
     """Returns (documents, the Tally) of a path."""
     tally = Tally()
-    return [text for _, text in read_documents(DataConfig(input_path=str(path)), tally)], tally
+    return [text for _, text, _ in read_documents(DataConfig(input_path=str(path)), tally)], tally
 
 
 def test_a_mixed_folder_is_read_and_the_others_are_named():

@@ -51,7 +51,7 @@ class Config:
 def read(path="docstrings:", **settings):
     """Returns (documents, tally) of a source."""
     tally = Tally()
-    documents = [text for _, text in read_documents(Config(str(path), **settings), tally)]
+    documents = [text for _, text, _ in read_documents(Config(str(path), **settings), tally)]
     return documents, tally
 
 
@@ -929,7 +929,7 @@ def mixture_of(tmp_path, sizes, weights, caps=None):
 def test_any_beginning_of_a_mixture_keeps_its_weights(tmp_path_factory, weights):
     mixture = mixture_of(tmp_path_factory.mktemp("m"), [300] * len(weights), weights)
     counts = Counter()
-    for total, (_, text) in enumerate(read_documents(Config(mixture=mixture), Tally()), 1):
+    for total, (_, text, _) in enumerate(read_documents(Config(mixture=mixture), Tally()), 1):
         counts[text[0]] += 1
         assert text == f"{text[0]}{counts[text[0]] - 1}"  # each source in its own order
         for entry, weight in zip(mixture, weights, strict=True):
@@ -1114,7 +1114,7 @@ def test_a_file_that_cannot_be_read_is_counted(tmp_path):
     (tmp_path / "gone.txt").write_text("soon gone")
     documents = read_documents(Config(str(tmp_path)), tally := Tally())
     (tmp_path / "gone.txt").unlink()
-    assert [text for _, text in documents] == ["b"]
+    assert [text for _, text, _ in documents] == ["b"]
     assert tally.dropped["read"]["unreadable-file"]["count"] == 2
     assert (
         "gone.txt: cannot be read: No such file"
