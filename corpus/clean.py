@@ -78,7 +78,7 @@ def clean(text, cfg):
         text = tidy(text)
         if text != before:
             continue  # only a repaired text is searched for what the settings name
-        if cfg.code != "keep" and ("```" in text or "~~~" in text):
+        if cfg.code != "keep" and "```" in text:
             text = without_fenced(text)
         if cfg.code == "remove" and "`" in text:
             text = INLINE.sub(HOLE, text)
@@ -215,7 +215,7 @@ def tidy(text):
 # --- Code and web addresses -----------------------------------------------------------------------
 
 HOLE = "\0"  # marks a removal until close_holes has looked around it; repaired text holds none
-FENCE = re.compile(r"(?m)^[ \t>]*+(`{3,}+|~{3,}+)[ \t]*+([^`\n]*)$")
+FENCE = re.compile(r"(?m)^[ \t>]*+(`{3,}+)[ \t]*+([^`\n]*)$")
 # `words` between backticks on one line, with a plural's s; not the quotations `this' and ``that''
 INLINE = re.compile(
     rf"(`(?<!{LETTER}.)(?<![`\\].)`{{0,2}}+)(?!\s)[^`\n]{{1,200}}+(?<!\s)\1(?:e?s\b)?(?!`|{LETTER})"
@@ -244,7 +244,7 @@ BARE = re.compile(  # a line that held nothing else: a bullet, the name of a ref
 
 
 def without_fenced(text):
-    """Returns a text without fenced code (CommonMark 4.5); a fence that nothing closes stays.
+    """Returns a text without code between ``` (CommonMark 4.5); a fence that nothing closes stays.
 
     A text may begin within a block, where it was cut: a fence that names a language opens one.
     """
@@ -255,8 +255,7 @@ def without_fenced(text):
             kept.append(text[start : opened.start()])
             start, opened = fence.end() + 1, None
         elif opened is None or (info and mark.startswith(opened[1])):
-            above = text[max(0, fence.start() - 2) : fence.start()].strip("\n")
-            opened = None if mark[0] == "~" and above else fence  # a heading of reStructuredText
+            opened = fence
     return "".join([*kept, text[start:]])
 
 
@@ -337,11 +336,6 @@ PHONE = re.compile(
     r"|00[1-9][0-9]{0,2}(?:[ .-][0-9]{2,5}){2,5}"  # 00 for +
     r")(?!\w|[.,/-][0-9]| [0-9])"
 )
-NAMED_PHONE = re.compile(  # a number called a telephone number, however it is written
-    r"(?i)\b((?:tel|telephone|phone|mobile|cell|fax|call|whatsapp)s?\b[.:]?"
-    r"(?: (?:no\.?|number|us|me|at|is|on)){0,2}:? {0,2})"
-    r"(?=[(0-9]{1,5}[ .()-]|[0-9]{9})\(?[0-9](?:[ .()-]{0,2}[0-9]){5,13}(?!\w|[.,-][0-9])"
-)
 VERSION = re.compile(  # the word or operator before a version number
     r"(?i)(?:\b(?:v|vers?|versions?|release|rev|revision|build|section|sec|chapter|rfc|kernel)"
     r"[.:-]? ?|[<>=~^!]= ?|[<>^~] ?)\Z"
@@ -361,7 +355,7 @@ def mask_line(line):
     for mask, sign, pattern, is_private in MASKS:
         if sign.search(line):
             line = pattern.sub(lambda m, w=mask, ok=is_private: w if ok(m) else m[0], line)
-    return NAMED_PHONE.sub(r"\1[PHONE]", line) if SIX_DIGITS.search(line) else line
+    return line
 
 
 def is_ipv4(match):

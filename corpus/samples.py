@@ -21,7 +21,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-from lib.config import NonNegativeInt, UserError, write_whole
+from lib.config import NonNegativeInt, UserError, refusing, write_whole
 
 FILES = ("sft_train", "sft_val", "dpo_train", "dpo_val")
 BORDERS = (0, 0.68, 0.76, 0.97, 1)  # between FILES, as shares of each kind of task
@@ -283,13 +283,10 @@ def create_sample_datasets(cfg):
     for name, rows in make_rows(cfg.seed).items():
         path = folder / f"{name}.jsonl"
         content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-        try:
+        with refusing(OSError, f"{folder}: cannot be written", "name another --output_dir"):
             if not path.exists():
                 write_whole(path, content)
-            elif path.read_bytes() != content:
+            if path.read_bytes() != content:
                 remedy = "name another --output_dir, or delete it"
                 raise UserError(f"{path}: exists, with other contents; {remedy}")
-        except OSError as error:
-            reason = f"cannot be written ({error.strerror}); name another --output_dir"
-            raise UserError(f"{folder}: {reason}") from None
         print(f"{path}{len(rows):>8,} rows")
