@@ -103,7 +103,7 @@ def interleave(streams, tally):
             if not counts["documents"] and len(owed) > 1:  # alone, the run says why at its end
                 why = f"0 usable documents ({', '.join(tally.dropped['read']) or 'it is empty'})"
                 raise UserError(f"mixture: {source.name}: {why}; mend it or leave it out")
-        elif files.surrogate(text):
+        elif files.surrogate("".join((text, *opening))):
             tally.bad("bad-unicode", f"{where}: lone surrogate", text)
         else:
             owed |= due
