@@ -17,7 +17,6 @@ from typing import Literal
 from unicodedata import is_normalized, normalize
 
 from corpus.files import package
-from corpus.split import pieces
 from lib.config import Fraction, NonNegativeInt, PositiveInt, UserError
 
 
@@ -91,11 +90,6 @@ def clean(text, cfg):
         if text == before:
             return text
     return ""
-
-
-def cut_to_length(text, cfg):
-    """Returns a cleaned text as a list of documents of max_length, if that is to be split."""
-    return [*map(tidy, pieces([text], cfg.max_length))] if cfg.too_long == "split" else [text]
 
 
 # Terminal sequences (ECMA-48 5.4): CSI with parameters, OSC up to its end, two-character escapes.

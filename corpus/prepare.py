@@ -32,12 +32,12 @@ from typing import Annotated
 import numpy as np
 
 from corpus import report
-from corpus.clean import CleanConfig, clean, cut_to_length, reject
+from corpus.clean import CleanConfig, clean, reject, tidy
 from corpus.dedup import Index, minhash, sha256
 from corpus.files import package
 from corpus.report import Tally, reasons_of
 from corpus.sources import read_documents
-from corpus.split import cut_at
+from corpus.split import cut_at, pieces
 from corpus.tokenizer import train_tokenizer
 from lib import config, folders
 from lib.config import NonNegativeInt, PositiveInt, Range, UserError, refusing, write_whole
@@ -112,9 +112,8 @@ def main(cfg):
             collect(cfg, progress)
         check_usable(cfg, progress)
         files = {split: [progress.work / f"{split}.jsonl"] for split in SPLITS}
-        if cfg.train_ratio < 1 and not all(progress.counts[split] for split in SPLITS):
-            return hold_out(cfg, progress, files)
-        return files
+        is_split = all(progress.counts[split] for split in SPLITS)
+        return files if is_split or cfg.train_ratio == 1 else hold_out(cfg, progress, files)
 
     build(cfg, output_folder(cfg), kept_settings(cfg), text_files)
 
@@ -164,10 +163,9 @@ def build(cfg, output, settings, text_files):
 class Progress:
     """How an interrupted preparation resumes: only what WORK/progress.json counts is done.
 
-    The work is a row of steps: some documents, the tokenizer, a shard. A step first brings its
-    files to the disk, then replaces this file, which counts them. After a kill or on a full disk
-    the same command skips what is counted, cuts the files that grow to the sizes counted, and
-    writes all else again.
+    The work is a row of steps: some documents, the tokenizer, a shard. A step brings its files to
+    the disk, then replaces this file, which counts them. After a kill or on a full disk the same
+    command cuts the files that grow to the sizes counted, and writes all else again.
     """
 
     work: Path
@@ -329,7 +327,9 @@ def refine(batch, cfg):
     """
     documents = []
     for _, raw, _ in batch:
-        texts = cut_to_length(clean(raw, cfg), cfg)
+        text = clean(raw, cfg)
+        split = cfg.too_long == "split"
+        texts = map(tidy, pieces([text], cfg.max_length)) if split else [text]
         documents.append([(text, reject(text, cfg)) for text in texts])
     good = [text for text, reason in chain.from_iterable(documents) if not reason]
     groups = [good[at : at + BATCH_DOCUMENTS] for at in range(0, len(good), BATCH_DOCUMENTS)]

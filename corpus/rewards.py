@@ -15,7 +15,7 @@ from decimal import Decimal
 from corpus.chats import to_chat
 from corpus.samples import passes
 from corpus.sources import BadRow, usable_rows
-from lib.config import UserError
+from lib.config import UserError, refusing
 from lib.conversation import render
 
 NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
@@ -71,20 +71,15 @@ def read_questions(path, tally, tokenizer, checked):
 def load_reward(name):
     """Returns the function that is called `right`, or FILE.py:FUNCTION."""
     path, _, function = name.rpartition(":")
-    try:
+    with refusing(Exception, f"reward {name!r} does not load", "name right, or FILE.py:FUNCTION"):
         return right if name == "right" else runpy.run_path(path)[function]
-    except Exception as problem:  # whatever somebody's file raises
-        found = f"does not load: {problem!r:.200}"
-        raise UserError(f"reward {name!r} {found}; name right, or FILE.py:FUNCTION") from None
 
 
 def reward_of(name, function, text, question):
     """Returns what a function says of an answer; UserError, with the row, if that is no number."""
     where = f"reward {name}: {question['where']}, answer {text!r:.60}"
-    try:
+    with refusing(Exception, where, "mend the function"):
         value = function(question["prompt"], text, question["row"])
-    except Exception as problem:  # a mistake in somebody's function
-        raise UserError(f"{where}: {problem!r:.200}; mend the function") from None
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise UserError(f"{where}: expected a finite number, got {value!r:.60}")
     return float(value)

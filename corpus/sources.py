@@ -52,19 +52,19 @@ def read_documents(cfg, tally):
     return interleave(streams, tally)
 
 
-PER_SOURCE = ("input_config", "text_column", "separator")
+# The settings of a source alone, and their defaults
+ALONE = {"input_path": "docstrings:", "input_config": "", "text_column": "", "separator": ""}
 
 
 def sources_of(cfg):
     """Returns the Sources of a configuration: its mixture's, or that of its input_path."""
-    alone = {"input_path": "docstrings:"} | dict.fromkeys(PER_SOURCE, "")  # the defaults
-    given = {name: getattr(cfg, name) for name in alone}
+    given = {name: getattr(cfg, name) for name in ALONE}
     if cfg.mixture is None:
         return [Source(cfg.input_path, **given)]
     if not cfg.mixture:
         raise UserError('mixture: an empty list; give entries {"name": ..., "input_path": ...}')
-    if given != alone:
-        raise UserError(f"mixture and one of {', '.join(alone)} are both given; keep one")
+    if given != ALONE:
+        raise UserError(f"mixture and one of {', '.join(ALONE)} are both given; keep one")
     sources = [mixture_source(f"mixture[{n}]", entry) for n, entry in enumerate(cfg.mixture)]
     if len({source.name for source in sources}) < len(sources):
         raise UserError("mixture: two sources have the same name; rename one")
@@ -90,8 +90,8 @@ def interleave(streams, tally):
     """
     owed = {source.name: 0.0 for source, _ in streams}
     for source, _ in streams:
-        counts = {"documents": 0, "bytes": 0, "weight": source.weight}
-        tally.sources[source.name] = {**counts, "capped": False, "ended": False}
+        counts = {"documents": 0, "bytes": 0, "capped": False, "ended": False}
+        tally.sources[source.name] = counts | {"weight": source.weight}
     while streams:
         total = sum(source.weight for source, _ in streams)
         due = {source.name: owed[source.name] + source.weight / total for source, _ in streams}
