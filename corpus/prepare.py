@@ -23,7 +23,7 @@ from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -36,7 +36,7 @@ from corpus.clean import CleanConfig, clean, reject, tidy
 from corpus.dedup import Index, minhash, sha256
 from corpus.files import package
 from corpus.report import Tally, reasons_of
-from corpus.sources import read_documents
+from corpus.sources import SourceConfig, read_documents
 from corpus.split import cut_at, pieces
 from corpus.tokenizer import train_tokenizer
 from lib import config, folders
@@ -50,23 +50,6 @@ SAMPLE_BYTES = 48 << 20  # of text to train a tokenizer on: SentencePiece holds 
 SPLITS = ("train", "val")
 GROWING = ("train.jsonl", "val.jsonl", "digests.bin", "signatures.bin")  # texts, and the index
 JSON = json.JSONEncoder(ensure_ascii=False)
-
-
-@dataclass(frozen=True)
-class SourceConfig:
-    """Which text to read."""
-
-    # a file, folder or glob; docstrings: (of this Python); hf:owner/name[:config[:split]]
-    input_path: str = "docstrings:"
-    input_config: str = ""  # configuration of a hf: dataset, such as wikitext-103-raw-v1
-    text_column: str = ""  # the column that holds the text; empty = found by its name
-    # what stands between documents of plain text besides <|endoftext|>: formfeed, rule (a line of
-    # ===, ***, --- or ___), or the line itself
-    separator: str = ""
-    licence: str = ""  # a note on the source's licence, for DATA_CARD.md
-    # several sources instead: [{"name": ..., "input_path": ..., "weight": 1, "max_samples": 9}]
-    mixture: list | None = None
-    max_docs: PositiveInt | None = None  # read no more documents than this
 
 
 @dataclass(frozen=True)
@@ -90,6 +73,9 @@ class EncodeConfig:
 class DataConfig(EncodeConfig, CleanConfig, SourceConfig):
     """What to read, what to keep of it, and where to write it."""
 
+    # several sources instead: [{"name": ..., "input_path": ..., "weight": 1, "max_samples": 9}]
+    mixture: list | None = None
+    max_docs: PositiveInt | None = None  # read no more documents than this
     use_minhash: bool = True  # drop near-duplicates; exact ones always go
     # Jaccard similarity of word 5-grams from which the later of two documents is dropped
     minhash_threshold: Annotated[float, Range(0, 1, open_low=True)] = 0.8
@@ -244,10 +230,7 @@ def collect(cfg, progress):
     tally = Tally()
     tally.dropped |= progress.dropped  # the same dicts: what is counted here is saved there
     documents = unread(islice(read_documents(cfg, tally), cfg.max_docs), progress)
-    first = list(islice(documents, 2))
-    if len(first) + progress.counts["read"] == 1:  # quality chooses among documents
-        cfg = replace(cfg, quality=False)
-    documents = progress_bar(chain(first, documents), "read", cfg.max_docs, progress.counts["read"])
+    documents = progress_bar(documents, "read", cfg.max_docs, progress.counts["read"])
     files = {name: reopen(progress.work / name, size) for name, size in progress.sizes.items()}
     threshold = cfg.minhash_threshold if cfg.use_minhash else None
     index, unsaved = Index(files["digests.bin"], files["signatures.bin"], threshold), 0

@@ -29,17 +29,26 @@ from lib.config import PositiveFloat, PositiveInt, UserError
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceConfig:
+    """Which text to read."""
+
+    # a file, folder or glob; docstrings: (of this Python); hf:owner/name[:config[:split]]
+    input_path: str = "docstrings:"
+    input_config: str = ""  # configuration of a hf: dataset, such as wikitext-103-raw-v1
+    text_column: str = ""  # the column that holds the text; empty = found by its name
+    # what stands between documents of plain text besides <|endoftext|>: formfeed, rule (a line of
+    # ===, ***, --- or ___), or the line itself
+    separator: str = ""
+    licence: str = ""  # a note on the source's licence, for DATA_CARD.md
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source(SourceConfig):
     """An entry of `mixture`."""
 
     name: str  # of the source in stats.json
-    input_path: str  # as DataConfig's
     weight: PositiveFloat = 1.0  # its share of the documents is this over the sum of all
     max_samples: PositiveInt | None = None  # read no more documents of it
-    input_config: str = ""  # as DataConfig's
-    text_column: str = ""  # as DataConfig's
-    separator: str = ""  # as DataConfig's
-    licence: str = ""  # for DATA_CARD.md
 
 
 def read_documents(cfg, tally):
@@ -52,19 +61,16 @@ def read_documents(cfg, tally):
     return interleave(streams, tally)
 
 
-# The settings of a source alone, and their defaults
-ALONE = {"input_path": "docstrings:", "input_config": "", "text_column": "", "separator": ""}
-
-
 def sources_of(cfg):
     """Returns the Sources of a configuration: its mixture's, or that of its input_path."""
-    given = {name: getattr(cfg, name) for name in ALONE}
+    alone = config.narrow(cfg, SourceConfig)
     if cfg.mixture is None:
-        return [Source(cfg.input_path, **given)]
+        return [Source(name=cfg.input_path, **vars(alone))]
     if not cfg.mixture:
         raise UserError('mixture: an empty list; give entries {"name": ..., "input_path": ...}')
-    if given != ALONE:
-        raise UserError(f"mixture and one of {', '.join(ALONE)} are both given; keep one")
+    if alone != SourceConfig(licence=cfg.licence):
+        options = "input_path, input_config, text_column, separator"
+        raise UserError(f"mixture and one of {options} are both given; keep one")
     sources = [mixture_source(f"mixture[{n}]", entry) for n, entry in enumerate(cfg.mixture)]
     if len({source.name for source in sources}) < len(sources):
         raise UserError("mixture: two sources have the same name; rename one")
@@ -282,11 +288,8 @@ def separated(lines, separator):
     pattern = re.compile(f"{END_OF_TEXT}|{BREAKS.get(separator, line_of_it)}")
 
     def numbered_parts():
-        number, held = 0, ""
-        for part in chain(lines, [""]):  # "": the text ends
-            line, held = held + part, ""
-            if len(part) >= files.MAX_LINE and (at := line.rfind("<", -16)) >= 0:
-                line, held = line[:at], line[at:]  # perhaps a separator, of a line in two parts
+        number = 0
+        for line in lines:
             first, *others = pattern.split(line)
             yield number, first
             for text in others:

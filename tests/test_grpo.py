@@ -222,8 +222,8 @@ def test_a_reward_that_cannot_be_had_is_one_line(tmp_path, knobs):
     path = knobs["reward"].removesuffix(":score")
     (tmp_path / "bad.py").write_text("import no_such_module")
     cases = {
-        f"{path}:nothing": "KeyError('nothing')",
-        f"{tmp_path}/none.py:score": "FileNotFoundError",
+        f"{path}:nothing": "KeyError: 'nothing'",
+        f"{tmp_path}/none.py:score": "No such file",
         f"{tmp_path}/bad.py:score": "No module named 'no_such_module'",
         f"{path}:broken": "ZeroDivisionError",
         f"{path}:worded": "expected a finite number, got 'good'",

@@ -217,13 +217,6 @@ def test_what_only_looks_like_a_separator_is_text(tmp_path, text):
     assert texts_of(tmp_path / "a.txt", separator="rule") == ([text], {})
 
 
-def test_a_separator_is_found_wherever_a_long_line_is_taken_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr("corpus.files.MAX_LINE", 20)
-    texts = [f"{n} {'x' * (n % 37)}" for n in range(200)]
-    (tmp_path / "a.txt").write_text("<|endoftext|>".join(texts))
-    assert texts_of(tmp_path / "a.txt") == (texts, {})
-
-
 # --- Tables ---------------------------------------------------------------------------------------
 
 
@@ -963,7 +956,10 @@ def test_entries_have_their_own_columns_configs_and_kinds(tmp_path, hub):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"wieght": 1}, r"mixture\[1\]: unknown key 'wieght'; known are name, input_path, weight"),
+        (
+            {"wieght": 1},
+            r"mixture\[1\]: unknown key 'wieght'; known are input_path, input_config, text_column",
+        ),
         ({"weight": 0}, r"weight must be float > 0, got 0.0 \(mixture\[1\]\)"),
         ({"weight": float("nan")}, "weight must be float > 0, got NaN"),
         ({"weight": "2"}, "weight must be float > 0, got .2"),
