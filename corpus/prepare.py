@@ -407,7 +407,8 @@ def hold_out(cfg, progress, files):
             at = max(0, min(len(text), round(len(text) * left / size)))
             if 0 < at < len(text):  # behind a sentence, if val then gets at most twice its share
                 at = cut_at(text, max(0, 2 * at - len(text)), at, at)
-            for file, part in (train, text[:at].rstrip()), (val, text[at:].lstrip()):
+            tail = text[at:].lstrip() if at else text
+            for file, part in (train, text[:at].rstrip()), (val, tail):
                 file.write(text_row(part) if part else b"")
             counts.update(train=at, val=len(text) - at)
             left -= size

@@ -290,10 +290,8 @@ def separated(lines, separator):
     def numbered_parts():
         number = 0
         for line in lines:
-            first, *others = pattern.split(line)
-            yield number, first
-            for text in others:
-                number += 1
+            for at, text in enumerate(pattern.split(line)):
+                number += at > 0
                 yield number, text
 
     for _, document in groupby(numbered_parts(), itemgetter(0)):
