@@ -38,7 +38,8 @@ class CleanConfig:
     language_threshold: Fraction = 0.7  # the score from which a document counts as of that language
     # builtin: words and spelling, for English; py3langid: the package, which all others take
     language_detector: Literal["builtin", "py3langid"] = "builtin"
-    quality: bool = True  # drop documents that look like no prose (repetition, symbols, markup)
+    # drop documents that look like no prose (repetition, symbols, markup), if there are several
+    quality: bool = True
     quality_off: tuple[str, ...] = ()  # rules of quality that shall not act, by name
 
     def __post_init__(self):

@@ -23,7 +23,7 @@ from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -230,7 +230,10 @@ def collect(cfg, progress):
     tally = Tally()
     tally.dropped |= progress.dropped  # the same dicts: what is counted here is saved there
     documents = unread(islice(read_documents(cfg, tally), cfg.max_docs), progress)
-    documents = progress_bar(documents, "read", cfg.max_docs, progress.counts["read"])
+    first = list(islice(documents, 2))
+    if len(first) + progress.counts["read"] == 1:  # quality chooses among documents
+        cfg = replace(cfg, quality=False)
+    documents = progress_bar(chain(first, documents), "read", cfg.max_docs, progress.counts["read"])
     files = {name: reopen(progress.work / name, size) for name, size in progress.sizes.items()}
     threshold = cfg.minhash_threshold if cfg.use_minhash else None
     index, unsaved = Index(files["digests.bin"], files["signatures.bin"], threshold), 0

@@ -261,6 +261,19 @@ def test_where_no_hash_falls_to_val_the_tail_of_the_last_document_is_held_out(tm
     TokenStream([tmp_path / "d"], "val", 8, 1)
 
 
+def test_quality_does_not_judge_a_document_that_is_alone(tmp_path):
+    texts = ["The boy walked down to the sea and looked at the boat. " * 40] * 2
+    for count, kept in ((1, 1), (2, 0)):
+        source = write_jsonl(tmp_path / f"{count}.jsonl", texts[:count])
+        options = {"vocab_size": 300, "quality": True}
+        if kept:
+            _, stats = prepare_dataset(source, tmp_path / f"d{count}", **options)
+            assert (stats["documents"]["kept"], reasons(stats)) == (1, {})
+        else:
+            with pytest.raises(UserError, match="0 usable documents: 2 repeated-phrases"):
+                prepare_dataset(source, tmp_path / f"d{count}", **options)
+
+
 # ---- long documents
 
 
