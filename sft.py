@@ -20,7 +20,7 @@ import torch
 
 import model as llama
 from corpus.chats import read_chats
-from corpus.report import Tally, reasons_of
+from corpus.report import Tally
 from data import ExampleStream, pack_examples, supervised_rows
 from lib import config
 from lib.checkpoint import check_unused, find_checkpoint
@@ -237,10 +237,8 @@ def read_reporting(read, path, say):
     """Returns the rows of `path`, after saying which of them cannot be used."""
     tally = Tally()
     rows = read(path, tally)
-    for _, reason, count, example in reasons_of(tally.dropped):
-        say(f"{count:,} passed over: {reason} ({example})")
-    if unread := tally.unread():
-        say(unread)
+    for line in tally.lines():
+        say(line)
     return rows
 
 

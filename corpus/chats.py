@@ -14,6 +14,7 @@ import math
 import re
 from functools import lru_cache
 from itertools import chain, takewhile
+from operator import itemgetter
 
 from corpus.files import surrogate, whole_json
 from corpus.sources import BadRow, PassedOver, usable_rows
@@ -27,7 +28,6 @@ FIELDS = {  # a meaning: the fields that have it; of several the first with a va
     "question": "prompt instruction question query user human input inputs problem",
     "context": "input context",
     "answer": "response completion output answer answers assistant gpt bot targets solution",
-    "outputs": "output",  # two, the better first
     "chosen": "chosen chosen_response response_chosen response_j",
     "rejected": "rejected rejected_response response_rejected response_k",
     "role": "role from sender speaker author",  # this and the next two of a message or a part of it
@@ -41,9 +41,12 @@ FIELDS = {  # a meaning: the fields that have it; of several the first with a va
     "rating": "helpfulness",
 }
 # all others mean what they are called
-FIELDS |= {name: name for name in "history text mapping current_node chat message_tree_id".split()}
+FIELDS |= {name: name for name in "history mapping current_node chat message_tree_id".split()}
 FIELDS = {meaning: tuple(names.split()) for meaning, names in FIELDS.items()}
-FITS = {"outputs": lambda value: isinstance(value, list) and len(value) == 2}
+MEANINGS = {  # a field: what it may mean; it has the first that no field before it has
+    name: [m for m, names in FIELDS.items() if name in names] for name in chain(*FIELDS.values())
+}
+RANK = {name: number for number, name in enumerate(MEANINGS)}
 ROLE_OF = {"system": "system", "question": "user", "context": "user"}
 ROLE_OF |= dict.fromkeys(("answer", "chosen", "rejected"), "assistant")
 REFUSED = {  # rows with a value of such a meaning are passed over
@@ -54,7 +57,8 @@ REFUSED = {  # rows with a value of such a meaning are passed over
     "rating": "rates the answer; keep rows with good ones, and leave the field out",
 }
 ON, OFF = ("true", "1", "1.0"), ("false", "0", "0.0")  # of "not-learned", in small letters
-NOTHING = ("[]", "{}", "null", "None", [None])  # what else an empty column holds
+NOTHING = ("", "[]", "{}", "null", "None")  # what an empty column holds as text
+NESTED = ("messages", "history", "mapping", "chat")  # no text stands for these
 OF_MESSAGE = {n for meaning in ("role", "content", *ROLE_OF) for n in FIELDS[meaning]}
 SPEAKERS = {  # a role: its names in messages and in the markups below
     "system": "system developer [inst]<<sys>>",
@@ -63,15 +67,19 @@ SPEAKERS = {  # a role: its names in messages and in the markups below
     "tool": "tool function function_call observation tool_call tool_response ipython",
 }
 SPEAKERS = {name: role for role, names in SPEAKERS.items() for name in names.split()}
-ALPACA = "### Instruction"  # text before its first turn is the system message
+HEADINGS = "Human|User|Assistant|AI|Bot|System"
 MARKUPS = {  # of a conversation in one text: what opens a turn and names its speaker, what ends it
     "ChatML": (r"<\|im_start\|>(\w+)(?:\n|\Z)", r"<\|im_end\|>"),
     "Llama 2": (r"(\[INST\]\s*<<SYS>>|<</SYS>>|\[/?INST\])", r"</?s>"),
     "Llama 3": (r"<\|start_header_id\|>(\w+)<\|end_header_id\|>", r"<\|(eot_id|begin_of_text)\|>"),
-    ALPACA: (r"### ?(Instruction|Input|Response|System|Human|User|Assistant):", r"</?s>"),
-    "Human/Assistant": (r"(?:\A|\n\n)(Human|User|Assistant|AI|Bot|System):", r"\Z"),
-    "Human/Assistant by lines": (r"(?:\A|\n)(Human|User|Assistant|AI|Bot|System):", r"\Z"),
+    # alpaca's input is the end of the question
+    "### Instruction": (rf"### ?(Instruction|Response|{HEADINGS}):", r"</?s>|\n?### ?Input:\s?"),
+    "Human/Assistant": (rf"(?:\A|\n\n)({HEADINGS}):", r"\Z"),
+    "Human/Assistant by lines": (rf"(?:\A|\n)({HEADINGS}):", r"\Z"),
+    "Vicuna": (r"(?:\A|\s|</s>)(USER|ASSISTANT):", r"</s>"),
 }
+# what may stand before the first turn, as the system message
+PREFACES = {"### Instruction": "(?s).*", "Vicuna": "(A chat between .*)?"}
 MARKUPS = {name: tuple(map(re.compile, parts)) for name, parts in MARKUPS.items()}
 # how messages begin that are the text of JSON or Python; in numpy's, strings, and a lacking comma
 LIKE = re.compile(r"""(?is)["\s]*\[?\s*\{.*?["'](role|from)\W{2,9}(system|user|human|assist|gpt)""")
@@ -85,14 +93,15 @@ CONTROLS = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(127, 160)])
 def opening(fields):
     """Returns the messages before a row's answer, or all, of {meaning: (field, value)}."""
     messages = []
-    for meaning in ("system", "history", "messages", "text", "question", "context"):
+    for meaning in ("system", "history", "messages", "content", "question"):
         name, value = fields.get(meaning, ("", None))
-        if name and not (is_empty(value) and meaning in ("system", "history", "context")):
-            passages = meaning == "context" and isinstance(value, list)
-            more = messages_of(name, "\n".join(value) if passages else value, ROLE_OF.get(meaning))
-            if meaning == "context" and messages and messages[-1]["role"] == "user":
-                more[0]["content"] = f"{messages.pop()['content']}\n{more[0]['content']}"
+        if name and not (is_empty(value) and meaning in ("system", "history")):
+            more = messages_of(name, value, ROLE_OF.get(meaning))
             messages += more[messages == more[:1] :]  # some files hold the system's message twice
+    name, value = fields.get("context", ("", None))
+    if not is_empty(value):
+        passages = cleaned("\n".join(value) if isinstance(value, list) else value, name)
+        messages[-1]["content"] += f"\n{passages}"
     return messages
 
 
@@ -103,8 +112,6 @@ def answered(fields):
         value = value["text"] if isinstance(value, dict) else next(iter(value), None)
     if value is None:
         raise PassedOver("empty-answer", f'"{name}" is empty')
-    if isinstance(value, list) and len(value) > 1 and all(isinstance(v, str) for v in value):
-        raise BadRow("preference-pair", f'"{name}" holds several answers, for dpo.py')
     return dialogue_of(opening(fields), name, value)
 
 
@@ -123,10 +130,9 @@ def chatgpt(fields):
     return messages_of("mapping", [m for m in messages if content_text(m, "mapping: ") != ""])
 
 
-def web_chat(chat):
-    history = chat.get("history") or {"messages": {}, "currentId": None}
-    nodes = branch(history["messages"], history["currentId"], "parentId")
-    return messages_of("chat", nodes or chat["messages"])
+def web_chat(fields):
+    history = fields["chat"][1]["history"]
+    return messages_of("chat", branch(history["messages"], history["currentId"], "parentId"))
 
 
 def best_replies(node):
@@ -140,16 +146,14 @@ CHAT_SHAPES = {  # the meanings that a shape needs, others that it reads, what m
     "messages": ("messages", "system history", opening),
     "question and answer": ("question answer", "system history context", answered),
     "ChatGPT": ("mapping current_node", "", chatgpt),
-    "Open WebUI": ("chat", "", lambda row: web_chat(row["chat"][1])),
+    "Open WebUI": ("chat", "", web_chat),
     "OpenAssistant": ("message_tree_id question", "", lambda row: best_replies(row["question"][1])),
-    "marked text": ("text", "system", opening),
+    "marked text": ("content", "system", opening),
 }
 sides = lambda row: (opening(row), row["chosen"], row["rejected"])
-outputs = lambda row: (opening(row), *((row["outputs"][0], value) for value in row["outputs"][1]))
 PAIR_SHAPES = {  # likewise; what makes the messages before the answers, then both as (field, value)
     "pair of answers": ("question chosen rejected", "system history context", sides),
     "pair of dialogues": ("chosen rejected", "system messages", sides),
-    "two outputs": ("question outputs", "system history context", outputs),
 }
 
 
@@ -181,6 +185,9 @@ def to_chat(row):
 
 def to_pair(row):
     """Returns (rule, {"prompt", "chosen", "rejected"}, unused columns) of a row; or BadRow."""
+    if isinstance(row, dict) and isinstance(row.get("output"), list) and len(row["output"]) == 2:
+        both = dict(zip(("chosen", "rejected"), row["output"]))  # as alpaca's rated outputs are
+        row = {name: value for name, value in row.items() if name != "output"} | both
     rule, (prompt, *both), unused = read_row(row, PAIR_SHAPES)
     chosen, rejected = (dialogue_of(prompt, *side) for side in both)
     alike = takewhile(lambda pair: pair[0] == pair[1], zip(chosen[:-1], rejected[:-1]))
@@ -201,17 +208,17 @@ def read_row(row, shapes):
     """Returns (rule, what the first fitting shape makes, unused columns) of a row; or BadRow."""
     if not isinstance(row, dict):
         raise BadRow("not-an-object", f"a row must be an object, got {type(row).__name__}")
-    pass_over(row, "", *REFUSED)
+    given = fields_of(row, "", *REFUSED)
     for shape, (needs, reads, build) in shapes.items():
-        fields = fields_of(row, f"{needs} {reads}".split())
-        if fields.keys() >= set(needs.split()):
-            fields = {m: (n, unpacked(n, v, ROLE_OF.get(m))) for m, (n, v) in fields.items()}
+        if given.keys() >= {*needs.split()}:
+            read = [meaning for meaning in f"{needs} {reads}".split() if meaning in given]
+            fields = {m: (given[m][0], unpacked(m, *given[m])) for m in read}
             rule = f"{shape}: {', '.join(name for name, _ in fields.values())}"
             return rule, build(fields), unused_names(row, fields)
-    if shapes is CHAT_SHAPES and len(fields_of(row, ("chosen", "rejected"))) == 2:
+    if shapes is CHAT_SHAPES and given.keys() >= {"chosen", "rejected"}:
         raise BadRow("preference-pair", "holds chosen and rejected answers, for dpo.py")
     usual = ("question", "answer") if shapes is CHAT_SHAPES else ("chosen", "rejected")
-    name = next(FIELDS[meaning][0] for meaning in usual if not fields_of(row, (meaning,)))
+    name = next(FIELDS[meaning][0] for meaning in usual if meaning not in given)
     raise BadRow("missing-field", f'missing "{name}" among {list(row)!r:.80}; {REMEDY}')
 
 
@@ -221,55 +228,57 @@ def plain(name):
     return re.sub(r"[\s-]+", "_", name.strip().lower())
 
 
-def fields_of(row, meanings):
-    """Returns {meaning: (field, value)} of a row or a message; each field has one meaning."""
-    fields, free = {}, {plain(n): (n, v) for n, v in row.items() if v is not None and v == v}
-    for meaning in meanings:  # above, NaN is null
-        fits = FITS.get(meaning, lambda value: True)
-        names = [name for name in FIELDS[meaning] if name in free and fits(free[name][1])]
-        if names:
-            fields[meaning] = free.pop(min(names, key=lambda name: is_empty(free[name][1])))
+def fields_of(row, where="", *refused):
+    """Returns {meaning: (field, value)} of a row or of a part of one; nulls and NaN mean nothing.
+
+    Of several fields of a meaning it is the first that is not empty. Raises PassedOver for a value
+    of a `refused` meaning; others of REFUSED are there only if they have such a value.
+    """
+    known = [(plain(name), name, v) for name, v in row.items() if v is not None and v == v]
+    known = [(is_empty(v), RANK[n], n, name, v) for n, name, v in known if n in RANK]
+    fields = {}
+    for empty, _, n, name, value in sorted(known, key=itemgetter(0, 1)):
+        for meaning in [m for m in MEANINGS[n] if m not in fields][:1]:
+            speaks = str(value).strip().lower() in OFF if meaning == "not-learned" else not empty
+            if speaks and meaning in refused:
+                raise PassedOver(meaning, f'{where}"{name}" {REFUSED[meaning]}')
+            if speaks or meaning not in REFUSED:
+                fields[meaning] = name, value
     return fields
 
 
-def is_empty(value, texts=()):
-    """Returns whether a value is null, NaN or empty, or one of the texts."""
-    blank = isinstance(value, str) and not value.strip()
-    return value is None or value != value or blank or value in ([], {}, *texts)
-
-
-def pass_over(fields, where, *meanings):
-    """Raises PassedOver if a row, a message or a part of one has a value of these meanings."""
-    for name, meaning in ((n, m) for n in fields for m in meanings if plain(n) in FIELDS[m]):
-        value = fields[name]
-        is_off = str(value).strip().lower() in OFF
-        if is_off if meaning == "not-learned" else not is_empty(value, NOTHING):
-            raise PassedOver(meaning, f'{where}"{name}" {REFUSED[meaning]}')
+def is_empty(value):
+    """Returns whether a column's value is nothing, or the text of that."""
+    if isinstance(value, str):
+        return value in NOTHING or value.isspace()
+    return value is None or value != value or value in ([], {}, [None])
 
 
 def unused_names(row, fields):
     """Returns the columns of a row, and keys of its messages, with a value that nothing reads."""
-    read = {plain(name) for name, _ in fields.values()}
-    parts = [("", n, value) for n, value in row.items() if plain(n) not in read]
+    read = {name for name, _ in fields.values()}
+    parts = [("", name, value) for name, value in row.items() if name not in read]
     for column, items in fields.values():
         for item in (i for i in items if isinstance(i, dict)) if isinstance(items, list) else ():
             parts += [(f"{column}.", n, v) for n, v in item.items() if plain(n) not in OF_MESSAGE]
     switch = lambda n, v: plain(n) in FIELDS["not-learned"] and str(v).lower() in ON + OFF
-    return [s + n for s, n, v in parts if not (switch(n, v) or is_empty(v, NOTHING))]
+    return [s + n for s, n, v in parts if not (switch(n, v) or is_empty(v))]
 
 
 def dialogue_of(prompt, name, value):
     """Returns the prompt's messages and those of an answer's field, which may repeat the prompt."""
     messages = messages_of(name, value, "assistant")
     asked = [m for m in prompt if m["role"] != "system"]
-    for whole in (turns_of(value.strip()) if isinstance(value, str) else None, messages):
-        said = [m for m in whole or [] if m["role"] != "system"]
-        starts = range(len(said) - len(asked)) if said and said[0]["role"] == "user" else ()
-        if any(said[n : n + len(asked)] == asked for n in starts):
-            if not said[-1]["content"]:
-                raise BadRow("empty", f'"{name}" ends with an empty answer')
-            return whole if len(said) < len(whole) else prompt[: len(prompt) - len(asked)] + whole
-    return prompt + messages
+    whole = messages
+    if isinstance(value, str) and all(m["content"] in messages[0]["content"] for m in asked):
+        whole = turns_of(messages[0]["content"]) or messages
+    said = [m for m in whole if m["role"] != "system"]
+    starts = range(len(said) - len(asked)) if said and said[0]["role"] == "user" else ()
+    if not any(said[n : n + len(asked)] == asked for n in starts):
+        return prompt + messages
+    if not said[-1]["content"]:
+        raise BadRow("empty", f'"{name}" ends with an empty answer')
+    return whole if len(said) < len(whole) else prompt[: len(prompt) - len(asked)] + whole
 
 
 def messages_of(name, value, role=None):
@@ -277,17 +286,16 @@ def messages_of(name, value, role=None):
 
     Without a role it must have turns; as a question those that lead to an answer.
     """
+    if isinstance(value, int | float) and role == "assistant":
+        value = json.dumps(value)
     if isinstance(value, str):
         text = cleaned(value, name)
         turns = turns_of(text) if role in (None, "user") else None
         if turns and (role is None or turns[-1]["role"] == "user" or not turns[-1]["content"]):
-            value = [turn for turn in turns if turn["content"]]
-        elif role is None:
+            return [turn for turn in turns if turn["content"]]
+        if role is None:
             raise BadRow("not-messages", f'"{name}" holds no messages, nor {", ".join(MARKUPS)}')
-        else:
-            value = {"role": role, "content": text}
-    elif isinstance(value, int | float) and role == "assistant":
-        value = {"role": role, "content": value}
+        return [{"role": role, "content": text}]
     items = [value] if isinstance(value, dict) else value
     if not isinstance(items, list):
         expected = f'"{name}" must be a string or messages, got {type(value).__name__}'
@@ -303,10 +311,10 @@ def turn(item, where):
         item = dict(zip(("user", "assistant"), item))
     if not isinstance(item, dict):
         raise BadRow("not-messages", f"{where} must be an object, got {type(item).__name__}")
-    pass_over(item, f"{where}: ", "media", "tools")
-    fields = fields_of(item, ("role", "content"))
-    if "role" not in fields and (fields := fields_of(item, ("system", "question", "answer"))):
-        return list(chain(*(messages_of(*field, ROLE_OF[m]) for m, field in fields.items())))
+    fields = fields_of(item, f"{where}: ", "media", "tools")
+    both = [meaning for meaning in ("system", "question", "answer") if meaning in fields]
+    if both and "role" not in fields:
+        return list(chain(*(messages_of(*fields[m], ROLE_OF[m]) for m in both)))
     speaker, content = (fields.get(m, ("", None))[1] for m in ("role", "content"))
     if (role := SPEAKERS.get(plain(str(speaker)))) is None:
         expected = f"role must be system, user or assistant, got {speaker!r:.40}"
@@ -319,16 +327,16 @@ def turn(item, where):
     if role == "assistant" and not text.strip():  # which models give, and chats keep
         raise PassedOver("empty-answer", f"{where} is empty")
     message = {"role": role, "content": cleaned(text, where.replace('"', ""))}
-    off = {str(v).lower() for n, v in item.items() if plain(n) in FIELDS["not-learned"]} & {*OFF}
-    return [message | {"weight": 0} if role == "assistant" and off else message]
+    off = role == "assistant" and "not-learned" in fields
+    return [message | {"weight": 0} if off else message]
 
 
 def content_text(content, where):
     """Returns the text of a content: text, a number, an object with one, or a list; or BadRow."""
     if isinstance(content, dict):
         kind = str(content.get("type", content.get("content_type")))
-        pass_over({**content, kind: True}, where, "media", "tools")
-        _, text = fields_of(content, ("content",)).get("content", ("", None))
+        fields_of({kind: True}, where, "media", "tools")
+        _, text = fields_of(content, where, "media", "tools").get("content", ("", None))
         return "" if kind in FIELDS["thoughts"] else content_text(text, where)
     if isinstance(content, list):
         return "".join(content_text(part, where) for part in content)
@@ -341,8 +349,9 @@ def cleaned(text, name):
     """Returns a content with plain line ends, without control characters and outer space."""
     if surrogate(text):
         raise BadRow("bad-unicode", f'"{name}" holds a lone surrogate')
-    text = text.replace("\r\n", "\n").replace("\r", "\n").translate(CONTROLS).strip()
-    if not text:
+    if not text.isprintable():
+        text = text.replace("\r\n", "\n").replace("\r", "\n").translate(CONTROLS)
+    if not (text := text.strip()):
         raise BadRow("empty", f'"{name}" is empty')
     return text
 
@@ -350,29 +359,24 @@ def cleaned(text, name):
 def turns_of(text):
     """Returns the messages of a conversation in a markup, or None; an open answer is empty."""
     for markup, (opens, ends) in MARKUPS.items():
-        before, *parts = opens.split(text)
-        if len(parts) < 4 or ((system := ends.sub("", before).strip()) and markup != ALPACA):
-            continue  # less than two turns, or text around them
-        turns = [{"role": "system", "content": system}]
-        for name, part in zip(parts[::2], parts[1::2], strict=True):
-            role, said = SPEAKERS.get(re.sub(r"\s", "", name).lower()), ends.sub("", part).strip()
-            if name == "Input":  # the end of alpaca's question
-                turns[-1]["content"] += f"\n{said}" * bool(said)
-            else:
-                turns.append({"role": role, "content": said})
-        turns = [turn for turn in turns if turn["role"] != "system" or turn["content"]]
+        parts = [ends.sub("", part).strip() for part in opens.split(text)]
+        if len(parts) < 5 or not re.fullmatch(PREFACES.get(markup, ""), parts[0]):
+            continue  # less than two turns, or text before them
+        names = ["system", *(re.sub(r"\s", "", name).lower() for name in parts[1::2])]
+        turns = zip(map(SPEAKERS.get, names), parts[::2])
+        turns = [{"role": r, "content": said} for r, said in turns if said or r != "system"]
         roles = [turn["role"] for turn in turns if turn["role"] != "system"]
-        is_open = roles[-1:] == ["assistant"]
+        is_open = roles[-1] == "assistant"
         is_whole = all(turn["content"] for turn in turns[: len(turns) - is_open])
-        if is_whole and roles[:1] == ["user"] and "assistant" in roles and None not in roles:
+        if is_whole and roles[0] == "user" and "assistant" in roles and None not in roles:
             return turns
     return None
 
 
-def unpacked(name, value, role):
+def unpacked(meaning, name, value):
     """Returns the messages that a string holds as the text of JSON or Python; else the value."""
     text = value.strip() if isinstance(value, str) else ""
-    must = text[:1] in ("[", "{") and (role is None or name == "answers")
+    must = text[:1] in ("[", "{") and (meaning in NESTED or name == "answers")
     if not (must or LIKE.match(text)):
         return value
     try:
@@ -382,7 +386,7 @@ def unpacked(name, value, role):
         looks = "looks like messages, and is neither JSON nor Python"
         raise BadRow("not-messages", f'"{name}" {looks}') from None
     if isinstance(items, str):
-        return unpacked(name, items, role)
+        return unpacked(meaning, name, items)
     parts = items if isinstance(items, list) else [items]
-    like = all(isinstance(p, dict) and len(fields_of(p, ("role", "content"))) == 2 for p in parts)
+    like = all(isinstance(p, dict) and fields_of(p).keys() >= {"role", "content"} for p in parts)
     return items if must or like else value

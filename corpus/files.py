@@ -72,10 +72,6 @@ def open_bytes(path):
         raise OSError(str(error) or type(error).__name__) from None
 
 
-BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
-BYTE_ORDER_MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
-
-
 def surrogate(text):
     """Returns the match of the first lone surrogate or byte that was not UTF-8, if any."""
     if text.isascii() or b"\xed" not in text.encode("utf-8", "surrogatepass"):
@@ -91,11 +87,9 @@ def text_parts(path, block=None, newline=None):
     """
     limit, size = max(BOMB_FLOOR, BOMB_RATIO * os.path.getsize(path)), 0
     with open_bytes(path) as file:
-        head = file.peek(4)
-        marked = (code for mark, code in BYTE_ORDER_MARKS.items() if head.startswith(mark))
-        encoding = next(marked, "utf-8-sig")
-        errors = "surrogateescape" if encoding == "utf-8-sig" else "strict"
-        text = io.TextIOWrapper(file, encoding, errors, newline)
+        wide = file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        encoding = ("utf-16", "strict") if wide else ("utf-8-sig", "surrogateescape")
+        text = io.TextIOWrapper(file, *encoding, newline)
         while part := text.read(block) if block else text.readline(MAX_LINE):
             size += len(part)
             if size > limit:

@@ -409,7 +409,7 @@ def hold_out(cfg, progress, files):
             size = max(1, len(text.encode()))
             at = max(0, min(len(text), round(len(text) * left / size)))
             if 0 < at < len(text):  # behind a sentence, if val then gets at most twice its share
-                at = cut_at(text, max(0, 2 * at - len(text)), at, at)
+                at = cut_at(text, max(0, 2 * at - len(text)), at)
             tail = text[at:].lstrip() if at else text
             for file, part in (train, text[:at].rstrip()), (val, tail):
                 file.write(text_row(part) if part else b"")

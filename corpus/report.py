@@ -33,6 +33,12 @@ class Tally:
         self.drop("read", reason, where)
         self.dropped["read"][reason]["bytes"] += len(text.encode(errors="ignore"))
 
+    def lines(self):
+        """Returns lines for people: what was passed over and why, and what nothing reads."""
+        reasons = reasons_of(self.dropped)
+        lines = [f"{n:,} passed over: {reason} ({example})" for _, reason, n, example in reasons]
+        return lines + [self.unread()] * bool(self.unread())
+
     def unread(self):
         """Returns what people are told of columns and files that nothing reads, or ""."""
         names = [repr(name)[1:-1][:40] for name in self.unused]
@@ -85,8 +91,8 @@ def token_stats(manifest, sequence_length):
     }
 
 
-def balance(stats):
-    """Returns rows (stage, reason, documents, bytes): what was read, lost and added, and is kept.
+def stages_table(stats):
+    """Returns a table: the documents and bytes that were read, lost and added, and are kept.
 
     A number is "" if it is 0 or unknown: to a reader of broken rows, or to an earlier version.
     """
@@ -99,20 +105,18 @@ def balance(stats):
             rows.append((f"dropped: {stage}", reason, -entry["count"], -entry.get("bytes", 0)))
     rows.append(("cleaned", "", 0, kept - sum(row[3] for row in rows)))
     rows.append(("kept", "", documents["kept"], kept))
-    return [(stage, reason, count or "", size or "") for stage, reason, count, size in rows]
+    rows = [(stage, reason, count or "", size or "") for stage, reason, count, size in rows]
+    return markdown_table(("stage", "reason", "documents", "bytes"), *rows)
 
 
 def run_summary(folder, stats):
     """Returns the numbers of a preparation, for the terminal."""
-    lines = [f"{folder}"]
-    for stage, reason, count, size in balance(stats):
-        name = f"  {reason}" if "dropped" in stage else f"{stage} {reason}"
-        sign = "+" * (stage == "split")
-        documents = f"{count:>{sign}14,} documents" if count else " " * 24
-        lines.append(f"  {name:<24}{documents}" + (f"{size:>15,} bytes" if size else ""))
+    lines = [f"{folder}", stages_table(stats)]
     for split, sums in stats["splits"].items():
-        lines.append(f"  {split:<24}{sums['tokens']:>14,} tokens, {sums['bytes'] / 1e6:.2f} MB")
+        sizes = f"{sums['tokens']:>14,} tokens, {sums['bytes'] / 1e6:.2f} MB"
+        lines.append(f"  {split:<24}{sizes}, {sums['documents']:,} documents")
     lines.append(f"  {'bytes per token':<24}{stats['bytes_per_token']:>14.2f}")
+    lines.append(f"  tokenizer {stats['tokenizer']['sha256']}")
     if others := stats.get("passed_over"):
         lines.append(f"  files {counted(others)}")
     if cut := stats["documents"].get("cut"):
@@ -130,15 +134,17 @@ def markdown_table(*rows):
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
-def card_sources(settings, stats):
-    """Returns the rows of a data card on the sources: their licences, weights and caps."""
+def sources_table(settings, stats):
+    """Returns a table of the sources: their licences, weights and caps."""
+    rows = [("source", "path", "licence", "weight", "documents read", "bytes read")]
     single = {"name": settings["input_path"], "input_path": settings["input_path"]}
     entries = {entry["name"]: entry for entry in settings["mixture"] or [single]}
     for name, counts in stats["sources"].items():
         licence = entries[name].get("licence") or settings["licence"] or "not noted"
         documents = f"{counts['documents']:,}" + " (capped)" * counts["capped"]
         path, size = f"`{entries[name]['input_path']}`", counts["bytes"]
-        yield name, path, licence, counts["weight"], documents, size
+        rows.append((name, path, licence, counts["weight"], documents, size))
+    return markdown_table(*rows)
 
 
 def data_card(name, settings, stats, tokenizer):
@@ -148,14 +154,13 @@ def data_card(name, settings, stats, tokenizer):
     """
     columns = ("documents", "tokens", "bytes", "shards")
     splits = [(split, *(sums[c] for c in columns)) for split, sums in stats["splits"].items()]
-    heads = ("source", "path", "licence", "weight", "documents read", "bytes read")
     template = Path(__file__).with_name("data_card.md").read_text(encoding="utf-8")
     return template.format(
         name=name,
         date=datetime.date.today().isoformat(),
         cap=f", capped at max_docs {settings['max_docs']:,}" if stats["cap"]["reached"] else "",
-        sources=markdown_table(heads, *card_sources(settings, stats)),
-        stages=markdown_table(("stage", "reason", "documents", "bytes"), *balance(stats)),
+        sources=sources_table(settings, stats),
+        stages=stages_table(stats),
         splits=markdown_table(("split", *columns), *splits),
         tokenizer=tokenizer,
         bytes_per_token=stats["bytes_per_token"],

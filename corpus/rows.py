@@ -28,8 +28,7 @@ def json_rows(path, tally):
     values = json_lines(path, tally) if is_by_line(path) else json_stream(path)
     values = until_damaged(values, path, tally)
     begun = list(islice(values, 2))
-    held = held_rows(begun[0][1]) if len(begun) == 1 else None
-    if held is not None:
+    if len(begun) == 1 and (held := held_rows(begun[0][1])) is not None:
         begun = ((f"{path} element {number}", row) for number, row in enumerate(held, start=1))
     yield from chain(begun, values)
 
@@ -177,15 +176,17 @@ def csv_rows(path, tally):
     names = [name.strip() or f"column {number}" for number, name in enumerate(names, start=1)]
     if len(set(names)) < len(names):
         raise OSError(f"its header names a column twice: {', '.join(names)[:200]}")
-    remedy = f"put a text with {options['delimiter']!r} or a line break in quotes"
     for number, cells in records:
-        where = f"{path} line {number}"
-        if cells is None or len(cells) != len(names):
+        where, row = f"{path} line {number}", "".join(cells or ())
+        if not cells:
             problem = "a quote opens a cell and does not end it; write a quote in a cell twice"
-            many = f"{len(cells or ())} cells, the header has {len(names)}; {remedy}"
-            tally.bad("not-csv", f"{where}: {many if cells else problem}", "".join(cells or ()))
-        elif surrogate("".join(cells)):
-            tally.bad("not-utf-8", where, "".join(cells))
+            tally.bad("not-csv", f"{where}: {problem}")
+        elif len(cells) != len(names):
+            remedy = f"put a text with {options['delimiter']!r} or a line break in quotes"
+            problem = f"{len(cells)} cells, the header has {len(names)}; {remedy}"
+            tally.bad("not-csv", f"{where}: {problem}", row)
+        elif surrogate(row):
+            tally.bad("not-utf-8", where, row)
         else:
             yield where, dict(zip(names, cells))
 
@@ -197,8 +198,7 @@ def parquet_rows(path, tally):
         table = parquet.ParquetFile(file, buffer_size=files.BUFFER, pre_buffer=False)
         batches = table.iter_batches(64, use_threads=False)  # rows held at once
         rows = chain.from_iterable(batch.to_pylist() for batch in batches)
-        for number, row in enumerate(rows, start=1):
-            yield f"{path} row {number}", row
+        yield from ((f"{path} row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 ROW_READERS = {"json": json_rows, "csv": csv_rows, "parquet": parquet_rows}

@@ -13,20 +13,16 @@ ENDS = (
     "[\"'\u2019\u201d\u300d\u300f\uff09)]*\\s*",
     r"\s",
 )
-ENDS = [(re.compile(f"(?s:.*)(?:{border})"), re.compile(border)) for border in ENDS]
+ENDS = [re.compile(f"(?s:.*)(?:{border})") for border in ENDS]
 
 
-def cut_at(text, low, best, high):
-    """Returns where to cut a text: behind what ends nearest to `best`, from low + 1 to high.
+def cut_at(text, low, high):
+    """Returns where to cut a text: behind the last paragraph that ends from low + 1 to high.
 
-    A paragraph if one ends there, else a line, sentence or word; if none does, `best`.
+    Where none ends there it is a line, sentence or word; without any of them it is `high`.
     """
-    for to_last, border in ENDS:
-        before = to_last.match(text, low, best)
-        after = high > best and border.search(text, before.end() if before else low, high)
-        if ends := [match.end() for match in (before, after) if match]:
-            return min(ends, key=lambda end: abs(end - best))
-    return best
+    ends = (to_last.match(text, low, high) for to_last in ENDS)
+    return next((match.end() for match in ends if match), high)
 
 
 def pieces(parts, max_length):
@@ -41,8 +37,7 @@ def pieces(parts, max_length):
         start, limit = 0, max_length * (2 if part else 1)
         while (rest := len(text) - start) > limit:
             best = min(max_length, (rest + 1) // 2)  # the last two share what is left
-            low, high = best // 2, min(max_length, rest - best // 2)
-            end = cut_at(text, start + low, start + best, start + high)
+            end = cut_at(text, start + best // 2, start + best)
             yield text[start:end]
             start = end
         text = text[start:]

@@ -88,6 +88,7 @@ TREE = {"role": "prompter", "text": "a", "replies": [
     for text, rank in (("worse", 1), ("b", 0), ("x", None))]}  # fmt: skip
 NUMPY = """[{'role': 'user', 'content': "it's } {"}\n {'role': 'assistant', 'content': 'b'}]"""
 LLAMA = "<|start_header_id|>{}<|end_header_id|>\n\n{}<|eot_id|>".format
+VICUNA = "A chat between a curious user and an artificial intelligence assistant."
 ZERO = {"weight": 0}
 PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
 CHATS = [
@@ -156,6 +157,7 @@ CHATS = [
     ({"prompt": "a", "completion": '{"role": "user"}'}, says("a", '{"role": "user"}')),
     ({"text": "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\na [/INST] b </s><s>[INST] c [/INST] d </s>"},
      system("S") + says("a", "b", "c", "d")),
+    ({"text": "[INST] a [/INST] b"}, says("a", "b")),
     ({"text": "<|begin_of_text|>" + LLAMA("user", "a") + LLAMA("assistant", "b")}, says("a", "b")),
     ({"text": "Below.\n\n### Instruction:\na\n\n### Input:\ni\n\n### Response:\nb"},
      system("Below.") + says("a\ni", "b")),
@@ -164,11 +166,16 @@ CHATS = [
      says("a", "b")),
     ({"text": hh(" a", " b")}, says("a", "b")),
     ({"text": "User: a\nAssistant: b"}, says("a", "b")),
+    ({"text": "USER: a ASSISTANT: b</s>USER: c ASSISTANT: d</s>"}, says("a", "b", "c", "d")),
+    ({"text": f"{VICUNA} USER: a\nASSISTANT: b"}, system(VICUNA) + says("a", "b")),
+    ({"prompt": f"{VICUNA} USER: a ASSISTANT:", "response": "b"}, system(VICUNA) + says("a", "b")),
+    *(({"prompt": text, "response": "b"}, says(text, "b")) for text in (
+        "Sum up. USER: a ASSISTANT: b USER: c", "The USER: and the ASSISTANT: of a log", "USER: a",
+        "Log:\nUser: a\nAssistant: b\nUser: c", "MYUSER: a MYASSISTANT: b USERS: c ASSISTANT: d")),
     ({"prompt": "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", "response": "b"},
      says("a", "b")),
     ({"mapping": NODES, "current_node": "f", "title": "T"}, says("a", "b")),
     ({"chat": {"history": {"messages": BRANCHES, "currentId": "3"}}}, says("a", "b")),
-    ({"chat": {"messages": says("a", "b")}}, says("a", "b")),
     ({"message_tree_id": "1", "prompt": TREE}, says("a", "b")),
     ({"prompt": "a", "completion": "b", "label": True, "kto_tag": "true", "tools": "[]",
       "images": []}, says("a", "b")),
@@ -349,7 +356,7 @@ BAD_CHATS = [
     (QA | {"history": [["a", "b", "c"]]}, "not-messages", "must be an object, got list"),
     *((QA | {"response": text}, "not-messages", '"response" looks like messages')
       for text in (repr(replies("a"))[:-1], '[{""role"": ""user"", ""content"": ""a""}]')),
-    (QA | {"output": ["a", "b"], "response": None}, "preference-pair", "for dpo.py"),
+    (QA | {"output": ["a", "b"], "response": None}, "not-messages", '"output" message 1 must be'),
     ({"text": "Just text."}, "not-messages", '"text" holds no messages, nor ChatML'),
     ({"mapping": 5, "current_node": "a"}, "other-types", ""),
     ({"message_tree_id": "1", "prompt": {"role": "user", "text": "q", "replies": 5}},
@@ -595,7 +602,7 @@ def test_inspect_shows_conversations_as_the_model_sees_them(tmp_path, tiny_token
         "  columns not used: id\n",
         "102  usable rows",
         "as chatml; in [ ]:",
-        f'-1  not-a-string, first: {path} line 3: "prompt" must be',
+        f'  1 passed over: not-a-string ({path} line 3: "prompt" must be',
         "[<|im_start|>user\nHi \u6f22<|im_end|>\n<|im_start|>assistant\n]Hello<|im_end|>",
         " characters, ",
     ):
@@ -617,7 +624,7 @@ def test_inspect_shows_pairs_without_learning_earlier_answers(tmp_path, capsys):
     for part in (
         "preference pairs",
         "1  pair of dialogues: chosen, rejected\n",
-        "-1  identical-pair",
+        "1 passed over: identical-pair (",
     ):
         assert part in text
     for answer in "ab":
@@ -656,7 +663,7 @@ def test_characters_stand_in_for_a_tokenizer(tiny_tokenizer, template):
     ("name", "content", "settings", "parts"),
     [
         ("rows.jsonl", '{"text": "First."}\n{"text": "Second."}\n3\n', {},
-         ("2  documents read\n", "-1  not-an-object, first: ", "First.\n")),
+         ("2  documents read\n", "1 passed over: not-an-object (", "First.\n")),
         ("rows.jsonl", '3\n{"mapping": 5, "current_node": 1}\n{"text": "First."}\n{"text": 1}', {},
          ("1  documents read\n", "First.\n")),
         ("odd.csv", "a,b\nsome words,others\n", {"text_column": "b"}, ("others\n",)),
@@ -677,9 +684,9 @@ def test_inspect_shows_a_prepared_dataset_and_names_its_damage(tmp_path, tiny_do
     text = shown(capsys, folder)
     for split in ("train", "val"):
         line = next(line for line in text.splitlines() if line.startswith(f"  {split} "))
-        assert line.split()[1] == f"{totals[split]['documents']:,}"
-        assert line.split()[3] == f"{totals[split]['tokens']:,}"
-    for part in (manifest["tokenizer_sha256"], f"{folder}.jsonl", "ids:\n<s>"):
+        assert line.split()[1] == f"{totals[split]['tokens']:,}"
+        assert line.endswith(f" {totals[split]['documents']:,} documents")
+    for part in (manifest["tokenizer_sha256"], "| read |  | 40 |", "ids:\n<s>"):
         assert part in text
     shard = folder / "train_00000.bin"
     shard.write_bytes(shard.read_bytes()[:-1])

@@ -632,11 +632,11 @@ RUSSIAN = "\u0412\u0441\u0435 \u043b\u044e\u0434\u0438 \u0440\u0430\u0432\u043d\
 JAPANESE = "すべての人間は、生まれながらに.\n"
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-32-le"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_a_byte_order_mark_is_believed(tmp_path, encoding, suffix):
     def encoded(text):
-        text = text if encoding in ("utf-16", "utf-32") else f"\ufeff{text}"
+        text = text if encoding == "utf-16" else f"\ufeff{text}"
         return PACKERS[suffix](text.encode(encoding))
 
     text = (WESTERN + RUSSIAN + "\u0a0a\u0d0a \U0001f600\n") * 3000

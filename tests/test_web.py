@@ -333,7 +333,7 @@ def test_an_empty_answer_is_kept_and_not_shown_to_the_model(opened, tmp_path, ca
         expect(chat.notice).to_contain_text("Imported")
         assert chat.texts() == texts
         inspect(InspectConfig(str(tmp_path / f"{name}.json")))
-        assert re.search(r" -\d  empty-answer, first: ", capsys.readouterr().out)
+        assert re.search(r" \d passed over: empty-answer \(", capsys.readouterr().out)
     chat.load(tmp_path / "asked.json", [{"role": "user", "content": "why"}])
     assert chat.texts() == []
     assert chat.draft.input_value() == "why", "an unanswered question is yet to be sent"
