@@ -14,7 +14,6 @@ import math
 import re
 from functools import lru_cache
 from itertools import chain, takewhile
-from operator import itemgetter
 
 from corpus.files import surrogate, whole_json
 from corpus.sources import BadRow, PassedOver, usable_rows
@@ -237,7 +236,7 @@ def fields_of(row, where="", *refused):
     known = [(plain(name), name, v) for name, v in row.items() if v is not None and v == v]
     known = [(is_empty(v), RANK[n], n, name, v) for n, name, v in known if n in RANK]
     fields = {}
-    for empty, _, n, name, value in sorted(known, key=itemgetter(0, 1)):
+    for empty, _, n, name, value in sorted(known):
         for meaning in [m for m in MEANINGS[n] if m not in fields][:1]:
             speaks = str(value).strip().lower() in OFF if meaning == "not-learned" else not empty
             if speaks and meaning in refused:
@@ -258,8 +257,9 @@ def unused_names(row, fields):
     """Returns the columns of a row, and keys of its messages, with a value that nothing reads."""
     read = {name for name, _ in fields.values()}
     parts = [("", name, value) for name, value in row.items() if name not in read]
+    has_more = lambda item: isinstance(item, dict) and not item.keys() <= OF_MESSAGE
     for column, items in fields.values():
-        for item in (i for i in items if isinstance(i, dict)) if isinstance(items, list) else ():
+        for item in filter(has_more, items if isinstance(items, list) else ()):
             parts += [(f"{column}.", n, v) for n, v in item.items() if plain(n) not in OF_MESSAGE]
     switch = lambda n, v: plain(n) in FIELDS["not-learned"] and str(v).lower() in ON + OFF
     return [s + n for s, n, v in parts if not (switch(n, v) or is_empty(v))]
@@ -358,6 +358,8 @@ def cleaned(text, name):
 
 def turns_of(text):
     """Returns the messages of a conversation in a markup, or None; an open answer is empty."""
+    if not any(sign in text for sign in (":", "<|", "[INST]")):
+        return None  # most texts, without a search for each markup
     for markup, (opens, ends) in MARKUPS.items():
         parts = [ends.sub("", part).strip() for part in opens.split(text)]
         if len(parts) < 5 or not re.fullmatch(PREFACES.get(markup, ""), parts[0]):

@@ -149,7 +149,8 @@ def csv_options(text, delimiters):
         return sum(not size or size != sizes[0] for size in sizes)
 
     header, options = text.lstrip("\n").partition("\n")[0], []
-    styles = [{}] + [{"escapechar": "\\"}] * (r"\"" in text)
+    escapes = re.search(r'(?<!\\)(?:\\\\)*\\"', text)  # not a cell that ends with backslashes
+    styles = [{}] + [{"escapechar": "\\"}] * bool(escapes)
     if '""' not in text:  # RFC 4180's alone doubles quotes
         styles.reverse()
     for delimiter in [d for d in delimiters if d in header] or delimiters[0]:

@@ -380,6 +380,8 @@ def test_quotes_behind_backslashes_are_quotes(tmp_path):
     assert bad_lines(tmp_path / "a.csv") == (table[1:], [])
     (tmp_path / "a.csv").write_text('a,b\n"say \\"x\\", y","C:\\new"\n')  # not every one is escaped
     assert bad_lines(tmp_path / "a.csv") == ([['say "x", y', "C:\\new"]], [])
+    (tmp_path / "a.csv").write_text('a,b\n"x","\\\\"\n')  # a quote behind two of them ends the cell
+    assert bad_lines(tmp_path / "a.csv") == ([["x", "\\\\"]], [])
 
 
 @pytest.mark.parametrize("sign", [";", "|", "\t", ":"])
