@@ -57,7 +57,7 @@ REFUSED = {  # rows with a value of such a meaning are passed over
 }
 ON, OFF = ("true", "1", "1.0"), ("false", "0", "0.0")  # of "not-learned", in small letters
 NOTHING = ("", "[]", "{}", "null", "None")  # what an empty column holds as text
-NESTED = ("messages", "history", "mapping", "chat")  # no text stands for these
+NO_TEXT = ("messages", "history", "mapping", "chat")  # no text stands for these
 OF_MESSAGE = {n for meaning in ("role", "content", *ROLE_OF) for n in FIELDS[meaning]}
 SPEAKERS = {  # a role: its names in messages and in the markups below
     "system": "system developer [inst]<<sys>>",
@@ -378,7 +378,7 @@ def turns_of(text):
 def unpacked(meaning, name, value):
     """Returns the messages that a string holds as the text of JSON or Python; else the value."""
     text = value.strip() if isinstance(value, str) else ""
-    must = text[:1] in ("[", "{") and (meaning in NESTED or name == "answers")
+    must = text[:1] in ("[", "{") and (meaning in NO_TEXT or name == "answers")
     if not (must or LIKE.match(text)):
         return value
     try:
