@@ -4,11 +4,12 @@
     python benchmarks/grpo.py checkpoints/sft/demo --parts=learn --minutes=5 --seeds=1,2,3
     python benchmarks/grpo.py checkpoints/sft/demo --parts=speed --steps=20
 
-learn       grpo.py with configs/grpo.json on the questions of data/samples, for --minutes, each
-            seed; then with coin flips as rewards (control). Before and after: held-out tasks alone,
-            in mid-conversation and under a system message (benchmarks/conversations.py), and bits
-            per byte of --text. Shares are means over the seeds, with 95% Wilson intervals for as
-            many answers as there are tasks
+learn       grpo.py with configs/grpo.json on the sums, differences and products of data/samples,
+            for --minutes, each seed; then with coin flips as rewards (control). Before and after:
+            those in no file to train on, the held-out tasks of all kinds alone, in mid-conversation
+            and under a system message (benchmarks/conversations.py), and bits per byte of --text.
+            Shares are means over the seeds, with 95% Wilson intervals for as many answers as there
+            are tasks
 choices     the same with the first seed for each of CHOICES
 arithmetic  sums of one, two and three digits: SFT of 100, 200, ... steps until a share --low of the
             held-out ones is right, then grpo.py
@@ -32,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.conversations import answers, contexts, user
-from corpus.samples import TABLES, passes
+from corpus.samples import TABLES, TASKS, passes
 from eval import wilson
 from sample import open_model
 
@@ -47,9 +48,10 @@ CHOICES = {
     "grpo, KL": {"loss": "grpo", "scale_rewards": True, "epsilon_high": 0.2, "beta": 0.04},
     "dapo": {"loss": "dapo", "scale_rewards": True, "redraws": 2},
     "two updates": {"num_iterations": 2},
-    "learning rate / 2": {"learning_rate": 1e-4},
-    "learning rate x 2": {"learning_rate": 4e-4},
+    "learning rate / 2": {"learning_rate": 5e-5},
+    "learning rate x 2": {"learning_rate": 2e-4},
 }
+CALCULATIONS = "addition", "subtraction", "multiplication"
 LEVELS = {1: 40, 2: 800, 3: 4000}  # digits of the summands: sums to train on
 
 
@@ -70,15 +72,41 @@ def rows_of(path):
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
+def single_rows(name):
+    return [row for row in rows_of(ROOT / "data/samples" / name) if type(row.get("prompt")) is str]
+
+
+def calculations(folder):
+    """Writes questions to train on, those of the sample files, and all others of their kinds.
+
+    Returns both paths. The others stand in no file that SFT or DPO trains on.
+    """
+    rows = [row for name in ("sft_train.jsonl", "dpo_train.jsonl") for row in single_rows(name)]
+    rows, others = [row for row in rows if row["kind"] in CALCULATIONS], []
+    used = {row["prompt"] for row in rows}
+    for kind in CALCULATIONS:
+        for values, (_, check, _) in TASKS[kind](random.Random(0)):
+            prompts = {form.format(*values) for form in TABLES["forms"][kind]} - used
+            others += [{"prompt": p, "check": check, "kind": kind} for p in sorted(prompts)]
+    random.Random(1).shuffle(others)
+    paths = folder / "train.jsonl", folder / "others.jsonl"
+    for path, lines in zip(paths, (rows, others)):
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return paths
+
+
 def measured(folder, text, output):
     """Returns {context: (right answers, tasks)} and the bits per byte of a text."""
-    rows = [row for row in rows_of(ROOT / "data/samples/sft_val.jsonl") if "prompt" in row]
-    tasks, figures = [row for row in rows if row["kind"] not in TABLES["talk"]], {}
+    tasks = [r for r in single_rows("sft_val.jsonl") if r["kind"] not in TABLES["talk"]]
     model, tokenizer = open_model(folder, "cpu")
-    for name, before in contexts(tasks).items():
-        chats = [chat + [user(row["prompt"])] for chat, row in zip(before, tasks)]
+    output.mkdir(parents=True, exist_ok=True)
+    others, figures = rows_of(calculations(output)[1]), {}
+    groups = {"calculations": (others, [[] for _ in others])}
+    groups |= {name: (tasks, before) for name, before in contexts(tasks).items()}
+    for name, (rows, before) in groups.items():
+        chats = [chat + [user(row["prompt"])] for chat, row in zip(before, rows)]
         texts = answers(model, tokenizer, chats)
-        figures[name] = [sum(passes(r["check"], t) for r, t in zip(tasks, texts)), len(tasks)]
+        figures[name] = [sum(passes(r["check"], t) for r, t in zip(rows, texts)), len(rows)]
     program("eval", model_path=folder, perplexity_path=text, skip_boolq="true", output_dir=output)
     results = json.loads((Path(output) / "results.json").read_text(encoding="utf-8"))
     return figures, results["perplexity"]["bits_per_byte"]
@@ -90,7 +118,9 @@ def trained(args, name, model, rows, held_out, **flags):
     if not (out / "final").exists():
         flags = {"output_dir": out, "resume_from_checkpoint": "auto"} | flags
         paths = {"model_path": model, "dataset_path": rows, "val_path": held_out}
-        program("grpo", "configs/grpo.json", max_minutes=args.minutes, **paths, **flags)
+        steps = {"max_minutes": "none", "max_steps": args.max_steps}
+        box = steps if args.max_steps else {"max_minutes": args.minutes}
+        program("grpo", "configs/grpo.json", **box, **paths, **flags)
     records = rows_of(out / "metrics.jsonl")
     return out, [r for r in records if "lr" in r], [r for r in records if "val_pass@1" in r]
 
@@ -99,8 +129,7 @@ def learn(args, name, seeds, reward="right", **flags):
     """Returns the line of some runs that differ in their seed only."""
     totals, bits, runs = {}, [], []
     for seed in seeds:
-        data = ROOT / "data/samples"
-        paths = data / "*_train.jsonl", data / "sft_val.jsonl"
+        paths = calculations(args.output)
         out, steps, held_out = trained(
             args, f"{name} {seed}", args.model, *paths, seed=seed, reward=reward, **flags
         )
@@ -236,6 +265,7 @@ def main():
     )
     parser.add_argument("--parts", default="learn,choices,arithmetic,speed")
     parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--max_steps", type=int, help="in place of minutes, on a busy machine")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--steps", type=int, default=20, help="of the part speed")
     parser.add_argument("--low", type=float, default=0.2, help="share of sums at which SFT stops")
