@@ -21,6 +21,7 @@ import re
 import secrets
 import sys
 import time
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal, NamedTuple
@@ -166,12 +167,11 @@ class Matrix(nn.Module):
 
     def __init__(self, *linears):
         super().__init__()
-        weight = self.stored(torch.cat([linear.weight.detach() for linear in linears]))
+        weight = torch.cat([linear.weight.detach() for linear in linears])
+        if weight.device.type == "cpu":
+            weight = weight.t().contiguous().t()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.turned = self.weight.t()
-
-    def stored(self, weight):
-        return weight.t().contiguous().t() if weight.device.type == "cpu" else weight
 
     def forward(self, x):
         return F.linear(x, self.weight)
@@ -189,36 +189,49 @@ class Matrix(nn.Module):
             return y + self.times(x)
         return torch.addmm(y, x, self.turned)
 
-    def rows(self, ids):
-        """Returns the embeddings weight[ids] (B, T, K) of ids (B, T)."""
-        return F.embedding(ids, self.weight)
 
+class Int8Matrix(nn.Module):
+    """Linear layers side by side in 8 bits: a scale for each output, and for each row of x.
 
-class Int8Matrix(Matrix):
-    """A Matrix in 8 bits, with a scale for each output of the weights and for each input row.
-
-    Symmetric, without zero points: the vector-wise scheme of LLM.int8() (Dettmers et al. 2022).
-    Sums of integers are exact, so a row comes out the same, bit for bit, beside any others.
+    Symmetric, the vector-wise scheme of LLM.int8() (Dettmers et al. 2022), in FBGEMM's kernels.
+    Where a CPU lacks VNNI these add two products in 16 bits, so that weights have 7: 2 x 255 x 63
+    fits. Then sums are exact, and a row comes out the same, bit for bit, beside any others.
     """
 
-    def stored(self, weight):
-        self.register_buffer("scale", weight.abs().amax(dim=1).clamp(min=1e-30) / 127)  # (N,)
-        return weight.div_(self.scale[:, None]).round_().to(torch.int8)  # `weight` is a copy
+    product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+
+    def __init__(self, *linears):
+        super().__init__()
+        weight = torch.cat([linear.weight.detach() for linear in linears])  # (N, K), a copy
+        scale = weight.abs().amax(dim=1).clamp(min=1e-30) / 63
+        whole, zero = weight.div_(scale[:, None]).round_().to(torch.int8), scale.int() * 0
+        torch.backends.quantized.engine = "fbgemm"
+        with warnings.catch_warnings(action="ignore"):  # a later torch drops its quantized types
+            weight = torch._make_per_channel_quantized_tensor(whole, scale.double(), zero, 0)
+            self.packed = torch.ops.quantized.linear_prepack(weight, None)
 
     def forward(self, x):
         return self.times(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
     def times(self, x):
-        largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True)  # (R, 1)
-        unit = largest.mul_(1 / 127).clamp_(min=1e-30)
-        # of torch's kernels the best for eight rows and prompts; _weight_int8pack_mm wins for one
-        sums = torch._int_mm((x / unit).round_().to(torch.int8), self.turned)  # (R, N) int32
-        return (sums * self.scale).mul_(unit)
+        largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).clamp_(min=1e-30)
+        return self.product(x / largest, 1 / 127, 128, self.packed).mul_(largest)
 
     def onto(self, y, x):
         return self.times(x).add_(y)
 
-    def rows(self, ids):
+
+class Int8Embedding(nn.Module):
+    """The embeddings of a Llama in 8 bits, with a scale for each: ids (B, T) -> (B, T, C)."""
+
+    def __init__(self, embedding):
+        super().__init__()
+        weight = embedding.weight.detach()
+        self.register_buffer("scale", weight.abs().amax(dim=1).clamp(min=1e-30) / 127)
+        whole = (weight / self.scale[:, None]).round_().to(torch.int8)
+        self.weight = nn.Parameter(whole, requires_grad=False)
+
+    def forward(self, ids):
         return self.weight[ids] * self.scale[ids, None]
 
 
@@ -295,13 +308,16 @@ def fuse(model, int8=False):
 
     No weight stays in a mapped file.
     """
-    assert not int8 or model.lm_head.weight.dtype == torch.float32
     decoder, matrix = model.model, Int8Matrix if int8 else Matrix
-    model.lm_head = matrix(model.lm_head)
-    decoder.table = model.lm_head if model.cfg.tie_word_embeddings else matrix(decoder.embed_tokens)
-    del decoder.embed_tokens
+    head, embedding = matrix(model.lm_head), decoder.embed_tokens
+    if int8:
+        decoder.embed_tokens = Int8Embedding(embedding)
+    else:
+        tied = model.cfg.tie_word_embeddings
+        weight = head.weight if tied else embedding.weight.detach().clone()
+        decoder.embed_tokens = nn.Embedding.from_pretrained(weight)
+    model.lm_head = head
     decoder.norm.weight = nn.Parameter(decoder.norm.weight.clone(), requires_grad=False)
-    decoder.embed_tokens = decoder.table.rows
     decoder.cos = torch.cat((decoder.cos, decoder.cos), dim=-1)  # (positions, D)
     decoder.sin = torch.cat((-decoder.sin, decoder.sin), dim=-1)
     decoder.layers = nn.ModuleList([FusedBlocks(decoder, model.cfg, matrix)])
@@ -600,6 +616,8 @@ def open_model(folder, device="auto", dtype="auto", compile=False):
     device = choose_device(device)
     if dtype == "int8" and device.type != "cpu":
         raise UserError(f"dtype=int8 is for a CPU, not for {device.type}; use --dtype=auto")
+    if dtype == "int8" and "fbgemm" not in torch.backends.quantized.supported_engines:
+        raise UserError("dtype=int8 needs FBGEMM, which torch has on x86; use --dtype=auto")
     if compile and device.type != "cuda":
         raise UserError(f"compile: CUDA graphs need CUDA, this is {device.type}; leave it off")
     path = model_folder(folder) / "config.json"  # an adapter's folder has none, and merges in fp32

@@ -825,7 +825,8 @@ def main(cfg):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, scheduler.close)
         threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
-        url, weight = f"http://{cfg.host}:{server.server_address[1]}", model.lm_head.weight
+        url = f"http://{cfg.host}:{server.server_address[1]}"
+        weight = model.model.embed_tokens.weight
         kind = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
         logits = model(scheduler.engine.tokens[:1] * 0).detach().float().cpu().numpy()
         api.fingerprint = f"fp_{hashlib.sha256(logits.tobytes()).hexdigest()[:12]}"

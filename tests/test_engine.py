@@ -389,9 +389,9 @@ def test_fused_weights_in_16_bit_are_no_rougher(cfg):
 
 
 def by_the_formula(weight, x):
-    """Int8Matrix's product in float64: both sides rounded to 127 steps of their largest value."""
+    """Int8Matrix's product in float64: weights rounded to 63 steps of their largest, x to 127."""
     weight, x = weight.double(), x.double()
-    step, unit = (side.abs().amax(dim=1, keepdim=True) / 127 for side in (weight, x))
+    step, unit = (s.abs().amax(dim=1, keepdim=True) / n for s, n in ((weight, 63), (x, 127)))
     return ((x / unit).round() * unit) @ ((weight / step).round() * step).T
 
 
@@ -426,8 +426,11 @@ def test_int8_by_the_formula():
     for layer in layers:
         layer.weight.copy_(spread(*layer.weight.shape))
     layers[0].weight[2], x[3] = 0, 0  # of nothing comes nothing
+    layers[0].weight[1], x[2] = 1, 1  # the largest sums, which 16 bits must hold two by two
     expected = by_the_formula(torch.cat([layer.weight for layer in layers]), x).nan_to_num()
-    torch.testing.assert_close(Int8Matrix(*layers)(x).double(), expected, atol=1e-6, rtol=1e-4)
+    matrix = Int8Matrix(*layers)
+    torch.testing.assert_close(matrix(x).double(), expected, atol=1e-6, rtol=1e-4)
+    assert torch.equal(matrix(x), torch.cat([matrix(row) for row in x.split(1)]))
 
 
 # ---- what is never written
