@@ -169,7 +169,9 @@ class Matrix(nn.Module):
         super().__init__()
         weight = torch.cat([linear.weight.detach() for linear in linears])
         if weight.device.type == "cpu":
-            weight = weight.t().contiguous().t()
+            # a power of two apart, the rows of `turned` would share few sets of the caches
+            padded = weight.new_empty(weight.shape[1], len(weight) + 48)
+            weight = padded[:, : len(weight)].copy_(weight.t()).t()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.turned = self.weight.t()
 
