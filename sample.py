@@ -7,10 +7,11 @@ python sample.py --chat --model_path=checkpoints/dpo
 import os
 
 # A decode step on a CPU is about a hundred parallel regions of some microseconds each; waking
-# OpenMP's threads costs more than their work. Threads that spin in between, for some 50 ms at most,
-# decode 1.3 to 2.7 times as fast on two idle cores. OpenMP reads this once, when torch loads it.
+# OpenMP's threads costs more than their work, so they spin in between; but for some 50 us at most,
+# because one that is off its core, where other processes run, would keep the others spinning.
+# OpenMP reads this once, when torch loads it.
 os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "10000000")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import contextlib
 import copy
