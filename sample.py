@@ -628,7 +628,10 @@ def open_model(folder, device="auto", dtype="auto", compile=False):
     in_bf16 = (hf.get("dtype") or hf.get("torch_dtype")) == "bfloat16"
     exact = device.type == "cpu" and dtype == "auto" and not in_bf16
     wanted = "fp32" if exact or dtype == "int8" else dtype
-    model = load_model(folder, device, choose_dtype(wanted, device)[0], mapped=True)
+    chosen, reason = choose_dtype(wanted, device)
+    if "slower" in reason:
+        note(f"dtype={dtype}: {reason}")
+    model = load_model(folder, device, chosen, mapped=True)
     tokenizer = Tokenizer.load(model_folder(folder))
     tokenizer.match(model.cfg.vocab_size, folder)
     ends = stop_ids(tokenizer, tokenizer.template)

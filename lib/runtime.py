@@ -173,14 +173,17 @@ def choose_dtype(wanted, device):
     """Returns (dtype of matmuls, reason)."""
     if wanted == "fp16" and device.type != "cuda":
         raise UserError("dtype=fp16 needs CUDA; use --dtype=bf16 or --dtype=fp32")
+    flags = getattr(torch.cpu, "get_capabilities", dict)()
+    units = flags.get("avx512_bf16") or flags.get("amx_bf16")
     if wanted != "auto":
-        return getattr(torch, DTYPES[wanted]), "as asked"
+        slow = wanted == "bf16" and device.type == "cpu" and not units
+        reason = "as asked" + ", slower than fp32: no 16-bit units on this cpu" * slow
+        return getattr(torch, DTYPES[wanted]), reason
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device)[0] >= 8:
             return torch.bfloat16, "the GPU multiplies bf16 natively"
         return torch.float16, "the GPU has fp16 units but no bf16"
-    flags = getattr(torch.cpu, "get_capabilities", dict)()
-    if flags.get("avx512_bf16") or flags.get("amx_bf16"):
+    if units:
         return torch.bfloat16, "the CPU multiplies bf16 natively"
     return torch.float32, "no 16-bit units on this cpu"
 
