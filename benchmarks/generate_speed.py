@@ -1,6 +1,7 @@
-"""Generation on a CPU: ours against transformers.generate and, where it is installed, ctranslate2.
+"""Generation on a CPU: ours against transformers.generate and, where installed, ctranslate2.
 
     python benchmarks/generate_speed.py   tiny and small; 1, 8 and 16 streams
+    python benchmarks/generate_speed.py --sizes=FOLDER --gguf=FILE   a real model, and llama.cpp
     python benchmarks/generate_speed.py --sizes=tiny --streams=1 --rounds=9
     python benchmarks/generate_speed.py --items=first   a command's start to its first token
 
@@ -30,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from server_load import random_model
 
-POLICY = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "10000000"}  # as sample.py sets it
+POLICY = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "10000"}  # as sample.py sets it
 PROGRAMS = {"ours_fp32": {}, "ours_int8": {}, "transformers": {}, "transformers_same": POLICY}
 if importlib.util.find_spec("ctranslate2"):
     PROGRAMS |= {"ctranslate2_fp32": POLICY, "ctranslate2_int8": POLICY}
@@ -96,10 +97,38 @@ def ctranslate2(folder, dtype):
     return answer
 
 
+def llama(folder, kind):
+    """llama.cpp's server, on a GGUF file instead of the folder."""
+    import urllib.request
+    from concurrent.futures import ThreadPoolExecutor
+
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel = folder, 8192, 16
+    params.cpuparams.n_threads = os.cpu_count()
+    server = xllamacpp.Server(params)
+
+    def one(prompt, count):
+        body = {"prompt": prompt, "n_predict": count, "temperature": 0, "ignore_eos": True}
+        body |= {"cache_prompt": False, "return_tokens": True}
+        kind = {"Content-Type": "application/json"}
+        url = server.listening_address + "/completion"
+        request = urllib.request.Request(url, json.dumps(body).encode(), kind)
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)["tokens"]
+
+    def answer(prompts, count):
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            return list(pool.map(one, prompts, [count] * len(prompts)))
+
+    return answer
+
+
 def work(program, folder):
     """The child: says "ready", then answers each line {prompts, count} with {seconds, ids}."""
     name, _, kind = program.partition("_")
-    makers = {"ours": ours, "ctranslate2": ctranslate2}
+    makers = {"ours": ours, "ctranslate2": ctranslate2, "llama": llama}
     kind = {"ctranslate2fp32": "float32"}.get(name + kind, kind)
     answer = makers[name](folder, kind) if name in makers else transformers(folder)
     print("ready", flush=True)
@@ -116,7 +145,7 @@ class Child:
         words = [sys.executable, __file__, f"--program={program}", f"--folder={folder}"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(
-            words, text=True, env=os.environ | PROGRAMS[program], **pipes
+            words, text=True, env=os.environ | PROGRAMS.get(program, {}), **pipes
         )
         self.ready = False
 
@@ -143,7 +172,8 @@ def speed(folder, streams, args):
         [1] + [10 + (7919 * row + 31 * i) % 4000 for i in range(1, args.prompt)]
         for row in range(streams)
     ]
-    children = {program: Child(program, folder) for program in PROGRAMS}
+    places = dict.fromkeys(PROGRAMS, folder) | ({"llama_cpp": args.gguf} if args.gguf else {})
+    children = {program: Child(program, place) for program, place in places.items()}
     rates, ids = {program: [] for program in children}, {}
     for number in range(args.rounds + 1):  # the first warms up
         for program in list(children)[:: 1 if number % 2 else -1]:
@@ -191,7 +221,8 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--items", default="speed,first")
-    parser.add_argument("--sizes", default="tiny,small")
+    parser.add_argument("--sizes", default="tiny,small", help="presets, or folders of models")
+    parser.add_argument("--gguf", help="a GGUF file of the same model for llama.cpp")
     parser.add_argument("--streams", default="1,8,16")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=64)
@@ -204,7 +235,9 @@ def main():
     items, result = args.items.split(","), {}
     with tempfile.TemporaryDirectory() as place:
         for size in args.sizes.split(","):
-            folder = str(random_model(Path(place) / size, ROOT / f"configs/{size}.json"))
+            folder = size
+            if not Path(size).is_dir():
+                folder = str(random_model(Path(place) / size, ROOT / f"configs/{size}.json"))
             for streams in map(int, args.streams.split(",")) if "speed" in items else ():
                 result[f"{size}, {streams} streams"] = speed(folder, streams, args)
             if "first" in items:
