@@ -14,6 +14,7 @@ import copy
 from collections import deque
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -115,7 +116,7 @@ def token_weight(loss, length, mean_length, longest):
 
 def policy_loss(cfg, reference):
     """Returns loss_fn(model, batch) for `fit`; `reference` is None where an adapter turns off."""
-    names = *MEANS, *(f"reward/{name}" for name in cfg.reward)
+    names = *MEANS, *(f"reward/{Path(name).name}" for name in cfg.reward)
 
     def loss_fn(model, batch):
         policy, sums = -label_nats(model, batch), dict(zip(names, batch["means"]))  # (N,) log p
