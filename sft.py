@@ -187,8 +187,8 @@ def with_packing(cfg, examples, length, world):
 
 def open_tokenizer(cfg, trained=False):
     """Returns the tokenizer of cfg.model_path; UserError if it is `trained` in no template yet."""
-    check_unused(cfg)
     tokenizer = Tokenizer.load(llama.model_folder(cfg.model_path))
+    check_unused(cfg)
     if trained and tokenizer.template is None:
         raise UserError(f"{cfg.model_path}: names no chat template; train it with sft.py first")
     return tokenizer

@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import math
+import shutil
 import signal
 import sys
 import time
@@ -325,6 +326,14 @@ class State:
         """Returns whose weights final/ holds: with early stopping the best validated step's."""
         return (cfg.early_stopping_patience and self.best_step) or self.step
 
+    def check_space(self, output_dir):
+        """Raises UserError if the disk has no room for a checkpoint and 10 % more."""
+        tensors = *self.model.parameters(), *self.parameters, *self.parameters  # two moments each
+        needed, free = 4.4 * sum(t.numel() for t in tensors), shutil.disk_usage(output_dir).free
+        if free < needed:
+            sizes = f"a checkpoint needs {needed / 1e6:,.1f} MB, free are {free / 1e6:,.1f} MB"
+            raise UserError(f"{output_dir}: {sizes}; make room, or choose another --output_dir")
+
     def save(self, cfg, world, write_model):
         """Writes the checkpoint of this step, whole or not at all, and deletes old ones."""
         folder = Path(cfg.output_dir) / f"step_{self.step:06d}"
@@ -486,6 +495,7 @@ def prepare(cfg, model, loader, world, read_model):
     runtime.seed_everything(cfg.seed + world.rank)  # dropout differs between ranks
     total = total_steps(cfg, loader.blocks, world.size)
     cfg = with_warmup(cfg, total, world.say)
+    state.check_space(cfg.output_dir)
     if folder := checkpoint.find_checkpoint(cfg, world.say):
         check_same_run(cfg, world, folder)
         read_model(model, folder)

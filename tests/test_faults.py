@@ -148,7 +148,7 @@ def dying(point, passage, rank=None):
     original, left = getattr(*CALLS[name]), [passage]
 
     def patched(subject, *args, **kwargs):
-        path = args[0] if name == "save" else subject
+        path = Path(args[0].name) if name == "save" else subject
         result = original(subject, *args, **kwargs) if moment == "after" else None
         if wanted in str(path) and (name != "rmtree" or path.exists()):
             left[0] -= 1
@@ -493,3 +493,15 @@ def test_a_full_disk_is_one_line_that_names_the_folder_and_leaves_the_rest(
     assert problem_with(damaged / "step_000006") is None
     resumed(damaged, **knobs)
     assert losses(damaged) == losses(straight)
+
+
+def nearly_full():
+    usage = shutil.disk_usage
+    shutil.disk_usage = lambda path: usage(path)._replace(free=100_000)
+
+
+def test_too_little_space_for_a_checkpoint_is_told_before_training(tmp_path, knobs):
+    out = tmp_path / "out"
+    line = refused(out, before=nearly_full, **knobs)
+    assert f"{out}: a checkpoint needs 0.4 MB, free are 0.1 MB; make room" in line
+    assert names(out) == ["run.lock"]

@@ -37,8 +37,8 @@ class SessionConfig:
     minutes: PositiveFloat | None = None  # the time box; none = no clock
     stages: dict = field(default_factory=dict)  # {name: command}, for python
     train: str = ""  # the presets of trainings
-    sft: str = ""
-    dpo: str = ""
+    sft: str = ""  # the preset of sft.py
+    dpo: str = ""  # the preset of dpo.py
     cpu: str = ""  # a preset on top of train's, where there is no CUDA
     evaluate: str = ""  # flags for eval.py
     config: str = ""  # a preset of yours on top of those; architecture: one more
