@@ -201,10 +201,9 @@ class Int8Matrix(nn.Module):
     fits. Then sums are exact, and a row comes out the same, bit for bit, beside any others.
     """
 
-    product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
-
     def __init__(self, *linears):
         super().__init__()
+        self.product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
         weight = torch.cat([linear.weight.detach() for linear in linears])  # (N, K), a copy
         scale = weight.abs().amax(dim=1).clamp(min=1e-30) / 63
         whole, zero = weight.div_(scale[:, None]).round_().to(torch.int8), scale.int() * 0

@@ -114,6 +114,16 @@ def test_trainings_share_the_minutes_that_are_left(tmp_path, monkeypatch):
     assert calls[2:] == ["--output_dir=checkpoints/dpo/x"]
 
 
+def test_past_its_minutes_a_session_measures_what_it_trained_and_else_skips(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for stages, outcome in (({"look": ""}, "skipped: no time left"), ({"pretrain": ""}, "done")):
+        box = session.Session("x", session.SessionConfig(minutes=1, stages=stages))
+        monkeypatch.setattr(box, "execute", lambda stage, words: 0)
+        assert box.outcome_of("look", []) == "done"
+        box.start -= 61
+        assert box.outcome_of("look", []) == outcome
+
+
 PRESETS = {path.stem: path for path in session.PRESETS.glob("*.json")}
 
 

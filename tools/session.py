@@ -135,6 +135,8 @@ class Session:
                 if training.checkpoint and training.columns:  # what it took before counts, too
                     minutes += training.columns["seconds"][1][-1] / 60
                 words += [f"--max_minutes={minutes:.3f}", "--allow_config_change"]
+        elif "pretrain" not in self.cfg.stages and self.spent >= self.minutes:
+            return "skipped: no time left"  # a session that trains measures its model in any case
         code = self.execute(stage, words)
         return "stopped" if self.stopped else f"failed: status {code}" if code else "done"
 
