@@ -273,10 +273,7 @@ class State:
         native = choose_dtype("auto", world.device)[0]  # Muon's matmuls are not autocast's
         low = dtype == native == torch.bfloat16
         self.optimizers = make_optimizers(cfg, model, dtype if low else torch.float32)
-        # a CUDA graph adds to the gradients where they lie: they are zeroed, never replaced
-        self.fixed_gradients = world.device.type == "cuda"
-        for p in self.parameters if self.fixed_gradients else ():
-            p.grad = torch.zeros_like(p)
+        self.gradients = runtime.Gradients(self.parameters, world)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
         self.step, self.seconds, self.tokens, self.bad_steps = 0, 0.0, 0, 0
         self.evaluated = -1 if cfg.EVALUATES_START else 0  # the step of the last validation
@@ -297,7 +294,7 @@ class State:
                 group["lr"] = lr
             if self.bad_steps == 0:
                 self.scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=not self.fixed_gradients)
+            optimizer.zero_grad(set_to_none=not self.gradients.fixed)
         self.scaler.update()
 
     def judge(self, cfg, metrics):
@@ -451,6 +448,8 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
                     with autocast(device, dtype):  # matmuls in 16 bits, sums and the loss in 32
                         loss_sum, sums = loss_fn(model, to_device(batch, device))
                     loss = loss_sum / max(1, count)  # so that all gradients add up to the mean's
+                    if batch is batches[-1]:
+                        state.gradients.send_early()
                     state.scaler.scale(loss).backward()  # adds to every p.grad
                     for name, value in ({"loss": loss_sum} | sums).items():
                         stats[name] = stats.get(name, 0.0) + value.detach() / max(1, count)
@@ -458,7 +457,7 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
                 if not loader.period:
                     batches = batches_of(state.step + 1)  # read while a GPU still computes
 
-                world.sum_gradients(state.parameters)  # data parallelism, by hand
+                state.gradients.sum()  # over ranks: data parallelism, by hand
                 grad_norm = state.clip(cfg.max_grad_norm)
                 lr = lr_at(cfg, state.step, progress, clock.total)
                 state.update(lr, grad_norm, count)

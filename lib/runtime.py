@@ -1,7 +1,8 @@
 """The machine of a training: ranks, stop signals, device, precision, random numbers, memory, GPUs.
 
-Data parallelism is done by hand: the weights are broadcast once and the gradients summed every
-step. There is no wrapper around the model, and so no prefix on the names of its parameters.
+Data parallelism is done by hand: the weights are broadcast once, and in every step the gradients
+are summed while the backward pass goes on. There is no wrapper around the model, and so no prefix
+on the names of its parameters.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import re
 import signal
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,20 +45,6 @@ class World:
         dist.all_reduce(totals)
         return totals.tolist()
 
-    def sum_gradients(self, parameters, bucket=1 << 23):
-        """Replaces every gradient by its sum over ranks, about `bucket` numbers at a time."""
-        group = []
-        for number, p in enumerate(parameters if self.size > 1 else (), 1):
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            group.append(p.grad)
-            sizes = [gradient.numel() for gradient in group]
-            if sum(sizes) >= bucket or number == len(parameters):
-                flat = torch.cat([gradient.flatten() for gradient in group])
-                dist.all_reduce(flat)
-                for gradient, total in zip(group, flat.split(sizes)):
-                    gradient.copy_(total.view_as(gradient))
-                group = []
-
     def broadcast(self, tensors):
         """Overwrites `tensors` with rank 0's."""
         for t in tensors if self.size > 1 else ():
@@ -80,6 +68,54 @@ class World:
     def say(self, text):
         if self.rank == 0:
             print(text, flush=True)
+
+
+class Gradients:
+    """Gradients whose sums over ranks travel while the backward pass still makes others.
+
+    With several ranks, and on a GPU, they lie in flat buckets of about `size` numbers and are
+    zeroed, never replaced: a bucket is sent as it is, a CUDA graph adds to them where they lie. The
+    head's come first, as in the backward pass; every rank sends the buckets in this order.
+    """
+
+    def __init__(self, parameters, world, size=1 << 23):
+        self.fixed = world.size > 1 or world.device.type == "cuda"
+        self.buckets, self.counts, self.missing, self.sums = [], [], [], []
+        groups, total = {}, 0
+        for p in reversed(parameters if self.fixed else ()):
+            groups.setdefault(total // size, []).append(p)
+            total += p.numel()
+        for number, group in enumerate(groups.values()):
+            sizes = [p.numel() for p in group]
+            bucket = torch.zeros(sum(sizes), device=world.device)
+            for p, gradient in zip(group, bucket.split(sizes)):
+                p.grad = gradient.view_as(p)
+                if world.size > 1:  # once p.grad has all that a backward pass adds to it
+                    p.register_post_accumulate_grad_hook(partial(self._note, number))
+            if world.size > 1:
+                self.buckets.append(bucket)
+                self.counts.append(len(group))
+
+    def send_early(self):
+        """Has the next backward pass, the last of a step, send each bucket that becomes whole."""
+        self.missing = list(self.counts)
+
+    def _note(self, number, parameter):
+        if self.missing:
+            self.missing[number] -= 1
+            self._send()
+
+    def _send(self):
+        while len(self.sums) < len(self.buckets) and not self.missing[len(self.sums)]:
+            self.sums.append(dist.all_reduce(self.buckets[len(self.sums)], async_op=True))
+
+    def sum(self):
+        """Replaces every gradient by its sum over ranks, sent early or now."""
+        self.missing = [0] * len(self.buckets)  # a parameter that a loss leaves out is never noted
+        self._send()
+        for work in self.sums:
+            work.wait()
+        self.missing, self.sums = [], []
 
 
 @contextlib.contextmanager

@@ -79,7 +79,7 @@ def test_a_matrix_of_zeros_stays_one():
 
 
 def test_gradients_may_keep_their_place_in_memory():
-    """As those that a CUDA graph adds to must (train.State.fixed_gradients)."""
+    """As those that a CUDA graph adds to must (lib.runtime.Gradients)."""
     fresh, _ = walked(lambda params: Muon(params, 0.02, 0.1))
     params = [torch.nn.Parameter(m) for m in matrices(0)]
     optimizer = Muon(params, 0.02, 0.1)

@@ -97,7 +97,7 @@ def time_step(cfg, state, loader, loss_fn, world, dtype):
         count = sum(batch["count"] for batch in batches)
         forward_backward(state, batches, loss_fn, count, world.device, dtype).item()
         middle = time.perf_counter()
-        world.sum_gradients(state.parameters)
+        state.gradients.sum()
         state.update(cfg.learning_rate, state.clip(cfg.max_grad_norm), count)
         return middle - start, time.perf_counter() - middle
 
