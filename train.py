@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=2 train.py configs/tiny.json --batch_size=8
     python train.py configs/tiny.json --resume_from_checkpoint=auto
     python train.py configs/base.json --plan       needs and hours; --plan_gpu=rtx4090 for a card
-    python train.py curves checkpoints/a checkpoints/b
+    python train.py curves checkpoints/a checkpoints/b     watch checkpoints: a live page
 
 Two rules keep the numbers right. A loss is a sum, divided by the count of supervised tokens of the
 whole step over all ranks: neither accumulation nor the number of ranks changes the result. A batch
@@ -448,8 +448,7 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
                     with autocast(device, dtype):  # matmuls in 16 bits, sums and the loss in 32
                         loss_sum, sums = loss_fn(model, to_device(batch, device))
                     loss = loss_sum / max(1, count)  # so that all gradients add up to the mean's
-                    if batch is batches[-1]:
-                        state.gradients.send_early()
+                    state.gradients.send_early(batch is batches[-1])  # while backward goes on
                     state.scaler.scale(loss).backward()  # adds to every p.grad
                     for name, value in ({"loss": loss_sum} | sums).items():
                         stats[name] = stats.get(name, 0.0) + value.detach() / max(1, count)
@@ -749,8 +748,17 @@ def model_files(cfg, tokenizer, data, template=None, stop_ids=None, base=None):
     return write_model, read_model, partial(write_model, merge=base and cfg.merge)
 
 
-if __name__ == "__main__":
+def command(argv):
+    """Runs the command that the first word names; without one it trains."""
     from lib.curves import CurvesConfig, curves
 
     commands = {"curves": (curves, CurvesConfig)}
-    config.dispatch(commands, sys.argv[1:], __doc__, default=(main, PretrainConfig))
+    if argv[:1] == ["watch"]:
+        from tools.watch import WatchConfig, watch
+
+        commands["watch"] = watch, WatchConfig
+    config.dispatch(commands, argv, __doc__, default=(main, PretrainConfig))
+
+
+if __name__ == "__main__":
+    command(sys.argv[1:])

@@ -96,9 +96,9 @@ class Gradients:
                 self.buckets.append(bucket)
                 self.counts.append(len(group))
 
-    def send_early(self):
-        """Has the next backward pass, the last of a step, send each bucket that becomes whole."""
-        self.missing = list(self.counts)
+    def send_early(self, last):
+        """Has the next backward pass, if the step's last, send each bucket that becomes whole."""
+        self.missing = list(self.counts) if last else []
 
     def _note(self, number, parameter):
         if self.missing:

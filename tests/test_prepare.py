@@ -688,7 +688,9 @@ def skipped_unless_ray_starts():
     try:
         yield
     except Exception as error:
-        if re.search("timed out during startup|Starting Ray client server failed|Zombie", str(error)):
+        if re.search(
+            "timed out during startup|Starting Ray client server failed|Zombie", str(error)
+        ):
             pytest.skip(f"no Ray cluster starts here: {error}")
         raise
 
