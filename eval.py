@@ -41,6 +41,7 @@ from corpus.sources import BadRow, Unreachable, usable_rows
 from lib import config
 from lib.config import PositiveInt, Range, UserError, refusing
 from lib.conversation import render, stop_ids
+from lib.curves import panels_of, save_figure
 from lib.runtime import tune_cpu
 from model import KVCache, count_parameters, identify, linear_cross_entropy, row_groups
 from sample import Request, Sampling, generate, open_model, rows_of
@@ -674,6 +675,7 @@ class ResultsConfig:
     """Of `compare` and `assess`."""
 
     files: tuple[str, ...]  # results.json of evaluations, or their folders
+    output: str = ""  # a picture of the comparison, of a kind that matplotlib writes: .png, .svg
 
 
 def read_results(path, exit_code=2):
@@ -709,6 +711,26 @@ def compare(cfg):
         values = [shown_basis(results[part].get(key)) for results in models]
         rows.append([f"{part}.{key}", *values, *["DIFFERENT"] * (len(set(values)) > 1)])
     print(aligned(rows))
+    if cfg.output:
+        save_figure(bars(dict(zip(cfg.files, models))), cfg.output)
+
+
+def bars(models):
+    """Returns the Figure of {name: results}: for each main number a panel, for each model a bar.
+
+    A line across the end of a bar is its 95% interval; a number that was not measured has no bar.
+    """
+    numbers, none = [main_numbers(results) for results in models.values()], (math.nan, math.nan)
+    figure, panels = panels_of(dict.fromkeys(chain.from_iterable(numbers)))
+    for place, axes in panels.items():
+        part, _, key = place.rpartition(".")
+        key = key.removesuffix("accuracy") + "ci95"
+        parts = [parts_of(results).get(part, {}) for results in models.values()]
+        low, high = np.transpose([part.get(key, none) for part in parts])
+        y = np.array([values.get(place, math.nan) for values in numbers])
+        errors = np.clip([y - low, high - y], 0, None)  # rounding may go below 0
+        axes.bar([*models], y, yerr=errors, capsize=6, color=[f"C{n}" for n in range(len(y))])
+    return figure
 
 
 ADVICE = """

@@ -323,6 +323,28 @@ def test_compare_says_what_was_measured_on_different_things(results, place, tmp_
     assert different == ["model.tokenizer_sha256", "perplexity.text", "boolq.n"]
 
 
+def test_a_comparison_as_a_picture(results, place, tmp_path):
+    def change(r):
+        r["boolq"] = {"verdict": "not measured", "reason": "r"}
+        r["tasks"][str(place / "choices.jsonl")] |= {"accuracy": 1.0, "ci95": [0.9, 1.0]}
+
+    other = variant(results, tmp_path / "other", change)
+    models = {name: evaluation.read_results(name) for name in (place / "out", other)}
+    figure = evaluation.bars({str(name): results for name, results in models.items()})
+    panels = {axes.get_title(): axes for axes in figure.axes}
+    assert panels.keys() == evaluation.main_numbers(results).keys()
+    for title, axes in panels.items():
+        expected = [evaluation.main_numbers(r).get(title, math.nan) for r in models.values()]
+        assert [bar.get_height() for bar in axes.patches] == pytest.approx(expected, nan_ok=True)
+    (lines,) = panels["tasks.choices.jsonl.accuracy"].containers[0].lines[2]
+    first = results["tasks"][str(place / "choices.jsonl")]["ci95"]
+    assert [list(line[:, 1]) for line in lines.get_segments()] == [first, [0.9, 1.0]]
+    evaluation.compare(ResultsConfig((str(place / "out"), str(other)), str(tmp_path / "c.png")))
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match=r"output .*c\.nothing.*name a \.png or \.svg"):
+        evaluation.compare(ResultsConfig((str(other),), str(tmp_path / "c.nothing")))
+
+
 @pytest.mark.parametrize("name", ["demo", "tiny", "small", "advanced_example", "base"])
 def test_the_size_class_of_a_preset_is_itself(name, results, tmp_path, assessed):  # trap B48
     cfg = configure(ModelConfig, [str(ROOT / f"configs/{name}.json")], foreign_keys=True)
