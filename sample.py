@@ -343,6 +343,7 @@ class Request:
     stop_ids: Collection[int] = ()
     top_logprobs: int | None = None  # record log-probabilities, and those of so many likeliest ids
     echo: bool = False  # record the log-probabilities of the prompt first
+    bias: torch.Tensor | None = None  # (V,) added to the logits; `take` may change it
     ids: list[int] = field(default_factory=list)  # the answer, without the id that stopped it
     # for each id its own log-probability and [(id, log-probability), ...], the likeliest first
     logprobs: list[tuple] = field(default_factory=list)
@@ -409,6 +410,7 @@ class Engine:
         self.tokens = self.history.new_zeros(slots, 1)  # the newest, not yet fed
         self.uniforms = torch.ones(slots, self.limit, device=self.device)  # by the token's position
         self.table = rule_table([Sampling()] * slots, model.cfg.vocab_size).to(self.device)
+        self.bias = torch.zeros(slots, model.cfg.vocab_size, device=self.device)
         self.requests = [Request([], 0, finish="stop")] * slots
         self.part = None  # the cache and the rules of the rows that are computed
         self.fed = [0] * slots  # positions in the cache, as the host knows them
@@ -510,7 +512,11 @@ class Engine:
         size = len(self.requests) if self.graphs else max(rows) + 1
         requests, fed = rows.values(), [self.fed[slot] for slot in rows]
         room = max(row.max_new_tokens - len(row.ids) for row in requests)
-        count = min(self.burst, room, self.limit - 1 - min(fed))
+        biased = any(row.bias is not None for row in requests)
+        for slot, row in rows.items() if biased else ():
+            self.bias[slot] = 0 if row.bias is None else row.bias
+        # a bias may change with every token
+        count = min(1 if biased else self.burst, room, self.limit - 1 - min(fed))
         tops = [row.top_logprobs for row in requests if row.top_logprobs is not None]
         top = max(*tops, 20 * self.graphs) if tops else None  # few values, few graphs
         branches = Branches.of([row.sampling for row in requests], self.model.cfg.vocab_size)
@@ -526,13 +532,13 @@ class Engine:
         new = torch.empty(count, size, dtype=torch.long, device=self.device)
         reports = []
         for step in range(count):
-            report = self.step(branches, top)
+            report = self.step(branches, top, biased)
             new[step] = self.tokens[:size, 0]
             reports.append(listed(*report) if report else [None] * size)
         self.fed = [fed + count * (slot not in self.joining) for slot, fed in enumerate(self.fed)]
         return list(zip(new.tolist(), reports))  # here the host waits for the device
 
-    def _step(self, branches, top, forward=decode):
+    def _step(self, branches, top, biased, forward=decode):
         """Puts the next tokens in the place of the newest; returns the `log_probs` of these."""
         part, rows = self.part, slice(len(self.part.lengths))
         tokens, history = self.tokens[rows], self.history[rows]  # (B, 1), (B, limit)
@@ -540,6 +546,7 @@ class Engine:
         own = logits if top is None else logits.clone()  # before any rule
         if (unwritten := getattr(self.model, "unwritten", None)) is not None:
             logits.index_fill_(1, unwritten, -torch.inf)
+        logits = logits + self.bias[rows] if biased else logits
         position = part.lengths.clamp_(max=self.limit - 1)[:, None]  # of the next token
         uniform = self.uniforms[rows].gather(1, position)
         tokens.copy_(next_token(logits, branches, self.columns, history, uniform))

@@ -27,11 +27,14 @@ import traceback
 from collections import Counter, namedtuple
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import unquote
+
+import torch
 
 from lib import config
 from lib.config import PositiveFloat, PositiveInt, Range, UserError
@@ -64,7 +67,6 @@ IGNORED |= {"safety_identifier", "prompt_cache_key"}
 MEANT = [("top_k", -1, 0), ("top_p", 0, 1e-9), ("model", "", None), ("stop", "", None)]
 MEANT += [("max_tokens", -1, None), ("max_completion_tokens", -1, None), ("best_of", 1, None)]
 MEANT += [("tools", [], None), ("tool_choice", "none", None), ("tool_choice", "auto", None)]
-MEANT += [("frequency_penalty", 0, None), ("presence_penalty", 0, None), ("logit_bias", {}, None)]
 MEANT += [("response_format", {"type": "text"}, None), ("suffix", "", None)]
 
 
@@ -74,6 +76,10 @@ class GenerationFields(Sampling):
     stop: tuple[str, ...] = ()
     stream: bool = False
     seed: Annotated[int, Range(-(2**63), 2**64 - 1)] | None = None  # negative: a fresh one
+    frequency_penalty: Annotated[float, Range(-2, 2)] = 0.0
+    presence_penalty: Annotated[float, Range(-2, 2)] = 0.0
+    logit_bias: dict = field(default_factory=dict)  # {an id as text: -100 to 100}
+    response_format: dict | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,9 +137,9 @@ class Api:
     def card(self):
         """Returns the model's entry: OpenAI's four fields, and the page's needs."""
         settings = {"max_tokens": {"min": 1, "max": self.context - 1, "default": None}}
-        for name, field in config.options_of(Sampling).items():
-            low = field.limits.low + 0.01 * field.limits.open_low  # for a slider
-            settings[name] = {"min": low, "max": field.limits.high, "default": field.default}
+        for name, option in config.options_of(Sampling).items():
+            low = option.limits.low + 0.01 * option.limits.open_low  # for a slider
+            settings[name] = {"min": low, "max": option.limits.high, "default": option.default}
         card = {"id": self.name, "object": "model", "created": self.started, "owned_by": "mini-llm"}
         ours = {"context_length": self.context, "template": self.template, "settings": settings}
         return card | ours
@@ -216,6 +222,52 @@ class Api:
             return self.ids_of(text)
         return render_prompt(self.tokenizer, messages, self.template)
 
+    def steering(self, fields):
+        """Returns the arguments of a Row by which a request's fields change the logits."""
+        penalties = fields.frequency_penalty, fields.presence_penalty
+        grammar, bias = (
+            self.grammar(fields.response_format),
+            torch.zeros(len(self.tokenizer.pieces)),
+        )
+        if not (any(penalties) or fields.logit_bias or grammar):
+            return {}
+        for id, value in fields.logit_bias.items():
+            right = id.isdecimal() and len(id) < 9 and int(id) < len(bias)
+            right = right and type(value) in (int, float) and abs(value) <= 100
+            require(right, f"logit_bias: ids in 0..{len(bias) - 1}, each -100 to 100", "logit_bias")
+            bias[int(id)] = value
+        return {"bias": bias, "penalties": penalties, "grammar": grammar}
+
+    def grammar(self, wanted):
+        """Returns llguidance's matcher of JSON, or of a schema, for a response_format."""
+        if wanted is None:
+            return None
+        with config.refusing(ImportError, "response_format", "pip install llguidance"):
+            from llguidance import LLMatcher
+        match wanted:
+            case {"type": "json_object"}:
+                schema = {"type": "object"}
+            case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
+                pass
+            case _:
+                form = '{"type": "json_schema", "json_schema": {"schema": {...}}}'
+                form = f'expected {{"type": "json_object"}} or {form}'
+                raise ApiError(f"response_format: {form}", "response_format")
+        style = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=style)
+        return LLMatcher(self.vocabulary, grammar, log_level=0)
+
+    @cached_property
+    def vocabulary(self):
+        """The tokenizer as llguidance reads it, made when a request first needs it."""
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        encode = partial(self.tokenizer.encode, after=self.tokenizer.encode("a")[-1])
+        encode.tokens = [self.tokenizer.spelled(id) for id in range(self.tokenizer.vocab_size)]
+        encode.special_token_ids = list(self.tokenizer.controls.values())
+        encode.bos_token_id, encode.eos_token_id = None, self.ends[0]
+        return LLTokenizer(TokenizerWrapper(encode), eos_token=self.ends, slices=[])
+
     def ask(self, fields, disconnected, prompts, wanted, n=1, trim=False, cut=False, **more):
         """Submits a Call of each prompt n times. `cut`: fewer tokens than wanted if no more fit."""
         fair = len(fields.stop) <= 8 and all(1 <= len(text) <= 256 for text in fields.stop)
@@ -226,6 +278,7 @@ class Api:
         rules = config.narrow(fields, Sampling)
         first = secrets.randbits(32) if rules.seed is None or rules.seed < 0 else rules.seed
         call = Call(disconnected, time.monotonic() + self.seconds, fields.stream)
+        more |= self.steering(fields)
         for number, prompt in enumerate(prompt for prompt in prompts for _ in range(n)):
             size, room = len(prompt), self.context - len(prompt)
             longest = room if wanted is None else min(wanted, room) if cut else wanted
@@ -401,10 +454,14 @@ class Call:
 class Row(Request):
     """The engine's Request, and the certain part of its answer that is not yet sent."""
 
-    def __init__(self, call, reply, *request, **more):
+    def __init__(self, call, reply, *request, bias=None, penalties=None, grammar=None, **more):
         super().__init__(*request, **more)
         self.call, self.index, self.reply = call, len(call.rows), reply
         self.tokens, self.text, self.sent_at, self.end = [], "", 0.0, []
+        if bias is not None:
+            self.bias, self.sums, self.penalties = bias, bias.clone(), penalties
+            self.grammar = grammar and grammar.deep_copy()
+            self.steer()
 
     def take(self, id, limit, logprob):
         """As Request's; also sends the text that is now certain, but not too often."""
@@ -413,6 +470,8 @@ class Row(Request):
             token = Token(start, id, logprob[0], logprob[1][: self.top_logprobs])
             (self.end if id in self.stop_ids else self.tokens).append(token)
         id = super().take(id, limit, logprob)
+        if id is not None and self.bias is not None:
+            self.steer()
         if id is not None:
             self.text += self.reply.push(id)
             self.finish = "stop" if self.reply.stopped else self.finish
@@ -420,6 +479,21 @@ class Row(Request):
             if self.call.stream and self.text and late and not self.finish:
                 self.send()
         return id
+
+    def steer(self):
+        """Sets `bias` for what follows the newest id: logit_bias, penalties, the grammar's word."""
+        (frequency, presence), newest = self.penalties, self.ids[-1:]  # none before the first
+        for id in newest:  # OpenAI's formula; it counts the answer's ids alone
+            self.sums[id] -= frequency + presence * (self.ids.count(id) == 1)
+        self.bias = self.sums
+        if self.grammar:
+            self.grammar.try_consume_tokens(newest)
+            allowed = bytearray(self.grammar.compute_logit_bias())  # a byte for each id; 0: refused
+            refused = torch.frombuffer(allowed, dtype=torch.uint8) == 0
+            self.bias = self.sums.masked_fill(refused, -torch.inf)
+            if self.grammar.is_error():  # as a schema that nothing fits
+                self.finish, problem = "error", f"response_format: {self.grammar.get_error():.200}"
+                self.call.inbox.put(ApiError(problem, "response_format"))
 
     def send(self):
         """Sends what is new: text and tokens. In the end some may be cut off with their text."""

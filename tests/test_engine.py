@@ -232,11 +232,38 @@ def test_cuda_graphs_change_nothing(arranged):
     model = arranged(build(replace(BASE, d_model=128, d_ff=256, sequence_length=600)).cuda())
     # the window of 256 is left on the way
     prompts = [(PROMPTS[6] * 13)[: 230 + 3 * row] for row in range(8)]
-    for sampling in (GREEDY, EVERY_RULE, PLAIN):
-        rows, same = ([Request(prompt, 40, sampling) for prompt in prompts] for _ in range(2))
+    bias = torch.randn(BASE.vocab_size)
+    for sampling, extra in ((GREEDY, None), (EVERY_RULE, None), (PLAIN, None), (PLAIN, bias)):
+        rows, same = (
+            [Request(prompt, 40, sampling, bias=extra) for prompt in prompts] for _ in range(2)
+        )
         list(generate(model, rows, Engine(model, len(rows), graphs=True)))
         list(generate(model, same))
         assert [row.ids for row in rows] == [row.ids for row in same]
+
+
+@graphs
+def test_a_bias_is_added_to_its_own_row(model, graphs):
+    """As transformers adds it; rows beside it, and the next in its slot, are as without."""
+    process = pytest.importorskip("transformers.generation.logits_process")
+    sizes = {(id,): 20 * torch.randn(()).item() for id in range(0, 384, 7)}
+    bias = torch.zeros(384)
+    bias[[id for (id,) in sizes]] = torch.tensor([*sizes.values()])
+    add, ids = process.SequenceBiasLogitsProcessor(sequence_bias=sizes), list(PROMPTS[1])
+    with torch.no_grad():
+        for _ in range(14):
+            text = torch.tensor([ids])
+            ids.append(add(text, model(text)[:, -1]).argmax().item())
+    engine = Engine(model, 3, graphs=graphs)
+    for settings in ([EVERY_RULE, GREEDY, PLAIN], [GREEDY, EVERY_RULE, PLAIN]):
+        rows = [Request(PROMPTS[n], 14, sampling) for n, sampling in enumerate(settings)]
+        biased = settings[1] == GREEDY
+        rows[1].bias = bias if biased else None
+        list(generate(model, rows, engine))
+        expected = [answer(model, row.prompt, row.sampling, 14) for row in rows]
+        assert expected[1] != ids[6:]
+        expected[1] = ids[len(PROMPTS[1]) :] if biased else expected[1]
+        assert [row.ids for row in rows] == expected
 
 
 # ---- the rules

@@ -387,6 +387,131 @@ def test_the_end_of_a_chats_turn_stands_beside_its_tokens(chatty, model, alone, 
     assert "end" not in cut["logprobs"] or cut["finish_reason"] == "stop"
 
 
+# ---- penalties and biases
+
+
+@torch.no_grad()
+def greedy(model, prompt, count, frequency=0, presence=0):
+    """The greedy answer of ids with a text, by the formula of OpenAI's documentation."""
+    ids = []
+    while len(ids) < count:
+        logits = model(torch.tensor([[*prompt, *ids]]))[0, -1]
+        for id in set(ids):
+            logits[id] -= ids.count(id) * frequency + float(ids.count(id) > 0) * presence
+        ids.append(logits[6:].argmax().item() + 6)
+    return ids
+
+
+@pytest.mark.parametrize(("frequency", "presence"), [(2, 0), (0, 2), (1.5, -0.5), (-2, -2)])
+def test_penalties_count_the_tokens_of_the_answer(
+    chatty, model, tiny_tokenizer, frequency, presence
+):
+    prompt = [1, 70, 71, 70]
+    never_ends = {"temperature": 0, "max_tokens": 40, "logit_bias": {"2": -100, "5": -100}}
+    asked = never_ends | {"frequency_penalty": frequency, "presence_penalty": presence}
+    answers = greedy(model, prompt, 40, frequency, presence), greedy(model, prompt, 40)
+    expected = list(map(tiny_tokenizer.decode, answers))
+    assert expected[0] != expected[1]
+    choices = chatty.ask(DONE, asked | {"prompt": [prompt, prompt]})[1]["choices"]
+    assert [choice["text"] for choice in choices] == [expected[0]] * 2
+    with ThreadPoolExecutor(2) as pool:  # each is as alone
+        ask = lambda fields: chatty.ask(DONE, fields | {"prompt": prompt})[1]["choices"][0]["text"]
+        assert list(pool.map(ask, (asked, never_ends))) == expected
+
+
+def test_a_logit_bias_forces_and_forbids(chatty):
+    def ask(bias):
+        fields = {"messages": HELLO, "max_tokens": 5, "temperature": 0, "logit_bias": bias}
+        (choice,) = chatty.ask(CHAT, fields | {"logprobs": True})[1]["choices"]
+        ids = [entry["bytes"] for entry in choice["logprobs"]["content"]]
+        return choice["message"]["content"], choice["finish_reason"], ids
+
+    assert ask({"103": 100}) == ("aaaaa", "length", [[97]] * 5)
+    assert ask({"2": 100}) == ask({"5": 100}) == ("", "stop", [])
+    assert ask({str(id): -100 for id in range(384) if id != 104}) == ("bbbbb", "length", [[98]] * 5)
+
+
+# ---- answers of a form
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 5},
+        "age": {"type": "integer", "minimum": 0, "maximum": 130},
+        "tags": {"type": "array", "items": {"enum": ["caf\u00e9", "b"]}, "maxItems": 2},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+SCHEMAS = [PERSON, {"enum": ["yes", "no", 7]}, {"type": "array", "items": {"type": "boolean"}}]
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=str)
+@pytest.mark.parametrize("temperature", [0, 1, 3])
+def test_answers_fit_their_schema(chatty, schema, temperature):
+    """Of a model of random weights, each that ends by itself, streamed or not."""
+    pytest.importorskip("llguidance")
+    jsonschema = pytest.importorskip("jsonschema")
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+    fields = {"messages": HELLO, "temperature": temperature, "top_k": 0, "top_p": 1, "seed": 1}
+    fields |= {"response_format": form, "n": 8}
+    choices = chatty.ask(CHAT, fields)[1]["choices"]
+    answers = [c["message"]["content"] for c in choices if c["finish_reason"] == "stop"]
+    assert len(answers) >= 4
+    for text in answers:
+        jsonschema.validate(json.loads(text), schema)
+    streamed = [""] * 8
+    for event in chatty.stream(CHAT, fields):
+        (choice,) = event["choices"]
+        streamed[choice["index"]] += choice["delta"]["content"]
+    assert streamed == [choice["message"]["content"] for choice in choices]
+
+
+def test_a_form_changes_no_row_beside_it(chatty):
+    pytest.importorskip("llguidance")
+    plain = {"prompt": "once", "max_tokens": 60} | SAMPLING
+    form = plain | {"response_format": {"type": "json_object"}, "logit_bias": {"97": -100}}
+    alone = [chatty.ask(DONE, fields)[1]["choices"][0] for fields in (plain, form)]
+    assert alone[1]["text"].startswith("{")
+    assert alone[1]["finish_reason"] == "length" or isinstance(json.loads(alone[1]["text"]), dict)
+    with ThreadPoolExecutor(6) as pool:
+        asked = [plain, form] * 3
+        answers = list(pool.map(lambda fields: chatty.ask(DONE, fields)[1]["choices"][0], asked))
+    assert answers == alone * 3
+
+
+@pytest.mark.parametrize(
+    ("schema", "problem"),
+    [
+        ({"type": "nonsense"}, "Invalid type: nonsense"),
+        ({"type": "string", "pattern": "("}, "unclosed group"),
+        ({"enum": []}, "Unsatisfiable"),
+        ({"$ref": "#/nowhere"}, "/nowhere"),
+        ({"$ref": "#"}, "NoExtension"),  # seen at the first token only
+        ({"type": "string", "minLength": 10**30}, "minLength"),
+        ({"not": {}}, "Unimplemented"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_schema_that_cannot_be_kept_is_a_400(chatty, schema, problem, stream):
+    pytest.importorskip("llguidance")
+    form = {"type": "json_schema", "json_schema": {"schema": schema}}
+    fields = {"messages": HELLO, "max_tokens": 5, "stream": stream, "response_format": form}
+    status, answer = chatty.ask(CHAT, fields)
+    assert (status, answer["error"]["param"]) == (400, "response_format")
+    assert problem in answer["error"]["message"]
+    assert "\n" not in answer["error"]["message"]
+
+
+def test_without_llguidance_a_form_is_refused_by_name(model, tiny_tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    api = server.Api(Scheduler(model, 1, 1), tiny_tokenizer, "m", 60)
+    fields = {"messages": HELLO, "response_format": {"type": "json_object"}}
+    with pytest.raises(UserError, match=r"response_format.*; pip install llguidance"):
+        api.chat(fields, None)
+
+
 # ---- many at once
 
 
