@@ -225,12 +225,10 @@ class Api:
     def steering(self, fields):
         """Returns the arguments of a Row by which a request's fields change the logits."""
         penalties = fields.frequency_penalty, fields.presence_penalty
-        grammar, bias = (
-            self.grammar(fields.response_format),
-            torch.zeros(len(self.tokenizer.pieces)),
-        )
+        grammar = self.grammar(fields.response_format)
         if not (any(penalties) or fields.logit_bias or grammar):
             return {}
+        bias = torch.zeros(self.tokenizer.vocab_size)
         for id, value in fields.logit_bias.items():
             right = id.isdecimal() and len(id) < 9 and int(id) < len(bias)
             right = right and type(value) in (int, float) and abs(value) <= 100
