@@ -159,16 +159,25 @@ def uniforms(seed, count):
 # Two things decide the speed of a decode step, which multiplies every weight with a row or a few:
 # the bytes of the weights, and the number of small operations between the matrix products. `fuse`
 # leaves Decoder.forward alone and exchanges its parts: queries, keys and values are one matrix,
-# gate and up another, on a CPU input-major, which BLAS reads fastest for few rows; one module runs
-# all blocks. A fused model computes the same function; it cannot be trained or saved.
+# gate and up another, each laid out for its kernel; one module runs all blocks. A fused model
+# computes the same function; it cannot be trained or saved.
 
 
 class Matrix(nn.Module):
-    """Linear layers side by side. `weight` (N, K) as in nn.Linear; `turned` (K, N) is its view."""
+    """Linear layers side by side: `weight` (N, K) as in nn.Linear, and `turned`, its view (K, N).
+
+    A large one on a CPU is `packed` instead, in blocks as oneDNN's kernels read them.
+    """
+
+    PACKED = 1 << 19  # numbers; smaller ones are in a cache, and oneDNN takes longer to start
 
     def __init__(self, *linears):
         super().__init__()
         weight = torch.cat([linear.weight.detach() for linear in linears])
+        self.weight = self.packed = None
+        if weight.device.type == "cpu" and weight.numel() >= self.PACKED and packable(weight.dtype):
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+            return
         if weight.device.type == "cpu":
             # a power of two apart, the rows of `turned` would share few sets of the caches
             padded = weight.new_empty(weight.shape[1], len(weight) + 48)
@@ -177,10 +186,12 @@ class Matrix(nn.Module):
         self.turned = self.weight.t()
 
     def forward(self, x):
-        return F.linear(x, self.weight)
+        return self.times(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
     def times(self, x):
         """Returns x (R, K) @ weight.T, (R, N)."""
+        if self.packed is not None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
         if len(x) == 1 and x.is_cuda and torch.compiler.is_compiling():
             # a sum, which the compiler fuses with its neighbours
             return (self.weight * x).sum(dim=1, dtype=torch.float32).to(x.dtype)[None]
@@ -188,9 +199,19 @@ class Matrix(nn.Module):
 
     def onto(self, y, x):
         """Returns y (R, N) + x (R, K) @ weight.T."""
-        if x.is_cuda:  # addmm would begin by copying y
+        if x.is_cuda or self.packed is not None:  # addmm would begin by copying y
             return y + self.times(x)
         return torch.addmm(y, x, self.turned)
+
+
+def packable(dtype):
+    """Returns whether this CPU has oneDNN's products of packed matrices in `dtype`."""
+    onednn = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return onednn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
 
 
 class Int8Matrix(nn.Module):
@@ -315,6 +336,9 @@ def fuse(model, int8=False):
     if int8:
         decoder.embed_tokens = Int8Embedding(embedding)
     else:
+        if head.packed is not None:  # eval.py reads it, and a tied embedding
+            weight = model.lm_head.weight.detach().clone()
+            head.weight = nn.Parameter(weight, requires_grad=False)
         tied = model.cfg.tie_word_embeddings
         weight = head.weight if tied else embedding.weight.detach().clone()
         decoder.embed_tokens = nn.Embedding.from_pretrained(weight)

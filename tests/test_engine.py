@@ -130,8 +130,10 @@ def test_cached_equals_uncached(sampling, length, tied, kv_heads, backend):
 
 
 @graphs
-@pytest.mark.parametrize("kernels", ["as-trained", "fused", "int8"])
-def test_a_row_in_a_crowd_equals_the_row_alone(model, kernels, graphs):
+@pytest.mark.parametrize("kernels", ["as-trained", "fused", "packed", "int8"])
+def test_a_row_in_a_crowd_equals_the_row_alone(model, kernels, graphs, monkeypatch):
+    if kernels == "packed":  # all of them, else none is large enough
+        monkeypatch.setattr("sample.Matrix.PACKED", 1)
     if kernels != "as-trained":
         model = fuse(build(), int8=kernels == "int8")
     crowd = [Request(prompt, 14, sampling) for prompt, sampling in zip(PROMPTS, CROWD)]
@@ -141,7 +143,7 @@ def test_a_row_in_a_crowd_equals_the_row_alone(model, kernels, graphs):
     for row, request in enumerate(crowd):
         assert request.ids == answer(model, request.prompt, request.sampling, 14)
         assert request.ids == [step[row] for step in steps if step[row] is not None]
-    if kernels == "fused":
+    if kernels in ("fused", "packed"):
         assert crowd[0].ids == answer(build(), PROMPTS[0], GREEDY, 14)
 
 
