@@ -307,7 +307,8 @@ def index_growth(folder, documents):
         if judged % (batch * 16) == 0:
             peak = max(peak, pss(os.getpid()) - before)
     on_disk = sum(path.stat().st_size for path in Path(folder).iterdir())
-    figures = {"arrays": index.nbytes / judged, "growth": peak / judged}
+    arrays = sum(run.nbytes for runs in (index.distinct, *index.bands) for run in runs.runs)
+    figures = {"arrays": arrays / judged, "growth": peak / judged}
     bytes_each = {name: round(value, 1) for name, value in figures.items()}
     result = {
         "documents": judged,

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from ipaddress import IPv6Address
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Literal
 from unicodedata import is_normalized, normalize
@@ -36,18 +36,9 @@ class CleanConfig:
     # the language to keep: en, off (any), or another ISO 639 code, for which py3langid is needed
     language: str = "en"
     language_threshold: Fraction = 0.7  # the score from which a document counts as of that language
-    # builtin: words and spelling, for English; py3langid: the package, which all others take
-    language_detector: Literal["builtin", "py3langid"] = "builtin"
     # drop documents that look like no prose (repetition, symbols, markup), if there are several
     quality: bool = True
-    quality_off: tuple[str, ...] = ()  # rules of quality that shall not act, by name
-
-    def __post_init__(self):
-        for name in self.quality_off:
-            if name not in QUALITY:
-                raise UserError(f"quality_off: no rule {name!r}; there are {', '.join(QUALITY)}")
-        if self.language not in ("en", "off"):
-            object.__setattr__(self, "language_detector", "py3langid")
+    quality_off: "tuple[Literal[*QUALITY], ...]" = ()  # rules of quality that shall not act
 
 
 # Scripts that put no space between words: Thai to Burmese, Khmer, Chinese and Japanese.
@@ -82,7 +73,7 @@ def clean(text, cfg):
         if cfg.code == "remove" and "`" in text:
             text = INLINE.sub(HOLE, text)
         if cfg.remove_urls and ("://" in text or "www." in text):
-            text = change_lines(text, ADDRESS, partial(URL.sub, url_hole))
+            text = change_lines(text, ADDRESS, partial(URL.sub, HOLE))
         if HOLE in text:
             text = change_lines(text, HOLES, close_holes)
         if cfg.mask_private:
@@ -92,17 +83,12 @@ def clean(text, cfg):
     return ""
 
 
-# Terminal sequences (ECMA-48 5.4): CSI with parameters, OSC up to its end, two-character escapes.
-ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(?:\x07|\x1b\\)?|[@-Z\\^_])")
-
-
 def plain_lines(text):
-    r"""Returns a text with \n at line ends, without terminal colours and nroff's double letters."""
+    r"""Returns a text with \n at line ends, without nroff's double letters."""
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if "\b" in text:
-        text = re.sub("[^\n]\b", "", text)  # bold: a letter, backspace, the letter again
-    return ESCAPE.sub("", text) if "\x1b" in text else text
+    text = text.replace("\f", "\n")
+    return re.sub("[^\n]\b", "", text) if "\b" in text else text  # bold: a letter, \b, the letter
 
 
 # ftfy would change character references, control characters, what is not in normal form C and, of
@@ -178,7 +164,6 @@ JOINER = re.compile(rf"(?<![{SPELLED_JOINED}])[\u200c\u200d]+")
 
 def fix_characters(text, table):
     """Returns a text with the characters of a table replaced, and no joiners that show nothing."""
-    text = text.replace("\f", "\n")
     characters = set().union(*beyond_ascii(text))
     for character in table.keys() & characters:
         text = text.replace(character, table[character])
@@ -217,9 +202,12 @@ INLINE = re.compile(
 # An address has letters of any alphabet (RFC 3987), but ends at those that need no space before
 # them, and at dashes, quotes and full-width punctuation: a sentence goes on there.
 ADDRESS = re.compile(r"://|[Ww]ww\.")
+BEYOND = (
+    rf"\s<>()\[\]{{}}|\\^`\"\0\xab\xbb\u060c\u061b\u061f\u0964\u2014-\u205e\uff00-\uffef{BESIDE}"
+)
 URL = re.compile(
     rf"[A-Za-z](?<!{LETTER}.)(?<![+.-].)(?:[A-Za-z0-9+.-]{{1,11}}://|(?<=[Ww])ww\.)"
-    rf"[^\s<>\[\]{{}}|\\^`\"\0\xab\xbb\u060c\u061b\u061f\u0964\u2014-\u205e\uff00-\uffef{BESIDE}]+"
+    rf"(?:[^{BEYOND}]|\([^{BEYOND}]*+\))+(?<![.,;:!?'*_~])"
 )
 HOLES = re.compile(r"\0(?:[ \t]{0,3}[,;|/\u3001\uff0c\uff1b]?[ \t]{0,3}\0)*")
 LINK = re.compile(r"!?\[([^\[\]\n]{0,300})\]\( ?\0[^()\n]{0,200}\)")
@@ -251,17 +239,6 @@ def without_fenced(text):
         elif opened is None or (info and mark.startswith(opened[1])):
             opened = fence
     return "".join([*kept, text[start:]])
-
-
-def url_hole(match):
-    """Returns a hole for a web address, and the punctuation that ends the sentence."""
-    url = match[0]
-    stem = url.rstrip(".,;:!?'*_~)")
-    if stem.endswith("//"):
-        return url
-    if url.startswith(")", len(stem)) and stem.count("(") > stem.count(")"):
-        stem += ")"
-    return HOLE + url[len(stem) :]
 
 
 def close_holes(line):
@@ -367,12 +344,10 @@ def is_ipv4(match):
 
 
 def is_ipv6(match):
-    """Returns whether Python reads an address, in groups that are no slice and no path of names."""
-    groups = [group for group in match[0].split(":") if group]
-    if (len(groups) < 3 and "".join(groups).isdigit()) or max(map(len, groups), default=0) < 3:
-        return False
+    """Returns whether Python reads an address; of two groups it is a slice or a path of names."""
+    groups = [*filter(None, match[0].split(":"))]
     with suppress(ValueError):
-        return bool(IPv6Address(match[0]))
+        return len(groups) > 2 and max(map(len, groups)) > 2 and bool(IPv6Address(match[0]))
     return False
 
 
@@ -447,13 +422,13 @@ def english_score(text):
 @cache
 def language_identifier():
     """Returns py3langid's model, loaded once in each process; UserError without the package."""
-    langid = package("py3langid.langid", "a language beside en, or language_detector=py3langid,")
+    langid = package("py3langid.langid", "a language beside en")
     return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
 
 
 def language_score(text, cfg):
     """Returns how sure the detector is that a text is in cfg.language, 0 to 1."""
-    if cfg.language_detector == "builtin":
+    if cfg.language == "en":
         return english_score(text)
     scores = dict(language_identifier().rank(text))
     if cfg.language not in scores:
@@ -537,6 +512,47 @@ QUALITY = {
         text.count("</") >= 3
         and 200 * len(re.findall("</[A-Za-z]", text)) > max(len(words), len(text.encode()) // 12)
     ),
-    # the typesetters' dummy text, once in 1,000 characters (C4: anywhere)
-    "lorem-ipsum": lambda text, words, lines: 1000 * text.count("orem ipsum") > len(text),
 }
+
+
+# --- Cuts -----------------------------------------------------------------------------------------
+
+# Where a text may be cut, the best first: behind a paragraph, a line, a sentence, a word
+ENDS = (
+    r"\n\s*\n",
+    r"\n",
+    # with a blank behind it, or in a script that sets none or has a stop of its own
+    "[.!?\u2026][\"'\u2019\u201d\u00bb)\\]]*\\s"
+    "|[\u3002\uff01\uff1f\uff61\u0964\u0965\u06d4\u061f\u0589\u1362\u104b\u17d4]"
+    "[\"'\u2019\u201d\u300d\u300f\uff09)]*\\s*",
+    r"\s",
+)
+ENDS = [re.compile(f"(?s:.*)(?:{border})") for border in ENDS]
+
+
+def cut_at(text, low, high):
+    """Returns where to cut a text: behind the last paragraph that ends from low + 1 to high.
+
+    Where none ends there it is a line, sentence or word; without any of them it is `high`.
+    """
+    ends = (to_last.match(text, low, high) for to_last in ENDS)
+    return next((match.end() for match in ends if match), high)
+
+
+def pieces(parts, max_length):
+    """Yields a text, which comes in parts, in pieces of at most max_length characters.
+
+    Joined they are the text. Each has a quarter of max_length at least, so that nothing is lost as
+    too short. No more than a part and 2 * max_length characters are held.
+    """
+    text = ""
+    for part in chain(filter(None, parts), [""]):  # "": the text ends
+        text += part
+        start, limit = 0, max_length * (2 if part else 1)
+        while (rest := len(text) - start) > limit:
+            best = min(max_length, (rest + 1) // 2)  # the last two share what is left
+            end = cut_at(text, start + best // 2, start + best)
+            yield text[start:end]
+            start = end
+        text = text[start:]
+    yield text

@@ -47,25 +47,19 @@ def minhash(texts, seed):
     worded = np.flatnonzero(counts)
     starts = (np.cumsum(counts) - counts)[worded]
     grams ^= grams >> np.uint32(16)  # the finalizer of MurmurHash3, as datasketch has it
-    grams *= np.uint32(0x85EBCA6B)
-    grams ^= grams >> np.uint32(13)
-    grams *= np.uint32(0xC2B2AE35)
-    grams ^= grams >> np.uint32(16)
+    for factor, shift in (0x85EBCA6B, 13), (0xC2B2AE35, 16):
+        grams *= np.uint32(factor)
+        grams ^= grams >> np.uint32(shift)
+    random = np.random.RandomState(seed % 2**32)  # draws as datasketch does
+    factors = 2 * random.randint(0, 2**31, PERMUTATIONS, np.uint32) + 1  # odd
+    summands = random.randint(0, 2**32, PERMUTATIONS, np.uint32)
     permuted, minima = np.empty_like(grams), np.empty((PERMUTATIONS, len(worded)), np.uint32)
-    for a, b, row in zip(*permutations(seed), minima, strict=True):
+    for a, b, row in zip(factors, summands, minima, strict=True):
         np.multiply(grams, a, out=permuted)
         np.add(permuted, b, out=permuted)
         np.minimum.reduceat(permuted, starts, out=row)
     signatures[worded] = minima.T
     return signatures
-
-
-@functools.cache
-def permutations(seed):
-    """Returns the factors, which are odd, and the summands: two rows of PERMUTATIONS uint32."""
-    random = np.random.RandomState(seed % 2**32)  # drawn as datasketch draws them
-    factors = 2 * random.randint(0, 2**31, PERMUTATIONS, np.uint32) + 1
-    return factors, random.randint(0, 2**32, PERMUTATIONS, np.uint32)
 
 
 def shingles(texts):
@@ -75,17 +69,15 @@ def shingles(texts):
     than 5 words has one shingle, the whole. Repeated shingles stay: a minimum does not mind. The
     time is linear in the length of the texts.
     """
-    words, counts = hash_words(texts)
-    gap = NGRAM - 1  # so many zeros follow each text: a short text gives a shingle too
-    shifts = gap * np.arange(len(texts))
-    spaced = np.zeros(len(words) + gap * (len(texts) + 1), np.uint64)
-    spaced[np.arange(len(words)) + np.repeat(shifts, counts)] = words
-    grams = np.zeros(len(spaced) - gap, np.uint64)
+    gap = NGRAM - 1  # so many empty words follow each text: a short text gives a shingle too
+    words, starts = hash_words("".join(text.replace("\0", " ") + "\0" * gap for text in texts))
+    grams = np.zeros(len(words[gap:]), np.uint64)
     for offset in range(NGRAM):
-        grams = mix(grams, spaced[offset : offset + len(grams)])
-    firsts = np.cumsum(counts) - counts + shifts
+        grams = mix(grams, words[offset : offset + len(grams)])
+    firsts = starts.searchsorted(np.cumsum([0, *(len(text) + gap for text in texts)]))
+    counts = np.diff(firsts) - gap
     counts = np.where(counts > gap, counts - gap, counts > 0)
-    places = np.arange(counts.sum()) + np.repeat(firsts - np.cumsum(counts) + counts, counts)
+    places = np.arange(counts.sum()) + np.repeat(firsts[:-1] - np.cumsum(counts) + counts, counts)
     return (grams[places] >> np.uint64(32)).astype(np.uint32), counts
 
 
@@ -97,36 +89,28 @@ def mix(hashes, values):
     return hashes
 
 
-def hash_words(texts):
-    """Returns (hashes, counts): 64-bit hashes of all words, and how many words each text has.
+def hash_words(text):
+    r"""Returns (hashes, starts): the 64-bit hash of each word, and where it begins; \0 is one, 0.
 
     The hash of a word is a polynomial in its characters: a sum of characters times powers of BASE,
-    counted from the first text, divided by the power at which the word begins.
+    counted from the text's beginning, divided by the power at which the word begins.
     """
-    joined = "\n" + "\n".join(texts) + "\n"
-    characters = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
+    characters = np.frombuffer(f"\n{text}\n".encode("utf-32-le", "surrogatepass"), np.uint32)
     kinds = character_kinds().take(characters)
-    alone = np.flatnonzero(kinds == 2)
-    kinds[alone] += (alone & 1).astype(np.uint8)  # neighbours differ: each is a word
-    edges = np.flatnonzero(kinds[1:] != kinds[:-1])  # the last character before each
-    starts, ends = edges[::2], edges[1::2]
-    if len(alone):  # a word may follow a word
-        words = np.flatnonzero(kinds[1:][edges])
-        starts, ends = edges[words], edges[words + 1]
+    left, right = kinds[:-1], kinds[1:]
+    edge = (left != right) | (right == 2)
+    starts, ends = np.flatnonzero(edge & (right > 0)), np.flatnonzero(edge & (left > 0))
     up, down, sums = powers(1 << len(characters).bit_length())[:, : len(characters)]
-    np.multiply(characters, up, out=sums)  # into old memory: new pages take four times as long
-    np.cumsum(sums, out=sums)
-    hashes = (sums[ends] - sums[starts]) * down[1:][starts]
-    borders = np.cumsum([0, *(len(text) + 1 for text in texts)])
-    return hashes, np.diff(np.searchsorted(starts, borders))
+    np.cumsum(np.multiply(characters, up, out=sums), out=sums)  # old memory is faster than new
+    return (sums[ends] - sums[starts]) * down[1:][starts], starts
 
 
 @functools.cache
 def character_kinds():
-    r"""Returns for every code point 1 if `\w` matches it, 2 if it also is UNSPACED, else 0."""
+    r"""Returns for each code point 1 if `\w` matches it, 2 if it is a word alone, else 0."""
     kinds = np.zeros(0x110000, np.uint8)
     everything = "".join(map(chr, range(0x40000)))  # no plane beyond has letters
-    for kind, pattern in enumerate((r"\w+", rf"(?:(?=\w)[{UNSPACED}])+"), start=1):
+    for kind, pattern in enumerate((r"\w+", rf"(?:(?=\w)[{UNSPACED}])+|\0"), start=1):
         for run in re.finditer(pattern, everything):
             kinds[run.start() : run.end()] = kind
     return kinds
@@ -147,16 +131,15 @@ def band_shape(threshold):
     """Returns (bands, rows): how many bands of how many places propose candidates at a threshold.
 
     At most 2% of the pairs exactly as similar as the threshold are missed, fewer of more similar
-    ones (Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, 3.4). Of such shapes it is the
-    cheapest: bands cost memory, candidates that share but a tenth of their shingles cost time.
+    ones (Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, 3.4). Longer bands would be more
+    in memory, shorter ones propose too many; low thresholds have none of four places.
     """
-    costs = {}
-    for rows in range(1, PERMUTATIONS // 2 + 1):
+    for rows in (4, 3, 2, 1):
         chance = min(max(threshold**rows, 1e-9), 1 - 1e-9)  # that a band of such a pair is equal
         bands = max(2, math.ceil(math.log(0.02) / math.log1p(-chance)))
         if bands * rows <= PERMUTATIONS:
-            costs[bands, rows] = bands + 2_000 * (1 - (1 - 0.1**rows) ** bands)
-    return min(costs, key=costs.get, default=(PERMUTATIONS, 1))
+            return bands, rows
+    return PERMUTATIONS, 1
 
 
 def band_keys(signatures, shape):
@@ -177,8 +160,8 @@ class SortedRuns:
     It takes 8 bytes a number; while two arrays merge, both exist twice.
     """
 
-    def __init__(self, numbers=()):
-        self.runs = [np.sort(numbers)] if len(numbers) else []
+    def __init__(self):
+        self.runs = []
 
     def add(self, numbers):
         self.runs += [np.sort(numbers)] if len(numbers) else []
@@ -192,11 +175,9 @@ class SortedRuns:
         """Yields (i, numbers) for every array that has numbers from lows[i] to highs[i]."""
         for run in self.runs:
             left = run.searchsorted(lows)
-            hits = np.flatnonzero(run[np.minimum(left, len(run) - 1)] <= highs)
-            hits = hits[left[hits] < len(run)]
-            right = run.searchsorted(highs[hits], "right")
-            for i, begin, end in zip(hits.tolist(), left[hits], right, strict=True):
-                yield i, run[begin:end]
+            hits = (left < len(run)) & (run.take(left, mode="clip") <= highs)
+            for i in np.flatnonzero(hits).tolist():
+                yield i, run[left[i] : run.searchsorted(highs[i], "right")]
 
 
 class Index:
@@ -216,7 +197,8 @@ class Index:
         self.threshold, self.shape = threshold, band_shape(threshold or 1)
         self.digest_file, self.signature_file = digest_file, signature_file
         self.count = signature_file.tell() // (2 * PERMUTATIONS)
-        self.distinct = SortedRuns(np.fromfile(digest_file.name, np.uint64))
+        self.distinct = SortedRuns()
+        self.distinct.add(np.fromfile(digest_file.name, np.uint64))
         self.bands = [SortedRuns() for _ in range(self.shape[0])]
         for start in range(0, self.count, 1 << 16):
             numbers = np.arange(start, min(start + (1 << 16), self.count), dtype=np.uint64)
@@ -256,10 +238,9 @@ class Index:
             for i, entries in runs.between(column, column | LOW):
                 candidates[i].append(entries & LOW)
         share_band = np.tril(share_band, -1)  # with earlier documents
-        near = np.zeros(len(kept), bool)
-        for i in sorted(candidates.keys() | np.flatnonzero(share_band.any(axis=1)).tolist()):
-            if not kept[i]:
-                continue
+        near, proposed = np.zeros(len(kept), bool), share_band.any(axis=1)
+        proposed[[*candidates]] = True
+        for i in np.flatnonzero(proposed & kept):
             places = np.unique(np.concatenate([*candidates[i], np.zeros(0, np.uint64)]))
             blocks = (places[at : at + 4096] for at in range(0, len(places), 4096))  # may be many
             rows = chain([signatures[share_band[i] & kept]], map(self._stored, blocks))
@@ -272,7 +253,3 @@ class Index:
         self.signature_file.flush()  # _stored reads it
         self.count += len(numbers)
         return near
-
-    @property
-    def nbytes(self):
-        return sum(run.nbytes for runs in (self.distinct, *self.bands) for run in runs.runs)

@@ -16,8 +16,7 @@ import os
 import re
 from contextlib import contextmanager, suppress
 
-from corpus.report import Tally
-from lib.config import UserError
+from lib.config import UserError, refusing
 from lib.folders import refuse_pointer
 
 MAX_LINE = 16 << 20  # characters; a longer line comes in parts of that
@@ -30,14 +29,7 @@ def until_damaged(items, path, tally):
     try:
         yield from items
     except OSError as error:
-        problem = getattr(error, "strerror", None) or error
-        tally.bad("unreadable-file", f"{path}: cannot be read: {problem}")
-
-
-def refuse_damaged(tally):
-    """Raises UserError if a file could not be read to its end."""
-    if damage := tally.dropped["read"].get("unreadable-file"):
-        raise UserError(damage["examples"][0])
+        tally.bad("unreadable-file", f"{path}: cannot be read: {error.strerror or error}")
 
 
 def package(name, user, error=UserError):
@@ -79,17 +71,17 @@ def surrogate(text):
     return re.search("[\ud800-\udfff]", text)
 
 
-def text_parts(path, block=None, newline=None):
+def text_parts(path, block=None):
     """Yields the text of a file in blocks of so many characters, or else in lines.
 
-    A line over MAX_LINE characters comes in parts of that. Lines end in \\n unless newline is "".
-    Raises UserError if a file unfolds to far more than its size.
+    A line over MAX_LINE characters comes in parts of that; each ends in \\n. Raises UserError if a
+    file unfolds to far more than its size.
     """
     limit, size = max(BOMB_FLOOR, BOMB_RATIO * os.path.getsize(path)), 0
     with open_bytes(path) as file:
         wide = file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         encoding = ("utf-16", "strict") if wide else ("utf-8-sig", "surrogateescape")
-        text = io.TextIOWrapper(file, *encoding, newline)
+        text = io.TextIOWrapper(file, *encoding)
         while part := text.read(block) if block else text.readline(MAX_LINE):
             size += len(part)
             if size > limit:
@@ -98,13 +90,9 @@ def text_parts(path, block=None, newline=None):
 
 
 def text_of(path):
-    """Returns the whole text of a file in UTF-8; UserError for other bytes or a damaged file."""
-    tally = Tally()
-    text = "".join(until_damaged(text_parts(path, BUFFER, newline=""), path, tally))
-    refuse_damaged(tally)
-    if surrogate(text):
-        raise UserError(f"{path}: not UTF-8; convert it")
-    return text
+    """Returns the whole text of a file in UTF-8, to the byte; UserError for other bytes."""
+    with refusing(OSError, f"{path}: cannot be read as UTF-8"), open_bytes(path) as file:
+        return file.read().decode("utf-8-sig")
 
 
 def decoded_lines(path, tally):

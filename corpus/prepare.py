@@ -32,12 +32,11 @@ from typing import Annotated
 import numpy as np
 
 from corpus import report
-from corpus.clean import CleanConfig, clean, reject, tidy
+from corpus.clean import CleanConfig, clean, cut_at, pieces, reject, tidy
 from corpus.dedup import Index, minhash, sha256
 from corpus.files import package
 from corpus.report import Tally, reasons_of
 from corpus.sources import SourceConfig, read_documents
-from corpus.split import cut_at, pieces
 from corpus.tokenizer import train_tokenizer
 from lib import config, folders
 from lib.config import NonNegativeInt, PositiveInt, Range, UserError, refusing, write_whole
@@ -536,9 +535,9 @@ def kept_settings(cfg):
 def changed_settings(then, now):
     """Returns lines on the settings that differ. An absent one has its default."""
     # what versions without these did
-    earlier = {"dedup_storage": "", "normalize_punctuation": True, "too_long": "drop"}
-    defaults = kept_settings(DataConfig()) | earlier
-    pairs = [(key, *(s.get(key, defaults.get(key)) for s in (then, now))) for key in now | then]
+    defaults = kept_settings(DataConfig()) | {"normalize_punctuation": True, "too_long": "drop"}
+    keys = [key for key in now | then if key not in ("dedup_storage", "language_detector")]
+    pairs = [(key, *(s.get(key, defaults.get(key)) for s in (then, now))) for key in keys]
     return [f"{key} was {a!r:.80}, now it is {b!r:.80}" for key, a, b in pairs if a != b]
 
 

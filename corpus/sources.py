@@ -14,16 +14,15 @@ import sysconfig
 import warnings
 from collections import Counter
 from dataclasses import dataclass
-from importlib import import_module
-from itertools import chain, groupby, islice
+from itertools import chain, groupby, islice, repeat
 from operator import itemgetter
 from pathlib import Path
 
 from corpus import files
+from corpus.clean import pieces
 from corpus.files import kind_of, package, until_damaged
 from corpus.report import Tally, counted, reasons_of
 from corpus.rows import ROW_READERS, file_rows
-from corpus.split import pieces
 from lib import config
 from lib.config import PositiveFloat, PositiveInt, UserError
 
@@ -66,8 +65,6 @@ def sources_of(cfg):
     alone = config.narrow(cfg, SourceConfig)
     if cfg.mixture is None:
         return [Source(name=cfg.input_path, **vars(alone))]
-    if not cfg.mixture:
-        raise UserError('mixture: an empty list; give entries {"name": ..., "input_path": ...}')
     if alone != SourceConfig(licence=cfg.licence):
         options = "input_path, input_config, text_column, separator"
         raise UserError(f"mixture and one of {options} are both given; keep one")
@@ -96,14 +93,13 @@ def interleave(streams, tally):
     """
     owed = {source.name: 0.0 for source, _ in streams}
     for source, _ in streams:
-        counts = {"documents": 0, "bytes": 0, "capped": False, "ended": False}
-        tally.sources[source.name] = counts | {"weight": source.weight}
+        counts = {"documents": 0, "bytes": 0, "capped": False, "weight": source.weight}
+        tally.sources[source.name] = counts
     while streams:
         total = sum(source.weight for source, _ in streams)
         due = {source.name: owed[source.name] + source.weight / total for source, _ in streams}
         turn = source, documents = max(streams, key=lambda stream: due[stream[0].name])
         counts, (where, text, *opening) = tally.sources[source.name], next(documents, (None, ""))
-        counts["ended"] = where is None
         if where is None:
             streams.remove(turn)
             if not counts["documents"] and len(owed) > 1:  # alone, the run says why at its end
@@ -143,7 +139,8 @@ def source_rows(path, tally):
         return
     for p in input_files(str(path), tally, kinds=ROW_READERS):
         yield from file_rows(p, tally)
-        files.refuse_damaged(tally)
+        if damage := tally.dropped["read"].get("unreadable-file"):
+            raise UserError(damage["examples"][0])
 
 
 class BadRow(Exception):
@@ -190,8 +187,10 @@ UNDOCUMENTED = {"test", "tests", "testing", "idle_test", "site-packages", "__pyc
 
 def docstring_documents(max_length, tally):
     """Yields this Python's documentation: its reference, the standard library, packages."""
-    for name, text in sorted(import_module("pydoc_data.topics").topics.items()):
-        yield from numbered(f"pydoc_data.topics {name}", [[text]], max_length)
+    from pydoc_data.topics import topics
+
+    for name, text in sorted(topics.items()):
+        yield from numbered(f"pydoc_data.topics {name}", [(0, text)], max_length)
     for root in map(Path, map(sysconfig.get_path, ("stdlib", "purelib"))):
         for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).parts):
             parts = path.relative_to(root).with_suffix("").parts
@@ -213,7 +212,7 @@ def module_documents(path, module, max_length, tally):
         return tally.bad("unreadable-module", f"{module}: {error}")
     for node in [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]:
         title = module if node is tree else f"{module}.{node.name}"
-        yield from numbered(title, [docstrings(node, title, "")], max_length)
+        yield from numbered(title, zip(repeat(0), docstrings(node, title, "")), max_length)
 
 
 def docstrings(node, title, prefix):
@@ -228,12 +227,12 @@ def docstrings(node, title, prefix):
             yield from docstrings(child, f"{prefix}{child.name}", f"{prefix}{child.name}.")
 
 
-def numbered(title, documents, max_length):
-    """Yields (where, piece, first piece) of documents in parts, cut to at most max_length."""
+def numbered(title, parts, max_length):
+    """Yields (where, piece, first piece) of (document, part)s, cut to at most max_length."""
     number = 0
-    for parts in documents:
+    for _, document in groupby(parts, itemgetter(0)):
         opening = None
-        for text in filter(str.strip, pieces(parts, max_length)):
+        for text in filter(str.strip, pieces((part for _, part in document), max_length)):
             opening = opening or text
             yield f"{title} [{number}]", text, opening
             number += 1
@@ -268,8 +267,7 @@ def input_files(pattern, tally=None, kinds=(*ROW_READERS, "text", "html", "wikit
     if chosen:
         (tally or Tally()).passed_over.update(others)
         return chosen
-    read = [suffix for suffix, kind in files.SUFFIXES.items() if kind in kinds]
-    read = f"{', '.join(read)} (or these with {', '.join(files.OPENERS)})"
+    read = ", ".join(suffix for suffix, kind in files.SUFFIXES.items() if kind in kinds)
     raise UserError(f"{pattern}: holds no file that ends in {read}; {counted(others)}")
 
 
@@ -280,22 +278,16 @@ BREAKS = {"": "(?!)", "formfeed": r"\f", "rule": rf"^[ \t]*(?:{RULE})$"}
 
 
 def separated(lines, separator):
-    """Yields the documents of a plain text, each an iterator over its parts, to be read in order.
+    """Yields (number, text) of the lines of a plain text, each in the document of that number.
 
-    Between them stands END_OF_TEXT, or what DataConfig.separator says.
+    Between documents stands END_OF_TEXT, or what DataConfig.separator says.
     """
     line_of_it = rf"^[ \t]*{re.escape(separator.strip())}[ \t]*$"
-    pattern = re.compile(f"{END_OF_TEXT}|{BREAKS.get(separator, line_of_it)}")
-
-    def numbered_parts():
-        number = 0
-        for line in lines:
-            for at, text in enumerate(pattern.split(line)):
-                number += at > 0
-                yield number, text
-
-    for _, document in groupby(numbered_parts(), itemgetter(0)):
-        yield (text for _, text in document)
+    pattern, number = re.compile(f"{END_OF_TEXT}|{BREAKS.get(separator, line_of_it)}"), 0
+    for line in lines:
+        for at, text in enumerate(pattern.split(line)):
+            number += at > 0
+            yield number, text
 
 
 def file_texts(path, source, max_length, tally):
@@ -306,10 +298,10 @@ def file_texts(path, source, max_length, tally):
         return joined_wikitext(column_texts(rows, source.text_column, tally))
     lines = until_damaged(files.decoded_lines(path, tally), path, tally)
     if kind == "wikitext":
-        return articles((f"{path} line {number}", line) for number, line in lines)
+        return joined_wikitext((f"{path} line {number}", line) for number, line in lines)
     texts = (line for _, line in lines)
     if kind == "html":
-        return numbered(path, [[page_text("".join(texts))]], max_length)
+        return numbered(path, [(0, page_text("".join(texts)))], max_length)
     return numbered(path, separated(texts, source.separator), max_length)
 
 
@@ -338,62 +330,55 @@ def column_texts(rows, column, tally):
     """Yields (where, text) of (where, row); a row without a text is counted.
 
     The text is the column `column` if given, else a usual one, else the only one that holds text.
-    The first 20 rows together tell: a single odd row decides nothing.
+    The first 20 rows together tell: a single odd row decides nothing. Strings are texts themselves.
     """
     first = list(islice(rows, 20))
     objects = [row for _, row in first if isinstance(row, dict)]
-    columns = {}  # {name: the types of its values}
+    types = {}  # of the values of each column
     for key, value in chain.from_iterable(row.items() for row in objects):
         nested = isinstance(value, list) and any(isinstance(item, dict) for item in value)
-        columns.setdefault(key, set()).add("objects" if nested else type(value).__name__)
-    texts = [key for key, types in columns.items() if "str" in types]
-    surely = len(texts) == 1 and {"objects", "bytes"}.isdisjoint(chain(*columns.values()))
+        types.setdefault(key, set()).add("objects" if nested else type(value).__name__)
+    texts = [key for key, held in types.items() if "str" in held]
+    surely = len(texts) == 1 and {"objects", "bytes"}.isdisjoint(chain(*types.values()))
     names = [column] if column else [*USUAL, *(texts if surely else [])]
-    name = next((name for held in (texts, columns) for name in names if name in held), names[0])
-    if columns and name not in texts:
-        problem = f"no column {column!r} of text" if column else "no column that is surely the text"
-        problem += f" among {', '.join(map(str, columns))[:200]}; name it with --text_column=NAME"
-        if name in columns:
-            problem = f"the column {name!r} holds {', '.join(sorted(columns[name]))}, not text"
+    found = [name for name in names if name in texts]
+    if types and not found:
+        wanted = f"column {column!r} holds no text" if column else "no column is surely the text"
+        columns = ", ".join(f"{key} ({', '.join(sorted(held))})" for key, held in types.items())
+        problem = f"{wanted} among {columns:.200}; name it with --text_column=NAME"
         return tally.bad("no-text-column", f"{first[0][0]}: {problem}")
+    name = (found or names)[0]
     for where, row in chain(first, rows):
-        row = {name: row} if isinstance(row, str) and not objects else row
-        if not isinstance(row, dict):
-            tally.bad("not-an-object", where)
-        elif name not in row:
-            tally.bad("missing-text", f'{where}: missing "{name}"')
-        elif not isinstance(row[name], str):
-            kind = type(row[name]).__name__
-            tally.bad("not-a-string", f'{where}: "{name}" must be a string, got {kind}')
+        text = row.get(name) if isinstance(row, dict) else row
+        if isinstance(text, str) and not (row is text and objects):
+            yield where, text
         else:
-            yield where, row[name]
+            tally.bad("no-text", f'{where}: "{name}" must be a string, got {type(text).__name__}')
 
 
 def joined_wikitext(texts):
     """Yields (where, text)s as they are, or the articles of WikiText, where a row is a line.
 
-    The first row of WikiText that is not blank is a heading, ` = Title = `.
+    The first row of WikiText that is not blank is a heading, ` = Title = `; after a blank line one
+    opens an article.
     """
     first = list(islice(texts, 20))
-    title = next((text for _, text in first if text.strip()), "")
-    texts = chain(first, texts)
-    yield from articles(texts) if re.fullmatch(r" = .* = ?\n?", title) else texts
-
-
-def articles(lines):
-    """Joins the (where, line)s of WikiText to articles; a heading after a blank line opens one."""
-    article, first, blank = [], "", True
-    for where, line in lines:
+    title, texts = next((text for _, text in first if text.strip()), ""), chain(first, texts)
+    if not re.fullmatch(r" = .* = ?\n?", title):
+        yield from texts
+        return
+    article, opening, blank = [], "", True
+    for where, line in texts:
         heading = re.fullmatch(r"= [^=].* =", line.strip()) and not line.strip().endswith("= =")
         if article and blank and heading:
-            yield first, "".join(article)
+            yield opening, "".join(article)
             article = []
         blank = not line.strip()
         if article or not blank:
-            first = first if article else where
+            opening = opening if article else where
             article.append(line.removeprefix(" ").removesuffix("\n") + "\n")
     if article:
-        yield first, "".join(article)
+        yield opening, "".join(article)
 
 
 class Unreachable(UserError):

@@ -234,7 +234,7 @@ def test_what_is_out_of_reach_is_not_measured_and_the_rest_is(place, tmp_path, m
 BAD = [  # the flag, the value or the content of a file r.EXT, words of the error
     ("perplexity_path", "nowhere.txt", ["nowhere.txt", "No such file"]),
     ("perplexity_path", b"", ["r.txt: holds no text"]),
-    ("perplexity_path", b"ab\xff", ["r.txt: not UTF-8"]),
+    ("perplexity_path", b"ab\xff", ["r.txt: cannot be read as UTF-8: "]),
     ("perplexity_path", gzip.compress(b"abc" * 99, mtime=0)[:-9], ["r.gz: cannot"]),
     ("perplexity_path", b'{"text": 1}', ["r.jsonl", "not {", "text"]),
     ("perplexity_path", b'{"text": "\\ud800"}', ["r.jsonl", "surrogates"]),

@@ -175,7 +175,7 @@ def test_a_git_lfs_pointer_is_named(name):
 def test_a_column_of_bytes_is_named():
     texts, tally = documents(FOUND / "bin.parquet")
     assert not texts
-    assert "the column 'text' holds bytes, not text" in str(tally.dropped)
+    assert "no column is surely the text among text (bytes); name it" in str(tally.dropped)
 
 
 # ---- E, I: boundaries of documents

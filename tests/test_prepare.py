@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from corpus.clean import clean
+from corpus.clean import clean, cut_at
 from corpus.prepare import (
     BATCH_DOCUMENTS,
     DataConfig,
@@ -28,7 +28,6 @@ from corpus.prepare import (
     retokenize,
     unfinished,
 )
-from corpus.split import cut_at
 from data import TokenStream
 from lib.config import UserError, configure
 from lib.folders import Shards, hash_fraction, read_manifest
@@ -470,7 +469,7 @@ def test_the_tokenizer_learns_from_training_documents_alone(tmp_path, side, piec
     ("name", "content", "message"),
     [
         ("binary.txt", b"plain so far" + b"\xff\xfe\x00", "byte 0xff is not UTF-8"),
-        ("bad.jsonl", b"{}\n3\n", "0 usable documents: 1 missing-text"),
+        ("bad.jsonl", b"{}\n3\n", "0 usable documents: 2 no-text"),
         ("x.parquet", b"PAR1", "1 unreadable-file"),
         ("one.txt", prose(1).encode(), "vocab_size 32768 is too large"),
         ("", b"", "not found"),
