@@ -88,9 +88,8 @@ class TokenStream(BatchStream):
         self.sequence_length, self.document_mask = sequence_length, document_mask
         for source in self.sources:
             if split == "train" and source.tokens <= sequence_length:
-                needed = f"at least {sequence_length + 1} for sequence_length {sequence_length}"
-                sizes = f"only {source.tokens} tokens, need {needed}"
-                raise UserError(f"{source.folder}: {sizes}; shorten that, or prepare more text")
+                sizes = f"only {source.tokens} tokens, need at least {sequence_length + 1}"
+                raise UserError(f"{source.folder}: {sizes}; shorten sequence_length, or add text")
         first = self.sources[0]
         self.vocab_size, self.tokenizer_sha256 = first.vocab_size, first.tokenizer_sha256
         self.pad_id, self.bos_id = first.manifest["pad_id"], first.manifest["bos_id"]
@@ -101,9 +100,8 @@ class TokenStream(BatchStream):
         self.block_ends = np.cumsum(sizes)
         self.blocks = int(self.block_ends[-1])
         # a lane is a range of blocks shuffled together: all of them, or one weighted dataset
-        if weights is None:
-            self.lanes, self.table = [(0, self.blocks)], np.zeros(1, np.int64)
-        else:
+        self.lanes, self.table = [(0, self.blocks)], np.zeros(1, np.int64)
+        if weights is not None:
             self.lanes = [(int(end) - size, size) for end, size in zip(self.block_ends, sizes)]
             self.table = mixture_table(weights, [source.folder for source in self.sources], seed)
         # per period: the rows of each lane, and before row i those of the same lane
@@ -204,10 +202,9 @@ def supervised_rows(rows, length, pad_id, packed=False):
             documents[row, span], positions[row, span] = number, np.arange(len(example) - 1)
             start = span.stop
     where = np.flatnonzero(labels != IGNORE)
-    size = -(-max(1, len(where)) // 64) * 64  # few shapes again
-    batch = {"ids": ids, "where": np.zeros(size, np.int64)}
-    batch["labels"] = np.full(size, IGNORE, np.int64)
-    batch["where"][: len(where)], batch["labels"][: len(where)] = where, labels.flat[where]
+    rest = (0, -len(where) % 64 if len(where) else 64)  # few shapes again
+    batch = {"ids": ids, "where": np.pad(where, rest)}
+    batch["labels"] = np.pad(labels.flat[where], rest, constant_values=IGNORE)
     if packed:
         batch |= {"documents": documents, "positions": positions}
     return batch | {"count": len(where), "tokens": int(np.count_nonzero(documents))}

@@ -58,6 +58,7 @@ REFUSED = {  # rows with a value of such a meaning are passed over
 ON, OFF = ("true", "1", "1.0"), ("false", "0", "0.0")  # of "not-learned", in small letters
 NOTHING = ("", "[]", "{}", "null", "None")  # what an empty column holds as text
 NO_TEXT = ("messages", "history", "mapping", "chat")  # no text stands for these
+OPTIONAL = {*REFUSED, "system", "history", "context"}  # without a value they are not there
 OF_MESSAGE = {n for meaning in ("role", "content", *ROLE_OF) for n in FIELDS[meaning]}
 SPEAKERS = {  # a role: its names in messages and in the markups below
     "system": "system developer [inst]<<sys>>",
@@ -93,12 +94,11 @@ def opening(fields):
     """Returns the messages before a row's answer, or all, of {meaning: (field, value)}."""
     messages = []
     for meaning in ("system", "history", "messages", "content", "question"):
-        name, value = fields.get(meaning, ("", None))
-        if name and not (is_empty(value) and meaning in ("system", "history")):
-            more = messages_of(name, value, ROLE_OF.get(meaning))
+        if meaning in fields:
+            more = messages_of(*fields[meaning], ROLE_OF.get(meaning))
             messages += more[messages == more[:1] :]  # some files hold the system's message twice
-    name, value = fields.get("context", ("", None))
-    if not is_empty(value):
+    if "context" in fields:
+        name, value = fields["context"]
         passages = cleaned("\n".join(value) if isinstance(value, list) else value, name)
         messages[-1]["content"] += f"\n{passages}"
     return messages
@@ -231,7 +231,7 @@ def fields_of(row, where="", *refused):
     """Returns {meaning: (field, value)} of a row or of a part of one; nulls and NaN mean nothing.
 
     Of several fields of a meaning it is the first that is not empty. Raises PassedOver for a value
-    of a `refused` meaning; others of REFUSED are there only if they have such a value.
+    of a `refused` meaning.
     """
     known = [(plain(name), name, v) for name, v in row.items() if v is not None and v == v]
     known = [(is_empty(v), RANK[n], n, name, v) for n, name, v in known if n in RANK]
@@ -241,7 +241,7 @@ def fields_of(row, where="", *refused):
             speaks = str(value).strip().lower() in OFF if meaning == "not-learned" else not empty
             if speaks and meaning in refused:
                 raise PassedOver(meaning, f'{where}"{name}" {REFUSED[meaning]}')
-            if speaks or meaning not in REFUSED:
+            if speaks or meaning not in OPTIONAL:
                 fields[meaning] = name, value
     return fields
 
@@ -300,8 +300,6 @@ def messages_of(name, value, role=None):
     if not isinstance(items, list):
         expected = f'"{name}" must be a string or messages, got {type(value).__name__}'
         raise BadRow("not-a-string", expected)
-    if not items:
-        raise BadRow("empty", f'"{name}" is empty')
     return list(chain(*(turn(item, f'"{name}" message {n}') for n, item in enumerate(items, 1))))
 
 

@@ -26,8 +26,6 @@ class InspectConfig:
 
     # conversations or preference pairs, any source of text, or the folder of a prepared dataset
     path: str
-    # of a source of text: the column that holds it; empty = found by its name
-    text_column: str = ""
     # how to write the example out; none = what sft.py would take with that tokenizer
     template: Literal["chatml", "instruct", "chat"] | None = None
     # a model's folder or a training's, or a .model file: lengths are then counted in tokens
@@ -41,10 +39,10 @@ def inspect(cfg):
     """
     if any((Path(cfg.path) / name).is_file() for name in ("manifest.json", "tokenizer.model")):
         show_dataset(Path(cfg.path))
-    elif cfg.text_column or (content := content_of(cfg.path)) == "text":
-        show_documents(cfg.path, cfg.text_column)
+    elif convert := converter_of(cfg.path):
+        show_rows(cfg, convert)
     else:
-        show_rows(cfg, content)
+        show_documents(cfg.path)
 
 
 def show_dataset(folder):
@@ -59,32 +57,30 @@ def show_dataset(folder):
     print(f"\nits last split, the first {len(ids)} ids:", text, sep="\n")
 
 
-def content_of(path):
-    """Returns "text", "conversations" or "preference pairs", by the first rows.
-
-    Texts that are a conversation in a markup are conversations if all of them are.
-    """
-    paths = () if path.startswith(("hf:", "docstrings:")) else input_files(path)
-    if not path.startswith("hf:") and not any(kind_of(p) in ROW_READERS for p in paths):
-        return "text"
+def converter_of(path):
+    """Returns to_pair or to_chat if it reads half of the first rows; else None for texts."""
+    if path.startswith("docstrings:"):
+        return None
+    kinds = ["json"] if path.startswith("hf:") else map(kind_of, input_files(path))
+    if ROW_READERS.keys().isdisjoint(kinds):
+        return None
     rows = [row for _, row in islice(source_rows(path, Tally()), 20) if isinstance(row, dict)]
-    if any(shape_of(row, to_pair) for row in rows):
-        return "preference pairs"
-    shapes = {shape_of(row, to_chat) for row in rows}
-    is_text = None in shapes and shapes <= {None, "marked text"}
-    return "text" if is_text and any(set(row) & set(USUAL) for row in rows) else "conversations"
+    for convert in (to_pair, to_chat):
+        if 2 * sum(is_read(row, convert) for row in rows) >= max(1, len(rows)):
+            return convert
+    return None if any(row.keys() & set(USUAL) for row in rows) else to_chat
 
 
-def shape_of(row, convert):
-    """Returns the name of the shape that reads a row, or None."""
+def is_read(row, convert):
     with suppress(Exception):  # BadRow, or what comes of values of types that nobody expects
-        return convert(row)[0].partition(":")[0]
+        return bool(convert(row))
+    return False
 
 
-def show_documents(path, column):
+def show_documents(path):
     """Prints how many of the first 1000 documents can be read, and the first, not yet cleaned."""
-    cfg, tally = DataConfig(input_path=path, text_column=column), Tally()
-    documents = list(islice(read_documents(cfg, tally), 1000))
+    tally = Tally()
+    documents = list(islice(read_documents(DataConfig(input_path=path), tally), 1000))
     print(f"{path}: text", f"{len(documents):>10,}  documents read", *tally.lines(), sep="\n  ")
     if not documents:
         raise UserError(f"{path}: 0 usable documents")
@@ -104,18 +100,17 @@ class Characters:
         return "".join(ids)
 
 
-def show_rows(cfg, content):
+def show_rows(cfg, convert):
     """Prints what a file of rows holds: formats, skipped rows, lengths, and an example."""
     tokenizer = Tokenizer.load(cfg.tokenizer_path) if cfg.tokenizer_path else Characters()
-    template = template_of(tokenizer, cfg.template)
-    convert, tally = to_pair if content == "preference pairs" else to_chat, Tally()
+    template, tally = template_of(tokenizer, cfg.template), Tally()
     rows = usable_rows(cfg.path, convert, tally, least=0)
     rules = Counter(rule for _, rule, _ in rows).most_common()
     counts = [f"{count:>10,}  {rule}" for rule, count in [*rules, ("usable rows", len(rows))]]
-    print(f"{cfg.path}: {content}", *counts, *tally.lines(), sep="\n  ")
+    content = "preference pairs" if convert is to_pair else "conversations"
+    notes = find_template(tokenizer, template).notes
+    print(f"{cfg.path}: {content}", *counts, *tally.lines(), *notes, sep="\n  ")
     say = lambda line: print(f"  {line}")
-    for line in find_template(tokenizer, template).notes:
-        say(line)
     accepted = list(render_rows([value for _, _, value in rows], tokenizer, template, say))
     if not accepted:
         return
@@ -123,18 +118,18 @@ def show_rows(cfg, content):
     count, learned = map(sum, zip(*lengths))
     unit = "tokens" if cfg.tokenizer_path else "characters"
     say(f"{count:>10,}  {unit}, {learned:,} of them learned; at most {max(lengths)[0]:,} a row")
-    sign = "dim" if sys.stdout.isatty() else "in [ ]"
     number, dialogues = accepted[0]
-    print(f"\n{rows[number][0]} as {template}; {sign}: what the model does not learn")
+    marks = ("\x1b[2m", "\x1b[22m") if sys.stdout.isatty() else ("[", "]")  # dim on a terminal
+    within = "{}what the model does not learn{}".format(*marks)
+    print(f"\n{rows[number][0]} as {template}; {within}:")
     for name, ids, mask in dialogues:
-        print(f"-- {name}", marked(ids, mask, tokenizer), sep="\n")
+        print(f"-- {name}", marked(ids, mask, tokenizer, *marks), sep="\n")
 
 
-def marked(ids, mask, tokenizer):
-    """Returns the text of ids; what is not learned is dim on a terminal, else in [ ]."""
-    dim, plain = ("\x1b[2m", "\x1b[22m") if sys.stdout.isatty() else ("[", "]")
+def marked(ids, mask, tokenizer, opens="[", closes="]"):
+    """Returns the text of ids, with marks around what is not learned."""
     text = ""
     for learned, run in groupby(zip(ids, mask, strict=True), lambda pair: pair[1]):
         part = tokenizer.decode([id for id, _ in run], controls=True)
-        text += part if learned else f"{dim}{part}{plain}"
+        text += part if learned else f"{opens}{part}{closes}"
     return text

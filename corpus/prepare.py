@@ -1,9 +1,9 @@
 """Raw text to a prepared dataset: the run.
 
 Documents are read in a fixed order, cleaned and filtered (clean.py), compared with those kept
-before (dedup.py), and assigned to train or val by the hash of their raw text: all pieces of a long
-one together. Where that leaves a split empty, the text is cut. Then a tokenizer is trained on a
-sample of the training text, or an existing one is opened, and the text is encoded into shards.
+before (dedup.py), and assigned to train or val by the hash of their raw text. Where that leaves a
+split empty, the text is cut. Then a tokenizer is trained on a sample of the training text, or an
+existing one is opened, and the text is encoded into shards.
 
 The result is a pure function of (input, config): no clock, no random state, no number of workers
 and no order of a file system enters it (except the date on DATA_CARD.md). Memory does not grow with
@@ -30,12 +30,13 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+from tqdm import tqdm
 
 from corpus import report
 from corpus.clean import CleanConfig, clean, cut_at, pieces, reject, tidy
 from corpus.dedup import Index, minhash, sha256
 from corpus.files import package
-from corpus.report import Tally, reasons_of
+from corpus.report import Tally, main_reasons
 from corpus.sources import SourceConfig, read_documents
 from corpus.tokenizer import train_tokenizer
 from lib import config, folders
@@ -47,8 +48,10 @@ BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 18  # handled together: so many, f
 CHECKPOINT_CHARACTERS = 8 << 20  # of raw text between two points from which a killed run resumes
 SAMPLE_BYTES = 48 << 20  # of text to train a tokenizer on: SentencePiece holds it in memory
 SPLITS = ("train", "val")
+KINDS = ("bin", "text")  # of a shard's files: token ids, and the documents they are of
 GROWING = ("train.jsonl", "val.jsonl", "digests.bin", "signatures.bin")  # texts, and the index
 JSON = json.JSONEncoder(ensure_ascii=False)
+progress_bar = partial(tqdm, disable=None, unit=" documents", unit_scale=True)
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,7 @@ class EncodeConfig:
     sequence_length: PositiveInt = 1024  # you will train at: the report counts blocks of it
     shard_tokens: PositiveInt = 100_000_000  # a shard ends with the document that reaches this
     seed: NonNegativeInt = 42  # of the tokenizer's sample and of the MinHash permutations
-    # so many processes that clean and threads that encode; ray or ray://HOST:10001: a Ray cluster
-    # that cleans. The result does not depend on it
+    # processes that clean, threads that encode; or ray or ray://HOST:10001, a cluster that cleans
     workers: PositiveInt | str = 2
 
 
@@ -76,10 +78,9 @@ class DataConfig(EncodeConfig, CleanConfig, SourceConfig):
     mixture: list | None = None
     max_docs: PositiveInt | None = None  # read no more documents than this
     use_minhash: bool = True  # drop near-duplicates; exact ones always go
-    # Jaccard similarity of word 5-grams from which the later of two documents is dropped
+    # Jaccard similarity of word 5-grams at which the later of two documents goes
     minhash_threshold: Annotated[float, Range(0, 1, open_low=True)] = 0.8
-    # share of documents for training; the rest is val
-    train_ratio: Annotated[float, Range(0, 1, open_low=True)] = 0.98
+    train_ratio: Annotated[float, Range(0, 1, open_low=True)] = 0.98  # share of documents; or val
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,10 @@ def main(cfg):
     def text_files(progress):
         if not progress.stats:
             collect(cfg, progress)
-        check_usable(cfg, progress)
+        if not progress.counts["kept_bytes"]:
+            reasons = main_reasons(progress.stats["documents"]["dropped"])
+            where = "mixture" if cfg.mixture else cfg.input_path
+            raise UserError(f"{where}: 0 usable documents: {reasons or 'the input holds none'}")
         files = {split: [progress.work / f"{split}.jsonl"] for split in SPLITS}
         is_split = all(progress.counts[split] for split in SPLITS)
         return files if is_split or cfg.train_ratio == 1 else hold_out(cfg, progress, files)
@@ -111,15 +115,15 @@ def retokenize(cfg):
     if not cfg.output_dir:
         raise UserError("retokenize needs a new folder: --output_dir=NEW")
     folder, manifest = Path(cfg.path), folders.read_manifest(cfg.path)
-    splits = {split: manifest["splits"].get(split, []) for split in SPLITS}
-    settings = manifest["config"] | kept_settings(cfg)
-    settings["retokenized"] = [entry["text_sha256"] for split in SPLITS for entry in splits[split]]
+    entries = {split: manifest["splits"].get(split, []) for split in SPLITS}
+    hashes = [entry["text_sha256"] for entry in chain(*entries.values())]
 
     def text_files(progress):
         check_shards(folder, manifest, ["text"])
         progress.stats = config.read_object(folder / "stats.json")
-        return {split: [folder / entry["text"] for entry in splits[split]] for split in SPLITS}
+        return {split: [folder / entry["text"] for entry in entries[split]] for split in SPLITS}
 
+    settings = manifest["config"] | kept_settings(cfg) | {"retokenized": hashes}
     build(cfg, Path(cfg.output_dir), settings, text_files)
 
 
@@ -127,14 +131,10 @@ def build(cfg, output, settings, text_files):
     """Makes a dataset, if it is not there, of text_files(progress): {split: .jsonl files}."""
     if is_prepared(output, settings):
         return
-    shared = Path(cfg.tokenizer_path) if cfg.tokenizer_path else None
-    if shared and shared.is_dir():
-        shared /= "tokenizer.model"
-        if not shared.is_file():  # no training here: among the files of a model it would be wrong
-            raise UserError(f"{shared}: not found; name a folder that holds one, or a .model file")
+    shared_tokenizer(cfg)  # what is wrong with it is said now, not after the reading
     with unfinished(output, settings) as progress:
         files = text_files(progress)
-        tokenizer = make_tokenizer(cfg, progress, shared, files["train"])
+        tokenizer = make_tokenizer(cfg, progress, files["train"])
         for split in SPLITS:
             encode(cfg, progress, tokenizer, split, files[split])
         stats = finish_folder(cfg, progress, tokenizer, output.name)
@@ -148,9 +148,9 @@ def build(cfg, output, settings, text_files):
 class Progress:
     """How an interrupted preparation resumes: only what WORK/progress.json counts is done.
 
-    The work is a row of steps: some documents, the tokenizer, a shard. A step brings its files to
-    the disk, then replaces this file, which counts them. After a kill or on a full disk the same
-    command cuts the files that grow to the sizes counted, and writes all else again.
+    A step (some documents, the tokenizer, a shard) brings its files to the disk, then replaces this
+    file. After a kill or on a full disk the same command cuts the files that grow to the `sizes`
+    counted, and writes all else again.
     """
 
     work: Path
@@ -166,24 +166,21 @@ class Progress:
     def resume(self):
         """Takes over what an earlier run did, if it had the same settings."""
         saved = {}
-        with suppress(OSError, ValueError):
-            saved = json.loads((self.work / "progress.json").read_text(encoding="utf-8"))
-        if not isinstance(saved, dict) or saved.keys() != vars(self).keys() - {"work"}:
+        with suppress(UserError):  # none is there, or an unreadable one
+            saved = config.read_object(self.work / "progress.json")
+        if saved.keys() != vars(self).keys() - {"work"}:
             return
         if changes := changed_settings(saved["settings"], self.settings):
             print(f"starting over: {changes[0]}", flush=True)
         else:
             vars(self).update(saved, counts=Counter(saved["counts"]))
 
-    def checkpoint(self, files):
-        """Brings {name: a file that grows} to the disk, then counts them."""
-        for name, file in files.items():
-            file.flush()
-            os.fsync(file.fileno())
-            self.sizes[name] = file.tell()
-        self.save()
-
-    def save(self):
+    def checkpoint(self, files=()):
+        """Brings {name: a file that grows} to the disk, then all that is counted."""
+        for name in files:
+            files[name].flush()
+            os.fsync(files[name].fileno())
+            self.sizes[name] = files[name].tell()
         values = {key: value for key, value in vars(self).items() if key != "work"}
         write_whole(self.work / "progress.json", json.dumps(values).encode())
 
@@ -192,8 +189,7 @@ class Progress:
 def unfinished(output, settings):
     """Yields the Progress in a hidden folder, which becomes `output` if the block succeeds.
 
-    A lock, which ends with its process, keeps a second run out. If the block fails, the folder
-    stays when there is much to resume from.
+    A lock keeps a second run out. If the block fails, the folder stays where it saves much work.
     """
     work = output.parent / f".{output.name}.partial"
     with refusing(OSError, f"{output}: cannot be written", "name another output_dir"):
@@ -205,11 +201,11 @@ def unfinished(output, settings):
         progress = Progress(work, settings)
         progress.resume()
         try:
-            progress.save()  # from here on it describes this run
+            progress.checkpoint()  # from here on it describes this run
             yield progress
         except BaseException as error:
-            much = progress.counts["kept_bytes"] > CHECKPOINT_CHARACTERS
-            if not much and not any(progress.splits.values()):
+            saves_work = progress.counts["kept_bytes"] > CHECKPOINT_CHARACTERS
+            if not (saves_work or any(progress.splits.values())):
                 shutil.rmtree(work, ignore_errors=True)
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 problem = "no space left on the disk; free some, and the same command goes on"
@@ -232,7 +228,8 @@ def collect(cfg, progress):
     first = list(islice(documents, 2))
     if len(first) + progress.counts["read"] == 1:  # quality chooses among documents
         cfg = replace(cfg, quality=False)
-    documents = progress_bar(chain(first, documents), "read", cfg.max_docs, progress.counts["read"])
+    bar = {"total": cfg.max_docs, "initial": progress.counts["read"]}
+    documents = progress_bar(chain(first, documents), "read", **bar)
     files = {name: reopen(progress.work / name, size) for name, size in progress.sizes.items()}
     threshold = cfg.minhash_threshold if cfg.use_minhash else None
     index, unsaved = Index(files["digests.bin"], files["signatures.bin"], threshold), 0
@@ -277,18 +274,10 @@ def unread(documents, progress):
     for _, raw, _ in islice(documents, done):
         checksum = zlib.crc32(raw.encode(), checksum)
     if checksum != progress.checksum:
-        problem = "the input is not what it was; delete this folder to start over"
-        raise UserError(f"{progress.work}: {problem}")
+        raise UserError(f"{progress.work}: the input has changed; delete this folder to start over")
     if done:
         print(f"going on after {done:,} documents", flush=True)
     return documents
-
-
-def progress_bar(documents, title, total, done):
-    from tqdm import tqdm
-
-    scale = {"initial": done, "unit": " documents", "unit_scale": True}
-    return iter(tqdm(documents, title, total, disable=None, **scale))
 
 
 def batches_of(documents):
@@ -312,9 +301,9 @@ def refine(batch, cfg):
     """
     documents = []
     for _, raw, _ in batch:
-        text = clean(raw, cfg)
-        split = cfg.too_long == "split"
-        texts = map(tidy, pieces([text], cfg.max_length)) if split else [text]
+        texts = [clean(raw, cfg)]
+        if cfg.too_long == "split":
+            texts = map(tidy, pieces(texts, cfg.max_length))
         documents.append([(text, reject(text, cfg)) for text in texts])
     good = [text for text, reason in chain.from_iterable(documents) if not reason]
     groups = [good[at : at + BATCH_DOCUMENTS] for at in range(0, len(good), BATCH_DOCUMENTS)]
@@ -328,11 +317,12 @@ def in_order(function, items, workers):
     With too few items to keep processes busy none is started: that would take longer.
     """
     items, local = iter(items), isinstance(workers, int)
-    first = list(islice(items, 32 * workers)) if local else []
-    items = chain(first, items)
-    if local and (workers == 1 or len(first) < 32 * workers):
-        yield from ((item, function(item)) for item in items)
-        return
+    if local:
+        first = list(islice(items, 32 * workers))
+        items = chain(first, items)
+        if workers == 1 or len(first) < 32 * workers:
+            yield from ((item, function(item)) for item in items)
+            return
     with (local_processes if local else ray_cluster)(function, workers) as (submit, most):
         pending = deque((item, submit(item)) for item in islice(items, most))
         while pending:
@@ -385,22 +375,10 @@ def follow_parent():
     threading.Thread(target=follow, daemon=True).start()
 
 
-def check_usable(cfg, progress):
-    """Raises UserError, with the main reasons, if no text is left."""
-    if not progress.counts["kept_bytes"]:
-        dropped = reasons_of(progress.stats["documents"]["dropped"])
-        rows = sorted(dropped, key=lambda row: -row[2])[:3]
-        reasons = "; ".join(f"{count} {reason} ({example})" for _, reason, count, example in rows)
-        where = "mixture" if cfg.mixture else cfg.input_path
-        raise UserError(f"{where}: 0 usable documents: {reasons or 'the input holds none'}")
-
-
 def hold_out(cfg, progress, files):
-    """Splits the texts at train_ratio of their bytes, because hashes of so few left a split empty.
-
-    Returns {split: .jsonl files}, and counts the characters of each in `stats`.
-    """
-    total, counts = progress.counts["kept_bytes"], Counter()
+    """Returns {split: .jsonl files}, split at train_ratio of the bytes of all texts of FILES."""
+    print("too few documents to choose some for val: the end of the text is val", flush=True)
+    total = progress.counts["kept_bytes"]
     left = min(cfg.train_ratio * total, total - 4)  # a character for val, of four bytes at most
     paths = {split: progress.work / f"held_out.{split}.jsonl" for split in SPLITS}
     with open(paths["train"], "wb") as train, open(paths["val"], "wb") as val:
@@ -412,36 +390,42 @@ def hold_out(cfg, progress, files):
             tail = text[at:].lstrip() if at else text
             for file, part in (train, text[:at].rstrip()), (val, tail):
                 file.write(text_row(part) if part else b"")
-            counts.update(train=at, val=len(text) - at)
             left -= size
-    progress.stats["documents"]["cut"] = dict(counts)
     return {split: [path] for split, path in paths.items()}
 
 
 # ---- the tokenizer
 
 
-def make_tokenizer(cfg, progress, shared, files):
-    """Returns the tokenizer in `shared`, or one trained on FILES, as WORK/tokenizer.model."""
+def shared_tokenizer(cfg):
+    """Returns the tokenizer in tokenizer_path, or None if one is to be trained."""
+    path = Path(cfg.tokenizer_path)
+    if not (cfg.tokenizer_path and path.exists()):
+        if cfg.train_tokenizer:
+            return None
+        raise UserError(f"tokenizer_path '{path}': not found, and train_tokenizer is off")
+    # in a folder that lacks this file, as one of another kind of tokenizer, nothing is trained
+    tokenizer = Tokenizer.load(path / "tokenizer.model" if path.is_dir() else path)
+    if (size := tokenizer.vocab_size) != cfg.vocab_size:
+        raise UserError(f"{path}: its vocab_size is {size}, not {cfg.vocab_size}; set that")
+    if tokenizer.bos_id is None:
+        raise UserError(f"{path}: has no BOS, which opens each document; name another tokenizer")
+    return tokenizer
+
+
+def make_tokenizer(cfg, progress, files):
+    """Returns the shared tokenizer, or one trained on FILES, as WORK/tokenizer.model."""
     path = progress.work / "tokenizer.model"
     if not progress.tokenizer:
-        if shared and shared.exists():
-            write_whole(path, Tokenizer.load(shared).model)  # under its own name, for errors
-            origin = f"Taken as it is from `{shared}`; this dataset had no part in its training"
-        elif cfg.train_tokenizer:
-            origin = train_on_sample(cfg, path, files)
+        if shared := shared_tokenizer(cfg):
+            write_whole(path, shared.model)
+            origin = f"Taken as it is from `{cfg.tokenizer_path}`"
+            progress.tokenizer = f"{origin}; this dataset had no part in its training"
         else:
-            problem = "not found, and train_tokenizer is off; name a .model file that is there"
-            raise UserError(f"tokenizer_path '{shared or ''}': {problem}")
-        if (size := Tokenizer.load(path).vocab_size) != cfg.vocab_size:
-            sizes = f"its vocab_size is {size}, not {cfg.vocab_size}"
-            raise UserError(f"{shared}: {sizes}; set that, or name another tokenizer_path")
-        progress.tokenizer = origin
-        progress.save()
-    tokenizer = Tokenizer.load(path)
-    if tokenizer.bos_id is None:
-        raise UserError(f"{shared}: has no BOS, which opens each document; name another tokenizer")
-    if shared and not shared.exists():
+            progress.tokenizer = train_on_sample(cfg, path, files)
+        progress.checkpoint()
+    tokenizer, shared = Tokenizer.load(path), cfg.tokenizer_path
+    if shared and not os.path.exists(shared):
         with refusing(OSError, f"{shared}: cannot be written", "name another tokenizer_path"):
             write_whole(shared, tokenizer.model)
     return tokenizer
@@ -452,9 +436,8 @@ def train_on_sample(cfg, path, files):
     share = SAMPLE_BYTES / max(sum(file.stat().st_size for file in files), 1)
     texts = chain.from_iterable(map(read_texts, files))
     sample = [text for text in texts if hash_fraction(text, cfg.seed) < share]
-    size = sum(len(text.encode()) for text in sample)
-    amount = f"{size / 1e6:.1f} MB of text"
-    print(f"training a tokenizer of {cfg.vocab_size:,} pieces on {amount}", flush=True)
+    size, kind = sum(len(text.encode()) for text in sample), f"of {cfg.vocab_size:,} pieces"
+    print(f"training a tokenizer {kind} on {size / 1e6:.1f} MB of text", flush=True)
     train_tokenizer(sample, path, cfg.vocab_size)
     origin = f"drawn at random (seed {cfg.seed}): {size:,} bytes"
     return f"Trained on {len(sample):,} documents of train, {origin}"
@@ -483,7 +466,7 @@ def encode(cfg, progress, tokenizer, split, files):
     entries, work = progress.splits[split], progress.work
     done = totals(entries)["documents"]
     texts = islice(chain.from_iterable(map(read_texts, files)), done, None)
-    texts = progress_bar(texts, f"encode {split}", None, done)
+    texts = iter(progress_bar(texts, f"encode {split}", initial=done))
     threads = cfg.workers if isinstance(cfg.workers, int) else os.cpu_count()
     documents = with_ids(texts, tokenizer, threads)
     dtype = ID_TYPES[dtype_name(tokenizer.vocab_size)]
@@ -500,11 +483,11 @@ def encode(cfg, progress, tokenizer, split, files):
                 entry["bytes"] += len(text.encode())
                 if entry["tokens"] >= cfg.shard_tokens:
                     break
-        for kind in ("bin", "text"):
+        for kind in KINDS:
             config.fsync(work / entry[kind])
             entry[f"{kind}_sha256"] = file_sha256(work / entry[kind])
         entries.append(entry)
-        progress.save()
+        progress.checkpoint()
 
 
 def with_ids(texts, tokenizer, workers):
@@ -552,7 +535,7 @@ def is_prepared(output, settings):
         remedy = "name another output_dir, or delete this one"
         raise UserError(f"{output}: exists already, but {changes[0]}; {remedy}")
     check_file(output, "tokenizer.model", manifest["tokenizer_sha256"])
-    check_shards(output, manifest, ["bin", "text"])
+    check_shards(output, manifest, KINDS)
     sums = totals(chain.from_iterable(manifest["splits"].values()))
     print(f"{output} exists: {sums['documents']:,} documents, {sums['tokens']:,} tokens, verified")
     return True
@@ -592,9 +575,8 @@ def finish_folder(cfg, progress, tokenizer, name):
     }
     for file, text in texts.items():
         write_whole(progress.work / file, text.encode())
-    names = {"lock", "tokenizer.model", *texts}
-    for entry in chain.from_iterable(progress.splits.values()):
-        names |= {entry["bin"], entry["text"]}
+    shards = chain.from_iterable(progress.splits.values())
+    names = {"lock", "tokenizer.model", *texts, *(s[kind] for s in shards for kind in KINDS)}
     for path in progress.work.iterdir():
         if path.name not in names:
             path.unlink()

@@ -4,8 +4,7 @@ import datetime
 import json
 from collections import Counter
 from pathlib import Path
-
-from lib.folders import totals
+from textwrap import shorten
 
 
 class Tally:
@@ -37,14 +36,12 @@ class Tally:
         """Returns lines for people: what was passed over and why, and what nothing reads."""
         reasons = reasons_of(self.dropped)
         lines = [f"{n:,} passed over: {reason} ({example})" for _, reason, n, example in reasons]
-        return lines + [self.unread()] * bool(self.unread())
-
-    def unread(self):
-        """Returns what people are told of columns and files that nothing reads, or ""."""
-        names = [repr(name)[1:-1][:40] for name in self.unused]
-        more = f" and {len(names) - 20:,} more" if len(names) > 20 else ""
-        columns = [f"columns not used: {', '.join(names[:20])}{more}"] * bool(names)
-        return "; ".join(columns + [f"files {counted(self.passed_over)}"] * bool(self.passed_over))
+        if self.unused:
+            names = ", ".join(repr(name)[1:-1] for name in self.unused)
+            lines.append(f"columns not used: {shorten(names, 400, placeholder=' and more')}")
+        if self.passed_over:
+            lines.append(f"files {counted(self.passed_over)}")
+        return lines
 
 
 def counted(others):
@@ -58,6 +55,13 @@ def reasons_of(dropped):
     for stage, entries in dropped.items():
         for reason, entry in sorted(entries.items()):
             yield stage, reason, entry["count"], entry["examples"][0]
+
+
+def main_reasons(dropped, path=""):
+    """Returns the reasons as a text, the commonest first; examples in the file `path` omit it."""
+    reasons = sorted(reasons_of(dropped), key=lambda entry: -entry[2])
+    each = (f"{n} {why} ({first.removeprefix(f'{path} ')})" for _, why, n, first in reasons)
+    return "; ".join(each)
 
 
 def document_stats(cfg, progress, tally):
@@ -79,11 +83,11 @@ def document_stats(cfg, progress, tally):
 
 def token_stats(manifest, sequence_length):
     """Returns stats.json on tokens: how many, in how many blocks of sequence_length, whose ids."""
-    splits = {split: totals(entries) for split, entries in manifest["splits"].items()}
-    tokens, text = (sum(split[key] for split in splits.values()) for key in ("tokens", "bytes"))
-    for split in splits.values():
-        blocks = -(-(split["tokens"] - 1) // sequence_length)
-        split[f"blocks_of_{sequence_length}"] = max(0, blocks)
+    splits = {split: dict(sums) for split, sums in manifest["totals"].items()}
+    tokens, text = (sum(sums[key] for sums in splits.values()) for key in ("tokens", "bytes"))
+    for sums in splits.values():
+        blocks = -(-(sums["tokens"] - 1) // sequence_length)
+        sums[f"blocks_of_{sequence_length}"] = max(0, blocks)
     return {
         "splits": splits,
         "bytes_per_token": round(text / tokens, 4),
@@ -94,7 +98,7 @@ def token_stats(manifest, sequence_length):
 def stages_table(stats):
     """Returns a table: the documents and bytes that were read, lost and added, and are kept.
 
-    A number is "" if it is 0 or unknown: to a reader of broken rows, or to an earlier version.
+    A number that is 0, or that an earlier version did not count, is left out.
     """
     documents, sizes = stats["documents"], ("read_bytes", "split", "pieces", "kept_bytes")
     read, split, pieces, kept = (documents.get(name, 0) for name in sizes)
@@ -119,11 +123,6 @@ def run_summary(folder, stats):
     lines.append(f"  tokenizer {stats['tokenizer']['sha256']}")
     if others := stats.get("passed_over"):
         lines.append(f"  files {counted(others)}")
-    if cut := stats["documents"].get("cut"):
-        tail = f"the last {cut['val']:,} of {sum(cut.values()):,} characters are val"
-        lines.append(f"  too few documents to choose some for val: {tail}")
-    if not stats["splits"]["val"]["documents"]:
-        lines.append("  no document fell to val: lower train_ratio, or training cannot validate")
     return "\n".join(lines)
 
 
@@ -148,10 +147,7 @@ def sources_table(settings, stats):
 
 
 def data_card(name, settings, stats, tokenizer):
-    """Returns DATA_CARD.md: where the text is from, how it was treated, and its risks.
-
-    `tokenizer` is a line on where that is from.
-    """
+    """Returns DATA_CARD.md; `tokenizer` is a line on where that is from."""
     columns = ("documents", "tokens", "bytes", "shards")
     splits = [(split, *(sums[c] for c in columns)) for split, sums in stats["splits"].items()]
     template = Path(__file__).with_name("data_card.md").read_text(encoding="utf-8")
@@ -163,7 +159,6 @@ def data_card(name, settings, stats, tokenizer):
         stages=stages_table(stats),
         splits=markdown_table(("split", *columns), *splits),
         tokenizer=tokenizer,
-        bytes_per_token=stats["bytes_per_token"],
         settings="\n".join(f"    {key} = {json.dumps(value)}" for key, value in settings.items()),
-        **stats["tokenizer"],
+        stats=stats,
     )

@@ -1,8 +1,5 @@
 """Questions whose answers a program can check, and what an answer to them is worth.
 
-    read_questions(path, ...) -> [{"prompt": messages, "row": the row, ...}, ...]
-    load_reward("my_rewards.py:score") -> function(prompt, answer, row) -> number
-
 A row is a question as SFT reads it, with "check" as in the sample tasks or "answer": a number or a
 text, or GSM8K's solution with the number behind "####".
 """
@@ -24,8 +21,8 @@ NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
 def right(prompt, text, row):
     """Returns whether `text` is right by the row's check, or equals its answer.
 
-    Of both counts what stands behind "####", if that is there. A number is compared with the last
-    one in `text`. Raises one of UNCHECKABLE for a row that has neither.
+    What stands behind "####" counts, if it is there. A number is compared with the last one in
+    `text`. Raises one of UNCHECKABLE for a row that has neither.
     """
     if row.get("check"):
         return passes(row["check"], text)

@@ -102,6 +102,7 @@ def json_stream(path):
 
 
 BACKSLASHES = re.compile(r'(\\["\\])|\\')  # an escape, or a backslash that means itself
+QUOTED = re.compile('(?s)".+"')  # a cell
 
 
 def csv_records(lines, options):
@@ -140,25 +141,22 @@ def csv_records(lines, options):
 def csv_options(text, delimiters):
     """Returns the options of the module csv under which the fewest records of a table misfit.
 
-    `text` is the table's beginning. Where tabs or bars stand between cells, a quote at the
-    beginning of one may mean nothing: most such cells then end without one.
+    `text` is the table's beginning. Between tabs or bars quotes may mean nothing, unless cells both
+    begin and end with one.
     """
 
     def misfits(options):
-        sizes = [len(c or ()) for _, c in csv_records(enumerate(io.StringIO(text)), options)]
-        return sum(not size or size != sizes[0] for size in sizes)
+        records = [cells or () for _, cells in csv_records(enumerate(io.StringIO(text)), options)]
+        quoted = QUOTED.fullmatch if "quoting" in options else lambda cell: False
+        fits = lambda cells: len(cells) == len(records[0]) and not any(map(quoted, cells))
+        return sum(not cells or not fits(cells) for cells in records)
 
-    header, options = text.lstrip("\n").partition("\n")[0], []
-    escapes = re.search(r'(?<!\\)(?:\\\\)*\\"', text)  # not a cell that ends with backslashes
-    styles = [{}] + [{"escapechar": "\\"}] * bool(escapes)
-    if '""' not in text:  # RFC 4180's alone doubles quotes
-        styles.reverse()
-    for delimiter in [d for d in delimiters if d in header] or delimiters[0]:
-        begun = rf'(?m)(?:^|{re.escape(delimiter)})"'
-        ended = rf'{begun}[^"]*+(?:""[^"]*+)*+"(?={re.escape(delimiter)}|$)'
-        quoted = 2 * len(re.findall(ended, text)) > len(re.findall(begun, text))
-        more = [{"quoting": csv.QUOTE_NONE}] * (delimiter in "\t|" and not quoted)
-        options += [{"delimiter": delimiter, **style} for style in styles + more]
+    header, styles = text.lstrip("\n").partition("\n")[0], [{}, {"escapechar": "\\"}]
+    options = [
+        {"delimiter": delimiter, **style}
+        for delimiter in [d for d in delimiters if d in header] or delimiters[0]
+        for style in styles + [{"quoting": csv.QUOTE_NONE}] * (delimiter in "\t|")
+    ]
     return min(options, key=misfits)
 
 

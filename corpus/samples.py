@@ -3,8 +3,7 @@
     sft_train.jsonl  sft_val.jsonl   {"prompt", "response", "check", "kind"}
     dpo_train.jsonl  dpo_val.jsonl   {"prompt", "chosen", "rejected", "check", "kind", "about"}
 
-and conversations made of these rows, with messages in the place of texts: {"messages", ...}, or a
-"prompt" of several.
+and conversations made of these rows, with messages in the place of texts.
 
 A program scores an answer to a row by `passes(check, answer)`. No prompt stands in two of the
 files, but a task can be put in several ways: the held-out files ask for what was taught, in words
@@ -87,11 +86,8 @@ def yes_or_no(is_true):
 
 def each(items, answer_to):
     """Returns a generator of the tasks (item, answer_to(*item))."""
-    return lambda rng: ((item, answer_to(*item)) for item in items)
-
-
-def pairs(numbers):
-    return list(product(numbers, repeat=2))
+    tasks = [(item, answer_to(*item)) for item in items]
+    return lambda rng: tasks
 
 
 def has_letter(rng):
@@ -139,9 +135,8 @@ def define(thing, text):
 def small_talk(kind):
     """Returns a generator of the tasks (message, answer) of a kind of TABLES["talk"].
 
-    Every message of a kind has the same answer. A message is one text of each of several columns,
-    joined; two in three begin with a capital letter. Half of them are the shortest that there are:
-    these are what people type first.
+    A message is one text of each of several columns, joined; two in three begin with a capital
+    letter. Half of them are the shortest that there are, which people type first.
     """
     right = TABLES["talk"][kind]["answer"]
     wrong = [talk["answer"] for other, talk in TABLES["talk"].items() if other != kind]
@@ -162,6 +157,7 @@ NUMBERS = [
     (question.format(value), value + step)
     for value, (question, step) in product(range(1, 80), TABLES["neighbours"].items())
 ]
+pairs = partial(product, repeat=2)
 COMPARED = [(a + b % 3, b + a % 2) for a, b in pairs(range(0, 31, 2))]
 TASKS = {  # their order counts
     "addition": each(pairs(range(13)), lambda a, b: number(a + b)),
@@ -243,10 +239,6 @@ def make_rows(seed):
     return files
 
 
-def message(role, content):
-    return {"role": role, "content": content}
-
-
 def conversations(rows, rng):
     """Returns `rows`, in their order, as conversations of one to six questions.
 
@@ -257,20 +249,20 @@ def conversations(rows, rng):
     while rows:
         size, has_system = rng.randint(1, 6), rng.random() < 0.4
         (*earlier, last), rows = rows[:size], rows[size:]
-        messages = []
+        turns = []
         if has_system or not earlier:
             columns = rng.choice(TABLES["systems"])
-            messages.append(message("system", "".join(map(rng.choice, columns)).strip()))
+            turns.append(("system", "".join(map(rng.choice, columns)).strip()))
         for row in earlier:
-            answer = row.get("response") or row["chosen"]
-            messages += [message("user", row["prompt"]), message("assistant", answer)]
-        messages.append(message("user", last["prompt"]))
-        if "response" in last:
-            row = {"messages": [*messages, message("assistant", last["response"])]}
-        else:
-            row = {side: [message("assistant", last[side])] for side in ("chosen", "rejected")}
-            row = {"prompt": messages} | row
-        made.append(row | {key: last[key] for key in ("check", "kind", "about") if key in last})
+            turns += [("user", row["prompt"]), ("assistant", row.get("response") or row["chosen"])]
+        turns.append(("user", last["prompt"]))
+        prompt = [{"role": role, "content": text} for role, text in turns]
+        sides = {"response", "chosen", "rejected"} & last.keys()
+        answers = {side: [{"role": "assistant", "content": last[side]}] for side in sides}
+        row = last | {"prompt": prompt} | answers
+        if "response" in row:
+            row = {"messages": row.pop("prompt") + row.pop("response")} | row
+        made.append(row)
     return made
 
 

@@ -294,9 +294,9 @@ def test_columns_that_nothing_reads_are_named_once(tmp_path):
     tally = Tally()
     assert len(read_chats(write(tmp_path / "rows.jsonl", *rows), tally)) == 4
     names = r"id, weight, \x1b[2J, messages.reasoning_content"
-    assert tally.unread() == f"columns not used: {names}"
-    tally.unused = dict.fromkeys(map(str, range(100)))
-    assert tally.unread().endswith(", 19 and 80 more")
+    assert tally.lines() == [f"columns not used: {names}"]
+    tally.unused = dict.fromkeys(map(str, range(1000)))
+    assert re.fullmatch(r"columns not used: 0, 1, .*, \d+,? and more", *tally.lines())
 
 
 # ---- every kind of file
@@ -341,7 +341,7 @@ BAD_CHATS = [
     ("7", "not-an-object", "a row must be an object, got int"),
     ('"text"', "not-an-object", "got str"),
     ("null", "not-an-object", "got NoneType"),
-    ("[]", "empty", '"messages" is empty'),
+    ("[]", "no-answer", "no message of the assistant"),
     ("{}", "missing-field", 'missing "prompt" among []'),
     ({"\x1b[2J": "x"}, "missing-field", r"among ['\x1b[2J']; rename its fields: "),
     ({"response": "a"}, "missing-field", 'missing "prompt"'),
@@ -361,7 +361,7 @@ BAD_CHATS = [
     ({"mapping": 5, "current_node": "a"}, "other-types", ""),
     ({"message_tree_id": "1", "prompt": {"role": "user", "text": "q", "replies": 5}},
      "other-types", ""),
-    ({"messages": []}, "empty", '"messages" is empty'),
+    ({"messages": []}, "no-answer", ""),
     ({"messages": says("q")}, "no-answer", "no message of the assistant"),
     ({"messages": system("S")}, "no-answer", ""),
     ({"messages": "text"}, "not-messages", ""),
@@ -601,7 +601,7 @@ def test_inspect_shows_conversations_as_the_model_sees_them(tmp_path, tiny_token
         "1  messages: conversations",
         "  columns not used: id\n",
         "102  usable rows",
-        "as chatml; in [ ]:",
+        "as chatml; [what the model does not learn]:",
         f'  1 passed over: not-a-string ({path} line 3: "prompt" must be',
         "[<|im_start|>user\nHi \u6f22<|im_end|>\n<|im_start|>assistant\n]Hello<|im_end|>",
         " characters, ",
@@ -660,19 +660,18 @@ def test_characters_stand_in_for_a_tokenizer(tiny_tokenizer, template):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "settings", "parts"),
+    ("name", "content", "parts"),
     [
-        ("rows.jsonl", '{"text": "First."}\n{"text": "Second."}\n3\n', {},
+        ("rows.jsonl", '{"text": "First."}\n{"text": "Second."}\n3\n',
          ("2  documents read\n", "1 passed over: not-an-object (", "First.\n")),
-        ("rows.jsonl", '3\n{"mapping": 5, "current_node": 1}\n{"text": "First."}\n{"text": 1}', {},
+        ("rows.jsonl", '3\n{"mapping": 5, "current_node": 1}\n{"text": "First."}\n{"text": 1}',
          ("1  documents read\n", "First.\n")),
-        ("odd.csv", "a,b\nsome words,others\n", {"text_column": "b"}, ("others\n",)),
-        ("page.html", "<p>Only <b>words</b></p>", {}, ("Only words\n",)),
+        ("page.html", "<p>Only <b>words</b></p>", ("Only words\n",)),
     ],
 )  # fmt: skip
-def test_inspect_shows_a_source_of_text(tmp_path, capsys, name, content, settings, parts):
+def test_inspect_shows_a_source_of_text(tmp_path, capsys, name, content, parts):
     (tmp_path / name).write_text(content)
-    text = shown(capsys, tmp_path / name, **settings)
+    text = shown(capsys, tmp_path / name)
     assert all(part in text for part in parts)
 
 

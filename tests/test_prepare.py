@@ -238,12 +238,11 @@ def test_of_a_single_document_the_tail_is_held_out(tmp_path, ratio, capsys):
     folders = [tmp_path / f"out{workers}" for workers in (1, 2)]
     for workers, folder in enumerate(folders, start=1):
         settings = {"train_ratio": ratio, "workers": workers, "max_length": 10**7}
-        splits, stats = prepare_dataset(tmp_path / "book.txt", folder, **settings)
+        splits, _ = prepare_dataset(tmp_path / "book.txt", folder, **settings)
         (head,), (tail,) = splits["train"], splits["val"]
         assert f"{head}\n\n{tail}" == text
         assert len(tail) == pytest.approx((1 - ratio) * len(text), rel=0.5)
-        assert sum(stats["documents"]["cut"].values()) == len(text)
-        assert "too few documents to choose some for val: the last " in capsys.readouterr().out
+        assert "too few documents to choose some for val: the end of " in capsys.readouterr().out
     assert len({(f / "manifest.json").read_bytes() for f in folders}) == 1
     TokenStream([folders[0]], "val", 32, 2)
 
@@ -333,7 +332,6 @@ def test_of_a_book_in_pieces_the_end_is_held_out(tmp_path):
     assert len(splits["val"]) > 2
     held_out = sum(map(len, splits["val"]))
     assert held_out == pytest.approx(0.2 * len(long(1, 100)), rel=0.1)
-    assert stats["documents"]["cut"]["val"] >= held_out
 
 
 def test_too_long_drop_drops_and_says_how_many_bytes(tmp_path, capsys):
@@ -443,7 +441,7 @@ def test_a_tokenizer_is_trained_once_and_then_reused(stories, tmp_path):  # trap
 def test_a_folder_without_tokenizer_model_is_refused_and_left_as_it_is(stories, tmp_path):
     (tmp_path / "llama").mkdir()
     (tmp_path / "llama" / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match=r"llama/tokenizer.model: not found; name a folder that"):
+    with pytest.raises(UserError, match=r"llama/tokenizer.model: No such file .* or a model's"):
         prepare_dataset(stories, tmp_path / "d", tokenizer_path=str(tmp_path / "llama"))
     assert [path.name for path in (tmp_path / "llama").iterdir()] == ["tokenizer.json"]
 
@@ -623,7 +621,8 @@ def test_other_settings_start_over_and_another_input_is_refused(options, messy, 
     kill_at(3 * STEPS, *words)
     _, second, *rest = source.read_text().split("\n")
     source.write_text("\n".join([second, second, *rest]))
-    assert "delete this folder to start over" in prepare_in_parts(*words, status=2)
+    out = prepare_in_parts(*words, status=2)
+    assert "the input has changed; delete this folder to start over" in out
 
 
 def test_unusable_leftovers_of_an_unfinished_run_are_no_hindrance(stories, prepared, tmp_path):
@@ -720,9 +719,9 @@ def test_a_ray_cluster_gives_the_same_bytes_though_a_machine_of_it_dies(
         time.sleep(0.05)
         return refine(batch, cfg)
 
-    def checkpoint(progress, *words):
-        counted(progress, *words)
-        if second in cluster.list_all_nodes():  # what it is at, and has done, is lost
+    def checkpoint(progress, *files):
+        counted(progress, *files)
+        if files and second in cluster.list_all_nodes():  # what it is at, and has done, is lost
             cluster.remove_node(second, allow_graceful=False)
 
     with skipped_unless_ray_starts():

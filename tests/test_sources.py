@@ -1039,7 +1039,7 @@ def test_source_code_and_binaries_are_passed_over_and_said(tmp_path):
     documents, tally = read(tmp_path)
     assert documents == ["the text of README\n"]
     assert tally.passed_over == {".py": 2, ".png": 1, ".tex": 1, ".am": 1}
-    assert tally.unread() == "files passed over: 1 .am, 1 .png, 2 .py, 1 .tex"
+    assert tally.lines() == ["files passed over: 1 .am, 1 .png, 2 .py, 1 .tex"]
     (tmp_path / "README").unlink()
     refused("holds no file .*; passed over: 1 .am, 1 .png, 2 .py, 1 .tex", tmp_path)
     assert read(tmp_path / "d.tex")[0] == ["the text of d.tex\n"]
