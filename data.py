@@ -8,7 +8,7 @@
 Each command has its own --help.
 
 A batch is a pure function of (seed, step, micro-step, rank): a killed run has no position to lose.
-Arrays are numpy: B rows of T positions. A training does not load corpus/, only the commands do.
+Arrays are numpy: B rows of T positions.
 """
 
 import bisect
@@ -18,7 +18,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from lib.config import UserError, dispatch, run
+from lib.config import UserError, dispatch
 from lib.folders import open_all
 from lib.tokenizer import IGNORE
 
@@ -31,9 +31,8 @@ MIXTURE_PERIOD = 1024  # rows after which the proportions of a mixture are exact
 class BatchStream:
     """Endless passes over `blocks` rows, each pass in another order.
 
-    A subclass sets `blocks` and says which block stands at a row of the endless stream
-    (`block_at`) and what the batch of some blocks is (`gather`): a dict of arrays with "count",
-    the number of supervised terms in them.
+    A subclass sets `blocks` and says which block stands at a row of the endless stream, `block_at`,
+    and what the batch of some is, `gather`: arrays, and "count", the number of supervised terms.
     """
 
     period = 0  # a batch does not depend on the weights, see `train.fit`
@@ -44,8 +43,7 @@ class BatchStream:
     def batch(self, step, micro=0, rank=0, accumulation=1):
         """Returns the micro-batch of one rank: batch_size rows of the endless stream.
 
-        Micro-steps and ranks count up together, so neither their number changes which rows make up
-        a step of the same global batch.
+        The rows of a step depend on its global batch, not on how many ranks and micro-steps do it.
         """
         first = ((step * accumulation + micro) * self.world_size + rank) * self.batch_size
         return self.gather([self.block_at(row) for row in range(first, first + self.batch_size)])
@@ -240,11 +238,7 @@ def main(argv):
         "retokenize": (prepare.retokenize, prepare.RetokenizeConfig),
         "create_sample_datasets": (samples.create_sample_datasets, samples.SampleFilesConfig),
     }
-    word = argv[0] if argv else ""
-    if not word or word.startswith("-") or word.endswith(".json"):
-        run(prepare.main, prepare.DataConfig, __doc__, argv=argv)
-    else:
-        dispatch(commands, argv, __doc__)
+    dispatch(commands, argv, __doc__, default=(prepare.main, prepare.DataConfig))
 
 
 if __name__ == "__main__":

@@ -162,10 +162,7 @@ def read_chats(path, tally=None):
 
 
 def read_pairs(path, tally=None):
-    """Returns the preference pairs of a file, folder or glob; otherwise as `read_chats`.
-
-    `prompt` holds all that both dialogues share; `chosen` and `rejected` begin with an answer.
-    """
+    """Returns the preference pairs of them; the prompt is all that both dialogues share."""
     return [pair for _, _, pair in usable_rows(path, to_pair, tally)]
 
 

@@ -16,7 +16,7 @@ from corpus.rows import ROW_READERS
 from corpus.sources import USUAL, input_files, read_documents, source_rows, usable_rows
 from lib.config import UserError, read_object
 from lib.conversation import find_template, render_rows, template_of
-from lib.folders import AGAIN, Shards, read_manifest
+from lib.folders import Shards, read_manifest
 from lib.tokenizer import IM_END, IM_START, SPECIALS, Tokenizer
 
 
@@ -47,10 +47,8 @@ def inspect(cfg):
 
 def show_dataset(folder):
     """Prints what a prepared dataset holds; its shards are verified as training does."""
-    splits = [name for name, entries in read_manifest(folder)["splits"].items() if entries]
-    if not splits:
-        raise UserError(f"{folder}: holds no documents; {AGAIN}")
-    shards = [Shards(folder, name) for name in splits][-1]
+    held = [name for name, entries in read_manifest(folder)["splits"].items() if entries]
+    shards = [Shards(folder, name) for name in held or ["train"]][-1]
     print(run_summary(folder, read_object(folder / "stats.json")))
     ids = shards.read(0, min(256, shards.tokens)).tolist()
     text = Tokenizer.load(folder / "tokenizer.model").decode(ids, controls=True)

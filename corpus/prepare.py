@@ -382,7 +382,7 @@ def hold_out(cfg, progress, files):
     left = min(cfg.train_ratio * total, total - 4)  # a character for val, of four bytes at most
     paths = {split: progress.work / f"held_out.{split}.jsonl" for split in SPLITS}
     with open(paths["train"], "wb") as train, open(paths["val"], "wb") as val:
-        for text in chain.from_iterable(map(read_texts, chain(*files.values()))):
+        for text in read_texts(chain(*files.values())):
             size = max(1, len(text.encode()))
             at = max(0, min(len(text), round(len(text) * left / size)))
             if 0 < at < len(text):  # behind a sentence, if val then gets at most twice its share
@@ -403,7 +403,7 @@ def shared_tokenizer(cfg):
     if not (cfg.tokenizer_path and path.exists()):
         if cfg.train_tokenizer:
             return None
-        raise UserError(f"tokenizer_path '{path}': not found, and train_tokenizer is off")
+        raise UserError(f"tokenizer_path '{cfg.tokenizer_path}' is absent: set train_tokenizer")
     # in a folder that lacks this file, as one of another kind of tokenizer, nothing is trained
     tokenizer = Tokenizer.load(path / "tokenizer.model" if path.is_dir() else path)
     if (size := tokenizer.vocab_size) != cfg.vocab_size:
@@ -434,8 +434,7 @@ def make_tokenizer(cfg, progress, files):
 def train_on_sample(cfg, path, files):
     """Trains a tokenizer on a random sample of the texts of FILES. Returns a line on that."""
     share = SAMPLE_BYTES / max(sum(file.stat().st_size for file in files), 1)
-    texts = chain.from_iterable(map(read_texts, files))
-    sample = [text for text in texts if hash_fraction(text, cfg.seed) < share]
+    sample = [text for text in read_texts(files) if hash_fraction(text, cfg.seed) < share]
     size, kind = sum(len(text.encode()) for text in sample), f"of {cfg.vocab_size:,} pieces"
     print(f"training a tokenizer {kind} on {size / 1e6:.1f} MB of text", flush=True)
     train_tokenizer(sample, path, cfg.vocab_size)
@@ -451,11 +450,12 @@ def text_row(text):
     return b'{"text": %b}\n' % JSON.encode(text).encode()
 
 
-def read_texts(path):
-    """Yields the documents of a .jsonl file."""
-    with open(path, "rb") as file:
-        for line in file:
-            yield json.loads(line)["text"]
+def read_texts(files):
+    """Yields the documents of .jsonl files."""
+    for path in files:
+        with open(path, "rb") as file:
+            for line in file:
+                yield json.loads(line)["text"]
 
 
 def encode(cfg, progress, tokenizer, split, files):
@@ -465,7 +465,7 @@ def encode(cfg, progress, tokenizer, split, files):
     """
     entries, work = progress.splits[split], progress.work
     done = totals(entries)["documents"]
-    texts = islice(chain.from_iterable(map(read_texts, files)), done, None)
+    texts = islice(read_texts(files), done, None)
     texts = iter(progress_bar(texts, f"encode {split}", initial=done))
     threads = cfg.workers if isinstance(cfg.workers, int) else os.cpu_count()
     documents = with_ids(texts, tokenizer, threads)

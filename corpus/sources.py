@@ -21,7 +21,7 @@ from pathlib import Path
 from corpus import files
 from corpus.clean import pieces
 from corpus.files import kind_of, package, until_damaged
-from corpus.report import Tally, counted, reasons_of
+from corpus.report import Tally, counted, main_reasons, reasons_of
 from corpus.rows import ROW_READERS, file_rows
 from lib import config
 from lib.config import PositiveFloat, PositiveInt, UserError
@@ -171,13 +171,12 @@ def usable_rows(path, convert, tally=None, max_bad=0.05, least=1):
         else:
             rows.append((where, rule, value))
             tally.unused |= dict.fromkeys(chain(*unused))
-    reasons = sorted(reasons_of(tally.dropped), key=lambda entry: -entry[2])
-    total = len(rows) + sum(count for _, _, count, _ in reasons)
+    total = len(rows) + sum(count for _, _, count, _ in reasons_of(tally.dropped))
     if len(rows) < least or not total or tally.bad_rows > max_bad * total:
-        each = (f"{n} {why} ({first.removeprefix(f'{path} ')})" for _, why, n, first in reasons)
         problem = f"{tally.bad_rows} of {total} rows are unusable"
         problem = problem if rows else f"0 usable rows of {total}"
-        raise UserError(f"{path}: {problem}: {'; '.join(each) or 'it is empty'}")
+        reasons = main_reasons(tally.dropped, path)
+        raise UserError(f"{path}: {problem}: {reasons or 'it is empty'}")
     return rows
 
 

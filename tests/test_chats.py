@@ -716,7 +716,8 @@ def test_inspect_of_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, path, s
 def test_a_misspelled_command_is_named(capsys):
     with pytest.raises(SystemExit):
         data.main(["inspekt"])
-    assert capsys.readouterr().err == "error: unknown command 'inspekt'; did you mean inspect?\n"
+    expected = "error: expected a preset (a .json file) or --key=value, got 'inspekt'\n"
+    assert capsys.readouterr().err == expected
 
 
 # ---- real files

@@ -327,7 +327,7 @@ def test_all_pieces_of_a_document_fall_to_one_side(tmp_path, suffix):
 
 def test_of_a_book_in_pieces_the_end_is_held_out(tmp_path):
     (tmp_path / "book.txt").write_text(long(1, 100))
-    splits, stats = prepare_dataset(tmp_path / "book.txt", tmp_path / "d", max_length=3000)
+    splits, _ = prepare_dataset(tmp_path / "book.txt", tmp_path / "d", max_length=3000)
     assert "\n\n".join(splits["train"] + splits["val"]).split() == long(1, 100).split()
     assert len(splits["val"]) > 2
     held_out = sum(map(len, splits["val"]))
