@@ -403,7 +403,7 @@ def shared_tokenizer(cfg):
     if not (cfg.tokenizer_path and path.exists()):
         if cfg.train_tokenizer:
             return None
-        raise UserError(f"tokenizer_path '{cfg.tokenizer_path}' not found, and train_tokenizer is off")
+        raise UserError(f"tokenizer {cfg.tokenizer_path!r}: not found, and train_tokenizer is off")
     # in a folder that lacks this file, as one of another kind of tokenizer, nothing is trained
     tokenizer = Tokenizer.load(path / "tokenizer.model" if path.is_dir() else path)
     if (size := tokenizer.vocab_size) != cfg.vocab_size:
