@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -24,6 +25,12 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
+
+# OpenMP's threads spin while they wait for each other. Beside a busy process one of them is off its
+# core at times, and the other would spin for it: they sleep instead if the machine is busy now.
+# That changes no result. OpenMP reads it once, when torch loads it.
+if (load := Path("/proc/loadavg")).exists() and int(load.read_text().split()[3].split("/")[0]) > 1:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
@@ -62,6 +69,7 @@ class LoopConfig:
 
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on the blocks' matrices, AdamW elsewhere
     learning_rate: PositiveFloat = 3e-4  # at the top of the schedule
+    adamw_learning_rate: PositiveFloat | None = None  # beside muon; none = learning_rate
     min_lr: NonNegativeFloat | None = None  # at its end; none = a tenth of learning_rate
     # linear rise to the top; none = 100 (fine-tuning: 10), or a tenth of the run if that is less
     warmup_steps: NonNegativeInt | None = None
@@ -172,7 +180,8 @@ def make_optimizers(cfg, model, dtype=torch.float32):
     """Returns the optimizers of cfg.optimizer over the trainable parameters; only matrices decay.
 
     adamw: AdamW for everything. muon: Muon, computing in `dtype`, for the blocks' matrices, AdamW
-    for embedding, head and norms; with the same learning_rate, as in Moonlight (Liu et al. 2025).
+    for embedding, head and norms, whose learning rate is adamw_learning_rate / learning_rate times
+    the schedule's, its `scale`.
     """
     blocks, head, rest = [], [], []
     for name, p in model.named_parameters():  # a tied head has the name of the embedding
@@ -180,11 +189,12 @@ def make_optimizers(cfg, model, dtype=torch.float32):
         if p.requires_grad:
             (head if name == "lm_head.weight" else group).append(p)
     muon, rate = cfg.optimizer == "muon", cfg.learning_rate
+    scale = (cfg.adamw_learning_rate or rate) / rate if muon else 1.0
     groups = [
         {"params": head if muon else head + blocks, "weight_decay": cfg.weight_decay},
         {"params": rest, "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]
+    groups = [group | {"scale": scale} for group in groups if group["params"]]
     adamw = torch.optim.AdamW(groups, rate, betas=(cfg.beta1, cfg.beta2), fused=True)
     return [Muon(blocks, rate, cfg.weight_decay, dtype), adamw] if muon else [adamw]
 
@@ -203,7 +213,7 @@ class Muon(torch.optim.Optimizer):
     TOGETHER = 1 << 24
 
     def __init__(self, params, lr, weight_decay, dtype=torch.float32):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "scale": 1.0})
         self.dtype = dtype  # of the iteration: float32 where bfloat16 would be emulated
 
     @torch.no_grad()
@@ -291,7 +301,7 @@ class State:
         self.bad_steps = 0 if count and math.isfinite(grad_norm) else self.bad_steps + 1
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["scale"]
             if self.bad_steps == 0:
                 self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=not self.gradients.fixed)
@@ -516,6 +526,8 @@ def announce(cfg, model, world):
         compile_model(model)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    if threads and os.environ.get("OMP_WAIT_POLICY") == "PASSIVE":
+        threads += " that sleep while they wait"
     world.say(
         f"device {name}{threads}, {world.size} rank{'s' * (world.size > 1)} | "
         f"{str(dtype)[6:]} ({why}) | attention {attention} ({reason}) | "

@@ -7,6 +7,8 @@ import math
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from data import TokenStream
 from lib.config import UserError, configure, narrow
 from lib.runtime import open_world, tune_cpu
 from lib.tokenizer import Tokenizer
-from model import ModelConfig, linear_cross_entropy, load_model, next_token_loss
+from model import Llama, ModelConfig, linear_cross_entropy, load_model, next_token_loss
 from tests.runs import (
     Run,
     begin_fit,
@@ -27,6 +29,7 @@ from tests.runs import (
     refused,
     tensors,
     training,
+    words,
 )
 from tests.runs import train_to_end as trained
 from train import (
@@ -380,6 +383,26 @@ def test_the_vocabulary_is_that_of_the_data_unless_one_is_named(tmp_path, tiny_d
     assert with_vocab_size(PretrainConfig(vocab_size=99), 384).vocab_size == 99
 
 
+# ---- learning rates
+
+
+def test_adamw_has_a_learning_rate_of_its_own_beside_muon(tmp_path):
+    knobs = {"optimizer": "muon", "max_steps": 1, "warmup_steps": 0, "weight_decay": 0}
+    cfg = configure(PretrainConfig, words(vocab_size=32))
+    torch.manual_seed(cfg.seed)
+    start = dict(Llama(narrow(cfg, ModelConfig)).named_parameters())
+    moved = []
+    for rate in (None, 0.03):
+        out = tmp_path / str(rate)
+        fit(out, Counting(), adamw_learning_rate=rate, learning_rate=0.01, **knobs)
+        weights = load_model(out / "final").named_parameters()
+        moved.append({n: (p - start[n]).abs().max().item() for n, p in weights})
+    for name in start:  # AdamW's first step is its learning rate, whatever the gradient
+        matrix = "proj" in name
+        assert moved[1][name] == pytest.approx(moved[0][name] * (1 if matrix else 3), rel=1e-3)
+        assert matrix or moved[0][name] == pytest.approx(0.01, rel=1e-3)
+
+
 # ---- steps that must not be applied
 
 
@@ -508,3 +531,21 @@ def test_the_cores_are_shared_out_unless_a_number_of_threads_is_asked_for(
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     tune_cpu(ranks)
     assert threads == expected
+
+
+# ---- beside other processes
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/loadavg"), reason="of Linux")
+@pytest.mark.parametrize("given", [None, "ACTIVE"])
+def test_threads_sleep_while_they_wait_if_the_machine_is_busy(given):
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    env |= {"OMP_WAIT_POLICY": given} if given else {}
+    show = "import os, train; print(os.environ.get('OMP_WAIT_POLICY'))"
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        output = subprocess.run([sys.executable, "-c", show], env=env, capture_output=True)
+    finally:
+        busy.kill()
+        busy.wait()
+    assert output.stdout.decode().strip() == (given or "PASSIVE")
