@@ -525,13 +525,15 @@ def announce(cfg, model, world):
     if compiled:
         compile_model(model)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    if threads and os.environ.get("OMP_WAIT_POLICY") == "PASSIVE":
-        threads += " that sleep while they wait"
+    why_not = ""
+    if device.type == "cpu":
+        asleep = " that sleep while they wait" * (os.environ.get("OMP_WAIT_POLICY") == "PASSIVE")
+        name += f", {torch.get_num_threads()} threads{asleep}"
+        why_not = " (a CPU gains little by it)" * (cfg.compile is None)
     world.say(
-        f"device {name}{threads}, {world.size} rank{'s' * (world.size > 1)} | "
+        f"device {name}, {world.size} rank{'s' * (world.size > 1)} | "
         f"{str(dtype)[6:]} ({why}) | attention {attention} ({reason}) | "
-        f"torch.compile {'on' if compiled else 'off'}"
+        f"torch.compile {'on' if compiled else 'off'}{why_not}"
     )
     return dtype
 
