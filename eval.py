@@ -12,7 +12,6 @@ good from better, so read the responses. A part out of reach is "not measured", 
 import gzip
 import hashlib
 import json
-import lzma
 import math
 import random
 import re
@@ -21,9 +20,9 @@ import time
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import chain, groupby, islice, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from textwrap import indent
 from typing import Annotated, Literal
@@ -40,11 +39,10 @@ from corpus.samples import passes
 from corpus.sources import BadRow, Unreachable, usable_rows
 from lib import config
 from lib.config import PositiveInt, Range, UserError, refusing
-from lib.conversation import render, stop_ids
-from lib.curves import panels_of, save_figure
+from lib.conversation import render_prompt, stop_ids
 from lib.runtime import tune_cpu
-from model import KVCache, count_parameters, identify, linear_cross_entropy, row_groups
-from sample import Request, Sampling, generate, open_model, rows_of
+from model import count_parameters, identify, linear_cross_entropy, row_groups
+from sample import Request, Sampling, generate, open_model
 
 
 @dataclass(frozen=True)
@@ -71,18 +69,19 @@ class EvalConfig:
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of weights; 16 bits: faster, less exact
 
 
-# ---- Scores: how likely a model finds given ids, in nats.
-# B batch, T positions, C width, V vocabulary; Q questions, N answers to all of them
+# ---- Scores: how likely a model finds given ids, in nats. B batch, T positions, C width
 
 
-def side_by_side(work, items, device):
-    """Yields work(item) of each item, in order; on a CPU each core works on an item of its own.
+def side_by_side(work, items, rows, device):
+    """Yields work(group) of groups of `rows` items, in order; on a CPU each core works on its own.
 
-    All cores at one item wait for each other after every operation: 1.8 times slower on two.
+    All cores at one group wait for each other after every operation: 1.8 times slower on two.
     """
+    groups = [items[at : at + rows] for at in range(0, len(items), rows)]
     cores = torch.get_num_threads() if device.type == "cpu" else 1
     with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield from pool.map(torch.no_grad()(work), items)  # no_grad acts in its own thread only
+        results = pool.map(torch.no_grad()(work), groups)  # no_grad acts in its own thread only
+        yield from tqdm(results, total=len(groups), unit=" batches", disable=None)
 
 
 def windows(count, context, stride):
@@ -106,64 +105,44 @@ def text_nats(model, ids, first_id, context, stride, rows):
         labels = torch.cat([stream[first + 1 : end + 1] for _, end, first in group])
         return float(linear_cross_entropy(x, weight, labels))
 
-    groups = [cuts[at : at + rows] for at in range(0, len(cuts), rows)]
-    sums = side_by_side(work, groups, weight.device)
-    return sum(tqdm(sums, "perplexity", len(groups), unit=" batches", disable=None))
+    return sum(side_by_side(work, cuts, rows, weight.device))
 
 
 def answer_scores(model, questions, rows):
     """Returns for each question [(log p of the answer in nats, is it the greedy one), ...].
 
     questions: [(context ids, [answer ids, ...])], no list empty; a context and its longest answer
-    may have one id more than the model's positions. `rows` contexts run together.
+    may have one id more than the model's positions. `rows` texts run together. The model reads a
+    context with an answer but for its last id, so answers of one token share one text.
     """
-    longest = [max(map(len, answers)) for _, answers in questions]
-    size = lambda number: (longest[number], len(questions[number][0]))
-    order = sorted(range(len(questions)), key=size, reverse=True)  # like lengths run together
-    if max(longest) > 1:  # each answer gets a copy of its context's keys and values
-        rows = max(1, rows // (1 + max(len(answers) for _, answers in questions)))
-    groups = []
-    for _, same in groupby(order, longest.__getitem__):  # with longer padding some would not fit
-        same = [questions[number] for number in same]
-        groups += [same[at : at + rows] for at in range(0, len(same), rows)]
-    results = side_by_side(partial(group_scores, model), groups, model.lm_head.weight.device)
-    scores = dict(zip(order, chain.from_iterable(results)))
-    return [scores[number] for number in range(len(questions))]
+    texts = {}  # {the ids that are read: the answers}
+    for context, answers in questions:
+        for answer in answers:
+            texts.setdefault((*context, *answer[:-1]), set()).add(tuple(answer))
+    order = sorted(texts.items(), key=lambda item: len(item[0]), reverse=True)  # little padding
+    results = side_by_side(partial(group_scores, model), order, rows, model.lm_head.weight.device)
+    scores = {pair: score for group in results for pair, score in group.items()}
+    return [[scores[(*ids, *a[:-1]), tuple(a)] for a in answers] for ids, answers in questions]
 
 
-def group_scores(model, questions):
-    """As `answer_scores`. A context runs once: its last hidden state predicts the first ids of its
-    answers, the other ids are predicted from copies of its keys and values.
-    """
+def group_scores(model, texts):
+    """Returns {(text, answer): (log p, is it greedy)} of [(ids of a text, its answers), ...]."""
     weight = model.lm_head.weight
-    answers = [ids for _, choices in questions for ids in choices]  # N
-    owner = [number for number, (_, choices) in enumerate(questions) for _ in choices]
-    owner = torch.tensor(owner, device=weight.device)  # (N,), which question an answer belongs to
-    contexts, lengths = padded([ids for ids, _ in questions], weight.device)  # (Q, T)
-    labels, sizes = padded(answers, weight.device)  # (N, longest), (N,)
-    longest, capacity = labels.shape[1], contexts.shape[1] + labels.shape[1] - 1
-    cache = KVCache(model.cfg, len(questions), capacity, weight.device, weight.dtype)
-    x = model.model(contexts, cache=cache)[owner, lengths[owner] - 1][:, None]  # (N, 1, C)
-    if longest > 1:
-        copies = rows_of(cache, owner)
-        copies.lengths, copies.start = lengths[owner], None  # ragged: a length for each row
-        x = torch.cat([x, model.model(labels[:, :-1], cache=copies)], dim=1)  # (N, longest, C)
-    real = torch.arange(longest, device=weight.device) < sizes[:, None]  # the rest is padding
-    pairs = []  # (-log p, is it the likeliest) of every id of every answer
-    for rows, to in row_groups(x[real], labels[real], len(weight)):
-        logits = rows @ weight.T
+    ids = pad_sequence([torch.tensor(text) for text, _ in texts], batch_first=True)
+    x = model.model(ids.to(weight.device))  # (B, T, C); no id looks at the zeros after it
+    pairs = [(row, text, a) for row, (text, answers) in enumerate(texts) for a in answers]
+    x = torch.cat([x[row, len(text) - len(a) : len(text)] for row, text, a in pairs])
+    labels = torch.tensor([id for _, _, answer in pairs for id in answer], device=weight.device)
+    scored = []  # (-log p, is it the likeliest) of every id of every answer
+    for part, to in row_groups(x, labels, len(weight)):
+        logits = part @ weight.T
         losses = F.cross_entropy(logits.float(), to, reduction="none")
-        pairs += zip(losses.tolist(), (logits.argmax(dim=-1) == to).tolist())
-    pairs = iter(pairs)
-    of_answers = (zip(*islice(pairs, len(ids))) for ids in answers)
-    scores = ((-sum(losses), all(greedy)) for losses, greedy in of_answers)
-    return [list(islice(scores, len(choices))) for _, choices in questions]
-
-
-def padded(rows, device):
-    """Returns rows of ids as one tensor, and their lengths. No id looks at the zeros after it."""
-    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    return ids.to(device), torch.tensor([len(row) for row in rows], device=device)
+        scored += zip(losses.tolist(), (logits.argmax(dim=-1) == to).tolist())
+    scored, scores = iter(scored), {}
+    for _, text, answer in pairs:
+        losses, greedy = zip(*islice(scored, len(answer)))
+        scores[text, answer] = -sum(losses), all(greedy)
+    return scores
 
 
 # ---- From answers to accuracies
@@ -188,10 +167,9 @@ def accuracy(chosen, gold, baseline, name):
 
 
 def multiple_choice(scores, sizes, gold, names=None):
-    """Returns accuracies and verdicts from the log-likelihoods `scores` of answers to questions.
+    """Returns accuracies and a verdict from the log-likelihoods `scores` of answers to questions.
 
-    sizes: of the answers, in characters; gold: indices; names: of answers that all questions share,
-    without which there is no prior to remove.
+    sizes: of the answers, in characters; gold: indices; names: of answers that all questions share.
     """
     chosen = [int(np.argmax(row)) for row in scores]
     by_size = [int(np.argmax(np.divide(*pair))) for pair in zip(scores, sizes)]
@@ -200,18 +178,7 @@ def multiple_choice(scores, sizes, gold, names=None):
     always = f"always answering {repr(names[index]) if names else f'number {index + 1}'}"
     result = accuracy(chosen, gold, *max((majority, always), (chance, "guessing")))
     result["accuracy_norm"] = sum(map(int.__eq__, by_size, gold)) / len(gold)
-    result |= {"majority": majority, "chance": chance, "calibrated_accuracy": None}
-    if names:
-        result["majority_answer"] = names[index]
-        result["predicted"] = {name: chosen.count(at) for at, name in enumerate(names)}
-        # less their mean over all questions (after Batch Calibration, Zhou et al. 2024)
-        with np.errstate(invalid="ignore"):  # NaN is refused later
-            log_p = scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
-        chosen = np.argmax(log_p - log_p.mean(axis=0), axis=1).tolist()
-        shuffled = sum(chosen.count(at) * gold.count(at) for at in set(gold)) / len(gold) ** 2
-        without = accuracy(chosen, gold, shuffled, "the same answers in random order")
-        result |= {f"calibrated_{key}": value for key, value in without.items() if key != "n"}
-    return result
+    return result | {"majority": majority, "chance": chance}
 
 
 # ---- Reading texts, questions and prompts
@@ -372,13 +339,6 @@ WORD_OR_NUMBER = re.compile(r"[^\W_]+(?:['.,:][^\W_]+)*")
 SENTENCE_END = re.compile(r"[.!?][\"')*]*(?=\s|$)")
 
 
-def distinct(texts, n):
-    """Returns distinct word n-grams / words over all texts (Li et al. 2016, arXiv:1510.03055)."""
-    texts = [WORD_OR_NUMBER.findall(text.lower()) for text in texts]
-    grams = {tuple(words[at : at + n]) for words in texts for at in range(len(words) - n + 1)}
-    return len(grams) / max(1, sum(map(len, texts)))
-
-
 def score_response(prompt, response, finish):
     """Returns {"score", "parts"}: the mean of the parts, each from 0 to 1; all 0 without words.
 
@@ -424,17 +384,11 @@ def ask_prompts(model, tokenizer, prompts, max_new_tokens=64, seed=0):
     for prompt in prompts:
         text = prompt.prompt if template else prompt.base or prompt.prompt
         rows.append({"prompt": prompt.prompt, "asked": text, "category": prompt.category})
-        if template:
-            messages = [{"role": "user", "content": text}]
-            ids = render(tokenizer, messages, template, add_generation_prompt=True)[0]
-        else:
-            ids = tokenizer.prompt_ids(text)
+        ids = render_prompt(tokenizer, [{"role": "user", "content": text}], template)
         sampling = replace(SAMPLING, seed=zlib.crc32(f"{seed} {prompt.prompt}".encode()))
         requests.append(Request(ids, max_new_tokens, sampling, stop_ids(tokenizer, template)))
-    start = time.perf_counter()
     for at in range(0, len(requests), 64):
         list(generate(model, requests[at : at + 64]))
-    seconds = time.perf_counter() - start
     for prompt, request, row in zip(prompts, requests, rows):
         text = tokenizer.decode(request.ids)
         row["response"] = text.strip() if template else text  # a template may leave a space to it
@@ -445,8 +399,6 @@ def ask_prompts(model, tokenizer, prompts, max_new_tokens=64, seed=0):
         "parts": {key: mean(row["parts"][key] for row in rows) for key in rows[0]["parts"]},
         "by_category": {row["category"]: mean(of(row["category"])) for row in rows},
         "eos_rate": mean(row["finish"] == "stop" for row in rows),
-        "distinct_n": {str(n): distinct([row["response"] for row in rows], n) for n in (1, 2)},
-        "tokens_per_second": sum(len(request.ids) for request in requests) / seconds,
         "settings": {"template": template, "temperature": SAMPLING.temperature, "seed": seed}
         | {"top_p": SAMPLING.top_p, "max_new_tokens": max_new_tokens},
         "responses": rows,
@@ -500,12 +452,10 @@ def main(cfg):
 
 def model_facts(cfg, model, tokenizer):
     shape, counts = model.cfg, count_parameters(model.cfg)
-    sizes = ("n_layer", "d_model", "n_head", "kv_heads", "d_ff")
     facts = {"path": cfg.model_path, "name": shape.model_name, "template": tokenizer.template}
     facts |= {"sha256": identify(cfg.model_path).sha256, "tokenizer_sha256": tokenizer.sha256}
     facts |= {"parameters": counts["total"], "non_embedding": counts["non_embedding"]}
-    facts |= {key: getattr(shape, key) for key in ("sequence_length", "vocab_size")}
-    return facts | {"shape": {key: getattr(shape, key) for key in sizes}}
+    return facts | {"config": asdict(shape)}
 
 
 def rows_at_once(cfg, model, context):
@@ -524,13 +474,12 @@ def prepare_text(cfg, model, tokenizer, path):
     context = cfg.context or limit
     stride = cfg.stride or (context if cfg.fast_mode else max(1, context // 2))
     if context > limit or stride > context:
-        wanted = f"context {context} and stride {stride}"
-        raise UserError(f"{wanted}: need stride <= context <= {limit}, the model's positions")
+        need = f"need stride <= context <= {limit}, the model's positions"
+        raise UserError(f"context {context} and stride {stride}: {need}")
     text = read_text(path)
     size, sha256, part = len(text.encode()), hashlib.sha256(text.encode()).hexdigest(), "all"
     if cfg.fast_mode and size > FAST_BYTES:
         text = text.encode()[:FAST_BYTES].decode("utf-8", "ignore")
-        text = text[: text.rfind("\n") + 1] or text  # whole lines
         part = f"the first {len(text.encode()):,} of {size:,} bytes"
     # as lm-eval: where the tokenizer itself adds BOS, that is predicted too, after another
     opening, first_id = tokenizer.opening if tokenizer.adds_bos else [], start_id(tokenizer)
@@ -561,15 +510,13 @@ def text_result(nats, text, ids, tokenizer):
         # the ids under their own frequencies: the best a model without context can do
         "unigram": rates(-sum(n * math.log(n / tokens) for n in Counter(ids).values())),
         "gzip": rates(byte * len(gzip.compress(raw, 9, mtime=0))),
-        "xz": rates(byte * len(lzma.compress(raw))),
     }
     result, key = rates(nats), "bits_per_byte"
     beaten = ", ".join(name for name in baselines if result[key] < baselines[name][key])
     loss = "" if lossless else "; too low: the tokenizer loses parts of this text"
     result |= {"verdict": f"better than {beaten or 'no baseline'}{loss}", "lossless": lossless}
     result |= {"nats": nats, "tokens": tokens, "words": words, "lines": text.count("\n")}
-    result |= {"bytes": len(raw), "bytes_per_token": len(raw) / tokens}
-    return result | {"baselines": baselines}
+    return result | {"bytes": len(raw), "baselines": baselines}
 
 
 def prepare_task(cfg, model, tokenizer, path):
@@ -611,7 +558,7 @@ def prepare_task(cfg, model, tokenizer, path):
 
 # the main numbers of a part
 MAIN = ("bits_per_byte", "word_perplexity", "token_perplexity", "perplexity")
-MAIN += ("accuracy", "accuracy_norm", "calibrated_accuracy", "score", "eos_rate")
+MAIN += ("accuracy", "accuracy_norm", "score", "eos_rate")
 
 
 def parts_of(results):
@@ -675,7 +622,6 @@ class ResultsConfig:
     """Of `compare` and `assess`."""
 
     files: tuple[str, ...]  # results.json of evaluations, or their folders
-    output: str = ""  # a picture of the comparison, of a kind that matplotlib writes: .png, .svg
 
 
 def read_results(path, exit_code=2):
@@ -711,26 +657,6 @@ def compare(cfg):
         values = [shown_basis(results[part].get(key)) for results in models]
         rows.append([f"{part}.{key}", *values, *["DIFFERENT"] * (len(set(values)) > 1)])
     print(aligned(rows))
-    if cfg.output:
-        save_figure(bars(dict(zip(cfg.files, models))), cfg.output)
-
-
-def bars(models):
-    """Returns the Figure of {name: results}: for each main number a panel, for each model a bar.
-
-    A line across the end of a bar is its 95% interval; a number that was not measured has no bar.
-    """
-    numbers, none = [main_numbers(results) for results in models.values()], (math.nan, math.nan)
-    figure, panels = panels_of(dict.fromkeys(chain.from_iterable(numbers)))
-    for place, axes in panels.items():
-        part, _, key = place.rpartition(".")
-        key = key.removesuffix("accuracy") + "ci95"
-        parts = [parts_of(results).get(part, {}) for results in models.values()]
-        low, high = np.transpose([part.get(key, none) for part in parts])
-        y = np.array([values.get(place, math.nan) for values in numbers])
-        errors = np.clip([y - low, high - y], 0, None)  # rounding may go below 0
-        axes.bar([*models], y, yerr=errors, capsize=6, color=[f"C{n}" for n in range(len(y))])
-    return figure
 
 
 ADVICE = """

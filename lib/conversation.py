@@ -92,8 +92,11 @@ def render(tokenizer, messages, template, add_generation_prompt=False):
 def render_prompt(tokenizer, messages, template):
     """Returns the ids up to where the model writes: its answer, or the rest of a last one, begun.
 
-    A begun answer loses its end of turn, and the white space before that.
+    A begun answer loses its end of turn, and the white space before that. Without a template a
+    model continues all contents in one.
     """
+    if template is None:
+        return tokenizer.prompt_ids("".join(message["content"] for message in messages))
     if messages[-1]["role"] != "assistant":
         return render(tokenizer, messages, template, add_generation_prompt=True)[0]
     opening, _ = render(tokenizer, messages[:-1], template, add_generation_prompt=True)

@@ -50,11 +50,15 @@ def figure_of(runs, x):
 
     Thin lines are the single log steps, thick ones their running mean, dots validations.
     """
+    from matplotlib.figure import Figure  # slow to import, and needed once
+
     columns = dict.fromkeys(name.removeprefix("val_") for run in runs.values() for name in run)
-    columns = [column for column in columns if column not in ("step", "tokens", "seconds")]
-    figure, panels = panels_of(columns)
-    for column, axes in panels.items():
-        axes.set_xlabel(x)
+    panels = [column for column in columns if column not in ("step", "tokens", "seconds")]
+    rows = math.ceil(len(panels) / 3)
+    figure = Figure((12, 1 + 2.7 * rows), layout="constrained")
+    for place, column in enumerate(panels, 1):
+        axes = figure.add_subplot(rows, 3, place, title=column, xlabel=x)
+        axes.grid(alpha=0.3)
         for number, (name, points) in enumerate(runs.items()):
             if column in points:
                 (at, y), colour = points[column], f"C{number}"
@@ -66,24 +70,6 @@ def figure_of(runs, x):
     return figure
 
 
-def panels_of(titles):
-    """Returns (Figure, {title: Axes}): a panel for each title, three side by side."""
-    from matplotlib.figure import Figure  # slow to import, and needed once
-
-    rows = math.ceil(len(titles) / 3)
-    figure = Figure((12, 1 + 2.7 * rows), layout="constrained")
-    panels = {name: figure.add_subplot(rows, 3, n, title=name) for n, name in enumerate(titles, 1)}
-    for axes in panels.values():
-        axes.grid(alpha=0.3)
-    return figure, panels
-
-
-def save_figure(figure, output):
-    """Writes a Figure to a file; its suffix says in which format. UserError if it can't be."""
-    with refusing((OSError, ValueError), f"output {output}: not drawn", "name a .png or .svg"):
-        figure.savefig(output)
-
-
 def running_mean(y):
     """Returns the means of y (N,) over windows of N / 40 points, narrower at the ends."""
     window = np.ones(max(1, len(y) // 40))
@@ -91,8 +77,10 @@ def running_mean(y):
 
 
 def draw_curves(folders, x, output):
-    """Draws the runs in `folders` to `output`."""
-    save_figure(figure_of({str(folder): read_run(folder, x) for folder in folders}, x), output)
+    """Draws the runs in `folders` to `output`; its suffix says in which format."""
+    figure = figure_of({str(folder): read_run(folder, x) for folder in folders}, x)
+    with refusing((OSError, ValueError), f"output {output}: not drawn", "name a .png or .svg"):
+        figure.savefig(output)
 
 
 def curves(cfg):

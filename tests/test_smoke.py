@@ -200,10 +200,7 @@ def test_a_run_gives_every_prompt_a_score_and_the_same_again(model, tiny_tokeniz
         assert value == pytest.approx(sum(row["parts"][name] for row in rows) / 10)
     assert result["by_category"].keys() == {prompt.category for prompt in prompts}
     assert result["eos_rate"] == sum(row["finish"] == "stop" for row in rows) / 10
-    assert result["distinct_n"].keys() == {"1", "2"}
-    assert result["tokens_per_second"] > 0
-    assert json.loads(json.dumps(result, allow_nan=False)) == result
-    assert {**again, "tokens_per_second": 0} == {**result, "tokens_per_second": 0}
+    assert json.loads(json.dumps(result, allow_nan=False)) == result == again
 
 
 @pytest.mark.parametrize("template", [None, "chatml", "instruct", "chat"])
