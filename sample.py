@@ -31,7 +31,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lib.config import Fraction, PositiveInt, Range, UserError, narrow, read_object, run
+from lib.config import Fraction, PositiveInt, Range, UserError, narrow, read_object, refusing, run
 from lib.conversation import render, stop_ids, template_notes
 from lib.runtime import choose_device, choose_dtype
 from lib.tokenizer import Tokenizer
@@ -53,6 +53,12 @@ class Sampling:
     top_p: Annotated[float, Range(0, 1, open_low=True)] = 0.95  # the likeliest up to p; 1 = off
     min_p: Fraction = 0.0  # only tokens at least min_p times as likely as the likeliest
     seed: Annotated[int, Range(0, 2**64 - 1)] | None = None  # none = a fresh one
+
+    def seeded(self, count):
+        """Returns `count` Samplings; their seeds count up from ours, or from a fresh one."""
+        seed = secrets.randbits(32) if self.seed is None or self.seed < 0 else self.seed
+        rules = narrow(self, Sampling)
+        return [replace(rules, seed=(seed + row) % 2**64) for row in range(count)]
 
 
 # A rule is a field above, its number here and its line in `keep`. The number, a function of a row's
@@ -419,7 +425,7 @@ class Engine:
     A row that has ended computes on until another takes its slot: its tokens are thrown away, its
     position stays in bounds. On a CPU slots above the last one in use are left out. With `graphs`
     all shapes are fixed: the cache is read through a window that grows by doubling. On CUDA a step
-    is then compiled and captured once for each window and Branches.
+    is then compiled and captured once for each window and arguments of `_step`.
     """
 
     def __init__(self, model, slots, limit=None, graphs=False, chunk=512):
@@ -453,14 +459,12 @@ class Engine:
         """Puts requests into free slots, which it returns. UserError for a prompt too long."""
         for request in requests:
             length = len(request.prompt)
-            assert length, "a prompt holds BOS at least"
             if length + min(1, request.max_new_tokens) > self.limit:
                 problem = f"{length} tokens (BOS included) leave no room for an answer"
                 raise UserError(f"prompt: {problem} in a context of {self.limit}; shorten it")
-        assert len(self.free) >= len(requests), f"{len(requests)} requests, {len(self.free)} slots"
         slots = self.free[: len(requests)]
         self.joining = [slot for slot in self.joining if slot not in slots] + slots
-        for slot, request in zip(slots, requests):
+        for slot, request in zip(slots, requests, strict=True):
             self.requests[slot], self.fed[slot] = request, 0
             request.logprobs = [(None, [])] * request.echo  # nothing tells a prompt's first id
         return slots
@@ -577,11 +581,6 @@ class Engine:
         history.scatter_(1, position, tokens)
         return None if top is None else log_probs(own, tokens, top)
 
-    def rehearse(self, *samplings):
-        """Answers to nobody, up to the last position: captures the graphs for these settings."""
-        for sampling in samplings:
-            list(generate(self.model, [Request([0], self.limit, sampling)], self))
-
     def _replay(self, *step):
         """Takes a step as a CUDA graph. The first time it is compiled and captured, after three
         trial runs, which leave nothing but keys and values to be overwritten.
@@ -647,18 +646,16 @@ def open_model(folder, device="auto", dtype="auto", compile=False):
     Engines write no control id, which has no text, but those that end an answer.
     """
     device = choose_device(device)
-    if dtype == "int8" and device.type != "cpu":
-        raise UserError(f"dtype=int8 is for a CPU, not for {device.type}; use --dtype=auto")
-    if dtype == "int8" and "fbgemm" not in torch.backends.quantized.supported_engines:
-        raise UserError("dtype=int8 needs FBGEMM, which torch has on x86; use --dtype=auto")
+    engines = torch.backends.quantized.supported_engines if device.type == "cpu" else ()
+    if dtype == "int8" and "fbgemm" not in engines:
+        raise UserError(f"dtype=int8 is for x86 CPUs, not for this {device.type}; use --dtype=auto")
     if compile and device.type != "cuda":
         raise UserError(f"compile: CUDA graphs need CUDA, this is {device.type}; leave it off")
     path = model_folder(folder) / "config.json"  # an adapter's folder has none, and merges in fp32
     hf = read_object(path) if path.is_file() else {}
     in_bf16 = (hf.get("dtype") or hf.get("torch_dtype")) == "bfloat16"
-    exact = device.type == "cpu" and dtype == "auto" and not in_bf16
-    wanted = "fp32" if exact or dtype == "int8" else dtype
-    chosen, reason = choose_dtype(wanted, device)
+    exact = dtype == "int8" or (device.type == "cpu" and dtype == "auto" and not in_bf16)
+    chosen, reason = choose_dtype("fp32" if exact else dtype, device)
     if "slower" in reason:
         note(f"dtype={dtype}: {reason}")
     model = load_model(folder, device, chosen, mapped=True)
@@ -793,7 +790,7 @@ class Chat:
         self.engine, self.system, self.turns = Engine(model, 1, graphs=cfg.compile), [], []
         self.longest = cfg.max_new_tokens or 512
         self.person = sys.stdin.isatty() and not cfg.prompt  # else a pipe, or a single question
-        (self.sampling,) = cfg.samplings()
+        (self.sampling,) = cfg.seeded(1)
         for line in template_notes(tokenizer, cfg.model_path):
             note(line)
         if cfg.system:
@@ -817,11 +814,8 @@ class Chat:
             self.ask(self.turns[-2]["content"], self.turns[:-2])
         elif word == "/save":
             row, path = {"messages": self.system + self.turns}, text.strip()
-            try:
-                with open(path, "a", encoding="utf-8", newline="\n") as file:
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            except OSError as problem:
-                raise UserError(f"/save: {path!r}: {problem.strerror}; name a file") from None
+            with refusing(OSError, line, "name a file"), open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
         elif word and word != "/quit":
             self.ask(line, self.turns)
         return word != "/quit"
@@ -845,8 +839,7 @@ class Chat:
             if first and len(ids) < limit:  # else the engine refuses the question
                 note(f"(the context of {limit} tokens is full: the oldest turns are forgotten)")
             turns = turns[first:]
-        ends = stop_ids(self.tokenizer, self.template)
-        request = Request(ids, self.longest, self.sampling, ends)
+        request = Request(ids, self.longest, self.sampling, stop_ids(self.tokenizer, self.template))
         reply = Reply(self.tokenizer, self.cfg.stop, trim=self.template is not None)
         (answer,) = print_replies(self.engine, [request], [reply])
         self.sampling = replace(self.sampling, seed=(self.sampling.seed + 1) % 2**64)
@@ -905,12 +898,6 @@ class SampleConfig(Sampling):
         if self.system and not self.chat:
             raise ValueError("system is for --chat: a prompt alone is continued as it stands")
 
-    def samplings(self):
-        """Returns a Sampling for each sample; their seeds count up from ours, or a fresh one."""
-        seed = secrets.randbits(32) if self.seed is None else self.seed
-        rules = narrow(self, Sampling)
-        return [replace(rules, seed=(seed + row) % 2**64) for row in range(self.num_samples)]
-
 
 def main(cfg):
     model, tokenizer = open_model(cfg.model_path, cfg.device, cfg.dtype, cfg.compile)
@@ -919,7 +906,7 @@ def main(cfg):
         return chat.ask(cfg.prompt, []) if cfg.prompt else converse(chat)
     prompt, longest = tokenizer.prompt_ids(cfg.prompt), cfg.max_new_tokens or 64
     ends = stop_ids(tokenizer, tokenizer.template)
-    requests = [Request(prompt, longest, rules, ends) for rules in cfg.samplings()]
+    requests = [Request(prompt, longest, rules, ends) for rules in cfg.seeded(cfg.num_samples)]
     engine = Engine(model, len(requests), len(prompt) + longest, graphs=cfg.compile)
     print_replies(engine, requests, [Reply(tokenizer, cfg.stop) for _ in requests])
     if any(request.finish == "stopped" for request in requests):

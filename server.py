@@ -27,7 +27,7 @@ import traceback
 from collections import Counter, namedtuple
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -41,7 +41,7 @@ from lib.config import PositiveFloat, PositiveInt, Range, UserError
 from lib.conversation import check_messages, render_prompt, stop_ids, template_notes, template_of
 from lib.tokenizer_json import template_text
 from model import model_folder
-from sample import Engine, Reply, Request, Sampling, open_model
+from sample import Engine, Reply, Request, Sampling, generate, open_model
 
 
 class ApiError(UserError):
@@ -68,6 +68,7 @@ MEANT = [("top_k", -1, 0), ("top_p", 0, 1e-9), ("model", "", None), ("stop", "",
 MEANT += [("max_tokens", -1, None), ("max_completion_tokens", -1, None), ("best_of", 1, None)]
 MEANT += [("tools", [], None), ("tool_choice", "none", None), ("tool_choice", "auto", None)]
 MEANT += [("response_format", {"type": "text"}, None), ("suffix", "", None)]
+FORMATS = '{"type": "json_object"} or {"type": "json_schema", "json_schema": {"schema": {...}}}'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,19 +142,17 @@ class Api:
             low = option.limits.low + 0.01 * option.limits.open_low  # for a slider
             settings[name] = {"min": low, "max": option.limits.high, "default": option.default}
         card = {"id": self.name, "object": "model", "created": self.started, "owned_by": "mini-llm"}
-        ours = {"context_length": self.context, "template": self.template, "settings": settings}
-        return card | ours
+        card |= {"context_length": self.context, "template": self.template}
+        return card | {"settings": settings}
 
     def health(self):
         return {"status": "ok", "model": self.name, "context_length": self.context}
 
     def tokenizer_info(self):
         """Returns what lm-eval asks about a tokenizer that it can't load itself."""
-        ids = {role: getattr(self.tokenizer, f"{role}_id") for role in ("bos", "eos", "pad")}
-        name = lambda id: None if id is None else self.tokenizer.pieces[id]
-        info = {f"{role}_token": name(id) for role, id in ids.items()}
+        ids, pieces = self.tokenizer.special_ids, self.tokenizer.pieces
         template = self.template and template_text(self.tokenizer, self.template, generation=False)
-        return info | {"chat_template": template}
+        return {f"{role}_token": pieces[ids[role]] for role in ids} | {"chat_template": template}
 
     def tokenize(self, body, disconnected):
         fields = self.read(TokenFields, body)
@@ -161,10 +160,9 @@ class Api:
             ids = self.conversation(fields.messages)
         else:
             require(fields.prompt is not None, "prompt is missing", "prompt")
-            opening = self.tokenizer.opening if fields.add_special_tokens else []
             control = self.tokenizer.controls.get(fields.prompt)  # lm-eval asks so for BOS's id
             text = self.tokenizer.encode(fields.prompt) if control is None else [control]
-            ids = [*opening, *text]
+            ids = (self.tokenizer.opening if fields.add_special_tokens else []) + text
         return {"tokens": ids, "count": len(ids), "max_model_len": self.context}
 
     def detokenize(self, body, disconnected):
@@ -214,18 +212,15 @@ class Api:
                 require(right, "content must be a text, or a list of texts", "messages")
                 parts = "".join(part["text"] for part in parts)
             message["content"] = "" if parts is None else parts
-        text = "".join(str(message["content"]) for message in messages)
         # an empty system prompt is none, and an empty answer no reason to end the conversation
-        messages = [m for m in messages if str(m["content"]).strip() or m.get("role") == "user"]
-        check_messages(messages)
-        if self.template is None:
-            return self.ids_of(text)
-        return render_prompt(self.tokenizer, messages, self.template)
+        turns = [m for m in messages if str(m["content"]).strip() or m.get("role") == "user"]
+        check_messages(turns)
+        return render_prompt(self.tokenizer, turns if self.template else messages, self.template)
 
     def steering(self, fields):
         """Returns the arguments of a Row by which a request's fields change the logits."""
         penalties = fields.frequency_penalty, fields.presence_penalty
-        grammar = self.grammar(fields.response_format)
+        grammar = None if fields.response_format is None else self.grammar(fields.response_format)
         if not (any(penalties) or fields.logit_bias or grammar):
             return {}
         bias = torch.zeros(self.tokenizer.vocab_size)
@@ -238,19 +233,12 @@ class Api:
 
     def grammar(self, wanted):
         """Returns llguidance's matcher of JSON, or of a schema, for a response_format."""
-        if wanted is None:
-            return None
         with config.refusing(ImportError, "response_format", "pip install llguidance"):
             from llguidance import LLMatcher
-        match wanted:
-            case {"type": "json_object"}:
-                schema = {"type": "object"}
-            case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
-                pass
-            case _:
-                form = '{"type": "json_schema", "json_schema": {"schema": {...}}}'
-                form = f'expected {{"type": "json_object"}} or {form}'
-                raise ApiError(f"response_format: {form}", "response_format")
+        schema = {"type": "object"} if wanted == {"type": "json_object"} else None
+        if wanted.get("type") == "json_schema" and isinstance(wanted.get("json_schema"), dict):
+            schema = wanted["json_schema"].get("schema")
+        require(isinstance(schema, dict), f"response_format must be {FORMATS}", "response_format")
         style = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
         grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=style)
         return LLMatcher(self.vocabulary, grammar, log_level=0)
@@ -273,18 +261,15 @@ class Api:
         count, most = len(prompts) * n, self.scheduler.room
         require(count <= most, f"{count} rows in one request; the queue holds {most}", "n")
         param = "max_new_tokens" if isinstance(fields, GenerateFields) else "max_tokens"
-        rules = config.narrow(fields, Sampling)
-        first = secrets.randbits(32) if rules.seed is None or rules.seed < 0 else rules.seed
         call = Call(disconnected, time.monotonic() + self.seconds, fields.stream)
         more |= self.steering(fields)
-        for number, prompt in enumerate(prompt for prompt in prompts for _ in range(n)):
+        for sampling, prompt in zip(fields.seeded(count), (p for p in prompts for _ in range(n))):
             size, room = len(prompt), self.context - len(prompt)
             longest = room if wanted is None else min(wanted, room) if cut else wanted
             message = f"This model's maximum context length is {self.context} tokens; the prompt "
             message += f"has {size}, which leaves {max(0, room)}: shorten it or ask for less"
             fits = longest <= room and (room > 0 or wanted == 0)
             require(fits, message, param, "context_length_exceeded")
-            sampling = replace(rules, seed=(first + number) % 2**64)
             reply = Reply(self.tokenizer, fields.stop, trim)
             call.rows.append(Row(call, reply, prompt, longest, sampling, self.ends, **more))
         self.scheduler.submit(call)
@@ -457,7 +442,7 @@ class Row(Request):
         self.call, self.index, self.reply = call, len(call.rows), reply
         self.tokens, self.text, self.sent_at, self.end = [], "", 0.0, []
         if bias is not None:
-            self.bias, self.sums, self.penalties = bias, bias.clone(), penalties
+            self.penalties, self.sums = penalties, bias.clone()
             self.grammar = grammar and grammar.deep_copy()
             self.steer()
 
@@ -497,8 +482,8 @@ class Row(Request):
         """Sends what is new: text and tokens. In the end some may be cut off with their text."""
         whole = self.finish and not self.reply.cut
         tokens = [token for token in self.tokens if whole or token.start < self.reply.shown]
-        ended = self.finish, self.end if self.finish else []
-        self.call.inbox.put(Piece(self.index, not self.sent_at, self.text, tokens, *ended))
+        parts = self.index, not self.sent_at, self.text, tokens, self.finish, self.end
+        self.call.inbox.put(Piece(*parts))
         self.tokens, self.text, self.sent_at = self.tokens[len(tokens) :], "", time.monotonic()
 
 
@@ -511,7 +496,8 @@ class Scheduler:
     def __init__(self, model, slots, room, graphs=False):
         self.slots, self.room, self.engine = slots, room, Engine(model, slots, graphs=graphs)
         if graphs:  # no request waits for a compiler
-            self.engine.rehearse(Sampling(), Sampling(temperature=0))
+            for sampling in (Sampling(), Sampling(temperature=0)):
+                list(generate(model, [Request([0], self.engine.limit, sampling)], self.engine))
         self.rows, self.changed = [], threading.Condition()  # which guards them
         self.closing, self.prompt_tokens, self.new_tokens = False, 0, 0
 
@@ -902,8 +888,8 @@ def main(cfg):
         kind = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
         logits = model(scheduler.engine.tokens[:1] * 0).detach().float().cpu().numpy()
         api.fingerprint = f"fp_{hashlib.sha256(logits.tobytes()).hexdigest()[:12]}"
-        size = f"context {api.context}, {cfg.slots} slots"
-        print(f"{url}  {name}, template {api.template or 'none'}; {kind}, {size}", flush=True)
+        kind += f", context {api.context}, {cfg.slots} slots"
+        print(f"{url}  {name}, template {api.template or 'none'}; {kind}", flush=True)
         scheduler.run()  # in the thread that loaded the model: OpenMP keeps threads for each
         time.sleep(0.5)  # last words are being sent, and whoever has just called is told
 

@@ -217,7 +217,6 @@ def test_fixed_shapes_cross_a_window(monkeypatch):
     model = build(replace(BASE, n_layer=1, sequence_length=300))
     prompt, windows = (PROMPTS[6] * 20)[:250], []
     engine = Engine(model, 1, graphs=True)
-    engine.rehearse(PLAIN, GREEDY)
     monkeypatch.setattr(
         engine,
         "step",
