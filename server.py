@@ -38,8 +38,14 @@ import torch
 
 from lib import config
 from lib.config import PositiveFloat, PositiveInt, Range, UserError
-from lib.conversation import check_messages, render_prompt, stop_ids, template_notes, template_of
-from lib.tokenizer_json import template_text
+from lib.conversation import (
+    check_messages,
+    find_template,
+    render_prompt,
+    stop_ids,
+    template_notes,
+    template_of,
+)
 from model import model_folder
 from sample import Engine, Reply, Request, Sampling, generate, open_model
 
@@ -151,7 +157,7 @@ class Api:
     def tokenizer_info(self):
         """Returns what lm-eval asks about a tokenizer that it can't load itself."""
         ids, pieces = self.tokenizer.special_ids, self.tokenizer.pieces
-        template = self.template and template_text(self.tokenizer, self.template, generation=False)
+        template = self.template and find_template(self.tokenizer, self.template).plain_text()
         return {f"{role}_token": pieces[ids[role]] for role in ids} | {"chat_template": template}
 
     def tokenize(self, body, disconnected):

@@ -64,7 +64,7 @@ def ours(cfg):
 
 
 def our_step(state, loop, world, batch, loss_fn):
-    forward_backward(state, [batch], loss_fn, batch["count"], CPU, torch.float32)
+    forward_backward(state, batch, loss_fn, batch["count"], CPU, torch.float32)
     state.update(RATE, state.clip(loop.max_grad_norm), batch["count"])
 
 

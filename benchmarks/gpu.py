@@ -244,7 +244,7 @@ def stepper(cfg, device, model=None, loss_fn=next_token_loss, batch=None):
     def take(step):
         now = coming.pop()
         count = sum(b["count"] for b in now)
-        loss = forward_backward(state, now, loss_fn, count, device, dtype)
+        loss = sum(forward_backward(state, b, loss_fn, count, device, dtype) for b in now)
         coming.append(batches(step + 1))  # while the GPU computes, as in fit
         state.update(cfg.learning_rate, state.clip(cfg.max_grad_norm), count)
         return loss

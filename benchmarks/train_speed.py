@@ -104,7 +104,7 @@ def ours(words, cfg, folder, until_end):
     state = train.State(loop, model, world, dtype)
 
     def step(batch):
-        loss = forward_backward(state, [batch], next_token_loss, batch["count"], CPU, dtype)
+        loss = forward_backward(state, batch, next_token_loss, batch["count"], CPU, dtype)
         state.update(loop.learning_rate, state.clip(loop.max_grad_norm), batch["count"])
         return loss.item()
 

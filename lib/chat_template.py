@@ -1,4 +1,4 @@
-"""A folder's own chat template, Jinja by anybody, rendered to ids as transformers does.
+"""A chat template, Jinja by anybody, rendered to ids as transformers does; and ours as Jinja.
 
 It runs in jinja2's sandbox, for a second at most. Its text is cut at the spellings of control
 tokens, and no content brings one: a character that occurs nowhere else stands inside each spelling
@@ -15,11 +15,13 @@ from functools import partial
 from itertools import accumulate, compress, count, islice
 
 import jinja2
-from jinja2 import ext, meta, nodes
+import numpy as np
+from jinja2 import ext, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from lib.config import UserError, refusing
-from lib.conversation import is_learned, shared_length
+from lib.conversation import ROLES, is_learned, shared_length
+from lib.tokenizer import SPECIALS
 from lib.tokenizer_json import special_tokens
 
 SECONDS = 1.0  # the longest time for one conversation
@@ -71,10 +73,10 @@ def refuse(message):
 @contextmanager
 def time_limit(seconds):
     """Raises TimeoutError in a template that runs longer, whatever it loops over."""
-    end, before = time.thread_time() + seconds, sys.gettrace()
+    end, before, events = time.thread_time() + seconds, sys.gettrace(), count()
 
     def trace(frame, event, arg):
-        if time.thread_time() > end:
+        if next(events) % 64 == 0 and time.thread_time() > end:  # the clock is slow to read
             raise TimeoutError(f"it takes longer than {seconds:g} s")
         return trace if frame.f_code.co_filename == "<template>" else None
 
@@ -97,24 +99,22 @@ def learned_spans(spans, messages):
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer's folder; UserError if it is no Jinja.
+    """The Jinja `source`, or that named "default" of a folder's list, for a tokenizer.
 
-    source: Jinja, or several by name, of which "default" counts: {name: Jinja} or a list
+    UserError if it is no Jinja. `end` is the id that it writes after an answer, or None.
     """
 
     def __init__(self, tokenizer, source):
         if isinstance(source, list):
-            source = {entry.get("name"): entry.get("template") for entry in source}
-        source = source.get("default") if isinstance(source, dict) else source
+            source = {entry.get("name"): entry.get("template") for entry in source}.get("default")
         if not isinstance(source, str):
             problem = "its folder names a chat template and has none, or none named default"
             raise UserError(f"{tokenizer.source}: {problem}")
         self.source, self.controls = source, tokenizer.controls
-        self.special_tokens, environment = special_tokens(tokenizer), Sandbox()
+        self.special_tokens = special_tokens(tokenizer)
         # the compiler computes constants, which may fail in every way
         with refusing(Exception, f"{tokenizer.source}: its folder's chat template is not Jinja"):
-            self._template = environment.from_string(source)
-            self._variables = meta.find_undeclared_variables(environment.parse(source))
+            self._template = Sandbox().from_string(source)
         self._set_patterns(tokenizer.added)
         _, _, after = self._write(ONE_TURN, "  ").rpartition(ONE_TURN[-1]["content"])
         end = self._specials.search(after)
@@ -124,34 +124,24 @@ class ChatTemplate:
         symbols = sorted(filter(None, self.controls), key=len, reverse=True)  # the longest wins
         space = lambda symbol, flag: r"\s*" if added.get(symbol, {}).get(flag) else ""
         spaced = [space(s, "lstrip") + re.escape(s) + space(s, "rstrip") for s in symbols]
-        spelled = "|".join(map(re.escape, symbols)) or "(?!)"
-        self._specials = re.compile(f"({'|'.join(spaced) or '(?!)'})")
-        self._inside = re.compile(f"(?=(?:{spelled})).", re.DOTALL)
-        self._turn_end = re.compile(rf"(?:{spelled})(\s+)\Z")
+        self._specials = re.compile(f"({'|'.join(spaced)})")
+        self._turn_end = re.compile(rf"(?:{'|'.join(map(re.escape, symbols))})(\s+)\Z")
         self._starts = tuple({s[:n] for s in symbols for n in range(1, len(s))})
         self._ends = tuple({s[n:] for s in symbols for n in range(1, len(s))})
 
     def _id(self, special):
         return self.controls[special if special in self.controls else special.strip()]
 
-    def end_of_turn(self, tokenizer):
-        """Returns the id that the template writes after an answer, or None."""
-        return self.end
-
     @property
     def notes(self):
         """Sentences on where template and tokenizer do not fit."""
-        names = sorted(name for name in self._variables if name.endswith("_token"))
-        missing = [name for name in names if name not in self.special_tokens]
-        notes = [f"the chat template writes {name}: this tokenizer has none" for name in missing]
-        if self.end is None:
-            notes.append("the chat template ends an answer with no control token of this tokenizer")
-        return notes
+        note = "the chat template ends an answer with no control token of this tokenizer"
+        return [note] if self.end is None else []
 
-    def text(self, generation=True):
-        """Returns the Jinja source; without `generation` for programs that know no such block."""
+    def plain_text(self):
+        """Returns the source for programs that know no {% generation %}, a tag of transformers."""
         plain = lambda tag: f"{tag[1]}{'endif' if tag[2] else 'if true'}{tag[3]}"
-        return self.source if generation else GENERATION.sub(plain, self.source)
+        return GENERATION.sub(plain, self.source)
 
     def render(self, tokenizer, messages, add_generation_prompt=False):
         """Returns (ids, mask), see lib.conversation.render. UserError if the template refuses.
@@ -176,7 +166,9 @@ class ChatTemplate:
 
         A template may trim it.
         """
-        content = self._inside.sub(lambda letter: letter[0] + escape, content)
+        for symbol in filter(None, self.controls):
+            while symbol in content:  # they may overlap
+                content = content.replace(symbol, symbol[0] + escape + symbol[1:])
         body = content.strip()
         inside = any(body in symbol for symbol in self.controls)
         before = escape if inside or body.startswith(self._ends) else ""
@@ -219,13 +211,51 @@ class ChatTemplate:
         spans = [[end - text.count(escape, 0, end) for end in span] for span in spans]
         ids, mask, at = [], [], 0  # positions do not count escapes
         for number, part in enumerate(self._specials.split(text)):
-            plain, new, places = part.replace(escape, ""), [], []
+            plain, after = part.replace(escape, ""), ids[-1] if ids else None
             if number % 2:
-                new, places = [self._id(part)], [(0, len(part))]
+                new, starts, ends = [self._id(part)], np.zeros(1), np.array([len(part)])
             elif plain:
-                new, places = tokenizer.encode_spans(plain, ids[-1] if ids else None)
+                new, starts, ends = tokenizer.encode_spans(plain, after)
+            else:
+                continue
+            learned = np.zeros(len(new), int)
+            for a, b in spans:
+                learned |= (starts < b - at) & (ends > a - at)
             ids += new
-            near = [(a - at, b - at) for a, b in spans if a < at + len(plain) and b > at]
-            mask += [int(any(a < end and b > start for a, b in near)) for start, end in places]
+            mask += learned.tolist()
             at += len(plain)
         return ids, mask
+
+
+def jinja(template, bos=True):
+    """Returns one of our templates as Jinja, which raises for what `render` refuses.
+
+    bos: whether a text begins with BOS.
+    """
+
+    def put(text):
+        if text == SPECIALS["eos"]:
+            return "{{ eos_token }}"
+        return f"{{{{ {json.dumps(text)} }}}}" if text else ""
+
+    def refuse(problem):
+        return f"{{{{ raise_exception({json.dumps(problem)}) }}}}"
+
+    def message(role):
+        head = template.heads[role].rstrip(" ")  # the space is the model's to write
+        space = template.heads[role][len(head) :]
+        body = f"{put(space)}{{{{ content | trim }}}}{put(template.ends[role])}"
+        if role == "assistant":
+            body = f"{{% generation %}}{body}{{% endgeneration %}}"
+        return f"{{% elif message['role'] == '{role}' %}}{put(head)}{body}"
+
+    unknown = refuse(f"role must be one of {', '.join(ROLES)}")
+    return (
+        f"{'{{ bos_token }}' if bos else ''}{{% for message in messages %}}"
+        f"{{% if not loop.first %}}{put(template.between)}{{% endif %}}"
+        "{% set content = message['content'] %}"
+        "{% if content is not string or not content | trim %}"
+        f"{refuse('content must be text that is not empty')}"
+        f"{''.join(map(message, ROLES))}{{% else %}}{unknown}{{% endif %}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{put(template.prompt)}{{% endif %}}"
+    )

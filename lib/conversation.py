@@ -1,12 +1,9 @@
 """A conversation as ids: `render`, the one function for training, chat, server and evaluation.
 
-Four templates are ours, which a folder names; the one that a foreign folder brings as Jinja is in
-lib/chat_template.py. Both put control ids together with texts, which are encoded apart, so that no
-text can forge one.
+A template is Jinja, which lib/chat_template.py renders: a foreign folder brings its own, four are
+ours. No text can forge a control token.
 """
 
-import re
-from functools import partial
 from typing import NamedTuple
 
 from lib.config import UserError
@@ -14,56 +11,23 @@ from lib.tokenizer import IM_END, IM_START, SPECIALS
 
 
 class Template(NamedTuple):
-    """A message is heads[role] + content + ends[role]; `between` joins two messages.
+    """A message is heads[role] + its trimmed content + ends[role]; `between` joins two messages.
 
-    A space at the end of a head belongs to the first token of the content.
+    A space at the end of a head is the model's to write, as is the line break before `<|im_end|>`
+    in chatml_newline: strip its answers.
     """
 
     heads: dict[str, str]
     ends: dict[str, str]
     between: str
-    notes = ()  # on where template and tokenizer do not fit: they do
-
-    def render(self, tokenizer, messages, add_generation_prompt=False):
-        """Returns (ids, mask), see the function `render`.
-
-        The ids begin as a text's, with `opening`; contents are trimmed. The model is to write the
-        space after "Assistant:" in chat and the line break before `<|im_end|>` in chatml_newline:
-        strip its answers. In transformers a foreign vocabulary may join line breaks to others.
-        """
-        own, parts = partial(template_ids, tokenizer), []  # (encoder, text, whether it is learned)
-        for message in messages:
-            role, content = message["role"], message["content"].strip()
-            head, space = self.head(role)
-            learned = is_learned(message)
-            parts.append((own, (self.between if parts else "") + head, False))
-            parts.append((tokenizer.encode, space + content, learned))
-            parts.append((own, self.ends[role], learned))
-        if add_generation_prompt:
-            parts.append((own, self.prompt, False))
-        ids, mask = [*tokenizer.opening], [0] * len(tokenizer.opening)
-        for encode, text, learned in parts:
-            more = encode(text, ids[-1] if ids else None)
-            ids += more
-            mask += [int(learned)] * len(more)
-        return ids, mask
-
-    def head(self, role):
-        """Returns what precedes a content, and the space that its first token begins with."""
-        head = self.heads[role].rstrip(" ")
-        return head, self.heads[role][len(head) :]
 
     @property
     def prompt(self):
         """What opens the next answer."""
-        return self.between + self.head("assistant")[0]
-
-    def end_of_turn(self, tokenizer):
-        """Returns the id that ends an answer."""
-        return template_ids(tokenizer, self.ends["assistant"], tokenizer.bos_id)[-1]
+        return self.between + self.heads["assistant"].rstrip(" ")
 
 
-OWN = "jinja"  # the name of the template that a foreign folder brings, lib/chat_template.py
+OWN = "jinja"  # the name of the template that a foreign folder brings
 ROLES = ("system", "user", "assistant")
 EOS_AFTER_ANSWER = {"system": "", "user": "", "assistant": SPECIALS["eos"]}
 INSTRUCT = {"system": "", "user": "### Instruction:\n", "assistant": "### Response:\n"}
@@ -192,8 +156,7 @@ def template_of(tokenizer, asked=None):
     own = tokenizer.template
     if asked is not None:
         return own if (asked, own) == ("chatml", OLD_CHATML) else asked
-    markers = None not in (tokenizer.im_start_id, tokenizer.im_end_id)
-    return own or ("chatml" if markers else "instruct")
+    return own or ("chatml" if has_markers(tokenizer) else "instruct")
 
 
 def template_notes(tokenizer, folder):
@@ -207,30 +170,30 @@ def stop_ids(tokenizer, template):
     """Returns the ids that end an answer: EOS, the template's end of turn, `end_ids`."""
     ends = {tokenizer.eos_id, *tokenizer.end_ids}
     if template is not None:
-        ends.add(find_template(tokenizer, template).end_of_turn(tokenizer))
+        ends.add(find_template(tokenizer, template).end)
     return sorted(ends - {None})
 
 
 def find_template(tokenizer, name):
-    if name == OWN:
-        return tokenizer.chat_template
-    if name not in TEMPLATES:
-        raise UserError(f"unknown template {name!r}: choose one of {', '.join(TEMPLATES)}")
-    template = TEMPLATES[name]
-    if template.heads == CHATML and None in (tokenizer.im_start_id, tokenizer.im_end_id):
-        missing = f"needs {IM_START}, and this tokenizer has none"
-        raise UserError(f"the template {name} {missing}: choose instruct or chat")
-    return template
+    """Returns the ChatTemplate of a name, which is compiled once for each tokenizer."""
+    from lib.chat_template import ChatTemplate, jinja
+
+    if name not in tokenizer.templates:
+        if name == OWN:
+            source = tokenizer.config.get("chat_template")
+        elif name not in TEMPLATES:
+            raise UserError(f"unknown template {name!r}: choose one of {', '.join(TEMPLATES)}")
+        elif TEMPLATES[name].heads == CHATML and not has_markers(tokenizer):
+            missing = f"needs {IM_START}, and this tokenizer has none"
+            raise UserError(f"the template {name} {missing}: choose instruct or chat")
+        else:
+            source = jinja(TEMPLATES[name], bool(tokenizer.opening))
+        tokenizer.templates[name] = ChatTemplate(tokenizer, source)
+    return tokenizer.templates[name]
 
 
-def template_ids(tokenizer, text, after):
-    """Returns the ids of a template's own text after the id `after`, markers as control ids."""
-    markers = {IM_START: tokenizer.im_start_id, IM_END: tokenizer.im_end_id}
-    markers |= {SPECIALS["eos"]: tokenizer.eos_id}
-    ids = [after]
-    for part in filter(None, re.split(f"({'|'.join(map(re.escape, markers))})", text)):
-        ids += [markers[part]] if part in markers else tokenizer.encode(part, ids[-1])
-    return ids[1:]
+def has_markers(tokenizer):
+    return None not in (tokenizer.im_start_id, tokenizer.im_end_id)
 
 
 def check_messages(messages):

@@ -14,8 +14,6 @@ there, so its ids are those of the conversation as one text, and an answer begin
 import codecs
 import hashlib
 import re
-from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +64,7 @@ class Tokenizer:
         self.model, self.source, self.exact = model, source, False
         self.sha256, self.end_ids = hashlib.sha256(model).hexdigest(), config.get("end_ids", [])
         self.added = {}  # {symbol: its flags} of symbols beside the model's pieces
-        self.template = folder_template(config, source)
+        self.template, self.templates = folder_template(config, source), {}  # see find_template
         try:
             ids = dict.fromkeys(SPECIALS, -1) | self._open(model)
             self.dummy_prefix = self._bytes[self.encode("a")[0]].startswith(b" ")
@@ -164,13 +162,6 @@ class Tokenizer:
             raise UserError(f"{path}: checksum mismatch: it is damaged, or from another model")
         return tokenizer
 
-    @cached_property
-    def chat_template(self):
-        """The folder's own chat template, a ChatTemplate; UserError if it is broken."""
-        from lib.chat_template import ChatTemplate
-
-        return ChatTemplate(self, self.config.get("chat_template"))
-
     def match(self, size, folder):
         """Adapts to the model in `folder`, whose vocabulary another program may have rounded up."""
         if size < self.vocab_size or (self.exact and size > self.vocab_size):
@@ -204,12 +195,12 @@ class Tokenizer:
         return ids or [self.bos_id]
 
     def encode_spans(self, text, after=None):
-        """Returns (ids, [(start, end), ...]): also the characters of `text` that each id is of."""
+        """Returns (ids, starts (N,), ends (N,)): also which characters of `text` each id is of."""
         ids = self.encode(text, after)
-        places = [index for index, letter in enumerate(text) for _ in letter.encode()]
+        characters = np.cumsum(np.frombuffer(text.encode(), np.uint8) >> 6 != 0b10) - 1  # of bytes
         ends = np.cumsum([0, *(len(self._bytes[id]) for id in ids)])
-        ends -= ends[-1] - len(places)  # a dummy prefix counts as the first character
-        return ids, [(places[max(0, a)], places[max(0, b - 1)] + 1) for a, b in pairwise(ends)]
+        ends = np.maximum(0, ends - ends[-1] + len(characters))  # of a dummy prefix: the first
+        return ids, characters[ends[:-1]], characters[np.maximum(0, ends[1:] - 1)] + 1
 
     def encode_batch(self, texts, num_threads=1):
         """Returns the ids of each text, as `encode` does, on `num_threads` threads."""

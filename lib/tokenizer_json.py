@@ -6,8 +6,10 @@ transformers beside tokenizer.model.
 
 import json
 
+import numpy as np
+
 from lib.config import UserError, read_object, refusing
-from lib.conversation import OWN, ROLES, find_template
+from lib.conversation import find_template, has_markers
 from lib.tokenizer import BYTE_PIECE, MARKERS, SPACE, SPECIALS, Tokenizer, check_unicode, spell
 
 TO_SPACE = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
@@ -103,7 +105,7 @@ class JSONTokenizer(Tokenizer):
         begins = after is None or (self._prefix_after_symbols and not self._bytes[after])
         encoder = self._json if begins else self._inner
         encoding = encoder.encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
+        return encoding.ids, *np.array(encoding.offsets, int).reshape(-1, 2).T
 
     def encode_batch(self, texts, num_threads=1):
         return [self.encode(text) for text in texts]
@@ -188,7 +190,7 @@ def files_of(tokenizer, max_length, template):
 
     Without a template they name none, and offer chatml where its markers exist.
     """
-    offered = template or ("chatml" if tokenizer.im_start_id is not None else None)
+    offered = template or ("chatml" if has_markers(tokenizer) else None)
     own = {f"{role}_token": tokenizer.pieces[id] for role, id in tokenizer.special_ids.items()}
     markers = [marker for marker in MARKERS if marker in tokenizer.controls]
     specials = special_tokens(tokenizer) | own | {"additional_special_tokens": markers}
@@ -208,7 +210,7 @@ def files_of(tokenizer, max_length, template):
     if tokenizer.end_ids:
         config["end_ids"] = tokenizer.end_ids  # an adapter's folder has no generation_config.json
     if offered:
-        config["chat_template"] = template_text(tokenizer, offered)
+        config["chat_template"] = find_template(tokenizer, offered).source
     if template:
         config["prompt_template"] = template
     files = {"special_tokens_map.json": specials, "tokenizer_config.json": config}
@@ -270,47 +272,3 @@ def opener(tokenizer):
     tokens = {symbol: {"id": symbol, "ids": tokenizer.opening, "tokens": [symbol]}}
     forms = {"single": [bos, first], "pair": [bos, first, bos, second]}
     return {"type": "TemplateProcessing", **forms, "special_tokens": tokens}
-
-
-def template_text(tokenizer, name, generation=True):
-    """Returns a template, by its name, as Jinja for other programs, see `jinja`."""
-    if name == OWN:
-        return tokenizer.chat_template.text(generation)
-    return jinja(find_template(tokenizer, name), generation, bool(tokenizer.opening))
-
-
-def jinja(template, generation=True, bos=True):
-    """Returns a Template for `apply_chat_template`, which raises for what `render` refuses.
-
-    Contents may also be lists of text parts, which are joined. `generation` marks the answers and
-    their ends for assistant masks: a tag of transformers, an error in plain Jinja.
-    """
-
-    def put(text):
-        if text == SPECIALS["eos"]:
-            return "{{ eos_token }}"
-        return f"{{{{ {json.dumps(text)} }}}}" if text else ""
-
-    def refuse(problem):
-        return f"{{{{ raise_exception({json.dumps(problem)}) }}}}"
-
-    def message(role):
-        head, space = template.head(role)  # the space is the model's to write
-        body = put(space) + "{{ content | trim }}" + put(template.ends[role])
-        if generation and role == "assistant":
-            body = f"{{% generation %}}{body}{{% endgeneration %}}"
-        return f"{{% elif message['role'] == '{role}' %}}{put(head)}{body}"
-
-    unknown = refuse(f"role must be one of {', '.join(ROLES)}")
-    return (
-        f"{'{{ bos_token }}' if bos else ''}{{% for message in messages %}}"
-        f"{{% if not loop.first %}}{put(template.between)}{{% endif %}}"
-        "{% set content %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-        "{% for part in message['content'] %}"
-        "{% if part['type'] == 'text' and part['text'] is string %}{{ part['text'] }}"
-        f"{{% else %}}{refuse('a part of a content must be text')}{{% endif %}}{{% endfor %}}"
-        "{% endif %}{% endset %}"
-        f"{{% if not content | trim %}}{refuse('content must be text that is not empty')}"
-        f"{''.join(map(message, ROLES))}{{% else %}}{unknown}{{% endif %}}{{% endfor %}}"
-        f"{{% if add_generation_prompt %}}{put(template.prompt)}{{% endif %}}"
-    )

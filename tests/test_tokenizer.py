@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpus.tokenizer import train_tokenizer
+from lib.chat_template import jinja
 from lib.config import UserError
 from lib.conversation import TEMPLATES, render, stop_ids, template_of
 from lib.tokenizer import IM_END, IM_START, Tokenizer
-from lib.tokenizer_json import jinja
 from tests import SHARED
 from tests.conftest import byte_level, sentencepiece_model
 
@@ -493,9 +493,6 @@ def test_apply_chat_template_is_render(tok, chats, template):
             options = {"add_generation_prompt": prompt, "return_dict": False}
             assert other.apply_chat_template(messages, tokenize=False, **options) == named(tok, ids)
             assert other.apply_chat_template(messages, tokenize=True, **options) == ids
-    parts = [TEXT_PART, TEXT_PART | {"text": "b"}]
-    joined = other.apply_chat_template([says("user", "a b")], tokenize=False)
-    assert other.apply_chat_template([says("user", parts)], tokenize=False) == joined
 
 
 TURNS = st.lists(

@@ -26,7 +26,6 @@ from corpus.files import package
 from lib.config import DTYPES, UserError, refusing, run, write_whole
 from lib.conversation import ROLES, TEMPLATES, find_template, render, stop_ids
 from lib.tokenizer import BYTE_PIECE, IM_END, IM_START, SPECIALS, Tokenizer
-from lib.tokenizer_json import template_text
 from model import load_model, model_folder, rope_frequencies, save_model, to_hf
 
 
@@ -273,9 +272,9 @@ def add_tokenizer(writer, tokenizer, types):
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(tokenizer.dummy_prefix)
     if tokenizer.template:
-        writer.add_chat_template(template_text(tokenizer, tokenizer.template, generation=False))
-        end = find_template(tokenizer, tokenizer.template).end_of_turn(tokenizer)
-        writer.add_eot_token_id(tokenizer.eos_id if end is None else end)
+        template = find_template(tokenizer, tokenizer.template)
+        writer.add_chat_template(template.plain_text())
+        writer.add_eot_token_id(tokenizer.eos_id if template.end is None else template.end)
 
 
 def token_type(tokenizer, id, types):

@@ -7,7 +7,6 @@ Memory is counted from the shapes, within about 20 % of what torch holds. This m
 For a card elsewhere `card_seconds` knows two limits: arithmetic and bandwidth.
 """
 
-import math
 import time
 from dataclasses import replace
 
@@ -16,7 +15,7 @@ import numpy as np
 from lib.config import UserError
 from lib.runtime import autocast, datasheets, memory_used, to_device
 from model import LOGITS, ModelConfig, activation_bytes, count_parameters, flops_per_token
-from train import State, announce, compiles, total_steps, with_vocab_size
+from train import State, announce, compiles, rows_per_step, total_steps, with_vocab_size
 
 STEPS = 3  # optimizer steps that are timed after the warm-up
 PATIENCE = 120  # seconds for them; a slower machine is timed with one row at a time
@@ -66,7 +65,7 @@ def fitting_rows(cfg, space):
 
 
 def tokens_per_step(cfg, ranks=1):
-    return cfg.batch_size * cfg.gradient_accumulation_steps * cfg.sequence_length * ranks
+    return rows_per_step(cfg, ranks) * cfg.sequence_length
 
 
 def card_seconds(cfg, card):
@@ -86,41 +85,35 @@ def card_seconds(cfg, card):
 def time_step(cfg, state, loader, loss_fn, world, dtype):
     """Returns (seconds of an optimizer step, rows of a micro-batch that was timed).
 
-    A first step with single rows warms up. Where all rows would take longer than PATIENCE, single
-    rows are timed and multiplied.
+    A micro-batch is timed, and an update. Single rows warm up, and are timed and multiplied where
+    a micro-batch would take longer than PATIENCE.
     """
-    rows, micros = loader.batch_size, min(2, cfg.gradient_accumulation_steps)
-
     def run():
         start = time.perf_counter()
-        batches = [loader.batch(0, micro, world.rank, micros) for micro in range(micros)]
-        count = sum(batch["count"] for batch in batches)
-        forward_backward(state, batches, loss_fn, count, world.device, dtype).item()
+        batch = loader.batch(0, 0, world.rank, 1)
+        forward_backward(state, batch, loss_fn, batch["count"], world.device, dtype).item()
         middle = time.perf_counter()
         state.gradients.sum()
-        state.update(cfg.learning_rate, state.clip(cfg.max_grad_norm), count)
+        state.update(cfg.learning_rate, state.clip(cfg.max_grad_norm), batch["count"])
         return middle - start, time.perf_counter() - middle
 
-    loader.batch_size = 1
+    rows, loader.batch_size = loader.batch_size, 1
     run()
     if run()[0] * rows * (STEPS + 1) < PATIENCE:
         loader.batch_size = rows
         run()  # the first of its shape
     computing, updating = np.median([run() for _ in range(STEPS)], axis=0)
-    times = cfg.gradient_accumulation_steps / micros * rows / loader.batch_size
+    times = cfg.gradient_accumulation_steps * rows / loader.batch_size
     return computing * times + updating, loader.batch_size
 
 
-def forward_backward(state, batches, loss_fn, count, device, dtype):
-    """Adds up the gradients of a step as `train.fit` does. Returns its mean loss, ()."""
-    total = 0.0
-    for batch in batches:
-        with autocast(device, dtype):
-            loss_sum, _ = loss_fn(state.model, to_device(batch, device))
-        loss = loss_sum / max(1, count)
-        state.scaler.scale(loss).backward()
-        total += loss.detach()
-    return total
+def forward_backward(state, batch, loss_fn, count, device, dtype):
+    """Adds the gradients of a batch as `train.fit` does. Returns its share of a step's loss, ()."""
+    with autocast(device, dtype):
+        loss_sum, _ = loss_fn(state.model, to_device(batch, device))
+    loss = loss_sum / max(1, count)
+    state.scaler.scale(loss).backward()
+    return loss.detach()
 
 
 class RandomTokens:
@@ -151,22 +144,22 @@ def needs(cfg, shape, trained, total, ranks=1, *kernels):
 
     The memory, with the peak if checkpointing is turned round, is that of a PretrainConfig only.
     """
-    counts = cfg.batch_size, cfg.gradient_accumulation_steps, ranks
+    size, micros = cfg.batch_size, cfg.gradient_accumulation_steps
     rows = {
         "parameters": f"{count_parameters(shape)['total']:,}, of which {trained:,} are trained",
         "FLOPs per token": f"{flops_per_token(shape) / 1e6:,.1f} million",
-        "rows per step": f"{math.prod(counts):,} = {counts[0]} x {counts[1]} x {ranks} ranks",
+        "rows per step": f"{rows_per_step(cfg, ranks):,} = {size} x {micros} x {ranks} ranks",
         "steps": f"{total:,}" if total else "as many as the data or the clock allow",
     }
-    size, other = f"plan: {shape.model_name}", not cfg.gradient_checkpointing
+    title, other = f"plan: {shape.model_name}", not cfg.gradient_checkpointing
     if not isinstance(cfg, ModelConfig):
-        return table(size, rows)
+        return table(title, rows)
     rows |= {"tokens in all": f"{total * tokens_per_step(cfg, ranks):,}"} if total else {}
-    parts, turned = memory(cfg, *kernels), replace(cfg, gradient_checkpointing=other)
     peak = f"peak with gradient_checkpointing={str(other).lower()}"
-    parts |= {peak: memory(turned, *kernels)["peak"]}
+    turned = memory(replace(cfg, gradient_checkpointing=other), *kernels)["peak"]
+    parts = memory(cfg, *kernels) | {peak: turned}
     parts = {name: f"{value / 1e6:>10,.0f}" for name, value in parts.items()}
-    return table(size, rows) + "\n" + table("memory of tensors, predicted, in MB", parts)
+    return table(title, rows) + "\n" + table("memory of tensors, predicted, in MB", parts)
 
 
 def time_rows(cfg, seconds, total, ranks=1):
