@@ -190,7 +190,7 @@ def test_status_tells_what_is_whole_and_what_is_not(trained, capsys):
     weights.write_bytes(content)
     assert "final/ is BROKEN: model.safetensors: checksum mismatch" in status(capsys)
     with pytest.raises(UserError, match="no complete pretrain model"):
-        workspace.newest("pretrain")
+        workspace.newest_folder("pretrain")
     shutil.rmtree(home / "final")
     text = status(capsys)
     assert "not complete, step_000008 | step 8, loss " in text

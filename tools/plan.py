@@ -88,6 +88,7 @@ def time_step(cfg, state, loader, loss_fn, world, dtype):
     A micro-batch is timed, and an update. Single rows warm up, and are timed and multiplied where
     a micro-batch would take longer than PATIENCE.
     """
+
     def run():
         start = time.perf_counter()
         batch = loader.batch(0, 0, world.rank, 1)

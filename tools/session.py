@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lib.config import PositiveFloat, configure, dispatch, read_object, refusing
-from tools.workspace import SESSIONS, Training, newest, next_command
+from tools.workspace import SESSIONS, Training, newest_folder, next_command
 
 PRESETS = Path(__file__).parents[1] / "configs/sessions"
 LOGS = 20  # logs that are kept
@@ -115,7 +115,7 @@ class Session:
         folders = [Path(f"checkpoints/{kind}/{self.name}") for kind in SHARES]
         model = next((path for path in folders[::-1] if (path / "final").is_dir()), folders[0])
         if self.cfg.model_path or "pretrain" not in self.cfg.stages:
-            model = Path(self.cfg.model_path or newest())
+            model = Path(self.cfg.model_path or newest_folder())
         name = model.parent.name if model.name == "final" else model.name
         words = {"model": str(model), "results": f"evaluation_results/{name}"}
         return {key: shlex.quote(word) for key, word in words.items()}
@@ -132,8 +132,8 @@ class Session:
                 if left < 0.02:  # a second
                     return "skipped: no time left"
                 minutes = left * SHARES[stage]
-                if training.checkpoint and training.columns:  # what it took before counts, too
-                    minutes += training.columns["seconds"][1][-1] / 60
+                if training.checkpoint:  # what it took before counts, too
+                    minutes += training.newest.get("seconds", 0) / 60
                 words += [f"--max_minutes={minutes:.3f}", "--allow_config_change"]
         elif "pretrain" not in self.cfg.stages and self.spent >= self.minutes:
             return "skipped: no time left"  # a session that trains measures its model in any case

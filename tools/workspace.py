@@ -96,19 +96,19 @@ class Training:
         return next((kind for key, kind in marks.items() if key in config), "pretrain")
 
     @cached_property
-    def columns(self):
-        """The columns of metrics.jsonl as curves.read_run gives them; {} before its first step."""
+    def newest(self):
+        """The newest value of each column of metrics.jsonl; {} before its first step."""
         from lib.curves import read_run
 
         with suppress(UserError):
-            return read_run(self.folder, "steps")
+            return {name: y[-1] for name, (_, y) in read_run(self.folder, "steps").items()}
         return {}
 
     def progress(self):
         """Returns the newest values that it logged, as text."""
-        last = {name: f"{y[-1]:.6g}" for name, (_, y) in self.columns.items()}
         keys = ("step", "loss", "val_loss", "val_bits_per_byte", "tokens_per_second")
-        return ", ".join(f"{key} {last[key]}" for key in keys if key in last) or "nothing logged"
+        shown = [f"{key} {self.newest[key]:.6g}" for key in keys if key in self.newest]
+        return ", ".join(shown) or "nothing logged"
 
     def state(self):
         """Returns whether it is complete, broken or to be resumed, as text."""
@@ -165,13 +165,12 @@ def status(cfg=None):
         print(f"  {training.folder} ({training.kind}): {state}")
     print("evaluations")
     for path in newest_first(RESULTS.rglob("results.json")):
-        model, text = (read_values(path).get(key) or {} for key in ("model", "perplexity"))
-        bits = text.get("bits_per_byte", "not measured")
-        print(f"  {path.parent}: {model.get('path', '?')}, bits per byte {bits}")
+        text = read_values(path).get("perplexity") or {}
+        print(f"  {path.parent}: bits per byte {text.get('bits_per_byte', 'not measured')}")
     print(f"\nnext:\n  {next_command()}")
 
 
-def newest(kind="any"):
+def newest_folder(kind="any"):
     """Returns the folder of the newest whole model of a kind, or of the newest dataset."""
     models = (t.folder for t in trainings() if kind in (t.kind, "any") and not t.problem)
     folder = next(iter(datasets()) if kind == "data" else models, None)
@@ -181,9 +180,9 @@ def newest(kind="any"):
     return folder
 
 
-def print_newest(cfg):
+def newest(cfg):
     """The folder of the newest whole model, or dataset."""
-    print(newest(cfg.kind))
+    print(newest_folder(cfg.kind))
 
 
 # ---- backup
@@ -278,14 +277,13 @@ def clean_sessions(cfg):
 
 def describe_machine():
     """Returns cores, load and memory, as far as the system tells: all of it on Linux."""
-    parts = [f"{os.cpu_count()} cores"]
+    text = f"{os.cpu_count()} cores"
     with suppress(AttributeError, OSError):
-        parts.append(f"load {os.getloadavg()[0]:.2f}")
-        text = Path("/proc/meminfo").read_text(encoding="utf-8")
-        for name, meaning in {"MemTotal": "memory", "MemAvailable": "free"}.items():
-            kilobytes = int(re.search(rf"{name}: +(\d+)", text)[1])
-            parts.append(f"{meaning} {megabytes(1024 * kilobytes)}")
-    return ", ".join(parts)
+        text += f", load {os.getloadavg()[0]:.2f}"
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()  # in units of KiB
+        sizes = {line.split()[0]: megabytes(1024 * int(line.split()[1])) for line in lines}
+        text += f", memory {sizes['MemTotal:']}, free {sizes['MemAvailable:']}"
+    return text
 
 
 def describe_cuda():
@@ -321,8 +319,7 @@ def check_env(cfg=None):
 
 def monitor(cfg):
     """Load, memory, GPU and the newest training, once a second until Ctrl-C."""
-    query = "nvidia-smi --format=csv,noheader "
-    query += "--query-gpu=name,utilization.gpu,memory.used,memory.total,temperature.gpu"
+    query = "nvidia-smi --format=csv,noheader --query-gpu=name,utilization.gpu,memory.used"
     while True:
         parts = [time.strftime("%H:%M:%S"), describe_machine()]
         if shutil.which("nvidia-smi"):
@@ -355,11 +352,10 @@ def config_gpu(cfg):
     print(f"{output}: batch_size {size}, {rows // size} to a step, for {megabytes(card)}")
 
 
-WORKSPACE_COMMANDS = {"status": status, "newest": print_newest, "backup": backup}
-WORKSPACE_COMMANDS |= {"clean": clean_caches, "clean-checkpoints": clean_checkpoints}
-WORKSPACE_COMMANDS |= {"clean-sessions": clean_sessions, "check-env": check_env}
-WORKSPACE_COMMANDS |= {"monitor": monitor, "config-gpu": config_gpu}
-
 if __name__ == "__main__":
-    commands = {name: (function, WorkspaceConfig) for name, function in WORKSPACE_COMMANDS.items()}
+    functions = {"status": status, "newest": newest, "backup": backup}
+    functions |= {"clean": clean_caches, "clean-checkpoints": clean_checkpoints}
+    functions |= {"clean-sessions": clean_sessions, "check-env": check_env}
+    functions |= {"monitor": monitor, "config-gpu": config_gpu}
+    commands = {name: (function, WorkspaceConfig) for name, function in functions.items()}
     dispatch(commands, sys.argv[1:], __doc__)
