@@ -8,6 +8,8 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from corpus.chats import CONTROLS, to_chat, to_pair
 from corpus.files import kind_of
 from corpus.prepare import DataConfig
@@ -17,7 +19,7 @@ from corpus.sources import USUAL, input_files, read_documents, source_rows, usab
 from lib.config import UserError, read_object
 from lib.conversation import find_template, render_rows, template_of
 from lib.folders import Shards, read_manifest
-from lib.tokenizer import IM_END, IM_START, SPECIALS, Tokenizer
+from lib.tokenizer import IM_END, IM_START, MARKERS, SPECIALS, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,14 @@ def show_documents(path):
 class Characters:
     """Stands in for a tokenizer that is not given: an id is a character or a control token."""
 
-    bos_id, eos_id, im_start_id, im_end_id = "", SPECIALS["eos"], IM_START, IM_END
-    opening, template = [""], None
+    im_start_id, im_end_id, opening = IM_START, IM_END, []
+    source, controls = "characters", {symbol: symbol for symbol in (SPECIALS["eos"], *MARKERS)}
+    special_ids, added, config = {}, {}, {"eos_token": SPECIALS["eos"]}
+    template, templates = None, {}
 
-    def encode(self, text, after=None):
-        return list(text)
+    def encode_spans(self, text, begins):
+        places = np.arange(len(text))
+        return list(text), places, places + 1
 
     def decode(self, ids, controls):
         return "".join(ids)

@@ -211,11 +211,11 @@ class ChatTemplate:
         spans = [[end - text.count(escape, 0, end) for end in span] for span in spans]
         ids, mask, at = [], [], 0  # positions do not count escapes
         for number, part in enumerate(self._specials.split(text)):
-            plain, after = part.replace(escape, ""), ids[-1] if ids else None
+            plain = part.replace(escape, "")
             if number % 2:
                 new, starts, ends = [self._id(part)], np.zeros(1), np.array([len(part)])
             elif plain:
-                new, starts, ends = tokenizer.encode_spans(plain, after)
+                new, starts, ends = tokenizer.encode_spans(plain, begins=not ids)
             else:
                 continue
             learned = np.zeros(len(new), int)

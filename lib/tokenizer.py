@@ -7,8 +7,8 @@ characters. The six specials are control symbols: they have an id and no spellin
 a text is ten harmless characters; only `render` puts the id of a marker into a conversation.
 
 No piece joins a line break to anything else, and a space stands only at the front of a piece: texts
-that meet at a line break or before a space encode apart exactly as together. `render` cuts only
-there, so its ids are those of the conversation as one text, and an answer begins with its own ids.
+that meet at a line break or before a space encode apart exactly as together. An answer begins
+there, so the ids of its prompt are the beginning of those of the whole conversation.
 """
 
 import codecs
@@ -93,13 +93,11 @@ class Tokenizer:
         """Sets bos_id, eos_id, ...: what `config` names, else the model's own, {role: id}."""
         for role in SPECIALS:
             symbol = config.get(f"{role}_token")
-            symbol = symbol.get("content") if isinstance(symbol, dict) else symbol
             if symbol is not None and (str(symbol) in self.controls or role in ("bos", "eos")):
                 ids[role] = self.controls.get(str(symbol), -1)
             if ids[role] < 0 and (role == "eos" or (role == "bos" and symbol is not None)):
-                place, remedy = ("opens" if role == "bos" else "ends"), f"name {role}_token"
-                problem = f"no control symbol {place} a text; {remedy} in tokenizer_config.json"
-                raise UserError(f"{self.source}: {problem}")
+                problem = f"no control symbol is the {role}_token; name one"
+                raise UserError(f"{self.source}: {problem} in tokenizer_config.json")
         has_bos = ids["bos"] >= 0 and config.get("bos_token", "") is not None
         self.bos_id, self.eos_id = ids["bos"] if has_bos else None, ids["eos"]
         self.unk_id, self.pad_id = ids["unk"], ids["pad"] if ids["pad"] >= 0 else ids["eos"]
@@ -169,16 +167,14 @@ class Tokenizer:
             raise UserError(f"{folder}: {sizes}; they do not belong together")
         self._add_controls(size, {})
 
-    def encode(self, text, after=None):
+    def encode(self, text):
         """Returns the ids of a text, never a control id; UserError for a lone surrogate.
 
-        after: the id it follows; text that follows text gets no dummy prefix. A literal U+2581,
-        which SentencePiece takes for a space, is encoded as its three bytes.
+        A literal U+2581, which SentencePiece takes for a space, is encoded as its three bytes.
         """
         check_unicode(text)
-        sp = self._inner if after is not None and self._bytes[after] else self._spm
         first, *rest = text.split(SPACE)
-        ids = sp.encode(first)
+        ids = self._spm.encode(first)
         for part in rest:
             ids += self._space_ids + self._inner.encode(part)
         return ids
@@ -194,9 +190,12 @@ class Tokenizer:
             raise UserError(f"{self.source}: {problem}; give a prompt")
         return ids or [self.bos_id]
 
-    def encode_spans(self, text, after=None):
-        """Returns (ids, starts (N,), ends (N,)): also which characters of `text` each id is of."""
-        ids = self.encode(text, after)
+    def encode_spans(self, text, begins=True):
+        """Returns (ids, starts (N,), ends (N,)): also which characters of `text` each id is of.
+
+        begins: no control token precedes it, for tokenizers that tell.
+        """
+        ids = self.encode(text)
         characters = np.cumsum(np.frombuffer(text.encode(), np.uint8) >> 6 != 0b10) - 1  # of bytes
         ends = np.cumsum([0, *(len(self._bytes[id]) for id in ids)])
         ends = np.maximum(0, ends - ends[-1] + len(characters))  # of a dummy prefix: the first

@@ -32,7 +32,9 @@ def read_tokenizer_config(folder):
             config["chat_template"] = path.read_text(encoding="utf-8")
     if ends := read("generation_config.json").get("eos_token_id"):
         config["end_ids"] = ends if isinstance(ends, list) else [ends]
-    return config
+    symbols = {key: value for key, value in config.items() if key.endswith("_token")}
+    content = lambda value: value.get("content") if isinstance(value, dict) else value
+    return config | {key: content(value) for key, value in symbols.items()}
 
 
 class JSONTokenizer(Tokenizer):
@@ -69,8 +71,8 @@ class JSONTokenizer(Tokenizer):
         if spec["model"]["type"] == "Unigram":
             spec = without_symbols(spec, special)
             self._json = reader(json.dumps(spec))
-        self._inner = self._json if inner == parts else reader(json.dumps(spec | inner))
-        self._prefix_after_symbols = self._has_prefix_after(whole, special)
+        bare = self._json if inner == parts else reader(json.dumps(spec | inner))
+        self._later = self._json if has_prefix_after(whole, special, bare) else bare
         ids = whole.get_vocab(with_added_tokens=True)
         self.pieces = [f"<unused_{id}>" for id in range(max(ids.values()) + 1)]
         self._bytes = [b""] * len(self.pieces)
@@ -79,14 +81,6 @@ class JSONTokenizer(Tokenizer):
             piece = whole.id_to_token(id)  # an added word as it is after the normalizer
             self._bytes[id] = b"" if special.get(name) else spell_piece(piece)
         return {role: ids[name] for role, name in SPECIALS.items() if special.get(name)}
-
-    def _has_prefix_after(self, whole, special):
-        """Returns whether a text after a control symbol gets the space of a text's beginning."""
-        symbol = next((name for name in special if special[name]), "")
-        whole.encode_special_tokens = False
-        ids = whole.encode(f"{symbol}a", add_special_tokens=False).ids
-        whole.encode_special_tokens = True
-        return ids[bool(symbol) :] != self._inner.encode("a", add_special_tokens=False).ids
 
     def _find_opening(self):
         """Returns the ids that the post_processor puts before a text: transformers obeys the file,
@@ -97,18 +91,28 @@ class JSONTokenizer(Tokenizer):
         self.adds_bos = count > 0
         return ids[:count]
 
-    def encode(self, text, after=None):
-        return self.encode_spans(text, after)[0]
+    def encode(self, text):
+        return self.encode_spans(text)[0]
 
-    def encode_spans(self, text, after=None):
+    def encode_spans(self, text, begins=True):
         check_unicode(text)
-        begins = after is None or (self._prefix_after_symbols and not self._bytes[after])
-        encoder = self._json if begins else self._inner
-        encoding = encoder.encode(text, add_special_tokens=False)
+        encoding = (self._json if begins else self._later).encode(text, add_special_tokens=False)
         return encoding.ids, *np.array(encoding.offsets, int).reshape(-1, 2).T
 
     def encode_batch(self, texts, num_threads=1):
         return [self.encode(text) for text in texts]
+
+
+def has_prefix_after(whole, special, bare):
+    """Returns whether a text after a control symbol gets the space of a text's beginning.
+
+    bare: the encoder that puts none.
+    """
+    symbol = next((name for name in special if special[name]), "")
+    whole.encode_special_tokens = False
+    ids = whole.encode(f"{symbol}a", add_special_tokens=False).ids
+    whole.encode_special_tokens = True
+    return ids[bool(symbol) :] != bare.encode("a", add_special_tokens=False).ids
 
 
 def without_symbols(spec, special):
@@ -222,14 +226,10 @@ def files_of(tokenizer, max_length, template):
 
 def special_tokens(tokenizer):
     """Returns {"bos_token": symbol, ...}: what its folder names, else its own."""
-    config, ids = tokenizer.config, tokenizer.special_ids
-    named = {f"{role}_token": tokenizer.pieces[id] for role, id in ids.items() if role != "pad"}
-    named |= {key: value for key, value in config.items() if key.endswith("_token")}
-    extra = config.get("extra_special_tokens")
-    named |= extra if isinstance(extra, dict) else {}
-    contents = lambda value: value.get("content") if isinstance(value, dict) else value
-    named = {key: contents(value) for key, value in named.items()}
-    return {key: value for key, value in named.items() if isinstance(value, str)}
+    own = {f"{role}_token": tokenizer.pieces[id] for role, id in tokenizer.special_ids.items()}
+    own.pop("pad_token", None)  # which may be EOS
+    named = {key: value for key, value in tokenizer.config.items() if key.endswith("_token")}
+    return {key: value for key, value in (own | named).items() if isinstance(value, str)}
 
 
 def hugging_face_json(tokenizer):

@@ -160,7 +160,7 @@ def test_text_after_a_control_token_is_as_in_one(both):
     for _ in range(300):
         first, second = ("".join(rng.choices(TEXTS[0].split(" ") + [" "], k=4)) for _ in "ab")
         ids = [*tokenizer.encode(first), end]
-        ids += tokenizer.encode(second, after=end)
+        ids += tokenizer.encode_spans(second, begins=False)[0]
         assert ids == other.encode(f"{first}{EOS}{second}", add_special_tokens=False)
 
 
