@@ -65,14 +65,13 @@ class JSONTokenizer(Tokenizer):
         spell_piece, self.first_text = read_decoder(spec, self.source)
         self.added = {token["content"]: token for token in spec["added_tokens"]}
         special = {name: token["special"] for name, token in self.added.items()}
-        parts = {name: spec.get(name) for name in ("normalizer", "pre_tokenizer")}
-        inner = json.loads(json.dumps(parts), object_hook=without_prefix)
         whole = self._json = reader(model.decode())
         if spec["model"]["type"] == "Unigram":
             spec = without_symbols(spec, special)
             self._json = reader(json.dumps(spec))
-        bare = self._json if inner == parts else reader(json.dumps(spec | inner))
-        self._later = self._json if has_prefix_after(whole, special, bare) else bare
+        first = {"pre_tokenizer": spec.get("pre_tokenizer")}
+        later = json.loads(json.dumps(first), object_hook=of_later_texts)
+        self._later = self._json if later == first else reader(json.dumps(spec | later))
         ids = whole.get_vocab(with_added_tokens=True)
         self.pieces = [f"<unused_{id}>" for id in range(max(ids.values()) + 1)]
         self._bytes = [b""] * len(self.pieces)
@@ -103,18 +102,6 @@ class JSONTokenizer(Tokenizer):
         return [self.encode(text) for text in texts]
 
 
-def has_prefix_after(whole, special, bare):
-    """Returns whether a text after a control symbol gets the space of a text's beginning.
-
-    bare: the encoder that puts none.
-    """
-    symbol = next((name for name in special if special[name]), "")
-    whole.encode_special_tokens = False
-    ids = whole.encode(f"{symbol}a", add_special_tokens=False).ids
-    whole.encode_special_tokens = True
-    return ids[bool(symbol) :] != bare.encode("a", add_special_tokens=False).ids
-
-
 def without_symbols(spec, special):
     """Returns a unigram tokenizer whose control symbols no text can match, as BPE has them: they
     get a plain space, which stands in no piece.
@@ -125,19 +112,9 @@ def without_symbols(spec, special):
     return spec | {"added_tokens": added, "model": spec["model"] | {"vocab": vocab}}
 
 
-def without_prefix(part):
-    """Returns a normalizer or pre_tokenizer that puts no space before a text."""
-    match part:
-        case {"type": "Prepend"}:
-            return part | {"prepend": ""}
-        case {"type": "ByteLevel"}:
-            return part | {"add_prefix_space": False}
-        case {"type": "Metaspace"}:
-            split = {"split": part.get("split", True), "prepend_scheme": "never"}
-            return {"type": "Metaspace", "replacement": part["replacement"]} | split
-        case {"type": "Replace", "pattern": {"Regex": regex}} if regex == rf"\A{SPACE}":
-            return part | {"content": SPACE}  # else the prefix and a text's own space
-    return part
+def of_later_texts(part):
+    """Returns a Metaspace as it acts on texts after a control symbol: "first" is done with."""
+    return part | {"prepend_scheme": "never"} if part.get("prepend_scheme") == "first" else part
 
 
 READS = "byte-level BPE, and SentencePiece's BPE and unigram"
