@@ -238,7 +238,7 @@ def jinja(template, bos=True):
             return "{{ eos_token }}"
         return f"{{{{ {json.dumps(text)} }}}}" if text else ""
 
-    def refuse(problem):
+    def raises(problem):
         return f"{{{{ raise_exception({json.dumps(problem)}) }}}}"
 
     def message(role):
@@ -249,13 +249,13 @@ def jinja(template, bos=True):
             body = f"{{% generation %}}{body}{{% endgeneration %}}"
         return f"{{% elif message['role'] == '{role}' %}}{put(head)}{body}"
 
-    unknown = refuse(f"role must be one of {', '.join(ROLES)}")
+    unknown = raises(f"role must be one of {', '.join(ROLES)}")
     return (
         f"{'{{ bos_token }}' if bos else ''}{{% for message in messages %}}"
         f"{{% if not loop.first %}}{put(template.between)}{{% endif %}}"
         "{% set content = message['content'] %}"
         "{% if content is not string or not content | trim %}"
-        f"{refuse('content must be text that is not empty')}"
+        f"{raises('content must be text that is not empty')}"
         f"{''.join(map(message, ROLES))}{{% else %}}{unknown}{{% endif %}}{{% endfor %}}"
         f"{{% if add_generation_prompt %}}{put(template.prompt)}{{% endif %}}"
     )

@@ -157,7 +157,6 @@ class Shards:
         self.vocab_size = self.manifest["vocab_size"]
         sums = totals(entries)
         self.tokens, self.documents = sums["tokens"], sums["documents"]
-        self.bytes = sums["bytes"]  # of the text, as UTF-8
         verify = self.tokens * self.dtype.itemsize <= VERIFY_BYTES
         self.arrays = []
         for entry in entries:

@@ -75,7 +75,7 @@ class Tokenizer:
         except Exception as error:  # a damaged file fails in many ways
             beside = ", or tokenizer_config.json beside it is" if config else ""
             raise UserError(f"{source}: {self.unreadable}{beside}") from error
-        self._set_roles(ids, config)
+        self._set_roles(ids)
         self.opening = self._find_opening()
 
     def _open(self, model):
@@ -89,16 +89,16 @@ class Tokenizer:
         self._bytes = [b"" if c else spell(piece) for c, piece in zip(control, self.pieces)]
         return {role: getattr(sp, f"{role}_id")() for role in SPECIALS}
 
-    def _set_roles(self, ids, config):
-        """Sets bos_id, eos_id, ...: what `config` names, else the model's own, {role: id}."""
+    def _set_roles(self, ids):
+        """Sets bos_id, eos_id, ...: what `config` names, else the model's own `ids`, {role: id}."""
         for role in SPECIALS:
-            symbol = config.get(f"{role}_token")
+            symbol = self.config.get(f"{role}_token")
             if symbol is not None and (str(symbol) in self.controls or role in ("bos", "eos")):
                 ids[role] = self.controls.get(str(symbol), -1)
             if ids[role] < 0 and (role == "eos" or (role == "bos" and symbol is not None)):
                 problem = f"no control symbol is the {role}_token; name one"
                 raise UserError(f"{self.source}: {problem} in tokenizer_config.json")
-        has_bos = ids["bos"] >= 0 and config.get("bos_token", "") is not None
+        has_bos = ids["bos"] >= 0 and self.config.get("bos_token", "") is not None
         self.bos_id, self.eos_id = ids["bos"] if has_bos else None, ids["eos"]
         self.unk_id, self.pad_id = ids["unk"], ids["pad"] if ids["pad"] >= 0 else ids["eos"]
         roles = {role: getattr(self, f"{role}_id") for role in SPECIALS}

@@ -172,9 +172,8 @@ def files_of(tokenizer, max_length, template):
     Without a template they name none, and offer chatml where its markers exist.
     """
     offered = template or ("chatml" if has_markers(tokenizer) else None)
-    own = {f"{role}_token": tokenizer.pieces[id] for role, id in tokenizer.special_ids.items()}
     markers = [marker for marker in MARKERS if marker in tokenizer.controls]
-    specials = special_tokens(tokenizer) | own | {"additional_special_tokens": markers}
+    specials = special_tokens(tokenizer) | {"additional_special_tokens": markers}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # a Llama class splits the text its way
         **specials,
@@ -202,11 +201,10 @@ def files_of(tokenizer, max_length, template):
 
 
 def special_tokens(tokenizer):
-    """Returns {"bos_token": symbol, ...}: what its folder names, else its own."""
-    own = {f"{role}_token": tokenizer.pieces[id] for role, id in tokenizer.special_ids.items()}
-    own.pop("pad_token", None)  # which may be EOS
-    named = {key: value for key, value in tokenizer.config.items() if key.endswith("_token")}
-    return {key: value for key, value in (own | named).items() if isinstance(value, str)}
+    """Returns {"bos_token": symbol, ...}: its own, and what else its folder names."""
+    named = {k: v for k, v in tokenizer.config.items() if k.endswith("_token") and type(v) is str}
+    ids = tokenizer.special_ids.items()
+    return named | {f"{role}_token": tokenizer.pieces[id] for role, id in ids}
 
 
 def hugging_face_json(tokenizer):

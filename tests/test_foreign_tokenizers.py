@@ -17,7 +17,7 @@ from lib.tokenizer import Tokenizer
 from sample import open_model
 from tests.conftest import ask, llama_cpp
 from tests.test_eval import ask_lm
-from tests.test_export import export, make
+from tests.test_export import export
 from tests.test_tokenizer import FRAGMENTS, hugging_face, streamed
 
 gguf = pytest.importorskip("gguf")
@@ -285,9 +285,3 @@ def test_what_llama_cpp_would_cut_otherwise_is_refused(place, tmp_path):
     with pytest.raises(UserError, match=expected):
         export(place, tmp_path / "x.gguf", "gguf")
     assert not list(tmp_path.glob("x.*"))
-
-
-def test_a_qwen2_with_a_head_width_of_its_own_is_refused(tiny_tokenizer, tmp_path):
-    own = make(tmp_path / "own", tiny_tokenizer, qkv_bias=True, head_dim=32)
-    with pytest.raises(UserError, match=r"head_dim 32: llama\.cpp has none in a qwen2"):
-        export(own, tmp_path / "x.gguf", "gguf")

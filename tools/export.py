@@ -182,8 +182,6 @@ def write_gguf(path, model, tokenizer, dtype):
     """Writes a GGUF file, and reads it back."""
     gguf, cfg, written = package("gguf", "--format=gguf"), model.cfg, {}
     arch = to_hf(cfg)["model_type"]
-    if arch == "qwen2" and cfg.n_head * cfg.head_width != cfg.d_model:
-        raise UserError(f"head_dim {cfg.head_dim}: llama.cpp has none in a qwen2; use --format=hf")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], cfg.n_layer)
     writer = gguf.GGUFWriter(path, arch)
     all_f32 = dtype == "f32"
@@ -208,8 +206,6 @@ def write_gguf(path, model, tokenizer, dtype):
         writer.add_tensor(name, data, raw_dtype=kind)
         written[name] = data.tobytes()
     if (cfg.rope_scaling or {}).get("rope_type") == "llama3":
-        if arch != "llama":
-            raise UserError(f"rope_scaling llama3: llama.cpp has none in a {arch}; use --format=hf")
         divisors = rope_frequencies(replace(cfg, rope_scaling=None)) / rope_frequencies(cfg)
         writer.add_tensor("rope_freqs.weight", divisors.float().numpy())
     writer.write_header_to_file()
@@ -314,22 +310,19 @@ PROBE = [{"role": role, "content": content} for role, content in PROBE]
 
 
 def chatml_system(tokenizer):
-    """Returns the system message of a folder's own template where that is chatml, "" for none.
+    """Returns the system message that a folder's own template writes by itself, "" for none.
 
-    Returns None for another template. It is known by what it writes.
+    Returns None for a template that is not chatml, which is known by what it writes.
     """
 
-    def text(template, *talk):
-        ids, _ = render(tokenizer, talk, template, add_generation_prompt=True)
+    def text(template, messages):
+        ids, _ = render(tokenizer, messages, template, add_generation_prompt=True)
         return tokenizer.decode(ids, controls=True)
 
-    own, (_, *rest) = tokenizer.template, PROBE
     with suppress(UserError):  # it lacks the markers, or refuses a system message
-        shown = text(own, *rest)
-        system = shown.partition(f"{IM_START}system\n")[2].partition(IM_END)[0]
-        given = [{"role": "system", "content": system}] if system else []
-        if shown == text("chatml", *given, *rest) and text(own, *PROBE) == text("chatml", *PROBE):
-            return system
+        if text(tokenizer.template, PROBE) == text("chatml", PROBE):
+            alone = text(tokenizer.template, PROBE[1:])
+            return alone.partition(f"{IM_START}system\n")[2].partition(IM_END)[0]
     return None
 
 
