@@ -162,14 +162,11 @@ class ChatTemplate:
         return self._encode(tokenizer, text, spans, escape)
 
     def _escaped(self, content, escape):
-        """Returns a content that brings no control token, nor a part that the template completes.
-
-        A template may trim it.
-        """
+        """Returns a content with no control token, and no part for the template to complete."""
         for symbol in filter(None, self.controls):
             while symbol in content:  # they may overlap
                 content = content.replace(symbol, symbol[0] + escape + symbol[1:])
-        body = content.strip()
+        body = content.strip()  # a template may trim it
         inside = any(body in symbol for symbol in self.controls)
         before = escape if inside or body.startswith(self._ends) else ""
         after = escape if inside or body.endswith(self._starts) else ""
@@ -228,10 +225,7 @@ class ChatTemplate:
 
 
 def jinja(template, bos=True):
-    """Returns one of our templates as Jinja, which raises for what `render` refuses.
-
-    bos: whether a text begins with BOS.
-    """
+    """Returns one of our templates as Jinja, which raises for what `render` refuses."""
 
     def put(text):
         if text == SPECIALS["eos"]:

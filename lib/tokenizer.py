@@ -140,14 +140,12 @@ class Tokenizer:
         """
         path, kind, config = Path(path), cls, None
         if path.is_dir():
-            from lib.tokenizer_json import read_tokenizer_config
+            from lib.tokenizer_json import JSONTokenizer, read_tokenizer_config
 
-            holds_one = any((path / name).exists() for name in (cls.file, "tokenizer.json"))
-            if not holds_one and (path / "final").is_dir():
-                path /= "final"
-            if not (path / cls.file).exists() and (path / "tokenizer.json").exists():
-                from lib.tokenizer_json import JSONTokenizer as kind
-            config = read_tokenizer_config(path)
+            kinds = [kind for kind in (cls, JSONTokenizer) if (path / kind.file).exists()]
+            if not kinds and (path / "final").is_dir():
+                return cls.load(path / "final")
+            kind, config = kinds[0] if kinds else cls, read_tokenizer_config(path)
             path = path / kind.file
         expected = "a tokenizer is a SentencePiece .model file, or a model's or a training's folder"
         with refusing(OSError, path, expected):
