@@ -28,7 +28,7 @@ from collections import Counter, namedtuple
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Annotated, Literal
@@ -254,7 +254,8 @@ class Api:
         """The tokenizer as llguidance reads it, made when a request first needs it."""
         from llguidance import LLTokenizer, TokenizerWrapper
 
-        encode = partial(self.tokenizer.encode, after=self.tokenizer.encode("a")[-1])
+        start = self.tokenizer.encode("\2")  # it joins nothing, so texts behind it get no prefix
+        encode = lambda text: self.tokenizer.encode("\2" + text)[len(start) :]
         encode.tokens = [self.tokenizer.spelled(id) for id in range(self.tokenizer.vocab_size)]
         encode.special_token_ids = list(self.tokenizer.controls.values())
         encode.bos_token_id, encode.eos_token_id = None, self.ends[0]
