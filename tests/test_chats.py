@@ -663,7 +663,7 @@ def test_characters_stand_in_for_a_tokenizer(tiny_tokenizer, template):
     ("name", "content", "parts"),
     [
         ("rows.jsonl", '{"text": "First."}\n{"text": "Second."}\n3\n',
-         ("2  documents read\n", "1 passed over: not-an-object (", "First.\n")),
+         ("2  documents read\n", "1 passed over: no-text (", "First.\n")),
         ("rows.jsonl", '3\n{"mapping": 5, "current_node": 1}\n{"text": "First."}\n{"text": 1}',
          ("1  documents read\n", "First.\n")),
         ("page.html", "<p>Only <b>words</b></p>", ("Only words\n",)),
