@@ -64,6 +64,7 @@ TEXTS = {"gutenberg_books": 2.0} | dict.fromkeys(DOCS, 0.3)
 PROOF = ["ours", "transformers", "transformers_fair"]
 RECIPES = {
     "adamw": ["--optimizer=adamw"],
+    "adamw_lr_3e-3": ["--adamw_learning_rate=3e-3"],
     "muon": ["--optimizer=muon"],
     "lr_1e-3": ["--learning_rate=1e-3"],
     "lr_2e-3": ["--learning_rate=2e-3"],
