@@ -21,8 +21,8 @@ import torch.nn.functional as F
 import sft
 from corpus.chats import read_pairs
 from data import ExampleStream, supervised_rows
-from lib.config import PositiveFloat, PositiveInt, Range, UserError, run
-from lib.conversation import render_answer, render_rows
+from lib.config import PositiveFloat, PositiveInt, Range, run
+from lib.conversation import render_rows
 from lib.runtime import autocast, choose_dtype, open_world, to_device
 from lib.tokenizer import IGNORE
 from model import choose_attention, label_nats, lora_off
@@ -45,8 +45,7 @@ class DPOConfig(sft.FineTuningConfig):
     learning_rate: PositiveFloat = 5e-4  # for LoRA on a small model; full fine-tuning wants 5e-7
     batch_size: PositiveInt = 4  # pairs per micro-batch and rank
     eval_steps: PositiveInt = 50  # steps between validations
-    # decides which is best
-    early_stopping_metric: Literal["val_loss", "val_rewards/accuracies"] = "val_loss"
+    early_stopping_metric: Literal["val_loss", "val_rewards/accuracies"] = "val_loss"  # of the best
 
     PASSES, STEPS, DROPOUT = 1, 50, False
 
@@ -123,7 +122,7 @@ def main(cfg):
         tokenizer = sft.open_tokenizer(cfg, trained=True)
         template = tokenizer.template
         rows, held_out, sha256 = sft.read_split(cfg, read_pairs, "prompt", world.say)
-        cfg, model, base, length = sft.open_base(cfg, tokenizer)
+        cfg, model, length, files = sft.open_base(cfg, tokenizer, template, sha256, world.say)
         collate = lambda pairs: pair_rows(pairs, length, tokenizer.pad_id)
 
         def stream(rows, purpose):
@@ -131,10 +130,6 @@ def main(cfg):
             return ExampleStream(pairs, collate, cfg.batch_size, cfg.seed, world.size)
 
         loader, val_stream = stream(rows, "to train on"), stream(held_out, "held out")
-        if not loader.blocks:
-            render_answer(tokenizer, rows[0]["prompt"], rows[0]["chosen"], template)  # may refuse
-            same = f"no two different answers within {length} positions"
-            raise UserError(f"{cfg.dataset_path}: {same}; use a longer --sequence_length")
         cfg = sft.for_rows(cfg, loader, val_stream, world)
         loss_fn, context = preference_loss(cfg), model.cfg.sequence_length
         questions = [row["prompt"] for row in held_out or rows]
@@ -150,7 +145,6 @@ def main(cfg):
                 for pairs in (loader, val_stream):
                     pairs.examples = with_reference(model, pairs, world)
             check_start(cfg, loss_fn, model, loader, world, dtype)
-        files = sft.tuned_files(cfg, base, tokenizer, template, sha256)
         fit(cfg, model, loader, loss_fn, world, validate, *files)
 
 

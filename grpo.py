@@ -15,21 +15,22 @@ from collections import deque
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 
 from corpus.rewards import load_reward, read_questions, reward_of, right
 from data import ExampleStream, supervised_rows
-from lib.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError, run
+from lib import config
+from lib.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError
 from lib.conversation import stop_ids
 from lib.folders import hash_fraction
 from lib.log import read_records
 from lib.runtime import autocast, choose_dtype, open_world
 from model import label_nats, lora_off
 from sample import Engine, Request, Sampling
-from sft import FineTuningConfig, for_rows, open_base, open_tokenizer, read_split, tuned_files
+from sft import FineTuningConfig, for_rows, open_base, open_tokenizer, read_split
 from train import fit
 
 SLOTS = 128  # answers that are written side by side; one that ends makes room for the next
@@ -44,7 +45,7 @@ class GRPOConfig(FineTuningConfig):
     # an answer's reward is the sum of these. right: 1 for a right answer by the row's check or
     # answer, else 0. FILE.py:FUNCTION: function(prompt, answer, row) -> number, of yours
     reward: tuple[str, ...] = ("right",)
-    num_generations: PositiveInt = 8  # answers to a question, G: the group that is compared
+    num_generations: Annotated[int, config.Range(2)] = 8  # G, answers to a question
     max_new_tokens: PositiveInt = 32  # of an answer
     loss: Literal["dr_grpo", "grpo", "dapo"] = "dr_grpo"  # what a token counts, see token_weight
     scale_rewards: bool = False  # divide advantages by the group's deviation, as GRPO and DAPO do
@@ -65,8 +66,6 @@ class GRPOConfig(FineTuningConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.num_generations < 2:
-            raise ValueError("num_generations must be at least 2: a group's answers are compared")
         if self.save_steps % self.num_iterations or self.eval_steps % self.num_iterations:
             steps = f"multiples of num_iterations {self.num_iterations}"
             raise ValueError(f"save_steps and eval_steps must be {steps}: answers are not saved")
@@ -180,12 +179,12 @@ class Rollouts(ExampleStream):
             for row in again:
                 question = self.examples[self.block_at(row + attempt * REDRAW)]
                 groups[row] = [self.ask(question, row, attempt, number) for number in G]
-            self.write([answer for row in again for answer in groups[row]])
-            for group in map(groups.get, again):
-                rewards = torch.tensor([[answer.reward for answer in group]])
-                gains = advantages(rewards, self.cfg.scale_rewards)[0].tolist()
-                for answer, gain in zip(group, gains):
-                    answer.advantage = gain
+            answers = [answer for row in again for answer in groups[row]]
+            self.write(answers)
+            rewards = torch.tensor([answer.reward for answer in answers]).view(-1, len(G))
+            gains = advantages(rewards, self.cfg.scale_rewards).flatten().tolist()
+            for answer, gain in zip(answers, gains):
+                answer.advantage = gain
         return [answer for group in groups.values() for answer in group]
 
     def ask(self, question, *words):
@@ -301,7 +300,7 @@ def main(cfg):
         functions = {name: load_reward(name) for name in cfg.reward}
         read = partial(read_questions, tokenizer=tokenizer, checked="right" in cfg.reward)
         rows, held_out, sha256 = read_split(cfg, read, "prompt", world.say)
-        cfg, model, base, length = open_base(cfg, tokenizer)
+        cfg, model, length, files = open_base(cfg, tokenizer, tokenizer.template, sha256, world.say)
         reference = copy.deepcopy(model).to(world.device) if cfg.beta and not cfg.lora_r else None
 
         def stream(rows, purpose):
@@ -311,14 +310,10 @@ def main(cfg):
             return Rollouts(cfg, kept, model, tokenizer, functions, world)
 
         loader, val_stream = stream(rows, "to train on"), stream(held_out, "held out")
-        if not loader.blocks:
-            room = f"no question leaves room for {cfg.max_new_tokens} of {length} tokens"
-            raise UserError(f"{cfg.dataset_path}: {room}; lower --max_new_tokens")
         cfg = for_rows(cfg, loader, val_stream, world)
         validate = answers_validation(cfg, world, val_stream)
-        files = tuned_files(cfg, base, tokenizer, tokenizer.template, sha256)
         fit(cfg, model, loader, policy_loss(cfg, reference), world, validate, *files)
 
 
 if __name__ == "__main__":
-    run(main, GRPOConfig, __doc__)
+    config.run(main, GRPOConfig, __doc__)

@@ -106,14 +106,12 @@ def rope_frequencies(cfg):
     D, scaling = cfg.head_width, cfg.rope_scaling or {"rope_type": "default"}
     exponents = -torch.arange(0, D, 2, dtype=torch.float64, device="cpu") / D  # not meta, either
     frequency, keep = cfg.rope_theta**exponents, 0
-    if scaling["rope_type"] == "default":
-        return frequency
     if scaling["rope_type"] == "llama3":  # keeps the fast pairs, a ramp between them and slow ones
         turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
     # squeezes the positions by the factor (Chen et al. 2023)
-    return keep * frequency + (1 - keep) * frequency / scaling["factor"]
+    return keep * frequency + (1 - keep) * frequency / scaling.get("factor", 1.0)
 
 
 def rotate(x, cos, sin):
@@ -127,7 +125,6 @@ def rotate(x, cos, sin):
 
 def choose_attention(device, length, dtype, flash_wanted=True, compiled=False):
     """Returns (backend, reason) for rows of `length`: `flash`, `math`, or torch's own `sdpa`."""
-    device = torch.device(device)
     # compiled for a CPU with AVX-512, torch 2.13's gradients of `math` are NaN in bfloat16
     if device.type == "cpu" and length <= 512 and dtype != torch.float32 and not compiled:
         return "math", "on a CPU two matmuls beat torch's kernel in 16 bits, up to 512 positions"
@@ -173,8 +170,8 @@ class Attention(nn.Module):
 
     def __init__(self, cfg, layer):
         super().__init__()
-        self.layer, self.head_dim = layer, cfg.head_width
-        self.dropout, self.backend = cfg.probability(cfg.attention_dropout), "sdpa"
+        self.layer, self.head_dim, self.backend = layer, cfg.head_width, "sdpa"
+        self.dropout = nn.Dropout(cfg.probability(cfg.attention_dropout))
         C, D, bias = cfg.d_model, cfg.head_width, cfg.qkv_bias
         self.q_proj = nn.Linear(C, cfg.n_head * D, bias)
         self.k_proj = nn.Linear(C, cfg.kv_heads * D, bias)
@@ -193,7 +190,7 @@ class Attention(nn.Module):
             k, v = (x.to(q.dtype) for x in cache.append(self.layer, k, v, positions))
         # after the first piece a single query may see every key, and several have a mask
         causal = cache is None or cache.start == 0
-        y = attend(q, k, v, mask, causal, self.dropout * self.training, self.backend)
+        y = attend(q, k, v, mask, causal, self.dropout.p * self.training, self.backend)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # heads side by side: (B, T, C)
 
 
@@ -372,10 +369,10 @@ def unused_memory(shape, device, dtype):
 
 def next_token_loss(model, batch):
     """Returns (summed cross-entropy of a batch, {}), see label_nats."""
-    return label_nats(model, batch, "sum"), {}
+    return label_nats(model, batch, summed=True), {}
 
 
-def label_nats(model, batch, reduction="none"):
+def label_nats(model, batch, summed=False):
     """Returns -log p of batch["labels"] (B, T), already shifted: the terms (N,), or their sum.
 
     With batch["where"] (N,), indices of the B T flattened positions, the labels are theirs, (N,),
@@ -383,15 +380,14 @@ def label_nats(model, batch, reduction="none"):
     """
     x = model.model(batch["ids"], batch.get("positions"), batch.get("documents")).flatten(0, 1)
     x = x.index_select(0, batch["where"]) if "where" in batch else x
-    return linear_cross_entropy(x, model.lm_head.weight, batch["labels"].flatten(), reduction)
+    return linear_cross_entropy(x, model.lm_head.weight, batch["labels"].flatten(), summed)
 
 
-def linear_cross_entropy(x, weight, labels, reduction="sum"):
+def linear_cross_entropy(x, weight, labels, summed=True):
     """Returns the sum of -log softmax(x W^T)[label] for x (N, C), weight (V, C), labels (N,).
 
-    With reduction="none" its terms, (N,) float32; an unsupervised row's is 0.
+    With summed=False its terms, (N,) float32; an unsupervised row's is 0.
     """
-    summed = reduction == "sum"
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return LinearCrossEntropy.apply(x, weight, labels, summed)
     weight, groups = weight.to(x.dtype), row_groups(x, labels, len(weight))
@@ -582,8 +578,7 @@ def to_hf(cfg, dtype="float32"):
     for name in ("attention_dropout", "hidden_dropout"):
         hf[name] = cfg.probability(hf[name])
     hf |= {"architectures": [f"{kind.capitalize()}ForCausalLM"], "model_type": kind}
-    hf |= {"rope_parameters": rope, "use_cache": True}
-    return hf | {"torch_dtype": dtype, "dtype": dtype}
+    return hf | {"rope_parameters": rope, "use_cache": True, "torch_dtype": dtype, "dtype": dtype}
 
 
 def from_hf(hf, where="config.json"):
@@ -744,8 +739,7 @@ def save_adapter(model, folder, base):
     values = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none"}
     values["base_model_name_or_path"] = str(home)  # PEFT looks from where it runs
     values["target_modules"] = [name for name in PROJECTIONS if name in names]
-    alpha = int(layer.alpha) if layer.alpha == int(layer.alpha) else layer.alpha  # as PEFT has it
-    values |= {"r": layer.r, "lora_alpha": alpha, "lora_dropout": layer.dropout.p}
+    values |= {"r": layer.r, "lora_alpha": layer.alpha, "lora_dropout": layer.dropout.p}
     write_json(folder / ADAPTER_CONFIG, values)
     home = Path(os.path.relpath(home, folder.resolve())).as_posix()
     write_json(folder / "base.json", {"sha256": base.sha256, "relative_path": home})
@@ -785,7 +779,7 @@ def find_base(folder, name):
     raise UserError(f"{folder}: its base model {name} is not there; {mend}")
 
 
-# ---- Counts, and the architecture report
+# ---- Counts
 
 
 def count_parameters(cfg):
@@ -806,32 +800,10 @@ def flops_per_token(cfg):
     return 6 * matrices + 12 * cfg.n_layer * cfg.n_head * cfg.head_width * cfg.sequence_length
 
 
-def activation_bytes(cfg, size=2):
-    """Returns the bytes that a training step keeps of a token in a block, `size` bytes a number."""
-    # norms' inputs and outputs; q, k, v, attention's output; gate, up and their product
-    heads = 2 * cfg.n_head + 2 * cfg.kv_heads + (cfg.n_head + cfg.kv_heads) * cfg.qk_norm
-    return size * (4 * cfg.d_model + heads * cfg.head_width + 3 * cfg.d_ff)
-
-
 def main(cfg):
-    D, L, T, V = cfg.head_width, cfg.n_layer, cfg.sequence_length, cfg.vocab_size
-    counts = count_parameters(cfg)
-    memory = {
-        "weights, gradients, Adam's moments (fp32)": 16 * counts["total"],
-        "activations of 8 full rows (16 bit)": L * activation_bytes(cfg) * 8 * T,
-        "logits, a group of rows at a time": 2 * min(8 * T * V, LOGITS["cuda"]),
-        "KV cache of one full row (16 bit)": 4 * L * cfg.kv_heads * D * T,
-    }
-    heads = f"{cfg.n_head} heads of {D}, {cfg.kv_heads} for keys and values, d_ff {cfg.d_ff}"
-    print(f"{cfg.model_name}: {L} layers x {cfg.d_model}, {heads}, vocabulary {V}, context {T}")
-    print("parameters; memory of a training step, computed from the shapes, not measured:")
-    for part, count in (counts | {"training FLOPs per token": flops_per_token(cfg)}).items():
-        print(f"  {part:<44} {count:>15,}")
-    for part, size in memory.items():
-        print(f"  {part:<44} {size / 1e6:>12,.1f} MB")
-    for name, step in {"vocab_size": 64, "d_model": 64, "d_ff": 64, "head_width": 32}.items():
-        if (size := getattr(cfg, name)) % step:
-            print(f"  warning: {name} {size} is no multiple of {step}: its kernels will be slower")
+    from tools.plan import architecture  # counts what a training takes, too
+
+    print(architecture(cfg))
 
 
 if __name__ == "__main__":

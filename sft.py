@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import takewhile
 from typing import Literal
 
@@ -53,8 +52,7 @@ class FineTuningConfig(LoopConfig):
     lora_r: NonNegativeInt = 16  # rank of the difference that is learned; 0 = train all weights
     lora_alpha: PositiveFloat = 32.0  # the difference is scaled by lora_alpha / lora_r
     lora_dropout: config.Fraction = 0.0  # on the adapter's input
-    # the projections that get one
-    lora_target_modules: tuple[llama.Projection, ...] = llama.PROJECTIONS
+    lora_target_modules: tuple[llama.Projection, ...] = llama.PROJECTIONS  # that get one
     merge: bool = True  # final/ is a whole model, its adapter in final/adapter; else that alone
 
     WARMUP = 10  # steps, where warmup_steps is none and the run is long enough
@@ -82,8 +80,7 @@ class SFTConfig(FineTuningConfig):
     output_dir: str = "checkpoints/sft"  # checkpoints, metrics.jsonl and final/ go here
     # none = 1e-3 for all weights of a small model (adapter 3e-3), 5e-5 of a larger (adapter 2e-4)
     learning_rate: PositiveFloat | None = None
-    # rank of the adapter; 0 = train all weights; none = 16, or 0 below 30 million parameters
-    lora_r: NonNegativeInt | None = None
+    lora_r: NonNegativeInt | None = None  # none = 16, or 0 (all weights) below 30M parameters
     lora_dropout: config.Fraction = 0.1  # on what enters the adapter
     eval_steps: PositiveInt = 100  # steps between validations
     early_stopping_metric: Literal["val_loss"] = "val_loss"  # decides which is best
@@ -96,7 +93,7 @@ def main(cfg):
         for line in find_template(tokenizer, template).notes:  # raises if it cannot be written
             world.say(line)
         chats, held_out, sha256 = read_split(cfg, read_chats, "messages", world.say)
-        cfg, model, base, length = open_base(cfg, tokenizer, partial(for_size, say=world.say))
+        cfg, model, length, files = open_base(cfg, tokenizer, template, sha256, world.say)
         settings = tokenizer, template, length, world.say
         examples = make_examples(chats, "to train on", *settings)
         cfg = with_packing(cfg, examples, length, world)
@@ -107,17 +104,12 @@ def main(cfg):
             return ExampleStream(rows, collate, cfg.batch_size, cfg.seed, world.size)
 
         loader, val_stream = map(stream, (examples, make_examples(held_out, "held out", *settings)))
-        if not loader.blocks:
-            render(tokenizer, chats[0]["messages"], template)  # raises where the template refuses
-            late = f"no answer begins within {length} positions; shorten the questions"
-            raise UserError(f"{cfg.dataset_path}: {late}, or use a longer --sequence_length")
         world.say(f"{loader.blocks:,} rows of up to {length} positions; template {template}")
         cfg = for_rows(cfg, loader, val_stream, world)
         asks = lambda message: message["role"] != "assistant"
         questions = [list(takewhile(asks, chat["messages"])) for chat in held_out or chats]
         show = answer_to(cfg, tokenizer, template, questions, model.cfg.sequence_length)
         validate = validation(world, val_stream, llama.next_token_loss, (), show)
-        files = tuned_files(cfg, base, tokenizer, template, sha256)
         fit(cfg, model, loader, llama.next_token_loss, world, validate, *files)
 
 
@@ -197,8 +189,11 @@ def open_tokenizer(cfg, trained=False):
 def for_rows(cfg, loader, held_out, world):
     """Returns cfg with its number of passes, and early stopping off where no row is held out.
 
-    Few rows are seen more often: a few steps would teach nothing.
+    Few rows are seen more often: a few steps would teach nothing. UserError if none is left.
     """
+    if not loader.blocks:
+        above = "no row is left to train on, see above"
+        raise UserError(f"{cfg.dataset_path}: {above}; a longer --sequence_length keeps more")
     if cfg.early_stopping_patience and not held_out.blocks:
         remedy = "--val_path or more rows turn it on"
         world.say(f"early stopping is off, because no row is held out to decide by: {remedy}")
@@ -220,26 +215,20 @@ def read_split(cfg, read, key, say):
     `read` is chats.read_chats or the like. Without val_path a row is held out by the hash of its
     `key`: equal ones stay together, and a higher val_ratio only adds rows.
     """
-    rows = read_reporting(read, cfg.dataset_path, say)
+    tally = Tally()
+    rows = read(cfg.dataset_path, tally)
+    held_out = read(cfg.val_path, tally) if cfg.val_path else []
+    for line in tally.lines():
+        say(line)
     sha256 = hashlib.sha256(json.dumps(rows, ensure_ascii=False, default=str).encode()).hexdigest()
-    if cfg.val_path:
-        return rows, read_reporting(read, cfg.val_path, say), sha256
-    rows, held_out = split_rows(rows, cfg.val_ratio, key)
+    if not cfg.val_path:
+        rows, held_out = split_rows(rows, cfg.val_ratio, key)
     if not rows:
         raise UserError(f"{cfg.dataset_path}: every row is held out; lower --val_ratio")
     if cfg.val_ratio and not held_out:
         equal = f"no two of {len(rows):,} rows differ in {key}"
         say(f"nothing is held out to validate on: {equal}; --val_path names other rows")
     return rows, held_out, sha256
-
-
-def read_reporting(read, path, say):
-    """Returns the rows of `path`, after saying which of them cannot be used."""
-    tally = Tally()
-    rows = read(path, tally)
-    for line in tally.lines():
-        say(line)
-    return rows
 
 
 def split_rows(rows, ratio, key):
@@ -253,35 +242,27 @@ def split_rows(rows, ratio, key):
     return sides
 
 
-def open_base(cfg, tokenizer, resolve=lambda cfg, size: cfg):
-    """Returns (resolve(cfg, parameters), model with a new adapter, its Base, length of a row)."""
+def open_base(cfg, tokenizer, template, sha256, say):
+    """Returns (cfg `for_size`, model with a new adapter, length of a row, `model_files`).
+
+    `sha256` is that of the rows: a checkpoint of other rows, or on another base, is refused.
+    """
     base, model = llama.identify(cfg.model_path), llama.load_model(cfg.model_path)
     context = model.cfg.sequence_length
     tokenizer.match(model.cfg.vocab_size, cfg.model_path)
     if (length := cfg.sequence_length or context) > context:
         raise UserError(f"sequence_length {length} is more than the model's {context}; lower it")
-    cfg = resolve(cfg, llama.count_parameters(model.cfg)["total"])
+    if isinstance(cfg, SFTConfig):
+        cfg = for_size(cfg, llama.count_parameters(model.cfg)["total"], say)
     torch.manual_seed(cfg.seed)
     if cfg.lora_r:
         llama.add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_target_modules)
-    if not cfg.DROPOUT:
-        turn_dropout_off(model)
-    return cfg, model.train(), base, length
-
-
-def turn_dropout_off(model):
-    """Sets every dropout of `model` to 0, whatever its configuration says."""
-    for module in model.modules():
+    for module in model.modules() if not cfg.DROPOUT else ():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        elif isinstance(module, llama.Attention):
-            module.dropout = 0.0
-
-
-def tuned_files(cfg, base, tokenizer, template, sha256):
-    """Returns model_files of a training on top of `base`; `sha256` is that of its rows."""
     data = {cfg.model_path: base.sha256, cfg.dataset_path: sha256}
-    return model_files(cfg, tokenizer, data, template, stop_ids(tokenizer, template), base)
+    files = model_files(cfg, tokenizer, data, template, stop_ids(tokenizer, template), base)
+    return cfg, model.train(), length, files
 
 
 def validation(world, stream, loss_fn, names, show, watch=lambda means: None):

@@ -71,8 +71,7 @@ class LoopConfig:
     learning_rate: PositiveFloat = 3e-4  # at the top of the schedule
     adamw_learning_rate: PositiveFloat | None = None  # beside muon; none = learning_rate
     min_lr: NonNegativeFloat | None = None  # at its end; none = a tenth of learning_rate
-    # linear rise to the top; none = 100 (fine-tuning: 10), or a tenth of the run if that is less
-    warmup_steps: NonNegativeInt | None = None
+    warmup_steps: NonNegativeInt | None = None  # none = 100 (fine-tuning: 10), at most a tenth
     weight_decay: NonNegativeFloat = 0.1  # on matrices only, not on embeddings and norms
     beta1: config.Fraction = 0.9  # AdamW's memory of the gradient
     beta2: config.Fraction = 0.95  # AdamW's memory of its square
@@ -498,7 +497,7 @@ def fit(cfg, model, loader, loss_fn, world, validate, write_model, read_model, w
 def prepare(cfg, model, loader, world, read_model):
     """Returns (cfg with its warmup, state, dtype of matmuls, clock), fresh or resumed."""
     model.to(world.device)
-    dtype = announce(cfg, model, world)
+    dtype, _ = announce(cfg, model, world)
     state = State(cfg, model, world, dtype)
     runtime.seed_everything(cfg.seed + world.rank)  # dropout differs between ranks
     total = total_steps(cfg, loader.blocks, world.size)
@@ -516,8 +515,9 @@ def prepare(cfg, model, loader, world, read_model):
 
 
 def announce(cfg, model, world):
-    """Chooses precision, attention and compilation, and says why. Returns the dtype of matmuls."""
-    device, length, compiled = world.device, model.cfg.sequence_length, compiles(cfg, world.device)
+    """Chooses (dtype of matmuls, whether to compile), and attention; says why."""
+    device, length = world.device, model.cfg.sequence_length
+    compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
     dtype, why = choose_dtype(cfg.dtype, device)
     attention, reason = llama.choose_attention(device, length, dtype, cfg.flash_attn, compiled)
     model.use_attention(attention)
@@ -535,11 +535,7 @@ def announce(cfg, model, world):
         f"{str(dtype)[6:]} ({why}) | attention {attention} ({reason}) | "
         f"torch.compile {'on' if compiled else 'off'}{why_not}"
     )
-    return dtype
-
-
-def compiles(cfg, device):
-    return device.type == "cuda" if cfg.compile is None else cfg.compile
+    return dtype, compiled
 
 
 def compile_model(model):
@@ -582,9 +578,7 @@ def report_skipped(cfg, state, grad_norm, count, log):
         many = f"{state.bad_steps} steps in a row were skipped, the last because {why}"
         last = next(iter(checkpoint.checkpoints(cfg.output_dir)), "none")
         remedy = "lower --learning_rate or use --dtype=fp32"
-        diverged = UserError(f"{many}; the last good checkpoint is {last}; {remedy}")
-        diverged.exit_code = 4
-        raise diverged
+        raise UserError(f"{many}; the last good checkpoint is {last}; {remedy}", exit_code=4)
 
 
 def write_finished(cfg, state, world, read_model, write_final):
@@ -631,8 +625,7 @@ class PretrainConfig(LoopConfig, llama.ModelConfig):
     eval_rows: PositiveInt = 128  # rows of the validation set that are scored at each evaluation
     sample_prompt: str = "The"  # continued greedily at each evaluation
     sample_tokens: Annotated[int, config.Range(0, 1000)] = 48  # length of what follows; 0 = none
-    # decides which is best
-    early_stopping_metric: Literal["val_loss", "val_bits_per_byte"] = "val_loss"
+    early_stopping_metric: Literal["val_loss", "val_bits_per_byte"] = "val_loss"  # of the best
     plan_gpu: str | None = None  # say what the run would need on such a card, as h100
 
     def __post_init__(self):
@@ -689,9 +682,8 @@ def pretrain(cfg, world):
 
 def language_validation(cfg, world, tokenizer):
     """Returns validate(model): nats per token and bits per byte of the first rows, and a sample."""
-    stream = TokenStream(
-        cfg.data_path, "val", cfg.sequence_length, cfg.batch_size, document_mask=cfg.document_mask
-    )
+    sizes = cfg.sequence_length, cfg.batch_size
+    stream = TokenStream(cfg.data_path, "val", *sizes, document_mask=cfg.document_mask)
     rows, token_bytes = min(cfg.eval_rows, stream.blocks), tokenizer.token_bytes()
 
     def validate(model):

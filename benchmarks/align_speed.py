@@ -36,7 +36,6 @@ from dpo import DPOConfig, Pair, pair_rows, preference_loss
 from lib.config import configure
 from lib.runtime import World, memory_used, tune_cpu
 from model import Llama, ModelConfig, add_lora, choose_attention, next_token_loss, to_hf
-from sft import turn_dropout_off
 from tools.plan import forward_backward
 from train import LoopConfig, State
 
@@ -75,8 +74,7 @@ def our_sft(cfg):
 
 
 def our_dpo(cfg, known_reference=False):
-    model, loop, world, state = ours(cfg)
-    turn_dropout_off(model)
+    _, loop, world, state = ours(cfg)
     rows = examples(cfg)
     reference = (-900.0, -900.0) if known_reference else ()
     pairs = [Pair(chosen, rejected, reference) for chosen, rejected in zip(rows[::2], rows[1::2])]

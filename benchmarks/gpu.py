@@ -326,7 +326,6 @@ def aligned(small, name, stage):
     from data import supervised_rows
     from dpo import DPOConfig, Pair, pair_rows, preference_loss
     from model import add_lora
-    from sft import turn_dropout_off
 
     device, rows, length = choose_device("auto"), 4 if small else 16, 32 if small else 512
     loop = {
@@ -345,7 +344,6 @@ def aligned(small, name, stage):
         next_token_loss,
     )
     if stage == "dpo":
-        turn_dropout_off(model)
         pairs = [
             Pair(chosen, rejected, ()) for chosen, rejected in zip(examples[::2], examples[1::2])
         ]

@@ -98,7 +98,7 @@ def ours(words, cfg, folder, until_end):
     torch.set_float32_matmul_precision("medium" if "onednn" in words else "highest")
     model = Llama(cfg).train()
     load_weights(model, folder)
-    dtype = train.announce(loop, model, world)
+    dtype, _ = train.announce(loop, model, world)
     if "math" in words:
         model.use_attention("math")
     state = train.State(loop, model, world, dtype)

@@ -27,7 +27,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 class UserError(Exception):
     """A mistake that the user can mend; str() is one line: what, value, expected, remedy."""
 
-    exit_code = 2  # the exit status of the program
+    def __init__(self, message, exit_code=2):
+        super().__init__(message)
+        self.exit_code = exit_code  # of the program
 
     def __str__(self):
         return " ".join(super().__str__().splitlines())  # a quoted path may hold line breaks
@@ -57,9 +59,8 @@ def refusing(errors, problem, remedy="", exit_code=2):
         yield
     except errors as error:
         cause = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        refusal = UserError(f"{problem}: {cause:.500}{'; ' * bool(remedy)}{remedy}")
-        refusal.exit_code = exit_code
-        raise refusal from None
+        text = f"{problem}: {cause:.500}{'; ' * bool(remedy)}{remedy}"
+        raise UserError(text, exit_code) from None
 
 
 # ---- options

@@ -310,7 +310,7 @@ def test_mistakes_are_told_on_one_line(tmp_path, knobs, tiny_tokenizer):
     same = write_rows(tmp_path / "same.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "b"}])
     for more, message in [
         ({"model_path": plain}, "names no chat template; train it with sft.py first"),
-        ({"sequence_length": 4}, "no two different answers within 4 positions"),
+        ({"sequence_length": 4}, "no row is left to train on, see above"),
         ({"val_path": None, "val_ratio": 1}, "every row is held out; lower --val_ratio"),
         ({"dataset_path": same}, "0 usable rows"),
         ({"lora_dropout": 0.1}, "lora_dropout must be 0"),

@@ -67,7 +67,7 @@ def test_every_key_of_the_advanced_preset_reaches_the_model():
     block = model.model.layers[0]
     assert block.self_attn.k_proj.weight.shape == (5 * 64, 640)
     assert model.lm_head.weight is not model.model.embed_tokens.weight
-    assert (block.dropout.p, block.self_attn.dropout, model.model.dropout.p) == (0.1, 0.0, 0.1)
+    assert (block.dropout.p, block.self_attn.dropout.p, model.model.dropout.p) == (0.1, 0.0, 0.1)
     assert block.input_layernorm.epsilon == 1e-5
     assert len(model.model.cos) == 1536
 
@@ -248,7 +248,8 @@ def test_garbage_in_a_file_is_one_line(saved):
 
 
 def test_compiled_for_a_cpu_16_bits_take_torchs_kernel():
-    chosen = [llama.choose_attention("cpu", 512, torch.bfloat16, compiled=c)[0] for c in (0, 1)]
+    row = torch.device("cpu"), 512, torch.bfloat16
+    chosen = [llama.choose_attention(*row, compiled=compiled)[0] for compiled in (0, 1)]
     assert chosen == ["math", "sdpa"]
 
 
@@ -289,7 +290,7 @@ def test_flash_attention_that_does_not_load_is_passed_over_with_its_reason(tmp_p
     (tmp_path / "flash_attn.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
-    backend, reason = llama.choose_attention("cuda", 1024, torch.bfloat16)
+    backend, reason = llama.choose_attention(torch.device("cuda"), 1024, torch.bfloat16)
     assert (backend, "undefined symbol: of another torch" in reason) == ("sdpa", True)
 
 

@@ -199,12 +199,13 @@ def test_rows_that_are_all_alike_are_trained_on_and_that_is_said(tmp_path):
 def test_columns_that_nothing_reads_are_one_line(tmp_path):
     rows = {sft.read_chats: {"response": "a"}, dpo.read_pairs: {"chosen": "a", "rejected": "b"}}
     for read, row in rows.items():
-        path, lines = (
-            write_rows(tmp_path / "rows", [{"prompt": "q"} | row | {"id": 1, "note": "x"}] * 3),
-            [],
-        )
-        sft.read_reporting(read, str(path), lines.append)
-        assert lines == ["columns not used: id, note"]
+        row, lines = {"prompt": "q"} | row | {"id": 1, "note": "x"}, []
+        path = str(write_rows(tmp_path / "rows", [row] * 3))
+        for val_path in (None, path):
+            cfg = sft.SFTConfig(model_path="", dataset_path=path, val_path=val_path, val_ratio=0)
+            key = "prompt" if read is dpo.read_pairs else "messages"
+            sft.read_split(cfg, read, key, lines.append)
+        assert lines == ["columns not used: id, note"] * 2
 
 
 def for_count(cls, count, held_out=1, **knobs):
@@ -432,7 +433,7 @@ def test_mistakes_are_told_on_one_line(tmp_path, base, knobs, tiny_tokenizer):
         ({"dataset_path": tmp_path / "no.jsonl"}, f"{tmp_path / 'no.jsonl'}: not found"),
         ({"dataset_path": ""}, "required: --dataset_path=VALUE"),
         ({"dataset_path": tmp_path / "bad.jsonl"}, "0 usable rows"),
-        ({"sequence_length": 3}, "no answer begins within 3 positions; shorten the questions, or"),
+        ({"sequence_length": 3}, "no row is left to train on, see above; a longer"),
         ({"sequence_length": 65}, "sequence_length 65 is more than the model's 64"),
         (all_held_out, "every row is held out"),
         ({"lora_target_modules": "q_prj"}, "must be q_proj|k_proj"),

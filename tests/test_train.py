@@ -315,7 +315,7 @@ def test_validation_reads_the_val_shards_and_nothing_else(finished, tiny_dataset
         batch = TokenStream(tiny_dataset, split, 16, 2).rows(0, 100)
         ids, labels = torch.from_numpy(batch["ids"]), torch.from_numpy(batch["labels"])
         hidden = model.model(ids).detach().flatten(0, 1)
-        loss = linear_cross_entropy(hidden, model.lm_head.weight, labels.flatten(), "none")
+        loss = linear_cross_entropy(hidden, model.lm_head.weight, labels.flatten(), summed=False)
         nats = loss.double().sum().item()
         return nats / batch["count"], nats / math.log(2) / lengths[labels[labels >= 0]].sum().item()
 

@@ -8,14 +8,14 @@ For a card elsewhere `card_seconds` knows two limits: arithmetic and bandwidth.
 """
 
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 
 from lib.config import UserError
 from lib.runtime import autocast, datasheets, memory_used, to_device
-from model import LOGITS, ModelConfig, activation_bytes, count_parameters, flops_per_token
-from train import State, announce, compiles, rows_per_step, total_steps, with_vocab_size
+from model import LOGITS, ModelConfig, count_parameters, flops_per_token
+from train import PretrainConfig, State, announce, rows_per_step, total_steps, with_vocab_size
 
 STEPS = 3  # optimizer steps that are timed after the warm-up
 PATIENCE = 120  # seconds for them; a slower machine is timed with one row at a time
@@ -23,6 +23,13 @@ RESERVE = 1e9  # bytes of a card for CUDA itself and the allocator's fragments: 
 
 
 # ---- memory
+
+
+def activation_bytes(cfg, size=2):
+    """Returns the bytes that a training step keeps of a token in a block, `size` bytes a number."""
+    # norms' inputs and outputs; q, k, v, attention's output; gate, up and their product
+    heads = 2 * cfg.n_head + 2 * cfg.kv_heads + (cfg.n_head + cfg.kv_heads) * cfg.qk_norm
+    return size * (4 * cfg.d_model + heads * cfg.head_width + 3 * cfg.d_ff)
 
 
 def memory(cfg, device="cuda", size=2, fused=True):
@@ -178,11 +185,11 @@ def time_rows(cfg, seconds, total, ranks=1):
 def local(cfg, model, loader, loss_fn, world):
     """Prints the needs of `train.fit` here: counted, then timed and measured. Writes nothing."""
     model.to(world.device).train()
-    dtype = announce(cfg, model, world)
+    dtype, compiled = announce(cfg, model, world)
     state = State(cfg, model, world, dtype)
     total = total_steps(cfg, loader.blocks, world.size) if loader.blocks else cfg.max_steps
     trained = sum(p.numel() for p in state.parameters)
-    kernels = world.device.type, dtype.itemsize, compiles(cfg, world.device)
+    kernels = world.device.type, dtype.itemsize, compiled
     world.say(needs(cfg, model.cfg, trained, total, world.size, *kernels))
     seconds, timed = time_step(cfg, state, loader, loss_fn, world, dtype)
     rows = time_rows(cfg, seconds, total, world.size)
@@ -213,3 +220,21 @@ def card_plan(cfg, name):
     title = f"on {name}, compiled: extrapolated from an H100 (benchmarks/RESULTS.md)"
     tables = needs(cfg, cfg, count_parameters(cfg)["total"], cfg.max_steps)
     return tables + "\n" + table(title, rows)
+
+
+def architecture(shape):
+    """Returns the report of `python model.py PRESET`, of a ModelConfig."""
+    D, L, T, V = shape.head_width, shape.n_layer, shape.sequence_length, shape.vocab_size
+    cfg = PretrainConfig(**(asdict(shape) | {"qkv_bias": False}))  # which it refuses
+    counts = count_parameters(shape) | {"training FLOPs per token": flops_per_token(shape)}
+    parts = memory(cfg) | {"KV cache of one full row (16 bit)": 4 * L * shape.kv_heads * D * T}
+    heads = f"{shape.n_head} heads of {D}, {shape.kv_heads} for keys and values"
+    name = f"{shape.model_name}: {L} layers x {shape.d_model}, {heads}, d_ff {shape.d_ff}"
+    title = f"{name}, vocabulary {V}, context {T}"
+    tables = table(title, {part: f"{count:>15,}" for part, count in counts.items()})
+    title = f"memory of a training step of {cfg.batch_size} rows, predicted"
+    tables += "\n" + table(title, {part: f"{n / 1e6:>12,.1f} MB" for part, n in parts.items()})
+    for name, step in {"vocab_size": 64, "d_model": 64, "d_ff": 64, "head_width": 32}.items():
+        if (size := getattr(shape, name)) % step:
+            tables += f"warning: {name} {size} is no multiple of {step}: its kernels are slower\n"
+    return tables.rstrip()
