@@ -22,7 +22,7 @@ import sft
 from corpus.chats import read_pairs
 from data import ExampleStream, supervised_rows
 from lib.config import PositiveFloat, PositiveInt, Range, run
-from lib.conversation import render_rows
+from lib.conversation import render_answer, render_rows
 from lib.runtime import autocast, choose_dtype, open_world, to_device
 from lib.tokenizer import IGNORE
 from model import choose_attention, label_nats, lora_off
@@ -130,6 +130,8 @@ def main(cfg):
             return ExampleStream(pairs, collate, cfg.batch_size, cfg.seed, world.size)
 
         loader, val_stream = stream(rows, "to train on"), stream(held_out, "held out")
+        if not loader.blocks:
+            render_answer(tokenizer, rows[0]["prompt"], rows[0]["chosen"], template)  # may refuse
         cfg = sft.for_rows(cfg, loader, val_stream, world)
         loss_fn, context = preference_loss(cfg), model.cfg.sequence_length
         questions = [row["prompt"] for row in held_out or rows]

@@ -104,6 +104,8 @@ def main(cfg):
             return ExampleStream(rows, collate, cfg.batch_size, cfg.seed, world.size)
 
         loader, val_stream = map(stream, (examples, make_examples(held_out, "held out", *settings)))
+        if not loader.blocks:
+            render(tokenizer, chats[0]["messages"], template)  # raises where the template refuses
         world.say(f"{loader.blocks:,} rows of up to {length} positions; template {template}")
         cfg = for_rows(cfg, loader, val_stream, world)
         asks = lambda message: message["role"] != "assistant"
