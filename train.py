@@ -29,8 +29,10 @@ from typing import Annotated, Literal
 # OpenMP's threads spin while they wait for each other. Beside a busy process one of them is off its
 # core at times, and the other would spin for it: they sleep instead if the machine is busy now.
 # That changes no result. OpenMP reads it once, when torch loads it.
-if (load := Path("/proc/loadavg")).exists() and int(load.read_text().split()[3].split("/")[0]) > 1:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+with contextlib.suppress(OSError):  # Linux has the file
+    load = Path("/proc/loadavg").read_text(encoding="ascii")
+    if int(load.split()[3].partition("/")[0]) > 1:  # processes that run now, this one included
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch

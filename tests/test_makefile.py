@@ -226,7 +226,7 @@ def test_the_chain_from_text_to_backup_in_an_empty_folder(tmp_path, tiny_documen
     assert re.search(r"data/processed/t: \d+ documents, [\d,]+ tokens, vocabulary 384", status)
     for name in ("pretrain/tiny (pretrain)", "sft (sft)", "dpo (dpo)"):
         assert f"checkpoints/{name}: complete | step 2, loss" in status
-    assert "evaluation_results: checkpoints/dpo" in status
+    assert "evaluation_results: bits per byte" in status
     assert "sample.py --chat --model_path=checkpoints/dpo" in status
     with tarfile.open(folder / "kept.tar.gz") as tar:
         for entry in (e for e in tar if e.isfile()):
