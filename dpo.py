@@ -45,7 +45,8 @@ class DPOConfig(sft.FineTuningConfig):
     learning_rate: PositiveFloat = 5e-4  # for LoRA on a small model; full fine-tuning wants 5e-7
     batch_size: PositiveInt = 4  # pairs per micro-batch and rank
     eval_steps: PositiveInt = 50  # steps between validations
-    early_stopping_metric: Literal["val_loss", "val_rewards/accuracies"] = "val_loss"  # of the best
+    # decides which is best
+    early_stopping_metric: Literal["val_loss", "val_rewards/accuracies"] = "val_loss"
 
     PASSES, STEPS, DROPOUT = 1, 50, False
 

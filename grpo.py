@@ -45,7 +45,7 @@ class GRPOConfig(FineTuningConfig):
     # an answer's reward is the sum of these. right: 1 for a right answer by the row's check or
     # answer, else 0. FILE.py:FUNCTION: function(prompt, answer, row) -> number, of yours
     reward: tuple[str, ...] = ("right",)
-    num_generations: Annotated[int, config.Range(2)] = 8  # G, answers to a question
+    num_generations: Annotated[int, config.Range(2)] = 8  # answers to a question, G: a group
     max_new_tokens: PositiveInt = 32  # of an answer
     loss: Literal["dr_grpo", "grpo", "dapo"] = "dr_grpo"  # what a token counts, see token_weight
     scale_rewards: bool = False  # divide advantages by the group's deviation, as GRPO and DAPO do

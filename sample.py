@@ -212,12 +212,10 @@ class Matrix(nn.Module):
 
 def packable(dtype):
     """Returns whether this CPU has oneDNN's products of packed matrices in `dtype`."""
-    onednn = torch.ops.mkldnn
     if not torch.backends.mkldnn.is_available():
         return False
-    if dtype == torch.bfloat16:
-        return onednn._is_mkldnn_bf16_supported()
-    return dtype == torch.float32
+    in_bf16 = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return in_bf16 or dtype == torch.float32
 
 
 class Int8Matrix(nn.Module):

@@ -52,7 +52,8 @@ class FineTuningConfig(LoopConfig):
     lora_r: NonNegativeInt = 16  # rank of the difference that is learned; 0 = train all weights
     lora_alpha: PositiveFloat = 32.0  # the difference is scaled by lora_alpha / lora_r
     lora_dropout: config.Fraction = 0.0  # on the adapter's input
-    lora_target_modules: tuple[llama.Projection, ...] = llama.PROJECTIONS  # that get one
+    # the projections that get an adapter
+    lora_target_modules: tuple[llama.Projection, ...] = llama.PROJECTIONS
     merge: bool = True  # final/ is a whole model, its adapter in final/adapter; else that alone
 
     WARMUP = 10  # steps, where warmup_steps is none and the run is long enough

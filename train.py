@@ -73,7 +73,8 @@ class LoopConfig:
     learning_rate: PositiveFloat = 3e-4  # at the top of the schedule
     adamw_learning_rate: PositiveFloat | None = None  # beside muon; none = learning_rate
     min_lr: NonNegativeFloat | None = None  # at its end; none = a tenth of learning_rate
-    warmup_steps: NonNegativeInt | None = None  # none = 100 (fine-tuning: 10), at most a tenth
+    # linear rise to the top; none = 100 (fine-tuning: 10), or a tenth of the run if that is less
+    warmup_steps: NonNegativeInt | None = None
     weight_decay: NonNegativeFloat = 0.1  # on matrices only, not on embeddings and norms
     beta1: config.Fraction = 0.9  # AdamW's memory of the gradient
     beta2: config.Fraction = 0.95  # AdamW's memory of its square
@@ -97,6 +98,8 @@ class LoopConfig:
         if None not in (self.min_lr, self.learning_rate) and self.min_lr > self.learning_rate:
             limit = f"learning_rate {self.learning_rate}"
             raise UserError(f"min_lr {self.min_lr} is more than {limit}; lower it")
+        if self.adamw_learning_rate and self.optimizer != "muon":
+            raise UserError("adamw_learning_rate stands beside optimizer=muon; use learning_rate")
 
 
 # what a run that resumes may have changed; of data and models `model_files` compares the contents
@@ -627,7 +630,8 @@ class PretrainConfig(LoopConfig, llama.ModelConfig):
     eval_rows: PositiveInt = 128  # rows of the validation set that are scored at each evaluation
     sample_prompt: str = "The"  # continued greedily at each evaluation
     sample_tokens: Annotated[int, config.Range(0, 1000)] = 48  # length of what follows; 0 = none
-    early_stopping_metric: Literal["val_loss", "val_bits_per_byte"] = "val_loss"  # of the best
+    # decides which is best
+    early_stopping_metric: Literal["val_loss", "val_bits_per_byte"] = "val_loss"
     plan_gpu: str | None = None  # say what the run would need on such a card, as h100
 
     def __post_init__(self):

@@ -403,6 +403,11 @@ def test_adamw_has_a_learning_rate_of_its_own_beside_muon(tmp_path):
         assert matrix or moved[0][name] == pytest.approx(0.01, rel=1e-3)
 
 
+def test_adamw_alone_has_one_learning_rate():
+    with pytest.raises(UserError, match="adamw_learning_rate stands beside optimizer=muon"):
+        configure(PretrainConfig, ["--adamw_learning_rate=0.01"])
+
+
 # ---- steps that must not be applied
 
 

@@ -26,10 +26,13 @@ class Watcher(BaseHTTPRequestHandler):
         if host not in ("127.0.0.1", "localhost") or self.path not in ("/", "/runs"):
             return self.send_error(404)  # also to a web page elsewhere whose name leads here
         if self.path == "/":
-            kind, body = "text/html", (Path(__file__).parents[1] / "web/watch.html").read_text()
+            page = Path(__file__).parents[1] / "web/watch.html"
+            kind, body = "text/html", page.read_text(encoding="utf-8")
         else:
-            logs = {p.parent.relative_to(folder.parent): p for p in folder.rglob("metrics.jsonl")}
-            texts = {str(name): path.read_text("utf-8") for name, path in sorted(logs.items())}
+            texts = {  # a line, and a character in it, may still be written
+                str(path.parent.relative_to(folder.parent)): path.read_text("utf-8", "replace")
+                for path in sorted(folder.rglob("metrics.jsonl"))
+            }
             kind, body = "application/json", json.dumps(texts)
         self.send_response(200)
         self.send_header("Content-Type", kind)
