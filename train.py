@@ -135,6 +135,10 @@ def rows_per_step(cfg, world_size):
     return cfg.batch_size * cfg.gradient_accumulation_steps * world_size
 
 
+def tokens_per_step(cfg, world_size=1):
+    return rows_per_step(cfg, world_size) * cfg.sequence_length
+
+
 def total_steps(cfg, rows, world_size):
     """Returns the number of optimizer steps, or None when only the clock ends the run."""
     if cfg.max_steps:
@@ -632,10 +636,13 @@ class PretrainConfig(LoopConfig, llama.ModelConfig):
     sample_tokens: Annotated[int, config.Range(0, 1000)] = 48  # length of what follows; 0 = none
     # decides which is best
     early_stopping_metric: Literal["val_loss", "val_bits_per_byte"] = "val_loss"
+    tokens: PositiveInt | None = None  # instead of max_steps: train on so many, as 300M or 1.5B
     plan_gpu: str | None = None  # say what the run would need on such a card, as h100
 
     def __post_init__(self):
         LoopConfig.__post_init__(self)
+        if self.tokens and self.max_steps:
+            raise ValueError("tokens, max_steps: both say how long to train; leave one out")
         if self.qkv_bias:
             theirs = "transformers takes the tokenizer of such a folder for Qwen2's"
             raise ValueError(f"qkv_bias is for models of others: {theirs}; use qk_norm")
@@ -647,13 +654,21 @@ def with_vocab_size(cfg, default=llama.ModelConfig.vocab_size):
     return replace(cfg, vocab_size=cfg.vocab_size or default)
 
 
+def with_steps(cfg, ranks=1):
+    """Returns the PretrainConfig with the max_steps that its `tokens` make, if it has any."""
+    if cfg.tokens is None:
+        return cfg
+    return replace(cfg, tokens=None, max_steps=math.ceil(cfg.tokens / tokens_per_step(cfg, ranks)))
+
+
 def main(cfg):
     if cfg.plan_gpu:
         from tools.plan import card_plan
 
-        print(card_plan(cfg, cfg.plan_gpu))
+        print(card_plan(with_steps(cfg), cfg.plan_gpu))
         return
     with open_world(cfg) as world:
+        cfg = with_steps(cfg, world.size)
         if cfg.plan and not all((Path(p) / "manifest.json").is_file() for p in cfg.data_path):
             from tools import plan  # before there is any data: random ids
 

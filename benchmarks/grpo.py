@@ -11,8 +11,8 @@ learn       grpo.py with configs/grpo.json on the sums, differences and products
             Shares are means over the seeds, with 95% Wilson intervals for as many answers as there
             are tasks
 choices     the same with the first seed for each of CHOICES
-arithmetic  sums of one, two and three digits: SFT of 100, 200, ... steps until a share --low of the
-            held-out ones is right, then grpo.py
+arithmetic  sums of numbers below 20, 100 and 1,000: SFT on some, of 100, 200, ... steps until a
+            share --low of the held-out ones is right, then grpo.py on others
 speed       prompt and answer tokens per second of the whole loop: ours, and trl's GRPOTrainer on
             the same model, questions, sizes and threads; processes of their own, medians of rounds
 
@@ -52,7 +52,7 @@ CHOICES = {
     "learning rate x 2": {"learning_rate": 2e-4},
 }
 CALCULATIONS = "addition", "subtraction", "multiplication"
-LEVELS = {1: 40, 2: 800, 3: 4000}  # digits of the summands: sums to train on
+LEVELS = {20: 150, 100: 2000, 1000: 8000}  # summands below this: how many sums SFT learns from
 
 
 def program(name, *words, **flags):
@@ -157,39 +157,45 @@ def before(args):
 # ---- arithmetic
 
 
-def sums(digits, count):
-    """Returns (rows to train on, 300 held out): different sums of two numbers below 10**digits."""
-    chance, top = random.Random(digits), 10**digits
-    pairs = {(chance.randrange(top), chance.randrange(top)) for _ in range(3 * (count + 300))}
+def sums(top, count):
+    """Returns rows for SFT, as many others for grpo.py, and up to 300 held out: different sums."""
+    chance = random.Random(top)
+    pairs = {(chance.randrange(top), chance.randrange(top)) for _ in range(5 * count)}
     pairs = sorted(pairs)
     chance.shuffle(pairs)
     row = lambda a, b: {"prompt": f"{a} + {b} =", "response": str(a + b), "answer": a + b}
     rows = [row(*pair) for pair in pairs]
-    held_out = max(1, min(300, len(rows) // 3))
-    return rows[held_out : held_out + count], rows[:held_out]
+    return rows[:count], rows[count : 2 * count], rows[2 * count :][:300]
 
 
-def arithmetic(args, digits):
+def arithmetic(args, top):
     """Returns the line of one difficulty: SFT up to args.low, then reinforcement learning."""
-    folder, files = args.output / f"sums_{digits}", []
+    folder, files = args.output / f"sums_{top}", []
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in zip(("train", "val"), sums(digits, LEVELS[digits])):
+    for name, rows in zip(("sft", "rl", "val"), sums(top, LEVELS[top])):
         files.append(folder / f"{name}.jsonl")
         files[-1].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    steps, model, accuracy = 100, args.model, 0.0
-    while accuracy < args.low and steps <= 6400:
+    steps, model, held_out, accuracy = 100, args.model, rows_of(files[2]), 0.0
+    while accuracy < args.low and steps <= 3200:
         out = folder / f"sft_{steps}"
         if not (out / "final").exists():
-            flags = {"model_path": args.model, "dataset_path": files[0], "val_path": files[1]}
+            flags = {"model_path": args.model, "dataset_path": files[0], "val_path": files[2]}
             program("sft", "configs/demo_sft.json", max_steps=steps, output_dir=out, **flags)
-        model, rows = out, rows_of(files[1])
-        texts = answers(*open_model(out, "cpu"), [[user(row["prompt"])] for row in rows])
-        accuracy = sum(text == row["response"] for text, row in zip(texts, rows)) / len(rows)
+        model = out
+        accuracy = accuracy_on(model, held_out)
         steps *= 2
-    _, taken, held_out = trained(args, f"sums_{digits}/grpo", model, *files, max_new_tokens=8)
-    line = {"digits": digits, "sft steps": steps // 2, "after SFT": round(accuracy, 4)}
-    final = held_out[-1]["val_accuracy"]
-    return line | {"after RL": final, "steps": taken[-1]["step"], "held out": len(rows)}
+    flags = {"max_new_tokens": 8}
+    out, taken, _ = trained(args, f"sums_{top}/grpo", model, *files[1:], **flags)
+    line = {"below": top, "sft steps": steps // 2, "steps": taken[-1]["step"]}
+    for name, right in ("after SFT", accuracy), ("after RL", accuracy_on(out, held_out)):
+        line[name] = share(right * len(held_out), len(held_out))
+    return line | {"held out": len(held_out)}
+
+
+def accuracy_on(model, rows):
+    """Returns the share of rows whose greedy answer is the very response."""
+    texts = answers(*open_model(model, "cpu"), [[user(row["prompt"])] for row in rows])
+    return sum(text == row["response"] for text, row in zip(texts, rows)) / len(rows)
 
 
 # ---- speed
@@ -287,7 +293,7 @@ def main():
         for name, flags in CHOICES.items()
     }
     runs["arithmetic"] = {
-        f"{digits} digits": lambda digits=digits: arithmetic(args, digits) for digits in LEVELS
+        f"sums below {top}": lambda top=top: arithmetic(args, top) for top in LEVELS
     }
     runs["speed"] = {"speed": lambda: speed(args)}
     path = args.output / "results.jsonl"

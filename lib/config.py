@@ -225,7 +225,7 @@ def from_text(text, option, flag):
         return parse_json(text, flag)
     for number in (int, float) if option.base in (int, float) else ():
         with suppress(ValueError):
-            return number(text)
+            return number(re.sub("M$", "e6", re.sub("B$", "e9", text)))  # 300M, 1.5B
     return text
 
 

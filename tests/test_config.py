@@ -162,6 +162,9 @@ FLAGS = r"""
 --n_layer=1 --n_layer 2 | 2
 --d_model=1e4 | 10000
 --d_model=1_000 | 1000
+--d_model=2M | 2000000
+--d_model=0.5B | 500000000
+--learning_rate=1M | 1e6
 --offset -1 | -1
 --learning_rate 1e-3 | 1e-3
 --dropout=1 | 1.0
@@ -244,6 +247,8 @@ n_layer=2 | expected a preset (a .json file) or --key=value, got 'n_layer=2'
 --n_layer=1.5 | n_layer must be int 1..512, got 1.5 (--n_layer)
 --d_model=1e300 | d_model must be int, got 1e+300 (--d_model)
 --n_layer=abc | n_layer must be int 1..512, got "abc" (--n_layer)
+--n_layer=xM | n_layer must be int 1..512, got "xM" (--n_layer)
+--n_layer=M | n_layer must be int 1..512, got "M" (--n_layer)
 --learning_rate=nan | learning_rate must be float > 0, got NaN (--learning_rate)
 --learning_rate inf | learning_rate must be float > 0, got Infinity (--learning_rate)
 --learning_rate=0 | learning_rate must be float > 0, got 0.0 (--learning_rate)

@@ -91,7 +91,7 @@ def test_a_plan_for_a_card_says_whether_it_fits_and_which_cards_are_known():
 
 
 def test_a_plan_without_data_times_this_machine_and_writes_nothing(tmp_path):
-    words = "--n_layer=2 --d_model=32 --n_head=2 --d_ff=64 --vocab_size=128 --max_steps=200"
+    words = "--n_layer=2 --d_model=32 --n_head=2 --d_ff=64 --vocab_size=128 --tokens=0.0256M"
     words += " --sequence_length=32 --batch_size=4 --data_path=nowhere --plan --device=cpu"
     command = [sys.executable, str(ROOT / "train.py"), *words.split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

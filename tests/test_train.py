@@ -38,6 +38,7 @@ from train import (
     PretrainConfig,
     lr_at,
     total_steps,
+    with_steps,
     with_vocab_size,
     with_warmup,
 )
@@ -118,6 +119,17 @@ def test_the_clock_ends_the_run_by_steps_or_by_time_whichever_comes_first():
 def test_the_number_of_steps_comes_from_steps_epochs_or_the_clock(knobs, ranks, steps):
     batch = {"batch_size": 4, "gradient_accumulation_steps": 2, "warmup_steps": 0}
     assert total_steps(LoopConfig(**batch, **knobs), 1000, ranks) == steps
+
+
+def test_tokens_become_steps_of_all_ranks():
+    batch = {"batch_size": 4, "gradient_accumulation_steps": 2, "sequence_length": 100}
+    cfg = configure(PretrainConfig, [f"--{key}={value}" for key, value in batch.items()])
+    for tokens, ranks, steps in (("0.008M", 1, 10), ("8001", 1, 11), ("8000", 2, 5), ("1", 2, 1)):
+        asked = [f"--{key}={value}" for key, value in batch.items()] + [f"--tokens={tokens}"]
+        assert with_steps(configure(PretrainConfig, asked), ranks).max_steps == steps
+    assert with_steps(cfg, 2) == cfg
+    with pytest.raises(UserError, match="leave one out"):
+        configure(PretrainConfig, ["--tokens=9", "--max_steps=9"])
 
 
 @pytest.mark.parametrize(

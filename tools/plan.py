@@ -15,7 +15,15 @@ import numpy as np
 from lib.config import UserError
 from lib.runtime import autocast, datasheets, memory_used, to_device
 from model import LOGITS, ModelConfig, count_parameters, flops_per_token
-from train import PretrainConfig, State, announce, rows_per_step, total_steps, with_vocab_size
+from train import (
+    PretrainConfig,
+    State,
+    announce,
+    rows_per_step,
+    tokens_per_step,
+    total_steps,
+    with_vocab_size,
+)
 
 STEPS = 3  # optimizer steps that are timed after the warm-up
 PATIENCE = 120  # seconds for them; a slower machine is timed with one row at a time
@@ -69,10 +77,6 @@ def fitting_rows(cfg, space):
 
 
 # ---- time
-
-
-def tokens_per_step(cfg, ranks=1):
-    return rows_per_step(cfg, ranks) * cfg.sequence_length
 
 
 def card_seconds(cfg, card):
