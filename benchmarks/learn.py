@@ -6,6 +6,7 @@ choices.
     python benchmarks/learn.py --runs=recipes --minutes=10       every choice of RECIPES by itself
     # as many steps each
     python benchmarks/learn.py --runs=recipes --steps=2400 --jobs=12 --device=cuda
+    python benchmarks/learn.py --runs=ours,adamw_lr_1e-2 --steps=600 --seeds=1,2,3
     python benchmarks/learn.py --runs=none                       the table of what has been measured
 
 Same model shape, tokenizer, data, batch tokens, minutes, threads. `ours` is `python train.py RECIPE
@@ -23,6 +24,10 @@ batch) only ours can run, in float32, and `held_out` is its last validation: a m
 several at once. The data is prepared once, into --data, from Gutenberg's books and documentation in
 --corpora. "steps / adamw" is how many steps `adamw` took to its last validation loss over those
 that a run took to come below it, a line drawn between its validations.
+
+A row of the table is the mean over --seeds. With two seeds or more it also has how far its
+held-out text lies from that of `ours` (or else of the first of --runs), with the 95% interval of
+the difference (Welch 1947); it "differs" if that does not hold 0.
 """
 
 import argparse
@@ -30,6 +35,7 @@ import hashlib
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -42,6 +48,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
+from scipy import stats
 
 from data import TokenStream
 from lib.config import configure, narrow
@@ -64,6 +71,7 @@ TEXTS = {"gutenberg_books": 2.0} | dict.fromkeys(DOCS, 0.3)
 PROOF = ["ours", "transformers", "transformers_fair"]
 RECIPES = {
     "adamw": ["--optimizer=adamw"],
+    "adamw_lr_1e-2": ["--adamw_learning_rate=1e-2"],
     "adamw_lr_3e-2": ["--adamw_learning_rate=3e-2"],
     "muon": ["--optimizer=muon"],
     "lr_1e-3": ["--learning_rate=1e-3"],
@@ -125,9 +133,10 @@ def flags_of(name):
     return [flag for part in parts for flag in RECIPES[part]]
 
 
-def our_command(name, folder, args):
+def our_command(name, seed, folder, args):
     own = {
         "data_path": args.data,
+        "seed": seed,
         "output_dir": folder,
         "max_minutes": args.minutes,
         "save_steps": 1000,
@@ -176,7 +185,8 @@ def train_transformers(fair, folder, args):
     """Trains LlamaForCausalLM with Trainer for --minutes; leaves folder/final/."""
     import transformers
 
-    cfg = replace(configure(PretrainConfig, [args.recipe]), max_minutes=args.minutes)
+    cfg = configure(PretrainConfig, [args.recipe, f"--seed={args.seeds}"])
+    cfg = replace(cfg, max_minutes=args.minutes)
     began = []
 
     class Clock(transformers.TrainerCallback):
@@ -268,13 +278,14 @@ def length_of(args):
     return f"{args.steps} steps" if args.steps else f"{args.minutes:g} minutes"
 
 
-def one_run(name, args):
+def one_run(name, seed, args):
     """Trains and measures `name`; returns its line for results.jsonl."""
-    folder = Path(args.output_dir) / f"{name}-{length_of(args).replace(' ', '-')}"
+    folder = Path(args.output_dir) / f"{name}-{length_of(args).replace(' ', '-')}-{seed}"
     own = {"minutes": args.minutes, "data": args.data, "recipe": args.recipe, "text": args.text}
+    own |= {"seeds": seed}
     child = [__file__, *(f"--{k}={v}" for k, v in own.items()), f"--output_dir={folder}"]
     theirs = name.startswith("transformers")
-    words = [*child, f"--child={name}"] if theirs else our_command(name, folder, args)
+    words = [*child, f"--child={name}"] if theirs else our_command(name, seed, folder, args)
     subprocess.run([sys.executable, *words], check=True, stdout=sys.stderr)
     steps, curve = history(folder)
     if args.steps:
@@ -287,7 +298,7 @@ def one_run(name, args):
     cfg = configure(PretrainConfig, [args.recipe, *([] if theirs else flags_of(name))])
     tokens = steps * cfg.batch_size * cfg.gradient_accumulation_steps * cfg.sequence_length
     return {
-        "name": name, "length": length_of(args), "steps": steps, "tokens": tokens,
+        "name": name, "seed": seed, "length": length_of(args), "steps": steps, "tokens": tokens,
         **{key: round(value, 4) for key, value in figures.items()},
         "recipe": Path(args.recipe).name, "dataset": dataset(args), "validations": curve,
         "threads": torch.get_num_threads(), "torch": torch.__version__,
@@ -300,13 +311,14 @@ def dataset(args):
 
 
 def measured(args):
-    """Returns the lines of results.jsonl that are of this length, this recipe and this dataset, by
-    name.
-    """
-    path = Path(args.output_dir) / "results.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """Returns {name: {seed: line}} of results.jsonl, of this length, this recipe, this dataset."""
+    path, runs = Path(args.output_dir) / "results.jsonl", {}
     same = {"length": length_of(args), "recipe": Path(args.recipe).name, "dataset": dataset(args)}
-    return {line["name"]: line for line in lines if same.items() <= line.items()}
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        line = json.loads(text)
+        if same.items() <= line.items():
+            runs.setdefault(line["name"], {})[line.get("seed", 42)] = line
+    return runs
 
 
 def steps_to(curve, loss):
@@ -319,22 +331,47 @@ def steps_to(curve, loss):
     return None
 
 
-def table(lines):
-    """Returns the measured runs as a table, best on held-out text first."""
-    base = lines.get("adamw", {}).get("validations")
-    rows = [
-        "| run | steps | tokens | wikitext2 | held out | steps / adamw |",
-        "|---|---|---|---|---|---|",
-    ]
-    for line in sorted(lines.values(), key=lambda line: line["held_out"]):
-        curve = line["validations"]
-        needed = steps_to(curve, base[-1][1]) if base and curve else None
-        ratio = f"{base[-1][0] / needed:.2f}" if needed else ""
-        rows.append(
-            f"| {line['name']} | {line['steps']:,} | {line['tokens']:,} "
-            f"| {line.get('wikitext2', '')} | {line['held_out']:.4f} | {ratio} |"
-        )
+def table(runs, base):
+    """Returns the measured runs as a table, best on held-out text first; `base`: a name."""
+    texts = lambda name: [line["held_out"] for line in runs[name].values()]
+    means = {name: statistics.mean(texts(name)) for name in runs}
+    head = (
+        "run",
+        "seeds",
+        "steps",
+        "tokens",
+        "wikitext2",
+        "held out",
+        f"less {base}",
+        "",
+        "steps / ",
+    )
+    rows = [f"| {' | '.join(head)}adamw |", "|---" * len(head) + "|"]
+    for name in sorted(runs, key=means.get):
+        lines, difference = [*runs[name].values()], ["", ""]
+        wikitext2 = [line["wikitext2"] for line in lines if "wikitext2" in line]
+        if name != base and min(len(lines), len(runs.get(base, ()))) > 1:
+            test = stats.ttest_ind(texts(name), texts(base), equal_var=False)
+            low, high = test.confidence_interval()
+            difference = [f"{means[name] - means[base]:+.4f} [{low:+.4f}..{high:+.4f}]"]
+            difference.append("differs" if low > 0 or high < 0 else "does not differ")
+        cells = [name, len(lines)]
+        cells += [f"{statistics.mean(line[key] for line in lines):,.0f}" for key in LENGTHS]
+        cells += [f"{statistics.mean(wikitext2):.4f}" if wikitext2 else "", f"{means[name]:.4f}"]
+        rows.append(f"| {' | '.join(map(str, [*cells, *difference, faster(runs, name)]))} |")
     return "\n".join(rows)
+
+
+LENGTHS = "steps", "tokens"
+
+
+def faster(runs, name):
+    """Returns "steps / adamw", of the seed that is first."""
+    base, line = (next(iter(runs.get(n, {}).values()), {}) for n in ("adamw", name))
+    if not (base.get("validations") and line["validations"]):
+        return ""
+    needed = steps_to(line["validations"], base["validations"][-1][1])
+    return f"{base['validations'][-1][0] / needed:.2f}" if needed else ""
 
 
 def main():
@@ -344,6 +381,7 @@ def main():
     parser.add_argument("--runs", default=",".join(PROOF))
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--steps", type=int, help="instead of minutes, of ours alone")
+    parser.add_argument("--seeds", default="42", help="of each run")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--device", default="cpu", help="of ours")
     parser.add_argument("--recipe", default=str(ROOT / "configs/demo.json"))
@@ -363,15 +401,18 @@ def main():
     prepare(args)
     os.makedirs(args.output_dir, exist_ok=True)
 
-    def run(name):
-        line = json.dumps(one_run(name, args))
+    def run(name, seed):
+        line = json.dumps(one_run(name, seed, args))
         with open(Path(args.output_dir) / "results.jsonl", "a") as file:
             file.write(line + "\n")
         print(line, flush=True)
 
+    done = measured(args)
+    wanted = [(n, int(s)) for s in args.seeds.split(",") for n in dict.fromkeys(names)]
+    wanted = [(name, seed) for name, seed in wanted if seed not in done.get(name, {})]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(run, [name for name in dict.fromkeys(names) if name not in measured(args)]))
-    print(table(measured(args)))
+        list(pool.map(lambda pair: run(*pair), wanted))
+    print(table(measured(args), "ours" if "ours" in names or not names else names[0]))
 
 
 if __name__ == "__main__":
