@@ -335,18 +335,9 @@ def table(runs, base):
     """Returns the measured runs as a table, best on held-out text first; `base`: a name."""
     texts = lambda name: [line["held_out"] for line in runs[name].values()]
     means = {name: statistics.mean(texts(name)) for name in runs}
-    head = (
-        "run",
-        "seeds",
-        "steps",
-        "tokens",
-        "wikitext2",
-        "held out",
-        f"less {base}",
-        "",
-        "steps / ",
-    )
-    rows = [f"| {' | '.join(head)}adamw |", "|---" * len(head) + "|"]
+    head = ["run", "seeds", "steps", "tokens", "wikitext2", "held out"]
+    head += [f"minus {base}", "", "steps / adamw"]
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name in sorted(runs, key=means.get):
         lines, difference = [*runs[name].values()], ["", ""]
         wikitext2 = [line["wikitext2"] for line in lines if "wikitext2" in line]
