@@ -11,8 +11,9 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import takewhile
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from lib import config
 from lib.checkpoint import check_unused, find_checkpoint
 from lib.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError
 from lib.conversation import find_template, render, render_rows, stop_ids, template_of
-from lib.folders import hash_fraction
+from lib.folders import Shards, hash_fraction, read_manifest
 from lib.runtime import open_world, to_device
 from lib.tokenizer import Tokenizer
 from train import LoopConfig, fit, greedy, model_files, rows_per_step, total_steps
@@ -78,6 +79,10 @@ class SFTConfig(FineTuningConfig):
     prompt_template: Literal["chatml", "instruct", "chat"] | None = None
     # conversations share a row and do not see each other; none = unless a step took more than 10
     packing: bool | None = None
+    # a dataset prepared with the same tokenizer, as the model's own: with rows of its plain text
+    # among the others the model forgets less of what it knew
+    replay_path: str | None = None
+    replay_share: Annotated[float, config.Range(0, 0.9)] = 0.1  # such rows among all, with a path
     output_dir: str = "checkpoints/sft"  # checkpoints, metrics.jsonl and final/ go here
     # none = 1e-3 for all weights of a small model (adapter 3e-3), 5e-5 of a larger (adapter 2e-4)
     learning_rate: PositiveFloat | None = None
@@ -100,11 +105,13 @@ def main(cfg):
         cfg = with_packing(cfg, examples, length, world)
         collate = lambda rows: supervised_rows(rows, length, tokenizer.pad_id, cfg.packing)
 
-        def stream(examples):
+        def stream(examples, replay=lambda count: []):
             rows = pack_examples(examples, length) if cfg.packing else [[e] for e in examples]
+            rows += replay(len(rows))
             return ExampleStream(rows, collate, cfg.batch_size, cfg.seed, world.size)
 
-        loader, val_stream = map(stream, (examples, make_examples(held_out, "held out", *settings)))
+        loader = stream(examples, partial(replayed_rows, cfg, tokenizer, length, world.say))
+        val_stream = stream(make_examples(held_out, "held out", *settings))
         if not loader.blocks:
             render(tokenizer, chats[0]["messages"], template)  # raises where the template refuses
         world.say(f"{loader.blocks:,} rows of up to {length} positions; template {template}")
@@ -175,6 +182,24 @@ def with_packing(cfg, examples, length, world):
         full = f"{len(examples):,} conversations would fill {rows:,} rows, {per_step} a step"
         world.say(f"packing is off: {full}, too few steps; --packing=true packs them")
     return replace(cfg, packing=packing)
+
+
+def replayed_rows(cfg, tokenizer, length, say, count):
+    """Returns rows of cfg.replay_path, evenly spread, that are replay_share of them and `count`.
+
+    All of their ids are learned, as in pretraining.
+    """
+    if cfg.replay_path is None or not count:
+        return []
+    shards = Shards(cfg.replay_path, "train")
+    if shards.tokenizer_sha256 != tokenizer.sha256:
+        problem = f"was prepared with another tokenizer than {cfg.model_path} has"
+        raise UserError(f"replay_path {cfg.replay_path}: {problem}; leave it out, or prepare it so")
+    number = round(count * cfg.replay_share / (1 - cfg.replay_share))
+    say(f"{number:,} rows of text of {cfg.replay_path} among them, so that it is not forgotten")
+    starts = np.linspace(0, max(0, shards.tokens - length - 1), number, dtype=int).tolist()
+    texts = [shards.read(at, min(at + length + 1, shards.tokens)) for at in starts]
+    return [[(ids.astype(np.int64), np.ones(len(ids), int))] for ids in texts]
 
 
 # ---- What sft.py, dpo.py and grpo.py share
@@ -264,6 +289,8 @@ def open_base(cfg, tokenizer, template, sha256, say):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     data = {cfg.model_path: base.sha256, cfg.dataset_path: sha256}
+    if path := getattr(cfg, "replay_path", None):
+        data[path] = hashlib.sha256(json.dumps(read_manifest(path)).encode()).hexdigest()
     files = model_files(cfg, tokenizer, data, template, stop_ids(tokenizer, template), base)
     return cfg, model.train(), length, files
 

@@ -13,7 +13,7 @@ import torch
 
 import dpo
 import sft
-from data import ExampleStream, pack_examples, supervised_rows
+from data import ExampleStream, TokenStream, pack_examples, supervised_rows
 from lib.config import UserError, configure
 from lib.conversation import TEMPLATES, render, stop_ids
 from lib.tokenizer import IGNORE, Tokenizer
@@ -453,6 +453,50 @@ def test_a_checkpoint_of_other_data_or_another_base_is_refused(tmp_path, knobs, 
     ):
         line = refused(tmp_path / "out", resume_from_checkpoint="auto", **knobs | more)
         assert message in line
+
+
+def test_replayed_rows_are_the_text_itself_and_their_share_is_as_asked(tiny_dataset):
+    tokenizer = Tokenizer.load(tiny_dataset)
+    text = np.concatenate(
+        [np.fromfile(f, np.uint16) for f in sorted(tiny_dataset.glob("train*.bin"))]
+    )
+    lines, paths = [], {"model_path": "", "dataset_path": "", "replay_path": str(tiny_dataset)}
+    cfg = sft.SFTConfig(**paths, replay_share=0.25)
+    rows = sft.replayed_rows(cfg, tokenizer, 32, lines.append, 90)
+    assert len(rows) == 30
+    assert "30 rows of text of" in lines[0]
+    places = []
+    for [(ids, mask)] in rows:
+        assert len(ids) == 33
+        assert mask.all()
+        windows = np.lib.stride_tricks.sliding_window_view(text, 33)
+        places.append(np.flatnonzero((windows == ids).all(axis=1))[0])
+    assert (np.diff(places) > 32).all()  # none twice, in all of the text
+    assert places[-1] > len(text) - 66
+    assert not sft.replayed_rows(replace(cfg, replay_path=None), tokenizer, 32, lines.append, 90)
+
+
+def test_a_replay_forgets_less_and_a_wrong_one_is_refused(tmp_path, tiny_dataset, tiny_tokenizer):
+    tokenizer = Tokenizer.load(tiny_dataset)
+    base = make_base(tmp_path / "base", tokenizer)
+    stream = TokenStream([tiny_dataset], "train", 64, 8)
+    nats, knobs = {}, {"program": "sft", "lora_r": 0, "max_steps": 40, "learning_rate": 0.003}
+    knobs |= {"dataset_path": write_rows(tmp_path / "rows.jsonl", ROWS), "model_path": base}
+    data = shutil.copytree(tiny_dataset, tmp_path / "data")
+    replay = {"replay_path": data, "replay_share": 0.5}
+    for name, more in ("without", {}), ("with", replay):
+        trained(tmp_path / name, **knobs | more)
+        model = load_model(tmp_path / name)
+        nats[name] = next_token_loss(model, as_tensors(stream.rows(0, 8)))[0].item()
+    assert nats["with"] < 0.9 * nats["without"]
+    manifest = data / "manifest.json"
+    manifest.write_text(manifest.read_text(encoding="utf-8").replace("42", "43"), encoding="utf-8")
+    again = {"resume_from_checkpoint": "auto"} | replay
+    assert "its data is" in refused(tmp_path / "with", **knobs | again)
+    other = {"replay_path": tiny_dataset, "model_path": make_base(tmp_path / "o", tiny_tokenizer)}
+    assert "was prepared with another tokenizer" in refused(tmp_path / "out", **knobs | other)
+    nothing = {"replay_path": tmp_path}
+    assert "no prepared dataset" in refused(tmp_path / "out", **knobs | nothing)
 
 
 @pytest.mark.parametrize(
