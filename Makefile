@@ -66,7 +66,7 @@ demo: .venv/installed ## raw text -> a small LLaMA -> SFT -> DPO, and the three 
 	$(RUN) sample.py --model_path=checkpoints/pretrain/demo --prompt="Return the" --num_samples=3 --seed=1
 	$(RUN) data.py create_sample_datasets
 	$(RUN) sft.py configs/demo_sft.json --model_path=checkpoints/pretrain/demo --resume_from_checkpoint=auto \
-	  --dataset_path=data/samples/sft_train.jsonl --val_path=data/samples/sft_val.jsonl
+	  --dataset_path=data/samples/sft_train.jsonl --val_path=data/samples/sft_val.jsonl --replay_path=data/processed/docstrings
 	$(RUN) dpo.py configs/demo_dpo.json --model_path=checkpoints/sft/demo --resume_from_checkpoint=auto \
 	  --dataset_path=data/samples/dpo_train.jsonl --val_path=data/samples/dpo_val.jsonl
 	$(ASK) --model_path=checkpoints/pretrain/demo

@@ -82,7 +82,7 @@ class SFTConfig(FineTuningConfig):
     # a dataset prepared with the same tokenizer, as the model's own: with rows of its plain text
     # among the others the model forgets less of what it knew
     replay_path: str | None = None
-    replay_share: Annotated[float, config.Range(0, 0.9)] = 0.1  # such rows among all, with a path
+    replay_share: Annotated[float, config.Range(0, 0.9)] = 0.03  # of all rows, if there is a path
     output_dir: str = "checkpoints/sft"  # checkpoints, metrics.jsonl and final/ go here
     # none = 1e-3 for all weights of a small model (adapter 3e-3), 5e-5 of a larger (adapter 2e-4)
     learning_rate: PositiveFloat | None = None
