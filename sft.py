@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import takewhile
 from typing import Annotated, Literal
 
@@ -103,15 +102,15 @@ def main(cfg):
         settings = tokenizer, template, length, world.say
         examples = make_examples(chats, "to train on", *settings)
         cfg = with_packing(cfg, examples, length, world)
+        packed = lambda examples: pack_examples(examples, length)
+        alone = lambda examples: [[example] for example in examples]
+        rows_of = packed if cfg.packing else alone
         collate = lambda rows: supervised_rows(rows, length, tokenizer.pad_id, cfg.packing)
-
-        def stream(examples, replay=lambda count: []):
-            rows = pack_examples(examples, length) if cfg.packing else [[e] for e in examples]
-            rows += replay(len(rows))
-            return ExampleStream(rows, collate, cfg.batch_size, cfg.seed, world.size)
-
-        loader = stream(examples, partial(replayed_rows, cfg, tokenizer, length, world.say))
-        val_stream = stream(make_examples(held_out, "held out", *settings))
+        stream = lambda rows: ExampleStream(rows, collate, cfg.batch_size, cfg.seed, world.size)
+        rows = rows_of(examples)
+        rows += replayed_rows(cfg, tokenizer, length, len(rows), world.say)
+        held_out_rows = rows_of(make_examples(held_out, "held out", *settings))
+        loader, val_stream = stream(rows), stream(held_out_rows)
         if not loader.blocks:
             render(tokenizer, chats[0]["messages"], template)  # raises where the template refuses
         world.say(f"{loader.blocks:,} rows of up to {length} positions; template {template}")
@@ -184,7 +183,7 @@ def with_packing(cfg, examples, length, world):
     return replace(cfg, packing=packing)
 
 
-def replayed_rows(cfg, tokenizer, length, say, count):
+def replayed_rows(cfg, tokenizer, length, count, say):
     """Returns rows of cfg.replay_path, evenly spread, that are replay_share of them and `count`.
 
     All of their ids are learned, as in pretraining.

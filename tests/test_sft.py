@@ -462,7 +462,7 @@ def test_replayed_rows_are_the_text_itself_and_their_share_is_as_asked(tiny_data
     )
     lines, paths = [], {"model_path": "", "dataset_path": "", "replay_path": str(tiny_dataset)}
     cfg = sft.SFTConfig(**paths, replay_share=0.25)
-    rows = sft.replayed_rows(cfg, tokenizer, 32, lines.append, 90)
+    rows = sft.replayed_rows(cfg, tokenizer, 32, 90, lines.append)
     assert len(rows) == 30
     assert "30 rows of text of" in lines[0]
     places = []
@@ -473,7 +473,7 @@ def test_replayed_rows_are_the_text_itself_and_their_share_is_as_asked(tiny_data
         places.append(np.flatnonzero((windows == ids).all(axis=1))[0])
     assert (np.diff(places) > 32).all()  # none twice, in all of the text
     assert places[-1] > len(text) - 66
-    assert not sft.replayed_rows(replace(cfg, replay_path=None), tokenizer, 32, lines.append, 90)
+    assert not sft.replayed_rows(replace(cfg, replay_path=None), tokenizer, 32, 90, lines.append)
 
 
 def test_a_replay_forgets_less_and_a_wrong_one_is_refused(tmp_path, tiny_dataset, tiny_tokenizer):
