@@ -176,6 +176,8 @@ class Rollouts(ExampleStream):
         groups, G = {row: [] for row in rows}, range(self.cfg.num_generations)
         for attempt in range(1 + self.cfg.redraws):
             again = [row for row in rows if not any(a.advantage for a in groups[row])]
+            if not again:
+                break
             for row in again:
                 question = self.examples[self.block_at(row + attempt * REDRAW)]
                 groups[row] = [self.ask(question, row, attempt, number) for number in G]

@@ -294,10 +294,11 @@ def test_a_question_is_all_before_the_last_answer(tmp_path, knobs):
     assert question["ids"] == ids
 
 
+@pytest.mark.filterwarnings("error")  # as of a deviation of nothing
 def test_groups_without_signal_make_way_for_others(knobs):
     answers = {}
-    for redraws in (0, 3):
-        ours = rollouts(knobs, redraws=redraws)
+    for redraws in (0, 3, 30):  # after some of 30 no group is without signal
+        ours = rollouts(knobs, redraws=redraws, scale_rewards=True)
         odd = lambda prompt, text, row: float(int(row["check"]["answer"][2:]) % 2 and len(text) % 2)
         ours.functions = {"odd": odd}  # questions with even numbers have no signal
         answers[redraws] = ours.draw(range(12))
