@@ -11,7 +11,7 @@ learn       grpo.py with configs/grpo.json on the sums, differences and products
             Shares are means over the seeds, with 95% Wilson intervals for as many answers as there
             are tasks
 choices     the same with the first seed for each of CHOICES
-arithmetic  sums of numbers below 20, 100 and 1,000: SFT on some, of 100, 200, ... steps until a
+arithmetic  sums of numbers below 20, 100 and 1,000: SFT on some, of 25, 50, 100 ... steps until a
             share --low of the held-out ones is right, then grpo.py on others
 speed       prompt and answer tokens per second of the whole loop: ours, and trl's GRPOTrainer on
             the same model, questions, sizes and threads; processes of their own, medians of rounds
@@ -175,7 +175,7 @@ def arithmetic(args, top):
     for name, rows in zip(("sft", "rl", "val"), sums(top, LEVELS[top])):
         files.append(folder / f"{name}.jsonl")
         files[-1].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    steps, model, held_out, accuracy = 100, args.model, rows_of(files[2]), 0.0
+    steps, model, held_out, accuracy = 25, args.model, rows_of(files[2]), 0.0
     while accuracy < args.low and steps <= 3200:
         out = folder / f"sft_{steps}"
         if not (out / "final").exists():
