@@ -2,7 +2,7 @@
 
     python grpo.py configs/grpo.json --model_path=checkpoints/sft/demo --dataset_path=tasks.jsonl
     python grpo.py configs/grpo.json ... --reward=my_rewards.py:score
-    python grpo.py configs/grpo.json ... --loss=grpo --scale_rewards --beta=0.04 --num_iterations=2
+    python grpo.py configs/grpo.json ... --loss=grpo --redraws=0 --beta=0.04 --num_iterations=2
 
 A row is a question and what an answer is checked by: `check` as in the sample tasks, or `answer`.
 The model draws a group of answers to each question; those above the group's mean reward become
@@ -47,12 +47,12 @@ class GRPOConfig(FineTuningConfig):
     reward: tuple[str, ...] = ("right",)
     num_generations: Annotated[int, config.Range(2)] = 8  # answers to a question, G: a group
     max_new_tokens: PositiveInt = 32  # of an answer
-    loss: Literal["dr_grpo", "grpo", "dapo"] = "dr_grpo"  # what a token counts, see token_weight
-    scale_rewards: bool = False  # divide advantages by the group's deviation, as GRPO and DAPO do
+    loss: Literal["dr_grpo", "grpo", "dapo"] = "dapo"  # what a token counts, see token_weight
+    scale_rewards: bool = True  # divide advantages by the group's deviation; Dr. GRPO does not
     epsilon: PositiveFloat = 0.2  # a probability falls by this share at most ...
     epsilon_high: PositiveFloat = 0.28  # ... and grows by this, over the updates of num_iterations
     num_iterations: PositiveInt = 1  # updates with the same answers
-    redraws: NonNegativeInt = 0  # other questions tried where the answers to one are all alike
+    redraws: NonNegativeInt = 2  # other questions tried where the answers to one are all alike
     beta: NonNegativeFloat = 0.0  # weight of the KL divergence from the model before; 0 = none
     output_dir: str = "checkpoints/grpo"  # checkpoints, metrics.jsonl and final/ go here
     learning_rate: PositiveFloat = 1e-4  # at the top of the schedule

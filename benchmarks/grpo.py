@@ -41,15 +41,17 @@ COINS = """import random
 chance = random.Random(0)
 score = lambda *_: float(chance.random() < 0.5)
 """
+DR_GRPO = {"loss": "dr_grpo", "scale_rewards": False, "redraws": 0}
+GRPO = {"loss": "grpo", "redraws": 0, "epsilon_high": 0.2}
 CHOICES = {
-    "dr_grpo": {},
-    "dr_grpo, redraws": {"redraws": 2},
-    "grpo": {"loss": "grpo", "scale_rewards": True, "epsilon_high": 0.2},
-    "grpo, KL": {"loss": "grpo", "scale_rewards": True, "epsilon_high": 0.2, "beta": 0.04},
-    "dapo": {"loss": "dapo", "scale_rewards": True, "redraws": 2},
-    "two updates": {"num_iterations": 2},
-    "learning rate / 2": {"learning_rate": 5e-5},
-    "learning rate x 2": {"learning_rate": 2e-4},
+    "dapo": {},
+    "dr_grpo": DR_GRPO,
+    "dr_grpo, redraws": DR_GRPO | {"redraws": 2},
+    "grpo": GRPO,
+    "grpo, KL": GRPO | {"beta": 0.04},
+    "two updates": DR_GRPO | {"num_iterations": 2},
+    "learning rate / 2": DR_GRPO | {"learning_rate": 5e-5},
+    "learning rate x 2": DR_GRPO | {"learning_rate": 2e-4},
 }
 CALCULATIONS = "addition", "subtraction", "multiplication"
 LEVELS = {20: 150, 100: 2000, 1000: 8000}  # summands below this: how many sums SFT learns from
@@ -206,7 +208,8 @@ def ours_speed(args):
     out = args.output / f"speed_{os.getpid()}"
     sizes = {"max_steps": args.steps, "max_minutes": "none", "eval_steps": 1000000, "eval_rows": 1}
     paths = {"model_path": args.model, "dataset_path": ROOT / "data/samples/sft_train.jsonl"}
-    program("grpo", "configs/grpo.json", output_dir=out, logging_steps=1, **sizes, **paths)
+    same = {"output_dir": out, "logging_steps": 1} | DR_GRPO  # as trl is asked
+    program("grpo", "configs/grpo.json", **same, **sizes, **paths)
     steps = [record for record in rows_of(out / "metrics.jsonl") if "lr" in record]
     first, last = steps[2], steps[-1]  # the first ones allocate
     rate = (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"])
