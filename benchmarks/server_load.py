@@ -10,7 +10,7 @@ share of both. `speed` alternates between numbers of streams; each stream asks a
 --tokens greedy tokens (server-sent events, or whole answers with --plain), and a figure is the
 median over rounds of all tokens by the wall clock. `crowd` counts statuses, and answers that differ
 from the same request alone: it draws from few tokens, as rounding may decide between two of many
-that are almost equally likely. `slow` holds 60 clients that stall and times /health beside them.
+that are almost equally likely. `slow` holds 500 clients that stall and times /health beside them.
 `soak` compares memory, threads and file handles of the server after the first tenth of its requests
 and after the last. One JSON line is printed.
 """
@@ -212,11 +212,11 @@ def text_of(body):
 
 
 def slow(server, args):
-    """60 clients that send half of something and then nothing; beside them /health, a hundred
+    """500 clients that send half of something and then nothing; beside them /health, a hundred
     times.
     """
     with ExitStack() as stack:
-        held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(60)]
+        held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(500)]
         for number, sock in enumerate(held):
             stack.enter_context(sock)
             sock.sendall(
