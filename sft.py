@@ -184,18 +184,19 @@ def with_packing(cfg, examples, length, world):
 
 
 def replayed_rows(cfg, tokenizer, length, count, say):
-    """Returns rows of cfg.replay_path, evenly spread, that are replay_share of them and `count`.
+    """Returns rows of text from cfg.replay_path, evenly spread over it, to add to `count` others.
 
-    All of their ids are learned, as in pretraining.
+    They are then the share cfg.replay_share of all rows. All of their ids are learned.
     """
     if cfg.replay_path is None or not count:
         return []
     shards = Shards(cfg.replay_path, "train")
     if shards.tokenizer_sha256 != tokenizer.sha256:
         problem = f"was prepared with another tokenizer than {cfg.model_path} has"
-        raise UserError(f"replay_path {cfg.replay_path}: {problem}; leave it out, or prepare it so")
-    number = round(count * cfg.replay_share / (1 - cfg.replay_share))
-    say(f"{number:,} rows of text of {cfg.replay_path} among them, so that it is not forgotten")
+        remedy = f"prepare it with --tokenizer_path={llama.model_folder(cfg.model_path)}"
+        raise UserError(f"replay_path {cfg.replay_path}: {problem}; {remedy}, or leave it out")
+    number = math.ceil(count * cfg.replay_share / (1 - cfg.replay_share))
+    say(f"{number:,} rows of text from {cfg.replay_path} are added, so that it is not forgotten")
     starts = np.linspace(0, max(0, shards.tokens - length - 1), number, dtype=int).tolist()
     texts = [shards.read(at, min(at + length + 1, shards.tokens)) for at in starts]
     return [[(ids.astype(np.int64), np.ones(len(ids), int))] for ids in texts]

@@ -347,13 +347,12 @@ def table(runs, base):
             difference = [f"{means[name] - means[base]:+.4f} [{low:+.4f}..{high:+.4f}]"]
             difference.append("differs" if low > 0 or high < 0 else "does not differ")
         cells = [name, len(lines)]
-        cells += [f"{statistics.mean(line[key] for line in lines):,.0f}" for key in LENGTHS]
+        cells += [
+            f"{statistics.mean(line[key] for line in lines):,.0f}" for key in ("steps", "tokens")
+        ]
         cells += [f"{statistics.mean(wikitext2):.4f}" if wikitext2 else "", f"{means[name]:.4f}"]
         rows.append(f"| {' | '.join(map(str, [*cells, *difference, faster(runs, name)]))} |")
     return "\n".join(rows)
-
-
-LENGTHS = "steps", "tokens"
 
 
 def faster(runs, name):

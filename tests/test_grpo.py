@@ -294,7 +294,7 @@ def test_a_question_is_all_before_the_last_answer(tmp_path, knobs):
     assert question["ids"] == ids
 
 
-@pytest.mark.filterwarnings("error")  # as of a deviation of nothing
+@pytest.mark.filterwarnings("error")  # torch warns of the deviation of no numbers
 def test_groups_without_signal_make_way_for_others(knobs):
     answers = {}
     for redraws in (0, 3, 30):  # after some of 30 no group is without signal

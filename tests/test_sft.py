@@ -464,7 +464,8 @@ def test_replayed_rows_are_the_text_itself_and_their_share_is_as_asked(tiny_data
     cfg = sft.SFTConfig(**paths, replay_share=0.25)
     rows = sft.replayed_rows(cfg, tokenizer, 32, 90, lines.append)
     assert len(rows) == 30
-    assert "30 rows of text of" in lines[0]
+    assert "30 rows of text from" in lines[0]
+    assert len(sft.replayed_rows(cfg, tokenizer, 32, 1, lines.append)) == 1  # few rows get one, too
     places = []
     for [(ids, mask)] in rows:
         assert len(ids) == 33
