@@ -99,7 +99,8 @@ class LoopConfig:
             limit = f"learning_rate {self.learning_rate}"
             raise UserError(f"min_lr {self.min_lr} is more than {limit}; lower it")
         if self.adamw_learning_rate and self.optimizer != "muon":
-            raise UserError("adamw_learning_rate stands beside optimizer=muon; use learning_rate")
+            remedy = "set it to none and give learning_rate"
+            raise UserError(f"adamw_learning_rate stands beside optimizer=muon; {remedy}")
 
 
 # what a run that resumes may have changed; of data and models `model_files` compares the contents

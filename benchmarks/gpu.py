@@ -93,8 +93,10 @@ ITEMS = [
 
 
 def preset(name, small, **changes):
-    """Returns the PretrainConfig of configs/NAME.json, at toy size without a GPU."""
-    cfg = with_vocab_size(configure(PretrainConfig, [str(ROOT / f"configs/{name}.json")]))
+    """Returns the PretrainConfig of configs/NAME.json with AdamW, at toy size without a GPU."""
+    adamw = "--optimizer=adamw --adamw_learning_rate=none --learning_rate=3e-4 --beta2=0.95"
+    words = [str(ROOT / f"configs/{name}.json"), *adamw.split()]
+    cfg = with_vocab_size(configure(PretrainConfig, words))
     if small:
         toy = {
             "n_layer": 2,

@@ -70,7 +70,8 @@ H100 = [
 
 @pytest.mark.parametrize(("name", "rows", "speed", "peak"), H100)
 def test_what_an_h100_measured_is_predicted(name, rows, speed, peak):
-    cfg = configure(PretrainConfig, [str(ROOT / f"configs/{name}.json"), "--vocab_size=32768"])
+    words = ["--optimizer=adamw", "--adamw_learning_rate=none", "--vocab_size=32768"]
+    cfg = configure(PretrainConfig, [str(ROOT / f"configs/{name}.json"), *words])
     step = cfg.gradient_accumulation_steps * cfg.batch_size
     cfg = replace(cfg, batch_size=rows, gradient_accumulation_steps=step // rows)
     cfg = replace(cfg, deterministic=False)
