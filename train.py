@@ -637,7 +637,8 @@ class PretrainConfig(LoopConfig, llama.ModelConfig):
     sample_tokens: Annotated[int, config.Range(0, 1000)] = 48  # length of what follows; 0 = none
     # decides which is best
     early_stopping_metric: Literal["val_loss", "val_bits_per_byte"] = "val_loss"
-    tokens: PositiveInt | None = None  # instead of max_steps: train on so many, as 300M or 1.5B
+    # instead of max_steps: train on so many, as 300M or 1.5B, at most a tenth of them in the warmup
+    tokens: PositiveInt | None = None
     plan_gpu: str | None = None  # say what the run would need on such a card, as h100
 
     def __post_init__(self):
@@ -660,7 +661,8 @@ def with_steps(cfg, ranks=1):
     if cfg.tokens is None:
         return cfg
     steps = math.ceil(cfg.tokens / tokens_per_step(cfg, ranks))
-    return replace(cfg, tokens=None, max_steps=steps)
+    warmup = cfg.warmup_steps and min(cfg.warmup_steps, steps // 10)
+    return replace(cfg, tokens=None, max_steps=steps, warmup_steps=warmup)
 
 
 def main(cfg):

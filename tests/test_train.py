@@ -128,6 +128,9 @@ def test_tokens_become_steps_of_all_ranks():
         asked = [f"--{key}={value}" for key, value in batch.items()] + [f"--tokens={tokens}"]
         assert with_steps(configure(PretrainConfig, asked), ranks).max_steps == steps
     assert with_steps(cfg, 2) == cfg
+    for warmup, expected in ((None, None), (0, 0), (3, 3), (1000, 10)):  # of 100 steps
+        of_preset = configure(PretrainConfig, [*asked, f"--warmup_steps={warmup}"])
+        assert with_steps(dataclasses.replace(of_preset, tokens=80_000)).warmup_steps == expected
     with pytest.raises(UserError, match="leave one out"):
         configure(PretrainConfig, ["--tokens=9", "--max_steps=9"])
 
