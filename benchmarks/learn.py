@@ -70,7 +70,7 @@ DOCS = [
 TEXTS = {"gutenberg_books": 2.0} | dict.fromkeys(DOCS, 0.3)
 PROOF = ["ours", "transformers", "transformers_fair"]
 RECIPES = {
-    "adamw": ["--optimizer=adamw"],
+    "adamw": ["--optimizer=adamw", "--adamw_learning_rate=none"],
     "adamw_lr_1e-2": ["--adamw_learning_rate=1e-2"],
     "adamw_lr_3e-2": ["--adamw_learning_rate=3e-2"],
     "muon": ["--optimizer=muon"],
