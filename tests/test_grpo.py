@@ -63,7 +63,7 @@ def knobs(tmp_path_factory, base):
 
 
 def config(knobs, **more):
-    options = knobs | {"lora_r": 0, "device": "cpu"} | more
+    options = knobs | {"lora_r": 0, "device": "cpu", "dtype": "fp32"} | more
     words = [f"--{k}={v}" for k, v in options.items() if k != "program"]
     return configure(grpo.GRPOConfig, words)
 
