@@ -125,9 +125,10 @@ def rotate(x, cos, sin):
 
 def choose_attention(device, length, dtype, flash_wanted=True, compiled=False):
     """Returns (backend, reason) for rows of `length`: `flash`, `math`, or torch's own `sdpa`."""
-    # compiled for a CPU with AVX-512, torch 2.13's gradients of `math` are NaN in bfloat16
-    if device.type == "cpu" and length <= 512 and dtype != torch.float32 and not compiled:
-        return "math", "on a CPU two matmuls beat torch's kernel in 16 bits, up to 512 positions"
+    if device.type == "cpu" and length <= 512 and dtype != torch.float32:
+        if not compiled or math_compiles(dtype):
+            return "math", "on a CPU two matmuls beat torch's kernel in 16 bits up to 512 positions"
+        return "sdpa", "compiled, two matmuls have no finite gradients on this CPU"
     if device.type != "cuda" or not flash_wanted:
         return "sdpa", "flash_attn is off" if device.type == "cuda" else "flash-attn needs CUDA"
     try:
@@ -159,10 +160,18 @@ def attend(q, k, v, mask=None, causal=True, dropout=0.0, backend="sdpa"):
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, T, S)
     if mask is None and causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    scores = scores.float()
     if mask is not None:
-        # finite: a vector of -inf alone has the softmax NaN
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return F.dropout(scores.float().softmax(dim=-1), dropout).to(v.dtype) @ v
+        # added: the backward pass has nothing to do; finite: a vector of -inf has the softmax NaN
+        scores += torch.where(mask, 0.0, -1e9)
+    return F.dropout(scores.softmax(dim=-1), dropout).to(v.dtype) @ v
+
+
+def math_compiles(dtype):
+    """Returns whether `math` has finite gradients, compiled: with AVX-512 it once had none."""
+    x = torch.linspace(-1, 1, 4096, dtype=dtype).view(1, 1, 64, 64).requires_grad_()
+    torch.compile(attend)(x, x, x, backend="math").float().square().sum().backward()
+    return bool(x.grad.isfinite().all())
 
 
 class Attention(nn.Module):
@@ -395,12 +404,13 @@ def linear_cross_entropy(x, weight, labels, summed=True):
     return torch.cat(losses).sum() if summed else torch.cat(losses)
 
 
-LOGITS = {"cpu": 1 << 25, "cuda": 1 << 27, "mps": 1 << 27}  # so many at once: what caches hold
+LOGITS = {"cpu": 1 << 25, "cuda": 1 << 27, "mps": 1 << 27}  # so many are made at once
+CACHED = 1 << 21  # so many of them does a CPU's cache hold while the kernel goes over them
 
 
-def row_groups(x, labels, vocab_size):
-    """Yields (x, labels) of some rows at a time, whose logits are LOGITS numbers."""
-    rows = max(1, LOGITS[x.device.type] // vocab_size)
+def row_groups(x, labels, vocab_size, numbers=None):
+    """Yields (x, labels) of some rows at a time, whose logits are LOGITS, or `numbers`, numbers."""
+    rows = max(1, (numbers or LOGITS[x.device.type]) // vocab_size)
     return zip(x.split(rows), labels.split(rows), strict=True)
 
 
@@ -444,7 +454,10 @@ class LinearCrossEntropy(torch.autograd.Function):
             if buffer is None:  # one for all groups: fresh memory costs page faults
                 buffer = torch.empty(len(rows), len(w), dtype=x.dtype, device=x.device)
             dz = torch.mm(rows, w.T, out=buffer[: len(rows)])  # logits, until the kernel has run
-            yield slice(start, start + len(rows)), LinearCrossEntropy.kernel(dz, targets), dz
+            numbers = CACHED if x.device.type == "cpu" else None
+            parts = row_groups(dz, targets, len(w), numbers)
+            nats = torch.cat([LinearCrossEntropy.kernel(*part) for part in parts])
+            yield slice(start, start + len(rows)), nats, dz
             start += len(rows)
 
     @staticmethod

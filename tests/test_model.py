@@ -247,10 +247,12 @@ def test_garbage_in_a_file_is_one_line(saved):
         assert "\n" not in str(refusal.value)
 
 
-def test_compiled_for_a_cpu_16_bits_take_torchs_kernel():
+def test_16_bits_on_a_cpu_take_torchs_kernel_where_compiled_matmuls_have_no_gradient(monkeypatch):
     row = torch.device("cpu"), 512, torch.bfloat16
-    chosen = [llama.choose_attention(*row, compiled=compiled)[0] for compiled in (0, 1)]
-    assert chosen == ["math", "sdpa"]
+    assert [llama.choose_attention(*row, compiled=c)[0] for c in (False, True)] == ["math"] * 2
+    monkeypatch.setattr(llama, "attend", lambda q, k, v, backend: q * torch.nan)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    assert [llama.choose_attention(*row, compiled=c)[0] for c in (False, True)] == ["math", "sdpa"]
 
 
 def test_attention_has_torchs_gradients_in_every_type_and_backend_also_compiled():
