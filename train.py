@@ -587,7 +587,7 @@ def report_skipped(cfg, state, grad_norm, count, log):
     if state.bad_steps >= cfg.max_bad_steps:
         many = f"{state.bad_steps} steps in a row were skipped, the last because {why}"
         last = next(iter(checkpoint.checkpoints(cfg.output_dir)), "none")
-        remedy = "lower --learning_rate or use --dtype=fp32"
+        remedy = "lower --learning_rate or use --dtype=fp32 or --no_compile"
         raise UserError(f"{many}; the last good checkpoint is {last}; {remedy}", exit_code=4)
 
 

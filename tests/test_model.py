@@ -134,6 +134,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 @pytest.mark.parametrize("tied", [True, False])
 def test_loss_and_gradients_equal_torch_cross_entropy(rows, tied, monkeypatch):
     monkeypatch.setitem(llama.LOGITS, "cpu", rows * SMALL.vocab_size)
+    monkeypatch.setitem(llama.CACHED, "cpu", 3 * SMALL.vocab_size)
     cfg = replace(SMALL, tie_word_embeddings=tied)
     ids, labels = some_ids(cfg, 3, 11), some_ids(cfg, 3, 11, seed=2)
     labels[0, :4] = labels[1] = labels[2, 10] = -100
@@ -248,11 +249,14 @@ def test_garbage_in_a_file_is_one_line(saved):
 
 
 def test_16_bits_on_a_cpu_take_torchs_kernel_where_compiled_matmuls_have_no_gradient(monkeypatch):
+    def broken(q, k, v, backend):
+        return q * torch.nan
+
     row = torch.device("cpu"), 512, torch.bfloat16
-    assert [llama.choose_attention(*row, compiled=c)[0] for c in (False, True)] == ["math"] * 2
-    monkeypatch.setattr(llama, "attend", lambda q, k, v, backend: q * torch.nan)
-    monkeypatch.setattr(torch, "compile", lambda function: function)
-    assert [llama.choose_attention(*row, compiled=c)[0] for c in (False, True)] == ["math", "sdpa"]
+    for compiler, chosen in ((lambda f: f, "math"), (lambda f: broken, "sdpa")):
+        monkeypatch.setattr(torch, "compile", compiler)
+        assert llama.choose_attention(*row)[0] == "math"
+        assert llama.choose_attention(*row, compiled=True)[0] == chosen
 
 
 def test_attention_has_torchs_gradients_in_every_type_and_backend_also_compiled():

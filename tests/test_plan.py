@@ -10,7 +10,7 @@ import torch
 
 from lib.config import UserError, configure
 from lib.runtime import datasheets
-from model import Llama, ModelConfig, next_token_loss
+from model import Llama, ModelConfig, choose_attention, next_token_loss
 from tests import ROOT
 from tools.plan import card_plan, card_seconds, memory, tokens_per_step
 from train import PretrainConfig, make_optimizers
@@ -35,6 +35,7 @@ def test_the_moments_are_those_that_the_optimizers_hold(optimizer):
 def peak_of_a_step(cfg, dtype):
     """The most bytes that tensors held in a training step, by torch's profiler."""
     model = Llama(ModelConfig(**SHAPE, n_layer=cfg.n_layer)).train()
+    model.use_attention(choose_attention(torch.device("cpu"), 32, dtype)[0])
     model.model.gradient_checkpointing = cfg.gradient_checkpointing
     ids = torch.zeros(cfg.batch_size, 32, dtype=torch.long)
     with torch.profiler.profile(profile_memory=True) as profile:

@@ -14,7 +14,7 @@ import numpy as np
 
 from lib.config import UserError
 from lib.runtime import autocast, datasheets, memory_used, to_device
-from model import LOGITS, ModelConfig, count_parameters, flops_per_token
+from model import CACHED, LOGITS, ModelConfig, count_parameters, flops_per_token
 from train import (
     PretrainConfig,
     State,
@@ -49,12 +49,17 @@ def memory(cfg, device="cuda", size=2, fused=True):
     N, counts = cfg.batch_size * cfg.sequence_length, count_parameters(cfg)
     weights, table = 4 * counts["total"], 4 * cfg.vocab_size * cfg.d_model
     block = N * activation_bytes(cfg, size) * (1 if fused else 1.6)  # measured in eager torch
+    if device == "cpu" and size == 2 and cfg.sequence_length <= 512:  # two matmuls attend there
+        block += 6 * N * cfg.n_head * cfg.sequence_length  # their weights, in 32 and in 16 bits
     kept, again = cfg.n_layer * block, 0
     if cfg.gradient_checkpointing:  # a block keeps its input; one at a time is computed again
         kept, again = cfg.n_layer * N * cfg.d_model * size, block
     kept += 0 if size == 4 else 2 * counts["layers"]  # autocast's copies of the weights
-    rows = min(N, max(1, LOGITS[device] // cfg.vocab_size))
-    logits = rows * cfg.vocab_size * (size if fused or size == 4 else size + 17)
+    made, worked_on = (
+        min(N, max(1, numbers[device] // cfg.vocab_size)) * cfg.vocab_size
+        for numbers in (LOGITS, CACHED)
+    )
+    logits = made * size + (0 if fused or size == 4 else worked_on * 17)
     # AdamW keeps two numbers a weight, Muon one
     moments = 2 * weights - (4 * counts["layers"] if cfg.optimizer == "muon" else 0)
     # accumulation and CUDA graphs keep every gradient; else it follows the activations it replaces
