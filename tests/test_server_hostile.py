@@ -143,9 +143,11 @@ def test_a_body_in_chunks(target):
         assert target.raw(chunked(target, *parts)).status == 200
     whole = chunked(target, GOOD)
     size = b"%x\r\n" % len(GOOD)
+    head, rest = whole.split(b"\r\n\r\n" + size)  # the port in the head may end in these digits
+    head += b"\r\n\r\n"
     longer = size.replace(b"\r", b' ; name="a b";x\r')
-    for same in (size.upper(), b"000" + size, longer):
-        assert target.raw(whole.replace(size, same)).status == 200
+    for same in (size, size.upper(), b"000" + size, longer):
+        assert target.raw(head + same + rest).status == 200
     assert target.raw(whole[:-2] + b"Trailer: a\r\n\r\n").status == 200
     asked = chunked(target, GOOD, head="|Expect: 100-continue")
     with target.connect(asked) as sock:
@@ -153,8 +155,8 @@ def test_a_body_in_chunks(target):
     wrongs = [b"-5\r\n", b"0x5\r\n", b"+5\r\n", b"\r\n", b"5 5\r\n", b"g\r\n", b"5\n", b"5\r"]
     wrongs += [b"f" * 9 + b"\r\n", b"5;" + b"x" * 2000 + b"\r\n", b"%x\r\n" % (len(GOOD) - 1)]
     for wrong in wrongs:
-        assert target.raw(whole.replace(size, wrong)).status == 400, wrong
-    assert target.raw(whole.replace(size, b"ffffffff\r\n")).status == 413
+        assert target.raw(head + wrong + rest).status == 400, wrong
+    assert target.raw(head + b"ffffffff\r\n" + rest).status == 413
     assert target.raw(chunked(target, "x" * 600_000, "x" * 600_000)).status == 413
     assert target.raw(chunked(target, GOOD, GOOD)).status == 400  # of both in one
 
