@@ -160,11 +160,11 @@ def attend(q, k, v, mask=None, causal=True, dropout=0.0, backend="sdpa"):
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, T, S)
     if mask is None and causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    scores = scores.float()
     if mask is not None:
         # added, so it costs no backward pass; finite, because a vector of -inf has the softmax NaN
-        scores += torch.where(mask, 0.0, -1e9)
-    return F.dropout(scores.softmax(dim=-1), dropout).to(v.dtype) @ v
+        scores += (~mask).to(scores.dtype) * (torch.finfo(scores.dtype).min / 2)
+    # the kernel sums in 32 bits; autocast, if not told the dtype, would copy the scores to and fro
+    return F.dropout(scores.softmax(dim=-1, dtype=scores.dtype), dropout) @ v
 
 
 def math_compiles(dtype):

@@ -50,7 +50,7 @@ def memory(cfg, device="cuda", size=2, fused=True):
     weights, table = 4 * counts["total"], 4 * cfg.vocab_size * cfg.d_model
     block = N * activation_bytes(cfg, size) * (1 if fused else 1.6)  # measured in eager torch
     if device == "cpu" and size == 2 and cfg.sequence_length <= 512:  # two matmuls attend there
-        block += 6 * N * cfg.n_head * cfg.sequence_length  # their weights, in 32 and in 16 bits
+        block += 2 * N * cfg.n_head * cfg.sequence_length  # their weights
     kept, again = cfg.n_layer * block, 0
     if cfg.gradient_checkpointing:  # a block keeps its input; one at a time is computed again
         kept, again = cfg.n_layer * N * cfg.d_model * size, block
