@@ -40,7 +40,14 @@ import torch
 import model as llama
 from data import TokenStream
 from lib import checkpoint, config, runtime
-from lib.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError
+from lib.config import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    UserError,
+)
 from lib.log import Log, read_records
 from lib.runtime import autocast, choose_dtype, open_world, rng_state, set_rng_state, to_device
 from lib.tokenizer import Tokenizer
@@ -73,6 +80,8 @@ class LoopConfig:
     learning_rate: PositiveFloat = 3e-4  # at the top of the schedule
     adamw_learning_rate: PositiveFloat | None = None  # beside muon; none = learning_rate
     min_lr: NonNegativeFloat | None = None  # at its end; none = a tenth of learning_rate
+    # warmup-stable-decay: it falls as a line in this last part of the run; none = a cosine
+    wsd_decay: Annotated[float, Range(0, 1, open_low=True)] | None = None
     # linear rise to the top; none = 100 (fine-tuning: 10), or a tenth of the run if that is less
     warmup_steps: NonNegativeInt | None = None
     weight_decay: NonNegativeFloat = 0.1  # on matrices only, not on embeddings and norms
@@ -117,19 +126,21 @@ FREE_ON_RESUME = {
 def lr_at(cfg, step, progress, total):
     """Returns the learning rate of `step` (from 0) when `progress` (0..1) of the run is done.
 
-    A linear warmup, then a cosine down to min_lr at progress 1. In a time box, where nobody knows
-    how many steps there will be, the cosine begins after a tenth of the time.
+    A linear warmup, then a cosine down to min_lr at progress 1, or the line of wsd_decay (Hu et al.
+    2024). In a time box, where nobody knows how many steps there will be, a cosine begins after a
+    tenth of the time.
     """
     warm = (step + 1) / cfg.warmup_steps if cfg.warmup_steps else 1.0
-    begin = cfg.warmup_steps / total if total else 0.0  # progress at which the cosine begins
+    begin = cfg.warmup_steps / total if total else 0.0  # progress at which it begins to fall
     if cfg.max_minutes:
         warm, begin = max(warm, progress / 0.1), 0.1
     if warm < 1:
         return cfg.learning_rate * warm
-    share = (progress - begin) / (1 - begin) if begin < 1 else 0.0  # of the cosine, 0..1
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1, max(0, share))))  # 1 at its top, 0 at its end
+    begin = max(begin, 1 - cfg.wsd_decay) if cfg.wsd_decay else begin
+    share = min(1, max(0, (progress - begin) / (1 - begin))) if begin < 1 else 0.0  # of the fall
+    height = 1 - share if cfg.wsd_decay else 0.5 * (1 + math.cos(math.pi * share))  # 1 to 0
     floor = cfg.learning_rate / 10 if cfg.min_lr is None else cfg.min_lr
-    return floor + (cfg.learning_rate - floor) * cosine
+    return floor + (cfg.learning_rate - floor) * height
 
 
 def rows_per_step(cfg, world_size):

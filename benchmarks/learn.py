@@ -81,6 +81,10 @@ RECIPES = {
     "lr_2e-2": ["--learning_rate=2e-2"],
     "warmup_0": ["--warmup_steps=0"],
     "warmup_200": ["--warmup_steps=200"],
+    "cosine": ["--wsd_decay=none"],
+    "wsd": ["--wsd_decay=0.5"],
+    "llama": ["--qk_norm=false"],
+    "qk_norm": ["--qk_norm=true"],
     "min_lr_tenth": ["--min_lr=none"],
     "min_lr_third": ["--min_lr=1e-3"],
     "batch_4": ["--batch_size=4"],
@@ -182,7 +186,7 @@ class Blocks(torch.utils.data.Dataset):
 
 
 def train_transformers(fair, folder, args):
-    """Trains LlamaForCausalLM with Trainer for --minutes; leaves folder/final/."""
+    """Trains a model of transformers, of our shape, for --minutes; leaves folder/final/."""
     import transformers
 
     cfg = configure(PretrainConfig, [args.recipe, f"--seed={args.seeds}"])
@@ -227,8 +231,9 @@ def train_transformers(fair, folder, args):
         disable_tqdm=True, use_cpu=True, seed=cfg.seed, **(ours if fair else {}),
     )  # fmt: skip
     torch.manual_seed(cfg.seed)
-    llama = transformers.LlamaConfig.from_dict(to_hf(narrow(cfg, ModelConfig)))
-    model = transformers.LlamaForCausalLM(llama)
+    hf = to_hf(narrow(cfg, ModelConfig))
+    hf = transformers.AutoConfig.for_model(hf.pop("model_type"), **hf)
+    model = transformers.AutoModelForCausalLM.from_config(hf)
     trainer = OnTheClock(
         model, settings, train_dataset=Blocks(args.data, cfg.sequence_length), callbacks=[Clock()]
     )

@@ -77,6 +77,16 @@ def test_so_does_one_resumed_after_the_first_or_before_the_last_step(tmp_path, t
     assert losses(straight, after=at) == losses(rest)
 
 
+def test_a_branch_from_the_stable_part_of_a_longer_run_equals_the_short_run(tmp_path, tiny_dataset):
+    knobs = {"data_path": tiny_dataset, "dropout": 0.1, "wsd_decay": 0.5}
+    short = trained(tmp_path / "short", **knobs)
+    long = trained(tmp_path / "long", max_steps=12, **knobs)
+    knobs |= {"resume_from_checkpoint": long / HALF, "allow_config_change": True}
+    branch = trained(tmp_path / "branch", **knobs)
+    assert not differences(short / WHOLE, branch / WHOLE)
+    assert differences(short / WHOLE, long / WHOLE)
+
+
 @pytest.mark.parametrize("ranks", [1, 2], ids=["one rank", "two ranks"])
 def test_with_other_random_numbers_it_does_not(tmp_path, tiny_dataset, ranks):
     """The control of the tests above: they fail where a rank gets other generators."""

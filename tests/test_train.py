@@ -69,6 +69,15 @@ def test_the_learning_rate_rises_to_its_top_and_falls_as_a_cosine_to_its_floor(s
     assert lr_at(cfg, step, step / 1000, 1000) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [(49, 0.5), (100, 1.0), (750, 1.0), (800, 0.82), (875, 0.55), (1000, 0.1)],
+)
+def test_with_wsd_decay_it_stays_at_its_top_and_falls_as_a_line(step, expected):
+    cfg = schedule(warmup_steps=100, max_steps=1000, wsd_decay=0.25)
+    assert lr_at(cfg, step, step / 1000, 1000) == pytest.approx(expected, abs=1e-12)
+
+
 def test_the_floor_is_a_tenth_unless_it_is_given_and_no_warmup_starts_at_the_top():
     for knobs, floor in (({}, 0.05), ({"min_lr": 0.0}, 0.0)):
         cfg = LoopConfig(learning_rate=0.5, warmup_steps=20, **knobs)
@@ -77,16 +86,18 @@ def test_the_floor_is_a_tenth_unless_it_is_given_and_no_warmup_starts_at_the_top
     assert lr_at(schedule(warmup_steps=10, max_steps=10), 9, 0.9, 10) == 1.0
 
 
-def test_the_schedule_never_jumps():
-    cfg = schedule(warmup_steps=400, max_steps=1000)
+@pytest.mark.parametrize("decay", [None, 0.5, 0.7, 1.0])
+def test_the_schedule_never_jumps(decay):
+    cfg = schedule(warmup_steps=400, max_steps=1000, wsd_decay=decay)
     rates = [lr_at(cfg, step, step / 1000, 1000) for step in range(1001)]
     assert max(abs(a - b) for a, b in itertools.pairwise(rates)) < 1 / 400 + 1e-9
     assert max(rates) == 1.0
 
 
+@pytest.mark.parametrize("decay", [None, 0.5, 1.0])
 @pytest.mark.parametrize("steps", [7, 500, 100_000], ids="{} steps fit in".format)
-def test_a_time_box_warms_up_in_its_first_tenth_and_reaches_its_floor(steps):
-    cfg = schedule(warmup_steps=100, max_minutes=5)
+def test_a_time_box_warms_up_in_its_first_tenth_and_reaches_its_floor(steps, decay):
+    cfg = schedule(warmup_steps=100, max_minutes=5, wsd_decay=decay)
     clock = Clock(cfg, None)
     rates = []
     for step in range(steps):
