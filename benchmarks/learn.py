@@ -25,9 +25,10 @@ several at once. The data is prepared once, into --data, from Gutenberg's books 
 --corpora. "steps / adamw" is how many steps `adamw` took to its last validation loss over those
 that a run took to come below it, a line drawn between its validations.
 
-A row of the table is the mean over --seeds. With two seeds or more it also has how far its
-held-out text lies from that of `ours` (or else of the first of --runs), with the 95% interval of
-the difference (Welch 1947); it "differs" if that does not hold 0.
+A row of the table is the mean over --seeds. Of two seeds or more that `ours` (or else the first of
+--runs) has, too, it says how far its held-out text lies from that one's, with the 95% interval of a
+paired t-test: a seed is an order of the data, which matters more than many a choice. It "differs"
+if the interval does not hold 0.
 """
 
 import argparse
@@ -338,18 +339,20 @@ def steps_to(curve, loss):
 
 def table(runs, base):
     """Returns the measured runs as a table, best on held-out text first; `base`: a name."""
-    texts = lambda name: [line["held_out"] for line in runs[name].values()]
-    means = {name: statistics.mean(texts(name)) for name in runs}
+    texts = lambda name, seeds: [runs[name][seed]["held_out"] for seed in seeds]
+    means = {name: statistics.mean(texts(name, runs[name])) for name in runs}
     head = ["run", "seeds", "steps", "tokens", "wikitext2", "held out"]
     head += [f"minus {base}", "", "steps / adamw"]
     rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name in sorted(runs, key=means.get):
         lines, difference = [*runs[name].values()], ["", ""]
         wikitext2 = [line["wikitext2"] for line in lines if "wikitext2" in line]
-        if name != base and min(len(lines), len(runs.get(base, ()))) > 1:
-            test = stats.ttest_ind(texts(name), texts(base), equal_var=False)
-            low, high = test.confidence_interval()
-            difference = [f"{means[name] - means[base]:+.4f} [{low:+.4f}..{high:+.4f}]"]
+        both = sorted(runs[name].keys() & runs.get(base, {}).keys())
+        if name != base and len(both) > 1:
+            ours, theirs = texts(name, both), texts(base, both)
+            low, high = stats.ttest_rel(ours, theirs).confidence_interval()
+            away = statistics.mean(ours) - statistics.mean(theirs)
+            difference = [f"{away:+.4f} [{low:+.4f}..{high:+.4f}]"]
             difference.append("differs" if low > 0 or high < 0 else "does not differ")
         cells = [name, len(lines)]
         cells += [
