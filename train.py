@@ -80,7 +80,7 @@ class LoopConfig:
     learning_rate: PositiveFloat = 3e-4  # at the top of the schedule
     adamw_learning_rate: PositiveFloat | None = None  # beside muon; none = learning_rate
     min_lr: NonNegativeFloat | None = None  # at its end; none = a tenth of learning_rate
-    # warmup-stable-decay: it falls as a line in this last part of the run; none = a cosine
+    # the last share of the run, in which it falls linearly (warmup-stable-decay); none = a cosine
     wsd_decay: Annotated[float, Range(0, 1, open_low=True)] | None = None
     # linear rise to the top; none = 100 (fine-tuning: 10), or a tenth of the run if that is less
     warmup_steps: NonNegativeInt | None = None
@@ -126,9 +126,9 @@ FREE_ON_RESUME = {
 def lr_at(cfg, step, progress, total):
     """Returns the learning rate of `step` (from 0) when `progress` (0..1) of the run is done.
 
-    A linear warmup, then a cosine down to min_lr at progress 1, or the line of wsd_decay (Hu et al.
-    2024). In a time box, where nobody knows how many steps there will be, a cosine begins after a
-    tenth of the time.
+    A linear warmup, then a cosine down to min_lr at progress 1. With wsd_decay it stays at its top
+    until that last share of the run, and falls linearly (Hu et al. 2024). In a time box, where
+    nobody knows how many steps there will be, the warmup ends after a tenth of the time at most.
     """
     warm = (step + 1) / cfg.warmup_steps if cfg.warmup_steps else 1.0
     begin = cfg.warmup_steps / total if total else 0.0  # progress at which it begins to fall
@@ -136,7 +136,8 @@ def lr_at(cfg, step, progress, total):
         warm, begin = max(warm, progress / 0.1), 0.1
     if warm < 1:
         return cfg.learning_rate * warm
-    begin = max(begin, 1 - cfg.wsd_decay) if cfg.wsd_decay else begin
+    if cfg.wsd_decay:
+        begin = max(begin, 1 - cfg.wsd_decay)
     share = min(1, max(0, (progress - begin) / (1 - begin))) if begin < 1 else 0.0  # of the fall
     height = 1 - share if cfg.wsd_decay else 0.5 * (1 + math.cos(math.pi * share))  # 1 to 0
     floor = cfg.learning_rate / 10 if cfg.min_lr is None else cfg.min_lr

@@ -10,9 +10,9 @@ choices.
     python benchmarks/learn.py --runs=none                       the table of what has been measured
 
 Same model shape, tokenizer, data, batch tokens, minutes, threads. `ours` is `python train.py RECIPE
---max_minutes`, another name is that with what RECIPES says. `transformers` is LlamaForCausalLM
-under Trainer with its defaults (AdamW, learning rate 5e-5, falling linearly, no warmup),
-`transformers_fair` has our learning rate, warmup, cosine, betas and decay, and bf16 or
+--max_minutes`, another name is that with what RECIPES says. `transformers` is its model of the same
+shape under Trainer with its defaults (AdamW, learning rate 5e-5, falling linearly, no warmup),
+`transformers_fair` has our learning rate, schedule, betas and decay, and bf16 or
 torch.compile where ours has them. Its schedules follow the clock, as ours does: no guess of how
 many steps there will be. Clocks run while training, validations included, not while programs start.
 
@@ -25,10 +25,10 @@ several at once. The data is prepared once, into --data, from Gutenberg's books 
 --corpora. "steps / adamw" is how many steps `adamw` took to its last validation loss over those
 that a run took to come below it, a line drawn between its validations.
 
-A row of the table is the mean over --seeds. Of two seeds or more that `ours` (or else the first of
---runs) has, too, it says how far its held-out text lies from that one's, with the 95% interval of a
-paired t-test: a seed is an order of the data, which matters more than many a choice. It "differs"
-if the interval does not hold 0.
+A row of the table is the mean over --seeds. It is compared with `ours`, or else with the first of
+--runs, seed by seed, because a seed is an order of the data, which matters more than many a choice.
+From two common seeds on the table has the mean difference on held-out text with the 95% interval of
+a paired t-test; it "differs" if the interval does not hold 0.
 """
 
 import argparse
@@ -83,9 +83,7 @@ RECIPES = {
     "warmup_0": ["--warmup_steps=0"],
     "warmup_200": ["--warmup_steps=200"],
     "cosine": ["--wsd_decay=none"],
-    "wsd": ["--wsd_decay=0.5"],
-    "llama": ["--qk_norm=false"],
-    "qk_norm": ["--qk_norm=true"],
+    "no_qk_norm": ["--qk_norm=false"],
     "min_lr_tenth": ["--min_lr=none"],
     "min_lr_third": ["--min_lr=1e-3"],
     "batch_4": ["--batch_size=4"],
@@ -232,9 +230,8 @@ def train_transformers(fair, folder, args):
         disable_tqdm=True, use_cpu=True, seed=cfg.seed, **(ours if fair else {}),
     )  # fmt: skip
     torch.manual_seed(cfg.seed)
-    hf = to_hf(narrow(cfg, ModelConfig))
-    hf = transformers.AutoConfig.for_model(hf.pop("model_type"), **hf)
-    model = transformers.AutoModelForCausalLM.from_config(hf)
+    shape = transformers.AutoConfig.for_model(**to_hf(narrow(cfg, ModelConfig)))
+    model = transformers.AutoModelForCausalLM.from_config(shape)
     trainer = OnTheClock(
         model, settings, train_dataset=Blocks(args.data, cfg.sequence_length), callbacks=[Clock()]
     )
